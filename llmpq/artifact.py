@@ -1,0 +1,222 @@
+"""Files between the steps: JSON and YAML, read with strict validation, written with provenance.
+
+Every file is described by a `Strict` model. Reading reports all errors of a file at once, each
+with file, line, the value found and what was expected, as one `UserError`. Writing goes to a
+temporary file beside the target first, so that a reader never sees half a file.
+"""
+
+import json
+import os
+import platform
+import reprlib
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmpq import __version__
+from llmpq.errors import UserError
+
+SCHEMA_VERSION: Final = 1
+MAX_FAULTS = 20  # a file with more is broken throughout; the first ones say how
+
+
+class Strict(BaseModel):
+    """A frozen value that refuses unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+M = TypeVar("M", bound=Strict)
+
+
+class Provenance(Strict):
+    """Where a file came from."""
+
+    tool: str = "llmpq"
+    version: str = __version__
+    created: str = ""
+    host: str = ""
+    device: str = ""
+
+    @classmethod
+    def here(cls, device: str = "") -> Self:
+        """Provenance of a file written now, on this host."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(created=now, host=platform.node(), device=device)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file a user named."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory, expected a file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json(path: Path, kind: type[M]) -> M:
+    """Reads and validates a JSON file."""
+    return validate(parse_json(path), kind, path)
+
+
+def parse_json(path: Path) -> Any:
+    """The value in a JSON file; a syntax error is a `UserError` with its line."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{error.lineno}"
+        raise UserError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid JSON: nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def read_yaml(path: Path, kind: type[M]) -> M:
+    """Reads and validates a YAML file."""
+    text = read_text(path)
+    try:
+        data = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
+    except Exception as error:  # a tag that does not fit its value raises one of many kinds
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    return validate(data, kind, path)
+
+
+def validate(data: Any, kind: type[M], path: Path) -> M:
+    """`data` as a `kind`, or one `UserError` that lists every fault with its line in `path`."""
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected keys and values, found {_show(data)}")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        root = _compose(path)
+        lines = [_fault(path, root, data, fault, kind) for fault in error.errors()]
+        lines = list(dict.fromkeys(lines))
+        if len(lines) > MAX_FAULTS:
+            more = f"{path}: and {len(lines) - MAX_FAULTS} more faults"
+            lines = [*lines[:MAX_FAULTS], more]
+        text = "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # lone surrogates
+        raise UserError(text) from None
+
+
+def write_json(path: Path, value: BaseModel) -> None:
+    """Writes a value as JSON, whole or not at all."""
+    write_text(path, value.model_dump_json(indent=1, exclude_none=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        if temporary:  # still there only where writing failed
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _fault(path: Path, root: yaml.Node | None, data: Any, fault: Any, kind: type[BaseModel]) -> str:
+    keys = _keys_in_file(data, fault["loc"])
+    line = _line_of(root, keys)
+    where = f"{path}:{line}" if line else str(path)
+    name = ".".join(str(key) for key in keys) or "the file"
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{name}'{_known_keys(kind, keys)}"
+    if fault["type"] == "missing":
+        return f"{where}: '{name}' is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if keys and not isinstance(fault["input"], dict | list):
+        message += f" (found {_show(fault['input'])})"
+    return f"{where}: {name}: {message}"
+
+
+def _keys_in_file(data: Any, loc: tuple[Any, ...]) -> list[Any]:
+    """`loc` without the names of union branches, which pydantic mixes in with the file's keys."""
+    keys = []
+    for key in loc:
+        if _holds(data, key):
+            data = data[key]
+        elif _is_union_branch(key):
+            continue
+        keys.append(key)
+    return keys
+
+
+def _holds(data: Any, key: Any) -> bool:
+    if isinstance(data, list):
+        return isinstance(key, int) and key < len(data)
+    return isinstance(data, dict) and key in data
+
+
+def _is_union_branch(key: Any) -> bool:
+    # pydantic names the branch it tried ("int", "constrained-int", "MinMax", "literal['auto']").
+    return isinstance(key, str) and (
+        key in ("int", "float", "str") or key[:1].isupper() or "[" in key or "-" in key
+    )
+
+
+def _known_keys(kind: type[BaseModel], keys: list[Any]) -> str:
+    return f"; known here: {', '.join(kind.model_fields)}" if len(keys) == 1 else ""
+
+
+def _compose(path: Path) -> yaml.Node | None:
+    """The file's tree with line numbers, if it can be had (JSON is read as YAML)."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        return yaml.compose(path.read_text(encoding="utf-8"), Loader=loader)
+    except (OSError, yaml.YAMLError, RecursionError, ValueError):
+        return None
+
+
+def _line_of(root: yaml.Node | None, keys: list[Any]) -> int | None:
+    """The line of the deepest of `keys` that the file holds."""
+    if root is None:
+        return None
+    node = root
+    line = node.start_mark.line + 1
+    for key in keys:
+        found = _child(node, key)
+        if found is None:
+            break
+        mark, node = found
+        line = mark.line + 1
+    return line
+
+
+def _child(node: yaml.Node, key: Any) -> tuple[yaml.Mark, yaml.Node] | None:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            if name.value == str(key):
+                return name.start_mark, value
+    if isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+        return node.value[key].start_mark, node.value[key]
+    return None
+
+
+def _show(value: Any) -> str:
+    text = reprlib.repr(value)  # bounded in depth and length, whatever a file's aliases unfold to
+    return text if len(text) <= 60 else text[:57] + "..."

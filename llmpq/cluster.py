@@ -1,0 +1,119 @@
+"""The machines: nodes, their devices in order, and the links between them.
+
+A `rehearse` entry makes a device type stand for a slowed-down CPU process with a memory cap, so
+that a plan for unequal devices runs on a laptop.
+"""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, PositiveInt, model_validator
+
+from llmpq.artifact import Strict, read_yaml
+from llmpq.devices import device_library
+
+GIB = 1024**3
+MIB = 1024**2
+MAX_MEMORY_GIB = 1 << 20  # a pebibyte: more is a slip of the unit
+# What a CUDA context, its libraries and the allocator's slack take from a card.
+GPU_CONTEXT_BYTES = 1 * GIB
+
+
+class Link(Strict):
+    """Latency + bytes / bandwidth."""
+
+    bandwidth_gbs: float = Field(gt=0)
+    latency_us: float = Field(ge=0)
+
+    def seconds(self, num_bytes: float) -> float:
+        """Time to send one message."""
+        return self.latency_us * 1e-6 + num_bytes / (self.bandwidth_gbs * 1e9)
+
+
+class DeviceGroup(Strict):
+    """`count` equal devices of a node."""
+
+    type: str
+    count: PositiveInt = Field(default=1, le=4096)
+    memory_gib: float | None = Field(default=None, gt=0, le=MAX_MEMORY_GIB)
+
+
+class Node(Strict):
+    """A machine."""
+
+    name: str
+    devices: list[DeviceGroup] = Field(min_length=1)
+    link: Link = Link(bandwidth_gbs=12.0, latency_us=20)
+
+
+class Rehearsal(Strict):
+    """How a CPU process plays this device type."""
+
+    slowdown: float = Field(ge=1)
+    memory_mib: float = Field(gt=0, le=MAX_MEMORY_GIB * 1024)
+
+
+class Cluster(Strict):
+    """cluster.yaml."""
+
+    name: str = "cluster"
+    nodes: list[Node] = Field(min_length=1)
+    link: Link = Link(bandwidth_gbs=1.25, latency_us=50)
+    rehearse: dict[str, Rehearsal] = {}
+
+    @model_validator(mode="after")
+    def _check_types(self) -> "Cluster":
+        known = {*device_library(), *self.rehearse}
+        unknown = {g.type for n in self.nodes for g in n.devices if g.type not in known}
+        faults = [_unknown_type(name, known) for name in sorted(unknown)]
+        names = [node.name for node in self.nodes]
+        if len(set(names)) < len(names):
+            faults.append(f"node names must differ, found {', '.join(names)}")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def devices(self) -> list["Device"]:
+        """Every device, node by node."""
+        return [
+            Device(node.name, group.type, self._memory_bytes(group))
+            for node in self.nodes
+            for group in node.devices
+            for _ in range(group.count)
+        ]
+
+    def link_between(self, node: str, other: str) -> Link:
+        """The link between two nodes, or inside one."""
+        if node != other:
+            return self.link
+        return next(n.link for n in self.nodes if n.name == node)
+
+    def _memory_bytes(self, group: DeviceGroup) -> int:
+        if group.type in self.rehearse:
+            return int(self.rehearse[group.type].memory_mib * MIB)
+        gib = group.memory_gib or device_library()[group.type].memory_gib
+        return max(0, int(gib * GIB) - GPU_CONTEXT_BYTES)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device. `memory_bytes` is what weights, cache and activations may take."""
+
+    node: str
+    type: str
+    memory_bytes: int
+
+
+def load_cluster(path: Path) -> Cluster:
+    """Reads cluster.yaml."""
+    return read_yaml(path, Cluster)
+
+
+def _unknown_type(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+    return (
+        f"unknown device type '{name}'; {hint} "
+        "('llmpq-profile devices' lists all; a `rehearse` entry makes any name known)"
+    )

@@ -1,0 +1,34 @@
+"""What can go wrong, as seen by the person who runs a command.
+
+    LlmpqError            catch this to catch everything below
+    |- UserError          exit 2: a file, a flag or a value is wrong; nothing was started
+    |- InfeasibleError    exit 3: the question was fine, no plan (or run) fits the machines
+    `- WorkerError        exit 4: a worker process was lost or failed; finished requests are safe
+
+Each holds the whole message, so that a command prints it and exits without a traceback.
+Programming mistakes stay `AssertionError`, `TypeError` and the like, with their traceback.
+"""
+
+
+class LlmpqError(Exception):
+    """Base of all errors a user is meant to read."""
+
+    exit_code = 1
+
+
+class UserError(LlmpqError):
+    """Bad usage or bad input: says the file, the line, the value and what would work."""
+
+    exit_code = 2
+
+
+class InfeasibleError(LlmpqError):
+    """Nothing fits: says what is short, on which device and by how much."""
+
+    exit_code = 3
+
+
+class WorkerError(LlmpqError):
+    """A worker was lost or failed during a run."""
+
+    exit_code = 4

@@ -1,0 +1,304 @@
+"""The shape of a decoder model, from its `config.json` alone: no weights, no torch, no network.
+
+`ModelSpec` holds what planning needs: the linear operators of a layer (they are what is
+quantised), the other parameters, the embedding, the head and the cache's width. Families are
+described in one small table each; tests compare the counts with transformers' own modules.
+A family that is not in the table is counted as LLaMA-shaped and says so (`guessed`).
+Not covered: mixtures of experts, encoders, models with several kinds of layer.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from llmpq.artifact import Strict, parse_json
+from llmpq.errors import UserError
+
+ASSETS = Path(__file__).parent / "assets"
+DEFAULT_MODEL = "tiny-tales"  # ships inside the package
+
+
+class Linear(Strict):
+    """A weight matrix `[out_features, in_features]` of a layer."""
+
+    name: str
+    out_features: int = Field(gt=0)
+    in_features: int = Field(gt=0)
+
+
+class ModelSpec(Strict):
+    """Sizes of one decoder-only model. Counts are numbers of parameters, not bytes."""
+
+    name: str
+    model_type: str
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    ffn_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    max_positions: int = Field(gt=0)
+    linears: tuple[Linear, ...]
+    layer_other_params: int = Field(ge=0)  # norms and biases of one layer
+    embedding_params: int = Field(ge=0)  # token and position embeddings and their norm
+    head_params: int = Field(ge=0)  # the output matrix, also where it is tied to the embedding
+    final_params: int = Field(ge=0)  # the norm after the last layer
+    tied: bool
+    eager_attention: bool = False  # attention scores are held in memory, [batch, heads, s, s]
+    guessed: bool = False
+
+    @property
+    def model_key(self) -> str:
+        """Names the layer shape; profiles of equal keys are interchangeable."""
+        return (
+            f"{self.model_type}-h{self.hidden_size}-f{self.ffn_size}-a{self.num_heads}"
+            f"-kv{self.num_kv_heads}-d{self.head_dim}-v{self.vocab_size}"
+        )
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Keys and values that one token leaves in the cache of one layer."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one decoder layer."""
+        weights = sum(op.out_features * op.in_features for op in self.linears)
+        return weights + self.layer_other_params
+
+
+def load_model_spec(model: str) -> ModelSpec:
+    """The spec of MODEL: a directory, a `config.json`, a cached hub id, or the shipped model."""
+    path = config_path(model)
+    config = parse_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a model configuration, found {type(config).__name__}")
+    return spec_from_config(config, name=model, source=str(path))
+
+
+def config_path(model: str) -> Path:
+    """Where the `config.json` of MODEL lies."""
+    path = Path(model)
+    if model == DEFAULT_MODEL and not path.exists():
+        return ASSETS / DEFAULT_MODEL / "config.json"
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; a model directory needs a config.json")
+        return path
+    if path.is_file():
+        return path
+    return _hub_config(model)
+
+
+def _hub_config(model: str) -> Path:
+    if model.count("/") != 1 or model.startswith((".", "/")) or model.endswith(".json"):
+        raise UserError(
+            f"{model}: no such model; give a directory, a config.json, a Hugging Face id "
+            f"(owner/name) or '{DEFAULT_MODEL}', which ships with llmpq"
+        )
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise UserError(
+            f"{model}: to look up a Hugging Face id, pip install 'llmpq[run]', "
+            "or give the path of its config.json"
+        ) from None
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except Exception as error:  # the hub client raises many kinds; each means: not to be had
+        raise UserError(f"{model}: its config.json could not be fetched ({error})") from None
+
+
+def spec_from_config(config: dict[str, Any], name: str, source: str = "config.json") -> ModelSpec:
+    """The spec that a configuration describes; all missing or wrong keys in one `UserError`."""
+    text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise UserError(f"{source}: 'text_config' must be an object, found {text!r}")
+    keys = _Config(text, source)
+    model_type = keys.text("model_type")
+    if any(key in keys.data for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise UserError(f"{source}: mixture-of-experts models ({model_type}) are not supported")
+    family = FAMILIES.get(model_type)
+    spec = (family or _llama)(keys)
+    keys.raise_faults()
+    return ModelSpec(name=name, model_type=model_type, guessed=family is None, **spec)
+
+
+class _Config:
+    """Reads integers from a configuration and collects what is wrong with them."""
+
+    def __init__(self, data: dict[str, Any], source: str) -> None:
+        self.data = data
+        self.source = source
+        self.faults: list[str] = []
+
+    def text(self, key: str) -> str:
+        value = self.data.get(key)
+        if not isinstance(value, str):
+            raise UserError(f"{self.source}: '{key}' is missing or not a text")
+        return value
+
+    def count(self, *names: str, default: int | None = None) -> int:
+        """The first of `names` that is present, a positive integer."""
+        for name in names:
+            value = self.data.get(name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                self.faults.append(f"{self.source}: '{name}' must be a positive integer: {value!r}")
+                return 1
+            return value
+        if default is None:
+            self.faults.append(f"{self.source}: '{names[0]}' is missing")
+        return default or 1
+
+    def flag(self, key: str, default: bool) -> bool:
+        return bool(self.data.get(key, default))
+
+    def raise_faults(self) -> None:
+        if self.faults:
+            raise UserError("\n".join(dict.fromkeys(self.faults)))
+
+
+def _linear(name: str, out_features: int, in_features: int) -> Linear:
+    return Linear(name=name, out_features=out_features, in_features=in_features)
+
+
+def _common(keys: _Config, ffn_factor: int | None = None) -> dict[str, Any]:
+    hidden = keys.count("hidden_size", "n_embed")
+    heads = keys.count("num_attention_heads", "n_head")
+    ffn_default = ffn_factor * hidden if ffn_factor else None
+    return {
+        "num_layers": keys.count("num_hidden_layers", "n_layer"),
+        "hidden_size": hidden,
+        "ffn_size": keys.count("intermediate_size", "ffn_dim", default=ffn_default),
+        "num_heads": heads,
+        "num_kv_heads": keys.count("num_key_value_heads", default=heads),
+        "head_dim": keys.count("head_dim", default=max(1, hidden // heads)),
+        "vocab_size": keys.count("vocab_size"),
+        "max_positions": keys.count("max_position_embeddings", "seq_length", default=2048),
+        "head_params": keys.count("vocab_size") * hidden,
+    }
+
+
+def _llama(
+    keys: _Config,
+    *,
+    qkv_bias: bool | None = None,
+    norms: int = 2,
+    qk_norm: bool = False,
+    tied: bool = False,
+) -> dict[str, Any]:
+    """Gated feed-forward, rotary positions, root-mean-square norms, grouped-query attention."""
+    spec = _common(keys)
+    hidden, ffn, dim = spec["hidden_size"], spec["ffn_size"], spec["head_dim"]
+    query, key_value = spec["num_heads"] * dim, spec["num_kv_heads"] * dim
+    attention_bias = keys.flag("attention_bias", False)
+    biased_qkv = attention_bias if qkv_bias is None else qkv_bias
+    other = norms * hidden + (2 * dim if qk_norm else 0)
+    other += (query + 2 * key_value) if biased_qkv else 0
+    other += hidden if attention_bias else 0
+    other += (2 * ffn + hidden) if keys.flag("mlp_bias", False) else 0
+    linears = (
+        _linear("q_proj", query, hidden),
+        _linear("k_proj", key_value, hidden),
+        _linear("v_proj", key_value, hidden),
+        _linear("o_proj", hidden, query),
+        _linear("gate_proj", ffn, hidden),
+        _linear("up_proj", ffn, hidden),
+        _linear("down_proj", hidden, ffn),
+    )
+    return spec | {
+        "linears": linears,
+        "layer_other_params": other,
+        "embedding_params": spec["vocab_size"] * hidden,
+        "final_params": hidden,
+        "tied": keys.flag("tie_word_embeddings", tied),
+    }
+
+
+def _qwen2(keys: _Config) -> dict[str, Any]:
+    return _llama(keys, qkv_bias=True)
+
+
+def _qwen3(keys: _Config) -> dict[str, Any]:
+    return _llama(keys, qk_norm=True)
+
+
+def _gemma2(keys: _Config) -> dict[str, Any]:
+    return _llama(keys, norms=4, tied=True) | {"eager_attention": True}
+
+
+def _gemma3(keys: _Config) -> dict[str, Any]:
+    return _llama(keys, norms=4, qk_norm=True, tied=True)
+
+
+def _opt(keys: _Config) -> dict[str, Any]:
+    spec = _common(keys)
+    hidden, ffn = spec["hidden_size"], spec["ffn_size"]
+    embed = keys.count("word_embed_proj_dim", default=hidden)
+    bias = 4 * hidden + ffn + hidden if keys.flag("enable_bias", True) else 0
+    positions = (spec["max_positions"] + 2) * hidden
+    project = embed * hidden if embed != hidden else 0
+    final_norm = 2 * hidden if keys.flag("do_layer_norm_before", True) else 0
+    attention = tuple(_linear(f"{n}_proj", hidden, hidden) for n in ("q", "k", "v", "out"))
+    return spec | {
+        "linears": (*attention, _linear("fc1", ffn, hidden), _linear("fc2", hidden, ffn)),
+        "layer_other_params": 4 * hidden + bias,
+        "embedding_params": spec["vocab_size"] * embed + positions + project,
+        "head_params": spec["vocab_size"] * embed,
+        "final_params": final_norm + project,
+        "tied": keys.flag("tie_word_embeddings", True),
+    }
+
+
+def _fused_qkv(keys: _Config, **more: Any) -> dict[str, Any]:
+    """BLOOM and GPT-NeoX: one matrix for query, key and value; biases everywhere."""
+    spec = _common(keys, ffn_factor=4)
+    hidden, ffn = spec["hidden_size"], spec["ffn_size"]
+    attention_bias = 4 * hidden if keys.flag("attention_bias", True) else 0
+    linears = (
+        _linear("query_key_value", 3 * hidden, hidden),
+        _linear("dense", hidden, hidden),
+        _linear("dense_h_to_4h", ffn, hidden),
+        _linear("dense_4h_to_h", hidden, ffn),
+    )
+    return (
+        spec
+        | {
+            "linears": linears,
+            "layer_other_params": 4 * hidden + attention_bias + ffn + hidden,
+            "embedding_params": spec["vocab_size"] * hidden,
+            "final_params": 2 * hidden,
+            "tied": False,
+        }
+        | more
+    )
+
+
+def _bloom(keys: _Config) -> dict[str, Any]:
+    hidden, vocab = keys.count("hidden_size", "n_embed"), keys.count("vocab_size")
+    more = {"embedding_params": vocab * hidden + 2 * hidden, "eager_attention": True}
+    return _fused_qkv(keys, tied=keys.flag("tie_word_embeddings", True), **more)
+
+
+def _gpt_neox(keys: _Config) -> dict[str, Any]:
+    return _fused_qkv(keys, tied=keys.flag("tie_word_embeddings", False))
+
+
+FAMILIES: dict[str, Callable[[_Config], dict[str, Any]]] = {
+    "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "gemma3": _gemma3,
+    "opt": _opt,
+    "bloom": _bloom,
+    "gpt_neox": _gpt_neox,
+}

@@ -1,0 +1,55 @@
+"""Precisions by name, and how many bytes a weight matrix takes at each.
+
+A precision is a string, as plans write it: "16", "8", "4", "3" are weight-only; "8-w8a8" stores
+8-bit weights per output channel and quantises activations per token to 8 bits as it multiplies.
+
+Weight-only precisions below 16 bits are asymmetric: a weight is `(code - zero) * scale`, one scale
+and one zero a group of consecutive weights of a row. 3 and 4 bits use groups of 128, or of 64
+where 128 does not divide the row, or else the whole row; 8 bits use the whole row.
+The byte counts here are what `llmpq.quant` really holds; a test compares the two.
+"""
+
+from dataclasses import dataclass
+
+SCALE_BYTES = 2  # scales and zeros are kept in a 16-bit float each
+CHANNEL_SCALE_BYTES = 4  # w8a8: one fp32 scale an output channel
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One way to store the weights of a layer."""
+
+    name: str
+    weight_bits: int
+    weight_only: bool = True
+
+    def weight_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of one `[out_features, in_features]` matrix, scales and zeros included."""
+        if self.weight_bits == 16:
+            return 2 * out_features * in_features
+        if not self.weight_only:
+            return out_features * (in_features + CHANNEL_SCALE_BYTES)
+        num_groups = in_features // group_size(self.weight_bits, in_features)
+        packed_row = -(-in_features // 8) * self.weight_bits
+        return out_features * (packed_row + 2 * SCALE_BYTES * num_groups)
+
+
+PRECISIONS: dict[str, Precision] = {
+    p.name: p
+    for p in (
+        Precision("16", 16),
+        Precision("8", 8),
+        Precision("8-w8a8", 8, weight_only=False),
+        Precision("4", 4),
+        Precision("3", 3),
+    )
+}
+
+
+def group_size(weight_bits: int, in_features: int) -> int:
+    """How many consecutive weights of a row share a scale and a zero."""
+    if weight_bits < 8:
+        for size in (128, 64):
+            if in_features % size == 0:
+                return size
+    return in_features

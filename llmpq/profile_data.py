@@ -1,0 +1,116 @@
+"""profile.json (measured times of one device type) and sensitivity.json (quality per layer)."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict, read_json
+from llmpq.errors import UserError
+from llmpq.precision import PRECISIONS
+
+# "stage_*": what one call of a stage costs beside its layers (masks, positions, messages).
+Phase = Literal["prefill", "decode", "embedding", "head", "stage_prefill", "stage_decode"]
+
+
+class ProfiledDevice(Strict):
+    """The device that was measured."""
+
+    name: str
+    type: str
+    memory_bytes: PositiveInt
+    num_threads: int | None = None
+    compute_capability: str | None = None
+    dtype: str | None = None
+
+
+class ProfileRow(Strict):
+    """One measurement: of one decoder layer ("prefill", "decode"), or of what its phase says.
+
+    prefill: `micro_batch` prompts of `prompt_tokens`. decode: one token for each of `micro_batch`
+    requests with `past_tokens` in the cache. embedding: `micro_batch` x `prompt_tokens` tokens.
+    head: final norm, logits and choice of the next token for `micro_batch` requests.
+    """
+
+    model_key: str
+    precision: str
+    phase: Phase
+    micro_batch: PositiveInt
+    prompt_tokens: NonNegativeInt = 0
+    past_tokens: NonNegativeInt = 0
+    time_ms: PositiveFloat
+    time_ms_p10: PositiveFloat
+    time_ms_p90: PositiveFloat
+    num_samples: PositiveInt
+
+
+class Profile(Strict):
+    """profile.json."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["profile"] = "profile"
+    device: ProfiledDevice
+    rows: list[ProfileRow] = Field(min_length=1)
+    provenance: Provenance = Provenance()
+
+
+class LayerSensitivity(Strict):
+    """Rise of the loss (nats a token) when this layer alone is held at `precision`."""
+
+    layer: NonNegativeInt
+    precision: str
+    sensitivity: float
+
+
+class QualityFit(Strict):
+    """Percent of perplexity from summed sensitivity x: 100 * (exp(scale * x) - 1)."""
+
+    scale: float = Field(ge=0)
+    mean_abs_error_percent: float = Field(ge=0)
+    num_plans: NonNegativeInt
+
+
+class CalibrationText(Strict):
+    """What the sensitivity was measured on."""
+
+    source: str
+    num_tokens: NonNegativeInt
+    loss: float | None = None
+
+
+class Sensitivity(Strict):
+    """sensitivity.json."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["sensitivity"] = "sensitivity"
+    model: str
+    num_layers: PositiveInt
+    indicator: Literal["variance", "hessian", "measured", "random", "prior"]
+    layers: list[LayerSensitivity]
+    calibration: CalibrationText
+    fit: QualityFit
+    provenance: Provenance = Provenance()
+
+    def table(self) -> dict[str, list[float]]:
+        """Sensitivity by precision and layer; "16" costs nothing, negative noise counts as 0."""
+        table = {p: [float("nan")] * self.num_layers for p in PRECISIONS if p != "16"}
+        for row in self.layers:
+            if row.precision in table and row.layer < self.num_layers:
+                table[row.precision][row.layer] = max(0.0, row.sensitivity)
+        complete = {p: values for p, values in table.items() if not any(v != v for v in values)}
+        return {"16": [0.0] * self.num_layers} | complete
+
+
+def load_profiles(folder: Path) -> list[Profile]:
+    """Every profile of a folder (`*.json` whose kind is "profile")."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of profiles")
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise UserError(f"{folder}: holds no profile (*.json); make one with 'llmpq-profile'")
+    return [read_json(path, Profile) for path in paths]
+
+
+def load_sensitivity(path: Path) -> Sensitivity:
+    """Reads sensitivity.json."""
+    return read_json(path, Sensitivity)

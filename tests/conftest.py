@@ -1,0 +1,50 @@
+"""Fixtures and markers of all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The checkout."""
+    return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The data folder (texts, traces, small checkpoints, published measurements)."""
+    folder = shared_folder()
+    if folder is None:
+        pytest.skip("no data folder: neither $LLMPQ_SHARED nor shared/ in or beside the checkout")
+    return folder
+
+
+def shared_folder() -> Path | None:
+    """Where the data folder lies, if there is one."""
+    named = os.environ.get("LLMPQ_SHARED")
+    places = [Path(named)] if named else [REPO_ROOT / "shared", REPO_ROOT.parent / "shared"]
+    return next((place for place in places if place.is_dir()), None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the users of `shared`, and skips GPU tests where there is no GPU."""
+    for item in items:
+        if "shared" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.shared)
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not has_gpu():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+def has_gpu() -> bool:
+    """Whether torch is here and sees an NVIDIA GPU."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()

@@ -1,0 +1,194 @@
+"""The counts of `ModelSpec` against transformers' own modules, built on the meta device."""
+
+from typing import Any
+
+import pytest
+
+from llmpq.errors import UserError
+from llmpq.model_spec import FAMILIES, ModelSpec, spec_from_config
+
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 120,
+    "max_position_embeddings": 256,
+}
+WIDE = {**LLAMA, "head_dim": 24}  # heads that do not add up to the hidden size
+OPT = {
+    "hidden_size": 64,
+    "ffn_dim": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 120,
+    "max_position_embeddings": 256,
+    "word_embed_proj_dim": 64,
+}
+BLOOM = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 120}
+NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+GEMMA = {**WIDE, "query_pre_attn_scalar": 24}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("opt", OPT),
+    "opt without biases": ("opt", {**OPT, "enable_bias": False}),
+    "opt with projected embedding": (
+        "opt",
+        {**OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    ),
+    "opt untied": ("opt", {**OPT, "tie_word_embeddings": False}),
+    "bloom": ("bloom", BLOOM),
+    "llama": ("llama", LLAMA),
+    "llama tied": ("llama", {**LLAMA, "tie_word_embeddings": True}),
+    "llama with biases": ("llama", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
+    "llama wide heads": ("llama", WIDE),
+    "llama without kv heads": ("llama", NEOX),
+    "mistral": ("mistral", LLAMA),
+    "mistral wide heads": ("mistral", WIDE),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen2 tied": ("qwen2", {**LLAMA, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", WIDE),
+    "qwen3 with biases": ("qwen3", {**WIDE, "attention_bias": True}),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox without attention biases": ("gpt_neox", {**NEOX, "attention_bias": False}),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma2 untied": ("gemma2", {**GEMMA, "tie_word_embeddings": False}),
+    "gemma3_text": ("gemma3_text", GEMMA),
+}
+
+
+def build(model_type: str, sizes: dict[str, Any]) -> Any:
+    """The model of transformers, without storage."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def decoder_layers(model: Any) -> Any:
+    """The list of decoder layers, wherever the family keeps it."""
+    torch = pytest.importorskip("torch")
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return next(modules for modules in lists if len(modules) == model.config.num_hidden_layers)
+
+
+def num_params(module: Any) -> int:
+    """Parameters of a module, shared ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def after_layers(model: Any) -> list[Any]:
+    """What stands between the last layer and the head."""
+    inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
+    names = {"norm", "ln_f", "final_layer_norm", "project_out"}
+    return [
+        module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in names and id(module) not in inside
+    ]
+
+
+def test_every_family_is_compared() -> None:
+    assert set(FAMILIES) - {"gemma3"} == {model_type for model_type, _ in CASES.values()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layer(case: str) -> None:
+    torch = pytest.importorskip("torch")
+    spec, model = both(case)
+    layers = decoder_layers(model)
+    assert len(layers) == spec.num_layers
+    linears = [m for m in layers[0].named_modules() if isinstance(m[1], torch.nn.Linear)]
+    ours = sorted((op.name, op.out_features, op.in_features) for op in spec.linears)
+    theirs = sorted((n.rpartition(".")[2], *m.weight.shape) for n, m in linears)
+    assert ours == theirs
+    weights = sum(m.weight.numel() for _, m in linears)
+    assert spec.layer_other_params == num_params(layers[0]) - weights
+    assert spec.layer_params == num_params(layers[0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rest(case: str) -> None:
+    spec, model = both(case)
+    head = model.get_output_embeddings()
+    tied = head.weight is model.get_input_embeddings().weight
+    assert spec.tied == tied
+    assert spec.head_params == head.weight.numel()
+    rest = num_params(model) - sum(num_params(layer) for layer in decoder_layers(model))
+    ours = spec.embedding_params + spec.final_params + (0 if tied else spec.head_params)
+    assert ours == rest
+    assert spec.final_params == sum(num_params(module) for module in after_layers(model))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sizes(case: str) -> None:
+    spec, model = both(case)
+    config = model.config
+    assert spec.hidden_size == config.hidden_size
+    assert spec.num_heads == config.num_attention_heads
+    assert spec.vocab_size == config.vocab_size
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert spec.head_dim == dim
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    assert spec.kv_values_per_token == 2 * kv_heads * dim
+
+
+def both(case: str) -> tuple[ModelSpec, Any]:
+    """Our spec and transformers' model of one case."""
+    model_type, sizes = CASES[case]
+    model = build(model_type, sizes)
+    return spec_from_config({"model_type": model_type, **sizes}, name=case), model
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "bloom", "opt"])
+def test_full_configuration_counts_the_same(case: str) -> None:
+    """A configuration that transformers writes (every default spelled out) gives the same spec."""
+    spec, model = both(case)
+    full = spec_from_config(model.config.to_dict(), name=case)
+    assert full.model_copy(update={"max_positions": spec.max_positions}) == spec
+
+
+def test_nested_text_config() -> None:
+    inner = {"model_type": "gemma3_text", **GEMMA}
+    outer = spec_from_config({"model_type": "gemma3", "text_config": inner}, name="m")
+    assert outer == spec_from_config(inner, name="m")
+
+
+def test_unknown_family_is_a_guess() -> None:
+    spec = spec_from_config({"model_type": "new-model", **LLAMA}, name="m")
+    assert spec.guessed and spec.layer_params == llama_spec().layer_params
+
+
+def llama_spec() -> ModelSpec:
+    return spec_from_config({"model_type": "llama", **LLAMA}, name="m")
+
+
+def test_model_key_tells_layer_shapes_apart() -> None:
+    wide = spec_from_config({"model_type": "llama", **WIDE}, name="m")
+    deep = spec_from_config({"model_type": "llama", **LLAMA, "num_hidden_layers": 9}, name="m")
+    assert llama_spec().model_key != wide.model_key
+    assert llama_spec().model_key == deep.model_key
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, ["model_type"]),
+        ({"model_type": 3}, ["model_type"]),
+        ({"model_type": "llama"}, ["hidden_size", "num_attention_heads", "vocab_size"]),
+        ({"model_type": "opt", **OPT, "ffn_dim": -1, "vocab_size": "9"}, ["ffn_dim", "vocab_size"]),
+        ({"model_type": "llama", **LLAMA, "num_hidden_layers": True}, ["num_hidden_layers"]),
+        ({"model_type": "mixtral", **LLAMA, "num_local_experts": 8}, ["mixture-of-experts"]),
+        ({"text_config": None}, ["text_config"]),
+        ({"text_config": 5, "model_type": "llama"}, ["text_config"]),
+    ],
+)
+def test_bad_configurations(config: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        spec_from_config(config, name="m", source="c.json")
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith("c.json: ") for line in lines)
+    assert all(word in str(caught.value) for word in words)
+    assert len(set(lines)) == len(lines), "each fault once"
