@@ -1,0 +1,44 @@
+# One command per habit. Each works on a clean machine with python3 (3.11 or newer), git and make:
+# the environment is made on first use. Settings (PYTHON, LLMPQ_TORCH, ...): see scripts/env.sh.
+
+RUN := scripts/env.sh
+export PYTHON ?= python3
+
+.PHONY: help quickstart test check bench env clean
+
+help:
+	@echo "make quickstart  profile, plan and run the shipped model on a rehearsed cluster"
+	@echo "make test        all tests (PYTEST_ARGS='-k name' for some)"
+	@echo "make check       lint, formatting and types"
+	@echo "make bench       every benchmark, quickly, into bench-out/"
+	@echo "make env         the environment in .venv"
+	@echo "make clean       remove what was built, the environment included"
+
+quickstart:
+	@bash scripts/quickstart.sh
+
+test:
+	@$(RUN) python -m pytest -q $(PYTEST_ARGS)
+
+check:
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+
+# Files that start with an underscore are helpers of the benchmarks. One that fails stops no other.
+bench:
+	@mkdir -p bench-out; failed=; \
+	for file in scripts/bench/[!_]*.py; do \
+	    [ -e "$$file" ] || continue; \
+	    name=$$(basename "$$file" .py); echo "== $$name"; \
+	    $(RUN) python "$$file" --quick --json "bench-out/$$name.json" || failed="$$failed $$name"; \
+	done; \
+	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
+env:
+	@$(RUN)
+
+clean:
+	rm -rf .venv build dist *.egg-info quickstart-out bench-out gpu-out
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find llmpq tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
