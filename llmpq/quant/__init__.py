@@ -1,0 +1,16 @@
+"""Linear layers that hold their weight at a given precision, and multiply by it.
+
+`make_linear` builds one; it is empty until it swallows its raw weight, which it rounds
+(`rounding`), packs (`packing`) and keeps. How it multiplies (`kernels`) depends on the device, the
+dtype and the number of rows, never on a clock, so the same input always gives the same bits.
+"""
+
+from llmpq.quant.linear import (
+    PlainLinear,
+    QuantizedLinear,
+    available_precisions,
+    make_linear,
+)
+from llmpq.quant.rounding import quantize
+
+__all__ = ["PlainLinear", "QuantizedLinear", "available_precisions", "make_linear", "quantize"]

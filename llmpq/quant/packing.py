@@ -1,0 +1,78 @@
+"""Codes of 3, 4 or 8 bits to bytes and back, a few whole-tensor passes each way.
+
+Two steps. Codes of at most 4 bits first become *nibbles*: column `j` and column `j + cols/2` share
+a byte. 3 bits then save the empty top bit of each nibble: the low two bits of two nibble bytes
+share a byte of the first plane, the third bits of four of them share a byte of the second. Both
+steps pair up distant halves of a row, not neighbours, so that every pass reads and writes long
+contiguous runs. The second step does not care how the nibbles were ordered, which lets kernels
+with a layout of their own (`kernels.tile_nibbles`) store 3 bits too.
+
+Columns are padded with zero codes to a multiple of 8, so a row takes `bits * ceil(cols / 8)` bytes.
+"""
+
+import torch
+from torch import Tensor
+
+LOW_TWO_BITS = 0x33  # of both nibbles of a byte
+THIRD_BIT = 0x44
+
+
+def padded_columns(cols: int) -> int:
+    """`cols` rounded up to a multiple of 8."""
+    return -(-cols // 8) * 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes `[rows, cols]` to bytes `[rows, bits * ceil(cols / 8)]`."""
+    codes = pad_columns(codes)
+    return codes if bits == 8 else squeeze_nibbles(pack_nibbles(codes), bits)
+
+
+def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
+    """The uint8 codes `[rows, cols]` that `pack` was given."""
+    codes = packed if bits == 8 else unpack_nibbles(expand_nibbles(packed, bits))
+    return codes[:, :cols]
+
+
+def pad_columns(codes: Tensor) -> Tensor:
+    """Zero codes appended up to a multiple of 8 columns."""
+    missing = padded_columns(codes.shape[1]) - codes.shape[1]
+    return torch.nn.functional.pad(codes, (0, missing)) if missing else codes
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Codes below 16, `[..., n]` with `n` even, to bytes `[..., n / 2]`."""
+    low, high = codes.chunk(2, dim=-1)
+    return low | (high << 4)
+
+
+def unpack_nibbles(nibbles: Tensor) -> Tensor:
+    """The codes that `pack_nibbles` was given."""
+    return torch.cat((nibbles & 15, nibbles >> 4), dim=-1)
+
+
+def squeeze_nibbles(nibbles: Tensor, bits: int) -> Tensor:
+    """Nibble bytes `[rows, n]`, `n` a multiple of 4, to `[rows, n * bits / 4]`."""
+    if bits == 4:
+        return nibbles
+    first, second = (nibbles & LOW_TWO_BITS).chunk(2, dim=-1)
+    a, b, c, d = ((nibbles & THIRD_BIT) >> 2).chunk(4, dim=-1)
+    return torch.cat((first | (second << 2), a | (b << 1) | (c << 2) | (d << 3)), dim=-1)
+
+
+def expand_nibbles(packed: Tensor, bits: int) -> Tensor:
+    """The nibble bytes that `squeeze_nibbles` was given; eight bytes at a time where rows allow."""
+    if bits == 4:
+        return packed
+    quarter = packed.shape[-1] // 3
+    nibbles = packed.new_empty(*packed.shape[:-1], 4 * quarter)
+    word, ones = (torch.int64, 0x0101010101010101) if quarter % 8 == 0 else (torch.uint8, 1)
+    low_plane, third_plane = packed[..., : 2 * quarter], packed[..., 2 * quarter :]
+    first, second = nibbles.view(word).chunk(2, dim=-1)
+    torch.bitwise_and(low_plane.view(word), LOW_TWO_BITS * ones, out=first)
+    torch.bitwise_right_shift(low_plane.view(word), 2, out=second).bitwise_and_(LOW_TWO_BITS * ones)
+    thirds = third_plane.view(word)
+    a, b, c, d = nibbles.view(word).chunk(4, dim=-1)
+    for part, moved in ((a, thirds << 2), (b, thirds << 1), (c, thirds), (d, thirds >> 1)):
+        part |= moved & (THIRD_BIT * ones)
+    return nibbles
