@@ -1,0 +1,1 @@
+"""Commands: read files, call the branch that does the work, render. The two branches meet here."""

@@ -1,0 +1,66 @@
+"""What every command shares: `--version`, `-v/-q`, `--json`, exit codes, consoles.
+
+A user's error is printed as its message alone and ends with the exit code of its kind.
+Human output goes to standard error, so that `--json -` can own standard output.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from llmpq import __version__
+from llmpq.errors import LlmpqError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ARGUMENTS = "llmpq.arguments"  # in a context's meta: the words of the command line
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Command(click.Command):
+    """A click command that turns `LlmpqError` into its message and exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LlmpqError as error:
+            for line in str(error).splitlines():
+                click.echo(f"error: {line}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+
+
+def common_options(function: F) -> F:
+    """Adds `--json`, `-v`, `-q` and `--version`."""
+    decorators = [
+        click.option(
+            "--json",
+            "json_path",
+            type=click.Path(path_type=Path, allow_dash=True),
+            help="Also write the result as JSON to this file ('-': standard output).",
+        ),
+        click.option("-v", "--verbose", is_flag=True, help="Say more."),
+        click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
+        click.version_option(__version__, prog_name="llmpq"),
+    ]
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def console(quiet: bool = False) -> "Console":
+    """Where people read: standard error, plain where it is no terminal."""
+    from rich.console import Console
+
+    width = None if sys.stderr.isatty() else 120
+    return Console(stderr=True, quiet=quiet, highlight=False, width=width)

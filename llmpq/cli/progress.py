@@ -1,0 +1,60 @@
+"""Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SILENT_S = 2.0  # shorter work shows nothing
+LINE_EVERY_S = 5.0
+
+
+class Progress:
+    """Call `update(done, detail)`; the first two seconds say nothing."""
+
+    def __init__(self, out: "Console", what: str, total: int) -> None:
+        self._out, self._what, self._total = out, what, total
+        self._started = self._said = time.monotonic()
+        self._bar: object | None = None
+
+    def update(self, done: int, detail: str = "") -> None:
+        """`done` of the total are finished."""
+        now = time.monotonic()
+        if now - self._started < SILENT_S:
+            return
+        if self._out.is_terminal:
+            self._draw(done, detail)
+        elif now - self._said > LINE_EVERY_S:
+            self._said = now
+            self._out.print(f"{self._what}: {done}/{self._total} {detail}".rstrip())
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.stop()  # type: ignore[attr-defined]
+
+    def _draw(self, done: int, detail: str) -> None:
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        if self._bar is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+            bar = RichProgress(*columns, console=self._out, transient=True)
+            bar.add_task(self._what, total=self._total)
+            bar.start()
+            self._bar = bar
+        description = f"{self._what} {done}/{self._total} {detail}".rstrip()
+        self._bar.update(0, completed=done, description=description)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def progress(out: "Console", what: str, total: int) -> Iterator[Progress]:
+    """A `Progress` that is closed at the end."""
+    shown = Progress(out, what, total)
+    try:
+        yield shown
+    finally:
+        shown.close()

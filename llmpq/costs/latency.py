@@ -1,0 +1,310 @@
+"""How long one layer takes on a device type: measured, fitted, or from the spec sheet.
+
+Measured rows of one precision and phase give two models. A linear regression, weighted for
+relative error: prefill of p prompts of s tokens on {p, s, p s, p s^2, 1}, decode of q requests on
+{q (past + 1), q, past, 1}, embedding on {tokens, 1}, head on {q, 1}. And, where the asked
+micro-batch itself was profiled at two lengths or more, the straight line between its measured
+lengths (beyond them, along the nearest two): kernels switch with the batch, and one plane over
+all batches smears that. Predictions never fall below half the shortest measured time.
+
+Without a profile: a plain roofline of the spec sheet, labelled as such.
+Lengths may be numpy arrays; times are seconds. Not covered: several devices a stage.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from llmpq.cluster import Cluster
+from llmpq.devices import DeviceType, device_library
+from llmpq.errors import UserError
+from llmpq.model_spec import ModelSpec
+from llmpq.precision import PRECISIONS
+from llmpq.profile_data import Profile, ProfileRow
+
+# What a kernel reaches of the spec sheet, and what starting a layer's kernels costs.
+PEAK_SHARE = 0.5
+BANDWIDTH_SHARE = 0.7
+LAUNCH_S = 30e-6
+SPEC_SHEET = "spec sheet, not measured"
+
+Tokens = Any  # a number of tokens, or a numpy array of them
+Seconds = Any  # a float, or a numpy array like the tokens asked for
+Features = Callable[[float, Tokens], tuple[Any, ...]]
+
+
+class TimeModel(Protocol):
+    """Seconds of one phase."""
+
+    def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
+        """For `micro_batch` requests of `tokens` prompt (decode: past) tokens."""
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Times of one decoder layer, the embedding, the head and a stage's call on a device type.
+
+    `models` is by (precision, phase); phases that do not depend on the precision have "".
+    """
+
+    models: Mapping[tuple[str, str], TimeModel]
+    precisions: tuple[str, ...]
+    provenance: str
+    measured: bool = True
+    factor: float = 1.0
+
+    def prefill_s(self, precision: str, micro_batch: int, prompt_tokens: Tokens) -> Seconds:
+        """One layer on `micro_batch` whole prompts."""
+        return self._seconds(precision, "prefill", micro_batch, prompt_tokens)
+
+    def decode_s(self, precision: str, micro_batch: int, past_tokens: Tokens) -> Seconds:
+        """One layer on one new token of each request."""
+        return self._seconds(precision, "decode", micro_batch, past_tokens)
+
+    def embedding_s(self, micro_batch: int, prompt_tokens: Tokens) -> Seconds:
+        """Looking up all tokens of a micro-batch."""
+        return self._seconds("", "embedding", micro_batch, prompt_tokens)
+
+    def head_s(self, micro_batch: int) -> Seconds:
+        """Final norm, logits and choice of one token a request."""
+        return self._seconds("", "head", micro_batch, 0)
+
+    def stage_prefill_s(self, micro_batch: int, prompt_tokens: Tokens) -> Seconds:
+        """What one prefill call of a stage costs beside its layers."""
+        return self._seconds("", "stage_prefill", micro_batch, prompt_tokens)
+
+    def stage_decode_s(self, micro_batch: int, past_tokens: Tokens) -> Seconds:
+        """What one decode call of a stage costs beside its layers."""
+        return self._seconds("", "stage_decode", micro_batch, past_tokens)
+
+    def scaled(self, factor: float) -> "LayerTimes":
+        """The same device, `factor` times slower."""
+        return replace(self, factor=self.factor * factor)
+
+    def _seconds(self, precision: str, phase: str, micro_batch: int, tokens: Tokens) -> Seconds:
+        model = self.models.get((precision, phase))
+        if model is None:
+            return 0.0 * np.asarray(tokens, dtype=float)
+        return self.factor * model.seconds(micro_batch, tokens)
+
+
+def device_times(
+    cluster: Cluster, device_type: str, spec: ModelSpec, profiles: Sequence[Profile]
+) -> LayerTimes:
+    """The best times to be had: a profile of this type, a rehearsal's CPU profile, the spec sheet.
+
+    Raises `UserError` where the type is rehearsed and nothing was measured to rehearse it with.
+    """
+    own = [p for p in profiles if p.device.type == device_type]
+    if rows := _rows(own, spec):
+        return measured_times(rows, f"measured on {own[0].device.name}")
+    if device_type in cluster.rehearse:
+        return _rehearsed(cluster, device_type, spec, profiles)
+    times = spec_sheet_times(device_library()[device_type], spec)
+    if own:
+        why = f"; its profile holds no rows of {spec.model_key}"
+        times = replace(times, provenance=times.provenance + why)
+    return times
+
+
+def measured_times(rows: Iterable[ProfileRow], source: str) -> LayerTimes:
+    """Times from the profile rows of one device type and layer shape."""
+    grouped: dict[tuple[str, str], list[ProfileRow]] = defaultdict(list)
+    for row in rows:
+        precision = row.precision if row.phase in ("prefill", "decode") else ""
+        grouped[precision, row.phase].append(row)
+    fits = {key: fit(group) for key, group in grouped.items()}
+    precisions = tuple(p for p in PRECISIONS if {(p, "prefill"), (p, "decode")} <= fits.keys())
+    return LayerTimes(fits, precisions, f"{source}; {_quality_of(fits, grouped)}")
+
+
+def spec_sheet_times(device: DeviceType, spec: ModelSpec) -> LayerTimes:
+    """A roofline: max(operations / reached peak, bytes / reached bandwidth) + launch."""
+    flops, bandwidth = device.fp16_tflops * 1e12 * PEAK_SHARE, device.bandwidth_gbs * 1e9
+    models: dict[tuple[str, str], TimeModel] = {}
+
+    def add(precision: str, phase: str, work: "Work") -> None:
+        models[precision, phase] = Roofline(work, flops, bandwidth * BANDWIDTH_SHARE)
+
+    precisions = tuple(name for name, p in PRECISIONS.items() if p.weight_only)
+    for precision in precisions:
+        add(precision, "prefill", _prefill_work(spec, precision))
+        add(precision, "decode", _decode_work(spec, precision))
+    add("", "embedding", lambda p, s: (0.0 * s, 4.0 * spec.hidden_size * p * s))
+    add("", "head", lambda q, _: (2.0 * spec.head_params * q, 2.0 * spec.head_params))
+    return LayerTimes(models, precisions, SPEC_SHEET, measured=False)
+
+
+# ---- from measurements
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A regression over all rows, and a curve for each micro-batch measured at two lengths."""
+
+    features: Features
+    coefficients: np.ndarray
+    curves: Mapping[int, tuple[np.ndarray, np.ndarray]]
+    floor_s: float
+    mean_error: float  # relative, of the regression over its own rows
+
+    def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
+        """Along the micro-batch's own curve, else by regression."""
+        if micro_batch in self.curves:
+            value = _along(*self.curves[micro_batch], tokens)
+        else:
+            value = _columns(self.features, micro_batch, tokens) @ self.coefficients
+        return np.maximum(self.floor_s, value)
+
+
+def fit(rows: Sequence[ProfileRow]) -> Fitted:
+    """Least squares of relative errors over rows of one phase and precision."""
+    features = FEATURES[rows[0].phase]
+    batch = np.array([row.micro_batch for row in rows], dtype=float)
+    length = np.array([_length(row) for row in rows], dtype=float)
+    seconds = np.array([row.time_ms for row in rows]) / 1000
+    columns = np.stack(np.broadcast_arrays(*features(batch, length)), axis=-1)  # type: ignore[arg-type]
+    relative = columns / seconds[:, None]
+    scale = np.maximum(np.abs(relative).max(axis=0), 1e-300)
+    solution = np.linalg.lstsq(relative / scale, np.ones(len(rows)), rcond=1e-10)[0] / scale
+    floor_s = float(seconds.min()) / 2
+    error = np.abs(np.maximum(columns @ solution, floor_s) / seconds - 1).mean()
+    return Fitted(features, solution, _curves(batch, length, seconds), floor_s, float(error))
+
+
+def _curves(
+    batch: np.ndarray, length: np.ndarray, seconds: np.ndarray
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    curves = {}
+    for size in np.unique(batch):
+        mine = batch == size
+        lengths, where = np.unique(length[mine], return_inverse=True)
+        if len(lengths) >= 2:
+            means = np.bincount(where, weights=seconds[mine]) / np.bincount(where)
+            curves[int(size)] = (lengths, means)
+    return curves
+
+
+def _along(lengths: np.ndarray, seconds: np.ndarray, tokens: Tokens) -> Seconds:
+    """On the line between the two nearest measured lengths, or their extension."""
+    right = np.clip(np.searchsorted(lengths, tokens), 1, len(lengths) - 1)
+    left = right - 1
+    share = (tokens - lengths[left]) / (lengths[right] - lengths[left])
+    return seconds[left] + share * (seconds[right] - seconds[left])
+
+
+def _columns(features: Features, micro_batch: float, tokens: Tokens) -> np.ndarray:
+    values = features(micro_batch, np.asarray(tokens, dtype=float))
+    return np.stack(np.broadcast_arrays(*values), axis=-1)
+
+
+def _prefill_features(p: float, s: Tokens) -> tuple[Any, ...]:
+    return p, s, p * s, p * s * s, 1.0
+
+
+def _decode_features(q: float, past: Tokens) -> tuple[Any, ...]:
+    return q * (past + 1), q, past, 1.0
+
+
+FEATURES: dict[str, Features] = {
+    "prefill": _prefill_features,
+    "stage_prefill": _prefill_features,
+    "decode": _decode_features,
+    "stage_decode": _decode_features,
+    "embedding": lambda p, s: (p * s, 1.0),
+    "head": lambda q, _: (q, 1.0),
+}
+
+
+def _length(row: ProfileRow) -> int:
+    if row.phase in ("decode", "stage_decode"):
+        return row.past_tokens
+    return 0 if row.phase == "head" else row.prompt_tokens
+
+
+def _rows(profiles: Sequence[Profile], spec: ModelSpec) -> list[ProfileRow]:
+    """The rows of this layer shape, if they hold a precision in both phases."""
+    rows = [row for p in profiles for row in p.rows if row.model_key == spec.model_key]
+    phases = [{r.precision for r in rows if r.phase == phase} for phase in ("prefill", "decode")]
+    return rows if phases[0] & phases[1] else []
+
+
+def _quality_of(
+    fits: Mapping[tuple[str, str], Fitted], rows: Mapping[tuple[str, str], Sequence[ProfileRow]]
+) -> str:
+    layers = [key for key in fits if key[0]]
+    count = sum(len(rows[key]) for key in layers)
+    error = sum(fits[key].mean_error * len(rows[key]) for key in layers) / max(1, count)
+    missing = [p for p in ("embedding", "head") if ("", p) not in fits]
+    text = f"fitted, {100 * error:.1f} % mean error"
+    return f"{text}; no {' or '.join(missing)} rows, counted as 0" if missing else text
+
+
+def _rehearsed(
+    cluster: Cluster, device_type: str, spec: ModelSpec, profiles: Sequence[Profile]
+) -> LayerTimes:
+    cpu = [p for p in profiles if p.device.type == "cpu" and p.device.num_threads == 1]
+    rows = _rows(cpu, spec)
+    if not rows:
+        raise UserError(
+            f"device type '{device_type}' is rehearsed on the CPU, which has no profile of "
+            f"{spec.model_key} with one thread; make it with 'llmpq-profile layers --model "
+            f"{spec.name} --threads 1 -o DIR/cpu.json' and plan with '--profiles DIR'"
+        )
+    slowdown = cluster.rehearse[device_type].slowdown
+    times = measured_times(rows, f"measured on {cpu[0].device.name}")
+    return replace(times.scaled(slowdown), provenance=f"{times.provenance}; x{slowdown:g} slowdown")
+
+
+# ---- from the spec sheet
+
+Work = Callable[[int, Tokens], tuple[Any, Any]]  # operations, bytes
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """max(operations / flops, bytes / bandwidth) + launch."""
+
+    work: Work
+    flops: float
+    bandwidth: float
+
+    def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
+        """By whichever of arithmetic and memory is the limit."""
+        operations, num_bytes = self.work(micro_batch, np.asarray(tokens, dtype=float))
+        return np.maximum(operations / self.flops, num_bytes / self.bandwidth) + LAUNCH_S
+
+
+def _prefill_work(spec: ModelSpec, precision: str) -> Work:
+    """Linears on all tokens; causal attention; weights read and cache written once."""
+    weights, weight_bytes = _weights(spec, precision)
+    attention = 2.0 * spec.num_heads * spec.head_dim  # 2 matrices x 2 operations / 2 (causal)
+
+    def work(p: int, s: Tokens) -> tuple[Any, Any]:
+        operations = 2.0 * weights * p * s + attention * p * s * s
+        return operations, weight_bytes + 2.0 * spec.kv_values_per_token * p * s
+
+    return work
+
+
+def _decode_work(spec: ModelSpec, precision: str) -> Work:
+    """Linears on one token a request; attention over the past; weights and cache read once."""
+    weights, weight_bytes = _weights(spec, precision)
+    attention = 4.0 * spec.num_heads * spec.head_dim
+
+    def work(q: int, past: Tokens) -> tuple[Any, Any]:
+        operations = 2.0 * weights * q + attention * q * (past + 1)
+        return operations, weight_bytes + 2.0 * spec.kv_values_per_token * q * (past + 1)
+
+    return work
+
+
+def _weights(spec: ModelSpec, precision: str) -> tuple[int, int]:
+    """Weights of a layer's linears, and the bytes of the whole layer."""
+    weights = sum(op.out_features * op.in_features for op in spec.linears)
+    held = PRECISIONS[precision]
+    num_bytes = sum(held.weight_bytes(op.out_features, op.in_features) for op in spec.linears)
+    return weights, num_bytes + 2 * spec.layer_other_params

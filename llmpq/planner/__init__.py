@@ -1,0 +1,1 @@
+"""The planner: searches orders, partitions, precisions and micro-batches. Never imports torch."""

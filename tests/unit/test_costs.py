@@ -1,0 +1,403 @@
+"""Costs: latency from profiles and spec sheets, memory by hand, quality, the pipeline's time."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmpq.cluster import Cluster
+from llmpq.costs import links, memory
+from llmpq.costs.latency import LayerTimes, device_times, fit, measured_times, spec_sheet_times
+from llmpq.costs.memory import stage_memory
+from llmpq.costs.quality import measured_quality, prior_quality
+from llmpq.costs.timeline import Split, decode_step_s, mean_past, prefill_s, split
+from llmpq.devices import device_library
+from llmpq.errors import UserError
+from llmpq.model_spec import ModelSpec, spec_from_config
+from llmpq.profile_data import Phase, Profile, ProfiledDevice, ProfileRow, Sensitivity
+
+H, F, HEADS, KV, DIM, VOCAB, LAYERS = 64, 160, 4, 2, 16, 100, 3
+CONFIG: dict[str, Any] = {
+    "hidden_size": H,
+    "intermediate_size": F,
+    "ffn_dim": F,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV,
+    "head_dim": DIM,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 50,
+    "tie_word_embeddings": False,
+}
+
+
+ALL_HEADS = ("opt", "bloom", "gpt_neox")  # families without grouped-query attention
+
+
+def make_spec(model_type: str = "llama", **changes: Any) -> ModelSpec:
+    config = CONFIG | {"model_type": model_type} | changes
+    if model_type in ALL_HEADS:
+        del config["num_key_value_heads"]
+    return spec_from_config(config, name=model_type)
+
+
+SPEC = make_spec()
+
+
+def row(phase: Phase, batch: int, length: int, ms: float, precision: str = "16") -> ProfileRow:
+    decode = phase in ("decode", "stage_decode")
+    return ProfileRow(
+        model_key=SPEC.model_key,
+        precision=precision,
+        phase=phase,
+        micro_batch=batch,
+        prompt_tokens=0 if decode else length,
+        past_tokens=length if decode else 0,
+        time_ms=ms,
+        time_ms_p10=ms,
+        time_ms_p90=ms,
+        num_samples=3,
+    )
+
+
+def plane_ms(p: float, s: float) -> float:
+    return 1 + 0.5 * p + 0.01 * s + 0.02 * p * s + 1e-4 * p * s * s
+
+
+def decode_plane_ms(q: float, past: float) -> float:
+    return 0.5 + 0.01 * q * (past + 1) + 0.1 * q + 0.001 * past
+
+
+def profile_rows() -> list[ProfileRow]:
+    sizes, lengths = (1, 2, 4, 8), (8, 16, 64)
+    rows = [row("prefill", p, s, plane_ms(p, s)) for p in sizes for s in lengths]
+    rows += [row("decode", q, t, decode_plane_ms(q, t)) for q in sizes for t in lengths]
+    rows += [row("embedding", p, s, 0.1 + 0.001 * p * s) for p in (1, 4) for s in lengths]
+    return rows + [row("head", q, 0, 0.2 + 0.05 * q) for q in sizes]
+
+
+def make_profile(device_type: str, threads: int | None = 1) -> Profile:
+    device = ProfiledDevice(name="test", type=device_type, memory_bytes=1, num_threads=threads)
+    return Profile(device=device, rows=profile_rows())
+
+
+def rehearsal() -> Cluster:
+    nodes = [{"name": "n", "devices": [{"type": "slow"}]}]
+    return Cluster.model_validate(
+        {"nodes": nodes, "rehearse": {"slow": {"slowdown": 3, "memory_mib": 9}}}
+    )
+
+
+# ---- latency
+
+
+def test_regression_recovers_the_plane_at_batches_that_were_not_measured() -> None:
+    times = measured_times(profile_rows(), "test")
+    assert float(times.prefill_s("16", 3, 40)) == pytest.approx(plane_ms(3, 40) / 1e3, rel=1e-6)
+    assert float(times.decode_s("16", 6, 100)) == pytest.approx(
+        decode_plane_ms(6, 100) / 1e3, rel=1e-6
+    )
+    assert float(times.head_s(3)) == pytest.approx(0.35e-3)
+    assert float(times.embedding_s(3, 10)) == pytest.approx(0.13e-3)
+    assert "fitted, 0.0 % mean error" in times.provenance
+
+
+def test_a_measured_batch_is_interpolated_between_its_own_lengths() -> None:
+    """A kernel that switches at batch 8 is followed there, whatever the plane says."""
+    rows = profile_rows() + [row("prefill", 16, s, 1.0 + s) for s in (10, 20, 40)]
+    times = measured_times(rows, "test")
+    wanted = {10: 11.0, 15: 16.0, 30: 31.0, 60: 61.0}
+    for length, ms in wanted.items():
+        assert float(times.prefill_s("16", 16, length)) == pytest.approx(ms / 1e3)
+    many = times.prefill_s("16", 16, np.array(list(wanted)))
+    assert many == pytest.approx(np.array(list(wanted.values())) / 1e3)
+
+
+def test_equal_measurements_are_averaged_and_noise_never_goes_below_the_floor() -> None:
+    fitted = fit([row("decode", 1, 10, 4), row("decode", 1, 10, 6), row("decode", 1, 20, 1)])
+    assert float(fitted.seconds(1, 10)) == pytest.approx(5e-3)
+    assert float(fitted.seconds(1, 1000)) == pytest.approx(0.5e-3)  # half of the shortest
+    assert fitted.mean_error > 0.1
+
+
+def test_a_single_row_is_enough_for_a_fit() -> None:
+    assert float(fit([row("head", 4, 0, 2)]).seconds(4, 0)) == pytest.approx(2e-3)
+
+
+def test_phases_without_rows_cost_nothing_and_are_named() -> None:
+    rows = [r for r in profile_rows() if r.phase in ("prefill", "decode")]
+    times = measured_times(rows, "test")
+    assert float(times.head_s(4)) == 0.0 and float(times.stage_prefill_s(1, 9)) == 0.0
+    assert "no embedding or head rows" in times.provenance
+
+
+def test_scaled_multiplies_every_phase() -> None:
+    times = measured_times(profile_rows(), "test")
+    slow = times.scaled(2).scaled(1.5)
+    assert float(slow.head_s(4)) == pytest.approx(3 * float(times.head_s(4)))
+    assert float(slow.decode_s("16", 4, 9)) == pytest.approx(3 * float(times.decode_s("16", 4, 9)))
+
+
+def test_w8a8_is_offered_only_where_it_was_profiled() -> None:
+    library = device_library()["a100-40g"]
+    assert spec_sheet_times(library, SPEC).precisions == ("16", "8", "4", "3")
+    more = [row(phase, 1, 8, 1, "8-w8a8") for phase in ("prefill", "decode")]  # type: ignore[arg-type]
+    assert measured_times(profile_rows() + more, "test").precisions == ("16", "8-w8a8")
+    assert measured_times(profile_rows() + more[:1], "test").precisions == ("16",)
+
+
+def test_the_spec_sheet_is_a_roofline() -> None:
+    spec = make_spec(hidden_size=4096, head_dim=128, num_attention_heads=32, num_key_value_heads=32)
+    device = device_library()["v100-32g"]
+    times = spec_sheet_times(device, spec)
+    weights = sum(op.out_features * op.in_features for op in spec.linears)
+    compute = 2 * weights * 16 * 1024 / (0.5 * device.fp16_tflops * 1e12)
+    assert float(times.prefill_s("16", 16, 1024)) > compute
+    assert float(times.prefill_s("16", 16, 1024)) < 2.0 * compute
+    read = 2 * weights / (0.7 * device.bandwidth_gbs * 1e9)
+    assert float(times.decode_s("16", 1, 0)) == pytest.approx(read, rel=0.3)
+    assert times.decode_s("4", 1, 0) < times.decode_s("8", 1, 0) < times.decode_s("16", 1, 0)
+    assert times.provenance == "spec sheet, not measured" and not times.measured
+
+
+def test_device_times_prefers_own_profile_then_rehearsal_then_spec_sheet() -> None:
+    cluster = rehearsal()
+    own = device_times(cluster, "slow", SPEC, [make_profile("slow"), make_profile("cpu")])
+    assert own.factor == 1 and "slowdown" not in own.provenance
+    played = device_times(cluster, "slow", SPEC, [make_profile("cpu")])
+    assert played.factor == 3 and "x3 slowdown" in played.provenance
+    sheet = device_times(cluster, "t4-16g", SPEC, [make_profile("cpu")])
+    assert sheet.provenance == "spec sheet, not measured"
+
+
+def test_a_profile_of_another_model_falls_back_and_says_so() -> None:
+    other = make_spec(hidden_size=128)
+    times = device_times(rehearsal(), "t4-16g", other, [make_profile("t4-16g", None)])
+    assert not times.measured and f"holds no rows of {other.model_key}" in times.provenance
+
+
+@pytest.mark.parametrize("profiles", [[], [make_profile("cpu", threads=4)]])
+def test_a_rehearsal_without_a_one_thread_profile_says_what_to_run(profiles: list[Profile]) -> None:
+    with pytest.raises(UserError, match="llmpq-profile layers --model llama --threads 1 -o"):
+        device_times(rehearsal(), "slow", SPEC, profiles)
+
+
+# ---- memory
+
+# Weights of the linears, and of norms and biases, of one layer; norm after the last layer.
+GATED = H * 64 + 2 * (32 * H) + 64 * H + 3 * H * F
+FUSED = 3 * H * H + H * H
+HAND_COUNTS = {
+    "llama": (GATED, 2 * H, VOCAB * H, H),
+    "mistral": (GATED, 2 * H, VOCAB * H, H),
+    "qwen2": (GATED, 2 * H + (64 + 32 + 32), VOCAB * H, H),
+    "qwen3": (GATED, 2 * H + 2 * DIM, VOCAB * H, H),
+    "gemma2": (GATED, 4 * H, VOCAB * H, H),
+    "gemma3_text": (GATED, 4 * H + 2 * DIM, VOCAB * H, H),
+    "opt": (4 * H * H + 2 * H * F, 4 * H + 4 * H + F + H, VOCAB * H + 52 * H, 2 * H),
+    "bloom": (FUSED + 2 * H * F, 4 * H + 4 * H + F + H, VOCAB * H + 2 * H, 2 * H),
+    "gpt_neox": (FUSED + 2 * H * F, 4 * H + 4 * H + F + H, VOCAB * H, 2 * H),
+}
+SIZES = {
+    "batch": 8,
+    "cache_tokens": 40,
+    "prefill_micro_batch": 2,
+    "prompt_tokens": 30,
+    "decode_micro_batch": 4,
+}
+
+
+@pytest.mark.parametrize("family", HAND_COUNTS)
+def test_weights_and_cache_of_every_family_by_hand(family: str) -> None:
+    linears, other, embedding, final = HAND_COUNTS[family]
+    spec = make_spec(family)
+    middle = stage_memory(spec, ["16"] * 2, first=False, last=False, **SIZES)
+    assert middle.weights == 2 * 2 * (linears + other)
+    first = stage_memory(spec, ["16"], first=True, last=False, **SIZES)
+    assert first.weights == 2 * (linears + other + embedding)
+    last = stage_memory(spec, ["16"], first=False, last=True, **SIZES)
+    assert last.weights == 2 * (linears + other + final + VOCAB * H)
+    heads = HEADS if family in ALL_HEADS else KV
+    assert middle.cache == 2 * 8 * 40 * (2 * heads * DIM) * 2  # layers, requests, tokens, K V, half
+
+
+@pytest.mark.parametrize("family", HAND_COUNTS)
+def test_a_tied_matrix_counts_once_on_one_stage_and_twice_on_two(family: str) -> None:
+    tied = make_spec(family, tie_word_embeddings=True)
+    loose = make_spec(family)
+    both = {"first": True, "last": True}
+    matrix = 2 * VOCAB * H
+    assert memory.end_weight_bytes(loose, **both) - memory.end_weight_bytes(tied, **both) == matrix
+    ends = [{"first": True, "last": False}, {"first": False, "last": True}]
+    apart = [sum(memory.end_weight_bytes(s, **end) for end in ends) for s in (tied, loose)]
+    assert apart[0] == apart[1]
+
+
+def test_layer_bytes_fall_with_the_precision_and_hold_scales() -> None:
+    sizes = [memory.layer_weight_bytes(SPEC, p) for p in ("16", "8", "4", "3")]
+    assert sizes == sorted(sizes, reverse=True)
+    codes = sum(op.out_features * op.in_features for op in SPEC.linears)
+    assert sizes[1] == codes + 4 * sum(op.out_features for op in SPEC.linears) + 2 * 2 * H
+
+
+def test_activations_by_hand() -> None:
+    tokens = 2 * 30
+    prefill = tokens * H * 2 * 6 + tokens * F * 2 * 3 + 2 * 30 * 30 * 3
+    middle = stage_memory(SPEC, ["16"], first=False, last=False, **SIZES)
+    assert middle.activations == prefill
+    last = stage_memory(SPEC, ["16"], first=False, last=True, **SIZES)
+    assert last.activations == prefill + 2 * VOCAB * 6
+    packed = stage_memory(SPEC, ["16", "4"], first=False, last=False, **SIZES)
+    assert packed.activations == prefill + 4 * F * H
+    eager = stage_memory(make_spec("gemma2"), ["16"], first=False, last=False, **SIZES)
+    assert eager.activations == prefill + 2 * HEADS * 30 * 30 * 8
+    assert middle.total == middle.weights + middle.cache + middle.activations
+
+
+def test_activations_are_of_the_larger_phase() -> None:
+    sizes = SIZES | {"prompt_tokens": 1, "prefill_micro_batch": 1, "decode_micro_batch": 8}
+    decode = 8 * H * 2 * 6 + 8 * F * 2 * 3 + 8 * 40 * 3
+    assert stage_memory(SPEC, ["16"], first=True, last=False, **sizes).activations == decode
+
+
+# ---- links and quality
+
+
+def test_links_inside_and_between_nodes() -> None:
+    nodes = [
+        {"name": n, "devices": [{"type": "t4-16g"}], "link": {"bandwidth_gbs": 2, "latency_us": 1}}
+        for n in ("a", "b")
+    ]
+    cluster = Cluster.model_validate(
+        {"nodes": nodes, "link": {"bandwidth_gbs": 1, "latency_us": 10}}
+    )
+    num_bytes = 4 * 30 * H * 2
+    assert links.prefill_s(cluster, "a", "a", SPEC, 4, 30) == pytest.approx(1e-6 + num_bytes / 2e9)
+    assert links.prefill_s(cluster, "a", "b", SPEC, 4, 30) == pytest.approx(1e-5 + num_bytes / 1e9)
+    assert links.decode_s(cluster, "a", "b", SPEC, 4) == pytest.approx(1e-5 + 4 * H * 2 / 1e9)
+    assert links.tokens_back_s(cluster, "b", "a", 4) == pytest.approx(1e-5 + 32 / 1e9)
+
+
+def test_budget_and_percent_are_inverse() -> None:
+    quality = prior_quality(10)
+    assert quality.percent(quality.budget(2.5)) == pytest.approx(2.5)
+    assert quality.budget(0) == 0
+    assert quality.sum_omega(["4"] * 10) == pytest.approx(0.05)
+    assert quality.sum_omega(["16"] * 9 + ["3"]) == pytest.approx(0.025)
+    assert "not measured" in quality.source
+
+
+def sensitivity(num_layers: int, scale: float = 2.0) -> Sensitivity:
+    layers = [{"layer": i, "precision": "4", "sensitivity": 0.1 * i} for i in range(num_layers)]
+    return Sensitivity.model_validate(
+        {
+            "model": "m",
+            "num_layers": num_layers,
+            "indicator": "measured",
+            "layers": layers,
+            "calibration": {"source": "x", "num_tokens": 1},
+            "fit": {"scale": scale, "mean_abs_error_percent": 0, "num_plans": 1},
+        }
+    )
+
+
+def test_measured_quality_uses_the_table_and_the_fit() -> None:
+    quality = measured_quality(sensitivity(LAYERS), SPEC, "s.json")
+    assert quality.sum_omega(["16", "4", "4"]) == pytest.approx(0.3)
+    assert quality.percent(0.3) == pytest.approx(100 * (math.exp(0.6) - 1))
+    assert set(quality.omega) == {"16", "4"}
+    assert measured_quality(sensitivity(LAYERS, 0), SPEC, "s.json").budget(1) == math.inf
+    with pytest.raises(UserError, match="4 layers, llama has 3"):
+        measured_quality(sensitivity(4), SPEC, "s.json")
+
+
+# ---- timeline against a discrete simulation
+
+
+def simulate_prefill(seconds: np.ndarray) -> float:
+    """`seconds[actor, micro-batch]`: each actor does one micro-batch after another."""
+    free = np.zeros(len(seconds))
+    done = 0.0
+    for k in range(seconds.shape[1]):
+        done = 0.0
+        for actor in range(len(seconds)):
+            done = max(done, free[actor]) + seconds[actor, k]
+            free[actor] = done
+    return done
+
+
+def simulate_decode(seconds: np.ndarray, num_rounds: int) -> float:
+    """The same in a loop: a micro-batch's next round starts when its last one has ended."""
+    free = np.zeros(len(seconds))
+    ended = np.zeros(seconds.shape[1])
+    for _ in range(num_rounds):
+        for k in range(seconds.shape[1]):
+            done = ended[k]
+            for actor in range(len(seconds)):
+                done = max(done, free[actor]) + seconds[actor, k]
+                free[actor] = done
+            ended[k] = done
+    return float(ended.max())
+
+
+ACTOR_TIMES = st.lists(st.integers(1, 20), min_size=1, max_size=5)
+
+
+def closed(times: list[int], num_requests: int, micro_batch: int) -> tuple[np.ndarray, ...]:
+    """`once`, `every` and each micro-batch's time, for actors of time * size."""
+    parts = split(num_requests, micro_batch)
+    sizes = [parts.size] * parts.count + [parts.rest] * (parts.rest > 0)
+    assert sum(sizes) == num_requests
+    seconds = np.outer(times, sizes).astype(float)
+    return seconds[:, :1], seconds.sum(axis=1, keepdims=True), seconds
+
+
+@settings(max_examples=60, deadline=None)
+@given(ACTOR_TIMES, st.integers(1, 6), st.integers(1, 4))
+def test_prefill_is_exact_for_equal_micro_batches(times: list[int], m: int, size: int) -> None:
+    once, every, seconds = closed(times, m * size, size)
+    assert prefill_s(once, every)[0] == pytest.approx(simulate_prefill(seconds))
+
+
+@settings(max_examples=60, deadline=None)
+@given(ACTOR_TIMES, st.integers(1, 20), st.integers(1, 8))
+def test_prefill_with_a_smaller_last_one_is_an_upper_bound_within_it(
+    times: list[int], num_requests: int, size: int
+) -> None:
+    once, every, seconds = closed(times, num_requests, size)
+    exact = simulate_prefill(seconds)
+    assert exact - 1e-9 <= prefill_s(once, every)[0] <= exact + seconds[:, -1].max() + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(ACTOR_TIMES, st.integers(1, 6))
+def test_a_decode_step_is_the_simulations_steady_pace(times: list[int], m: int) -> None:
+    once, every, seconds = closed(times, m, 1)
+    pace = (simulate_decode(seconds, 60) - simulate_decode(seconds, 30)) / 30
+    assert decode_step_s(once, every)[0] == pytest.approx(pace)
+
+
+def test_decode_on_one_device_is_all_its_micro_batches() -> None:
+    """The prototype's formula loses it: (m - 1) (n - 1) max D + sum D."""
+    once, every, _ = closed([3], 4, 1)
+    assert decode_step_s(once, every)[0] == 12
+
+
+def test_split_and_mean_past() -> None:
+    assert split(10, 4) == Split(4, 2, 2)
+    assert split(3, 8) == Split(3, 1, 0)
+    prompt, new = np.array([10.0, 10.0, 10.0]), np.array([1.0, 2.0, 5.0])
+    steps = [[], [10], [10, 11, 12, 13]]
+    means = mean_past(prompt, new)
+    assert means.tolist() == [np.mean(past) if past else 10 for past in steps]
+
+
+def test_layer_times_take_arrays_everywhere() -> None:
+    times: LayerTimes = spec_sheet_times(device_library()["t4-16g"], SPEC)
+    lengths = np.array([1.0, 10.0, 100.0])
+    for value in (times.prefill_s("4", 2, lengths), times.decode_s("4", 2, lengths)):
+        assert value.shape == (3,) and (np.diff(value) >= 0).all()
+    assert times.embedding_s(2, lengths).shape == (3,)

@@ -1,0 +1,720 @@
+"""The planner: against brute force, its baselines, what it says when nothing fits, the command."""
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmpq.cli.plan import main
+from llmpq.cluster import Cluster, Device
+from llmpq.costs.latency import device_times
+from llmpq.costs.quality import prior_quality
+from llmpq.model_spec import ModelSpec, spec_from_config
+from llmpq.plan import Plan, load_plan
+from llmpq.planner import baselines, ilp, search
+from llmpq.planner.evaluate import evaluate, shortages, to_assignment, to_plan
+from llmpq.planner.explain import infeasible
+from llmpq.planner.planning import Options, make_plan
+from llmpq.planner.problem import (
+    Assignment,
+    Choice,
+    Costs,
+    Instance,
+    Problem,
+    Setting,
+    fits,
+    make_instance,
+    objective,
+    sum_omega,
+)
+from llmpq.planner.problem import to_assignment as from_choice
+from llmpq.profile_data import Profile
+from llmpq.workload import Workload
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+SLOWER = {"16": 1.0, "8": 1.2, "4": 1.5, "3": 1.7}
+
+
+# ---- instances and brute force
+
+
+def random_costs(rng: np.random.Generator, *shape: int) -> Costs:
+    return Costs(*(rng.integers(1, 9, shape).astype(float) for _ in range(4)))
+
+
+def random_instance(seed: int, layers: int, devices: int, options: int) -> Instance:
+    """Small whole numbers; memory and budget are often just enough, or just not."""
+    rng = np.random.default_rng(seed)
+    layer = random_costs(rng, devices, options)
+    if options > 1 and rng.random() < 0.3:
+        missing = rng.integers(devices), rng.integers(options)
+        for name in ("prefill_once", "prefill_rest", "decode_once", "decode_every"):
+            getattr(layer, name)[missing] = math.inf
+    budget = float(rng.integers(0, 4 * layers)) if rng.random() < 0.6 else math.inf
+    return Instance(
+        layer=layer,
+        fixed=random_costs(rng, devices),
+        link=Costs(*(np.array(float(rng.integers(0, 5))) for _ in range(4))),
+        layer_bytes=rng.integers(1, 8, options).astype(float),
+        capacity=rng.integers(-1, 5 * layers, devices).astype(float),
+        unpacked_bytes=float(rng.integers(0, 4)),
+        packed=rng.random(options) < 0.6,
+        omega=rng.integers(0, 6, (layers, options)).astype(float),
+        budget=budget,
+        theta=float(rng.choice([0.0, 0.5, 3.0])),
+    )
+
+
+def all_choices(instance: Instance) -> Iterator[Choice]:
+    layers, devices = instance.num_layers, instance.num_devices
+    for cuts in itertools.combinations(range(1, layers), devices - 1):
+        ends = list(itertools.pairwise((0, *cuts, layers)))
+        for options in itertools.product(range(instance.num_options), repeat=layers):
+            yield tuple(options[a:b] for a, b in ends)
+
+
+def is_allowed(instance: Instance, choice: Choice) -> bool:
+    offered = all(instance.available[j, o] for j, stage in enumerate(choice) for o in stage)
+    return offered and fits(instance, choice)
+
+
+def brute_force(instance: Instance) -> float:
+    values = (
+        objective(instance, choice)
+        for choice in all_choices(instance)
+        if is_allowed(instance, choice) and sum_omega(instance, choice) <= instance.budget
+    )
+    return min(values, default=math.inf)
+
+
+INSTANCES = st.builds(
+    random_instance,
+    st.integers(0, 10**6),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(INSTANCES)
+def test_the_programme_agrees_with_brute_force(instance: Instance) -> None:
+    best = brute_force(instance)
+    found = ilp.solve(instance)
+    if math.isinf(best):
+        assert found.status == "infeasible" and found.choice is None
+        return
+    assert found.status == "optimal" and found.choice is not None
+    assert is_allowed(instance, found.choice)
+    assert sum_omega(instance, found.choice) <= instance.budget
+    assert objective(instance, found.choice) == pytest.approx(best)
+    assert found.bound <= best * (1 + 1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(INSTANCES)
+def test_bounds_are_never_above_the_optimum(instance: Instance) -> None:
+    best = brute_force(instance)
+    assert ilp.relaxed_bound(instance) <= best * (1 + 1e-6)
+    if math.isfinite(best):
+        assert not search.is_hopeless(instance)
+        assert search.simple_bound(instance) <= best * (1 + 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(INSTANCES, st.floats(0.5, 1.5))
+def test_a_cutoff_finds_only_what_is_below_it(instance: Instance, share: float) -> None:
+    best = brute_force(instance)
+    if math.isinf(best):
+        return
+    found = ilp.solve(instance, cutoff=best * share)
+    if share < 0.999:
+        assert found.status == "infeasible"
+    elif share > 1.001:
+        assert found.choice is not None
+        assert objective(instance, found.choice) == pytest.approx(best)
+
+
+def test_a_solve_without_time_is_not_called_infeasible() -> None:
+    instance = random_instance(1, 5, 3, 3)
+    roomy = replace(instance, capacity=np.full(3, 1e6), budget=math.inf)
+    big = replace(roomy, omega=np.random.default_rng(0).random((60, 3)), theta=1.0)
+    found = ilp.solve(big, time_limit=0.01)
+    assert found.status != "infeasible"
+
+
+@settings(max_examples=60, deadline=None)
+@given(INSTANCES)
+def test_adabits_has_the_least_sensitivity_that_memory_allows(instance: Instance) -> None:
+    omegas = [sum_omega(instance, c) for c in all_choices(instance) if is_allowed(instance, c)]
+    choice = baselines.adabits(instance, baselines.FrontCache())
+    if not omegas:
+        assert choice is None
+        return
+    assert choice is not None and is_allowed(instance, choice)
+    assert sum_omega(instance, choice) == pytest.approx(min(omegas))
+
+
+@settings(max_examples=60, deadline=None)
+@given(INSTANCES)
+def test_pipeedge_has_the_least_busy_bottleneck(instance: Instance) -> None:
+    option = 0
+    if instance.num_layers < instance.num_devices or not instance.available[:, option].all():
+        return
+
+    def busiest(choice: Choice) -> float:
+        per_layer = instance.busy[:, option]
+        busy = [len(s) * per_layer[j] + instance.fixed_busy[j] for j, s in enumerate(choice)]
+        return max(busy)
+
+    uniform = (c for c in all_choices(instance) if {o for s in c for o in s} == {option})
+    best = min((busiest(c) for c in uniform if is_allowed(instance, c)), default=math.inf)
+    choice = baselines.pipeedge(instance, option)
+    assert sum(map(len, choice)) == instance.num_layers and all(choice)
+    if math.isfinite(best):
+        assert is_allowed(instance, choice) and busiest(choice) == pytest.approx(best)
+    else:
+        assert not fits(instance, choice)
+
+
+# ---- whole problems
+
+
+def profile_data(spec: ModelSpec) -> dict[str, Any]:
+    """A one-thread CPU whose packed layers are slower, as they are on CPUs."""
+    rows: list[dict[str, Any]] = []
+
+    def add(phase: str, batch: int, length: int, ms: float, precision: str = "16") -> None:
+        decode = phase == "decode"
+        rows.append(
+            {
+                "model_key": spec.model_key,
+                "precision": precision,
+                "phase": phase,
+                "micro_batch": batch,
+                "prompt_tokens": 0 if decode else length,
+                "past_tokens": length if decode else 0,
+                "time_ms": ms,
+                "time_ms_p10": ms,
+                "time_ms_p90": ms,
+                "num_samples": 5,
+            }
+        )
+
+    for size, length in itertools.product((1, 2, 4, 8, 16), (8, 32, 64)):
+        for precision, factor in SLOWER.items():
+            tokens = size * length
+            add("prefill", size, length, factor * (0.2 + 0.004 * tokens), precision)
+            add("decode", size, length, factor * (0.2 + 0.01 * size + 1e-5 * tokens), precision)
+        add("embedding", size, length, 0.01 + 1e-4 * size * length)
+    for size in (1, 2, 4, 8, 16):
+        add("head", size, 0, 0.05 + 0.01 * size)
+    device = {"name": "Test CPU", "type": "cpu", "memory_bytes": 2**33, "num_threads": 1}
+    return {"schema_version": 1, "kind": "profile", "device": device, "rows": rows}
+
+
+def cluster_data(*memory_mib: float) -> dict[str, Any]:
+    names = [f"d{i}" for i in range(len(memory_mib))]
+    return {
+        "name": "test",
+        "nodes": [{"name": "box", "devices": [{"type": name} for name in names]}],
+        "rehearse": {
+            name: {"slowdown": 1 + i, "memory_mib": mib}
+            for i, (name, mib) in enumerate(zip(names, memory_mib, strict=True))
+        },
+    }
+
+
+def make_problem(
+    *memory_mib: float, layers: int = 4, percent: float = 1.0, workload: Any = None, **changes: Any
+) -> Problem:
+    spec = spec_from_config(CONFIG | {"num_hidden_layers": layers}, name="test")
+    cluster = Cluster.model_validate(cluster_data(*memory_mib))
+    profile = Profile.model_validate(profile_data(spec))
+    quality = prior_quality(layers)
+    job = workload or {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 8}
+    lengths = job.pop("lengths", None) or ((32, 8),) * job["num_requests"]
+    types = [device.type for device in cluster.devices()]
+    problem = Problem(
+        spec=spec,
+        cluster=cluster,
+        workload=Workload.model_validate(job),
+        lengths=lengths,
+        times={t: device_times(cluster, t, spec, [profile]) for t in types},
+        quality=quality,
+        precisions=tuple(SLOWER),
+        budget=quality.budget(percent),
+    )
+    return replace(problem, **changes)
+
+
+def all_assignments(problem: Problem) -> Iterator[Assignment]:
+    for setting in search.make_settings(problem)[0]:
+        for choice in all_choices(make_instance(problem, setting)):
+            yield from_choice(problem, setting, choice)
+
+
+@pytest.mark.parametrize("percent", [0.3, 1.0, 30.0])
+def test_the_search_finds_the_best_of_all_plans(percent: float) -> None:
+    problem = make_problem(0.5, 0.33, layers=3, percent=percent)
+    problem = replace(problem, precisions=("16", "8", "4"))
+    allowed = (
+        a
+        for a in all_assignments(problem)
+        if not shortages(problem, a)
+        and problem.quality.sum_omega(a.precisions) <= problem.budget * (1 + 1e-9)
+    )
+    best = min(evaluate(problem, a).objective for a in allowed)
+    plan = make_plan(problem, Options(gap=0.0), tuple(SLOWER)).plan
+    assert plan.predicted is not None
+    assert plan.predicted.objective == pytest.approx(best, rel=1e-6)
+    assert plan.predicted.gap <= 1e-6
+    assert plan.predicted.quality_loss_percent <= percent
+
+
+def mixed_lengths() -> tuple[tuple[int, int], ...]:
+    return tuple((8 + 3 * i, 4 + (7 * i) % 11) for i in range(13))
+
+
+def test_the_instance_never_exceeds_the_exact_time() -> None:
+    """Unequal batches and a smaller last one: a bound; equal ones: the same number."""
+    job = {"prompt_tokens": 8, "new_tokens": 4, "num_requests": 13, "batch": 5}
+    mixed = make_problem(1, 1, 1, workload=job | {"lengths": mixed_lengths()})
+    equal = make_problem(1, 1, 1)
+    for problem, tolerance in ((mixed, 0.2), (equal, 1e-9)):
+        for setting in search.make_settings(problem)[0][::5]:
+            instance = make_instance(problem, setting)
+            for choice in (((0, 1), (2,), (0,)), ((3,), (1, 1), (0,))):
+                value = objective(instance, choice)
+                exact = evaluate(problem, from_choice(problem, setting, choice)).objective
+                assert value <= exact * (1 + 1e-9)
+                assert value >= exact * (1 - tolerance)
+
+
+def test_instance_memory_is_the_plans_memory() -> None:
+    problem = make_problem(1, 1, 1)
+    setting = search.make_settings(problem)[0][7]
+    instance = make_instance(problem, setting)
+    for choice in (((0, 0), (0,), (0,)), ((0, 1), (0,), (3,))):
+        short = baselines.shortage(instance, choice)
+        assignment = from_choice(problem, setting, choice)
+        predicted = evaluate(problem, assignment)
+        exact = [s.peak_memory_bytes - s.memory_capacity_bytes for s in predicted.stages]
+        assert short.tolist() == exact
+
+
+def test_tokens_per_second_count_generated_tokens_only() -> None:
+    job = {"prompt_tokens": 8, "new_tokens": 4, "num_requests": 13}
+    problem = make_problem(1, 1, workload=job | {"lengths": mixed_lengths()})
+    plan = make_plan(problem, Options(), tuple(SLOWER)).plan
+    assert plan.predicted is not None
+    asked = sum(new for _, new in mixed_lengths())
+    assert plan.predicted.tokens_per_s == pytest.approx(asked / plan.predicted.total_s)
+
+
+def test_theta_prices_quality_in_seconds() -> None:
+    dear = make_problem(0.4, 0.4, budget=math.inf, theta=1e6)
+    cheap = make_problem(0.4, 0.4, budget=math.inf, theta=0.0)
+    plans = [make_plan(p, Options(), tuple(SLOWER)).plan.predicted for p in (dear, cheap)]
+    assert plans[0] is not None and plans[1] is not None
+    assert plans[0].sum_sensitivity <= plans[1].sum_sensitivity
+    assert plans[1].total_s <= plans[0].total_s * 1.005
+    expected = plans[0].total_s + 1e6 * plans[0].sum_sensitivity
+    assert plans[0].objective == pytest.approx(expected)
+
+
+def test_the_time_limit_still_gives_a_plan_and_a_true_bound() -> None:
+    problem = make_problem(0.5, 0.4, 0.4, layers=8)
+    start = time.monotonic()
+    rushed = make_plan(problem, Options(gap=0.0, time_limit_s=0.05), tuple(SLOWER))
+    assert time.monotonic() - start < 5
+    best = make_plan(problem, Options(gap=0.0), tuple(SLOWER)).plan.predicted
+    assert rushed.plan.predicted is not None and best is not None
+    assert rushed.plan.predicted.lower_bound <= best.objective * (1 + 1e-9)
+    assert rushed.plan.predicted.objective >= best.objective * (1 - 1e-9)
+
+
+def test_orders_are_distinct_and_groups_stay_together_in_big_clusters() -> None:
+    t4, v100 = Device("a", "t4-16g", 1), Device("b", "v100-32g", 2)
+    few, notes = search.device_orders([t4] * 3 + [v100])
+    assert len(few) == len(set(few)) == 4 and not notes
+    many, notes = search.device_orders([t4] * 4 + [v100] * 4)
+    assert many == [(t4,) * 4 + (v100,) * 4, (v100,) * 4 + (t4,) * 4]
+    assert "side by side" in notes[0]
+    each = [Device(str(i), "t4-16g", 1) for i in range(8)]
+    assert len(search.device_orders(each)[0]) == search.MAX_ORDERS
+
+
+def test_batches_and_micro_batches_that_are_tried() -> None:
+    job = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 48}
+    auto = make_problem(1, workload=dict(job))
+    assert search.batch_options(auto) == [8, 16, 32, 48]
+    assert search.batch_options(make_problem(1, workload=job | {"batch": 12})) == [12]
+    assert search.batch_options(make_problem(1, workload=job | {"num_requests": 3})) == [3]
+    assert search.micro_batch_options(12) == [1, 2, 4, 8, 12]
+
+
+# ---- baselines
+
+
+def outcomes_of(problem: Problem) -> dict[str, baselines.Outcome]:
+    settings_ = search.make_settings(problem)[0]
+    found = baselines.run_baselines(problem, settings_, math.inf, baselines.BASELINES)
+    return {outcome.method: outcome for outcome in found}
+
+
+@pytest.mark.parametrize("memory", [(2.0, 2.0), (0.5, 0.33), (0.36, 0.3)])
+def test_baselines_fit_and_none_beats_the_plan_within_the_budget(
+    memory: tuple[float, ...],
+) -> None:
+    problem = make_problem(*memory)
+    planned = make_plan(problem, Options(), tuple(SLOWER))
+    assert planned.plan.predicted is not None
+    for outcome in planned.outcomes:
+        if outcome.assignment is None or outcome.predicted is None:
+            assert outcome.why_not
+            continue
+        assert not shortages(problem, outcome.assignment)
+        if outcome.within_budget:
+            assert outcome.predicted.quality_loss_percent <= 1.0 + 1e-6
+            assert outcome.predicted.objective >= planned.plan.predicted.objective * (1 - 1e-9)
+
+
+def test_uniform_splits_evenly_with_one_precision() -> None:
+    problem = make_problem(2, 2, 2, layers=8)
+    uniform = outcomes_of(problem)["uniform"]
+    assert uniform.assignment is not None
+    assert [len(stage) for stage in uniform.assignment.stages] == [3, 3, 2]
+    assert len(set(uniform.assignment.precisions)) == 1
+
+
+def test_adabits_keeps_16_bits_where_they_fit() -> None:
+    adabits = outcomes_of(make_problem(3, 3))["adabits"]
+    assert adabits.assignment is not None and set(adabits.assignment.precisions) == {"16"}
+
+
+def test_adabits_at_several_batches() -> None:
+    """The cache of a layer differs between batches; what was kept from one must not mislead."""
+    job = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 64}
+    adabits = outcomes_of(make_problem(0.45, 0.4, layers=4, workload=job))["adabits"]
+    assert adabits.feasible
+
+
+def test_a_baseline_that_cannot_run_says_what_is_short() -> None:
+    problem = replace(make_problem(0.5, 0.5, 0.12, layers=8), precisions=("16",))
+    outcome = outcomes_of(problem)["uniform"]
+    assert not outcome.feasible
+    assert re.search(r"16 bits: \d+\.\d\d MiB short on d\d#\d", outcome.why_not)
+
+
+def test_a_baseline_over_the_budget_says_so() -> None:
+    outcome = outcomes_of(make_problem(0.36, 0.3, percent=0.01))["pipeedge"]
+    assert outcome.feasible and not outcome.within_budget
+    assert "over the quality budget" in outcome.why_not
+
+
+# ---- nothing fits
+
+
+def why_infeasible(problem: Problem) -> str:
+    return str(infeasible(problem, tuple(SLOWER)))
+
+
+def test_too_little_memory_says_where_how_much_and_a_fix_that_is_enough() -> None:
+    problem = make_problem(0.2, 0.1, layers=8)
+    text = why_infeasible(problem)
+    assert "no plan fits the memory" in text and "at 3 bits" in text
+    missing = re.search(r"the cluster is (\d+\.\d+) MiB short", text)
+    assert missing is not None
+    each = {m[1]: float(m[2]) for m in re.finditer(r"(d\d)#\d on box is (\d+\.\d+) MiB", text)}
+    assert each
+    enough = [0.2 + each.get("d0", 0) + 0.011, 0.1 + each.get("d1", 0) + 0.011]
+    pinned = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 8}
+    wider = make_problem(*enough, layers=8, percent=1e3, workload=pinned)
+    assert make_plan(wider, Options(), tuple(SLOWER)).plan
+
+
+def test_fewer_requests_that_are_offered_do_fit() -> None:
+    job = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 64, "batch": 64}
+    problem = make_problem(0.6, 0.5, layers=4, workload=dict(job), percent=1e3)
+    text = why_infeasible(problem)
+    batch = re.search(r"batch: (\d+)\)", text)
+    assert batch is not None
+    again = make_problem(0.6, 0.5, workload=job | {"batch": int(batch[1])}, percent=1e3)
+    assert make_plan(again, Options(), tuple(SLOWER)).plan
+
+
+def test_a_lower_precision_that_is_offered_does_fit() -> None:
+    problem = replace(make_problem(0.36, 0.3, percent=1e3), precisions=("16",))
+    text = why_infeasible(problem)
+    allowed = re.search(r"--precisions ([\d,]+)", text)
+    assert allowed is not None
+    again = replace(problem, precisions=tuple(allowed[1].split(",")), _known={})
+    assert make_plan(again, Options(), tuple(SLOWER)).plan
+
+
+def test_a_budget_that_is_too_tight_names_the_one_that_works() -> None:
+    problem = make_problem(0.36, 0.3, percent=1e-4)
+    text = why_infeasible(problem)
+    assert "no plan keeps the quality" in text
+    needed = re.search(r"--max-quality-loss ([\d.]+)", text)
+    assert needed is not None
+    again = make_problem(0.36, 0.3, percent=float(needed[1]))
+    assert make_plan(again, Options(), tuple(SLOWER)).plan
+
+
+def test_more_devices_than_layers() -> None:
+    assert "every device needs a layer" in why_infeasible(make_problem(1, 1, 1, layers=2))
+
+
+# ---- plans as values
+
+
+def test_a_plan_and_its_assignment_are_the_same() -> None:
+    problem = make_problem(0.5, 0.33)
+    plan = make_plan(problem, Options(), tuple(SLOWER)).plan
+    assignment = to_assignment(plan, problem.cluster)
+    assert plan.predicted is not None
+    again = to_plan(problem, assignment, plan.method, plan.predicted)
+    assert again.stages == plan.stages
+    assert evaluate(problem, assignment).objective == plan.predicted.objective
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_settings_of_one_device_have_no_links() -> None:
+    problem = make_problem(2.0)
+    plan = make_plan(problem, Options(), tuple(SLOWER)).plan
+    assert len(plan.stages) == 1
+    setting = Setting(tuple(problem.cluster.devices()), 8, 1, 8)
+    assert float(make_instance(problem, setting).link.decode_once) == 0
+
+
+# ---- the command
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with a model, a rehearsed cluster, a workload and a profile."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    spec = spec_from_config(CONFIG, name="test")
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "cpu.json").write_text(json.dumps(profile_data(spec)))
+    (tmp_path / "cluster.yaml").write_text(json.dumps(cluster_data(0.5, 0.4)))
+    (tmp_path / "workload.yaml").write_text(
+        "name: job\nprompt_tokens: {min: 4, max: 32}\nnew_tokens: 8\nnum_requests: 20\nbatch: 8\n"
+    )
+    return tmp_path
+
+
+def command_line(files: Path, *more: str) -> list[str]:
+    given = {
+        "--model": "config.json",
+        "--cluster": "cluster.yaml",
+        "--workload": "workload.yaml",
+        "--profiles": "profiles",
+    }
+    pairs = [(name, str(files / path)) for name, path in given.items() if name not in more]
+    return [*itertools.chain.from_iterable(pairs), *more]
+
+
+def run(files: Path, *more: str) -> Result:
+    result = CliRunner().invoke(main, command_line(files, *more))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result
+
+
+def test_plan_report_and_files(files: Path) -> None:
+    output, folder = files / "plan.json", files / "rivals"
+    result = run(files, "-o", str(output), "--baseline-plans", str(folder))
+    assert result.exit_code == 0, result.output
+    plan = load_plan(output)
+    assert plan.method == "ilp" and plan.predicted is not None
+    assert plan.predicted.gap <= 0.1 and plan.predicted.quality_loss_percent <= 1.0
+    assert plan.predicted.gap <= 0.005 or "the gap is above the one asked for" in result.output
+    assert {b.method for b in plan.baselines} == set(baselines.BASELINES)
+    for outcome in plan.baselines:
+        assert (folder / f"{outcome.method}.json").exists() == outcome.feasible
+    for text in (
+        "budget 1 % (default)",
+        "prior, not measured",
+        "tokens/s",
+        "x2 slowdown",
+        "fitted",
+    ):
+        assert text in result.output
+
+
+@pytest.mark.parametrize("method", baselines.BASELINES)
+def test_a_baseline_as_the_method(files: Path, method: str) -> None:
+    output = files / "plan.json"
+    result = run(files, "--method", method, "--max-quality-loss", "50", "-o", str(output))
+    assert result.exit_code == 0, result.output
+    assert load_plan(output).method == method
+
+
+def test_evaluate_prices_a_plan_as_the_planner_did(files: Path) -> None:
+    output, priced = files / "plan.json", files / "priced.json"
+    run(files, "-o", str(output), "-q")
+    result = run(files, "--evaluate", str(output), "--json", str(priced))
+    assert result.exit_code == 0, result.output
+    before, after = load_plan(output).predicted, load_plan(priced).predicted
+    assert before is not None and after is not None
+    assert after.total_s == pytest.approx(before.total_s)
+
+
+def test_evaluate_needs_no_cluster_file_and_says_what_does_not_fit(files: Path) -> None:
+    output = files / "plan.json"
+    run(files, "-o", str(output), "-q")
+    profiles = ["--profiles", str(files / "profiles")]
+    runner = CliRunner()
+    assert runner.invoke(main, ["--evaluate", str(output), *profiles]).exit_code == 0
+    (files / "cluster.yaml").write_text(json.dumps(cluster_data(0.2, 0.1)))
+    smaller = ["--cluster", str(files / "cluster.yaml")]
+    result = runner.invoke(main, ["--evaluate", str(output), *profiles, *smaller])
+    assert result.exit_code == 3 and "the plan does not fit" in result.output
+
+
+def test_json_on_standard_output_is_alone_there(files: Path) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "llmpq.cli.plan", *command_line(files, "--json", "-")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert Plan.model_validate_json(answer.stdout).predicted
+    assert "tokens/s" in answer.stderr
+
+
+def test_a_plan_imports_no_torch(files: Path) -> None:
+    heavy = ["torch", "transformers", "pandas", "sklearn"]
+    code = (
+        "import sys\nfrom llmpq.cli.plan import main\n"
+        f"main({command_line(files, '-q')!r}, standalone_mode=False)\n"
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert answer.stdout.strip() == "[]"
+
+
+CLUSTER = json.dumps(cluster_data(0.5, 0.4))
+SENSITIVITY = {
+    "schema_version": 1,
+    "kind": "sensitivity",
+    "model": "other",
+    "num_layers": 7,
+    "indicator": "measured",
+    "layers": [],
+    "calibration": {"source": "x", "num_tokens": 1},
+    "fit": {"scale": 1, "mean_abs_error_percent": 0, "num_plans": 0},
+}
+BAD_FILES = {
+    "unknown device type": ("cluster.yaml", "nodes: [{name: n, devices: [{type: t5}]}]", "'t5'"),
+    "negative memory": ("cluster.yaml", CLUSTER.replace("0.5", "-0.5"), "memory_mib"),
+    "YAML syntax": ("workload.yaml", "name: [", "not valid YAML"),
+    "unknown key": ("workload.yaml", "prompts: 1\n", "unknown key 'prompts'"),
+    "empty profile": ("profiles/cpu.json", "{}", "'device' is missing"),
+    "JSON syntax": ("profiles/cpu.json", "{", "not valid JSON"),
+    "another model": ("sensitivity.json", json.dumps(SENSITIVITY), "7 layers"),
+    "model without sizes": ("config.json", '{"model_type": "llama"}', "'hidden_size' is missing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_ends_with_2_and_its_fault(files: Path, case: str) -> None:
+    name, text, message = BAD_FILES[case]
+    (files / name).write_text(text)
+    more = ["--sensitivity", str(files / name)] if name == "sensitivity.json" else []
+    result = run(files, *more)
+    assert result.exit_code == 2 and message in result.output, result.output
+    assert "Traceback" not in result.output
+
+
+BAD_FLAGS = {
+    "theta and budget": (["--theta", "1", "--max-quality-loss", "1"], "not both"),
+    "missing file": (["--cluster", "nowhere.yaml"], "nowhere.yaml: no such file"),
+    "missing model": (["--model", "nowhere"], "nowhere: no such model"),
+    "missing folder": (["--profiles", "nowhere"], "no such folder"),
+    "unknown precision": (["--precisions", "16,5"], "unknown precision '5'"),
+    "unmeasured precision": (["--precisions", "8-w8a8"], "no device type has times for it"),
+    "no precision": (["--precisions", ","], "names no precision"),
+    "negative budget": (["--max-quality-loss", "-1"], "-1"),
+    "gurobi": (["--solver", "gurobi"], "not there yet"),
+    "unknown method": (["--method", "magic"], "magic"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_a_bad_flag_ends_with_2(files: Path, case: str) -> None:
+    flags, message = BAD_FLAGS[case]
+    result = run(files, *flags)
+    assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_faults_of_several_files_come_together(files: Path) -> None:
+    (files / "cluster.yaml").write_text("nodes: []\n")
+    (files / "workload.yaml").write_text("prompt_tokens: 0\n")
+    output = run(files, "--profiles", str(files / "none")).output
+    for part in ("cluster.yaml", "workload.yaml", "none: no such folder"):
+        assert part in output
+
+
+def test_without_profiles_a_rehearsal_says_what_to_run(files: Path) -> None:
+    arguments = command_line(files)
+    at = arguments.index("--profiles")
+    result = CliRunner().invoke(main, arguments[:at] + arguments[at + 2 :])
+    assert result.exit_code == 2 and "llmpq-profile layers --model" in result.output
+
+
+def test_nothing_fits_ends_with_3(files: Path) -> None:
+    (files / "cluster.yaml").write_text(json.dumps(cluster_data(0.15, 0.1)))
+    result = run(files)
+    assert result.exit_code == 3
+    assert "MiB short" in result.output and "would fit:" in result.output
+
+
+def test_a_quality_that_cannot_be_kept_ends_with_3(files: Path) -> None:
+    (files / "cluster.yaml").write_text(json.dumps(cluster_data(0.36, 0.3)))
+    result = run(files, "--max-quality-loss", "0")
+    assert result.exit_code == 3 and "no plan keeps the quality" in result.output
+
+
+def test_spec_sheets_are_named_as_such(files: Path) -> None:
+    (files / "cluster.yaml").write_text("nodes: [{name: n, devices: [{type: t4-16g, count: 2}]}]")
+    result = run(files)
+    assert result.exit_code == 0 and "not from measurements" in result.output
+
+
+def test_names_with_brackets_are_printed_as_they_are(files: Path) -> None:
+    (files / "cluster.yaml").write_text(json.dumps(cluster_data(0.5, 0.4) | {"name": "[/x] [red]"}))
+    result = run(files)
+    assert result.exit_code == 0 and "on [/x] [red]" in result.output
