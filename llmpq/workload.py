@@ -1,6 +1,6 @@
 """What is to be generated: how many requests, how long, and how they fall into batches.
 
-Lengths are a number, a range (`{min, max}`, spread evenly) or a column of a trace file.
+Lengths are a number, a range (`{min, max}`, spread evenly), a column of a trace file or a list.
 The runtime sorts requests by prompt length and runs them in batches of `batch`; `batches` is that
 same pure function, so that the planner prices the batches which will really run.
 """
@@ -33,7 +33,10 @@ class MinMax(Strict):
 
 
 class Trace(Strict):
-    """Lengths from a column of a CSV file (`.csv` or `.csv.gz`)."""
+    """Lengths from a column of a CSV file (`.csv` or `.csv.gz`), in place of which they are read.
+
+    Plans hold the lengths themselves, so that they run where the file is not.
+    """
 
     trace: str
     column: str
@@ -44,17 +47,20 @@ def _kind_of_lengths(value: Any) -> str | None:
         return "Trace"
     if isinstance(value, MinMax | dict):
         return "MinMax"
+    if isinstance(value, list | tuple):
+        return "List"
     return "Number" if type(value) in (int, float) else None
 
 
 Lengths = Annotated[
     Annotated[PositiveInt, Tag("Number")]
     | Annotated[MinMax, Tag("MinMax")]
-    | Annotated[Trace, Tag("Trace")],
+    | Annotated[Trace, Tag("Trace")]
+    | Annotated[Annotated[tuple[PositiveInt, ...], Field(min_length=1)], Tag("List")],
     Discriminator(
         _kind_of_lengths,
         custom_error_type="lengths",
-        custom_error_message="expected a number, {min, max} or {trace, column}",
+        custom_error_message="expected a number, {min, max}, {trace, column} or a list",
     ),
 ]
 
@@ -82,18 +88,21 @@ class Batch:
 
 
 def load_workload(path: Path) -> Workload:
-    """Reads workload.yaml; relative trace files are looked up beside it."""
+    """Reads workload.yaml; traces are read too, relative ones from beside it."""
     workload = read_yaml(path, Workload)
-    for lengths in (workload.prompt_tokens, workload.new_tokens):
-        if isinstance(lengths, Trace):
-            _trace_column(lengths, path.parent)
-    return workload
+    count = workload.num_requests
+    read = {
+        name: tuple(_trace_column(lengths, path.parent)[:count])
+        for name in ("prompt_tokens", "new_tokens")
+        if isinstance(lengths := getattr(workload, name), Trace)
+    }
+    return workload.model_copy(update=read)
 
 
-def request_lengths(workload: Workload, folder: Path = Path(".")) -> list[tuple[int, int]]:
+def request_lengths(workload: Workload) -> list[tuple[int, int]]:
     """(prompt tokens, new tokens) of every request, always the same for the same workload."""
-    prompts = _expand(workload.prompt_tokens, workload.num_requests, folder, seed=1)
-    new = _expand(workload.new_tokens, workload.num_requests, folder, seed=2)
+    prompts = _expand(workload.prompt_tokens, workload.num_requests, seed=1)
+    new = _expand(workload.new_tokens, workload.num_requests, seed=2)
     return list(zip(prompts, new, strict=True))
 
 
@@ -112,12 +121,13 @@ def _batch(group: tuple[int, ...], lengths: Sequence[tuple[int, int]]) -> Batch:
     )
 
 
-def _expand(lengths: Lengths, count: int, folder: Path, seed: int) -> list[int]:
+def _expand(lengths: Lengths, count: int, seed: int) -> list[int]:
     if isinstance(lengths, int):
         return [lengths] * count
     if isinstance(lengths, Trace):
-        column = _trace_column(lengths, folder)
-        return [column[i % len(column)] for i in range(count)]
+        lengths = tuple(_trace_column(lengths, Path(".")))
+    if isinstance(lengths, tuple):
+        return [lengths[i % len(lengths)] for i in range(count)]
     span = lengths.max - lengths.min
     values = [lengths.min + round(span * i / max(1, count - 1)) for i in range(count)]
     random.Random(seed).shuffle(values)  # prompts and outputs are independent

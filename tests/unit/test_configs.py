@@ -105,7 +105,7 @@ def test_workloads() -> None:
     assert set(lengths["paper-512-100"]) == {(512, 100)} and len(lengths["paper-512-100"]) == 32
     assert set(lengths["paper-128-200"]) == {(128, 200)} and len(lengths["paper-128-200"]) == 32
     prompts = [prompt for prompt, _ in lengths["quickstart"]]
-    assert (min(prompts), max(prompts)) == (6, 60)
+    assert (min(prompts), max(prompts)) == (6, 114)
 
 
 def test_devices_are_the_packaged_library() -> None:

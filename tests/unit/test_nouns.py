@@ -226,7 +226,7 @@ def test_workload(tmp_path: Path) -> None:
         (
             "512",
             "many",
-            "w.yaml:2: prompt_tokens: expected a number, {min, max} or {trace, column}",
+            "w.yaml:2: prompt_tokens: expected a number, {min, max}, {trace, column} or a list",
         ),
         ("512", "yes", "w.yaml:2: prompt_tokens: expected a number"),
         ("512", "{trace: absent.csv, column: x}", "absent.csv: no such trace file"),
@@ -260,7 +260,7 @@ def traced(tmp_path: Path, content: bytes, name: str = "t.csv") -> list[tuple[in
     (tmp_path / name).write_bytes(content)
     trace = f"{{trace: {name}, column: tokens}}"
     (tmp_path / "w.yaml").write_text(f"prompt_tokens: {trace}\nnew_tokens: 1\nnum_requests: 3\n")
-    return request_lengths(load_workload(tmp_path / "w.yaml"), tmp_path)
+    return request_lengths(load_workload(tmp_path / "w.yaml"))
 
 
 def test_trace(tmp_path: Path) -> None:

@@ -1,0 +1,293 @@
+"""`llmpq-run`: executes a plan on prompts, under torchrun or alone."""
+
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmpq.artifact import Provenance, write_json
+from llmpq.cli.common import ARGUMENTS, Command, common_options, console
+from llmpq.cli.progress import Progress, progress
+from llmpq.errors import UserError
+from llmpq.plan import Plan, load_plan
+from llmpq.report import Report, StageReport
+
+if TYPE_CHECKING:
+    from llmpq.runtime.batching import Request
+    from llmpq.runtime.process import Role
+    from llmpq.runtime.prompts import ResultFile
+
+DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line asked for."""
+
+    plan: Path
+    prompts: Path
+    output: Path
+    report: Path | None
+    json_path: Path | None
+    model: str | None
+    resume: bool
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    ignore_eos: bool
+    device: str
+    dtype: str
+    quiet: bool
+    verbose: bool
+
+
+@click.command(cls=Command)
+@click.option("--plan", required=True, type=click.Path(path_type=Path), help="plan.json")
+@click.option("--prompts", required=True, type=click.Path(path_type=Path), help="prompts.jsonl")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="out.jsonl")
+@click.option("--report", type=click.Path(path_type=Path), help="Where to write report.json.")
+@click.option("--model", help="The model's directory, where it is not the plan's own.")
+@click.option("--resume", is_flag=True, help="Keep finished requests of OUTPUT, do the others.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0: greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
+@click.option("--top-k", type=click.IntRange(min=0), default=0, help="0: all tokens.")
+@click.option("--seed", type=int, default=0)
+@click.option("--ignore-eos", is_flag=True, help="Always generate all new tokens.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="auto")
+@common_options
+def main(**flags: Any) -> None:
+    """Generate for every prompt with the stages of a plan.
+
+    Under torchrun each process is one stage:
+
+      torchrun --nproc-per-node 3 -m llmpq.run --plan P.json --prompts IN.jsonl --output OUT.jsonl
+
+    Without torchrun the processes are started here, on this machine.
+    """
+    options = RunOptions(**flags)
+    plan = load_plan(options.plan)
+    from llmpq.runtime.process import role_from_environment
+
+    role = role_from_environment()
+    if role is None:
+        _run_here(plan, options)
+    else:
+        _guarded(plan, options, role)
+
+
+def _run_here(plan: Plan, options: RunOptions) -> None:
+    """Checks all input, then starts the workers (or is the only one)."""
+    from llmpq.runtime.process import Role, start_workers
+
+    _prepare(plan, options)
+    _warn_of_crowding(plan, options)
+    if len(plan.stages) == 1:
+        _work(plan, options, Role(0, 1, 0, 1))
+        return
+    names = [f"{stage.devices[0]} on {stage.node}" for stage in plan.stages]
+    start_workers(click.get_current_context().meta[ARGUMENTS], names, "llmpq.run")
+
+
+def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
+    """One worker among several; of those on one machine the first speaks of bad input."""
+    if role.size != len(plan.stages):
+        raise UserError(
+            f"{options.plan}: the plan has {len(plan.stages)} stages but torchrun started "
+            f"{role.size} processes; use --nproc-per-node {len(plan.stages)}"
+        )
+    try:
+        _work(plan, options, role)
+    except UserError:
+        if role.local_rank == 0:
+            raise
+        sys.exit(UserError.exit_code)
+
+
+@dataclass
+class Prepared:
+    """Everything that is read before weights are."""
+
+    folder: Path
+    config: Any
+    tokenizer: Any
+    requests: "list[Request]"
+    eos_ids: frozenset[int]
+    pad_id: int
+
+
+def _prepare(plan: Plan, options: RunOptions) -> Prepared:
+    from llmpq.models.stage_model import load_config
+    from llmpq.models.tokenizer import end_tokens, load_tokenizer
+    from llmpq.runtime.checkpoint import Checkpoint
+    from llmpq.runtime.loader import model_folder
+    from llmpq.runtime.prompts import Limits, read_requests
+    from llmpq.workload import request_lengths
+
+    folder = model_folder(options.model or plan.model.name)
+    config = load_config(folder)
+    _check_model(plan, config, folder)
+    Checkpoint(folder)
+    tokenizer = load_tokenizer(folder)
+    limits = Limits(
+        new_tokens=max(new for _, new in request_lengths(plan.workload)),
+        max_positions=plan.model.max_positions,
+        vocab_size=plan.model.vocab_size,
+    )
+    requests = read_requests(options.prompts, tokenizer, limits)
+    eos_ids = frozenset() if options.ignore_eos else end_tokens(folder, config)
+    return Prepared(folder, config, tokenizer, requests, eos_ids, pad_id=0)
+
+
+def _check_model(plan: Plan, config: Any, folder: Path) -> None:
+    if config.num_hidden_layers != plan.model.num_layers:
+        raise UserError(
+            f"{folder}: has {config.num_hidden_layers} layers, the plan is for "
+            f"{plan.model.num_layers} ({plan.model.name})"
+        )
+
+
+def _work(plan: Plan, options: RunOptions, role: "Role") -> None:
+    """This process's part of the run."""
+    import torch
+
+    from llmpq.runtime.checkpoint import Checkpoint
+    from llmpq.runtime.engine import Engine
+    from llmpq.runtime.process import choose_device, choose_dtype, connect, disconnect
+    from llmpq.runtime.rehearsal import own_core
+    from llmpq.runtime.sampler import Sampling
+
+    prepared = _prepare(plan, options)
+    device = choose_device(options.device, role)
+    if plan.cluster.rehearse and device.type == "cpu":
+        torch.set_num_threads(1)
+        own_core(role.rank, role.size)
+    transport = connect(role, device)
+    try:
+        engine = Engine(
+            plan,
+            prepared.config,
+            Checkpoint(prepared.folder),
+            transport,
+            choose_dtype(options.dtype, device),
+            device,
+            Sampling(options.temperature, options.top_k, options.top_p, options.seed),
+            prepared.eos_ids,
+        )
+        if role.rank == 0:
+            _lead(engine, plan, options, prepared)
+        else:
+            engine.start_clock()
+            engine.follow()
+            engine.measure()
+    finally:
+        disconnect()
+
+
+def _lead(engine: Any, plan: Plan, options: RunOptions, prepared: Prepared) -> None:
+    """Rank 0: results, progress and the report."""
+    from llmpq.runtime.prompts import ResultFile
+
+    results = ResultFile(options.output, options.resume)
+    todo = [r for r in prepared.requests if r.id not in results.finished]
+    out = console(options.quiet)
+    if len(todo) < len(prepared.requests):
+        out.print(f"resuming: {len(prepared.requests) - len(todo)} requests are already done")
+    with progress(out, "requests", len(todo)) as shown, closing(results):
+        collector = _Collector(results, prepared, shown)
+        engine.start_clock()
+        started = time.perf_counter()
+        engine.lead(todo, prepared.pad_id, collector.note)
+        total_s = time.perf_counter() - started
+        stages = engine.measure()
+    report = _report(plan, collector, total_s, engine.worker.prefill_s, stages)
+    _write_report(report, options, out)
+
+
+@dataclass
+class _Collector:
+    """Gathers tokens and writes each request as it ends."""
+
+    results: "ResultFile"
+    prepared: Prepared
+    shown: Progress
+    num_done: int = 0
+    num_tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+
+    def note(self, request: "Request", token: int, last: bool) -> None:
+        """One more token of a request."""
+        tokens = self.tokens.setdefault(request.number, [])
+        tokens.append(token)
+        self.num_tokens += 1
+        if not last:
+            return
+        self._finish(request, self.tokens.pop(request.number))
+        rate = self.num_tokens / (time.perf_counter() - self.started)
+        self.shown.update(self.num_done, f"({rate:.0f} tokens/s)")
+
+    def _finish(self, request: "Request", tokens: list[int]) -> None:
+        tokenizer = self.prepared.tokenizer
+        text = tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer else ""
+        self.results.write(request, tokens, tokens[-1] in self.prepared.eos_ids, text)
+        self.num_done += 1
+
+
+def _report(
+    plan: Plan, collector: _Collector, total_s: float, prefill_s: float, stages: list[Any]
+) -> Report:
+    predicted = plan.predicted
+    return Report(
+        tokens_per_s=collector.num_tokens / total_s,
+        prefill_s=prefill_s,
+        decode_s=total_s - prefill_s,
+        total_s=total_s,
+        load_s=max(stage.load_s for stage in stages),
+        num_requests=collector.num_done,
+        num_new_tokens=collector.num_tokens,
+        stages=[StageReport(**vars(stage)) for stage in stages],
+        predicted=predicted,
+        error_percent=100 * (predicted.total_s / total_s - 1) if predicted else None,
+        provenance=Provenance.here(),
+    )
+
+
+def _write_report(report: Report, options: RunOptions, out: Any) -> None:
+    for path in {options.report, options.json_path} - {None}:
+        if str(path) == "-":
+            click.echo(report.model_dump_json(indent=1))
+        elif path is not None:
+            write_json(path, report)
+    out.print(
+        f"{report.num_requests} requests, {report.num_new_tokens} new tokens in "
+        f"{report.total_s:.2f} s: {report.tokens_per_s:.1f} tokens/s"
+    )
+    if report.predicted is not None:
+        out.print(
+            f"predicted {report.predicted.total_s:.2f} s, "
+            f"{report.predicted.tokens_per_s:.1f} tokens/s for the planned workload"
+        )
+
+
+def _warn_of_crowding(plan: Plan, options: RunOptions) -> None:
+    """Says so where a rehearsal cannot be true to its slowdowns on this machine."""
+    from llmpq.runtime.rehearsal import available_cores, cores_needed
+
+    roles = [plan.cluster.rehearse.get(stage.devices[0]) for stage in plan.stages]
+    slowdowns = [role.slowdown for role in roles if role is not None]
+    needed, cores = cores_needed(slowdowns), available_cores()
+    if slowdowns and needed > cores:
+        console(options.quiet).print(
+            f"warning: this rehearsal needs {needed:.1f} cores and there are {cores}; its times "
+            f"will be too long. Raise the slowdowns by {needed / cores:.2f}x or more."
+        )
+
+
+if __name__ == "__main__":
+    main()

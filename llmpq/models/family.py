@@ -1,0 +1,84 @@
+"""Where each family of models keeps its parts: the only code that differs between families.
+
+A stage is transformers' own causal language model built with fewer layers. What a stage does not
+own is replaced: modules that act on the input are passed over on every stage but the first,
+modules that act on the output on every stage but the last. Paths are relative to `decoder`, the
+module whose `forward` runs the layers; `decoder` and `head` are relative to the model.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from llmpq.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of the parts of a decoder-only model."""
+
+    decoder: str = "model"
+    layers: str = "layers"
+    embedding: str = "embed_tokens"
+    head: str = "lm_head"
+    final: tuple[str, ...] = ("norm",)  # act on the last layer's output
+    input: tuple[str, ...] = ()  # act on the embedded input
+    positions: tuple[str, ...] = ()  # learned positions, added to the embedded input
+    head_in_files: str = "lm_head"  # what checkpoints call the head
+
+
+FAMILIES: dict[str, Family] = {
+    "opt": Family(
+        decoder="model.decoder",
+        final=("final_layer_norm", "project_out"),
+        input=("project_in",),
+        positions=("embed_positions",),
+    ),
+    "bloom": Family(
+        decoder="transformer",
+        layers="h",
+        embedding="word_embeddings",
+        final=("ln_f",),
+        input=("word_embeddings_layernorm",),
+    ),
+    "gpt_neox": Family(
+        decoder="gpt_neox",
+        embedding="embed_in",
+        final=("final_layer_norm",),
+        head_in_files="embed_out",
+    ),
+}
+
+
+def family_of(model: nn.Module, model_type: str) -> Family:
+    """The parts of `model`; a family that is not listed must be laid out like LLaMA."""
+    family = FAMILIES.get(model_type, Family())
+    for path in (family.decoder, family.head, *(f"{family.decoder}.{n}" for n in _needed(family))):
+        if find(model, path) is None:
+            raise UserError(
+                f"models of type '{model_type}' are laid out in a way llmpq does not know "
+                f"(no '{path}'); known: LLaMA-like, {', '.join(sorted(FAMILIES))}"
+            )
+    return family
+
+
+def find(module: nn.Module, path: str) -> nn.Module | None:
+    """The sub-module at a dotted path, or None."""
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+        if found is None:
+            return None
+    return found
+
+
+def replace(module: nn.Module, path: str, new: nn.Module | None) -> None:
+    """Puts `new` at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    owner = find(module, parent) if parent else module
+    assert owner is not None, path
+    setattr(owner, name, new)
+
+
+def _needed(family: Family) -> tuple[str, ...]:
+    return (family.layers, family.embedding, family.final[0])

@@ -1,0 +1,273 @@
+"""Some consecutive layers of a decoder, as a module that runs alone.
+
+`StageModel` is transformers' own causal language model built with fewer layers on the meta device
+(no memory), its parts at the other ends of the pipeline passed over. Its linears are llmpq's
+quantised ones. It holds no weights until `parameters_to_load` have been filled by a loader.
+
+Shapes: B requests, S tokens, H hidden size, V vocabulary.
+Not covered: layers that keep other state than keys and values, encoders, tensor parallelism.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import Cache
+
+from llmpq.errors import UserError
+from llmpq.models.family import Family, family_of, find, replace
+from llmpq.quant import PlainLinear, QuantizedLinear, make_linear
+
+
+@dataclass(frozen=True)
+class LayerRange:
+    """Layers `first` up to but not including `end`, of `total`."""
+
+    first: int
+    end: int
+    total: int
+
+    @property
+    def is_first(self) -> bool:
+        """Embeds the tokens."""
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Computes the logits."""
+        return self.end == self.total
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor of the checkpoint and the place that wants it."""
+
+    name: str  # in the whole model's checkpoint
+    module: nn.Module
+    attribute: str
+    shape: tuple[int, ...]
+
+
+class _Nothing(nn.Module):
+    """Stands for learned positions on a stage that does not add them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(())
+
+
+class StageModel(nn.Module):
+    """Layers of a model at given precisions; `dtype` is that of activations and 16-bit weights."""
+
+    def __init__(
+        self,
+        config: Any,
+        layers: LayerRange,
+        precisions: list[str],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        assert len(precisions) == layers.end - layers.first
+        self.layers, self.dtype, self.device = layers, dtype, device
+        self.config = _stage_config(config, layers)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+        self.family = family_of(model, self.config.model_type)
+        self.model = model
+        _materialise_buffers(model, device)
+        _pass_over(model, self.family, layers)
+        self._quantise(precisions)
+        decoder = find(model, self.family.decoder)
+        assert decoder is not None
+        self._decoder = [decoder]  # in a list: already registered as part of `model`
+        model.requires_grad_(False)
+
+    def parameters_to_load(self) -> Iterator["RawTensor"]:
+        """Every tensor that a loader must fill, tied ones once."""
+        seen: set[tuple[int, str]] = set()
+        for prefix, module in self.model.named_modules():
+            for name, shape in _raw_shapes(module).items():
+                if (id(module), name) not in seen:
+                    seen.add((id(module), name))
+                    yield RawTensor(self._checkpoint_name(f"{prefix}.{name}"), module, name, shape)
+
+    @property
+    def embedding_name(self) -> str:
+        """The checkpoint's name of the token embedding, which a tied head shares."""
+        return f"{self.family.decoder}.{self.family.embedding}.weight"
+
+    @property
+    def head_is_tied(self) -> bool:
+        """The head uses the embedding's matrix."""
+        return bool(self.config.tie_word_embeddings)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """`[B, S]` token ids to `[B, S, H]` (first stage only)."""
+        embedding = find(self._decoder[0], self.family.embedding)
+        assert embedding is not None
+        return embedding(token_ids)
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """`[B, S, H]` through this stage's layers (and the final norm on the last stage).
+
+        `attention_mask` is `[B, past + S]`, 1 for real tokens; None where there is no padding.
+        """
+        output = self._decoder[0](
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., H]` to logits `[..., V]` (last stage only)."""
+        head = find(self.model, self.family.head)
+        assert head is not None
+        logits = head(hidden)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        logits = logits * (getattr(self.config, "logit_scale", None) or 1)
+        return logits / (getattr(self.config, "logits_scaling", None) or 1)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights held, packed ones as packed; a shared matrix counts once."""
+        seen: set[int] = set()
+        return sum(_held_bytes(module, seen) for module in self.model.modules())
+
+    def _quantise(self, precisions: list[str]) -> None:
+        """Replaces the linears of every layer by ones that own their precision."""
+        layers = find(self.model, f"{self.family.decoder}.{self.family.layers}")
+        assert isinstance(layers, nn.ModuleList)
+        for layer, precision in zip(layers, precisions, strict=True):
+            linears = [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
+            for name, linear in linears:
+                replace(layer, name, self._linear(linear, precision))
+        head = find(self.model, self.family.head)
+        if isinstance(head, nn.Linear):
+            replace(self.model, self.family.head, self._linear(head, "16"))
+
+    def _linear(self, like: nn.Linear, precision: str) -> nn.Module:
+        return make_linear(
+            precision,
+            like.in_features,
+            like.out_features,
+            bias=like.bias is not None,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def _checkpoint_name(self, name: str) -> str:
+        if name == f"{self.family.head}.weight":
+            return f"{self.family.head_in_files}.weight"
+        prefix = f"{self.family.decoder}.{self.family.layers}."
+        if not name.startswith(prefix):
+            return name
+        index, rest = name.removeprefix(prefix).split(".", 1)
+        return f"{prefix}{int(index) + self.layers.first}.{rest}"
+
+
+def load_config(model: Path) -> Any:
+    """transformers' configuration of a model directory or `config.json`; never runs its code."""
+    path = model / "config.json" if model.is_dir() else model
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        model_type = data.pop("model_type")
+        config = AutoConfig.for_model(model_type, **data)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: transformers cannot use this configuration: {error}") from None
+    except Exception as error:  # strict configurations raise classes of their own
+        raise UserError(f"{path}: transformers cannot use this configuration: {error}") from None
+    return config.get_text_config(decoder=True)
+
+
+def _stage_config(config: Any, layers: LayerRange) -> Any:
+    """The configuration of a model that has just these layers."""
+    staged = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == layers.total and name.startswith("layer"):
+            setattr(staged, name, value[layers.first : layers.end])
+    staged.num_hidden_layers = layers.end - layers.first
+    staged.use_cache = True
+    return staged
+
+
+def _materialise_buffers(model: nn.Module, device: torch.device) -> None:
+    """Computes the buffers that no checkpoint holds (rotary frequencies, embedding scales)."""
+    for module in model.modules():
+        names = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
+        for name in names:
+            empty = torch.empty_like(module.get_buffer(name), device="cpu")
+            persistent = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, empty, persistent=persistent)
+        if names:
+            model._init_weights(module)  # type: ignore[operator]  # transformers' own initialiser
+            _move_buffers(module, device)
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        persistent = name not in module._non_persistent_buffers_set
+        module.register_buffer(name, buffer.to(device), persistent=persistent)
+
+
+def _pass_over(model: nn.Module, family: Family, layers: LayerRange) -> None:
+    """Removes what other stages own."""
+    if not layers.is_first:
+        replace(model, f"{family.decoder}.{family.embedding}", None)
+        for name in family.input:
+            _replace_if_there(model, f"{family.decoder}.{name}", nn.Identity())
+        for name in family.positions:
+            _replace_if_there(model, f"{family.decoder}.{name}", _Nothing())
+    if not layers.is_last:
+        replace(model, family.head, None)
+        for name in family.final:
+            _replace_if_there(model, f"{family.decoder}.{name}", nn.Identity())
+
+
+def _replace_if_there(model: nn.Module, path: str, new: nn.Module) -> None:
+    if find(model, path) is not None:
+        replace(model, path, new)
+
+
+def _raw_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What a loader must fill; a linear of llmpq's says so itself."""
+    if isinstance(module, PlainLinear | QuantizedLinear):
+        return module.raw_shapes
+    return {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+
+
+def _held_bytes(module: nn.Module, seen: set[int]) -> int:
+    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    if isinstance(module, PlainLinear | QuantizedLinear):
+        packed = module.weight_bytes
+        shared = _is_seen(getattr(module, "weight", None), seen)
+        bias = getattr(module, "bias", None)
+        return (0 if shared else packed) + (0 if bias is None else _num_bytes(bias))
+    return sum(_num_bytes(t) for _, t in named if not t.is_meta and not _is_seen(t, seen))
+
+
+def _is_seen(tensor: object, seen: set[int]) -> bool:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        return False
+    known = tensor.data_ptr() in seen
+    seen.add(tensor.data_ptr())
+    return known
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,136 @@
+"""Reads single tensors from a Hugging Face model directory, one at a time.
+
+safetensors files (one, or shards with their index) are opened per tensor, so that the pages of
+a file do not stay mapped; `pytorch_model.bin` is read with `weights_only=True`.
+`RandomWeights` has the same interface, for measuring shapes whose weights are not at hand.
+"""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llmpq.artifact import parse_json
+from llmpq.errors import UserError
+
+SAFETENSORS = "model.safetensors"
+BIN = "pytorch_model.bin"
+
+
+class Weights(Protocol):
+    """Gives a named tensor of a given shape."""
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor, in main memory, in whatever data type it is stored."""
+
+
+class Checkpoint:
+    """The weights in a model directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such model directory")
+        self._files = self._find_files()
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor called `name`; its shape must be the one the configuration implies."""
+        stored = self._resolve(name)
+        tensor = self._read(self._files[stored], stored)
+        if tuple(tensor.shape) != shape:
+            raise UserError(
+                f"{self._files[stored]}: tensor '{stored}' has shape {list(tensor.shape)}, "
+                f"but config.json implies {list(shape)}"
+            )
+        return tensor
+
+    def __contains__(self, name: str) -> bool:
+        return any(candidate in self._files for candidate in _aliases(name))
+
+    def _resolve(self, name: str) -> str:
+        for candidate in _aliases(name):
+            if candidate in self._files:
+                return candidate
+        raise UserError(f"{self.folder}: the checkpoint has no tensor '{name}'")
+
+    def _read(self, path: Path, name: str) -> torch.Tensor:
+        if path.suffix == ".bin":
+            return self._bin_tensors[name]
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from None
+
+    def _find_files(self) -> dict[str, Path]:
+        for stem in (SAFETENSORS, BIN):
+            index = self.folder / f"{stem}.index.json"
+            if index.is_file():
+                return self._indexed(index)
+        if (self.folder / SAFETENSORS).is_file():
+            return self._names_in(self.folder / SAFETENSORS)
+        if (self.folder / BIN).is_file():
+            path = self.folder / BIN
+            return dict.fromkeys(_load_bin(path), path)
+        raise UserError(
+            f"{self.folder}: no weights here; expected {SAFETENSORS}, "
+            f"{SAFETENSORS}.index.json or {BIN}"
+        )
+
+    def _indexed(self, index: Path) -> dict[str, Path]:
+        data = parse_json(index)
+        names = data.get("weight_map") if isinstance(data, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+            raise UserError(f"{index}: has no 'weight_map' from tensor names to files")
+        files = {name: self.folder / file for name, file in names.items()}
+        missing = sorted({str(path) for path in files.values() if not path.is_file()})
+        if missing:
+            raise UserError("\n".join(f"{path}: missing, but {index} names it" for path in missing))
+        return files
+
+    def _names_in(self, path: Path) -> dict[str, Path]:
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                return dict.fromkeys(file.keys(), path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+
+    @cached_property
+    def _bin_tensors(self) -> dict[str, torch.Tensor]:
+        paths = dict.fromkeys(self._files.values())
+        return {name: tensor for path in paths for name, tensor in _load_bin(path).items()}
+
+
+class RandomWeights:
+    """Tensors that depend on the seed and their name alone, so that every process agrees."""
+
+    def __init__(self, seed: int = 0, scale: float = 0.02) -> None:
+        self.seed, self.scale = seed, scale
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Normal weights; vectors (norms) are 1 and biases 0."""
+        if len(shape) == 1:
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        return torch.randn(shape, generator=generator).mul_(self.scale)
+
+
+def _load_bin(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # unpicklers raise anything; weights_only never runs code
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: not readable as plain weights ({reason}); convert the model to "
+            "safetensors, for example with model.save_pretrained(...)"
+        ) from None
+
+
+def _aliases(name: str) -> list[str]:
+    """Checkpoints written from the bare decoder lack the name of the whole model's attribute."""
+    _, _, rest = name.partition(".")
+    return [name, rest] if name.startswith(("model.", "transformer.", "gpt_neox.")) else [name]

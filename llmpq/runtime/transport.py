@@ -1,0 +1,232 @@
+"""How stages talk: fixed-size tensors, point to point, never pickled objects.
+
+`Transport` is the seam. `DistributedTransport` goes through torch.distributed (gloo on CPUs, NCCL
+between cards of one process each, gloo through main memory where processes share a card);
+`LocalTransport` connects stages that are threads of one process, for tests and evaluation.
+
+A message of hidden states is one byte buffer: 16 bytes of header (which micro-batch), then the
+states. Its size follows from the schedule, so a receiver posts its buffer ahead.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from llmpq.errors import WorkerError
+
+HEADER_BYTES = 16
+TIMEOUT = timedelta(minutes=30)
+
+
+class Pending(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> object:
+        """Returns when the tensor has been sent or filled."""
+
+
+class Transport(Protocol):
+    """Connects the stages 0 .. size-1. `message_device` is where hidden states travel from."""
+
+    rank: int
+    size: int
+    message_device: torch.device
+
+    def send_hidden(self, tensor: torch.Tensor) -> Pending:
+        """To the next stage."""
+
+    def receive_hidden(self, tensor: torch.Tensor) -> Pending:
+        """Into `tensor`, from the stage before."""
+
+    def send_tokens(self, tensor: torch.Tensor) -> Pending:
+        """From the last stage to the first."""
+
+    def receive_tokens(self, tensor: torch.Tensor) -> Pending:
+        """On the first stage."""
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Rank 0's values into everyone's tensor."""
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Everyone's tensor, on every rank."""
+
+
+def pack(index: int, hidden: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Writes header and states into a byte buffer that may be longer."""
+    payload = hidden.contiguous().view(torch.uint8).flatten()
+    buffer[:8].view(torch.int64)[0] = index
+    buffer[HEADER_BYTES : HEADER_BYTES + payload.numel()] = payload
+    return buffer
+
+
+def unpack(buffer: torch.Tensor) -> int:
+    """Which micro-batch a message is about."""
+    return int(buffer[:8].view(torch.int64)[0])
+
+
+def payload(buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The states in a message, as a view of its buffer."""
+    count = 1
+    for size in shape:
+        count *= size
+    num_bytes = count * dtype.itemsize
+    return buffer[HEADER_BYTES : HEADER_BYTES + num_bytes].view(dtype).view(shape)
+
+
+def message_bytes(num_values: int, dtype: torch.dtype) -> int:
+    """Size of a message that carries so many values."""
+    return HEADER_BYTES + num_values * dtype.itemsize
+
+
+class DistributedTransport:
+    """torch.distributed between processes; one process a stage."""
+
+    def __init__(self, backend: str, device: torch.device) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.message_device = device if backend == "nccl" else torch.device("cpu")
+        self._hidden = dist.new_group(backend=backend, timeout=TIMEOUT)
+        self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._own_tokens: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+
+    def send_hidden(self, tensor: torch.Tensor) -> Pending:
+        """To the next stage."""
+        return _start(dist.isend, tensor, self.rank + 1, self._hidden)
+
+    def receive_hidden(self, tensor: torch.Tensor) -> Pending:
+        """From the stage before."""
+        return _start(dist.irecv, tensor, self.rank - 1, self._hidden)
+
+    def send_tokens(self, tensor: torch.Tensor) -> Pending:
+        """To the first stage."""
+        if self.size == 1:
+            return _QueuedSend(self._own_tokens, tensor)
+        return _start(dist.isend, tensor, 0, self._control)
+
+    def receive_tokens(self, tensor: torch.Tensor) -> Pending:
+        """From the last stage."""
+        if self.size == 1:
+            return _QueuedReceive(self._own_tokens, tensor)
+        return _start(dist.irecv, tensor, self.size - 1, self._control)
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Rank 0's values into everyone's tensor."""
+        _checked(lambda: dist.broadcast(tensor, 0, group=self._control))
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Everyone's tensor."""
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        _checked(lambda: dist.all_gather(gathered, tensor, group=self._control))
+        return gathered
+
+
+class LocalTransport:
+    """Stages that are threads of this process."""
+
+    message_device = torch.device("cpu")
+
+    def __init__(self, rank: int, hub: "LocalHub") -> None:
+        self.rank, self.size, self._hub = rank, hub.size, hub
+
+    def send_hidden(self, tensor: torch.Tensor) -> Pending:
+        """To the next stage."""
+        return _QueuedSend(self._hub.hidden[self.rank + 1], tensor)
+
+    def receive_hidden(self, tensor: torch.Tensor) -> Pending:
+        """From the stage before."""
+        return _QueuedReceive(self._hub.hidden[self.rank], tensor)
+
+    def send_tokens(self, tensor: torch.Tensor) -> Pending:
+        """To the first stage."""
+        return _QueuedSend(self._hub.tokens, tensor)
+
+    def receive_tokens(self, tensor: torch.Tensor) -> Pending:
+        """From the last stage."""
+        return _QueuedReceive(self._hub.tokens, tensor)
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Rank 0's values into everyone's tensor."""
+        tensor.copy_(self._hub.exchange(self.rank, tensor.clone())[0])
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Everyone's tensor."""
+        return self._hub.exchange(self.rank, tensor.clone())
+
+
+class LocalHub:
+    """What the threads of a `LocalTransport` share."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.hidden = [_Channel() for _ in range(size)]
+        self.tokens = _Channel()
+        self._slots: list[torch.Tensor] = [torch.empty(0)] * size
+        self._barrier = threading.Barrier(size)
+
+    def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, once all have come."""
+        self._slots[rank] = tensor
+        try:
+            self._barrier.wait(timeout=600)
+            everyone = list(self._slots)
+            self._barrier.wait(timeout=600)
+        except threading.BrokenBarrierError:
+            raise WorkerError(f"stage {rank}: another stage has stopped") from None
+        return everyone
+
+    def abort(self) -> None:
+        """Wakes everyone who waits, after a stage has failed."""
+        self._barrier.abort()
+        for channel in (*self.hidden, self.tokens):
+            channel.put(None)
+
+
+class _Channel(queue.SimpleQueue[torch.Tensor | None]):
+    """Tensors in order; None means that the other end has failed."""
+
+
+class _QueuedSend:
+    def __init__(self, channel: Any, tensor: torch.Tensor) -> None:
+        channel.put(tensor.clone())
+
+    def wait(self) -> None:
+        return None
+
+
+class _QueuedReceive:
+    def __init__(self, channel: Any, tensor: torch.Tensor) -> None:
+        self._channel, self._tensor = channel, tensor
+
+    def wait(self) -> None:
+        received = self._channel.get()
+        if received is None:
+            raise WorkerError("another stage has stopped")
+        self._tensor.copy_(received)
+
+
+class _Checked:
+    """A torch.distributed transfer whose failure names what happened."""
+
+    def __init__(self, work: Any, tensor: torch.Tensor) -> None:
+        self._work, self._tensor = work, tensor  # the tensor must live until the end
+
+    def wait(self) -> None:
+        _checked(self._work.wait)
+
+
+def _start(transfer: Callable[..., Any], tensor: torch.Tensor, peer: int, group: Any) -> Pending:
+    return _Checked(_checked(lambda: transfer(tensor, peer, group=group)), tensor)
+
+
+def _checked(action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except RuntimeError as error:
+        rank = dist.get_rank() if dist.is_initialized() else os.environ.get("RANK", "?")
+        reason = str(error).splitlines()[0]
+        raise WorkerError(f"rank {rank}: a neighbouring worker was lost ({reason})") from None
