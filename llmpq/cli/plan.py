@@ -238,8 +238,7 @@ def _read(arguments: Arguments, plan: "Plan | None") -> Inputs:
     workload = given(arguments.workload, load_workload, plan.workload if plan else None)
     none: list[Profile] = []
     profiles = given(arguments.profiles, load_profiles, none)
-    folder = arguments.workload.parent if arguments.workload else Path(".")
-    lengths = attempt(lambda: request_lengths(workload, folder)) if workload else None
+    lengths = attempt(lambda: request_lengths(workload)) if workload else None
     quality = attempt(lambda: _quality(arguments, spec)) if spec else None
     if faults:
         raise UserError("\n".join(faults))

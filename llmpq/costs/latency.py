@@ -246,8 +246,8 @@ def _quality_of(
 def _rehearsed(
     cluster: Cluster, device_type: str, spec: ModelSpec, profiles: Sequence[Profile]
 ) -> LayerTimes:
-    cpu = [p for p in profiles if p.device.type == "cpu" and p.device.num_threads == 1]
-    rows = _rows(cpu, spec)
+    base = [p for p in profiles if _can_rehearse(p)]
+    rows = _rows(base, spec)
     if not rows:
         raise UserError(
             f"device type '{device_type}' is rehearsed on the CPU, which has no profile of "
@@ -255,8 +255,14 @@ def _rehearsed(
             f"{spec.name} --threads 1 -o DIR/cpu.json' and plan with '--profiles DIR'"
         )
     slowdown = cluster.rehearse[device_type].slowdown
-    times = measured_times(rows, f"measured on {cpu[0].device.name}")
+    times = measured_times(rows, f"measured on {base[0].device.name}")
     return replace(times.scaled(slowdown), provenance=f"{times.provenance}; x{slowdown:g} slowdown")
+
+
+def _can_rehearse(profile: Profile) -> bool:
+    """Rehearsals run on one thread of the CPU, or share a card."""
+    device = profile.device
+    return device.type == "cuda" or (device.type == "cpu" and device.num_threads == 1)
 
 
 # ---- from the spec sheet
