@@ -8,6 +8,7 @@
 # $OUT/steps.tsv, its output in $OUT/STEP.log. Exit 0 if all succeeded.
 #
 #   MODELS      names of configs/models to profile       default: the six below
+#   TYPE        the card's name in cluster files         default: h200-141g
 #   STEP_LIMIT  seconds that one step may take           default: 600
 set -uo pipefail
 
@@ -17,6 +18,7 @@ python="${PYTHON:-python3}"
 out="${OUT:-./gpu-out}"
 models="${MODELS:-opt-13b opt-30b opt-66b llama-3.1-8b llama-3.3-70b qwen2.5-32b}"
 limit="${STEP_LIMIT:-600}"
+type="${TYPE:-h200-141g}"
 wanted=" $* "
 failed=0
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -42,8 +44,8 @@ step tests tests "$python" -m pytest -q -m gpu --continue-on-collection-errors t
 
 for model in $models; do
     step profile "profile-$model" "$python" -m llmpq.cli.profile layers \
-        --model "configs/models/$model.json" --device cuda --random-weights \
-        --json "$out/profiles/$model.json"
+        --model "configs/models/$model.json" --device cuda --type "$type" --budget-s 45 \
+        --prompt-tokens 128,512,1024 --past-tokens 128,512,1024 -o "$out/profiles/$model.json"
 done
 
 step kernels kernels "$python" scripts/bench/kernels.py --json "$out/kernels.json"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 OURS = "llmpq"
+STORIES = ("story-000", "story-007")
 
 
 def main() -> None:
@@ -27,8 +28,9 @@ def main() -> None:
     for method in [OURS, *(baseline["method"] for baseline in plan["baselines"])]:
         table.add_row(method, *_cells(folder, method, plan, perplexity))
     out.print(table)
-    for line in (folder / f"{OURS}.jsonl").read_text().splitlines()[-2:]:
-        out.print(_story(json.loads(line)), markup=False)
+    stories = map(json.loads, (folder / "stories.jsonl").read_text().splitlines())
+    for line in [line for line in stories if line["id"] in STORIES]:
+        out.print(_story(line), markup=False)
 
 
 def _cells(

@@ -1,5 +1,6 @@
 """`llmpq-run`: executes a plan on prompts, under torchrun or alone."""
 
+import os
 import sys
 import time
 from contextlib import closing
@@ -12,7 +13,7 @@ import click
 from llmpq.artifact import Provenance, write_json
 from llmpq.cli.common import ARGUMENTS, Command, common_options, console
 from llmpq.cli.progress import Progress, progress
-from llmpq.errors import UserError
+from llmpq.errors import UserError, WorkerError
 from llmpq.plan import Plan, load_plan
 from llmpq.report import Report, StageReport
 
@@ -96,6 +97,8 @@ def _run_here(plan: Plan, options: RunOptions) -> None:
 
 def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
     """One worker among several; of those on one machine the first speaks of bad input."""
+    from llmpq.runtime.process import SUPERVISED
+
     if role.size != len(plan.stages):
         raise UserError(
             f"{options.plan}: the plan has {len(plan.stages)} stages but torchrun started "
@@ -107,6 +110,10 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
         if role.local_rank == 0:
             raise
         sys.exit(UserError.exit_code)
+    except WorkerError:
+        if SUPERVISED not in os.environ:
+            raise
+        sys.exit(WorkerError.exit_code)  # the process that started us says which worker was lost
 
 
 @dataclass
@@ -118,10 +125,11 @@ class Prepared:
     tokenizer: Any
     requests: "list[Request]"
     eos_ids: frozenset[int]
-    pad_id: int
+    pad_id: int = 0  # padding is masked, so any token will do
 
 
-def _prepare(plan: Plan, options: RunOptions) -> Prepared:
+def _prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
+    """Reads and checks all input; only the stage that leads needs the prompts."""
     from llmpq.models.stage_model import load_config
     from llmpq.models.tokenizer import end_tokens, load_tokenizer
     from llmpq.runtime.checkpoint import Checkpoint
@@ -133,6 +141,9 @@ def _prepare(plan: Plan, options: RunOptions) -> Prepared:
     config = load_config(folder)
     _check_model(plan, config, folder)
     Checkpoint(folder)
+    eos_ids = frozenset() if options.ignore_eos else end_tokens(folder, config)
+    if not leads:
+        return Prepared(folder, config, None, [], eos_ids)
     tokenizer = load_tokenizer(folder)
     limits = Limits(
         new_tokens=max(new for _, new in request_lengths(plan.workload)),
@@ -140,8 +151,7 @@ def _prepare(plan: Plan, options: RunOptions) -> Prepared:
         vocab_size=plan.model.vocab_size,
     )
     requests = read_requests(options.prompts, tokenizer, limits)
-    eos_ids = frozenset() if options.ignore_eos else end_tokens(folder, config)
-    return Prepared(folder, config, tokenizer, requests, eos_ids, pad_id=0)
+    return Prepared(folder, config, tokenizer, requests, eos_ids)
 
 
 def _check_model(plan: Plan, config: Any, folder: Path) -> None:
@@ -162,7 +172,7 @@ def _work(plan: Plan, options: RunOptions, role: "Role") -> None:
     from llmpq.runtime.rehearsal import own_core
     from llmpq.runtime.sampler import Sampling
 
-    prepared = _prepare(plan, options)
+    prepared = _prepare(plan, options, leads=role.rank == 0)
     device = choose_device(options.device, role)
     if plan.cluster.rehearse and device.type == "cpu":
         torch.set_num_threads(1)

@@ -20,8 +20,9 @@ HIDDEN_TENSORS = 6
 FFN_TENSORS = 3
 # An attention mask is kept as booleans and as 16-bit numbers.
 MASK_BYTES = 1 + 2
-# Scores of eager attention: 16 bits, a 32-bit softmax, 16 bits again.
-SCORE_BYTES = 2 + 4 + 2
+# Scores of eager attention: the layer before's (kept as its output), 16 bits, with the mask added,
+# a 32-bit softmax, 16 bits again. BLOOM holds them all at once, Gemma 2 two thirds.
+SCORE_BYTES = 2 + 2 + 2 + 4 + 2
 # Logits: 16 bits and 32 bits.
 LOGIT_BYTES = 2 + 4
 # A weight while it is multiplied: 16 bits unpacked, 2 bytes for its code.

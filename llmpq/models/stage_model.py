@@ -252,13 +252,14 @@ def _raw_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _held_bytes(module: nn.Module, seen: set[int]) -> int:
-    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    """Bytes a module's own weights take; constants it computes (rotary frequencies) are none."""
     if isinstance(module, PlainLinear | QuantizedLinear):
         packed = module.weight_bytes
         shared = _is_seen(getattr(module, "weight", None), seen)
         bias = getattr(module, "bias", None)
         return (0 if shared else packed) + (0 if bias is None else _num_bytes(bias))
-    return sum(_num_bytes(t) for _, t in named if not t.is_meta and not _is_seen(t, seen))
+    held = module.parameters(recurse=False)
+    return sum(_num_bytes(t) for t in held if not t.is_meta and not _is_seen(t, seen))
 
 
 def _is_seen(tensor: object, seen: set[int]) -> bool:

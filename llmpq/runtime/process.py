@@ -21,6 +21,7 @@ from llmpq.runtime.transport import TIMEOUT, DistributedTransport, LocalHub, Loc
 from llmpq.runtime.transport import Transport as Transport
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SUPERVISED = "LLMPQ_SUPERVISED"  # set for workers whose parent reports how they ended
 GRACE_S = 3.0  # how long the others may take to notice that a worker has gone
 
 
@@ -89,6 +90,7 @@ def start_workers(arguments: Sequence[str], names: Sequence[str], module: str) -
 
     When one worker fails the others are stopped. A worker's own exit code 2, 3 or 4 is kept.
     """
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     port = _free_port()
     workers = [_start(rank, len(names), port, arguments, module) for rank in range(len(names))]
     try:
@@ -113,8 +115,14 @@ def _start(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": _loopback(),
+        SUPERVISED: "1",
     }
     return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment)
+
+
+def _exit_on_signal(number: int, frame: object) -> None:
+    """Ends the parent in order, so that its workers end too."""
+    sys.exit(128 + number)
 
 
 def _loopback() -> str:
