@@ -2,12 +2,14 @@
 
 import click
 
+from llmpq import __version__
 from llmpq.cli.common import Command
 from llmpq.errors import UserError
 
 
 @click.command(cls=Command, context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.version_option(__version__, prog_name="llmpq")
 def main(arguments: tuple[str, ...]) -> None:
     """Export a plan to another engine (vLLM). Not available in this version."""
     raise UserError("llmpq-export is not available in this version; run plans with llmpq-run")

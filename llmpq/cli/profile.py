@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmpq import __version__
 from llmpq.artifact import Provenance, write_json
 from llmpq.cli.common import Command, common_options, console
 from llmpq.cli.progress import progress
@@ -63,6 +64,7 @@ class PrecisionNames(click.ParamType):
 
 
 @click.group(cls=DefaultGroup)
+@click.version_option(__version__, prog_name="llmpq")
 def main() -> None:
     """Measure this machine: `layers` (the default), `sensitivity`, `devices`."""
 

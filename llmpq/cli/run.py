@@ -250,7 +250,7 @@ class _Collector:
 
 
 def _report(
-    plan: Plan, collector: _Collector, total_s: float, prefill_s: float, stages: list[Any]
+    plan: Plan, collector: _Collector, total_s: float, prefill_s: float, stages: list[StageReport]
 ) -> Report:
     predicted = plan.predicted
     return Report(
@@ -261,7 +261,7 @@ def _report(
         load_s=max(stage.load_s for stage in stages),
         num_requests=collector.num_done,
         num_new_tokens=collector.num_tokens,
-        stages=[StageReport(**vars(stage)) for stage in stages],
+        stages=stages,
         predicted=predicted,
         error_percent=100 * (predicted.total_s / total_s - 1) if predicted else None,
         provenance=Provenance.here(),

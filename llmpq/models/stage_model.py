@@ -188,10 +188,9 @@ def load_config(model: Path) -> Any:
         data = json.loads(path.read_text(encoding="utf-8"))
         model_type = data.pop("model_type")
         config = AutoConfig.for_model(model_type, **data)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: transformers cannot use this configuration: {error}") from None
     except Exception as error:  # strict configurations raise classes of their own
-        raise UserError(f"{path}: transformers cannot use this configuration: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: transformers cannot use this configuration: {reason}") from None
     return config.get_text_config(decoder=True)
 
 

@@ -8,7 +8,7 @@ a file do not stay mapped; `pytorch_model.bin` is read with `weights_only=True`.
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -119,9 +119,12 @@ class RandomWeights:
         return torch.randn(shape, generator=generator).mul_(self.scale)
 
 
-def _load_bin(path: Path) -> dict[str, Any]:
+def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(data, dict) or not all(map(torch.is_tensor, data.values())):
+            raise TypeError("it does not map names to tensors")
+        return data
     except Exception as error:  # unpicklers raise anything; weights_only never runs code
         reason = str(error).splitlines()[0]
         raise UserError(

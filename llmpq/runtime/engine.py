@@ -16,6 +16,7 @@ import torch
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.stage_model import LayerRange, StageModel
 from llmpq.plan import Plan
+from llmpq.report import StageReport
 from llmpq.runtime.batching import (
     COLUMNS,
     BatchTable,
@@ -31,19 +32,6 @@ from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.transport import Transport
 from llmpq.runtime.worker import Worker
 from llmpq.workload import batches, request_lengths
-
-
-@dataclass(frozen=True)
-class StageTimes:
-    """What one stage measured; the fields of a report's `stages`."""
-
-    rank: int
-    busy_prefill_s: float
-    busy_decode_s: float
-    idle_s: float
-    comm_s: float
-    peak_memory_bytes: int
-    load_s: float
 
 
 @dataclass(frozen=True)
@@ -125,11 +113,11 @@ class Engine:
         while (table := self._listen()).num_requests > 0:
             self.worker.run(table)
 
-    def measure(self) -> list[StageTimes]:
+    def measure(self) -> list[StageReport]:
         """Every stage's times; all stages must call this."""
         mine = (*self.worker.watch.values(), self.account.total, self.load_s)
         rows = self.transport.gather(torch.tensor(mine, dtype=torch.float64))
-        return [_stage_times(rank, row.tolist()) for rank, row in enumerate(rows)]
+        return [_stage_report(rank, row.tolist()) for rank, row in enumerate(rows)]
 
     def start_clock(self) -> None:
         """Waits for all stages, then forgets what loading and warming up took."""
@@ -193,9 +181,17 @@ class Engine:
         return BatchTable(lengths, prompt_tokens, new_tokens)
 
 
-def _stage_times(rank: int, values: list[float]) -> StageTimes:
+def _stage_report(rank: int, values: list[float]) -> StageReport:
     prefill, decode, idle, comm, peak, load = values
-    return StageTimes(rank, prefill, decode, idle, comm, int(peak), load)
+    return StageReport(
+        rank=rank,
+        busy_prefill_s=prefill,
+        busy_decode_s=decode,
+        idle_s=idle,
+        comm_s=comm,
+        peak_memory_bytes=int(peak),
+        load_s=load,
+    )
 
 
 def _rehearsal(plan: Plan, rank: int, rehearse: bool) -> tuple[MemoryAccount, float]:

@@ -7,19 +7,15 @@ of each, the fastest turn counts. Also says how many bytes whole decoder layers 
     python scripts/bench/kernels.py [--quick] [--json OUT.json] [--threads N]
 """
 
-import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _common import Benchmark, Check, arguments, finish, machine
 from rich.console import Console
 from rich.table import Table
 
@@ -67,8 +63,8 @@ def filled(precision: str, weight: torch.Tensor) -> Layer:
     return layer
 
 
-def machine(budget_s: float) -> dict[str, Any]:
-    """What this machine is, and its measured bandwidth and bf16 matmul peak."""
+def ceilings(budget_s: float) -> dict[str, Any]:
+    """This machine's measured bandwidth and bf16 matmul peak."""
     source, target = torch.ones(2**26), torch.empty(2**26)
     a = torch.randn(1024, 1024).to(DTYPE)
     seconds = fastest(
@@ -76,11 +72,9 @@ def machine(budget_s: float) -> dict[str, Any]:
         budget_s,
     )
     return {
-        "cpu": platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
         "read_gb_per_s": source.nbytes / seconds["read"][0] / 1e9,
         "copy_gb_per_s": 2 * source.nbytes / seconds["copy"][0] / 1e9,
         "bf16_matmul_gflop_per_s": 2 * 1024**3 / seconds["matmul"][0] / 1e9,
@@ -126,7 +120,7 @@ def bench_shape(
     return table
 
 
-def weight_checks() -> list[dict[str, Any]]:
+def weight_checks() -> list[Check]:
     """Bytes of the seven linears of a LLaMA-like layer against 16 bits, from real layers."""
     checks = []
     for label, (hidden, inner) in LLAMA_LIKE.items():
@@ -138,22 +132,21 @@ def weight_checks() -> list[dict[str, Any]]:
                 held[name] += filled(name, weight).weight_bytes
         for name, target in LARGEST_RATIO.items():
             ratio = held[name] / held["16"]
-            checks.append(
-                {
-                    "name": f"weight_bytes_{name}_bits_{label}",
-                    "value": ratio,
-                    "unit": "of 16 bits",
-                    "target": target,
-                    "holds": ratio <= target,
-                    "samples": len(shapes),
-                }
+            check = Check(
+                name=f"weight bytes of {label} at {name} bits",
+                value=ratio,
+                unit="of 16 bits",
+                target=f"<= {target:.2f}",
+                holds=ratio <= target,
+                samples=len(shapes),
             )
+            checks.append(check)
     return checks
 
 
-def render(report: dict[str, Any], console: Console) -> None:
-    """The report as tables."""
-    info = report["machine"]
+def render(info: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The ceilings and the times as tables."""
+    console = Console(highlight=False)
     console.print(
         f"{info['capability']}, {info['threads']} threads: read {info['read_gb_per_s']:.1f} GB/s, "
         f"copy {info['copy_gb_per_s']:.1f} GB/s, "
@@ -161,7 +154,7 @@ def render(report: dict[str, Any], console: Console) -> None:
         f"int4 kernel tiles {'work' if info['int4_tiles'] else 'do not work'}"
     )
     table = Table("precision", "out x in", "M", "ms", "x bf16 linear", "GB/s", "GFLOP/s")
-    for row in report["rows"]:
+    for row in rows:
         table.add_row(
             row["precision"],
             f"{row['out_features']}x{row['in_features']}",
@@ -172,38 +165,25 @@ def render(report: dict[str, Any], console: Console) -> None:
             f"{row['gflop_per_s']:.0f}",
         )
     console.print(table)
-    for check in report["checks"]:
-        verdict = "holds" if check["holds"] else "FAILS"
-        console.print(f"{check['name']}: {check['value']:.4f} <= {check['target']} {verdict}")
 
 
-def main() -> int:
-    """Measure, print, and write the JSON form if asked; 1 if a check fails."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and rows, under 60 s")
-    parser.add_argument("--json", type=Path, help="also write the report to this file")
+def main() -> None:
+    """Measures and prints."""
+    parser = arguments((__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own)")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    budget_s = 0.4 if args.quick else 1.0
-    shapes, rows = (QUICK_SHAPES, QUICK_ROWS) if args.quick else (SHAPES, ROWS)
+    budget_s = 0.4 if options.quick else 1.0
+    shapes, counts = (QUICK_SHAPES, QUICK_ROWS) if options.quick else (SHAPES, ROWS)
     with torch.inference_mode():
-        info = machine(1.0) | {"int4_tiles": quant_kernels.int4_tiles_work()}
-        report: dict[str, Any] = {
-            "schema_version": 1,
-            "kind": "benchmark",
-            "name": "kernels",
-            "machine": info,
-            "checks": weight_checks(),
-            "rows": [row for shape in shapes for row in bench_shape(*shape, rows, budget_s)],
-        }
-    render(report, Console())
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0 if all(check["holds"] for check in report["checks"]) else 1
+        info = machine() | ceilings(1.0) | {"int4_tiles": quant_kernels.int4_tiles_work()}
+        rows = [row for shape in shapes for row in bench_shape(*shape, counts, budget_s)]
+        benchmark = Benchmark("kernels", info, weight_checks(), rows)
+    render(info, rows)
+    finish(benchmark, options.json)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
