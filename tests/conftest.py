@@ -26,8 +26,9 @@ def shared() -> Path:
 def shared_folder() -> Path | None:
     """Where the data folder lies, if there is one."""
     named = os.environ.get("LLMPQ_SHARED")
-    places = [Path(named)] if named else [REPO_ROOT / "shared", REPO_ROOT.parent / "shared"]
-    return next((place for place in places if place.is_dir()), None)
+    roots = [Path(named)] if named else [REPO_ROOT / "shared", REPO_ROOT.parent / "shared"]
+    places = [place for root in roots for place in (root / "data", root)]
+    return next((place for place in places if (place / "models").is_dir()), None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,6 +27,8 @@ SCORE_BYTES = 2 + 2 + 2 + 4 + 2
 LOGIT_BYTES = 2 + 4
 # A weight while it is multiplied: 16 bits unpacked, 2 bytes for its code.
 UNPACKED_BYTES = 2 + 2
+# A matrix is unpacked some rows at a time: this many weights at once on a card, fewer on a CPU.
+UNPACKED_WEIGHTS = 2**25
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,9 @@ def activation_bytes(
 
 
 def unpacked_bytes(spec: ModelSpec) -> int:
-    """The largest matrix of a layer while it is multiplied."""
-    return UNPACKED_BYTES * max(op.out_features * op.in_features for op in spec.linears)
+    """What is unpacked at once of a layer's largest matrix while it is multiplied."""
+    largest = max(op.out_features * op.in_features for op in spec.linears)
+    return UNPACKED_BYTES * min(largest, UNPACKED_WEIGHTS)
 
 
 def is_packed(precision: str) -> bool:

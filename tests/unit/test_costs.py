@@ -253,7 +253,7 @@ def test_activations_by_hand() -> None:
     packed = stage_memory(SPEC, ["16", "4"], first=False, last=False, **SIZES)
     assert packed.activations == prefill + 4 * F * H
     eager = stage_memory(make_spec("gemma2"), ["16"], first=False, last=False, **SIZES)
-    assert eager.activations == prefill + 2 * HEADS * 30 * 30 * 8
+    assert eager.activations == prefill + 2 * HEADS * 30 * 30 * 12
     assert middle.total == middle.weights + middle.cache + middle.activations
 
 

@@ -1,0 +1,179 @@
+"""Tiny models of every family with random weights, and plans made by hand.
+
+`TinyModel.expected` is what transformers itself generates, each prompt alone, greedily.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from llmpq.model_spec import ASSETS, ModelSpec, load_model_spec
+from llmpq.models.tokenizer import load_tokenizer
+from llmpq.plan import Plan
+from llmpq.runtime.batching import Request
+from llmpq.runtime.local import generate_locally
+
+TINY_TALES = ASSETS / "tiny-tales"
+NUM_REQUESTS, MAX_PROMPT, MAX_NEW = 16, 24, 12
+CPU = torch.device("cpu")
+
+_SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = _SIZES | {"num_key_value_heads": 2}
+_BLOOM = {"vocab_size": 97, "hidden_size": 32, "n_layer": 4, "n_head": 4, "pad_token_id": 0}
+
+# Family -> (prefix of transformers' classes, configuration)
+FAMILIES = {
+    "opt": ("OPT", _SIZES | {"ffn_dim": 64}),
+    "opt-projected": ("OPT", _SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 16}),
+    "bloom": ("Bloom", _BLOOM),
+    "llama": ("Llama", _GROUPED),
+    "mistral": ("Mistral", _GROUPED | {"sliding_window": 8}),
+    "qwen2": ("Qwen2", _GROUPED | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", _GROUPED | {"head_dim": 16}),
+    "gpt_neox": ("GPTNeoX", _SIZES),
+    "gemma2": ("Gemma2", _GROUPED | {"head_dim": 8, "sliding_window": 8}),
+    "gemma3": ("Gemma3", _GROUPED | {"head_dim": 8, "sliding_window": 8}),
+}
+
+
+@dataclass
+class TinyModel:
+    """A checkpoint on disk, requests for it, and transformers' own answers."""
+
+    folder: Path
+    requests: list[Request]
+    eos_ids: frozenset[int]
+    expected: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return load_model_spec(str(self.folder))
+
+    @property
+    def num_layers(self) -> int:
+        return self.spec.num_layers
+
+    def plan(self, ends, precisions="16", batch=8, p=3, q=5, **more) -> Plan:
+        """A plan whose stages end at the layers `ends`."""
+        return hand_made_plan(self.spec, ends, precisions, batch, p, q, **more)
+
+    def generate(self, ends, precisions="16", dtype=torch.float32, sampling=None, **sizes):
+        """Tokens by id from the pipeline with all stages in this process."""
+        plan = self.plan(ends, precisions, **sizes)
+        more = {"sampling": sampling} if sampling else {}
+        return generate_locally(
+            plan, self.folder, self.requests, dtype, eos_ids=self.eos_ids, **more
+        )
+
+
+def hand_made_plan(
+    spec, ends, precisions="16", batch=8, p=3, q=5, prompt=MAX_PROMPT, new=MAX_NEW, cluster=None
+) -> Plan:
+    """A plan for t4s. `precisions`: one for all layers, or a list with one a layer."""
+    if isinstance(precisions, str):
+        precisions = [precisions] * spec.num_layers
+    starts = [0, *ends[:-1]]
+    stages = [
+        {
+            "rank": rank,
+            "node": "node0",
+            "devices": ["t4-16g"],
+            "first_layer": first,
+            "end_layer": end,
+            "precisions": precisions[first:end],
+        }
+        for rank, (first, end) in enumerate(zip(starts, ends, strict=True))
+    ]
+    nodes = [{"name": "node0", "devices": [{"type": "t4-16g", "count": 4}]}]
+    return Plan.model_validate(
+        {
+            "model": spec.model_dump(),
+            "workload": {"prompt_tokens": prompt, "new_tokens": new, "num_requests": 16},
+            "cluster": {"nodes": nodes} | (cluster or {}),
+            "method": "hand",
+            "batch": batch,
+            "prefill_micro_batch": p,
+            "decode_micro_batch": q,
+            "stages": stages,
+        }
+    )
+
+
+def build(family: str) -> torch.nn.Module:
+    """transformers' model of a family with random weights, spread enough to tell tokens apart."""
+    prefix, sizes = FAMILIES[family]
+    text = "Text" if prefix == "Gemma3" else ""
+    config = getattr(transformers, f"{prefix}{text}Config")(**sizes)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    return model
+
+
+def save(family: str, folder: Path) -> TinyModel:
+    """Writes the family's checkpoint and asks transformers for the expected tokens."""
+    model = build(family)
+    model.save_pretrained(folder)
+    requests = random_requests(model.config.vocab_size)
+    # A token that the first request meets soon serves as the end of text.
+    eos = own_tokens(model, requests[0], frozenset())[3]
+    tiny = TinyModel(folder, requests, frozenset({eos}))
+    tiny.expected = {r.id: own_tokens(model, r, tiny.eos_ids) for r in requests}
+    return tiny
+
+
+def trained(folder: Path, texts: list[str], new_tokens: int = 20) -> TinyModel:
+    """A trained checkpoint, prompts from texts, and transformers' own answers in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(folder)
+    requests = [
+        Request(i, i, tuple(tokenizer.encode(text)[:MAX_PROMPT]), new_tokens - i % 5)
+        for i, text in enumerate(texts)
+    ]
+    tiny = TinyModel(folder, requests, frozenset({model.config.eos_token_id}))
+    tiny.expected = {r.id: own_tokens(model, r, tiny.eos_ids) for r in requests}
+    return tiny
+
+
+def random_requests(vocab_size: int) -> list[Request]:
+    """Prompts of unequal length that ask for unequal numbers of tokens."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(low: int, high: int, count: int) -> list[int]:
+        return torch.randint(low, high, (count,), generator=generator).tolist()
+
+    lengths = draw(1, MAX_PROMPT + 1, NUM_REQUESTS)
+    return [
+        Request(i, i, tuple(draw(3, vocab_size, length)), MAX_NEW - i % 4)
+        for i, length in enumerate(lengths)
+    ]
+
+
+def own_tokens(model, request: Request, eos_ids: frozenset[int]) -> list[int]:
+    """What transformers' own `generate` adds to one prompt."""
+    prompt = torch.tensor([request.prompt])
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=request.new_tokens,
+        do_sample=False,
+        eos_token_id=list(eos_ids) or -1,
+        pad_token_id=0,
+    )
+    return output[0, len(request.prompt) :].tolist()

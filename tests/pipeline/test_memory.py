@@ -1,0 +1,65 @@
+"""What a stage holds is what the planner's memory model says."""
+
+import pytest
+import torch
+from families import CPU, FAMILIES, hand_made_plan
+
+from llmpq.costs.memory import stage_memory
+from llmpq.models.stage_model import load_config
+from llmpq.quant import available_precisions
+from llmpq.runtime.checkpoint import Checkpoint
+from llmpq.runtime.engine import Engine, reserve_of
+from llmpq.runtime.transport import LocalHub, LocalTransport
+
+# (batch, p, q, prompt, new)
+SHAPES = [(8, 1, 8, 24, 12), (16, 16, 16, 48, 4), (4, 2, 1, 100, 20), (6, 3, 6, 2, 30)]
+TIGHTEST = 3.0  # predicted activations of the stage are at most this many times the measured
+
+
+def accounts(model, plan):
+    """(what the engine accounts for, what the planner predicts) of every stage."""
+    config, weights = load_config(model.folder), Checkpoint(model.folder)
+    hub, reserve = LocalHub(len(plan.stages)), reserve_of(plan)
+    for rank, stage in enumerate(plan.stages):
+        transport = LocalTransport(rank, hub)
+        engine = Engine(plan, config, weights, transport, torch.bfloat16, CPU, rehearse=False)
+        predicted = stage_memory(
+            plan.model,
+            stage.precisions,
+            first=rank == 0,
+            last=rank == len(plan.stages) - 1,
+            batch=reserve.batch,
+            cache_tokens=reserve.cache_tokens,
+            prefill_micro_batch=plan.prefill_micro_batch,
+            prompt_tokens=reserve.prompt_tokens,
+            decode_micro_batch=plan.decode_micro_batch,
+        )
+        yield engine.account, predicted
+
+
+def plans(model, shapes=SHAPES):
+    """First, middle and last stages, and one of all layers, at every precision and shape."""
+    last = model.num_layers
+    offered = [p for p in ("16", "8", "4", "3") if p in available_precisions(CPU, torch.bfloat16)]
+    for index, (batch, p, q, prompt, new) in enumerate(shapes):
+        for ends in ([1, last - 1, last], [last]):
+            precision = offered[index % len(offered)]
+            for chosen in {precision, "16"}:
+                yield hand_made_plan(
+                    model.spec, ends, chosen, batch=batch, p=p, q=q, prompt=prompt, new=new
+                )
+
+
+@pytest.mark.parametrize("name", ["tiny-tales", *FAMILIES])
+def test_memory_is_what_the_planner_predicts(name, family_model, tiny_tales, record_property):
+    model = tiny_tales if name == "tiny-tales" else family_model(name)
+    ratios = []
+    for plan in plans(model):
+        for held, predicted in accounts(model, plan):
+            assert held.weights == predicted.weights
+            assert held.cache == predicted.cache
+            ratios.append(held.activations / predicted.activations)
+    record_property("ratios", (min(ratios), max(ratios)))
+    print(f"{name}: measured / predicted activations {min(ratios):.2f} .. {max(ratios):.2f}")
+    assert max(ratios) <= 1
+    assert max(ratios) >= 1 / TIGHTEST

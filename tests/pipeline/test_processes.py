@@ -1,0 +1,180 @@
+"""Real processes: under torchrun, started by the command itself, killed, resumed, too small."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from families import TINY_TALES, TinyModel, hand_made_plan
+
+from llmpq.artifact import write_json
+from llmpq.model_spec import load_model_spec
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+NEW = 20
+CONTRACT = {
+    "tokens_per_s",
+    "prefill_s",
+    "decode_s",
+    "total_s",
+    "load_s",
+    "num_requests",
+    "num_new_tokens",
+    "stages",
+}
+STAGE_KEYS = {"rank", "busy_prefill_s", "busy_decode_s", "idle_s", "comm_s", "peak_memory_bytes"}
+RUN = [sys.executable, "-m", "llmpq.run"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+class Job:
+    """Prompts, plans and results in one folder."""
+
+    def __init__(self, folder: Path, model: TinyModel) -> None:
+        self.folder, self.model = folder, model
+        self.prompts, self.output = folder / "in.jsonl", folder / "out.jsonl"
+        self.report = folder / "report.json"
+        lines = [
+            {"id": f"r{r.id}", "prompt_token_ids": list(r.prompt), "max_new_tokens": r.new_tokens}
+            for r in model.requests
+        ]
+        self.prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def plan(self, ends, **more) -> Path:
+        """A plan's file. More new tokens are reserved than are asked for."""
+        spec = load_model_spec(str(TINY_TALES))
+        path = self.folder / f"plan{len(ends)}.json"
+        write_json(path, hand_made_plan(spec, ends, new=NEW, **more))
+        return path
+
+    def command(self, start: list[str], plan: Path, *more: str) -> list[str]:
+        files = ["--plan", plan, "--prompts", self.prompts, "--output", self.output]
+        return [*start, *map(str, files), "--report", str(self.report), *more]
+
+    def results(self) -> dict[str, list[int]]:
+        """Tokens by id; every id exactly once."""
+        lines = [json.loads(line) for line in self.output.read_text().splitlines()]
+        ids = [line["id"] for line in lines]
+        assert len(set(ids)) == len(ids)
+        return {line["id"]: line["token_ids"] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_tales) -> dict[str, list[int]]:
+    """One stage in this process, in the same data type."""
+    tokens = tiny_tales.generate([8], dtype=torch.bfloat16, new=NEW)
+    return {f"r{number}": ids for number, ids in tokens.items()}
+
+
+@pytest.fixture
+def job(tmp_path, tiny_tales) -> Job:
+    return Job(tmp_path, tiny_tales)
+
+
+def run(command: list[str], timeout: float = 90) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+
+
+def check_report(path: Path, num_stages: int, tokens: dict[str, list[int]]) -> None:
+    report = json.loads(path.read_text())
+    assert set(report) >= CONTRACT
+    assert report["num_requests"] == len(tokens)
+    assert report["num_new_tokens"] == sum(map(len, tokens.values()))
+    assert [stage["rank"] for stage in report["stages"]] == list(range(num_stages))
+    assert all(set(stage) >= STAGE_KEYS for stage in report["stages"])
+    assert report["total_s"] == pytest.approx(report["prefill_s"] + report["decode_s"])
+
+
+def test_torchrun_with_the_module(job, expected):
+    done = run(job.command([*TORCHRUN, "2", "-m", "llmpq.run"], job.plan([3, 8])))
+    assert done.returncode == 0, done.stderr
+    assert job.results() == expected
+    check_report(job.report, 2, expected)
+
+
+def test_torchrun_with_the_console_script(job, expected):
+    script = shutil.which("llmpq-run")
+    if script is None:
+        pytest.skip("the llmpq-run script is not installed")
+    done = run(job.command([*TORCHRUN, "2", script], job.plan([5, 8])))
+    assert done.returncode == 0, done.stderr
+    assert job.results() == expected
+
+
+def test_the_command_starts_its_own_processes_and_resumes_a_torn_output(job, expected):
+    command = job.command(RUN, job.plan([2, 5, 8]))
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert job.results() == expected
+    check_report(job.report, 3, expected)
+
+    data = job.output.read_bytes()
+    torn = data.index(b"token_ids", len(data) // 2)  # inside a line
+    job.output.write_bytes(data[:torn])
+    num_whole = data[:torn].count(b"\n")
+    again = run([*command, "--resume"])
+    assert again.returncode == 0, again.stderr
+    assert job.results() == expected
+    assert json.loads(job.report.read_text())["num_requests"] == len(expected) - num_whole
+
+
+def test_a_killed_worker_is_named_and_the_run_resumes(job, expected):
+    slow = {"rehearse": {"t4-16g": {"slowdown": 8, "memory_mib": 1000}}}
+    plan = job.plan([2, 5, 8], batch=4, p=2, q=2, cluster=slow)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        job.command(RUN, plan), stderr=subprocess.PIPE, text=True, env=environment
+    )
+    wait_until(lambda: job.output.exists() and job.output.read_text().count("\n") >= 1, process)
+    workers = {rank_of(child): child for child in psutil.Process(process.pid).children()}
+    assert set(workers) == {0, 1, 2}
+    workers[1].send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=15)
+    assert process.returncode == 4, errors
+    assert "worker 1 (t4-16g on node0) was ended by SIGKILL" in errors
+    assert "--resume" in errors and "Traceback" not in errors
+    assert not any(worker.is_running() for worker in workers.values())
+    assert 1 <= len(job.output.read_text().splitlines()) < len(expected)
+
+    fast = job.plan([2, 5, 8], batch=4, p=2, q=2)
+    done = run([*job.command(RUN, fast), "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert set(job.results()) == set(expected)
+
+
+def test_a_memory_cap_below_need_says_what_is_short(job):
+    small = {"rehearse": {"t4-16g": {"slowdown": 2, "memory_mib": 1}}}
+    done = run(job.command(RUN, job.plan([4, 8], cluster=small)))
+    assert done.returncode == 3, done.stderr
+    assert "MiB short" in done.stderr and "t4-16g on node0" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not job.output.exists()
+
+
+def test_torchrun_with_another_number_of_processes(job):
+    done = run(job.command([*TORCHRUN, "1", "-m", "llmpq.run"], job.plan([4, 8])))
+    assert done.returncode != 0
+    assert "has 2 stages but torchrun started 1 processes" in done.stderr
+    # torchrun itself ends with 1; the worker's own code is in its summary.
+    assert "exitcode" in done.stderr and ": 2" in done.stderr
+
+
+def rank_of(process: psutil.Process) -> int:
+    return int(process.environ()["RANK"])
+
+
+def wait_until(condition, process: subprocess.Popen, timeout: float = 60) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, "the run has written nothing"
+        time.sleep(0.02)

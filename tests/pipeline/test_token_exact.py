@@ -1,0 +1,95 @@
+"""The pipeline generates the tokens that transformers itself generates, however it is cut."""
+
+import pytest
+import torch
+from families import CPU, FAMILIES, MAX_NEW
+
+from llmpq.quant import available_precisions
+from llmpq.runtime.sampler import Sampling
+
+CUTS = ([4], [1, 4], [1, 2, 3, 4])
+MICRO_BATCHES = [
+    {"batch": 16, "p": 16, "q": 16},
+    {"batch": 16, "p": 5, "q": 1},
+    {"batch": 7, "p": 2, "q": 3},  # batches of 7, 7 and 2
+    {"batch": 1, "p": 1, "q": 1},
+]
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@every_family
+def test_fp32_tokens_are_those_of_transformers(family_model, family):
+    model = family_model(family)
+    for ends in CUTS:
+        assert model.generate(ends) == model.expected, ends
+
+
+@every_family
+def test_some_requests_meet_the_end_of_text(family_model, family):
+    model = family_model(family)
+    stopped = [r.id for r in model.requests if model.expected[r.id][-1] in model.eos_ids]
+    assert 0 in stopped and len(stopped) < len(model.requests)
+    assert len(model.expected[0]) < MAX_NEW
+
+
+@every_family
+def test_bf16_tokens_do_not_depend_on_the_number_of_stages(family_model, family):
+    model = family_model(family)
+    one, *others = (model.generate(ends, dtype=torch.bfloat16) for ends in CUTS)
+    assert set(one) == {r.id for r in model.requests}
+    assert others == [one, one]
+
+
+@every_family
+def test_mixed_precisions_give_the_same_tokens_for_one_and_three_stages(family_model, family):
+    model = family_model(family)
+    mixed = ["16", "8", "4", "3"]
+    one, three = (model.generate(ends, mixed, dtype=torch.bfloat16) for ends in ([4], [1, 3, 4]))
+    assert one == three
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
+def test_eight_bit_activations_give_the_same_tokens_for_one_and_three_stages(family_model, family):
+    if "8-w8a8" not in available_precisions(CPU, torch.bfloat16):
+        pytest.skip("8-w8a8 is not available on this CPU")
+    model = family_model(family)
+    mixed = ["8-w8a8", "16", "8-w8a8", "4"]
+    one, three = (model.generate(ends, mixed, dtype=torch.bfloat16) for ends in ([4], [1, 3, 4]))
+    assert one == three
+
+
+@pytest.mark.parametrize("sizes", MICRO_BATCHES, ids=str)
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "gemma2"])
+def test_fp32_tokens_do_not_depend_on_micro_batches(family_model, family, sizes):
+    model = family_model(family)
+    for ends in ([4], [2, 4]):
+        assert model.generate(ends, **sizes) == model.expected, ends
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama", "mistral"])
+def test_sampled_tokens_do_not_depend_on_stages_or_micro_batches(family_model, family):
+    model = family_model(family)
+    sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=7)
+    first = model.generate([4], sampling=sampling)
+    assert first != model.expected
+    assert first != model.generate([4], sampling=Sampling(0.8, 20, 0.9, seed=8))
+    for ends, sizes in zip(([1, 4], [1, 2, 3, 4], [3, 4]), MICRO_BATCHES, strict=False):
+        assert model.generate(ends, sampling=sampling, **sizes) == first, (ends, sizes)
+
+
+def test_tiny_tales_generates_what_transformers_does(tiny_tales):
+    for ends in ([8], [3, 8], [1, 3, 6, 8]):
+        assert tiny_tales.generate(ends, new=20) == tiny_tales.expected, ends
+
+
+@pytest.mark.parametrize("name", ["tale-llama-11m", "stories-260k"])
+def test_shared_models_generate_what_transformers_does(shared_model, name):
+    model = shared_model(name)
+    last = model.num_layers
+    for ends in ([last], [2, last], [1, 2, 4, last]):
+        assert model.generate(ends, new=20) == model.expected, ends
+
+
+def test_prompts_longer_than_planned_run_in_smaller_batches(family_model):
+    model = family_model("llama")
+    assert model.generate([1, 4], batch=8, prompt=6, new=4) == model.expected

@@ -1,0 +1,177 @@
+"""The commands as a user meets them: help, version, the umbrella, profiles that plans accept."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from llmpq import __version__
+from llmpq.artifact import read_json
+from llmpq.cli import eval as eval_module
+from llmpq.cli import export, plan, profile, run
+from llmpq.cli.main import COMMANDS
+from llmpq.cli.main import main as umbrella
+from llmpq.plan import load_plan
+from llmpq.profile_data import Profile, load_sensitivity
+
+MAINS = {
+    "profile": profile.main,
+    "plan": plan.main,
+    "run": run.main,
+    "eval": eval_module.main,
+    "export": export.main,
+}
+# On an idle machine each takes less than half a second; the limit leaves room for a busy one.
+HELP_LIMIT_S = 3.0
+
+
+def call(command: click.Command, *arguments):
+    return CliRunner().invoke(command, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("name", ["main", *COMMANDS])
+def test_help_is_quick_and_imports_no_torch(name):
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        f"sys.argv = ['llmpq', '--help']\nfrom llmpq.cli.{name} import main\nmain()"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    seconds = time.monotonic() - start
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Usage: ")
+    assert done.stderr.strip() == "False"
+    assert seconds < HELP_LIMIT_S
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_umbrella_holds_the_same_commands(name):
+    through = call(umbrella, name, "--help")
+    direct = call(MAINS[name], "--help")
+    assert through.exit_code == direct.exit_code == 0
+    assert through.stdout.splitlines()[1:] == direct.stdout.splitlines()[1:]
+    assert f"Usage: main {name}" in through.stdout
+
+
+def test_the_umbrella_refuses_what_it_does_not_know():
+    result = call(umbrella, "plam")
+    assert result.exit_code == 2 and "plam" in result.stderr
+
+
+@pytest.mark.parametrize("command", [umbrella, *MAINS.values()])
+def test_version(command):
+    result = call(command, "--version")
+    assert result.exit_code == 0
+    assert __version__ in result.stdout
+
+
+def test_export_says_that_it_is_not_there():
+    for arguments in ((), ("vllm", "--plan", "p.json")):
+        result = call(export.main, *arguments)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: ") and "not available" in result.stderr
+
+
+def test_devices_lists_the_library_as_json():
+    result = call(profile.main, "devices", "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["here"][0]["memory_gib"] > 0
+    assert "t4-16g" in data["library"]
+
+
+@pytest.fixture(scope="module")
+def profiles(tmp_path_factory) -> Path:
+    """A folder with a profile on a tiny grid, and the same figures as another device type."""
+    folder = tmp_path_factory.mktemp("profiles")
+    path = folder / "fast.json"
+    result = call(
+        profile.main,
+        *("layers", "--model", "tiny-tales", "--type", "fast", "--device", "cpu"),
+        *("--threads", 1, "--precisions", "16,4", "--budget-s", 1),
+        *("--prefill-micro-batches", "1,2", "--decode-micro-batches", "1,4"),
+        *("--prompt-tokens", "8,16", "--past-tokens", "8,24", "-o", path, "-q"),
+    )
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    text = path.read_text()
+    (folder / "slow.json").write_text(text.replace('"type": "fast"', '"type": "slow"'))
+    return folder
+
+
+def test_a_profile_holds_every_cell_of_its_grid(profiles):
+    measured = read_json(profiles / "fast.json", Profile)
+    assert measured.device.type == "fast" and measured.device.num_threads == 1
+    assert {row.model_key for row in measured.rows} == {"llama-h192-f384-a6-kv3-d32-v1536"}
+    layers = [r for r in measured.rows if r.phase in ("prefill", "decode")]
+    cells = {(r.precision, r.phase, r.micro_batch, r.prompt_tokens, r.past_tokens) for r in layers}
+    prefills = {(p, "prefill", b, n, 0) for p in ("16", "4") for b in (1, 2) for n in (8, 16)}
+    decodes = {(p, "decode", b, 0, n) for p in ("16", "4") for b in (1, 4) for n in (8, 24)}
+    assert cells == prefills | decodes and len(layers) == len(cells)
+    assert {"embedding", "head"} < {row.phase for row in measured.rows}
+    assert all(r.time_ms_p10 <= r.time_ms <= r.time_ms_p90 for r in measured.rows)
+
+
+def test_a_plan_is_made_from_profiles_for_a_rehearsed_cluster(profiles, tmp_path):
+    cluster, workload = tmp_path / "cluster.yaml", tmp_path / "workload.yaml"
+    nodes = [{"name": "laptop", "devices": [{"type": "fast"}, {"type": "slow"}]}]
+    # 5.6 MiB at 16 bits: two devices are needed, or fewer bits.
+    rehearse = {
+        "fast": {"slowdown": 2, "memory_mib": 4.5},
+        "slow": {"slowdown": 4, "memory_mib": 4.5},
+    }
+    cluster.write_text(yaml.safe_dump({"nodes": nodes, "rehearse": rehearse}))
+    sizes = {"prompt_tokens": 16, "new_tokens": 8, "num_requests": 8, "batch": 4}
+    workload.write_text(yaml.safe_dump(sizes))
+    result = call(
+        plan.main,
+        *("--cluster", cluster, "--workload", workload, "--profiles", profiles),
+        *("--max-quality-loss", 100, "-o", tmp_path / "plan.json"),
+    )
+    assert result.exit_code == 0, result.stderr
+    made = load_plan(tmp_path / "plan.json")
+    assert set(made.precisions) <= {"16", "4"}
+    assert made.predicted is not None and made.predicted.tokens_per_s > 0
+    for stage in made.predicted.stages:
+        assert stage.peak_memory_bytes <= stage.memory_capacity_bytes
+        assert "profile" in stage.provenance or "measured" in stage.provenance
+    assert "spec sheets" not in result.stderr
+
+
+def test_sensitivity_of_the_shipped_model(tmp_path):
+    path = tmp_path / "sensitivity.json"
+    result = call(
+        profile.main,
+        *("sensitivity", "--max-windows", 1, "--precisions", "16,4,3"),
+        *("-o", path, "-q"),
+    )
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    measured = load_sensitivity(path)
+    assert measured.num_layers == 8 and measured.calibration.num_tokens == 256
+    assert {(r.layer, r.precision) for r in measured.layers} == {
+        (layer, p) for layer in range(8) for p in ("4", "3")
+    }
+    table = measured.table()
+    assert sum(table["3"]) > sum(table["4"]) > 0
+    assert measured.fit.scale > 0
+
+
+def test_perplexities_as_json(tmp_path):
+    text = tmp_path / "story.txt"
+    text.write_text("Once upon a time there was a little dog. The dog was happy. " * 20)
+    result = call(
+        eval_module.main,
+        *("--precisions", "16,3", "--text", text, "--window", 32, "--max-windows", 2),
+        *("--json", "-", "-q"),
+    )
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["name"] for row in rows] == ["uniform-16", "uniform-3"]
+    assert all(row["num_tokens"] == 2 * 31 and row["perplexity"] > 1 for row in rows)
+    assert rows[1]["weight_bytes"] < 0.5 * rows[0]["weight_bytes"]

@@ -1,0 +1,94 @@
+"""Playing slower and smaller devices: waits, the memory account, the peak of what tensors take."""
+
+import time
+
+import pytest
+import torch
+
+from llmpq.errors import InfeasibleError
+from llmpq.runtime.rehearsal import (
+    MemoryAccount,
+    PeakMemory,
+    Throttle,
+    available_cores,
+    cores_needed,
+    peak_bytes,
+)
+
+CPU = torch.device("cpu")
+KIB = 1024
+
+
+def spin(seconds: float) -> str:
+    """Keeps this thread's own CPU time busy."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+    return "done"
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 4.0])
+def test_a_throttled_computation_takes_its_factor(factor):
+    throttle = Throttle(factor, CPU)
+    results, times = zip(*(throttle.run(lambda: spin(0.02)) for _ in range(10)), strict=True)
+    assert set(results) == {"done"}
+    # Own CPU time, so a busy machine makes it no shorter; it may wait a little longer.
+    assert 0.95 * factor * 0.2 <= sum(times) <= 1.3 * factor * 0.2 + 0.5 * (factor == 1)
+
+
+def test_waiting_without_computing_is_not_stretched():
+    _, seconds = Throttle(10.0, CPU).run(lambda: time.sleep(0.05))
+    assert 0.05 <= seconds < 0.1
+
+
+def test_an_exception_passes_through_a_throttle():
+    with pytest.raises(ZeroDivisionError):
+        Throttle(3.0, CPU).run(lambda: 1 / 0)
+
+
+def test_cores_needed_adds_the_shares_of_all_workers():
+    assert cores_needed([1.0, 2.0, 4.0]) == pytest.approx(1.75)
+    assert cores_needed([]) == 0
+    assert available_cores() >= 1
+
+
+def test_an_account_complains_only_above_its_cap():
+    account = MemoryAccount("stage 1 (slow on laptop)", cap_bytes=3 * KIB * KIB)
+    account.weights, account.cache, account.activations = 2 * KIB * KIB, KIB * KIB, 0
+    account.check()
+    account.activations = 512 * KIB
+    assert account.total == 3.5 * KIB * KIB
+    with pytest.raises(InfeasibleError) as caught:
+        account.check()
+    for part in ("stage 1 (slow on laptop)", "3.50 MiB", "3.00 MiB", "0.50 MiB short"):
+        assert part in str(caught.value)
+    MemoryAccount("free", None, weights=10**15).check()
+
+
+def test_peak_counts_what_is_alive_at_once():
+    with PeakMemory() as counter:
+        a = torch.zeros(KIB, dtype=torch.uint8)
+        b = torch.zeros(2 * KIB, dtype=torch.uint8)
+        del a
+        c = torch.zeros(KIB // 2, dtype=torch.uint8)
+    assert counter.peak == 3 * KIB
+    assert counter.current == 2.5 * KIB
+    del b, c
+    assert counter.current == 0
+
+
+def test_peak_ignores_views_in_place_and_what_was_there():
+    outside = torch.zeros(4 * KIB, dtype=torch.uint8)
+    with PeakMemory() as counter:
+        outside.add_(1)
+        inside = torch.zeros(KIB, dtype=torch.uint8)
+        inside.view(32, 32).t()[3:5].mul_(2)
+        outside[:10].copy_(inside[:10])
+    assert counter.peak == KIB
+
+
+def test_peak_bytes_of_a_product():
+    a, b = torch.ones(64, 32), torch.ones(32, 16)
+    assert peak_bytes(lambda: a @ b, CPU) == 64 * 16 * 4
+    with_temporary = peak_bytes(lambda: (a @ b).relu().sum(), CPU)
+    assert 2 * 64 * 16 * 4 <= with_temporary <= 2 * 64 * 16 * 4 + 64
