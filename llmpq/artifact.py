@@ -117,8 +117,8 @@ def validate(data: Any, kind: type[M], path: Path) -> M:
 
 
 def write_json(path: Path, value: BaseModel) -> None:
-    """Writes a value as JSON, whole or not at all."""
-    write_text(path, value.model_dump_json(indent=1, exclude_none=True) + "\n")
+    """Writes a value as JSON, whole or not at all; every key is there, what is absent is null."""
+    write_text(path, value.model_dump_json(indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

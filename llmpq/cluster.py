@@ -67,12 +67,20 @@ class Cluster(Strict):
         known = {*device_library(), *self.rehearse}
         unknown = {g.type for n in self.nodes for g in n.devices if g.type not in known}
         faults = [_unknown_type(name, known) for name in sorted(unknown)]
+        faults += [
+            f"{name} is rehearsed: memory_gib does not hold for it, give rehearse.{name}.memory_mib"
+            for name in sorted(self._rehearsed_with_memory())
+        ]
         names = [node.name for node in self.nodes]
         if len(set(names)) < len(names):
             faults.append(f"node names must differ, found {', '.join(names)}")
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _rehearsed_with_memory(self) -> set[str]:
+        groups = [group for node in self.nodes for group in node.devices]
+        return {g.type for g in groups if g.type in self.rehearse and g.memory_gib is not None}
 
     def devices(self) -> list["Device"]:
         """Every device, node by node."""

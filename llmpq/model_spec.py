@@ -4,7 +4,8 @@
 quantised), the other parameters, the embedding, the head and the cache's width. Families are
 described in one small table each; tests compare the counts with transformers' own modules.
 A family that is not in the table is counted as LLaMA-shaped and says so (`guessed`).
-Not covered: mixtures of experts, encoders, models with several kinds of layer.
+Not covered: mixtures of experts, encoders, models of text and images, models with several
+kinds of layer.
 """
 
 from collections.abc import Callable
@@ -115,11 +116,15 @@ def _hub_config(model: str) -> Path:
 
 def spec_from_config(config: dict[str, Any], name: str, source: str = "config.json") -> ModelSpec:
     """The spec that a configuration describes; all missing or wrong keys in one `UserError`."""
-    text = config.get("text_config", config)
-    if not isinstance(text, dict):
-        raise UserError(f"{source}: 'text_config' must be an object, found {text!r}")
-    keys = _Config(text, source)
+    keys = _Config(config, source)
     model_type = keys.text("model_type")
+    if not isinstance(config.get("text_config", {}), dict):
+        raise UserError(f"{source}: 'text_config' must be an object")
+    if "text_config" in config and model_type not in FAMILIES:
+        raise UserError(
+            f"{source}: '{model_type}' is a model of text and something else (it has a "
+            "'text_config'), which llmpq cannot load; use a text-only model of the family"
+        )
     if any(key in keys.data for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(f"{source}: mixture-of-experts models ({model_type}) are not supported")
     family = FAMILIES.get(model_type)
@@ -297,7 +302,6 @@ FAMILIES: dict[str, Callable[[_Config], dict[str, Any]]] = {
     "qwen3": _qwen3,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
-    "gemma3": _gemma3,
     "opt": _opt,
     "bloom": _bloom,
     "gpt_neox": _gpt_neox,

@@ -5,12 +5,13 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict, read_json
+from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict, parse_json, read_json, validate
 from llmpq.errors import UserError
 from llmpq.precision import PRECISIONS
 
 # "stage_*": what one call of a stage costs beside its layers (masks, positions, messages).
 Phase = Literal["prefill", "decode", "embedding", "head", "stage_prefill", "stage_decode"]
+OTHER_KINDS = ("sensitivity", "plan", "report")  # of files that llmpq writes
 
 
 class ProfiledDevice(Strict):
@@ -102,13 +103,18 @@ class Sensitivity(Strict):
 
 
 def load_profiles(folder: Path) -> list[Profile]:
-    """Every profile of a folder (`*.json` whose kind is "profile")."""
+    """Every profile of a folder (`*.json`); files of llmpq's other kinds are passed over."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of profiles")
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
+    read = [(path, parse_json(path)) for path in sorted(folder.glob("*.json"))]
+    found = [validate(data, Profile, path) for path, data in read if not _is_other(data)]
+    if not found:
         raise UserError(f"{folder}: holds no profile (*.json); make one with 'llmpq-profile'")
-    return [read_json(path, Profile) for path in paths]
+    return found
+
+
+def _is_other(data: object) -> bool:
+    return isinstance(data, dict) and data.get("kind") in OTHER_KINDS
 
 
 def load_sensitivity(path: Path) -> Sensitivity:

@@ -9,10 +9,11 @@ out="${1:-quickstart-out}"
 run() { echo; echo "\$ $*"; scripts/env.sh "$@"; }
 
 scripts/env.sh
+rm -rf "$out/plans" "$out/profiles"
 mkdir -p "$out/profiles"
 
 # How long a layer takes at each precision, with one thread: what a rehearsed device is made of.
-run llmpq-profile layers --threads 1 --budget-s 90 --precisions 16,8,4,3 \
+run llmpq-profile layers --device cpu --threads 1 --budget-s 90 --precisions 16,8,4,3 \
     --prefill-micro-batches 1,2,4 --decode-micro-batches 2,4,8 \
     --prompt-tokens 16,48,112 --past-tokens 16,160 -o "$out/profiles/cpu.json"
 

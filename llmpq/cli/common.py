@@ -7,17 +7,19 @@ Human output goes to standard error, so that `--json -` can own standard output.
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from llmpq import __version__
-from llmpq.errors import LlmpqError
+from llmpq.artifact import write_text
+from llmpq.errors import LlmpqError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 ARGUMENTS = "llmpq.arguments"  # in a context's meta: the words of the command line
+RUN_EXTRA = ("torch", "transformers", "safetensors", "tokenizers")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -32,12 +34,30 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except LlmpqError as error:
-            for line in str(error).splitlines():
-                click.echo(f"error: {line}", err=True)
-            sys.exit(error.exit_code)
+            _fail(str(error), error.exit_code)
+        except ModuleNotFoundError as error:
+            if error.name not in RUN_EXTRA:
+                raise
+            _fail(f"this command needs {error.name}: pip install 'llmpq[run]'", UserError.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    for line in message.splitlines():
+        click.echo(f"error: {line}", err=True)
+    sys.exit(exit_code)
+
+
+def emit(text: str, path: Path | None) -> None:
+    """Writes what `--json` asked for: to a file, to standard output ('-'), or nothing."""
+    if path is None:
+        return
+    if str(path) == "-":
+        click.echo(text)
+    else:
+        write_text(path, text + "\n")
 
 
 def common_options(function: F) -> F:

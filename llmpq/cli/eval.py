@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from llmpq.artifact import Provenance, write_text
-from llmpq.cli.common import Command, common_options, console
-from llmpq.cli.profile import PrecisionNames
+from llmpq.artifact import Provenance
+from llmpq.cli.common import Command, common_options, console, emit
+from llmpq.cli.profile import PrecisionNames, check_window
 from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
 from llmpq.errors import UserError
@@ -43,12 +43,14 @@ def main(**flags: Any) -> None:
     spec, folder = load_model_spec(model), model_folder(model)
     config, weights = load_config(folder), Checkpoint(folder)
     window = flags["window"] or min(256, spec.max_positions)
+    check_window(window, spec.max_positions)
     tokenizer = load_tokenizer(folder)
     texts = flags["text"] or (ASSETS / "evaluation.txt",)
     windows = {t: text_windows(t, tokenizer, window, flags["max_windows"]) for t in texts}
     rows = []
     with progress(console(flags["quiet"]), "perplexity", len(subjects) * len(texts)) as shown:
         for name, cuts, precisions in _layouts(subjects, spec.num_layers):
+            stages: list[Any] = []  # frees the last subject's before the next are loaded
             stages = load_stages(config, weights, cuts, precisions, dtype, device)
             for text, part in windows.items():
                 loss = evaluate(stages, part)
@@ -112,14 +114,12 @@ def _show(rows: list[dict[str, Any]], window: int, flags: dict[str, Any]) -> Non
         "rows": rows,
         "provenance": Provenance.here().model_dump(),
     }
-    path = flags["json_path"]
-    if path is not None:
-        text = json.dumps(data, indent=1)
-        click.echo(text) if str(path) == "-" else write_text(path, text + "\n")
+    emit(json.dumps(data, indent=1), flags["json_path"])
     table = Table("what", "text", "perplexity", "tokens", "weights MiB")
     for row in rows:
+        name = f"{row['name']} ({' '.join(row['precisions'])})" if flags["verbose"] else row["name"]
         table.add_row(
-            row["name"],
+            name,
             row["text"],
             f"{row['perplexity']:.4f}",
             str(row["num_tokens"]),

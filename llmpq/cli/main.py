@@ -7,7 +7,7 @@ import click
 from llmpq import __version__
 
 COMMANDS = {
-    "profile": "Measure devices, links and quality.",
+    "profile": "Measure layers and what precisions cost in quality.",
     "plan": "Find the best plan for a model on a cluster.",
     "run": "Execute a plan on prompts.",
     "eval": "Perplexity of plans and precisions.",

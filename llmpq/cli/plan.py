@@ -1,19 +1,22 @@
 """`llmpq-plan`: model + cluster + workload -> plan, report, baselines beside it. No torch."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from llmpq.cli.common import Command, common_options, console
+from llmpq.cli.progress import progress
 from llmpq.errors import InfeasibleError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmpq.cli.progress import Progress as ProgressBar
     from llmpq.cluster import Cluster
     from llmpq.costs.latency import LayerTimes
     from llmpq.costs.quality import QualityModel
@@ -27,8 +30,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATH = click.Path(path_type=Path)
-SPEAK_AFTER_S = 2.0
-LINE_EVERY_S = 5.0
+METHODS = ("auto", "ilp", "adabits", "pipeedge", "uniform")
+METHODS_TO_COME = ("heuristic", "flexgen")
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers without infinity and NaN."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return float(number)
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,7 @@ class Arguments:
     precisions: str | None
     method: str
     solver: str
+    frontier: bool
     gap: float
     time_limit: float
     compare: bool
@@ -64,31 +80,33 @@ class Arguments:
 @click.option("--sensitivity", type=PATH, help="sensitivity.json; without: a built-in prior")
 @click.option(
     "--max-quality-loss",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="Percent that perplexity may rise [default: 1.0]",
 )
 @click.option(
     "--theta",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="Instead of a budget: seconds that one unit of summed sensitivity is worth",
 )
 @click.option("--precisions", help="Allowed, as in 16,8,4,3 [default: all that have times]")
 @click.option(
     "--method",
-    type=click.Choice(["auto", "ilp", "adabits", "pipeedge", "uniform"]),
+    type=click.Choice([*METHODS, *METHODS_TO_COME]),
+    metavar=f"[{'|'.join(METHODS)}]",
     default="auto",
     help="auto: ilp",
 )
 @click.option("--solver", type=click.Choice(["highs", "gurobi"]), default="highs")
+@click.option("--frontier", is_flag=True, hidden=True)  # to come
 @click.option(
     "--gap",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FiniteRange(0, 1, max_open=True),
     default=0.005,
     help="End when no plan can be better by more than this share",
 )
 @click.option(
     "--time-limit",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=60.0,
     help="Seconds; the best plan so far is kept",
 )
@@ -116,6 +134,11 @@ def _check(arguments: Arguments) -> None:
         faults.append("give --max-quality-loss or --theta, not both")
     if arguments.solver == "gurobi":
         faults.append("--solver gurobi is not there yet; leave it out to use HiGHS")
+    if arguments.frontier:
+        faults.append("--frontier is not there yet; plan once for each --max-quality-loss")
+    if arguments.method in METHODS_TO_COME:
+        known = ", ".join(METHODS)
+        faults.append(f"--method {arguments.method} is not there yet; there are {known}")
     if arguments.evaluate is None:
         faults += [
             f"--{name} is missing: give its YAML file"
@@ -133,8 +156,8 @@ def _plan(arguments: Arguments) -> None:
     inputs = _read(arguments, None)
     problem, offered, notes = _problem(arguments, inputs)
     method = "ilp" if arguments.method == "auto" else arguments.method
-    with _Reporter(out) as reporter:
-        options = Options(method, arguments.gap, arguments.time_limit, reporter.progress)
+    with progress(out, "planning", 1) as bar:
+        options = Options(method, arguments.gap, arguments.time_limit, _shown(bar))
         planned = make_plan(problem, options, offered)
     _report(out, arguments, problem, planned, notes)
     _write(arguments, planned.plan)
@@ -400,7 +423,7 @@ def _write(arguments: Arguments, plan: "Plan") -> None:
     if arguments.output is not None:
         write_json(arguments.output, plan)
     if arguments.json_path == Path("-"):
-        click.echo(plan.model_dump_json(indent=1, exclude_none=True))
+        click.echo(plan.model_dump_json(indent=1))
     elif arguments.json_path is not None:
         write_json(arguments.json_path, plan)
 
@@ -417,44 +440,15 @@ def _write_baselines(arguments: Arguments, problem: "Problem", planned: "Planned
             write_json(arguments.baseline_plans / f"{outcome.method}.json", plan)
 
 
-class _Reporter:
-    """Says how far the search is, once it takes longer than two seconds."""
+def _shown(bar: "ProgressBar") -> "Callable[[Progress], None]":
+    """Tells `bar` how far a phase of the search is."""
 
-    def __init__(self, out: "Console") -> None:
-        from rich.progress import Progress as Bar
+    def show(progress: "Progress") -> None:
+        best = progress.best_tokens_per_s
+        detail = f"{progress.phase}, best {best:.1f} tokens/s" if best else progress.phase
+        bar.update(progress.done, detail, progress.total)
 
-        self._out = out
-        self._bar = Bar(console=out, transient=True)
-        self._task = self._bar.add_task("planning")
-        self._start = self._spoke = time.monotonic()
-        self._running = False
-
-    def __enter__(self) -> "_Reporter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._running:
-            self._bar.stop()
-
-    def progress(self, progress: "Progress") -> None:
-        """One step was made."""
-        now = time.monotonic()
-        if now - self._start < SPEAK_AFTER_S:
-            return
-        text = f"planning, best {progress.best_tokens_per_s:.1f} tokens/s"
-        if self._out.is_terminal:
-            self._show_bar(progress, text)
-        elif now - self._spoke > LINE_EVERY_S:
-            self._spoke = now
-            self._out.print(f"{text}, {progress.done} of {progress.total} settings")
-
-    def _show_bar(self, progress: "Progress", text: str) -> None:
-        if not self._running:
-            self._bar.start()
-            self._running = True
-        self._bar.update(
-            self._task, description=text, completed=progress.done, total=progress.total
-        )
+    return show
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import click
 
 from llmpq import __version__
 from llmpq.artifact import Provenance, write_json
-from llmpq.cli.common import Command, common_options, console
+from llmpq.cli.common import Command, common_options, console, emit
 from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
 from llmpq.errors import UserError
@@ -125,7 +125,7 @@ def sensitivity(**flags: Any) -> None:
     from llmpq.models.stage_model import load_config
     from llmpq.models.tokenizer import load_tokenizer
     from llmpq.profile_data import CalibrationText, Sensitivity
-    from llmpq.profiler.sensitivity import SensitivityMeter
+    from llmpq.profiler.sensitivity import SensitivityMeter, num_evaluations
     from llmpq.quant import available_precisions
     from llmpq.runtime.checkpoint import Checkpoint
     from llmpq.runtime.evaluate import text_windows
@@ -136,10 +136,11 @@ def sensitivity(**flags: Any) -> None:
     folder = model_folder(flags["model"])
     text = flags["text"] or ASSETS / "calibration.txt"
     window = flags["window"] or min(256, spec.max_positions)
+    check_window(window, spec.max_positions)
     windows = text_windows(text, load_tokenizer(folder), window, flags["max_windows"])
     precisions = flags["precisions"] or available_precisions(device, dtype)
     out = console(flags["quiet"])
-    with progress(out, "evaluations", spec.num_layers * len(precisions)) as shown:
+    with progress(out, "evaluations", num_evaluations(spec.num_layers, precisions)) as shown:
         meter = SensitivityMeter(
             load_config(folder),
             Checkpoint(folder),
@@ -175,15 +176,12 @@ def devices(json_path: Path | None, verbose: bool, quiet: bool) -> None:
 
     from rich.table import Table
 
-    from llmpq.artifact import write_text
     from llmpq.devices import device_library
 
     library = device_library()
     here = _devices_here()
-    if json_path is not None:
-        data = {"here": here, "library": {n: d.model_dump() for n, d in library.items()}}
-        text = json.dumps(data, indent=1)
-        click.echo(text) if str(json_path) == "-" else write_text(json_path, text + "\n")
+    known = {name: device.model_dump() for name, device in library.items()}
+    emit(json.dumps({"here": here, "library": known}, indent=1), json_path)
     out = console(quiet)
     for device in here:
         out.print(f"here: {device['name']}, {device['memory_gib']:.1f} GiB")
@@ -192,6 +190,12 @@ def devices(json_path: Path | None, verbose: bool, quiet: bool) -> None:
         figures = (spec.memory_gib, spec.bandwidth_gbs, spec.fp16_tflops)
         table.add_row(name, spec.name, *(f"{figure:g}" for figure in figures), spec.source)
     out.print(table)
+
+
+def check_window(window: int, max_positions: int) -> None:
+    """A window cannot be longer than what the model can see."""
+    if window > max_positions:
+        raise UserError(f"--window {window}: the model has {max_positions} positions")
 
 
 def _device(flags: dict[str, Any]) -> "tuple[torch.device, torch.dtype]":
@@ -205,7 +209,7 @@ def _grid(flags: dict[str, Any], max_positions: int, device: Any, dtype: Any) ->
     from llmpq.profiler.layers import Grid
     from llmpq.quant import available_precisions
 
-    usual = tuple(n for n in (32, 128, 512) if n < max_positions)
+    usual = tuple(n for n in (32, 128, 512) if n < max_positions) or (max(1, max_positions // 2),)
     chosen = {name: flags[name] or usual for name in ("prompt_tokens", "past_tokens")}
     for name, lengths in chosen.items():
         if max(lengths) >= max_positions:
@@ -274,11 +278,7 @@ def _cpu_memory_gib() -> float:
 
 def _write(value: Any, flags: dict[str, Any]) -> None:
     write_json(flags["output"], value)
-    extra = flags["json_path"]
-    if extra is not None and str(extra) == "-":
-        click.echo(value.model_dump_json(indent=1))
-    elif extra is not None:
-        write_json(extra, value)
+    emit(value.model_dump_json(indent=1), flags["json_path"])
 
 
 def _show_layers(rows: Any, grid: Any, out: Any) -> None:

@@ -20,8 +20,9 @@ class Progress:
         self._started = self._said = time.monotonic()
         self._bar: object | None = None
 
-    def update(self, done: int, detail: str = "") -> None:
-        """`done` of the total are finished."""
+    def update(self, done: int, detail: str = "", total: int | None = None) -> None:
+        """`done` of the total are finished; `total`: a new one, of a new phase."""
+        self._total = self._total if total is None else total
         now = time.monotonic()
         if now - self._started < SILENT_S:
             return
@@ -47,7 +48,7 @@ class Progress:
             bar.start()
             self._bar = bar
         description = f"{self._what} {done}/{self._total} {detail}".rstrip()
-        self._bar.update(0, completed=done, description=description)  # type: ignore[attr-defined]
+        self._bar.update(0, completed=done, total=self._total, description=description)  # type: ignore[attr-defined]
 
 
 @contextmanager

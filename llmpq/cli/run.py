@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmpq.artifact import Provenance, write_json
-from llmpq.cli.common import ARGUMENTS, Command, common_options, console
+from llmpq.cli.common import ARGUMENTS, Command, common_options, console, emit
 from llmpq.cli.progress import Progress, progress
-from llmpq.errors import UserError, WorkerError
+from llmpq.errors import InfeasibleError, UserError, WorkerError
+from llmpq.model_spec import load_model_spec
 from llmpq.plan import Plan, load_plan
 from llmpq.report import Report, StageReport
+from llmpq.workload import request_lengths
 
 if TYPE_CHECKING:
     from llmpq.runtime.batching import Request
@@ -96,20 +98,19 @@ def _run_here(plan: Plan, options: RunOptions) -> None:
 
 
 def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
-    """One worker among several; of those on one machine the first speaks of bad input."""
-    from llmpq.runtime.process import SUPERVISED
+    """One worker among several; what went wrong is said once."""
+    from llmpq.runtime.process import SUPERVISED, end_with_parent
 
+    end_with_parent()
     if role.size != len(plan.stages):
         raise UserError(
             f"{options.plan}: the plan has {len(plan.stages)} stages but torchrun started "
             f"{role.size} processes; use --nproc-per-node {len(plan.stages)}"
         )
+    if role.local_rank == 0 and SUPERVISED not in os.environ:
+        _warn_of_crowding(plan, options)
     try:
         _work(plan, options, role)
-    except UserError:
-        if role.local_rank == 0:
-            raise
-        sys.exit(UserError.exit_code)
     except WorkerError:
         if SUPERVISED not in os.environ:
             raise
@@ -132,14 +133,16 @@ def _prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     """Reads and checks all input; only the stage that leads needs the prompts."""
     from llmpq.models.stage_model import load_config
     from llmpq.models.tokenizer import end_tokens, load_tokenizer
+    from llmpq.runtime.batching import fitting_batches
     from llmpq.runtime.checkpoint import Checkpoint
+    from llmpq.runtime.engine import reserve_of
     from llmpq.runtime.loader import model_folder
     from llmpq.runtime.prompts import Limits, read_requests
-    from llmpq.workload import request_lengths
 
     folder = model_folder(options.model or plan.model.name)
     config = load_config(folder)
-    _check_model(plan, config, folder)
+    _check_model(plan, folder)
+    _check_files(options)
     Checkpoint(folder)
     eos_ids = frozenset() if options.ignore_eos else end_tokens(folder, config)
     if not leads:
@@ -151,15 +154,30 @@ def _prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
         vocab_size=plan.model.vocab_size,
     )
     requests = read_requests(options.prompts, tokenizer, limits)
+    reserve = reserve_of(plan)
+    fitting_batches(requests, reserve.batch, reserve.cache_tokens)  # raises where one never fits
     return Prepared(folder, config, tokenizer, requests, eos_ids)
 
 
-def _check_model(plan: Plan, config: Any, folder: Path) -> None:
-    if config.num_hidden_layers != plan.model.num_layers:
+def _check_model(plan: Plan, folder: Path) -> None:
+    spec = load_model_spec(str(folder))
+    if (spec.num_layers, spec.model_key) != (plan.model.num_layers, plan.model.model_key):
         raise UserError(
-            f"{folder}: has {config.num_hidden_layers} layers, the plan is for "
-            f"{plan.model.num_layers} ({plan.model.name})"
+            f"{folder}: has {spec.num_layers} layers, the plan is for {plan.model.num_layers} "
+            f"({spec.model_key} against {plan.model.model_key})"
         )
+
+
+def _check_files(options: RunOptions) -> None:
+    """Finds out before the work, and not after it, that its result has no place."""
+    if options.output.resolve() == options.prompts.resolve():
+        raise UserError(f"{options.output}: --output is the prompts file")
+    for path in (options.output, options.report, options.json_path):
+        if path is None or str(path) == "-":
+            continue
+        folder = next(p for p in path.absolute().parents if p.exists())
+        if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+            raise UserError(f"{path}: cannot be written")
 
 
 def _work(plan: Plan, options: RunOptions, role: "Role") -> None:
@@ -172,9 +190,16 @@ def _work(plan: Plan, options: RunOptions, role: "Role") -> None:
     from llmpq.runtime.rehearsal import own_core
     from llmpq.runtime.sampler import Sampling
 
-    prepared = _prepare(plan, options, leads=role.rank == 0)
-    device = choose_device(options.device, role)
-    if plan.cluster.rehearse and device.type == "cpu":
+    try:
+        prepared = _prepare(plan, options, leads=role.rank == 0)
+    except UserError:
+        if role.local_rank == 0:
+            raise
+        sys.exit(UserError.exit_code)  # the first worker on this machine finds and says the same
+    rehearsed = bool(plan.cluster.rehearse)
+    auto_on_cpu = rehearsed and options.device == "auto"
+    device = choose_device("cpu" if auto_on_cpu else options.device, role)
+    if rehearsed and device.type == "cpu":
         torch.set_num_threads(1)
         own_core(role.rank, role.size)
     transport = connect(role, device)
@@ -184,7 +209,7 @@ def _work(plan: Plan, options: RunOptions, role: "Role") -> None:
             prepared.config,
             Checkpoint(prepared.folder),
             transport,
-            choose_dtype(options.dtype, device),
+            choose_dtype(options.dtype, device, transport),
             device,
             Sampling(options.temperature, options.top_k, options.top_p, options.seed),
             prepared.eos_ids,
@@ -195,17 +220,25 @@ def _work(plan: Plan, options: RunOptions, role: "Role") -> None:
             engine.start_clock()
             engine.follow()
             engine.measure()
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise InfeasibleError(
+            f"stage {role.rank} ran out of memory on {device}: {reason}"
+        ) from None
     finally:
         disconnect()
 
 
 def _lead(engine: Any, plan: Plan, options: RunOptions, prepared: Prepared) -> None:
     """Rank 0: results, progress and the report."""
+    from llmpq.models.family import TESTED
     from llmpq.runtime.prompts import ResultFile
 
     results = ResultFile(options.output, options.resume)
     todo = [r for r in prepared.requests if r.id not in results.finished]
     out = console(options.quiet)
+    if prepared.config.model_type not in TESTED:
+        out.print(f"warning: pipelines of '{prepared.config.model_type}' models are not tested")
     if len(todo) < len(prepared.requests):
         out.print(f"resuming: {len(prepared.requests) - len(todo)} requests are already done")
     with progress(out, "requests", len(todo)) as shown, closing(results):
@@ -263,21 +296,31 @@ def _report(
         num_new_tokens=collector.num_tokens,
         stages=stages,
         predicted=predicted,
-        error_percent=100 * (predicted.total_s / total_s - 1) if predicted else None,
+        error_percent=_error_percent(plan, collector, total_s),
         provenance=Provenance.here(),
     )
 
 
+def _error_percent(plan: Plan, collector: _Collector, total_s: float) -> float | None:
+    """Of the predicted time; None where something else than the planned work was done."""
+    planned = request_lengths(plan.workload)
+    done = (collector.num_done, collector.num_tokens)
+    if plan.predicted is None or done != (len(planned), sum(new for _, new in planned)):
+        return None
+    return 100 * (plan.predicted.total_s / total_s - 1)
+
+
 def _write_report(report: Report, options: RunOptions, out: Any) -> None:
-    for path in {options.report, options.json_path} - {None}:
-        if str(path) == "-":
-            click.echo(report.model_dump_json(indent=1))
-        elif path is not None:
-            write_json(path, report)
+    if options.report is not None:
+        write_json(options.report, report)
+    emit(report.model_dump_json(indent=1), options.json_path)
     out.print(
         f"{report.num_requests} requests, {report.num_new_tokens} new tokens in "
         f"{report.total_s:.2f} s: {report.tokens_per_s:.1f} tokens/s"
     )
+    if options.verbose:
+        for stage in report.stages:
+            out.print(stage.model_dump_json())
     if report.predicted is not None:
         out.print(
             f"predicted {report.predicted.total_s:.2f} s, "

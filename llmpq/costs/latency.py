@@ -246,23 +246,31 @@ def _quality_of(
 def _rehearsed(
     cluster: Cluster, device_type: str, spec: ModelSpec, profiles: Sequence[Profile]
 ) -> LayerTimes:
-    base = [p for p in profiles if _can_rehearse(p)]
-    rows = _rows(base, spec)
-    if not rows:
+    found = _rehearsal_rows(profiles, spec)
+    if found is None:
         raise UserError(
             f"device type '{device_type}' is rehearsed on the CPU, which has no profile of "
             f"{spec.model_key} with one thread; make it with 'llmpq-profile layers --model "
             f"{spec.name} --threads 1 -o DIR/cpu.json' and plan with '--profiles DIR'"
         )
     slowdown = cluster.rehearse[device_type].slowdown
-    times = measured_times(rows, f"measured on {base[0].device.name}")
+    times = measured_times(found[1], f"measured on {found[0]}")
     return replace(times.scaled(slowdown), provenance=f"{times.provenance}; x{slowdown:g} slowdown")
 
 
-def _can_rehearse(profile: Profile) -> bool:
-    """Rehearsals run on one thread of the CPU, or share a card."""
-    device = profile.device
-    return device.type == "cuda" or (device.type == "cpu" and device.num_threads == 1)
+def _rehearsal_rows(
+    profiles: Sequence[Profile], spec: ModelSpec
+) -> tuple[str, list[ProfileRow]] | None:
+    """One device and its rows: rehearsals run on one thread of the CPU, else share a card."""
+    one_thread = [p for p in profiles if (p.device.type, p.device.num_threads) == ("cpu", 1)]
+    for what, group in (
+        ("one CPU thread", one_thread),
+        ("CUDA", [p for p in profiles if p.device.type == "cuda"]),
+    ):
+        for name in dict.fromkeys(p.device.name for p in group):
+            if rows := _rows([p for p in group if p.device.name == name], spec):
+                return f"{name} ({what})", rows
+    return None
 
 
 # ---- from the spec sheet

@@ -18,6 +18,7 @@ from llmpq.profile_data import Sensitivity
 PRIOR_NATS = {"16": 0.0, "8": 0.001, "8-w8a8": 0.01, "4": 0.05, "3": 0.25}
 PRIOR_SOURCE = "prior, not measured for this model"
 DEFAULT_MAX_LOSS_PERCENT = 1.0
+MAX_EXPONENT = 700.0  # a little more has no exponential among floats
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class QualityModel:
 
     def percent(self, sum_omega: float) -> float:
         """Rise of the perplexity in percent."""
-        return 100 * math.expm1(self.scale * sum_omega)
+        return 100 * math.expm1(min(self.scale * sum_omega, MAX_EXPONENT))
 
     def budget(self, percent: float) -> float:
         """The largest summed sensitivity whose rise is at most `percent`."""

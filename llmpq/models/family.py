@@ -27,6 +27,12 @@ class Family:
     head_in_files: str = "lm_head"  # what checkpoints call the head
 
 
+# Families whose pipelines are tested to give the tokens of the whole model.
+TESTED = frozenset(
+    {"opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text"}
+    | {"granite"}
+)
+
 FAMILIES: dict[str, Family] = {
     "opt": Family(
         decoder="model.decoder",

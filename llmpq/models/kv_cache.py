@@ -19,10 +19,8 @@ class KVCache:
     """
 
     def __init__(self, num_layers: int, max_batch: int, max_tokens: int) -> None:
-        self.max_batch = max_batch
-        self.max_tokens = max_tokens
-        self._keys: list[torch.Tensor | None] = [None] * num_layers
-        self._values: list[torch.Tensor | None] = [None] * num_layers
+        self._num_layers = num_layers
+        self._clear(max_batch, max_tokens)
 
     @property
     def num_bytes(self) -> int:
@@ -38,8 +36,12 @@ class KVCache:
     def resize(self, max_batch: int, max_tokens: int) -> None:
         """A new capacity; what is stored is dropped if it differs from the old one."""
         if (max_batch, max_tokens) != (self.max_batch, self.max_tokens):
-            num_layers = len(self._keys)
-            self.__init__(num_layers, max_batch, max_tokens)  # type: ignore[misc]
+            self._clear(max_batch, max_tokens)
+
+    def _clear(self, max_batch: int, max_tokens: int) -> None:
+        self.max_batch, self.max_tokens = max_batch, max_tokens
+        self._keys: list[torch.Tensor | None] = [None] * self._num_layers
+        self._values: list[torch.Tensor | None] = [None] * self._num_layers
 
     def store(
         self, layer: int, start: int, end: int, past: int, keys: torch.Tensor, values: torch.Tensor

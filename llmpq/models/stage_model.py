@@ -24,6 +24,9 @@ from llmpq.errors import UserError
 from llmpq.models.family import Family, family_of, find, replace
 from llmpq.quant import PlainLinear, QuantizedLinear, make_linear
 
+# Factors that some families put on the embedded input (Granite, MiniCPM).
+INPUT_SCALES = ("embedding_multiplier", "scale_emb", "embedding_scale")
+
 
 @dataclass(frozen=True)
 class LayerRange:
@@ -200,6 +203,10 @@ def _stage_config(config: Any, layers: LayerRange) -> Any:
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == layers.total and name.startswith("layer"):
             setattr(staged, name, value[layers.first : layers.end])
+    if not layers.is_first:
+        for name in INPUT_SCALES:  # applied to whatever comes in: only the first stage may
+            if hasattr(staged, name):
+                setattr(staged, name, 1.0)
     staged.num_hidden_layers = layers.end - layers.first
     staged.use_cache = True
     return staged

@@ -4,8 +4,9 @@ uniform: equal layer counts, one precision. pipeedge: one precision, the contigu
 busiest stage is least busy. adabits: the least summed sensitivity that memory allows, and of those
 partitions the one whose busiest stage is least busy. A stage's busy time is the seconds it computes
 over the whole workload. Each is tried at every order, batch and micro-batch that our own search
-tries. Of a method's plans the fastest within the quality budget counts; where none is within, the
-one that loses least quality. With a theta there is no budget: the least total + theta * omega.
+tries, those that leave devices out included. Of a method's plans the fastest within the quality
+budget counts; where none is within, the one that loses least quality. With a theta there is no
+budget: the least total + theta * omega.
 """
 
 import time
@@ -65,19 +66,26 @@ class _Best:
 
 
 def run_baselines(
-    problem: Problem, settings: Sequence[Setting], deadline: float, methods: Sequence[str]
+    problem: Problem,
+    settings: Sequence[Setting],
+    deadlines: tuple[float, float],
+    methods: Sequence[str],
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Outcome]:
-    """Every method's outcome; stops at `deadline` (`time.monotonic`) once there is any plan."""
+    """Every method's outcome. Stops at the first of `deadlines` (`time.monotonic`) once any plan
+    is within the budget, at the second in any case."""
     best = {method: _Best() for method in methods}
     fronts = FrontCache()
     tried = 0
     for setting in settings:
-        if time.monotonic() > deadline and any(state.rank[0] == 0 for state in best.values()):
+        found = any(state.rank[0] == 0 for state in best.values())
+        if time.monotonic() > deadlines[0 if found else 1]:
             break
         instance = make_instance(problem, setting)
         for method, state in best.items():
             _try(problem, setting, instance, method, state, fronts)
         tried += 1
+        progress(tried)
     partial = f"only {tried} of {len(settings)} settings tried" if tried < len(settings) else ""
     return [_outcome(problem, method, state, partial) for method, state in best.items()]
 
@@ -278,8 +286,6 @@ def _note_shortage(
 def _outcome(problem: Problem, method: str, state: _Best, partial: str) -> Outcome:
     notes = [_shortage_text(p, *state.short[p]) for p in state.short if p not in state.fitting]
     if state.setting is None or state.choice is None:
-        if problem.spec.num_layers < len(problem.cluster.devices()):
-            notes.append("more devices than layers")
         why = "; ".join([*notes, partial]).strip("; ") or "no precisions fit the memory"
         return Outcome(method, None, None, False, why)
     assignment = to_assignment(problem, state.setting, state.choice)

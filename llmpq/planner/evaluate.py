@@ -140,7 +140,7 @@ def _stages(assignment: Assignment) -> list[Stage]:
 def _prefill(problem: Problem, assignment: Assignment, group: BatchGroup) -> float:
     costs = [stage_prefill(problem, assignment, r) for r in range(len(assignment.stages))]
     costs += prefill_links(problem, assignment.setting.devices)
-    pairs = [prefill_actor(problem, group, assignment.setting, cost) for cost in costs]
+    pairs = [prefill_actor(group, assignment.setting, cost) for cost in costs]
     seconds = prefill_s(*_arrays(pairs, group))
     return float((group.num_batches * seconds).sum())
 
@@ -148,7 +148,7 @@ def _prefill(problem: Problem, assignment: Assignment, group: BatchGroup) -> flo
 def _decode(problem: Problem, assignment: Assignment, group: BatchGroup) -> float:
     costs = [stage_decode(problem, assignment, r) for r in range(len(assignment.stages))]
     costs += decode_links(problem, assignment.setting.devices)
-    pairs = [decode_actor(problem, group, assignment.setting, cost) for cost in costs]
+    pairs = [decode_actor(group, assignment.setting, cost) for cost in costs]
     seconds = decode_step_s(*_arrays(pairs, group)) * group.num_steps
     return float((group.num_batches * seconds).sum())
 
@@ -193,8 +193,8 @@ def _stage(problem: Problem, assignment: Assignment, rank: int) -> PredictedStag
     setting = assignment.setting
     prefill, decode, count = 0.0, 0.0, 0
     for group in problem.groups(setting.batch):
-        p, _ = prefill_actor(problem, group, setting, stage_prefill(problem, assignment, rank))
-        d, _ = decode_actor(problem, group, setting, stage_decode(problem, assignment, rank))
+        p, _ = prefill_actor(group, setting, stage_prefill(problem, assignment, rank))
+        d, _ = decode_actor(group, setting, stage_decode(problem, assignment, rank))
         prefill += float((group.num_batches * p).sum())
         decode += float((group.num_batches * d).sum())
         count += int(group.num_batches.sum())

@@ -2,7 +2,8 @@
 
 Memory is looked at for the cheapest setting: the lowest precision, the fewest requests in flight,
 micro-batches of one, the best order. Where memory would do and the quality budget does not, the
-least quality loss that memory allows is named. Each fix that is offered was checked to be enough.
+least quality loss that memory allows is named. Each fix that is offered was checked to be enough
+for what is short: one for memory makes room for every layer, and may still lose too much quality.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from llmpq.cluster import GIB, MIB
 from llmpq.errors import InfeasibleError
 from llmpq.model_spec import ModelSpec
 from llmpq.planner.baselines import amount, in_bits, least_omega
@@ -19,17 +21,23 @@ from llmpq.planner.search import all_settings, device_orders, is_hopeless, most_
 
 def infeasible(problem: Problem, precisions: Sequence[str]) -> InfeasibleError:
     """The error for a problem without a plan. `precisions`: all that the costs offer."""
-    if problem.spec.num_layers < len(problem.cluster.devices()):
-        return InfeasibleError(_too_few_layers(problem.spec, len(problem.cluster.devices())))
     settings = cheapest_settings(problem)
-    if all(is_hopeless(make_instance(problem, setting)) for setting in settings):
+    if not settings:
+        return InfeasibleError(_too_few_layers(problem.spec, len(problem.cluster.devices())))
+    if lacks_memory(problem):
         return InfeasibleError(_memory_text(problem, settings, precisions))
     return InfeasibleError(_quality_text(problem, settings, precisions))
 
 
+def lacks_memory(problem: Problem) -> bool:
+    """Not even the cheapest settings have room for all layers."""
+    settings = cheapest_settings(problem)
+    return all(is_hopeless(make_instance(problem, setting)) for setting in settings)
+
+
 def cheapest_settings(problem: Problem) -> list[Setting]:
     """Every order at the fewest requests in flight that the workload allows."""
-    orders, _ = device_orders(problem.cluster.devices())
+    orders, _ = device_orders(problem.cluster.devices(), problem.spec.num_layers)
     batch = problem.workload.batch
     requests = 1 if batch == "auto" else min(batch, len(problem.lengths))
     return [Setting(order, _auto_floor(problem, requests), 1, 1) for order in orders]
@@ -100,8 +108,17 @@ def _fixes(
     ]
     worst = int(missing.argmax())
     device = setting.devices[worst].type
-    more = f"{amount(float(missing.sum()))} more memory in all (most of it on {device}#{worst})"
+    enough = not is_hopeless(replace(instance, capacity=instance.capacity + missing))
+    total = amount(_rounded_up_bytes(float(missing.sum())))
+    more = f"{total} more memory in all (most of it on {device}#{worst})"
+    more = more if enough else ""
     return [f"would fit: {fix}" for fix in [*tried, more] if fix]
+
+
+def _rounded_up_bytes(num_bytes: float) -> float:
+    """So that the amount that is printed, with two decimals, is enough."""
+    unit = (GIB if num_bytes >= GIB else MIB) / 100
+    return float(np.ceil(num_bytes / unit) * unit)
 
 
 def _fewer_requests(problem: Problem, setting: Setting) -> str:
@@ -141,7 +158,8 @@ def _lowest(problem: Problem) -> str:
 def _too_few_layers(spec: ModelSpec, num_devices: int) -> str:
     return (
         f"{spec.name} has {spec.num_layers} layers and the cluster {num_devices} devices; "
-        f"every device needs a layer: name at most {spec.num_layers} devices in the cluster file"
+        f"every device of a plan needs a layer: name at most {spec.num_layers} devices in the "
+        "cluster file"
     )
 
 

@@ -10,7 +10,7 @@ A solve that ran out of time without a plan is "unknown", never "infeasible".
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -18,7 +18,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array
 
-from llmpq.planner.problem import Choice, Costs, Instance
+from llmpq.planner.problem import Choice, Costs, Instance, fits
+
+TOLERANCE = 1e-6  # by which HiGHS may overstep a row
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
@@ -60,7 +62,19 @@ def solve(
     if result.x is None:
         return Solution("unknown", None, bound)
     status: Status = "optimal" if result.status == 0 else "feasible"
-    return Solution(status, _choice(instance, result.x), bound)
+    choice: Choice | None = _choice(instance, result.x)
+    if choice is not None and not fits(instance, choice):
+        choice = _within(instance, gap, time_limit, cutoff)
+    return Solution(status, choice, bound)
+
+
+def _within(instance: Instance, gap: float, time_limit: float, cutoff: float) -> Choice | None:
+    """For when the solver overstepped memory by its tolerance: solved with that much less of it."""
+    less = instance.capacity - 2 * TOLERANCE * np.abs(instance.capacity)
+    programme = build(replace(instance, capacity=less), cutoff)
+    result = _run(programme, programme.integral, gap, time_limit)
+    choice = None if result.x is None else _choice(instance, result.x)
+    return choice if choice is not None and fits(instance, choice) else None
 
 
 def relaxed_bound(instance: Instance, time_limit: float = math.inf) -> float:
@@ -160,7 +174,7 @@ def _bounds(instance: Instance, scale: float) -> Bounds:
     return Bounds(lower, upper)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=1)
 def _structure(layers: int, options: int, devices: int, packed: tuple[bool, ...]) -> Rows:
     """Each layer once, in order, each device at least once, u from z."""
     each = np.ones((1, options))

@@ -1,9 +1,11 @@
 """One planning run: baselines, then our own search from the best of them, as values.
 
-The time limit covers both; the baselines take at most a third of it.
+The time limit covers all: a quarter at most to list and bound the settings, then the baselines up
+to a half of it (to three quarters where they have no plan yet), the rest is our own search's.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,11 +13,12 @@ from llmpq.errors import InfeasibleError
 from llmpq.plan import Baseline, Plan
 from llmpq.planner.baselines import BASELINES, Outcome, run_baselines
 from llmpq.planner.evaluate import bounded, to_plan
-from llmpq.planner.explain import infeasible
+from llmpq.planner.explain import infeasible, lacks_memory
 from llmpq.planner.problem import Problem
-from llmpq.planner.search import Progress, Search, make_settings, search
+from llmpq.planner.search import Progress, Search, Space, make_settings, search
 
-BASELINE_SHARE = 1 / 3
+SETTINGS_SHARE, BASELINES_SHARE, FIRST_PLAN_SHARE = 1 / 4, 1 / 2, 3 / 4
+LEAST_S = 0.5  # for the settings, and for a first plan, however short the time limit is
 TIMED_OUT = "the time limit ended the search; a longer --time-limit may find better"
 UNEQUAL = (
     "the gap is above the one asked for: the bound takes one device to be the slowest for all "
@@ -46,25 +49,47 @@ class Planned:
 def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Planned:
     """The best plan found; `InfeasibleError` where there is none. `offered`: all precisions."""
     start = time.monotonic()
-    settings, notes = make_settings(problem)
-    share_end = start + options.time_limit_s * BASELINE_SHARE
-    outcomes = run_baselines(problem, settings, share_end, BASELINES)
+    limit = options.time_limit_s
+    built_by = start + max(LEAST_S, limit * SETTINGS_SHARE)
+    space = make_settings(problem, built_by, options.progress)
+    if not space.settings:
+        raise infeasible(problem, offered)
+    outcomes = _baselines(problem, space, start, options)
     if options.method in BASELINES:
         plan = _baseline_plan(problem, options.method, outcomes, start)
-        return Planned(plan, tuple(outcomes), tuple(notes))
-    deadline = start + options.time_limit_s
+        return Planned(plan, tuple(outcomes), (*space.notes, *_idle(plan)))
     found = search(
         problem,
-        settings,
+        space,
         gap=options.gap,
-        deadline=deadline,
+        deadline=start + limit,
         seeds=outcomes,
         progress=options.progress,
     )
     plan = _searched_plan(problem, found, offered, time.monotonic() - start)
-    notes += _doubts(found, plan, options.gap)
+    notes = [*space.notes, *_idle(plan), *_doubts(found, plan, options.gap)]
     effort = f"{found.num_settings} settings searched, {found.num_solved} solved exactly"
     return Planned(with_baselines(plan, outcomes), tuple(outcomes), tuple(notes), effort)
+
+
+def _baselines(problem: Problem, space: Space, start: float, options: Options) -> list[Outcome]:
+    now, limit = time.monotonic(), options.time_limit_s
+    deadline = start + limit * BASELINES_SHARE
+    last = max(now + LEAST_S, start + limit * FIRST_PLAN_SHARE)
+
+    def told(done: int) -> None:
+        options.progress(Progress(done, len(space.settings), 0.0, "settings by other methods"))
+
+    return run_baselines(problem, space.settings, (deadline, last), BASELINES, told)
+
+
+def _idle(plan: Plan) -> list[str]:
+    """What the plan leaves out."""
+    idle = Counter((device.type, device.node) for device in plan.cluster.devices())
+    idle.subtract((stage.devices[0], stage.node) for stage in plan.stages)
+    names = [f"{f'{n} x ' if n > 1 else ''}{d} on {node}" for (d, node), n in idle.items() if n > 0]
+    why = "only slows the rest, or does not fit"
+    return [f"left out: {', '.join(names)} ({why})"] if names else []
 
 
 def baseline_plan(problem: Problem, outcome: Outcome, planning_s: float = 0.0) -> Plan | None:
@@ -107,7 +132,7 @@ def _searched_plan(
     if found.assignment is not None and found.predicted is not None:
         predicted = bounded(found.predicted, found.lower_bound, planning_s)
         return to_plan(problem, found.assignment, "ilp", predicted)
-    if found.timed_out:
+    if found.timed_out and not lacks_memory(problem):
         raise InfeasibleError(
             f"no plan was found within {planning_s:.0f} s, which does not mean that none fits; "
             "give a longer --time-limit"

@@ -136,7 +136,7 @@ def actor(cost: Callable[[int], Seconds], parts: Split) -> tuple[Seconds, Second
 
 
 def prefill_actor(
-    problem: Problem, group: BatchGroup, setting: Setting, cost: Callable[[int, Any], Seconds]
+    group: BatchGroup, setting: Setting, cost: Callable[[int, Any], Seconds]
 ) -> tuple[Seconds, Seconds]:
     """Prefill of one micro-batch and of all, for each of a group's batches."""
     parts = split(group.num_requests, setting.prefill_micro_batch)
@@ -144,7 +144,7 @@ def prefill_actor(
 
 
 def decode_actor(
-    problem: Problem, group: BatchGroup, setting: Setting, cost: Callable[[int, Any], Seconds]
+    group: BatchGroup, setting: Setting, cost: Callable[[int, Any], Seconds]
 ) -> tuple[Seconds, Seconds]:
     """One decode step of one micro-batch and of all, for each of a group's batches."""
     parts = split(group.num_requests, setting.decode_micro_batch)
@@ -274,7 +274,9 @@ def make_instance(problem: Problem, setting: Setting) -> Instance:
         layer=_stack(layer),
         fixed=_stack(fixed),
         link=_link(problem, setting),
-        layer_bytes=_layer_bytes(problem, setting.batch),
+        layer_bytes=problem.once(
+            ("bytes", setting.batch), lambda: _layer_bytes(problem, setting.batch)
+        ),
         capacity=np.array([layer_capacity(problem, setting, j) for j in range(len(devices))]),
         unpacked_bytes=float(memory.unpacked_bytes(problem.spec)),
         packed=np.array([memory.is_packed(p) for p in problem.precisions]),
@@ -286,9 +288,19 @@ def make_instance(problem: Problem, setting: Setting) -> Instance:
 
 def layer_capacity(problem: Problem, setting: Setting, rank: int) -> float:
     """Bytes that layers may take on a device, beside embedding, head and activations."""
-    last = rank == len(setting.devices) - 1
-    ends = memory.end_weight_bytes(problem.spec, first=rank == 0, last=last)
-    activations = memory.activation_bytes(
+    first, last = rank == 0, rank == len(setting.devices) - 1
+    key = ("taken", first, last, *_sizes(setting))
+    taken = problem.once(key, lambda: _taken(problem, setting, first, last))
+    return float(setting.devices[rank].memory_bytes - taken)
+
+
+def _sizes(setting: Setting) -> tuple[int, int, int]:
+    return setting.batch, setting.prefill_micro_batch, setting.decode_micro_batch
+
+
+def _taken(problem: Problem, setting: Setting, first: bool, last: bool) -> int:
+    ends = memory.end_weight_bytes(problem.spec, first=first, last=last)
+    return ends + memory.activation_bytes(
         problem.spec,
         last=last,
         cache_tokens=problem.cache_tokens(setting.batch),
@@ -296,7 +308,6 @@ def layer_capacity(problem: Problem, setting: Setting, rank: int) -> float:
         prompt_tokens=problem.max_prompt_tokens,
         decode_micro_batch=setting.decode_micro_batch,
     )
-    return float(setting.devices[rank].memory_bytes - ends - activations)
 
 
 def _layer_bytes(problem: Problem, batch: int) -> np.ndarray:
@@ -311,6 +322,11 @@ def _omega(problem: Problem) -> np.ndarray:
 
 def _layer(problem: Problem, setting: Setting, device_type: str) -> Costs:
     """[B]: one layer at each precision."""
+    key = ("layer", device_type, *_sizes(setting))
+    return problem.once(key, lambda: _new_layer(problem, setting, device_type))
+
+
+def _new_layer(problem: Problem, setting: Setting, device_type: str) -> Costs:
     times = problem.times[device_type]
 
     def one(name: str) -> Costs:
@@ -331,12 +347,18 @@ def _fixed(problem: Problem, setting: Setting, device: Device, first: bool, last
     times = problem.times[device.type]
     key = (device.type, first, last)
     costs = fixed_prefill(times, first, last), fixed_decode(times, first, last)
-    return _summed(problem, setting, key, *costs)
+    whole = ("fixed", *key, *_sizes(setting))
+    return problem.once(whole, lambda: _summed(problem, setting, key, *costs))
 
 
 def _link(problem: Problem, setting: Setting) -> Costs:
-    """Sums of `once`, maxima of the others; the pairs of nodes are what counts."""
     nodes = tuple(device.node for device in setting.devices)
+    key = ("links", nodes, *_sizes(setting))
+    return problem.once(key, lambda: _new_link(problem, setting, nodes))
+
+
+def _new_link(problem: Problem, setting: Setting, nodes: tuple[str, ...]) -> Costs:
+    """Sums of `once`, maxima of the others; the pairs of nodes are what counts."""
     down = [
         _prefill_sum(problem, setting, ("link", *nodes[j : j + 2]), cost)
         for j, cost in enumerate(prefill_links(problem, setting.devices))
@@ -368,7 +390,7 @@ def _prefill_sum(
     def compute() -> tuple[float, float]:
         total = np.zeros(2)
         for group in problem.groups(setting.batch):
-            once, every = prefill_actor(problem, group, setting, cost)
+            once, every = prefill_actor(group, setting, cost)
             total += [_dot(group.num_batches, once), _dot(group.num_batches, every - once)]
         return float(total[0]), float(total[1])
 
@@ -383,7 +405,7 @@ def _decode_sum(
     def compute() -> tuple[float, float]:
         total = np.zeros(2)
         for group in problem.groups(setting.batch):
-            once, every = decode_actor(problem, group, setting, cost)
+            once, every = decode_actor(group, setting, cost)
             weight = group.num_batches * group.num_steps
             total += [_dot(weight, once), _dot(weight, every)]
         return float(total[0]), float(total[1])
@@ -428,11 +450,11 @@ def sum_omega(instance: Instance, choice: Choice) -> float:
 
 
 def fits(instance: Instance, choice: Choice) -> bool:
-    """Every device has the memory for its layers (to one part in a million)."""
+    """Every device has the memory for its layers, to the byte: `evaluate.shortages` agrees."""
     counts = count_options(instance, choice)
     used = counts @ instance.layer_bytes
     used += instance.unpacked_bytes * (counts[:, instance.packed].sum(axis=1) > 0)
-    return bool((used <= instance.capacity + 1e-6 * np.abs(instance.capacity)).all())
+    return bool((used <= instance.capacity).all())
 
 
 def count_options(instance: Instance, choice: Choice) -> np.ndarray:

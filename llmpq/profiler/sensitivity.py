@@ -50,11 +50,6 @@ class SensitivityMeter:
         self._layers = {p: list(_layers(model)) for p, model in models.items()}
         self.base_loss = self._loss(["16"] * self.num_layers)
 
-    @property
-    def num_steps(self) -> int:
-        """Evaluations that `rows` and `fit` take."""
-        return len(self.precisions) * (self.num_layers + 1) + NUM_MIXED_PLANS + 1
-
     def rows(self) -> list[LayerSensitivity]:
         """Every layer at every precision, alone."""
         return [
@@ -103,6 +98,12 @@ class SensitivityMeter:
         yield
         for index in range(self.num_layers):
             layers[index] = self._layers["16"][index]
+
+
+def num_evaluations(num_layers: int, precisions: Sequence[str]) -> int:
+    """Evaluations that a meter, its `rows` and its `fit` take."""
+    lower = [p for p in precisions if p != "16"]
+    return 1 + len(lower) * (num_layers + 1) + NUM_MIXED_PLANS
 
 
 def fit_quality(points: Sequence[tuple[float, float]]) -> QualityFit:

@@ -10,6 +10,6 @@ The life of a batch of requests:
 5. Token ids alone go back to the first stage.
 6. Decode micro-batches of q requests circulate, all in flight at once, until each request has
    met its end (EOS or its number of new tokens).
-7. A request's line is written as soon as it ends (results.py).
+7. A request's line is written as soon as it ends (prompts.py).
 8. After the last batch an empty table ends all stages; times are gathered into the report.
 """

@@ -29,6 +29,7 @@ from llmpq.runtime.checkpoint import Weights
 from llmpq.runtime.loader import load_stage
 from llmpq.runtime.rehearsal import MemoryAccount, Throttle, peak_bytes
 from llmpq.runtime.sampler import Sampling
+from llmpq.runtime.stopwatch import Stopwatch
 from llmpq.runtime.transport import Transport
 from llmpq.runtime.worker import Worker
 from llmpq.workload import batches, request_lengths
@@ -84,6 +85,7 @@ class Engine:
             throttle=Throttle(factor, device),
             prefill_micro_batch=plan.prefill_micro_batch,
             decode_micro_batch=plan.decode_micro_batch,
+            planned_prompt_tokens=self.reserve.prompt_tokens,
             sampling=sampling,
             eos_ids=eos_ids,
         )
@@ -115,14 +117,31 @@ class Engine:
 
     def measure(self) -> list[StageReport]:
         """Every stage's times; all stages must call this."""
-        mine = (*self.worker.watch.values(), self.account.total, self.load_s)
+        mine = (*self.worker.watch.values(), self._peak_bytes(), self.load_s)
         rows = self.transport.gather(torch.tensor(mine, dtype=torch.float64))
         return [_stage_report(rank, row.tolist()) for rank, row in enumerate(rows)]
 
+    def _peak_bytes(self) -> int:
+        """What a card's allocator counted; on a CPU what the worker accounts for."""
+        device = self.worker.stage.device
+        if device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(device))
+        return self.account.total
+
     def start_clock(self) -> None:
-        """Waits for all stages, then forgets what loading and warming up took."""
+        """Opens the links, waits for all stages, then forgets what loading and warming up took."""
+        self._open_links()
         self.transport.gather(torch.zeros(1))
-        self.worker.watch.reset()
+        self.worker.watch = Stopwatch()
+
+    def _open_links(self) -> None:
+        """One small message down the stages: connections are made at first use."""
+        transport = self.transport
+        message = torch.zeros(16, dtype=torch.uint8, device=transport.message_device)
+        if not self.worker.is_first:
+            transport.receive_hidden(message).wait()
+        if not self.worker.is_last:
+            transport.send_hidden(message).wait()
 
     def _load(
         self, config: Any, weights: Weights, dtype: torch.dtype, device: torch.device

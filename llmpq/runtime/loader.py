@@ -22,12 +22,21 @@ from llmpq.runtime.checkpoint import Weights
 def model_folder(model: str) -> Path:
     """The directory of MODEL's config.json; for a hub id, its whole snapshot is fetched."""
     folder = config_path(model).parent
-    if not Path(model).exists() and "/" in model:
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
+    if Path(model).exists() or "/" not in model:
+        return folder
+    folder = _fetch(model, ["*.json", "*.safetensors", "*.model", "*.txt"])
+    if not any(folder.glob("*.safetensors")):
+        folder = _fetch(model, ["pytorch_model*.bin*"])
     return folder
+
+
+def _fetch(model: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds; each means: not to be had
+        raise UserError(f"{model}: could not be fetched ({error})") from None
 
 
 def load_stage(
@@ -40,7 +49,10 @@ def load_stage(
     on_tensor: Callable[[StageModel], None] | None = None,
 ) -> StageModel:
     """The stage with its weights in place. `on_tensor` is called after every tensor."""
-    stage = StageModel(config, layers, precisions, dtype, device)
+    try:
+        stage = StageModel(config, layers, precisions, dtype, device)
+    except ValueError as error:  # a precision that this device cannot serve
+        raise UserError(str(error)) from None
     for raw in stage.parameters_to_load():
         name = raw.name
         if _is_tied_head(stage, raw.module):
@@ -63,7 +75,7 @@ def place(raw: RawTensor, tensor: torch.Tensor, dtype: torch.dtype, device: torc
         except ValueError as error:
             raise UserError(f"tensor '{raw.name}': {error}") from None
         return
-    own = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+    own = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
     raw.module.register_parameter(raw.attribute, own)
 
 

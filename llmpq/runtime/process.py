@@ -4,6 +4,7 @@ Under torchrun all of it comes from the environment. `start_workers` is the same
 without torchrun: it starts a process a stage, on the loopback interface only.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -17,8 +18,13 @@ import torch
 import torch.distributed as dist
 
 from llmpq.errors import InfeasibleError, UserError, WorkerError
-from llmpq.runtime.transport import TIMEOUT, DistributedTransport, LocalHub, LocalTransport
-from llmpq.runtime.transport import Transport as Transport
+from llmpq.runtime.transport import (
+    TIMEOUT,
+    DistributedTransport,
+    LocalHub,
+    LocalTransport,
+    Transport,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUPERVISED = "LLMPQ_SUPERVISED"  # set for workers whose parent reports how they ended
@@ -55,25 +61,29 @@ def choose_device(name: str, role: Role) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on CPUs and on cards that have it, else float16."""
+def choose_dtype(
+    name: str, device: torch.device, transport: Transport | None = None
+) -> torch.dtype:
+    """`auto`: bfloat16 where every worker's device has it, else float16 for all of them."""
     if name != "auto":
         return DTYPES[name]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float16
-    return torch.bfloat16
+    old_card = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    mine = torch.tensor([0 if old_card else 1])
+    everyone = transport.gather(mine) if transport is not None else [mine]
+    return torch.bfloat16 if all(bool(one) for one in everyone) else torch.float16
 
 
 def connect(role: Role, device: torch.device) -> Transport:
-    """Joins the other workers; alone, needs none."""
+    """Joins the other workers; alone, needs none. NCCL only where every worker has its own card."""
     if role.size == 1:
         return LocalTransport(0, LocalHub(1))
-    shares_card = device.type == "cuda" and role.local_size > torch.cuda.device_count()
-    backend = "gloo" if device.type == "cpu" or shares_card else "nccl"
+    own_card = device.type == "cuda" and role.local_size <= torch.cuda.device_count()
     try:
         dist.init_process_group("gloo", rank=role.rank, world_size=role.size, timeout=TIMEOUT)
-        return DistributedTransport(backend, device)
-    except RuntimeError as error:
+        everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(role.size)]
+        dist.all_gather(everyone, torch.tensor([int(own_card)]))
+        return DistributedTransport("nccl" if all(map(bool, everyone)) else "gloo", device)
+    except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         message = f"rank {role.rank}: could not reach the other workers: {reason}"
         raise WorkerError(message) from None
@@ -92,8 +102,10 @@ def start_workers(arguments: Sequence[str], names: Sequence[str], module: str) -
     """
     signal.signal(signal.SIGTERM, _exit_on_signal)
     port = _free_port()
-    workers = [_start(rank, len(names), port, arguments, module) for rank in range(len(names))]
+    workers: list[subprocess.Popen[bytes]] = []
     try:
+        for rank in range(len(names)):
+            workers.append(_start(rank, len(names), port, arguments, module))
         codes = _wait(workers)
     except BaseException:
         _stop(workers)
@@ -118,6 +130,16 @@ def _start(
         SUPERVISED: "1",
     }
     return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment)
+
+
+def end_with_parent() -> None:
+    """A supervised worker must not outlive the process that started it, however that ends."""
+    if SUPERVISED not in os.environ or sys.platform != "linux":
+        return
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() == 1:  # it ended before the line above
+        sys.exit(WorkerError.exit_code)
 
 
 def _exit_on_signal(number: int, frame: object) -> None:

@@ -1,9 +1,8 @@
 """prompts.jsonl in, out.jsonl out: one line a request, checked before anything is loaded."""
 
-import io
+import fcntl
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +38,7 @@ def read_requests(path: Path, tokenizer: Tokenizer | None, limits: Limits) -> li
     requests: list[Request] = []
     faults: list[str] = []
     seen: dict[str | int, int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # other breaks may be in texts
         if not line.strip():
             continue
         try:
@@ -86,7 +85,17 @@ def _parse(line: str) -> dict[str, Any]:
         raise ValueError(f"unknown key '{unknown[0]}'; known: {', '.join(sorted(KEYS))}")
     if not (_is_int(data.get("id")) or isinstance(data.get("id"), str)):
         raise ValueError("'id' must be a text or an integer")
+    if not _is_encodable(str(data["id"])):
+        raise ValueError("'id' holds half a character (a lone surrogate)")
     return data
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _token_ids(data: dict[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
@@ -120,11 +129,16 @@ class ResultFile:
         self.finished: set[str | int] = set()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if resume and path.exists():
-                self._keep_whole_lines()
-            self._file = path.open("a" if resume else "w", encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another run is writing to it") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        if resume:
+            self._keep_whole_lines()
+        else:
+            self._file.truncate(0)
 
     def write(self, request: Request, token_ids: list[int], stopped: bool, text: str) -> None:
         """One finished request."""
@@ -146,22 +160,22 @@ class ResultFile:
         self._file.close()
 
     def _keep_whole_lines(self) -> None:
-        data = self.path.read_bytes()
-        whole = 0
-        for line in _whole_lines(data):
-            self.finished.add(json.loads(line)["id"])
-            whole += len(line)
-        if whole < len(data):
+        """Reads finished ids; cuts off a last line that was not written to its end."""
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        for number, line in enumerate(lines, 1):
+            self.finished.add(_finished_id(line, f"{self.path}:{number}"))
+        if torn:
             with self.path.open("rb+") as file:
-                file.truncate(whole)
+                file.truncate(sum(map(len, lines)))
 
 
-def _whole_lines(data: bytes) -> Iterator[bytes]:
-    """Lines up to the first that is torn or broken."""
-    for line in io.BytesIO(data):
-        try:
-            if not line.endswith(b"\n") or "id" not in json.loads(line):
-                return
-        except (ValueError, TypeError):
-            return
-        yield line
+def _finished_id(line: bytes, where: str) -> str | int:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError):
+        data = None
+    found: Any = data.get("id") if isinstance(data, dict) else None
+    if not (_is_int(found) or isinstance(found, str)):
+        raise UserError(f"{where}: not a result of llmpq-run, so --resume cannot go on from here")
+    return found  # type: ignore[no-any-return]

@@ -37,7 +37,7 @@ class Throttle:
         start, cpu_start = time.perf_counter(), time.thread_time()
         result = compute()
         if not self._on_cpu:
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()  # a receive may wait on another
         elapsed = time.perf_counter() - start
         if self.factor > 1:
             busy = time.thread_time() - cpu_start if self._on_cpu else elapsed

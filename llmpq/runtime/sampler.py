@@ -1,7 +1,7 @@
 """Chooses the next token from logits.
 
-Sampling draws from a generator that is seeded by (seed, request, position) alone, so a request's
-tokens do not depend on which others share its micro-batch.
+Sampling draws from a generator that is seeded by (seed, request, position) alone, so the draw does
+not depend on which others share its micro-batch (the logits may, in their last bits).
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 
 @dataclass
 class Stopwatch:
-    """Seconds since the last `reset`."""
+    """Seconds since it was made."""
 
     busy_prefill_s: float = 0.0
     busy_decode_s: float = 0.0
@@ -35,10 +35,6 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         self.comm_s += time.perf_counter() - start
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.__init__()  # type: ignore[misc]
 
     def values(self) -> tuple[float, ...]:
         """All four, in the order of the fields."""

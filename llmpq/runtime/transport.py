@@ -4,7 +4,7 @@
 between cards of one process each, gloo through main memory where processes share a card);
 `LocalTransport` connects stages that are threads of one process, for tests and evaluation.
 
-A message of hidden states is one byte buffer: 16 bytes of header (which micro-batch), then the
+A message of hidden states is one byte buffer: 16 bytes of header (micro-batch, data type), then the
 states. Its size follows from the schedule, so a receiver posts its buffer ahead.
 """
 
@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from llmpq.errors import WorkerError
 
-HEADER_BYTES = 16
+HEADER_BYTES = 16  # the micro-batch and the place of the data type in DTYPES, as 64-bit integers
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -60,14 +61,20 @@ class Transport(Protocol):
 def pack(index: int, hidden: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
     """Writes header and states into a byte buffer that may be longer."""
     payload = hidden.contiguous().view(torch.uint8).flatten()
-    buffer[:8].view(torch.int64)[0] = index
+    header = torch.tensor([index, DTYPES.index(hidden.dtype)])
+    buffer[:HEADER_BYTES] = header.view(torch.uint8).to(buffer.device)
     buffer[HEADER_BYTES : HEADER_BYTES + payload.numel()] = payload
     return buffer
 
 
-def unpack(buffer: torch.Tensor) -> int:
-    """Which micro-batch a message is about."""
-    return int(buffer[:8].view(torch.int64)[0])
+def unpack(buffer: torch.Tensor, dtype: torch.dtype) -> int:
+    """Which micro-batch a message is about; its states must be of `dtype`."""
+    index, kind = buffer[:HEADER_BYTES].view(torch.int64).tolist()
+    if DTYPES[kind] != dtype:
+        raise WorkerError(
+            f"a neighbouring worker sends {DTYPES[kind]}, this one computes in {dtype}"
+        )
+    return int(index)
 
 
 def payload(buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -92,7 +99,6 @@ class DistributedTransport:
         self.message_device = device if backend == "nccl" else torch.device("cpu")
         self._hidden = dist.new_group(backend=backend, timeout=TIMEOUT)
         self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        self._own_tokens: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
 
     def send_hidden(self, tensor: torch.Tensor) -> Pending:
         """To the next stage."""
@@ -104,14 +110,10 @@ class DistributedTransport:
 
     def send_tokens(self, tensor: torch.Tensor) -> Pending:
         """To the first stage."""
-        if self.size == 1:
-            return _QueuedSend(self._own_tokens, tensor)
         return _start(dist.isend, tensor, 0, self._control)
 
     def receive_tokens(self, tensor: torch.Tensor) -> Pending:
         """From the last stage."""
-        if self.size == 1:
-            return _QueuedReceive(self._own_tokens, tensor)
         return _start(dist.irecv, tensor, self.size - 1, self._control)
 
     def broadcast(self, tensor: torch.Tensor) -> None:

@@ -37,6 +37,7 @@ class Worker:
     throttle: Throttle
     prefill_micro_batch: int
     decode_micro_batch: int
+    planned_prompt_tokens: int
     sampling: Sampling
     eos_ids: frozenset[int]
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -78,6 +79,11 @@ class Worker:
             return self.cache.max_batch, self.cache.max_tokens
         return table.num_requests, needed
 
+    def prefill_size(self, table: BatchTable) -> int:
+        """Prompts a prefill micro-batch: fewer where they are longer than the plan foresaw."""
+        longer = max(1, -(-table.prompt_tokens // self.planned_prompt_tokens))
+        return max(1, self.prefill_micro_batch // longer**2)
+
     def forward(
         self, hidden: torch.Tensor, table: BatchTable, start: int, end: int, past: int
     ) -> torch.Tensor:
@@ -103,7 +109,7 @@ class _BatchRun:
 
     def __init__(self, worker: Worker, table: BatchTable) -> None:
         self.worker, self.table = worker, table
-        self.prefills = micro_batches(table.num_requests, worker.prefill_micro_batch)
+        self.prefills = micro_batches(table.num_requests, worker.prefill_size(table))
         self.decodes = micro_batches(table.num_requests, worker.decode_micro_batch)
         self.numbers: list[int] = table.lengths[:, 2].tolist()
         self.sends: deque[Pending] = deque()
@@ -149,13 +155,14 @@ class _BatchRun:
         self._post(next(sizes))
         for index, (start, end) in enumerate(self.prefills):
             buffer = self._take()
+            unpack(buffer, self.worker.stage.dtype)
             self._post(next(sizes))
             states = partial(self._states, buffer, end - start, self.table.prompt_tokens)
             self._compute(states, start, end, 0, index)
         past = [self.table.prompt_tokens] * len(self.decodes)
         while True:
             buffer = self._take()
-            index = unpack(buffer)
+            index = unpack(buffer, self.worker.stage.dtype)
             if index == END:
                 break
             self._post(next(sizes))
@@ -183,6 +190,8 @@ class _BatchRun:
         buffer, pending = self.incoming
         with self.worker.watch.idle():
             pending.wait()
+            if buffer.is_cuda:  # NCCL's wait holds back the stream, not this thread
+                torch.cuda.current_stream(buffer.device).synchronize()
         return buffer
 
     def _states(self, buffer: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:

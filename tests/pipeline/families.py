@@ -45,6 +45,7 @@ FAMILIES = {
     "qwen3": ("Qwen3", _GROUPED | {"head_dim": 16}),
     "gpt_neox": ("GPTNeoX", _SIZES),
     "gemma2": ("Gemma2", _GROUPED | {"head_dim": 8, "sliding_window": 8}),
+    "granite": ("Granite", _GROUPED | {"embedding_multiplier": 3.0, "logits_scaling": 2.0}),
     "gemma3": ("Gemma3", _GROUPED | {"head_dim": 8, "sliding_window": 8}),
 }
 

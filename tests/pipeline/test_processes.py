@@ -151,6 +151,20 @@ def test_a_killed_worker_is_named_and_the_run_resumes(job, expected):
     assert set(job.results()) == set(expected)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers follow their parent on Linux only")
+def test_workers_end_with_the_process_that_started_them(job):
+    slow = {"rehearse": {"t4-16g": {"slowdown": 8, "memory_mib": 1000}}}
+    plan = job.plan([4, 8], batch=4, p=2, q=2, cluster=slow)
+    process = subprocess.Popen(job.command(RUN, plan), stderr=subprocess.DEVNULL)
+    wait_until(lambda: job.output.exists() and job.output.read_text().count("\n") >= 1, process)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=5)
+    assert not alive
+
+
 def test_a_memory_cap_below_need_says_what_is_short(job):
     small = {"rehearse": {"t4-16g": {"slowdown": 2, "memory_mib": 1}}}
     done = run(job.command(RUN, job.plan([4, 8], cluster=small)))

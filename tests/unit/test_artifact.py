@@ -19,7 +19,7 @@ from llmpq.artifact import (
 )
 from llmpq.cluster import Cluster
 from llmpq.errors import LlmpqError, UserError
-from llmpq.plan import Plan
+from llmpq.plan import Baseline, Plan
 from llmpq.profile_data import Profile, Sensitivity
 from llmpq.workload import Workload
 
@@ -126,6 +126,13 @@ def test_write_and_read_back(tmp_path: Path) -> None:
     assert read_json(path, Outer) == value
     assert path.stat().st_mode & 0o777 == 0o644
     assert [p.name for p in path.parent.iterdir()] == ["a.json"], "nothing temporary stays"
+
+
+def test_what_is_absent_is_written_as_null_and_read_back(tmp_path: Path) -> None:
+    value = Baseline(method="uniform", feasible=False)
+    write_json(tmp_path / "b.json", value)
+    assert '"tokens_per_s": null' in (tmp_path / "b.json").read_text()
+    assert read_json(tmp_path / "b.json", Baseline) == value
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

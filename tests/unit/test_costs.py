@@ -173,6 +173,14 @@ def test_device_times_prefers_own_profile_then_rehearsal_then_spec_sheet() -> No
     assert sheet.provenance == "spec sheet, not measured"
 
 
+def test_a_rehearsal_uses_one_device_the_cpu_before_cuda() -> None:
+    cpu, cuda = make_profile("cpu"), make_profile("cuda")
+    both = device_times(rehearsal(), "slow", SPEC, [cuda, cpu])
+    alone = device_times(rehearsal(), "slow", SPEC, [cpu])
+    assert both.provenance == alone.provenance and "(one CPU thread)" in both.provenance
+    assert "(CUDA)" in device_times(rehearsal(), "slow", SPEC, [cuda]).provenance
+
+
 def test_a_profile_of_another_model_falls_back_and_says_so() -> None:
     other = make_spec(hidden_size=128)
     times = device_times(rehearsal(), "t4-16g", other, [make_profile("t4-16g", None)])
@@ -279,6 +287,10 @@ def test_links_inside_and_between_nodes() -> None:
     assert links.prefill_s(cluster, "a", "b", SPEC, 4, 30) == pytest.approx(1e-5 + num_bytes / 1e9)
     assert links.decode_s(cluster, "a", "b", SPEC, 4) == pytest.approx(1e-5 + 4 * H * 2 / 1e9)
     assert links.tokens_back_s(cluster, "b", "a", 4) == pytest.approx(1e-5 + 32 / 1e9)
+
+
+def test_an_absurd_sensitivity_still_has_a_percentage() -> None:
+    assert math.isfinite(prior_quality(1).percent(1e300))
 
 
 def test_budget_and_percent_are_inverse() -> None:

@@ -91,7 +91,7 @@ def after_layers(model: Any) -> list[Any]:
 
 
 def test_every_family_is_compared() -> None:
-    assert set(FAMILIES) - {"gemma3"} == {model_type for model_type, _ in CASES.values()}
+    assert set(FAMILIES) == {model_type for model_type, _ in CASES.values()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -150,10 +150,11 @@ def test_full_configuration_counts_the_same(case: str) -> None:
     assert full.model_copy(update={"max_positions": spec.max_positions}) == spec
 
 
-def test_nested_text_config() -> None:
+def test_models_of_text_and_images_are_refused() -> None:
     inner = {"model_type": "gemma3_text", **GEMMA}
-    outer = spec_from_config({"model_type": "gemma3", "text_config": inner}, name="m")
-    assert outer == spec_from_config(inner, name="m")
+    assert spec_from_config(inner | {"text_config": {}}, name="m") == spec_from_config(inner, "m")
+    with pytest.raises(UserError, match="c.json: 'gemma3' is a model of text and something else"):
+        spec_from_config({"model_type": "gemma3", "text_config": inner}, "m", "c.json")
 
 
 def test_unknown_family_is_a_guess() -> None:
@@ -181,8 +182,8 @@ def test_model_key_tells_layer_shapes_apart() -> None:
         ({"model_type": "opt", **OPT, "ffn_dim": -1, "vocab_size": "9"}, ["ffn_dim", "vocab_size"]),
         ({"model_type": "llama", **LLAMA, "num_hidden_layers": True}, ["num_hidden_layers"]),
         ({"model_type": "mixtral", **LLAMA, "num_local_experts": 8}, ["mixture-of-experts"]),
-        ({"text_config": None}, ["text_config"]),
-        ({"text_config": 5, "model_type": "llama"}, ["text_config"]),
+        ({"text_config": None, "model_type": "llama"}, ["text_config"]),
+        ({"text_config": 5, "model_type": "llava"}, ["text_config"]),
     ],
 )
 def test_bad_configurations(config: dict[str, Any], words: list[str]) -> None:

@@ -177,6 +177,7 @@ def test_memory_is_never_negative() -> None:
         ("latency_us: 50", "latency_us: -1", "c.yaml:8: link.latency_us: input should be greater"),
         ("name: node1", "name: node0", "node names must differ"),
         ("slowdown: 3.0", "slowdown: 0.5", "c.yaml:10: rehearse.laptop.slowdown"),
+        ("type: laptop", "type: laptop, memory_gib: 2", "give rehearse.laptop.memory_mib"),
         ("memory_mib: 300", "memory_mib: big", "c.yaml:10: rehearse.laptop.memory_mib"),
         ("[{type: laptop}]", "[]", "c.yaml:7: nodes.1.devices: list should have at least 1 item"),
         ("[{type: laptop}]", "laptop", "c.yaml:7: nodes.1.devices: input should be a valid list"),
@@ -386,7 +387,7 @@ def test_profiles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "value", "expected"),
     [
-        ("kind", "plan", "kind: input should be 'profile'"),
+        ("kind", "profil", "kind: input should be 'profile'"),
         ("rows", [], "rows: list should have at least 1 item"),
         ("rows.1.phase", "warm-up", "rows.1.phase: input should be 'prefill', 'decode'"),
         ("rows.1.time_ms", 0, "rows.1.time_ms: input should be greater than 0"),
@@ -408,6 +409,14 @@ def test_bad_profile_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder of profiles"):
         load_profiles(tmp_path / "absent")
     with pytest.raises(UserError, match="holds no profile"):
+        load_profiles(tmp_path)
+    (tmp_path / "s.json").write_text(json.dumps(SENSITIVITY))
+    with pytest.raises(UserError, match="holds no profile"):
+        load_profiles(tmp_path)
+    (tmp_path / "t4.json").write_text(json.dumps(PROFILE))
+    assert len(load_profiles(tmp_path)) == 1, "other kinds are passed over"
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
         load_profiles(tmp_path)
 
 

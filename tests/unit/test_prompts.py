@@ -99,13 +99,33 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path):
         assert path.read_bytes() == whole, cut
 
 
-@pytest.mark.parametrize("torn", [b"{}\n", b"[]\n", b"5\n", b"\xff\xfe\n", b"\n", b'{"id": 1'])
-def test_a_broken_line_ends_what_is_kept(tmp_path, torn):
+@pytest.mark.parametrize("broken", [b"{}\n", b'["id"]\n', b"5\n", b"\xff\xfe\n", b"\n", b"notes\n"])
+def test_a_file_that_is_no_output_is_left_as_it_is(tmp_path, broken):
     path = tmp_path / "out.jsonl"
     write(path, False, REQUESTS[:1])
-    path.write_bytes(path.read_bytes() + torn)
-    assert write(path, True, REQUESTS[1:]) == {"r0"}
-    assert ids(path) == ["r0", "r1", "r2"]
+    before = path.read_bytes() + broken
+    path.write_bytes(before)
+    with pytest.raises(UserError, match=r"out.jsonl:2: not a result"):
+        ResultFile(path, resume=True)
+    assert path.read_bytes() == before
+
+
+def test_two_runs_cannot_write_one_output(tmp_path):
+    path = tmp_path / "out.jsonl"
+    first = ResultFile(path, resume=False)
+    with pytest.raises(UserError, match="another run is writing"):
+        ResultFile(path, resume=True)
+    first.close()
+    ResultFile(path, resume=True).close()
+
+
+def test_other_line_breaks_may_be_inside_a_prompt(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text(
+        '{"id": 1, "prompt_token_ids": [5]}\n{"id": "\u2028", "prompt_token_ids": [6]}\n'
+    )
+    limits = Limits(new_tokens=4, max_positions=64, vocab_size=100)
+    assert [r.prompt for r in read_requests(path, None, limits)] == [(5,), (6,)]
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
