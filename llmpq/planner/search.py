@@ -246,7 +246,7 @@ def make_settings(
         if time.monotonic() > deadline:
             break
         built.append((bound_of(make_instance(problem, setting)), setting))
-        if len(built) % 256 == 0:
+        if len(built) % 256 == 1:
             progress(Progress(len(built), len(settings), 0.0, "settings priced"))
     built.sort(key=lambda pair: pair[0])
     missed = len(settings) - len(built)
