@@ -21,6 +21,7 @@ from llmpq.workload import request_lengths
 
 if TYPE_CHECKING:
     from llmpq.runtime.batching import Request
+    from llmpq.runtime.checkpoint import Checkpoint
     from llmpq.runtime.process import Role
     from llmpq.runtime.prompts import ResultFile
 
@@ -88,11 +89,12 @@ def _run_here(plan: Plan, options: RunOptions) -> None:
     """Checks all input, then starts the workers (or is the only one)."""
     from llmpq.runtime.process import Role, start_workers
 
-    _prepare(plan, options)
-    _warn_of_crowding(plan, options)
     if len(plan.stages) == 1:
+        _warn_of_crowding(plan, options)
         _work(plan, options, Role(0, 1, 0, 1))
         return
+    _prepare(plan, options)
+    _warn_of_crowding(plan, options)
     names = [f"{stage.devices[0]} on {stage.node}" for stage in plan.stages]
     start_workers(click.get_current_context().meta[ARGUMENTS], names, "llmpq.run")
 
@@ -121,8 +123,8 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
 class Prepared:
     """Everything that is read before weights are."""
 
-    folder: Path
     config: Any
+    weights: "Checkpoint"
     tokenizer: Any
     requests: "list[Request]"
     eos_ids: frozenset[int]
@@ -142,11 +144,11 @@ def _prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     folder = model_folder(options.model or plan.model.name)
     config = load_config(folder)
     _check_model(plan, folder)
-    _check_files(options)
-    Checkpoint(folder)
+    weights = Checkpoint(folder)
     eos_ids = frozenset() if options.ignore_eos else end_tokens(folder, config)
     if not leads:
-        return Prepared(folder, config, None, [], eos_ids)
+        return Prepared(config, weights, None, [], eos_ids)
+    _check_files(options)
     tokenizer = load_tokenizer(folder)
     limits = Limits(
         new_tokens=max(new for _, new in request_lengths(plan.workload)),
@@ -156,7 +158,7 @@ def _prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     requests = read_requests(options.prompts, tokenizer, limits)
     reserve = reserve_of(plan)
     fitting_batches(requests, reserve.batch, reserve.cache_tokens)  # raises where one never fits
-    return Prepared(folder, config, tokenizer, requests, eos_ids)
+    return Prepared(config, weights, tokenizer, requests, eos_ids)
 
 
 def _check_model(plan: Plan, folder: Path) -> None:
@@ -184,7 +186,6 @@ def _work(plan: Plan, options: RunOptions, role: "Role") -> None:
     """This process's part of the run."""
     import torch
 
-    from llmpq.runtime.checkpoint import Checkpoint
     from llmpq.runtime.engine import Engine
     from llmpq.runtime.process import choose_device, choose_dtype, connect, disconnect
     from llmpq.runtime.rehearsal import own_core
@@ -207,7 +208,7 @@ def _work(plan: Plan, options: RunOptions, role: "Role") -> None:
         engine = Engine(
             plan,
             prepared.config,
-            Checkpoint(prepared.folder),
+            prepared.weights,
             transport,
             choose_dtype(options.dtype, device, transport),
             device,
