@@ -4,13 +4,15 @@
 quantised), the other parameters, the embedding, the head and the cache's width. Families are
 described in one small table each; tests compare the counts with transformers' own modules.
 A family that is not in the table is counted as LLaMA-shaped and says so (`guessed`).
-Not covered: mixtures of experts, encoders, models of text and images, models with several
-kinds of layer.
+`ModelSpec.shard` is what one of several devices holds when they share every layer (tensor
+parallelism, cut as in Megatron-LM, arXiv 1909.08053).
+Not covered: mixtures of experts, encoders, models of text and images, models with several kinds
+of layer.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -19,6 +21,27 @@ from llmpq.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = "tiny-tales"  # ships inside the package
+
+# How devices that share a layer cut its matrices: by output features, by input features (their
+# results are then summed), or by output features a key-value head at a time ("kv"): where there
+# are fewer of these heads than devices, several devices hold the same one.
+Cut = Literal["out", "in", "kv"]
+CUTS: dict[str, Cut] = {
+    "q_proj": "out",
+    "k_proj": "kv",
+    "v_proj": "kv",
+    "query_key_value": "out",
+    "gate_proj": "out",
+    "up_proj": "out",
+    "fc1": "out",
+    "dense_h_to_4h": "out",
+    "o_proj": "in",
+    "out_proj": "in",
+    "dense": "in",
+    "down_proj": "in",
+    "fc2": "in",
+    "dense_4h_to_h": "in",
+}
 
 
 class Linear(Strict):
@@ -69,6 +92,75 @@ class ModelSpec(Strict):
         """Parameters of one decoder layer."""
         weights = sum(op.out_features * op.in_features for op in self.linears)
         return weights + self.layer_other_params
+
+    def shard(self, degree: int) -> "ModelSpec":
+        """What one of `degree` devices holds and computes when they share every layer.
+
+        Embedding and head are cut by the vocabulary; norms, biases and positions are on each
+        device. Raises `UserError` where the model cannot be cut so.
+        """
+        if degree == 1:
+            return self
+        if faults := shard_faults(self, degree):
+            raise UserError(f"{self.name}: {'; '.join(faults)}")
+        # Every family's token embedding has as many parameters as its head.
+        token_params = min(self.head_params, self.embedding_params)
+        other_params = self.embedding_params - token_params
+        return self.model_copy(
+            update={
+                "ffn_size": self.ffn_size // degree,
+                "num_heads": self.num_heads // degree,
+                "num_kv_heads": max(1, self.num_kv_heads // degree),
+                "vocab_size": _part(self.vocab_size, degree),
+                "linears": tuple(_cut(self, op, degree) for op in self.linears),
+                "embedding_params": other_params + _part(token_params, degree),
+                "head_params": _part(self.head_params, degree),
+            }
+        )
+
+
+def shard_faults(spec: ModelSpec, degree: int) -> list[str]:
+    """Why `degree` devices cannot share a layer of this model; empty where they can."""
+    faults = []
+    for what, size in (("attention heads", spec.num_heads), ("feed-forward width", spec.ffn_size)):
+        if size % degree:
+            faults.append(f"{what} {size} cannot be cut into {degree} equal parts")
+    heads = spec.num_kv_heads
+    if heads % degree and degree % heads:
+        faults.append(
+            f"{heads} key-value heads can be neither cut nor repeated for {degree} devices"
+        )
+    for op in spec.linears:
+        if op.name not in CUTS:
+            faults.append(f"how to cut the matrix '{op.name}' is not known")
+        elif _cut_size(op) % _num_parts(spec, op, degree):
+            faults.append(f"{op.name} ({_cut_size(op)}) cannot be cut into {degree} equal parts")
+    return faults
+
+
+def tensor_parallel_degrees(spec: ModelSpec, most: int) -> tuple[int, ...]:
+    """1, and the powers of two up to `most` devices that can share a layer of this model."""
+    powers = (2**exponent for exponent in range(1, most.bit_length()))
+    return (1, *(degree for degree in powers if not shard_faults(spec, degree)))
+
+
+def _part(size: int, degree: int) -> int:
+    """The largest of `degree` nearly equal parts."""
+    return -(-size // degree)
+
+
+def _cut_size(op: Linear) -> int:
+    return op.in_features if CUTS[op.name] == "in" else op.out_features
+
+
+def _num_parts(spec: ModelSpec, op: Linear, degree: int) -> int:
+    """Into how many different parts a matrix falls."""
+    return min(degree, spec.num_kv_heads) if CUTS[op.name] == "kv" else degree
+
+
+def _cut(spec: ModelSpec, op: Linear, degree: int) -> Linear:
+    side = "in_features" if CUTS[op.name] == "in" else "out_features"
+    return op.model_copy(update={side: _cut_size(op) // _num_parts(spec, op, degree)})
 
 
 def load_model_spec(model: str) -> ModelSpec:

@@ -1,23 +1,32 @@
 """The plan: which device holds which layers, at which precisions, in which micro-batches.
 
 A plan is a frozen value, the same whether a person or the planner wrote it. It is validated when
-read: its stages cover the model's layers exactly, in order, and fit its own cluster.
+read: its stages cover the model's layers exactly, in order, and fit its own cluster; where several
+devices share a stage (tensor parallelism), the model can be cut so. Such plans can be priced;
+`refuse_shared_stages` is for commands that cannot run them yet.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict, read_json
-from llmpq.cluster import Cluster
-from llmpq.model_spec import ModelSpec
+from llmpq.cluster import GIB, Cluster
+from llmpq.errors import UserError
+from llmpq.model_spec import ModelSpec, shard_faults
+from llmpq.plan_diff import Place, PlanDiff, changes, layer_ranges
 from llmpq.precision import PRECISIONS
 from llmpq.workload import Workload
 
 
 class Stage(Strict):
-    """Layers `first_layer` up to but not including `end_layer`, on one device."""
+    """Layers `first_layer` up to but not including `end_layer`, on one device.
+
+    Or on `tensor_parallel` equal devices of a node, a power of two, which share every layer;
+    `devices` names each of them.
+    """
 
     rank: NonNegativeInt
     node: str
@@ -47,11 +56,21 @@ class Stage(Strict):
             faults.append(
                 f"unknown precision {', '.join(map(repr, unknown))}; known: {', '.join(PRECISIONS)}"
             )
-        if self.tensor_parallel != 1 or len(self.devices) != 1:
-            faults.append(f"stage {self.rank}: a stage of several devices cannot run yet")
+        faults += [f"stage {self.rank}: {fault}" for fault in self._sharing_faults()]
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _sharing_faults(self) -> list[str]:
+        faults, degree = [], self.tensor_parallel
+        if degree & (degree - 1):
+            faults.append(f"tensor_parallel {degree} is not a power of two")
+        if len(self.devices) != degree:
+            faults.append(f"tensor_parallel is {degree} but devices names {len(self.devices)}")
+        if len(set(self.devices)) > 1:
+            types = ", ".join(sorted(set(self.devices)))
+            faults.append(f"the devices of a stage must be of one type, found {types}")
+        return faults
 
 
 class PredictedStage(Strict):
@@ -115,7 +134,7 @@ class Plan(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> "Plan":
-        faults = [*self._layer_faults(), *self._device_faults()]
+        faults = [*self._layer_faults(), *self._device_faults(), *self._sharing_faults()]
         for name in ("prefill_micro_batch", "decode_micro_batch"):
             if getattr(self, name) > self.batch:
                 faults.append(f"{name} {getattr(self, name)} is above batch {self.batch}")
@@ -135,6 +154,14 @@ class Plan(Strict):
             faults.append(f"stages end at layer {expected}, the model has {self.model.num_layers}")
         return faults
 
+    def _sharing_faults(self) -> list[str]:
+        return [
+            f"stage {stage.rank}: {fault}"
+            for stage in self.stages
+            for fault in shard_faults(self.model, stage.tensor_parallel)
+            if stage.tensor_parallel > 1
+        ]
+
     def _device_faults(self) -> list[str]:
         free = [(device.node, device.type) for device in self.cluster.devices()]
         faults = []
@@ -153,3 +180,69 @@ class Plan(Strict):
 def load_plan(path: Path) -> Plan:
     """Reads and validates plan.json."""
     return read_json(path, Plan)
+
+
+def refuse_shared_stages(plan: Plan, path: Path) -> None:
+    """Raises `UserError` where several devices share a stage, which cannot run yet."""
+    shared = [stage for stage in plan.stages if stage.tensor_parallel > 1]
+    if shared:
+        stages = ", ".join(f"stage {s.rank} ({s.tensor_parallel} devices)" for s in shared)
+        raise UserError(
+            f"{path}: stages of several devices cannot run yet: {stages}; "
+            "plan with --tensor-parallel off"
+        )
+
+
+def diff(a: Plan, b: Plan) -> PlanDiff:
+    """What changes from `a` to `b`. Raises `ValueError` where they are of different models."""
+    if a.model != b.model:
+        names = [n for n in ModelSpec.model_fields if getattr(a.model, n) != getattr(b.model, n)]
+        raise ValueError(
+            f"plans of different models cannot be compared: {a.model.name} and {b.model.name} "
+            f"differ in {', '.join(names)}"
+        )
+    return PlanDiff(
+        inputs=tuple(n for n in ("workload", "cluster") if getattr(a, n) != getattr(b, n)),
+        settings=changes(_settings(a), _settings(b)),
+        moves=layer_ranges(_places(a), _places(b)),
+        precisions=layer_ranges(a.precisions, b.precisions),
+        predicted=changes(_expected(a), _expected(b)),
+    )
+
+
+def _settings(plan: Plan) -> dict[str, object]:
+    """What a plan decides beside its layers, by the name a reader knows."""
+    return {
+        "method": plan.method,
+        "batch": plan.batch,
+        "prefill micro-batch": plan.prefill_micro_batch,
+        "decode micro-batch": plan.decode_micro_batch,
+        "cache precision": plan.kv_precision,
+        "devices": tuple(f"{stage.devices[0]} on {stage.node}" for stage in plan.stages),
+        "tensor parallelism": tuple(stage.tensor_parallel for stage in plan.stages),
+    }
+
+
+def _places(plan: Plan) -> list[Place]:
+    """The devices of every layer of the model."""
+    places: list[Place] = []
+    used: Counter[tuple[str, str]] = Counter()
+    for stage in plan.stages:
+        kind, count = (stage.node, stage.devices[0]), len(stage.devices)
+        numbers = tuple(range(used[kind], used[kind] + count))
+        used[kind] += count
+        places += [Place(*kind, numbers, stage.rank)] * stage.num_layers
+    return places
+
+
+def _expected(plan: Plan) -> dict[str, object]:
+    """What is predicted, with its unit in the name; empty where nothing is."""
+    predicted = plan.predicted
+    if predicted is None:
+        return {}
+    memory = {
+        f"memory of stage {rank}, GiB": stage.peak_memory_bytes / GIB
+        for rank, stage in enumerate(predicted.stages)
+    }
+    speed, loss = predicted.tokens_per_s, predicted.quality_loss_percent
+    return {"tokens/s": speed, "quality loss, %": loss, **memory}

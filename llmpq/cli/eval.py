@@ -12,7 +12,7 @@ from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
 from llmpq.errors import UserError
 from llmpq.model_spec import ASSETS, DEFAULT_MODEL, load_model_spec
-from llmpq.plan import load_plan
+from llmpq.plan import Plan, load_plan, refuse_shared_stages
 
 
 @click.command(cls=Command)
@@ -61,9 +61,15 @@ def main(**flags: Any) -> None:
 
 def _subjects(flags: dict[str, Any]) -> list[tuple[str, Any]]:
     """(name, plan or precision) of everything to evaluate."""
-    plans = [(str(path), load_plan(path)) for path in flags["plans"]]
+    plans = [(str(path), _runnable(path)) for path in flags["plans"]]
     default = () if plans else ("16",)
     return plans + [(f"uniform-{p}", p) for p in flags["precisions"] or default]
+
+
+def _runnable(path: Path) -> Plan:
+    plan = load_plan(path)
+    refuse_shared_stages(plan, path)
+    return plan
 
 
 def _one_model(flags: dict[str, Any], subjects: list[tuple[str, Any]]) -> str:

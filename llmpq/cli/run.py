@@ -15,7 +15,7 @@ from llmpq.cli.common import ARGUMENTS, Command, common_options, console, emit
 from llmpq.cli.progress import Progress, progress
 from llmpq.errors import InfeasibleError, UserError, WorkerError
 from llmpq.model_spec import load_model_spec
-from llmpq.plan import Plan, load_plan
+from llmpq.plan import Plan, load_plan, refuse_shared_stages
 from llmpq.report import Report, StageReport
 from llmpq.workload import request_lengths
 
@@ -76,6 +76,7 @@ def main(**flags: Any) -> None:
     """
     options = RunOptions(**flags)
     plan = load_plan(options.plan)
+    refuse_shared_stages(plan, options.plan)
     from llmpq.runtime.process import role_from_environment
 
     role = role_from_environment()

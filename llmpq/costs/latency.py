@@ -8,7 +8,12 @@ lengths (beyond them, along the nearest two): kernels switch with the batch, and
 all batches smears that. Predictions never fall below half the shortest measured time.
 
 Without a profile: a plain roofline of the spec sheet, labelled as such.
-Lengths may be numpy arrays; times are seconds. Not covered: several devices a stage.
+
+A stage of several devices (tensor parallelism) takes a shard's time and two all-reduces a layer.
+A shard that was not profiled is priced from the whole layer: overhead, which the shortest runs
+show, stays; the rest shrinks as the roofline does.
+Lengths may be numpy arrays; times are seconds. Not covered: that small matrices reach less of
+the peak; exchanges that overlap with computing.
 """
 
 from collections import defaultdict
@@ -18,7 +23,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmpq.cluster import Cluster
+from llmpq.cluster import Cluster, Link
+from llmpq.costs import links
+from llmpq.costs.links import Seconds, Tokens
 from llmpq.devices import DeviceType, device_library
 from llmpq.errors import UserError
 from llmpq.model_spec import ModelSpec
@@ -31,8 +38,6 @@ BANDWIDTH_SHARE = 0.7
 LAUNCH_S = 30e-6
 SPEC_SHEET = "spec sheet, not measured"
 
-Tokens = Any  # a number of tokens, or a numpy array of them
-Seconds = Any  # a float, or a numpy array like the tokens asked for
 Features = Callable[[float, Tokens], tuple[Any, ...]]
 
 
@@ -112,10 +117,7 @@ def device_times(
 
 def measured_times(rows: Iterable[ProfileRow], source: str) -> LayerTimes:
     """Times from the profile rows of one device type and layer shape."""
-    grouped: dict[tuple[str, str], list[ProfileRow]] = defaultdict(list)
-    for row in rows:
-        precision = row.precision if row.phase in ("prefill", "decode") else ""
-        grouped[precision, row.phase].append(row)
+    grouped = _grouped(rows)
     fits = {key: fit(group) for key, group in grouped.items()}
     precisions = tuple(p for p in PRECISIONS if {(p, "prefill"), (p, "decode")} <= fits.keys())
     return LayerTimes(fits, precisions, f"{source}; {_quality_of(fits, grouped)}")
@@ -123,19 +125,8 @@ def measured_times(rows: Iterable[ProfileRow], source: str) -> LayerTimes:
 
 def spec_sheet_times(device: DeviceType, spec: ModelSpec) -> LayerTimes:
     """A roofline: max(operations / reached peak, bytes / reached bandwidth) + launch."""
-    flops, bandwidth = device.fp16_tflops * 1e12 * PEAK_SHARE, device.bandwidth_gbs * 1e9
-    models: dict[tuple[str, str], TimeModel] = {}
-
-    def add(precision: str, phase: str, work: "Work") -> None:
-        models[precision, phase] = Roofline(work, flops, bandwidth * BANDWIDTH_SHARE)
-
     precisions = tuple(name for name, p in PRECISIONS.items() if p.weight_only)
-    for precision in precisions:
-        add(precision, "prefill", _prefill_work(spec, precision))
-        add(precision, "decode", _decode_work(spec, precision))
-    add("", "embedding", lambda p, s: (0.0 * s, 4.0 * spec.hidden_size * p * s))
-    add("", "head", lambda q, _: (2.0 * spec.head_params * q, 2.0 * spec.head_params))
-    return LayerTimes(models, precisions, SPEC_SHEET, measured=False)
+    return LayerTimes(_rooflines(device, spec, precisions), precisions, SPEC_SHEET, measured=False)
 
 
 # ---- from measurements
@@ -225,6 +216,15 @@ def _length(row: ProfileRow) -> int:
     return 0 if row.phase == "head" else row.prompt_tokens
 
 
+def _grouped(rows: Iterable[ProfileRow]) -> dict[tuple[str, str], list[ProfileRow]]:
+    """By (precision, phase); "" where the precision does not matter."""
+    grouped: dict[tuple[str, str], list[ProfileRow]] = defaultdict(list)
+    for row in rows:
+        precision = row.precision if row.phase in ("prefill", "decode") else ""
+        grouped[precision, row.phase].append(row)
+    return grouped
+
+
 def _rows(profiles: Sequence[Profile], spec: ModelSpec) -> list[ProfileRow]:
     """The rows of this layer shape, if they hold a precision in both phases."""
     rows = [row for p in profiles for row in p.rows if row.model_key == spec.model_key]
@@ -288,8 +288,27 @@ class Roofline:
 
     def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
         """By whichever of arithmetic and memory is the limit."""
+        return self.busy_s(micro_batch, tokens) + LAUNCH_S
+
+    def busy_s(self, micro_batch: int, tokens: Tokens) -> Seconds:
+        """The same without the launch."""
         operations, num_bytes = self.work(micro_batch, np.asarray(tokens, dtype=float))
-        return np.maximum(operations / self.flops, num_bytes / self.bandwidth) + LAUNCH_S
+        return np.maximum(operations / self.flops, num_bytes / self.bandwidth)
+
+
+def _rooflines(
+    device: DeviceType, spec: ModelSpec, precisions: Iterable[str]
+) -> dict[tuple[str, str], Roofline]:
+    """By (precision, phase): layers in both phases, embedding and head."""
+    flops = device.fp16_tflops * 1e12 * PEAK_SHARE
+    bandwidth = device.bandwidth_gbs * 1e9 * BANDWIDTH_SHARE
+    work: dict[tuple[str, str], Work] = {}
+    for precision in precisions:
+        work[precision, "prefill"] = _prefill_work(spec, precision)
+        work[precision, "decode"] = _decode_work(spec, precision)
+    work["", "embedding"] = lambda p, s: (0.0 * s, 4.0 * spec.hidden_size * p * s)
+    work["", "head"] = lambda q, _: (2.0 * spec.head_params * q, 2.0 * spec.head_params)
+    return {key: Roofline(one, flops, bandwidth) for key, one in work.items()}
 
 
 def _prefill_work(spec: ModelSpec, precision: str) -> Work:
@@ -322,3 +341,130 @@ def _weights(spec: ModelSpec, precision: str) -> tuple[int, int]:
     held = PRECISIONS[precision]
     num_bytes = sum(held.weight_bytes(op.out_features, op.in_features) for op in spec.linears)
     return weights, num_bytes + 2 * spec.layer_other_params
+
+
+# ---- several devices a stage
+
+
+def tensor_parallel_times(
+    cluster: Cluster,
+    device_type: str,
+    node_name: str,
+    spec: ModelSpec,
+    degree: int,
+    profiles: Sequence[Profile],
+) -> LayerTimes:
+    """Times of a stage of `degree` devices of one type and node, which share every layer.
+
+    Raises `UserError` where the type is rehearsed or the model cannot be cut so.
+    """
+    if degree == 1:
+        return device_times(cluster, device_type, spec, profiles)
+    if device_type in cluster.rehearse:
+        raise UserError(
+            f"device type '{device_type}' is rehearsed: a stage of {degree} such devices cannot be "
+            "priced, as CPU processes do not share layers; plan with --tensor-parallel off"
+        )
+    times = _shard_times(cluster, device_type, spec, degree, profiles)
+    exchange = _exchanges(cluster.link_between(node_name, node_name), degree, spec)
+    models = {
+        key: WithExchange(model, exchange[key[1]]) if key[1] in exchange else model
+        for key, model in times.models.items()
+    }
+    note = f"; {degree} devices a stage, all-reduce over the link of {node_name}"
+    return replace(times, models=models, provenance=times.provenance + note)
+
+
+@dataclass(frozen=True)
+class WithExchange:
+    """What a device computes, then what the devices of its stage tell each other."""
+
+    compute: TimeModel
+    exchange: Callable[[int, Tokens], Seconds]
+
+    def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
+        """One after the other."""
+        return self.compute.seconds(micro_batch, tokens) + self.exchange(micro_batch, tokens)
+
+
+def _exchanges(
+    link: Link, degree: int, spec: ModelSpec
+) -> dict[str, Callable[[int, Tokens], Seconds]]:
+    """By phase. A layer sums what attention and feed-forward network give: two all-reduces."""
+
+    def all_reduce(num_tokens: Tokens) -> Seconds:
+        num_bytes = links.activation_message_bytes(spec, num_tokens)
+        return links.all_reduce_s(link, degree, num_bytes)
+
+    return {
+        "prefill": lambda p, s: 2 * all_reduce(p * s),
+        "decode": lambda q, _: 2 * all_reduce(q),
+        "embedding": lambda p, s: all_reduce(p * s),
+        "head": lambda q, _: links.best_token_s(link, degree, q),
+    }
+
+
+def _shard_times(
+    cluster: Cluster, device_type: str, spec: ModelSpec, degree: int, profiles: Sequence[Profile]
+) -> LayerTimes:
+    """What one of the devices computes: from its own profile, the whole layer's, the spec sheet."""
+    shard = spec.shard(degree)
+    own = [p for p in profiles if p.device.type == device_type]
+    rows = _rows(own, spec)
+    if _rows(own, shard) or not rows:
+        return device_times(cluster, device_type, shard, profiles)
+    whole = measured_times(rows, f"whole layers measured on {own[0].device.name}")
+    models = _cut_models(whole, rows, device_library()[device_type], spec, shard)
+    note = f"; one of {degree} parts by the spec sheet, no shard was measured"
+    return replace(whole, models=models, provenance=whole.provenance + note)
+
+
+def _cut_models(
+    whole: LayerTimes,
+    rows: Sequence[ProfileRow],
+    device: DeviceType,
+    spec: ModelSpec,
+    shard: ModelSpec,
+) -> dict[tuple[str, str], TimeModel]:
+    """A shard's times by (precision, phase); what no roofline covers, each device does in full."""
+    before = _rooflines(device, spec, whole.precisions)
+    after = _rooflines(device, shard, whole.precisions)
+    overheads = _overheads_s(_grouped(rows), before)
+    return {
+        key: CutTime(model, overheads[key[1]], before[key], after[key]) if key in before else model
+        for key, model in whole.models.items()
+    }
+
+
+@dataclass(frozen=True)
+class CutTime:
+    """A whole layer's time, of which all but the overhead shrinks as its roofline does."""
+
+    whole: TimeModel
+    overhead_s: float
+    before: Roofline
+    after: Roofline
+
+    def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
+        """Between a fair share of the whole layer's time and all of it."""
+        seconds = self.whole.seconds(micro_batch, tokens)
+        overhead = np.minimum(self.overhead_s, seconds)
+        share = self.after.busy_s(micro_batch, tokens) / self.before.busy_s(micro_batch, tokens)
+        return overhead + (seconds - overhead) * share
+
+
+def _overheads_s(
+    rows: Mapping[tuple[str, str], Sequence[ProfileRow]],
+    rooflines: Mapping[tuple[str, str], Roofline],
+) -> dict[str, float]:
+    """By phase: launches and the like, what the shortest runs take beyond their rooflines.
+
+    The least over the precisions counts: others may unpack slowly, which is work that shrinks.
+    """
+    beyond: dict[str, list[float]] = defaultdict(list)
+    for key, roofline in rooflines.items():
+        if key in rows:
+            shortest = min(rows[key], key=lambda row: row.time_ms)
+            busy_s = float(roofline.busy_s(shortest.micro_batch, _length(shortest)))
+            beyond[key[1]].append(shortest.time_ms / 1000 - busy_s)
+    return {phase: max(LAUNCH_S, min(seconds)) for phase, seconds in beyond.items()}

@@ -124,6 +124,17 @@ def test_a_plan_with_an_unknown_precision(job):
     check(job.run(), 2, f"{job.plan}:", "unknown precision '5'")
 
 
+def test_a_plan_with_a_stage_of_several_devices_is_refused(job):
+    def share(plan):
+        plan["stages"][0] |= {"tensor_parallel": 2, "devices": ["t4-16g"] * 2}
+        plan["model"]["num_kv_heads"] = 6  # the shipped model has 3, which no two devices share
+
+    job.change_plan(share)
+    words = (job.plan, "stage 0 (2 devices)", "plan with --tensor-parallel off")
+    check(job.run(), 2, *words)
+    check(call(eval_command, job.plan), 2, *words)
+
+
 def test_a_plan_for_another_number_of_layers(job):
     config = job.model / "config.json"
     config.write_text(

@@ -8,9 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmpq.cluster import Cluster
+from llmpq.cluster import Cluster, Link
 from llmpq.costs import links, memory
-from llmpq.costs.latency import LayerTimes, device_times, fit, measured_times, spec_sheet_times
+from llmpq.costs.latency import (
+    LAUNCH_S,
+    LayerTimes,
+    device_times,
+    fit,
+    measured_times,
+    spec_sheet_times,
+    tensor_parallel_times,
+)
 from llmpq.costs.memory import stage_memory
 from llmpq.costs.quality import measured_quality, prior_quality
 from llmpq.costs.timeline import Split, decode_step_s, mean_past, prefill_s, split
@@ -193,6 +201,148 @@ def test_a_rehearsal_without_a_one_thread_profile_says_what_to_run(profiles: lis
         device_times(rehearsal(), "slow", SPEC, profiles)
 
 
+# ---- several devices a stage
+
+NODE_LINK = Link(bandwidth_gbs=10, latency_us=5)
+WIDE = make_spec(
+    hidden_size=4096,
+    intermediate_size=16384,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=128,
+    vocab_size=50000,
+)
+
+
+def v100s() -> Cluster:
+    device = {"type": "v100-32g", "count": 8}
+    node = {"name": "n", "devices": [device], "link": NODE_LINK.model_dump()}
+    return Cluster.model_validate({"nodes": [node], "link": {"bandwidth_gbs": 1, "latency_us": 99}})
+
+
+def shared_times(spec: ModelSpec, degree: int, profiles: list[Profile]) -> LayerTimes:
+    return tensor_parallel_times(v100s(), "v100-32g", "n", spec, degree, profiles)
+
+
+def layer_exchange_s(spec: ModelSpec, degree: int, num_tokens: int) -> float:
+    """Two all-reduces of 16-bit hidden states, by hand."""
+    num_bytes = num_tokens * spec.hidden_size * 2
+    messages = 2 * (degree - 1)
+    return 2 * (messages * 5e-6 + messages / degree * num_bytes / 10e9)
+
+
+def test_all_reduce_in_a_ring() -> None:
+    assert links.all_reduce_s(NODE_LINK, 4, 8e9) == pytest.approx(6 * 5e-6 + 1.5 * 8e9 / 10e9)
+    assert links.all_reduce_s(NODE_LINK, 1, 8e9) == 0
+    many = links.all_reduce_s(NODE_LINK, 2, np.array([0.0, 10e9]))
+    assert many == pytest.approx(np.array([1e-5, 1.00001]))
+
+
+def test_one_device_a_stage_is_that_device() -> None:
+    own = make_profile("v100-32g")
+    for spec, profiles in ((SPEC, [own]), (WIDE, [])):
+        alone = device_times(v100s(), "v100-32g", spec, profiles)
+        one = shared_times(spec, 1, profiles)
+        assert one.provenance == alone.provenance
+        assert float(one.prefill_s("16", 2, 20)) == float(alone.prefill_s("16", 2, 20))
+
+
+@pytest.mark.parametrize("degree", [2, 4, 8])
+def test_a_shard_of_the_spec_sheet_is_a_part_of_it_and_two_all_reduces(degree: int) -> None:
+    one, shared = shared_times(WIDE, 1, []), shared_times(WIDE, degree, [])
+    for whole, part, tokens in (
+        (one.prefill_s("16", 8, 512), shared.prefill_s("16", 8, 512), 8 * 512),
+        (one.decode_s("4", 16, 600), shared.decode_s("4", 16, 600), 16),
+    ):
+        computed = float(part) - layer_exchange_s(WIDE, degree, tokens) - LAUNCH_S
+        assert computed == pytest.approx((float(whole) - LAUNCH_S) / degree, rel=0.01)
+    assert f"; {degree} devices a stage, all-reduce over the link of n" in shared.provenance
+
+
+def test_embedding_and_head_of_a_shared_stage() -> None:
+    one, four = shared_times(WIDE, 1, []), shared_times(WIDE, 4, [])
+    looked_up = float(one.embedding_s(2, 100))  # every device writes all hidden states
+    exchange = layer_exchange_s(WIDE, 4, 200) / 2
+    assert float(four.embedding_s(2, 100)) == pytest.approx(looked_up + exchange)
+    best = 3 * (5e-6 + 16 * 12 / 10e9)
+    part = (float(one.head_s(16)) - LAUNCH_S) / 4 + LAUNCH_S
+    assert float(four.head_s(16)) == pytest.approx(part + best)
+    assert float(four.stage_prefill_s(2, 9)) == 0.0
+
+
+def test_a_shared_stage_takes_arrays_everywhere() -> None:
+    lengths = np.array([1.0, 100.0])
+    for spec, profiles in ((WIDE, []), (SPEC, [make_profile("v100-32g")])):
+        times = shared_times(spec, 2, profiles)
+        for phase in ("prefill_s", "decode_s"):
+            many = getattr(times, phase)("16", 4, lengths)
+            single = [float(getattr(times, phase)("16", 4, length)) for length in (1, 100)]
+            assert many == pytest.approx(np.array(single))
+        for phase in ("embedding_s", "stage_prefill_s", "stage_decode_s"):
+            assert getattr(times, phase)(4, lengths).shape == (2,)
+
+
+def test_a_profile_of_the_shard_is_what_counts() -> None:
+    shard = SPEC.shard(2)
+    rows = [r.model_copy(update={"model_key": shard.model_key}) for r in profile_rows()]
+    both = make_profile("v100-32g")
+    both = both.model_copy(update={"rows": [*both.rows, *rows]})
+    times = shared_times(SPEC, 2, [both])
+    wanted = plane_ms(4, 16) / 1e3 + layer_exchange_s(SPEC, 2, 64)
+    assert float(times.prefill_s("16", 4, 16)) == pytest.approx(wanted)
+    assert times.measured and times.provenance.startswith("measured on test; fitted")
+
+
+def slow_profile(excess_ms: dict[str, float]) -> Profile:
+    """Of WIDE on a v100: its roofline, and a constant by precision."""
+    sheet = shared_times(WIDE, 1, [])
+    rows = []
+    for precision, excess in excess_ms.items():
+        for batch, tokens in ((1, 16), (1, 64), (8, 16), (8, 512)):
+            for phase in ("prefill", "decode"):
+                seconds = float(getattr(sheet, f"{phase}_s")(precision, batch, tokens)) - LAUNCH_S
+                ms = 1e3 * seconds + excess
+                made = row(phase, batch, tokens, ms, precision)  # type: ignore[arg-type]
+                rows.append(made.model_copy(update={"model_key": WIDE.model_key}))
+    device = ProfiledDevice(name="test", type="v100-32g", memory_bytes=1)
+    return Profile(device=device, rows=rows)
+
+
+def test_the_overhead_of_a_whole_layer_stays_with_every_shard() -> None:
+    """A constant millisecond a layer is not divided, what the roofline explains is."""
+    profile = slow_profile({"16": 1.0})
+    whole, four = shared_times(WIDE, 1, [profile]), shared_times(WIDE, 4, [profile])
+    for phase, size, tokens, sent in (("prefill_s", 8, 512, 8 * 512), ("decode_s", 8, 16, 8)):
+        before = float(getattr(whole, phase)("16", size, tokens))
+        after = float(getattr(four, phase)("16", size, tokens))
+        computed = after - layer_exchange_s(WIDE, 4, sent)
+        assert computed == pytest.approx(1e-3 + (before - 1e-3) / 4, rel=0.01)
+    assert "whole layers measured on test" in four.provenance
+    assert "no shard was measured; 4 devices a stage" in four.provenance
+
+
+def test_slow_unpacking_is_divided_and_no_overhead() -> None:
+    """What every precision takes is overhead; what 4 bits take beyond that is work."""
+    profile = slow_profile({"16": 0.1, "4": 2.0})
+    whole, four = shared_times(WIDE, 1, [profile]), shared_times(WIDE, 4, [profile])
+    before, after = (float(times.decode_s("4", 8, 16)) for times in (whole, four))
+    computed = after - layer_exchange_s(WIDE, 4, 8)
+    assert computed == pytest.approx(0.1e-3 + (before - 0.1e-3) / 4, rel=0.01)
+
+
+def test_a_shard_never_computes_longer_than_the_layer_nor_shorter_than_its_part() -> None:
+    times = {degree: shared_times(SPEC, degree, [make_profile("v100-32g")]) for degree in (1, 2)}
+    for size, tokens in ((1, 1), (1, 8), (8, 64), (64, 1000)):
+        whole = float(times[1].decode_s("16", size, tokens))
+        part = float(times[2].decode_s("16", size, tokens)) - layer_exchange_s(SPEC, 2, size)
+        assert whole / 2 - 1e-12 <= part <= whole + 1e-12
+
+
+def test_a_rehearsed_stage_of_several_devices_has_no_price() -> None:
+    with pytest.raises(UserError, match="'slow' is rehearsed: a stage of 2 such devices"):
+        tensor_parallel_times(rehearsal(), "slow", "n", SPEC, 2, [make_profile("cpu")])
+
+
 # ---- memory
 
 # Weights of the linears, and of norms and biases, of one layer; norm after the last layer.
@@ -263,6 +413,34 @@ def test_activations_by_hand() -> None:
     eager = stage_memory(make_spec("gemma2"), ["16"], first=False, last=False, **SIZES)
     assert eager.activations == prefill + 2 * HEADS * 30 * 30 * 12
     assert middle.total == middle.weights + middle.cache + middle.activations
+
+
+@pytest.mark.parametrize(("degree", "kv_heads"), [(2, 1), (4, 1)])
+def test_one_device_of_a_shared_stage_by_hand(degree: int, kv_heads: int) -> None:
+    """Weights, cache, feed-forward states and logits are cut; hidden states and norms are not."""
+    shard = SPEC.shard(degree)
+    heads, ffn, vocab = HEADS // degree, F // degree, VOCAB // degree
+    linears = 2 * heads * DIM * H + 2 * kv_heads * DIM * H + 3 * H * ffn
+    tokens = 2 * 30
+    prefill = tokens * H * 2 * 6 + tokens * ffn * 2 * 3 + 2 * 30 * 30 * 3
+    last = stage_memory(shard, ["16"] * 2, first=False, last=True, **SIZES)
+    assert last.weights == 2 * (2 * (linears + 2 * H) + H + vocab * H)
+    assert last.cache == 2 * 8 * 40 * (2 * kv_heads * DIM) * 2
+    assert last.activations == prefill + 2 * vocab * 6
+    first = stage_memory(shard, ["4"], first=True, last=False, **SIZES)
+    assert first.activations == prefill + 4 * max(ffn * H, heads * DIM * H)
+    assert first.weights == memory.layer_weight_bytes(shard, "4") + 2 * vocab * H
+
+
+def test_scores_and_positions_of_a_shared_stage() -> None:
+    gemma, opt = make_spec("gemma2"), make_spec("opt")
+    sizes = {"first": True, "last": False, **SIZES}
+    eager = stage_memory(gemma.shard(2), ["16"], **sizes).activations
+    assert eager - stage_memory(SPEC.shard(2), ["16"], **sizes).activations == (
+        2 * (HEADS // 2) * 30 * 30 * 12
+    )
+    ends = memory.end_weight_bytes(opt.shard(2), first=True, last=False)
+    assert ends == 2 * (VOCAB // 2 * H + 52 * H)
 
 
 def test_activations_are_of_the_larger_phase() -> None:

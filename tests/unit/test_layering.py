@@ -36,7 +36,8 @@ def _names(text: str) -> frozenset[str]:
 
 
 NOUNS = _names(
-    "llmpq errors precision artifact model_spec workload devices cluster profile_data plan report"
+    "llmpq errors precision artifact model_spec workload devices cluster profile_data plan "
+    "plan_diff report"
 )
 PLAIN = "pydantic yaml "
 TORCH = "torch transformers safetensors tokenizers numpy "
@@ -49,8 +50,8 @@ CAKE = [
         "2a",
         "planner",
         _names("nouns costs"),
-        _names(PLAIN + "numpy scipy"),
-        _names("gurobipy highspy"),
+        _names(PLAIN + "numpy highspy"),
+        _names("gurobipy"),
     ),
     Part("2b", "quant", _names("nouns"), _names(PLAIN + TORCH), _names(KERNELS)),
     Part("2b", "models", _names("nouns quant"), _names(PLAIN + TORCH), _names(KERNELS)),

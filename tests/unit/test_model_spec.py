@@ -1,11 +1,20 @@
 """The counts of `ModelSpec` against transformers' own modules, built on the meta device."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmpq.errors import UserError
-from llmpq.model_spec import FAMILIES, ModelSpec, spec_from_config
+from llmpq.model_spec import (
+    CUTS,
+    FAMILIES,
+    ModelSpec,
+    load_model_spec,
+    shard_faults,
+    spec_from_config,
+    tensor_parallel_degrees,
+)
 
 LLAMA = {
     "hidden_size": 64,
@@ -171,6 +180,106 @@ def test_model_key_tells_layer_shapes_apart() -> None:
     deep = spec_from_config({"model_type": "llama", **LLAMA, "num_hidden_layers": 9}, name="m")
     assert llama_spec().model_key != wide.model_key
     assert llama_spec().model_key == deep.model_key
+
+
+# ---- several devices that share every layer
+
+
+def spec_of(case: str) -> ModelSpec:
+    """Our spec of one case."""
+    model_type, sizes = CASES[case]
+    return spec_from_config({"model_type": model_type, **sizes}, name=case)
+
+
+def weights_of(spec: ModelSpec, name: str) -> int:
+    """The size of one matrix."""
+    return next(op.out_features * op.in_features for op in spec.linears if op.name == name)
+
+
+def test_it_is_known_how_to_cut_every_matrix_of_every_family() -> None:
+    assert {op.name for case in CASES for op in spec_of(case).linears} == set(CUTS)
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_shards_add_up_to_the_model(case: str, degree: int) -> None:
+    spec = spec_of(case)
+    shard = spec.shard(degree)
+    copies = max(1, degree // spec.num_kv_heads)  # of a key-value head
+    for op in spec.linears:
+        times = copies if op.name in ("k_proj", "v_proj") else 1
+        assert degree * weights_of(shard, op.name) == times * weights_of(spec, op.name), op.name
+    assert degree * shard.num_heads == spec.num_heads
+    assert degree * shard.kv_values_per_token == copies * spec.kv_values_per_token
+    assert degree * shard.ffn_size == spec.ffn_size
+    assert degree * shard.vocab_size == spec.vocab_size
+    assert degree * shard.head_params == spec.head_params
+    positions = spec.embedding_params - spec.head_params  # these, norms and projections are whole
+    assert shard.embedding_params - shard.head_params == positions >= 0
+    whole = ("name", "model_type", "num_layers", "hidden_size", "head_dim", "layer_other_params")
+    assert all(getattr(shard, key) == getattr(spec, key) for key in (*whole, "final_params"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_matrices_of_a_shard_fit_each_other(case: str) -> None:
+    """What comes in and what goes out is as wide as the model; what lies between is cut."""
+    shard = spec_of(case).shard(4)
+    attention = shard.num_heads * shard.head_dim
+    inner = {op.in_features for op in shard.linears} | {op.out_features for op in shard.linears}
+    kv = shard.num_kv_heads * shard.head_dim
+    assert inner <= {shard.hidden_size, attention, kv, 3 * attention, shard.ffn_size}
+    ends = {op.name: op for op in shard.linears if op.out_features == shard.hidden_size}
+    assert {op.in_features for op in ends.values()} == {attention, shard.ffn_size}
+    assert all(op.in_features == shard.hidden_size for op in shard.linears if op.name not in ends)
+
+
+def test_a_shard_by_hand() -> None:
+    """Four devices, heads of 16: a query head each, and each key-value head on two devices."""
+    shard = llama_spec().shard(4)
+    assert [(op.name, op.out_features, op.in_features) for op in shard.linears] == [
+        ("q_proj", 16, 64),
+        ("k_proj", 16, 64),
+        ("v_proj", 16, 64),
+        ("o_proj", 64, 16),
+        ("gate_proj", 24, 64),
+        ("up_proj", 24, 64),
+        ("down_proj", 64, 24),
+    ]
+    assert (shard.num_heads, shard.num_kv_heads, shard.vocab_size) == (1, 1, 30)
+    assert llama_spec().shard(1) == llama_spec()
+    assert shard.model_key == "llama-h64-f24-a1-kv1-d16-v30"
+    odd = spec_from_config({"model_type": "llama", **LLAMA, "vocab_size": 101}, "m").shard(2)
+    assert (odd.vocab_size, odd.head_params) == (51, 101 * 32)
+
+
+def test_degrees(repo_root: Path) -> None:
+    opt = load_model_spec(str(repo_root / "configs/models/opt-30b.json"))
+    assert tensor_parallel_degrees(opt, 64) == (1, 2, 4, 8), "56 heads"
+    assert tensor_parallel_degrees(opt, 7) == (1, 2, 4)
+    assert tensor_parallel_degrees(opt, 1) == (1,)
+    llama = load_model_spec(str(repo_root / "configs/models/llama-3.3-70b.json"))
+    assert tensor_parallel_degrees(llama, 32) == (1, 2, 4, 8, 16, 32), "8 key-value heads"
+
+
+@pytest.mark.parametrize(
+    ("changes", "degree", "fault"),
+    [
+        ({}, 8, "attention heads 4 cannot be cut into 8 equal parts"),
+        ({"intermediate_size": 98}, 4, "feed-forward width 98 cannot be cut into 4"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3}, 2, "3 key-value heads can be"),
+    ],
+)
+def test_models_that_cannot_be_cut(changes: dict[str, Any], degree: int, fault: str) -> None:
+    spec = spec_from_config({"model_type": "llama", **LLAMA, **changes}, name="m")
+    with pytest.raises(UserError, match=f"^m: .*{fault}"):
+        spec.shard(degree)
+    assert degree not in tensor_parallel_degrees(spec, degree)
+
+
+def test_a_matrix_that_no_rule_cuts_is_a_fault() -> None:
+    strange = llama_spec().linears[0].model_copy(update={"name": "mixer"})
+    spec = llama_spec().model_copy(update={"linears": (strange,)})
+    assert shard_faults(spec, 2) == ["how to cut the matrix 'mixer' is not known"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from llmpq.cluster import GIB, GPU_CONTEXT_BYTES, MIB, Cluster, Link, load_clust
 from llmpq.devices import DeviceLibrary, device_library
 from llmpq.errors import InfeasibleError, LlmpqError, UserError, WorkerError
 from llmpq.model_spec import config_path, load_model_spec, spec_from_config
-from llmpq.plan import Plan, Stage, load_plan
+from llmpq.plan import Plan, Stage, load_plan, refuse_shared_stages
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.profile_data import Profile, load_profiles, load_sensitivity
 from llmpq.workload import Workload, batches, load_workload, request_lengths
@@ -346,7 +346,14 @@ def change(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
         ("stages.0.node", "other", "stage 0 asks for a t4-16g on other, which has none (left)"),
         ("cluster.nodes.0.devices.0.count", 1, "stage 1 asks for a t4-16g on n, which has none"),
         ("cluster.nodes.0.devices.0.memory_gib", 1e308, "memory_gib: input should be less"),
-        ("stages.0.tensor_parallel", 2, "stage 0: a stage of several devices cannot run yet"),
+        ("stages.0.tensor_parallel", 2, "stage 0: tensor_parallel is 2 but devices names 1"),
+        ("stages.0.tensor_parallel", 3, "stage 0: tensor_parallel 3 is not a power of two"),
+        ("stages.0.devices", ["t4-16g"] * 2, "stage 0: tensor_parallel is 1 but devices names 2"),
+        (
+            "stages.0.devices",
+            ["t4-16g", "a100-80g"],
+            "stage 0: the devices of a stage must be of one type, found a100-80g, t4-16g",
+        ),
         ("prefill_micro_batch", 8, "prefill_micro_batch 8 is above batch 4"),
         ("batch", 0, "batch: input should be greater than 0"),
         ("kv_precision", "8", "kv_precision: input should be '16'"),
@@ -359,6 +366,40 @@ def change(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
 )
 def test_bad_plans(tmp_path: Path, where: str, value: Any, expected: str) -> None:
     text = json.dumps(change(plan_data(), where, value), indent=1)
+    assert expected in message(load_plan, tmp_path / "plan.json", text)
+
+
+def shared_plan() -> dict[str, Any]:
+    """A valid plan: one stage on two devices that share every layer."""
+    whole = {"end_layer": 4, "precisions": ["8"] * 4}
+    data = change(plan_data(), "stages.1", ...)
+    data["stages"][0] |= {"devices": ["t4-16g"] * 2, "tensor_parallel": 2} | whole
+    return data
+
+
+def test_a_stage_of_several_devices(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan_data()))
+    refuse_shared_stages(load_plan(path), path)  # each stage has a device of its own
+    path.write_text(json.dumps(shared_plan()))
+    plan = load_plan(path)
+    assert plan.stages[0].tensor_parallel == 2 and plan.precisions == ["8"] * 4
+    with pytest.raises(UserError, match=r"stage 0 \(2 devices\); plan with --tensor-parallel off"):
+        refuse_shared_stages(plan, path)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "expected"),
+    [
+        ("model.num_heads", 5, "stage 0: attention heads 5 cannot be cut into 2 equal parts"),
+        ("model.linears.0.name", "mixer", "stage 0: how to cut the matrix 'mixer' is not known"),
+        ("cluster.nodes.0.devices.0.count", 1, "stage 0 asks for a t4-16g on n, which has none"),
+    ],
+)
+def test_bad_stages_of_several_devices(
+    tmp_path: Path, where: str, value: Any, expected: str
+) -> None:
+    text = json.dumps(change(shared_plan(), where, value), indent=1)
     assert expected in message(load_plan, tmp_path / "plan.json", text)
 
 

@@ -1,0 +1,113 @@
+"""What changes from one plan to another, as a value that prints itself in short lines.
+
+A plan is told apart by three kinds of facts: settings and predictions, which are names with
+values; and for every layer the devices that hold it and its precision. Values that differ become
+a `Change`; neighbouring layers that change alike become one `LayerRange`, so that every changed
+layer lies in exactly one range.
+Equal devices of a node are interchangeable: they are numbered in the order of a plan's stages, and
+a layer has moved where its numbered device is another one. What `llmpq.plan.diff` does not compare:
+provenance, the baselines and the time that planning took.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Devices of a node that hold layers together; `numbers` count equal devices from 0.
+
+    `rank`, the stage, is for the reader: the same devices are the same place in another stage.
+    """
+
+    node: str
+    device_type: str
+    numbers: tuple[int, ...]
+    rank: int = field(compare=False)
+
+    def __str__(self) -> str:
+        count = f"{len(self.numbers)} x " if len(self.numbers) > 1 else ""
+        number = f" no. {self.numbers[0] + 1}" if self.numbers[0] else ""
+        return f"{count}{self.device_type}{number} on {self.node} (stage {self.rank})"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A named value before and after; None where a plan does not have it."""
+
+    name: str
+    before: object
+    after: object
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_text(self.before)} -> {_text(self.after)}"
+
+
+@dataclass(frozen=True)
+class LayerRange(Generic[T]):
+    """Layers `first_layer` up to but not including `end_layer`, which change alike."""
+
+    first_layer: int
+    end_layer: int
+    before: T
+    after: T
+
+    def __str__(self) -> str:
+        last = self.end_layer - 1
+        alone = last == self.first_layer
+        layers = f"layer {last}" if alone else f"layers {self.first_layer}-{last}"
+        return f"{layers}: {self.before} -> {self.after}"
+
+
+@dataclass(frozen=True)
+class PlanDiff:
+    """What changes from one plan to another; false where nothing does.
+
+    `inputs` names those that differ, `settings` are batch, micro-batches, devices in order, tensor
+    parallelism and the like, `moves` and `precisions` the layers that change in either.
+    """
+
+    inputs: tuple[str, ...] = ()
+    settings: tuple[Change, ...] = ()
+    moves: tuple[LayerRange[Place], ...] = ()
+    precisions: tuple[LayerRange[str], ...] = ()
+    predicted: tuple[Change, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self != PlanDiff()
+
+    def __str__(self) -> str:
+        inputs = [f"another {name}" for name in self.inputs]
+        parts = [*self.settings, *self.moves, *self.precisions, *self.predicted]
+        return "\n".join([*inputs, *map(str, parts)]) or "no difference"
+
+
+def changes(before: Mapping[str, object], after: Mapping[str, object]) -> tuple[Change, ...]:
+    """The names whose values differ, in the order of `before`; what only `after` has comes last."""
+    every = [Change(name, before.get(name), after.get(name)) for name in {**before, **after}]
+    return tuple(change for change in every if change.before != change.after)
+
+
+def layer_ranges(before: Sequence[T], after: Sequence[T]) -> tuple[LayerRange[T], ...]:
+    """The layers that differ, in order, as few ranges as there can be; one entry a layer each."""
+    ranges: list[LayerRange[T]] = []
+    for layer, (old, new) in enumerate(zip(before, after, strict=True)):
+        if old == new:
+            continue
+        last = ranges[-1] if ranges else None
+        if last and (last.end_layer, last.before, last.after) == (layer, old, new):
+            ranges[-1] = LayerRange(last.first_layer, layer + 1, last.before, last.after)
+        else:
+            ranges.append(LayerRange(layer, layer + 1, old, new))
+    return tuple(ranges)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
