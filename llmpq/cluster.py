@@ -32,19 +32,34 @@ class Link(Strict):
 
 
 class DeviceGroup(Strict):
-    """`count` equal devices of a node."""
+    """`count` equal devices of a node. `price_per_hour`: of each, in any one currency."""
 
     type: str
     count: PositiveInt = Field(default=1, le=4096)
     memory_gib: float | None = Field(default=None, gt=0, le=MAX_MEMORY_GIB)
+    price_per_hour: float | None = Field(default=None, gt=0)
 
 
 class Node(Strict):
-    """A machine."""
+    """A machine.
+
+    `price_per_hour`: of the machine with those of its devices that have no price of their own; the
+    prices of the others come on top. One currency for the whole cluster.
+    """
 
     name: str
     devices: list[DeviceGroup] = Field(min_length=1)
     link: Link = Link(bandwidth_gbs=12.0, latency_us=20)
+    price_per_hour: float | None = Field(default=None, gt=0)
+
+    def total_price_per_hour(self) -> float | None:
+        """The node's price and its devices'; None where nothing says what some device costs."""
+        prices = [group.price_per_hour for group in self.devices]
+        if self.price_per_hour is None and None in prices:
+            return None
+        return (self.price_per_hour or 0.0) + sum(
+            group.count * (group.price_per_hour or 0.0) for group in self.devices
+        )
 
 
 class Rehearsal(Strict):
@@ -55,7 +70,7 @@ class Rehearsal(Strict):
 
 
 class Cluster(Strict):
-    """cluster.yaml."""
+    """cluster.yaml. Prices, where given, are all in one currency, which the file does not name."""
 
     name: str = "cluster"
     nodes: list[Node] = Field(min_length=1)
@@ -96,6 +111,12 @@ class Cluster(Strict):
         if node != other:
             return self.link
         return next(n.link for n in self.nodes if n.name == node)
+
+    def price_per_hour(self) -> float | None:
+        """What all nodes cost together; None where some device has no price, nor has its node."""
+        prices = [node.total_price_per_hour() for node in self.nodes]
+        known = [price for price in prices if price is not None]
+        return sum(known) if len(known) == len(prices) else None
 
     def _memory_bytes(self, group: DeviceGroup) -> int:
         if group.type in self.rehearse:

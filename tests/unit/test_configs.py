@@ -1,11 +1,14 @@
 """The files in `configs/` are valid, and the model shapes are those of the published models."""
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from llmpq.cluster import GIB, load_cluster
+from llmpq.cluster import GIB, Cluster, load_cluster
 from llmpq.devices import LIBRARY_PATH, device_library
 from llmpq.model_spec import DEFAULT_MODEL, load_model_spec
 from llmpq.workload import load_workload, request_lengths
@@ -40,6 +43,21 @@ CLUSTERS = {
     "10-opt66b-4xv100": {"v100-32g": 4},
     "11-bloom176b-4xa100": {"a100-80g": 4},
 }
+# Clusters in the manner of SplitQuant's.
+SPLITQUANT_CLUSTERS = {
+    "s01-qwen7b-1xv100": {"v100-32g": 1},
+    "s02-llama13b-1xa100": {"a100-40g": 1},
+    "s03-qwen14b-1xa100": {"a100-40g": 1},
+    "s04-qwen14b-2xv100-1xa100": {"v100-32g": 2, "a100-40g": 1},
+    "s05-qwen32b-1xv100-1xa100": {"v100-32g": 1, "a100-40g": 1},
+    "s06-qwen32b-3xv100-1xa100": {"v100-32g": 3, "a100-40g": 1},
+    "s07-llama70b-4xa100": {"a100-40g": 4},
+    "s08-llama70b-4xv100": {"v100-32g": 4},
+    "s09-llama70b-4xv100-4xa100": {"v100-32g": 4, "a100-40g": 4},
+    "s10-qwen32b-2x3090-1x4090-1xl4": {"rtx3090-24g": 2, "rtx4090-24g": 1, "l4-24g": 1},
+}
+# GB/s each way between two cards of a node that has NVLink; other nodes have the cards' own link.
+NVLINK = {"v100-32g": 25, "a100-40g": 100}
 
 
 def stems(folder: str, suffix: str) -> set[str]:
@@ -48,8 +66,16 @@ def stems(folder: str, suffix: str) -> set[str]:
 
 def test_every_file_is_checked_below() -> None:
     assert {path.name.removesuffix(".json") for path in CONFIGS.glob("models/*")} == set(PUBLISHED)
-    assert stems("clusters", ".yaml") == {*CLUSTERS, "rehearsal-3"}
-    assert stems("workloads", ".yaml") == {"paper-512-100", "paper-128-200", "quickstart"}
+    assert stems("clusters", ".yaml") == {
+        *CLUSTERS,
+        *SPLITQUANT_CLUSTERS,
+        "64-gpus-4-types",
+        "rehearsal-3",
+    }
+    workloads = {"paper-512-100", "paper-128-200", "cnn-dailymail", "loogle", "quickstart"}
+    assert stems("workloads", ".yaml") == workloads
+    others = {path.name for path in CONFIGS.glob("*.yaml")}
+    assert others == {"devices.yaml", "planner-benchmark.yaml"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -87,6 +113,104 @@ def test_cluster(name: str) -> None:
     assert cluster.link.bandwidth_gbs == 1.25
 
 
+def device_counts(cluster: Cluster) -> dict[str, int]:
+    return dict(Counter(device.type for device in cluster.devices()))
+
+
+def check_links(cluster: Cluster) -> None:
+    """Links are the cards' own, or NVLink where a node has several cards of a kind."""
+    for node in cluster.nodes:
+        kind, count = node.devices[0].type, sum(group.count for group in node.devices)
+        own = device_library()[kind].link_gbs
+        assert node.link.bandwidth_gbs == (NVLINK.get(kind, own) if count > 1 else own), node.name
+
+
+@pytest.mark.parametrize("name", SPLITQUANT_CLUSTERS)
+def test_splitquant_cluster(name: str) -> None:
+    cluster = load_cluster(CONFIGS / "clusters" / f"{name}.yaml")
+    assert cluster.name == name
+    assert device_counts(cluster) == SPLITQUANT_CLUSTERS[name]
+    assert cluster.link.bandwidth_gbs == 1.25
+    assert cluster.price_per_hour() is None, "prices change; the files give none"
+    check_links(cluster)
+
+
+def test_the_large_cluster() -> None:
+    cluster = load_cluster(CONFIGS / "clusters" / "64-gpus-4-types.yaml")
+    assert cluster.name == "64-gpus-4-types"
+    assert sorted(device_counts(cluster).values()) == [16] * 4
+    assert [sum(group.count for group in node.devices) for node in cluster.nodes] == [4] * 16
+    assert cluster.link.bandwidth_gbs == 12.5, "100 Gb/s"
+    check_links(cluster)
+
+
+CASES = yaml.safe_load((CONFIGS / "planner-benchmark.yaml").read_text())
+
+
+def test_every_cluster_has_one_case() -> None:
+    assert [case["cluster"] for case in CASES] == [*CLUSTERS, *SPLITQUANT_CLUSTERS]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["cluster"])
+def test_planner_benchmark(case: dict[str, Any]) -> None:
+    """Files exist, prompts are within the model's positions, 3 bits for all layers would fit."""
+    assert set(case) == {"cluster", "model", "workload", "thetas"}
+    cluster = load_cluster(CONFIGS / "clusters" / f"{case['cluster']}.yaml")
+    spec = load_model_spec(str(CONFIGS / "models" / f"{case['model']}.json"))
+    workload = load_workload(CONFIGS / "workloads" / f"{case['workload']}.yaml")
+    longest = max(prompt + new for prompt, new in request_lengths(workload))
+    assert longest <= spec.max_positions
+    bytes_at_3_bits = spec.num_layers * spec.layer_params * 3 / 8
+    assert bytes_at_3_bits < sum(device.memory_bytes for device in cluster.devices())
+    small, middle, large = case["thetas"]
+    assert 0 < small < middle < large
+
+
+# -- prices -------------------------------------------------------------------------------------
+
+
+def priced(*nodes: tuple[float | None, list[tuple[int, float | None]]]) -> Cluster:
+    """A cluster of nodes, each (its price, [(devices, price of each)])."""
+    data = [
+        {
+            "name": f"n{index}",
+            "price_per_hour": price,
+            "devices": [
+                {"type": "t4-16g", "count": count, "price_per_hour": each} for count, each in groups
+            ],
+        }
+        for index, (price, groups) in enumerate(nodes)
+    ]
+    return Cluster.model_validate({"nodes": data})
+
+
+@pytest.mark.parametrize(
+    ("cluster", "total"),
+    [
+        (priced((None, [(3, 0.5)])), 1.5),
+        (priced((2.0, [(4, None)])), 2.0),
+        (priced((2.0, [(4, None), (2, 0.5)])), 3.0),
+        (priced((2.0, [(1, None)]), (None, [(2, 0.25)])), 2.5),
+        (priced((None, [(1, None)])), None),
+        (priced((None, [(2, 0.5), (1, None)])), None),
+        (priced((2.0, [(1, None)]), (None, [(1, None)])), None),
+    ],
+)
+def test_price_of_a_cluster(cluster: Cluster, total: float | None) -> None:
+    assert cluster.price_per_hour() == total
+
+
+@pytest.mark.parametrize("price", [0, -1.0, float("inf"), float("nan"), "dear"])
+def test_prices_are_positive_numbers(price: object) -> None:
+    device = {"type": "t4-16g"}
+    for node in (
+        {"name": "n", "devices": [device], "price_per_hour": price},
+        {"name": "n", "devices": [{**device, "price_per_hour": price}]},
+    ):
+        with pytest.raises(ValueError, match="price_per_hour"):
+            Cluster.model_validate({"nodes": [node]})
+
+
 def test_rehearsal_cluster_needs_the_plan_to_choose() -> None:
     """Devices differ in speed and memory, and no one of them holds the model at 16 bits."""
     cluster = load_cluster(CONFIGS / "clusters" / "rehearsal-3.yaml")
@@ -94,6 +218,12 @@ def test_rehearsal_cluster_needs_the_plan_to_choose() -> None:
     assert len({device.memory_bytes for device in devices}) == len(devices) == 3
     assert {device.type for device in devices} == set(cluster.rehearse)
     assert len({r.slowdown for r in cluster.rehearse.values()}) == 3
+
+
+def spans(lengths: list[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(shortest, longest) prompt and output."""
+    prompts, outputs = zip(*lengths, strict=True)
+    return (min(prompts), max(prompts)), (min(outputs), max(outputs))
 
 
 def test_workloads() -> None:
@@ -104,6 +234,9 @@ def test_workloads() -> None:
         assert len(lengths[path.stem]) == workload.num_requests
     assert set(lengths["paper-512-100"]) == {(512, 100)} and len(lengths["paper-512-100"]) == 32
     assert set(lengths["paper-128-200"]) == {(128, 200)} and len(lengths["paper-128-200"]) == 32
+    assert spans(lengths["cnn-dailymail"]) == ((200, 1600), (40, 100))
+    assert spans(lengths["loogle"]) == ((4000, 16000), (10, 60))
+    assert len(lengths["cnn-dailymail"]) == 512 and len(lengths["loogle"]) == 16
     prompts = [prompt for prompt, _ in lengths["quickstart"]]
     assert (min(prompts), max(prompts)) == (6, 114)
 
