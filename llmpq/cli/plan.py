@@ -1,11 +1,12 @@
 """`llmpq-plan`: model + cluster + workload -> plan, report, baselines beside it. No torch."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -22,16 +23,21 @@ if TYPE_CHECKING:
     from llmpq.costs.quality import QualityModel
     from llmpq.model_spec import ModelSpec
     from llmpq.plan import Plan
-    from llmpq.planner.planning import Planned
+    from llmpq.planner.frontier import Point
+    from llmpq.planner.planning import Options, Planned
     from llmpq.planner.problem import Problem
     from llmpq.planner.search import Progress
+    from llmpq.planner.what_if import Change
     from llmpq.profile_data import Profile
     from llmpq.workload import Workload
 
 T = TypeVar("T")
 PATH = click.Path(path_type=Path)
-METHODS = ("auto", "ilp", "adabits", "pipeedge", "uniform")
-METHODS_TO_COME = ("heuristic", "flexgen")
+METHODS = ("auto", "ilp", "heuristic", "adabits", "pipeedge", "uniform", "flexgen")
+TENSOR_PARALLEL = ("off", "auto")
+WHAT_IF_S = 10.0  # at most, for what would change a plan
+MAX_DEVICES_A_STAGE = 64
+REPLAN_S = 2.0  # at most, for one plan of a changed problem
 
 
 class FiniteRange(click.FloatRange):
@@ -59,11 +65,15 @@ class Arguments:
     theta: float | None
     precisions: str | None
     method: str
-    solver: str
+    solver: Literal["highs", "gurobi"]
+    tensor_parallel: str
     frontier: bool
+    compare_clusters: bool
+    clusters: tuple[Path, ...]
     gap: float
     time_limit: float
     compare: bool
+    what_if: bool
     evaluate: Path | None
     output: Path | None
     baseline_plans: Path | None
@@ -91,13 +101,25 @@ class Arguments:
 @click.option("--precisions", help="Allowed, as in 16,8,4,3 [default: all that have times]")
 @click.option(
     "--method",
-    type=click.Choice([*METHODS, *METHODS_TO_COME]),
-    metavar=f"[{'|'.join(METHODS)}]",
+    type=click.Choice(METHODS),
     default="auto",
-    help="auto: ilp",
+    help="auto: the search that proves; ilp: it too, by the plain programme, for reference",
 )
 @click.option("--solver", type=click.Choice(["highs", "gurobi"]), default="highs")
-@click.option("--frontier", is_flag=True, hidden=True)  # to come
+@click.option(
+    "--tensor-parallel",
+    default="off",
+    metavar="[off|auto|N]",
+    help="Stages of several devices of a node, at most N; llmpq-run cannot run them yet",
+)
+@click.option(
+    "--frontier", is_flag=True, help="Throughput against quality loss, as a table and a PNG"
+)
+@click.option(
+    "--compare-clusters",
+    is_flag=True,
+    help="Plan for each of the cluster files that follow: which one to buy",
+)
 @click.option(
     "--gap",
     type=FiniteRange(0, 1, max_open=True),
@@ -111,19 +133,28 @@ class Arguments:
     help="Seconds; the best plan so far is kept",
 )
 @click.option("--compare/--no-compare", default=True, help="Show the baselines")
+@click.option("--what-if/--no-what-if", default=True, help="Show what would change the plan")
 @click.option("--evaluate", type=PATH, help="Price this plan.json instead of making one")
 @click.option("-o", "--output", type=PATH, help="Write the plan here")
 @click.option("--baseline-plans", type=PATH, help="Write each baseline's plan into this folder")
+@click.argument("clusters", nargs=-1, type=PATH)
 @common_options
 def main(**options: object) -> None:
     """Chooses devices' order, layers, precisions and micro-batches for a batch job.
 
-    Prints the plan with its predicted speed, memory and quality, and what other methods would do.
+    Prints the plan with its predicted speed, memory and quality, what other methods would do and
+    what would make it faster. CLUSTERS: cluster files for --compare-clusters.
     """
     arguments = Arguments(**options)  # type: ignore[arg-type]
     _check(arguments)
     if arguments.evaluate is not None:
         _evaluate(arguments, arguments.evaluate)
+    elif arguments.compare_clusters:
+        _compare_clusters(arguments)
+    elif arguments.frontier:
+        _frontier(arguments)
+    elif arguments.method == "flexgen":
+        _flexgen(arguments)
     else:
         _plan(arguments)
 
@@ -132,36 +163,188 @@ def _check(arguments: Arguments) -> None:
     faults = []
     if arguments.theta is not None and arguments.max_quality_loss is not None:
         faults.append("give --max-quality-loss or --theta, not both")
-    if arguments.solver == "gurobi":
-        faults.append("--solver gurobi is not there yet; leave it out to use HiGHS")
-    if arguments.frontier:
-        faults.append("--frontier is not there yet; plan once for each --max-quality-loss")
-    if arguments.method in METHODS_TO_COME:
-        known = ", ".join(METHODS)
-        faults.append(f"--method {arguments.method} is not there yet; there are {known}")
+    faults += _mode_faults(arguments)
     if arguments.evaluate is None:
         faults += [
             f"--{name} is missing: give its YAML file"
             for name in ("cluster", "workload")
             if getattr(arguments, name) is None
+            and not (name == "cluster" and arguments.compare_clusters)
         ]
     if faults:
         raise UserError("\n".join(faults))
 
 
+def _mode_faults(arguments: Arguments) -> list[str]:
+    """What does not go together."""
+    modes = {
+        "--evaluate": arguments.evaluate is not None,
+        "--frontier": arguments.frontier,
+        "--compare-clusters": arguments.compare_clusters,
+    }
+    chosen = [name for name, on in modes.items() if on]
+    faults = [f"give {' or '.join(chosen)}, not both"] if len(chosen) > 1 else []
+    if arguments.compare_clusters and len(arguments.clusters) < 2:
+        faults.append("--compare-clusters needs two cluster files or more: A.yaml B.yaml")
+    if arguments.clusters and not arguments.compare_clusters:
+        names = " ".join(map(str, arguments.clusters))
+        faults.append(f"unexpected {names}; cluster files follow --compare-clusters or --cluster")
+    if arguments.frontier and arguments.theta is not None:
+        faults.append("--frontier plans for each quality loss; leave out --theta")
+    if arguments.method == "flexgen" and arguments.output is not None:
+        faults.append("--method flexgen has no plan file, as llmpq-run cannot run it; leave out -o")
+    degree = arguments.tensor_parallel
+    if degree not in TENSOR_PARALLEL and not (degree.isdigit() and int(degree) > 0):
+        faults.append(f"--tensor-parallel {degree}: expected off, auto or a number such as 4")
+    return faults
+
+
 def _plan(arguments: Arguments) -> None:
-    from llmpq.planner.planning import Options, make_plan
+    from llmpq.planner.planning import make_plan
 
     out = console(arguments.quiet)
-    inputs = _read(arguments, None)
-    problem, offered, notes = _problem(arguments, inputs)
-    method = "ilp" if arguments.method == "auto" else arguments.method
+    problem, offered, notes = _problem(arguments, _read(arguments, None))
     with progress(out, "planning", 1) as bar:
-        options = Options(method, arguments.gap, arguments.time_limit, _shown(bar))
-        planned = make_plan(problem, options, offered)
-    _report(out, arguments, problem, planned, notes)
+        planned = make_plan(problem, _options(arguments, _shown(bar)), offered)
     _write(arguments, planned.plan)
     _write_baselines(arguments, problem, planned)
+    changes = _what_if(arguments, out, problem, planned.plan)
+    _report(out, arguments, problem, planned, notes, changes)
+
+
+def _options(arguments: Arguments, shown: "Callable[[Progress], None]") -> "Options":
+    from llmpq.planner.planning import Options
+
+    return Options(
+        method=arguments.method,
+        gap=arguments.gap,
+        time_limit_s=arguments.time_limit,
+        compare=arguments.compare,
+        solver=arguments.solver,
+        progress=shown,
+    )
+
+
+def _replan(arguments: Arguments, limit: float = REPLAN_S) -> "Callable[[Problem], Plan]":
+    """Plans a changed problem, quickly."""
+    from llmpq.planner.planning import Options, replan
+
+    time_limit = min(limit, arguments.time_limit)
+    options = Options(gap=arguments.gap, time_limit_s=time_limit, compare=False)
+    return lambda problem: replan(problem, options)
+
+
+def _what_if(
+    arguments: Arguments, out: "Console", problem: "Problem", plan: "Plan"
+) -> "list[Change]":
+    from llmpq.planner.what_if import what_if
+
+    if not arguments.what_if or arguments.quiet or arguments.method not in ("auto", "ilp"):
+        return []
+    with progress(out, "what would change it", 1):
+        deadline = time.monotonic() + min(WHAT_IF_S, arguments.time_limit)
+        return what_if(problem, plan, _replan(arguments), deadline)
+
+
+def _flexgen(arguments: Arguments) -> None:
+    from llmpq.planner.offload import flexgen
+    from llmpq.planner.report import print_offload
+
+    problem, _, notes = _problem(arguments, _read(arguments, None))
+    found = flexgen(problem)
+    if found is None or not found.feasible:
+        why = found.why_not if found else "no precision keeps the quality budget"
+        raise InfeasibleError(f"flexgen has no plan that fits: {why}")
+    print_offload(console(arguments.quiet), found, notes)
+    _write_value(arguments, asdict(found))
+
+
+def _frontier(arguments: Arguments) -> None:
+    from llmpq.cli.plan_frontier import print_frontier, save_frontier
+    from llmpq.planner.frontier import frontier
+
+    out = console(arguments.quiet)
+    problem, _, _ = _problem(arguments, _read(arguments, None))
+    with progress(out, "planning for each quality loss", 1):
+        points = frontier(problem, _replan(arguments, 5.0), None)
+    print_frontier(out, points)
+    _write_value(arguments, [_frontier_row(point) for point in points])
+    stem = arguments.output or Path(f"{problem.cluster.name}.json")
+    picture = stem.with_suffix(".frontier.png")
+    title = f"{problem.spec.name} on {problem.cluster.name}, {problem.workload.name}"
+    save_frontier(picture, points, title)
+    out.print(f"picture: {picture}", markup=False)
+
+
+def _frontier_row(point: "Point") -> dict[str, object]:
+    predicted = point.plan.predicted if point.plan else None
+    return {
+        "max_quality_loss_percent": point.max_loss_percent,
+        "quality_loss_percent": predicted.quality_loss_percent if predicted else None,
+        "tokens_per_s": predicted.tokens_per_s if predicted else None,
+        "gap": predicted.gap if predicted else None,
+    }
+
+
+def _compare_clusters(arguments: Arguments) -> None:
+    from llmpq.planner.report import print_comparison
+
+    out = console(arguments.quiet)
+    faults: list[str] = []
+    rigs = [_rig(replace(arguments, cluster=path), faults) for path in arguments.clusters]
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+    rows = []
+    with progress(out, "planning", len(rigs)) as bar:
+        for number, problem in enumerate(rigs):
+            assert problem is not None
+            rows.append(_rig_row(arguments, problem))
+            bar.update(number + 1, problem.cluster.name, len(rigs))
+    print_comparison(out, rows)
+    _write_value(arguments, [_rig_values(*row) for row in rows])
+    if all(isinstance(plan, str) for _, plan, _ in rows):
+        raise InfeasibleError("no cluster of these fits the model")
+
+
+def _rig(arguments: Arguments, faults: list[str]) -> "Problem | None":
+    try:
+        return _problem(arguments, _read(arguments, None))[0]
+    except UserError as error:
+        faults.append(str(error))
+        return None
+
+
+def _rig_row(arguments: Arguments, problem: "Problem") -> "tuple[str, Plan | str, float | None]":
+    price = problem.cluster.price_per_hour()
+    try:
+        plan = _replan(arguments, arguments.time_limit)(problem)
+    except InfeasibleError as error:
+        return problem.cluster.name, str(error), price
+    return problem.cluster.name, plan, price
+
+
+def _rig_values(name: str, plan: "Plan | str", price: float | None) -> dict[str, object]:
+    predicted = None if isinstance(plan, str) else plan.predicted
+    speed = predicted.tokens_per_s if predicted else None
+    return {
+        "cluster": name,
+        "feasible": predicted is not None,
+        "tokens_per_s": speed,
+        "quality_loss_percent": predicted.quality_loss_percent if predicted else None,
+        "gap": predicted.gap if predicted else None,
+        "price_per_hour": price,
+        "tokens_per_price": 3600 * speed / price if speed and price else None,
+        "why_not": plan if isinstance(plan, str) else None,
+    }
+
+
+def _write_value(arguments: Arguments, value: object) -> None:
+    """JSON where it is asked for."""
+    if arguments.json_path == Path("-"):
+        click.echo(json.dumps(value, indent=1))
+    elif arguments.json_path is not None:
+        arguments.json_path.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json_path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _evaluate(arguments: Arguments, path: Path) -> None:
@@ -184,7 +367,7 @@ def _evaluate(arguments: Arguments, path: Path) -> None:
             "workload": problem.workload,
         }
     )
-    _report(console(arguments.quiet), arguments, problem, Planned(priced), notes)
+    _report(console(arguments.quiet), arguments, problem, Planned(priced), notes, [])
     _write(arguments, priced)
     _raise_shortages(plan, shortages(problem, assignment))
 
@@ -196,11 +379,12 @@ def _check_evaluable(problem: "Problem", plan: "Plan", path: Path) -> None:
         faults.append(f"{path}: the plan has {layers}")
     free = [(device.node, device.type) for device in problem.cluster.devices()]
     for stage in plan.stages:
-        device = stage.devices[0]
-        if (stage.node, device) not in free:
+        device, taken = stage.devices[0], [(stage.node, name) for name in stage.devices]
+        if any(free.count(place) < taken.count(place) for place in taken):
             faults.append(f"{path}: stage {stage.rank}: the cluster has no (more) {device}")
             continue
-        free.remove((stage.node, device))
+        for place in taken:
+            free.remove(place)
         missing = set(stage.precisions) - set(problem.times[device].precisions)
         if missing:
             faults.append(f"{path}: no times of {device} at {', '.join(sorted(missing))} bits")
@@ -301,8 +485,29 @@ def _problem(
         precisions=tuple(precisions),
         budget=budget,
         theta=arguments.theta or 0.0,
+        max_tensor_parallel=_most_devices(arguments, inputs, notes, plan),
+        profiles=tuple(inputs.profiles),
     )
     return problem, offered, notes
+
+
+def _most_devices(
+    arguments: Arguments, inputs: Inputs, notes: list[str], plan: "Plan | None"
+) -> int:
+    """How many devices a stage may have."""
+    asked = arguments.tensor_parallel
+    if plan is not None:
+        return max(stage.tensor_parallel for stage in plan.stages)
+    if asked == "off":
+        return 1
+    if any(device.type in inputs.cluster.rehearse for device in inputs.cluster.devices()):
+        notes.append("rehearsed devices make no stages of several: tensor parallelism left out")
+        return 1
+    notes.append(
+        "stages of several devices were searched, which llmpq-run cannot run yet (for a plan that "
+        "it can run: --tensor-parallel off)"
+    )
+    return MAX_DEVICES_A_STAGE if asked == "auto" else int(asked)
 
 
 def _budget(arguments: Arguments, quality: "QualityModel") -> float:
@@ -399,8 +604,9 @@ def _report(
     problem: "Problem",
     planned: "Planned",
     notes: Sequence[str],
+    changes: "Sequence[Change]",
 ) -> None:
-    from llmpq.planner.report import print_outcomes, print_report
+    from llmpq.planner.report import print_changes, print_outcomes, print_report
 
     notes = [*notes, *planned.notes]
     if arguments.verbose and planned.effort:
@@ -408,6 +614,8 @@ def _report(
     print_report(out, planned.plan, problem.quality.source, notes, _limits(arguments))
     if arguments.compare and planned.outcomes:
         print_outcomes(out, planned.plan, planned.outcomes)
+    if changes:
+        print_changes(out, planned.plan, changes)
 
 
 def _limits(arguments: Arguments) -> str:

@@ -10,8 +10,9 @@ budget: the least total + theta * omega.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,12 +26,17 @@ from llmpq.planner.problem import (
     Instance,
     Problem,
     Setting,
+    count_options,
     fits,
     make_instance,
     objective,
+    shortage,
     sum_omega,
     to_assignment,
 )
+
+if TYPE_CHECKING:
+    from llmpq.planner.offload import OffloadPlan
 
 BASELINES = ("uniform", "pipeedge", "adabits")
 OVER = 1 + 1e-9  # rounding of sums of sensitivities
@@ -47,11 +53,12 @@ class Outcome:
     predicted: Predicted | None
     within_budget: bool
     why_not: str
+    offload: "OffloadPlan | None" = None
 
     @property
     def feasible(self) -> bool:
         """There is a plan that fits."""
-        return self.assignment is not None
+        return self.assignment is not None or self.offload is not None
 
 
 @dataclass
@@ -64,29 +71,43 @@ class _Best:
     fitting: set[str] = field(default_factory=set)
     short: dict[str, tuple[float, str]] = field(default_factory=dict)
 
+    @property
+    def worth(self) -> float:
+        """Below it a plan would be better."""
+        return self.rank[1] if self.rank[0] == 0.0 else np.inf
+
 
 def run_baselines(
     problem: Problem,
-    settings: Sequence[Setting],
-    deadlines: tuple[float, float],
+    settings: Iterable[tuple[float, Setting]],
+    deadline: float,
     methods: Sequence[str],
+    smallest: Sequence[Setting] = (),
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Outcome]:
-    """Every method's outcome. Stops at the first of `deadlines` (`time.monotonic`) once any plan
-    is within the budget, at the second in any case."""
+    """Every method's outcome.
+
+    `settings` come with a bound that no plan is below, the least first: where it is above a
+    method's plan, that method is done. All stop at `deadline` (`time.monotonic`). What is short is
+    told of the `smallest` settings where there are no others.
+    """
     best = {method: _Best() for method in methods}
     fronts = FrontCache()
-    tried = 0
-    for setting in settings:
-        found = any(state.rank[0] == 0 for state in best.values())
-        if time.monotonic() > deadlines[0 if found else 1]:
+    partial = ""
+    for tried, (bound, setting) in enumerate(settings):
+        left = [method for method in methods if bound < best[method].worth]
+        if not left:
+            break
+        if time.monotonic() > deadline:
+            partial = f"the time limit ended it after {tried} settings"
             break
         instance = make_instance(problem, setting)
-        for method, state in best.items():
-            _try(problem, setting, instance, method, state, fronts)
-        tried += 1
+        for method in left:
+            _try(problem, setting, instance, method, best[method], fronts)
         progress(tried)
-    partial = f"only {tried} of {len(settings)} settings tried" if tried < len(settings) else ""
+    for method, state in best.items():
+        for setting in smallest if not (state.short or state.setting) else ():
+            _try(problem, setting, make_instance(problem, setting), method, state, fronts)
     return [_outcome(problem, method, state, partial) for method, state in best.items()]
 
 
@@ -105,7 +126,7 @@ def _try(
     state: _Best,
     fronts: "FrontCache",
 ) -> None:
-    if instance.num_layers < instance.num_devices:
+    if instance.num_layers < instance.num_stages:
         return
     for choice, precision in proposals(problem, instance, method, fronts):
         if not fits(instance, choice):
@@ -138,17 +159,17 @@ def proposals(problem: Problem, instance: Instance, method: str, fronts: "FrontC
 
 def uniform(instance: Instance, option: int) -> Choice:
     """Equal layer counts; what remains goes to the first stages."""
-    share, rest = divmod(instance.num_layers, instance.num_devices)
-    return tuple((option,) * (share + (j < rest)) for j in range(instance.num_devices))
+    share, rest = divmod(instance.num_layers, instance.num_stages)
+    return tuple((option,) * (share + (j < rest)) for j in range(instance.num_stages))
 
 
 def pipeedge(instance: Instance, option: int) -> Choice:
     """One precision, least busy bottleneck; where memory allows no partition, disregarding it."""
     lengths = range_lengths(instance.num_layers)[None]
-    busy = instance.busy[:, option, None, None] * lengths + instance.fixed_busy[:, None, None]
+    busy = instance.layer.busy[:, option, None, None] * lengths + instance.fixed.busy[:, None, None]
     busy = np.where(lengths > 0, busy, np.inf)
-    used = lengths * instance.layer_bytes[option]
-    used = used + instance.unpacked_bytes * instance.packed[option]
+    used = lengths * instance.layer_bytes[:, option, None, None]
+    used = used + instance.unpacked_bytes[:, None, None] * instance.packed[option]
     fitting = np.where(used <= instance.capacity[:, None, None], busy, np.inf)
     worst, ends = least_bottleneck(fitting)
     if not np.isfinite(worst):
@@ -184,23 +205,23 @@ class FrontCache:
     """Fronts and ranges that settings share: they depend on options and capacity alone."""
 
     def __init__(self) -> None:
-        self._fronts: dict[bytes, Fronts] = {}
-        self._ranges: dict[tuple[bytes, float, float], DeviceRanges] = {}
+        self._fronts: dict[tuple[bytes, bytes], Fronts] = {}
+        self._ranges: dict[tuple[bytes, float, bytes], DeviceRanges] = {}
 
-    def fronts(self, instance: Instance, mask: np.ndarray) -> Fronts:
-        """The fronts of a mask of options."""
-        key = mask.tobytes()
+    def fronts(self, instance: Instance, rank: int, mask: np.ndarray) -> Fronts:
+        """The fronts of a mask of options, for a stage's bytes of a layer."""
+        num_bytes = instance.layer_bytes[rank]
+        key = mask.tobytes(), (num_bytes - num_bytes.min()).tobytes()
         if key not in self._fronts:
-            self._fronts[key] = Fronts(instance, mask)
+            self._fronts[key] = Fronts(instance.omega, num_bytes, mask)
         return self._fronts[key]
 
     def ranges(self, instance: Instance, rank: int) -> DeviceRanges:
-        """The least omega of every range on one device."""
-        mask = instance.available[rank]
-        capacity = float(instance.capacity[rank])
-        key = (mask.tobytes(), capacity, float(instance.layer_bytes.sum()))
+        """The least omega of every range on one stage."""
+        mask, room = instance.available[rank], float(instance.capacity[rank])
+        key = mask.tobytes(), room, instance.layer_bytes[rank].tobytes()
         if key not in self._ranges:
-            self._ranges[key] = _device_ranges(self, instance, mask, capacity)
+            self._ranges[key] = _device_ranges(self, instance, rank)
         return self._ranges[key]
 
 
@@ -218,39 +239,35 @@ def adabits(instance: Instance, fronts: FrontCache) -> Choice | None:
 
 def adabits_ranges(instance: Instance, fronts: FrontCache) -> Ranges:
     """The ranges of every device."""
-    sources = tuple(fronts.ranges(instance, j) for j in range(instance.num_devices))
-    per_layer = np.where(instance.available, instance.busy, 0.0)
-    busy = [s.counts @ per_layer[j] + instance.fixed_busy[j] for j, s in enumerate(sources)]
+    sources = tuple(fronts.ranges(instance, j) for j in range(instance.num_stages))
+    per_layer = np.where(instance.available, instance.layer.busy, 0.0)
+    busy = [s.counts @ per_layer[j] + instance.fixed.busy[j] for j, s in enumerate(sources)]
     return Ranges(np.stack([s.omega for s in sources]), np.stack(busy), sources)
 
 
-def _device_ranges(
-    cache: FrontCache, instance: Instance, mask: np.ndarray, capacity: float
-) -> DeviceRanges:
+def _device_ranges(cache: FrontCache, instance: Instance, rank: int) -> DeviceRanges:
     width = instance.num_layers + 1
     found = DeviceRanges(
         np.full((width, width), np.inf), np.zeros((width, width, instance.num_options)), {}
     )
-    plain = mask & ~instance.packed
-    for options, room in ((plain, capacity), (mask, capacity - instance.unpacked_bytes)):
+    mask, room = instance.available[rank], float(instance.capacity[rank])
+    for options, unpacked in (
+        (mask & ~instance.packed, 0.0),
+        (mask, instance.unpacked_bytes[rank]),
+    ):
         if options.any():
-            _improve(found, cache.fronts(instance, options), instance, room)
+            least = float(instance.layer_bytes[rank, options].min())
+            _improve(found, cache.fronts(instance, rank, options), room - unpacked, least)
     return found
 
 
-def _improve(found: DeviceRanges, fronts: Fronts, instance: Instance, room: float) -> None:
-    least = float(instance.layer_bytes[fronts.options].min())
-    for start in range(instance.num_layers):
-        for end in range(start + 1, instance.num_layers + 1):
-            slack = room - (end - start) * least
-            if slack < 0:
-                break
-            front = fronts.front(start, end)
-            point = front.best(slack)
-            if front.omega[point] < found.omega[start, end]:
-                found.omega[start, end] = front.omega[point]
-                found.counts[start, end] = front.counts[point]
-                found.choices[start, end] = fronts, point
+def _improve(found: DeviceRanges, fronts: Fronts, room: float, least_bytes: float) -> None:
+    for start, end, point in fronts.best_within(room, least_bytes):
+        front = fronts.front(start, end)
+        if front.omega[point] < found.omega[start, end]:
+            found.omega[start, end] = front.omega[point]
+            found.counts[start, end] = front.counts[point]
+            found.choices[start, end] = fronts, point
 
 
 def _range_choice(source: DeviceRanges, start: int, end: int) -> tuple[int, ...]:
@@ -261,13 +278,6 @@ def _range_choice(source: DeviceRanges, start: int, end: int) -> tuple[int, ...]
 # ---- what came of it
 
 
-def shortage(instance: Instance, choice: Choice) -> np.ndarray:
-    """[N]: bytes short on each device (negative: to spare)."""
-    used = [sum(instance.layer_bytes[o] for o in stage) for stage in choice]
-    unpacked = [instance.unpacked_bytes * any(instance.packed[o] for o in s) for s in choice]
-    return np.array(used) + unpacked - instance.capacity
-
-
 def _note_shortage(
     problem: Problem,
     setting: Setting,
@@ -276,9 +286,9 @@ def _note_shortage(
     precision: str,
     state: _Best,
 ) -> None:
-    short = shortage(instance, choice)
+    short = shortage(instance, count_options(instance, choice))
     worst = int(short.argmax())
-    name = f"{setting.devices[worst].type}#{worst}"
+    name = f"{setting.places[worst].type}#{worst}"
     if precision not in state.short or short[worst] < state.short[precision][0]:
         state.short[precision] = float(short[worst]), name
 

@@ -4,46 +4,41 @@ Exact for each batch of the workload (see `costs.timeline`), the smaller last mi
 smaller last batch included. Also turns assignments into plans and plans into assignments.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from llmpq.artifact import Provenance
 from llmpq.cluster import Cluster, Device
-from llmpq.costs.latency import Seconds
 from llmpq.costs.memory import StageMemory, stage_memory
-from llmpq.costs.timeline import decode_step_s, prefill_s
+from llmpq.costs.timeline import PhaseTimes, batch_s, split, wait_counts
 from llmpq.plan import Plan, Predicted, PredictedStage, Stage
 from llmpq.planner.problem import (
     Assignment,
     BatchGroup,
+    Cost,
+    Place,
     Problem,
     Setting,
-    decode_actor,
-    decode_links,
-    fixed_decode,
-    fixed_prefill,
-    prefill_actor,
-    prefill_links,
+    Work,
+    hop_works,
+    stage_work,
 )
-
-Actor = Callable[[int, Any], Seconds]
 
 
 def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
     """Times, memory and quality of an assignment; no lower bound is known here."""
-    prefill = decode = 0.0
     groups = problem.groups(assignment.setting.batch)
-    for group in groups:
-        prefill += _prefill(problem, assignment, group)
-        decode += _decode(problem, assignment, group)
+    prefill, total = (
+        sum(parts)
+        for parts in zip(*(_seconds(problem, assignment, g) for g in groups), strict=True)
+    )
     omega = problem.quality.sum_omega(assignment.precisions)
-    total = prefill + decode
     return Predicted(
         total_s=total,
         prefill_s=prefill,
-        decode_s=decode,
+        decode_s=total - prefill,
         tokens_per_s=problem.num_new_tokens / total,
         quality_loss_percent=problem.quality.percent(omega),
         sum_sensitivity=omega,
@@ -63,10 +58,10 @@ def bounded(predicted: Predicted, lower_bound: float, planning_s: float) -> Pred
 
 
 def memory_of(problem: Problem, assignment: Assignment, rank: int) -> StageMemory:
-    """Memory of one stage."""
+    """Memory of one stage, on each of its devices."""
     setting = assignment.setting
     return stage_memory(
-        problem.spec,
+        problem.shard(setting.places[rank]),
         assignment.stages[rank],
         first=rank == 0,
         last=rank == len(assignment.stages) - 1,
@@ -81,8 +76,8 @@ def memory_of(problem: Problem, assignment: Assignment, rank: int) -> StageMemor
 def shortages(problem: Problem, assignment: Assignment) -> dict[int, int]:
     """Bytes that are short, by rank, where a stage does not fit."""
     short = {
-        rank: memory_of(problem, assignment, rank).total - device.memory_bytes
-        for rank, device in enumerate(assignment.setting.devices)
+        rank: memory_of(problem, assignment, rank).total - place.memory_bytes
+        for rank, place in enumerate(assignment.setting.places)
     }
     return {rank: num_bytes for rank, num_bytes in short.items() if num_bytes > 0}
 
@@ -107,27 +102,33 @@ def to_plan(problem: Problem, assignment: Assignment, method: str, predicted: Pr
 def to_assignment(plan: Plan, cluster: Cluster) -> Assignment:
     """A plan's assignment on a cluster that has its devices."""
     free = cluster.devices()
-    devices = [_take(free, stage.node, stage.devices[0]) for stage in plan.stages]
-    setting = Setting(tuple(devices), plan.batch, plan.prefill_micro_batch, plan.decode_micro_batch)
+    places = [_take(free, stage) for stage in plan.stages]
+    setting = Setting(tuple(places), plan.batch, plan.prefill_micro_batch, plan.decode_micro_batch)
     return Assignment(setting, tuple(tuple(stage.precisions) for stage in plan.stages))
 
 
-def _take(free: list[Device], node: str, device_type: str) -> Device:
-    found = next(d for d in free if (d.node, d.type) == (node, device_type))
-    free.remove(found)
-    return found
+def _take(free: list[Device], stage: Stage) -> Place:
+    """The place of a stage's devices, which are taken; the least memory of them counts."""
+    taken = []
+    for name in stage.devices:
+        found = next(d for d in free if (d.node, d.type) == (stage.node, name))
+        free.remove(found)
+        taken.append(found)
+    least = min(device.memory_bytes for device in taken)
+    return Place(stage.node, stage.devices[0], least, len(taken))
 
 
 def _stages(assignment: Assignment) -> list[Stage]:
     stages, start = [], 0
     for rank, precisions in enumerate(assignment.stages):
-        device = assignment.setting.devices[rank]
+        place = assignment.setting.places[rank]
         end = start + len(precisions)
         stages.append(
             Stage(
                 rank=rank,
-                node=device.node,
-                devices=[device.type],
+                node=place.node,
+                devices=[place.type] * place.tensor_parallel,
+                tensor_parallel=place.tensor_parallel,
                 first_layer=start,
                 end_layer=end,
                 precisions=list(precisions),
@@ -137,72 +138,62 @@ def _stages(assignment: Assignment) -> list[Stage]:
     return stages
 
 
-def _prefill(problem: Problem, assignment: Assignment, group: BatchGroup) -> float:
-    costs = [stage_prefill(problem, assignment, r) for r in range(len(assignment.stages))]
-    costs += prefill_links(problem, assignment.setting.devices)
-    pairs = [prefill_actor(group, assignment.setting, cost) for cost in costs]
-    seconds = prefill_s(*_arrays(pairs, group))
-    return float((group.num_batches * seconds).sum())
+def _seconds(problem: Problem, assignment: Assignment, group: BatchGroup) -> tuple[float, float]:
+    """(prefill, all) of a group's batches."""
+    setting = assignment.setting
+    stages = [stage_work_at(problem, assignment, rank) for rank in range(len(setting.places))]
+    hops = hop_works(problem, [place.node for place in setting.places])
+    works = [work for pair in zip(stages, hops, strict=True) for work in pair]
+    sizes = group.num_requests, setting.prefill_micro_batch, setting.decode_micro_batch
+    prefill, total = batch_s(
+        actor_times(works, group, setting), group.num_steps, wait_counts(*sizes)
+    )
+    return float((group.num_batches * prefill).sum()), float((group.num_batches * total).sum())
 
 
-def _decode(problem: Problem, assignment: Assignment, group: BatchGroup) -> float:
-    costs = [stage_decode(problem, assignment, r) for r in range(len(assignment.stages))]
-    costs += decode_links(problem, assignment.setting.devices)
-    pairs = [decode_actor(group, assignment.setting, cost) for cost in costs]
-    seconds = decode_step_s(*_arrays(pairs, group)) * group.num_steps
-    return float((group.num_batches * seconds).sum())
-
-
-def _arrays(
-    pairs: list[tuple[Seconds, Seconds]], group: BatchGroup
-) -> tuple[np.ndarray, np.ndarray]:
-    """`once` and `every`, [actors, batches]."""
+def actor_times(works: Sequence[Work], group: BatchGroup, setting: Setting) -> PhaseTimes:
+    """[actors, batches]: the first micro-batch and all of them, in both phases."""
+    sizes = (setting.prefill_micro_batch, setting.decode_micro_batch)
+    pairs = [
+        (
+            *_once_and_every(work.prefill, group, sizes[0], group.prompt_tokens),
+            *_once_and_every(work.decode, group, sizes[1], group.past_tokens),
+        )
+        for work in works
+    ]
     shape = group.prompt_tokens.shape
-    once, every = (np.stack([np.broadcast_to(p[i], shape) for p in pairs]) for i in (0, 1))
-    return once, every
+    return PhaseTimes(*(np.stack([np.broadcast_to(p[i], shape) for p in pairs]) for i in range(4)))
 
 
-def stage_prefill(problem: Problem, assignment: Assignment, rank: int) -> Actor:
-    """Prefill seconds of a stage by micro-batch and prompt tokens."""
+def _once_and_every(cost: Cost, group: BatchGroup, size: int, tokens: Any) -> tuple[Any, Any]:
+    """(the first, largest micro-batch; all micro-batches of a batch), for a group's batches."""
+    parts = split(group.num_requests, size)
+    once = cost(parts.size, tokens)
+    rest = cost(parts.rest, tokens) if parts.rest else 0.0
+    return once, once * parts.count + rest
+
+
+def stage_work_at(problem: Problem, assignment: Assignment, rank: int) -> Work:
+    """All that one stage does with a micro-batch."""
+    times = problem.times_at(assignment.setting.places[rank])
     last = rank == len(assignment.stages) - 1
-    times = problem.times[assignment.setting.devices[rank].type]
-    fixed = fixed_prefill(times, rank == 0, last)
-    counts = _counts(assignment.stages[rank])
-    return lambda size, tokens: (
-        fixed(size, tokens) + sum(n * times.prefill_s(p, size, tokens) for p, n in counts.items())
-    )
-
-
-def stage_decode(problem: Problem, assignment: Assignment, rank: int) -> Actor:
-    """Decode seconds of a stage by micro-batch and past tokens."""
-    last = rank == len(assignment.stages) - 1
-    times = problem.times[assignment.setting.devices[rank].type]
-    fixed = fixed_decode(times, rank == 0, last)
-    counts = _counts(assignment.stages[rank])
-    return lambda size, past: (
-        fixed(size, past) + sum(n * times.decode_s(p, size, past) for p, n in counts.items())
-    )
-
-
-def _counts(precisions: tuple[str, ...]) -> dict[str, int]:
-    return {p: precisions.count(p) for p in dict.fromkeys(precisions)}
+    return stage_work(times, rank == 0, last, assignment.stages[rank])
 
 
 def _stage(problem: Problem, assignment: Assignment, rank: int) -> PredictedStage:
     """One micro-batch's times, the mean over the batches."""
     setting = assignment.setting
-    prefill, decode, count = 0.0, 0.0, 0
+    work, place = stage_work_at(problem, assignment, rank), setting.places[rank]
+    seconds, count = np.zeros(2), 0
     for group in problem.groups(setting.batch):
-        p, _ = prefill_actor(group, setting, stage_prefill(problem, assignment, rank))
-        d, _ = decode_actor(group, setting, stage_decode(problem, assignment, rank))
-        prefill += float((group.num_batches * p).sum())
-        decode += float((group.num_batches * d).sum())
+        times = actor_times([work], group, setting)
+        for phase, once in enumerate((times.prefill_once[0], times.decode_once[0])):
+            seconds[phase] += (group.num_batches * once).sum()
         count += int(group.num_batches.sum())
-    device = setting.devices[rank]
     return PredictedStage(
-        prefill_s=prefill / count,
-        decode_step_s=decode / count,
+        prefill_s=float(seconds[0]) / count,
+        decode_step_s=float(seconds[1]) / count,
         peak_memory_bytes=memory_of(problem, assignment, rank).total,
-        memory_capacity_bytes=device.memory_bytes,
-        provenance=problem.times[device.type].provenance,
+        memory_capacity_bytes=place.memory_bytes,
+        provenance=problem.times_at(place).provenance,
     )

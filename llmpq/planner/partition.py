@@ -8,11 +8,10 @@ for each range, the precisions that no others beat in both bytes and sensitivity
 `MAX_POINTS` of them; the answer fits always, and is the least one unless points were dropped).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-
-from llmpq.planner.problem import Instance
 
 MAX_POINTS = 512
 TIE = 1e-12
@@ -83,14 +82,26 @@ class Front:
 class Fronts:
     """The fronts of all ranges, for the options of a mask."""
 
-    def __init__(self, instance: Instance, mask: np.ndarray) -> None:
+    def __init__(self, omega: np.ndarray, num_bytes: np.ndarray, mask: np.ndarray) -> None:
+        """`omega` [L, B]; `num_bytes` [B] of one layer; `mask` [B]."""
         self.options = np.flatnonzero(mask)
-        self.num_options = instance.num_options
-        sizes = instance.layer_bytes[self.options]
+        self.num_options = len(mask)
+        sizes = num_bytes[self.options]
         self._extra = sizes - sizes.min()  # the same whatever the cache of a layer takes
-        self._omega = instance.omega[:, self.options]
-        layers = instance.num_layers
-        self.fronts = [self._from(start, layers) for start in range(layers)]
+        self._omega = omega[:, self.options]
+        self.num_layers = len(omega)
+        self.fronts = [self._from(start, self.num_layers) for start in range(self.num_layers)]
+
+    def best_within(self, room: float, least_bytes: float) -> Iterator[tuple[int, int, int]]:
+        """(start, end, point of least omega) of every range that `room` bytes hold.
+
+        `least_bytes`: of a layer at the smallest option, its cache included.
+        """
+        most = int(max(0.0, room) * (1 + TIE) // least_bytes) if least_bytes else self.num_layers
+        for start in range(self.num_layers):
+            for end in range(start + 1, min(start + most, self.num_layers) + 1):
+                slack = room - (end - start) * least_bytes
+                yield start, end, self.front(start, end).best(slack)
 
     def front(self, start: int, end: int) -> Front:
         """Of layers `start` up to but not including `end`."""

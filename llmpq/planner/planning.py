@@ -1,38 +1,49 @@
-"""One planning run: baselines, then our own search from the best of them, as values.
+"""One planning run as values: our own search, then what other methods would do.
 
-The time limit covers all: a quarter at most to list and bound the settings, then the baselines up
-to a half of it (to three quarters where they have no plan yet), the rest is our own search's.
+The time limit covers all: a quarter at most to list the ways to use the devices, a moment for a
+first plan by moves, then the search, and what is left, a fifth at least, for the other methods.
+They get the same space as our own search: its orders, batches and micro-batches.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from llmpq.errors import InfeasibleError
 from llmpq.plan import Baseline, Plan
 from llmpq.planner.baselines import BASELINES, Outcome, run_baselines
-from llmpq.planner.evaluate import bounded, to_plan
+from llmpq.planner.evaluate import bounded, evaluate, to_plan
 from llmpq.planner.explain import infeasible, lacks_memory
-from llmpq.planner.problem import Problem
-from llmpq.planner.search import Progress, Search, Space, make_settings, search
+from llmpq.planner.heuristic import MAX_SETTINGS, heuristic
+from llmpq.planner.offload import OffloadPlan, flexgen
+from llmpq.planner.problem import Assignment, Problem, Setting, to_assignment
+from llmpq.planner.search import Progress, Search, Space, make_space, search
+from llmpq.planner.solver import Solver, make_solver
 
-SETTINGS_SHARE, BASELINES_SHARE, FIRST_PLAN_SHARE = 1 / 4, 1 / 2, 3 / 4
-LEAST_S = 0.5  # for the settings, and for a first plan, however short the time limit is
+SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
+LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
+MOVES_S = 0.2  # for a first plan by moves; where it is the whole method, HEURISTIC_S
+HEURISTIC_S = 0.8
 TIMED_OUT = "the time limit ended the search; a longer --time-limit may find better"
-UNEQUAL = (
-    "the gap is above the one asked for: the bound takes one device to be the slowest for all "
-    "batches, but here it differs between batches of unequal size"
+LOOSE = (
+    "the gap is above the one asked for: the bound lets one device be the slowest for all batches "
+    "and drops some of a smaller last micro-batch"
 )
+
+Method = Literal["auto", "ilp", "heuristic", "adabits", "pipeedge", "uniform"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to search."""
+    """How to search. `compare`: the other methods too."""
 
-    method: str = "ilp"
+    method: str = "auto"
     gap: float = 0.005
     time_limit_s: float = 60.0
+    compare: bool = True
+    solver: Literal["highs", "gurobi"] = "highs"
     progress: Callable[[Progress], None] = lambda _: None
 
 
@@ -48,48 +59,136 @@ class Planned:
 
 def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Planned:
     """The best plan found; `InfeasibleError` where there is none. `offered`: all precisions."""
-    start = time.monotonic()
-    limit = options.time_limit_s
-    built_by = start + max(LEAST_S, limit * SETTINGS_SHARE)
-    space = make_settings(problem, built_by, options.progress)
-    if not space.settings:
-        raise infeasible(problem, offered)
-    outcomes = _baselines(problem, space, start, options)
+    run = _Run(problem, options, make_solver(options.solver), time.monotonic())
+    space = make_space(problem, run.solver, run.by(SPACE_SHARE, LEAST_S), options.progress)
     if options.method in BASELINES:
-        plan = _baseline_plan(problem, options.method, outcomes, start)
-        return Planned(plan, tuple(outcomes), (*space.notes, *_idle(plan)))
-    found = search(
-        problem,
+        plan, outcomes = _by_baseline(run, space)
+        return _planned(run, space, with_baselines(plan, outcomes), outcomes)
+    moved = _by_moves(run, space) if options.method == "heuristic" else None
+    found = None if moved else _searched(run, space)
+    plan = moved or _plan_of(run, found, offered)
+    outcomes = _outcomes(run, space, BASELINES) if options.compare else []
+    return _planned(run, space, with_baselines(plan, outcomes), outcomes, found)
+
+
+def replan(problem: Problem, options: Options) -> Plan:
+    """Our plan alone, to see what a change of the problem is worth.
+
+    Raises a plain `InfeasibleError` where nothing fits.
+    """
+    run = _Run(problem, options, Solver(options.solver), time.monotonic())
+    space = make_space(problem, run.solver, run.by(SPACE_SHARE, LEAST_S))
+    found = _searched(run, space)
+    if found.assignment is None or found.predicted is None:
+        raise InfeasibleError("no plan fits")
+    predicted = bounded(found.predicted, found.lower_bound, run.seconds)
+    return to_plan(problem, found.assignment, options.method, predicted)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is asked, and since when."""
+
+    problem: Problem
+    options: Options
+    solver: Solver
+    start: float
+
+    def by(self, share: float, least_s: float = 0.0) -> float:
+        """When a share of the time limit is over (monotonic); `least_s` from now at least."""
+        limit = self.start + share * self.options.time_limit_s
+        return max(limit, time.monotonic() + least_s)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.start
+
+
+# ---- our own
+
+
+def _searched(run: _Run, space: Space) -> Search:
+    options = run.options
+    first = _moves(run, space, MOVES_S)
+    return search(
+        run.problem,
         space,
+        run.solver,
         gap=options.gap,
-        deadline=start + limit,
-        seeds=outcomes,
+        deadline=run.by(SEARCH_SHARE if options.compare else 1.0, LEAST_S),
+        seeds=[first] if first else [],
+        plain=options.method == "ilp",
         progress=options.progress,
     )
-    plan = _searched_plan(problem, found, offered, time.monotonic() - start)
-    notes = [*space.notes, *_idle(plan), *_doubts(found, plan, options.gap)]
-    effort = f"{found.num_settings} settings searched, {found.num_solved} solved exactly"
-    return Planned(with_baselines(plan, outcomes), tuple(outcomes), tuple(notes), effort)
 
 
-def _baselines(problem: Problem, space: Space, start: float, options: Options) -> list[Outcome]:
-    now, limit = time.monotonic(), options.time_limit_s
-    deadline = start + limit * BASELINES_SHARE
-    last = max(now + LEAST_S, start + limit * FIRST_PLAN_SHARE)
+def _moves(run: _Run, space: Space, seconds: float) -> Assignment | None:
+    """The best plan by moves over the settings of least bound."""
+    settings: list[Setting] = []
+    for _, setting in space.settings(run.problem):
+        settings.append(setting)
+        if len(settings) == MAX_SETTINGS:
+            break
+    found = heuristic(run.problem, settings, time.monotonic() + seconds)
+    return to_assignment(run.problem, *found) if found else None
 
+
+def _by_moves(run: _Run, space: Space) -> Plan | None:
+    found = _moves(run, space, min(HEURISTIC_S, run.options.time_limit_s))
+    if found is None:
+        return None
+    pairs = space.pairs()
+    bound = pairs[0][0] if pairs and not space.num_left_out else 0.0
+    predicted = bounded(evaluate(run.problem, found), bound, run.seconds)
+    return to_plan(run.problem, found, "heuristic", predicted)
+
+
+def _plan_of(run: _Run, found: Search | None, offered: Sequence[str]) -> Plan:
+    problem, options = run.problem, run.options
+    assert found is not None
+    if found.assignment is not None and found.predicted is not None:
+        predicted = bounded(found.predicted, found.lower_bound, run.seconds)
+        return to_plan(problem, found.assignment, options.method, predicted)
+    if found.timed_out and not lacks_memory(problem):
+        raise InfeasibleError(
+            f"no plan was found within {run.seconds:.0f} s, which does not mean that none fits; "
+            "give a longer --time-limit"
+        )
+    quick = Options(gap=0.05, time_limit_s=2.0, compare=False)
+    raise infeasible(problem, offered, lambda changed: replan(changed, quick))
+
+
+# ---- the other methods
+
+
+def _outcomes(run: _Run, space: Space, methods: Sequence[str]) -> list[Outcome]:
     def told(done: int) -> None:
-        options.progress(Progress(done, len(space.settings), 0.0, "settings by other methods"))
+        run.options.progress(Progress(done, space.num_settings, 0.0, "settings by other methods"))
 
-    return run_baselines(problem, space.settings, (deadline, last), BASELINES, told)
+    settings, smallest = space.settings(run.problem), space.smallest(run.problem)
+    until = run.by(1.0, LEAST_S)
+    found = run_baselines(run.problem, settings, until, methods, smallest, told)
+    return [*found, _offloaded(flexgen(run.problem))]
 
 
-def _idle(plan: Plan) -> list[str]:
-    """What the plan leaves out."""
-    idle = Counter((device.type, device.node) for device in plan.cluster.devices())
-    idle.subtract((stage.devices[0], stage.node) for stage in plan.stages)
-    names = [f"{f'{n} x ' if n > 1 else ''}{d} on {node}" for (d, node), n in idle.items() if n > 0]
-    why = "only slows the rest, or does not fit"
-    return [f"left out: {', '.join(names)} ({why})"] if names else []
+def _offloaded(plan: OffloadPlan | None) -> Outcome:
+    """Off-loading as a row beside the others; it has no plan file."""
+    if plan is None:
+        return Outcome("flexgen", None, None, False, "no precision keeps the quality budget")
+    if not plan.feasible:
+        return Outcome("flexgen", None, None, False, plan.why_not)
+    return Outcome("flexgen", None, None, True, "", offload=plan)
+
+
+def _by_baseline(run: _Run, space: Space) -> tuple[Plan, list[Outcome]]:
+    method = run.options.method
+    outcomes = _outcomes(run, space, BASELINES if run.options.compare else [method])
+    outcome = next(o for o in outcomes if o.method == method)
+    plan = baseline_plan(run.problem, outcome, run.seconds)
+    if plan is None:
+        raise InfeasibleError(f"{method} has no plan that fits: {outcome.why_not}")
+    return plan, outcomes
 
 
 def baseline_plan(problem: Problem, outcome: Outcome, planning_s: float = 0.0) -> Plan | None:
@@ -106,38 +205,37 @@ def with_baselines(plan: Plan, outcomes: Sequence[Outcome]) -> Plan:
 
 
 def _baseline(outcome: Outcome) -> Baseline:
-    predicted = outcome.predicted
+    figures = outcome.offload or outcome.predicted
     return Baseline(
         method=outcome.method,
         feasible=outcome.feasible,
-        tokens_per_s=predicted.tokens_per_s if predicted else None,
-        quality_loss_percent=predicted.quality_loss_percent if predicted else None,
+        tokens_per_s=figures.tokens_per_s if figures else None,
+        quality_loss_percent=figures.quality_loss_percent if figures else None,
         why_not=outcome.why_not or None,
     )
 
 
-def _baseline_plan(
-    problem: Problem, method: str, outcomes: Sequence[Outcome], start: float
-) -> Plan:
-    outcome = next(o for o in outcomes if o.method == method)
-    plan = baseline_plan(problem, outcome, time.monotonic() - start)
-    if plan is None:
-        raise InfeasibleError(f"{method} has no plan that fits: {outcome.why_not}")
-    return with_baselines(plan, outcomes)
+# ---- what a reader should know
 
 
-def _searched_plan(
-    problem: Problem, found: Search, offered: Sequence[str], planning_s: float
-) -> Plan:
-    if found.assignment is not None and found.predicted is not None:
-        predicted = bounded(found.predicted, found.lower_bound, planning_s)
-        return to_plan(problem, found.assignment, "ilp", predicted)
-    if found.timed_out and not lacks_memory(problem):
-        raise InfeasibleError(
-            f"no plan was found within {planning_s:.0f} s, which does not mean that none fits; "
-            "give a longer --time-limit"
-        )
-    raise infeasible(problem, offered)
+def _planned(
+    run: _Run, space: Space, plan: Plan, outcomes: Sequence[Outcome], found: Search | None = None
+) -> Planned:
+    notes = [*space.notes, *run.solver.notes, *_idle(plan)]
+    effort = f"{space.num_settings} settings"
+    if found is not None:
+        notes += _doubts(found, plan, run.options.gap)
+        effort += f", {found.num_relaxed} relaxed, {found.num_solved} solved in whole layers"
+    return Planned(plan, tuple(outcomes), tuple(notes), effort)
+
+
+def _idle(plan: Plan) -> list[str]:
+    """What the plan leaves out."""
+    idle = Counter((device.type, device.node) for device in plan.cluster.devices())
+    idle.subtract((name, stage.node) for stage in plan.stages for name in stage.devices)
+    names = [f"{f'{n} x ' if n > 1 else ''}{d} on {node}" for (d, node), n in idle.items() if n > 0]
+    why = "only slows the rest, or does not fit"
+    return [f"left out: {', '.join(names)} ({why})"] if names else []
 
 
 def _doubts(found: Search, plan: Plan, gap: float) -> list[str]:
@@ -145,4 +243,4 @@ def _doubts(found: Search, plan: Plan, gap: float) -> list[str]:
     if found.timed_out:
         return [TIMED_OUT]
     reached = plan.predicted.gap if plan.predicted else 0.0
-    return [UNEQUAL] if reached > gap + 1e-6 else []
+    return [LOOSE] if reached > gap + 1e-6 else []

@@ -9,10 +9,14 @@ from rich.table import Table
 
 from llmpq.cluster import GIB, MIB
 from llmpq.plan import Plan, Predicted, PredictedStage, Stage
-from llmpq.planner.baselines import Outcome
+from llmpq.planner.baselines import Outcome, amount, in_bits
+from llmpq.planner.offload import OffloadPlan
+from llmpq.planner.what_if import Change
 
 BAR_WIDTH = 10
 AS_FAST = "as fast"
+SECONDS_PER_HOUR = 3600
+Row = tuple[str, Plan | str, float | None]  # cluster, its plan or why it has none, price per hour
 
 
 def print_report(
@@ -23,6 +27,7 @@ def print_report(
     assert predicted is not None
     console.print(_title(plan))
     console.print(_stage_table(plan, predicted))
+    console.print(_time_table(plan, predicted))
     for line in _summary(plan, predicted, quality_source, limits):
         console.print(line)
     for name, source in _sources(plan, predicted).items():
@@ -35,18 +40,74 @@ def print_outcomes(console: Console, plan: Plan, outcomes: Sequence[Outcome]) ->
     """The baselines beside the plan, and why each loses or cannot run."""
     predicted = plan.predicted
     assert predicted is not None
-    table = Table(title="beside other methods", title_justify="left")
-    for heading, justify in (("method", "left"), ("tokens/s", "right"), ("quality loss", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table = _table(["method"], ["tokens/s", "quality loss"], "beside other methods")
     table.add_column("why", overflow="fold")
     table.add_row(f"[bold]{plan.method}[/]", *_figures(predicted), "this plan")
     for outcome in outcomes:
-        table.add_row(outcome.method, *_figures(outcome.predicted), escape(why(outcome, predicted)))
+        figures = _figures(outcome.offload or outcome.predicted)
+        table.add_row(outcome.method, *figures, escape(why(outcome, predicted)))
     console.print(table)
+
+
+def print_changes(console: Console, plan: Plan, changes: Sequence[Change]) -> None:
+    """What would make the plan faster, and what would not."""
+    predicted = plan.predicted
+    assert predicted is not None
+    table = _table(["change"], ["tokens/s", "gain"], "what would change it")
+    for change in changes:
+        table.add_row(escape(change.text), f"{change.tokens_per_s:.1f}", _gain(change, predicted))
+    console.print(table)
+
+
+def _gain(change: Change, predicted: Predicted) -> str:
+    """A gain that the plan's own gap may explain is no number to rely on."""
+    if change.within_gap:
+        return f"no more than the gap ({100 * predicted.gap:.2f} %)"
+    return f"+{change.gain:.1f} (+{change.gain_percent:.1f} %)"
+
+
+def print_comparison(console: Console, rows: Sequence[Row]) -> None:
+    """The same model and work on several clusters, the fastest first; prices where any has one.
+
+    A price is of an hour, in whichever currency the cluster files use.
+    """
+    priced = any(price is not None for _, _, price in rows)
+    headings = ["tokens/s", "quality loss", "gap"]
+    headings += ["price/h", "tokens per unit of money"] if priced else []
+    table = _table(["cluster"], headings, "the same work on each cluster")
+    table.add_column("", overflow="fold")
+    for name, plan, price in sorted(rows, key=lambda row: -_speed(row[1])):
+        money = _money_cells(plan, price) if priced else []
+        table.add_row(escape(name), *_comparison_cells(plan), *money, _reason(plan))
+    console.print(table)
+
+
+def _speed(plan: Plan | str) -> float:
+    return plan.predicted.tokens_per_s if isinstance(plan, Plan) and plan.predicted else 0.0
+
+
+def _comparison_cells(plan: Plan | str) -> list[str]:
+    predicted = plan.predicted if isinstance(plan, Plan) else None
+    gap = "-" if predicted is None else f"{100 * predicted.gap:.2f} %"
+    return [*_figures(predicted), gap]
+
+
+def _money_cells(plan: Plan | str, price: float | None) -> list[str]:
+    if price is None:
+        return ["-", "-"]
+    tokens = _speed(plan) * SECONDS_PER_HOUR / price
+    return [f"{price:.2f}", f"{tokens:,.0f}" if tokens else "-"]
+
+
+def _reason(plan: Plan | str) -> str:
+    """The first line of why there is no plan."""
+    return escape(plan.partition("\n")[0]) if isinstance(plan, str) else ""
 
 
 def why(outcome: Outcome, ours: Predicted) -> str:
     """Why a baseline loses, cannot run, or does not lose."""
+    if outcome.offload is not None:
+        return f"{_verdict(outcome.offload, ours)}; {_offloading(outcome.offload)}"
     if outcome.predicted is None or outcome.assignment is None:
         return f"cannot run: {outcome.why_not}"
     verdict = _verdict(outcome.predicted, ours)
@@ -54,12 +115,36 @@ def why(outcome: Outcome, ours: Predicted) -> str:
         verdict += ": mixed precision buys nothing here"
     slowest = bottleneck(outcome.predicted, "decode_step_s")
     stage = outcome.assignment.stages[slowest]
-    device = outcome.assignment.setting.devices[slowest].type
-    where = f"slowest in decode: {device}#{slowest} with {run_lengths(stage)}"
+    place = outcome.assignment.setting.places[slowest]
+    count = f"{place.tensor_parallel} x " if place.tensor_parallel > 1 else ""
+    where = f"slowest in decode: {count}{place.type}#{slowest} with {run_lengths(stage)}"
     return "; ".join(part for part in (verdict, outcome.why_not, where) if part)
 
 
-def _verdict(theirs: Predicted, ours: Predicted) -> str:
+def print_offload(console: Console, found: OffloadPlan, notes: Sequence[str]) -> None:
+    """What one device does that keeps the rest in its host's memory."""
+    console.print(f"[bold]flexgen[/]: {escape(_offloading(found))}", highlight=False)
+    console.print(
+        f"[bold]{found.tokens_per_s:.1f} tokens/s[/] predicted: {found.total_s:.2f} s "
+        f"(prefill {found.prefill_s:.2f} s, decode {found.decode_s:.2f} s)"
+    )
+    console.print(
+        f"quality loss {found.quality_loss_percent:.3f} % of perplexity; "
+        f"{amount(found.device_bytes)} on the device, {amount(found.host_bytes)} on its host"
+    )
+    for note in notes:
+        console.print(f"[yellow]note:[/] {escape(note)}")
+
+
+def _offloading(found: OffloadPlan) -> str:
+    held = f"{100 * found.weights_share:.0f} % of weights, {100 * found.cache_share:.0f} % of cache"
+    return (
+        f"one {found.device_type} of {found.node} at {in_bits(found.precision)} holds {held}; "
+        f"{found.batch} requests in flight, micro-batches of {found.micro_batch}"
+    )
+
+
+def _verdict(theirs: Predicted | OffloadPlan, ours: Predicted) -> str:
     ratio = ours.tokens_per_s / theirs.tokens_per_s
     if ratio > 1.005:
         return f"{ratio:.2f}x slower"
@@ -83,41 +168,81 @@ def _title(plan: Plan) -> str:
 
 
 def _stage_table(plan: Plan, predicted: Predicted) -> Table:
-    table = Table()
-    for heading in ("rank", "device", "node", "layers", "precisions", "memory"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("prefill ms", "decode ms"):
-        table.add_column(heading, justify="right")
-    slowest = bottleneck(predicted, "prefill_s"), bottleneck(predicted, "decode_step_s")
-    for stage, times in zip(plan.stages, predicted.stages, strict=True):
-        marks = [" *" if stage.rank == rank else "" for rank in slowest]
-        table.add_row(
-            *_stage_cells(stage),
-            _memory_cell(times),
-            f"{times.prefill_s * 1e3:.2f}{marks[0]}",
-            f"{times.decode_step_s * 1e3:.2f}{marks[1]}",
-        )
+    """What every stage holds; of a stage of several devices, memory is of each."""
+    table = _table(["rank", "device", "node", "layers", "precisions", "memory"], ["free"])
+    for stage, figures in zip(plan.stages, predicted.stages, strict=True):
+        table.add_row(*_stage_cells(stage), _memory_cell(figures), _free(figures))
     return table
+
+
+def _time_table(plan: Plan, predicted: Predicted) -> Table:
+    """How long every stage takes for a micro-batch, and its share of the slowest stage."""
+    table = _table(["rank", "device"], ["prefill ms", "", "decode ms", ""])
+    prefill = _time_cells([stage.prefill_s for stage in predicted.stages])
+    decode = _time_cells([stage.decode_step_s for stage in predicted.stages])
+    for stage, *cells in zip(plan.stages, prefill, decode, strict=True):
+        table.add_row(str(stage.rank), _devices(stage), *cells[0], *cells[1])
+    return table
+
+
+def _table(left: Sequence[str], right: Sequence[str], title: str | None = None) -> Table:
+    """An empty table; columns of text at the left, of numbers at the right."""
+    table = Table(title=title, title_justify="left")
+    for heading in left:
+        table.add_column(heading, overflow="fold")
+    for heading in right:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _time_cells(seconds: Sequence[float]) -> list[tuple[str, str]]:
+    """Milliseconds with a mark at the slowest, and a bar, for every stage."""
+    slowest = max(seconds)
+    at = seconds.index(slowest)
+    return [
+        (f"{s * 1e3:.2f}{' *' if rank == at else ''}", _bar(s / slowest if slowest else 0.0))
+        for rank, s in enumerate(seconds)
+    ]
+
+
+def _bar(share: float) -> str:
+    full = min(BAR_WIDTH, round(share * BAR_WIDTH))
+    return "#" * full + "." * (BAR_WIDTH - full)
 
 
 def _stage_cells(stage: Stage) -> list[str]:
     layers = f"{stage.first_layer}-{stage.end_layer - 1}"
-    device, node = escape(stage.devices[0]), escape(stage.node)
-    return [str(stage.rank), device, node, layers, run_lengths(stage.precisions)]
+    return [
+        str(stage.rank),
+        _devices(stage),
+        escape(stage.node),
+        layers,
+        run_lengths(stage.precisions),
+    ]
+
+
+def _devices(stage: Stage) -> str:
+    """The stage's device, or "4 x a100-40g" where it has several."""
+    count = f"{stage.tensor_parallel} x " if stage.tensor_parallel > 1 else ""
+    return count + escape(stage.devices[0])
 
 
 def _memory_cell(stage: PredictedStage) -> str:
     used, cap = stage.peak_memory_bytes, stage.memory_capacity_bytes
-    share = used / cap if cap else 2.0
-    full = min(BAR_WIDTH, round(share * BAR_WIDTH))
-    bar = "#" * full + "." * (BAR_WIDTH - full)
-    text = f"{bar} {_of(used, cap)}"
+    unit, size = _unit(cap)
+    text = f"{_bar(used / cap if cap else 2.0)} {used / size:.2f}/{cap / size:.2f} {unit}"
     return f"[red]{text}[/]" if used > cap else text
 
 
-def _of(used: int, cap: int) -> str:
-    unit, size = ("GiB", GIB) if cap >= GIB else ("MiB", MIB)
-    return f"{used / size:.2f}/{cap / size:.2f} {unit}"
+def _free(stage: PredictedStage) -> str:
+    """What is left of a device's memory; below zero: what is short."""
+    unit, size = _unit(stage.memory_capacity_bytes)
+    left = (stage.memory_capacity_bytes - stage.peak_memory_bytes) / size
+    return f"{left:.2f} {unit}" if left >= 0 else f"[red]{left:.2f} {unit}[/]"
+
+
+def _unit(cap: int) -> tuple[str, int]:
+    return ("GiB", GIB) if cap >= GIB else ("MiB", MIB)
 
 
 def _summary(plan: Plan, predicted: Predicted, quality_source: str, limits: str) -> list[str]:
@@ -145,7 +270,7 @@ def _bound(predicted: Predicted) -> str:
 
 
 def _name(plan: Plan, rank: int) -> str:
-    return f"{escape(plan.stages[rank].devices[0])}#{rank}"
+    return f"{_devices(plan.stages[rank])}#{rank}"
 
 
 def _sources(plan: Plan, predicted: Predicted) -> dict[str, str]:
@@ -153,7 +278,7 @@ def _sources(plan: Plan, predicted: Predicted) -> dict[str, str]:
     return {stage.devices[0]: times.provenance for stage, times in pairs}
 
 
-def _figures(predicted: Predicted | None) -> list[str]:
+def _figures(predicted: Predicted | OffloadPlan | None) -> list[str]:
     if predicted is None:
         return ["-", "-"]
     return [f"{predicted.tokens_per_s:.1f}", f"{predicted.quality_loss_percent:.3f} %"]

@@ -1,52 +1,48 @@
-"""The outer search: orders of the devices, requests in flight, micro-batches of both phases.
+"""Branch and bound over everything: which devices, order, tensor parallelism, sizes, layers.
 
-Every setting waits in one queue by its lower bound. The best one is taken: its bound is made
-tighter (closed form, then linear relaxation) or, where it is the relaxation's already, its integer
-programme is solved for plans that beat the best one by the gap. It ends where the best bound left
-is within the gap of the best plan, or at the time limit; the bound it returns holds in either case
-over all settings that were searched.
-
-A plan may leave devices out: of up to `MAX_FREE` devices any, above that all equal devices of a
-node or none of them (beyond `MAX_KINDS` kinds: one kind, or all kinds but one).
-Up to `MAX_SINGLE` devices, every distinct order is searched; above, equal devices of a node stay
-side by side; never more than `MAX_ORDERS` orders of all devices, and as many of fewer devices.
-`Space.notes` says so. Settings that the time limit left out count in no bound: there is none then.
+Four levels, each with a tighter bound than the one above, wait in one queue by their bounds:
+1. a mix of places with a batch and a pair of micro-batches: `pool`, array arithmetic;
+2. the same with first and last place: the linear relaxation of `counts.build`;
+3. the same solved in whole layers, for any order between the ends. Its counts make a plan;
+   where layers differ in sensitivity, where stages begin and end was ignored so far, so
+4. each order, solved exactly by `counts.build_exact`.
+The least bound is taken each time. The search ends where it is within the gap of the best plan,
+or at the time limit; the bound it returns holds for every plan of the space, solved or not. What
+space that is, `Space.notes` says. There is a plan from the first solved node on, and before that
+those that other methods offer.
 """
 
 import heapq
 import itertools
 import math
-import random
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmpq.cluster import Device
+from llmpq.model_spec import tensor_parallel_degrees
 from llmpq.plan import Predicted
-from llmpq.planner.baselines import Outcome
+from llmpq.planner import counts, pool
 from llmpq.planner.evaluate import evaluate
-from llmpq.planner.ilp import relaxed_bound, solve
+from llmpq.planner.exact import build as build_whole
+from llmpq.planner.exact import realised, solve
+from llmpq.planner.layouts import Mix, canonical, ends, mixes, orders
 from llmpq.planner.problem import (
     Assignment,
     Instance,
+    Place,
     Problem,
     Setting,
+    Sizes,
     make_instance,
     to_assignment,
 )
+from llmpq.planner.solver import Solver
 
-T = TypeVar("T")
-
-MAX_FREE = 4
-MAX_KINDS = 8
-MAX_SINGLE = 6
-MAX_ORDERS = 720
-AUTO_BATCHES = (8, 16, 32, 64)
+AUTO_BATCHES = (8, 16, 32, 64, 128, 256, 512)
+MOST_SMALLEST = 16
+POLISH_S = 0.1  # at most, to make a plan of counts better by moves
 
 
 @dataclass(frozen=True)
@@ -59,14 +55,139 @@ class Progress:
     phase: str = "settings"
 
 
+@dataclass
+class Tables:
+    """The bounds of all pairs of micro-batches of a mix and batch; they only ever rise."""
+
+    mix: Mix
+    sizes: Sizes
+    pool: pool.Pool
+    bounds: np.ndarray  # [P, Q]
+
+
 @dataclass(frozen=True)
 class Space:
-    """The settings to search with their bounds (infinity: hopeless), the least bound first."""
+    """What there is to search. `num_left_out`: mixes and batches that there was no time for."""
 
-    settings: list[Setting]
-    bounds: list[float]
+    tables: list[Tables]
     num_left_out: int
     notes: list[str]
+
+    @property
+    def num_settings(self) -> int:
+        """Pairs of micro-batches over all mixes and batches."""
+        return sum(table.bounds.size for table in self.tables)
+
+    def pairs(self) -> list[tuple[float, Tables, tuple[int, int]]]:
+        """Every pair that may be feasible, the least bound first."""
+        found = [
+            (float(bound), table, (int(p), int(q)))
+            for table in self.tables
+            for (p, q), bound in np.ndenumerate(table.bounds)
+            if bound < math.inf
+        ]
+        return sorted(found, key=lambda entry: entry[0])
+
+    def settings(self, problem: Problem) -> Iterator[tuple[float, Setting]]:
+        """One order for each pair, first and last place, with its bound; the least first."""
+        for bound, table, pair in self.pairs():
+            for setting in settings_of(problem, table, pair):
+                yield bound, setting
+
+    def smallest(self, problem: Problem) -> list[Setting]:
+        """With the least batch and micro-batches, which take least memory; one for each mix."""
+        least = min((table.sizes.batch for table in self.tables), default=0)
+        tables = [table for table in self.tables if table.sizes.batch == least]
+        return [settings_of(problem, table, (0, 0))[0] for table in tables[:MOST_SMALLEST]]
+
+
+def settings_of(problem: Problem, table: Tables, pair: tuple[int, int]) -> list[Setting]:
+    """The canonical orders of a mix at one pair of micro-batches."""
+    sizes = table.sizes
+    key = ("orders", table.mix)
+    found = problem.once(key, lambda: _canonical_orders(problem, table.mix))
+    return [
+        Setting(order, sizes.batch, sizes.prefill[pair[0]], sizes.decode[pair[1]])
+        for order in found
+    ]
+
+
+def _canonical_orders(problem: Problem, mix: Mix) -> list[tuple[Place, ...]]:
+    return [canonical(mix, *pair) for pair in ends(problem.cluster, mix)]
+
+
+# ---- what there is to search
+
+
+def make_space(
+    problem: Problem,
+    solver: Solver,
+    deadline: float = math.inf,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Space:
+    """Every mix and batch with its bounds; those not reached by `deadline` (monotonic) are not."""
+    degrees = tensor_parallel_degrees(problem.spec, problem.max_tensor_parallel)
+    found, notes = mixes(problem.cluster, degrees, problem.spec.num_layers)
+    todo = [(mix, sizes) for sizes in all_sizes(problem) for mix in found]
+    tables: list[Tables] = []
+    best = (0, 0)
+    for index, (mix, sizes) in enumerate(todo):
+        if time.monotonic() > deadline:
+            notes = [
+                *notes,
+                f"the time limit left out {len(todo) - index} of {len(todo)} ways to "
+                "use the devices",
+            ]
+            return Space(tables, len(todo) - index, notes)
+        table = make_tables(problem, mix, sizes, best, solver)
+        place = int(table.bounds.argmin())
+        best = divmod(place, table.bounds.shape[1])
+        tables.append(table)
+        if index % 64 == 0:
+            progress(Progress(index, len(todo), 0.0, "ways to use the devices"))
+    return Space(tables, 0, notes)
+
+
+def make_tables(
+    problem: Problem, mix: Mix, sizes: Sizes, near: tuple[int, int], solver: Solver
+) -> Tables:
+    """Bounds from one linear programme, at a pair of micro-batches `near` the best."""
+    arrays = pool.make_pool(problem, mix, sizes)
+    hopeless = pool.is_hopeless(arrays)
+    bounds = np.where(hopeless, math.inf, 0.0)
+    if not hopeless.all():
+        free = np.argwhere(~hopeless)
+        pair = free[np.abs(free - np.array(near)).sum(axis=1).argmin()]
+        value, prices = pool.relaxed(arrays, int(pair[0]), int(pair[1]), solver)
+        if prices is not None:
+            bounds = np.maximum(bounds, pool.bounds(arrays, prices))
+        else:
+            bounds[tuple(pair)] = value
+    return Tables(mix, sizes, arrays, bounds)
+
+
+def all_sizes(problem: Problem) -> list[Sizes]:
+    """Every batch with its micro-batches."""
+    return [
+        Sizes(batch, micro_batch_options(batch), micro_batch_options(batch))
+        for batch in batch_options(problem)
+    ]
+
+
+def batch_options(problem: Problem) -> list[int]:
+    """Requests in flight that are tried."""
+    count = len(problem.lengths)
+    if problem.workload.batch != "auto":
+        return [min(problem.workload.batch, count)]
+    return sorted({min(batch, count) for batch in AUTO_BATCHES})
+
+
+def micro_batch_options(batch: int) -> tuple[int, ...]:
+    """Powers of two up to the batch, and the batch itself."""
+    return tuple(sorted({2**k for k in range(batch.bit_length())} | {batch}))
+
+
+# ---- the search
 
 
 @dataclass
@@ -76,13 +197,16 @@ class Search:
     problem: Problem
     gap: float
     deadline: float
+    solver: Solver
+    plain: bool = False  # every order by the plain programme, for reference
     assignment: Assignment | None = None
     predicted: Predicted | None = None
-    lower_bound: float = math.inf
-    num_settings: int = 0
+    closed: float = math.inf  # no plan of what was dealt with is below this, but the best one
+    num_relaxed: int = 0
     num_solved: int = 0
-    dive_at: float = math.inf
     timed_out: bool = False
+    queue: list["Entry"] = field(default_factory=list)
+    serial: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def best(self) -> float:
@@ -99,6 +223,23 @@ class Search:
         """Until the time limit."""
         return self.deadline - time.monotonic()
 
+    @property
+    def lower_bound(self) -> float:
+        """No plan of the space is below it."""
+        still_open = self.queue[0].bound if self.queue else math.inf
+        return min(self.closed, self.best, still_open)
+
+    def push(self, bound: float, node: "Node") -> None:
+        """Leaves a node for later; one that is no better than the target is done."""
+        if bound >= self.target:
+            self.close(bound)
+        else:
+            heapq.heappush(self.queue, Entry(bound, -node.level, next(self.serial), node))
+
+    def close(self, bound: float) -> None:
+        """A node is done: nothing in it is below `bound`."""
+        self.closed = min(self.closed, bound)
+
     def offer(self, assignment: Assignment) -> None:
         """Keeps an assignment if it is the best."""
         predicted = evaluate(self.problem, assignment)
@@ -106,244 +247,166 @@ class Search:
             self.assignment, self.predicted = assignment, predicted
 
 
+@dataclass(frozen=True, order=True)
+class Entry:
+    """A node in the queue: the least bound first, then the deepest, then the oldest."""
+
+    bound: float
+    depth: int
+    serial: int
+    node: "Node" = field(compare=False)
+
+
+class Node:
+    """A part of the space with a bound."""
+
+    level = 0
+
+    def work(self, state: Search, bound: float) -> None:
+        """Makes the bound tighter, cuts the node into smaller ones, or solves it."""
+        raise NotImplementedError
+
+
 def search(
     problem: Problem,
     space: Space,
+    solver: Solver,
     *,
     gap: float,
     deadline: float,
-    seeds: Sequence[Outcome] = (),
+    seeds: Sequence[Assignment] = (),
+    plain: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Search:
-    """The best assignment over all settings of a space. `seeds`: plans to start from."""
-    state = Search(problem, gap, deadline, num_settings=len(space.settings))
+    """The best assignment of a space. `seeds`: plans within the budget to start from."""
+    state = Search(problem, gap, deadline, solver, plain)
     for seed in seeds:
-        if seed.assignment is not None and seed.within_budget:
-            state.offer(seed.assignment)
-    queue = _queue(space)
-    state.dive_at = time.monotonic() + state.seconds_left / 2
-    while queue and queue[0][0] < state.target:
+        state.offer(seed)
+    for bound, table, pair in space.pairs():
+        state.push(bound, PairNode(table, pair))
+    total = space.num_settings
+    while state.queue and state.queue[0].bound < state.target:
         if state.seconds_left <= 0:
             state.timed_out = True
             break
-        _step(state, queue)
-        progress(_progress(state, queue))
-    still_open = min((entry[0] for entry in queue), default=math.inf)
-    state.lower_bound = min(state.lower_bound, state.best, still_open)
+        entry = heapq.heappop(state.queue)
+        entry.node.work(state, entry.bound)
+        progress(Progress(total - len(state.queue), total, _speed(state)))
     if space.num_left_out:
-        state.lower_bound = 0.0
+        state.closed = 0.0
         state.timed_out = True
     return state
 
 
-Entry = tuple[
-    float, int, int, Setting, bool
-]  # bound, tie-breakers, setting, is it the relaxation's
+def _speed(state: Search) -> float:
+    return state.predicted.tokens_per_s if state.predicted else 0.0
 
 
-def _queue(space: Space) -> list[Entry]:
-    """Sorted by bound, and so a heap."""
-    pairs = enumerate(zip(space.bounds, space.settings, strict=True))
-    return [(bound, 0, i, setting, False) for i, (bound, setting) in pairs if bound < math.inf]
+@dataclass(frozen=True)
+class PairNode(Node):
+    """Level 1: a mix, a batch, a pair of micro-batches. `tight`: by its own programme."""
+
+    table: Tables
+    pair: tuple[int, int]
+    tight: bool = False
+    level = 1
+
+    def work(self, state: Search, bound: float) -> None:
+        """Its own linear programme, which tells on the other pairs of the mix; then its ends."""
+        known = float(self.table.bounds[self.pair])
+        if known > bound:
+            state.push(known, self)
+        elif not self.tight:
+            state.push(max(bound, self._tightened(state)), PairNode(self.table, self.pair, True))
+        else:
+            for setting in settings_of(state.problem, self.table, self.pair):
+                state.push(bound, EndsNode(setting))
+
+    def _tightened(self, state: Search) -> float:
+        table, arrays = self.table, self.table.pool
+        state.num_relaxed += 1
+        value, prices = pool.relaxed(arrays, *self.pair, state.solver)
+        if prices is not None:
+            table.bounds = np.maximum(table.bounds, pool.bounds(arrays, prices))
+        return value
 
 
-def _step(state: Search, queue: list[Entry]) -> None:
-    """Tightens or solves the setting of the least bound."""
-    bound, _, index, setting, relaxed = heapq.heappop(queue)
-    instance = make_instance(state.problem, setting)
-    if not relaxed:
-        bound = max(bound, relaxed_bound(instance, state.seconds_left))
-        if bound < math.inf:
-            heapq.heappush(queue, (bound, -1, index, setting, True))
-        if time.monotonic() > state.dive_at:
-            _dive(state, queue)
-        return
-    cutoff = state.target
-    found = solve(instance, gap=state.gap / 2, time_limit=state.seconds_left, cutoff=cutoff)
-    state.num_solved += 1
-    if found.choice is not None:
-        state.offer(to_assignment(state.problem, setting, found.choice))
-    state.timed_out |= found.status in ("feasible", "unknown")
-    closed = cutoff if found.status == "infeasible" else max(bound, min(found.bound, cutoff))
-    state.lower_bound = min(state.lower_bound, closed)
+@dataclass(frozen=True)
+class EndsNode(Node):
+    """Levels 2 and 3: first and last place are known, and an order with them."""
+
+    setting: Setting
+    tight: bool = False
+    level = 2
+
+    def work(self, state: Search, bound: float) -> None:
+        """Its linear relaxation; then whole layers, which make a plan."""
+        instance = make_instance(state.problem, self.setting)
+        if not self.tight:
+            state.num_relaxed += 1
+            answer = state.solver.relaxed(counts.build(instance, any_order=True))
+            state.push(max(bound, answer.objective), EndsNode(self.setting, True))
+            return
+        if state.plain:
+            self._open_orders(state, bound)
+            return
+        cutoff = state.target
+        programme = counts.build(instance, cutoff, any_order=True)
+        answer = state.solver.integers(programme, gap=state.gap / 2, time_limit=state.seconds_left)
+        state.num_solved += 1
+        if answer.status == "infeasible":
+            state.close(cutoff)
+            return
+        bound = max(bound, min(answer.bound, cutoff))
+        if answer.x is not None:
+            self._offer(state, instance, counts.counts_of(instance, answer.x))
+        self._open_orders(state, bound)
+
+    def _offer(self, state: Search, instance: Instance, held: np.ndarray) -> None:
+        choice = realised(instance, held, min(state.seconds_left, POLISH_S))
+        if choice is not None:
+            state.offer(to_assignment(state.problem, self.setting, choice))
+
+    def _open_orders(self, state: Search, bound: float) -> None:
+        if bound >= state.target:
+            state.close(bound)
+            return
+        found, complete = orders(self.setting.places)
+        for order in found:
+            sizes = self.setting.prefill_micro_batch, self.setting.decode_micro_batch
+            state.push(bound, OrderNode(Setting(order, self.setting.batch, *sizes)))
+        if not complete:
+            state.close(bound)
 
 
-def _dive(state: Search, queue: list[Entry]) -> None:
-    """Half the time went into bounds: half of the rest looks for a plan where the bound is least.
+@dataclass(frozen=True)
+class OrderNode(Node):
+    """Level 4: everything but the layers is known."""
 
-    The setting stays in the queue: what the solver learned of its bound is not used.
-    """
-    relaxed = [entry for entry in queue if entry[4] and entry[0] < state.target]
-    if relaxed:
-        setting, limit = min(relaxed)[3], state.seconds_left / 2
-        instance = make_instance(state.problem, setting)
-        found = solve(instance, gap=state.gap, time_limit=limit, cutoff=state.target)
+    setting: Setting
+    tight: bool = False
+    level = 3
+
+    def work(self, state: Search, bound: float) -> None:
+        """Its linear relaxation, then solved."""
+        instance = make_instance(state.problem, self.setting)
+        cutoff = state.target
+        if not self.tight:
+            state.num_relaxed += 1
+            answer = state.solver.relaxed(build_whole(instance))
+            state.push(max(bound, answer.objective), OrderNode(self.setting, True))
+            return
+        found = solve(
+            instance,
+            state.solver,
+            gap=state.gap / 2,
+            time_limit=state.seconds_left,
+            cutoff=cutoff,
+            plain=state.plain,
+        )
+        state.num_solved += 1
         if found.choice is not None:
-            state.offer(to_assignment(state.problem, setting, found.choice))
-    state.dive_at = time.monotonic() + state.seconds_left / 2
-
-
-def _progress(state: Search, queue: list[Entry]) -> Progress:
-    open_settings = sum(entry[0] < state.target for entry in queue)
-    speed = state.predicted.tokens_per_s if state.predicted else 0.0
-    return Progress(state.num_settings - open_settings, state.num_settings, speed)
-
-
-def simple_bound(instance: Instance) -> float:
-    """Seconds that no choice is below: every layer at its fastest, work spread without remainder.
-
-    Layers c_j >= 0 with sum c_j = L and c_j t_j <= M give M >= L / sum_j 1 / t_j.
-    """
-    once = instance.layer.prefill_once.min() * instance.num_layers
-    once += instance.fixed.prefill_once.sum() + instance.link.prefill_once
-    loop = instance.layer.decode_once.min() * instance.num_layers
-    loop += instance.fixed.decode_once.sum() + instance.link.decode_once
-    rest = max(_spread(instance, instance.layer.prefill_rest), float(instance.link.prefill_rest))
-    every = _spread(instance, instance.layer.decode_every)
-    return float(once) + rest + max(float(loop), every, float(instance.link.decode_every))
-
-
-def _spread(instance: Instance, seconds: np.ndarray) -> float:
-    fastest = seconds.min(axis=1)
-    return 0.0 if (fastest <= 0).any() else instance.num_layers / float((1 / fastest).sum())
-
-
-def is_hopeless(instance: Instance) -> bool:
-    """Memory: not even the smallest option lets all layers on the devices, one each at least."""
-    if instance.num_layers < instance.num_devices:
-        return True
-    held = most_layers(instance)
-    return bool((held < 1).any() or held.sum() < instance.num_layers)
-
-
-def most_layers(instance: Instance) -> np.ndarray:
-    """[N]: how many layers a device holds at its smallest option."""
-    room = instance.capacity * (1 + 1e-9)
-    plain = _held(instance, instance.available & ~instance.packed, room)
-    packed = _held(instance, instance.available & instance.packed, room - instance.unpacked_bytes)
-    return np.maximum(plain, packed)
-
-
-def _held(instance: Instance, options: np.ndarray, room: np.ndarray) -> np.ndarray:
-    least = np.where(options, instance.layer_bytes, np.inf).min(axis=1)
-    return np.maximum(np.floor(room / least), 0.0)
-
-
-# ---- what there is to search
-
-
-def make_settings(
-    problem: Problem,
-    deadline: float = math.inf,
-    progress: Callable[[Progress], None] = lambda _: None,
-) -> Space:
-    """Every setting with its bound; those not reached by `deadline` (monotonic) are left out."""
-    orders, notes = device_orders(problem.cluster.devices(), problem.spec.num_layers)
-    settings = all_settings(problem, orders)
-    random.Random(0).shuffle(settings)  # so that those left out are of all kinds
-    built: list[tuple[float, Setting]] = []
-    for setting in settings:
-        if time.monotonic() > deadline:
-            break
-        built.append((bound_of(make_instance(problem, setting)), setting))
-        if len(built) % 256 == 1:
-            progress(Progress(len(built), len(settings), 0.0, "settings priced"))
-    built.sort(key=lambda pair: pair[0])
-    missed = len(settings) - len(built)
-    if missed:
-        notes.append(f"the time limit left {missed} of {len(settings)} settings out of the search")
-    return Space([s for _, s in built], [bound for bound, _ in built], missed, notes)
-
-
-def bound_of(instance: Instance) -> float:
-    """The simple bound; infinity where memory is hopeless."""
-    return math.inf if is_hopeless(instance) else simple_bound(instance)
-
-
-def all_settings(problem: Problem, orders: Sequence[tuple[Device, ...]]) -> list[Setting]:
-    """Every order with every batch and micro-batch."""
-    return [
-        Setting(order, batch, prefill, decode)
-        for batch in batch_options(problem)
-        for order in orders
-        for prefill in micro_batch_options(batch)
-        for decode in micro_batch_options(batch)
-    ]
-
-
-def batch_options(problem: Problem) -> list[int]:
-    """Requests in flight that are tried."""
-    count = len(problem.lengths)
-    if problem.workload.batch != "auto":
-        return [min(problem.workload.batch, count)]
-    return sorted({min(batch, count) for batch in AUTO_BATCHES})
-
-
-def micro_batch_options(batch: int) -> list[int]:
-    """Powers of two up to the batch, and the batch itself."""
-    return sorted({2**k for k in range(batch.bit_length()) if 2**k <= batch} | {batch})
-
-
-def device_orders(
-    devices: Sequence[Device], most: int = sys.maxsize
-) -> tuple[list[tuple[Device, ...]], list[str]]:
-    """Distinct orders of at most `most` devices, the most devices first, and what was left out."""
-    parts = [part for part in device_subsets(devices) if part.total() <= most]
-    if not parts:
-        return [], []
-    whole = _orders(parts[0])
-    found = list(itertools.islice(whole, MAX_ORDERS))
-    cut = next(whole, None) is not None
-    fewer = _in_turn([_orders(part) for part in parts[1:]])
-    found += sorted(itertools.islice(fewer, MAX_ORDERS), key=len, reverse=True)
-    cut |= next(fewer, None) is not None
-    notes = [f"only {len(found)} orders of the devices were searched"] if cut else []
-    if parts[0].total() > MAX_SINGLE:
-        notes.append("equal devices of a node are kept side by side: other orders not searched")
-    if len(devices) > MAX_FREE and len(set(devices)) < len(devices):
-        notes.append("plans that use only some of a node's equal devices were not searched")
-    return found, notes
-
-
-def device_subsets(devices: Sequence[Device]) -> list[Counter[Device]]:
-    """What devices a plan may use, the most first: see the module's text."""
-    groups = Counter(devices)
-    if len(devices) <= MAX_FREE:
-        counts = itertools.product(*(range(count + 1) for count in groups.values()))
-        parts = [Counter(dict(zip(groups, count, strict=True))) for count in counts]
-    else:
-        kinds = len(groups)
-        sizes = range(1, kinds + 1) if kinds <= MAX_KINDS else (1, kinds - 1, kinds)
-        kept = itertools.chain.from_iterable(itertools.combinations(groups, n) for n in sizes)
-        parts = [Counter({device: groups[device] for device in some}) for some in kept]
-    return sorted((p for p in parts if p.total()), key=lambda p: p.total(), reverse=True)
-
-
-def _orders(part: Counter[Device]) -> Iterator[tuple[Device, ...]]:
-    """Distinct permutations; of many devices, those that keep equal ones side by side."""
-    if part.total() <= MAX_SINGLE:
-        return _distinct(Counter(part), part.total())
-    permutations = itertools.permutations(device for device, count in part.items() if count)
-    return (tuple(d for group in order for d in [group] * part[group]) for order in permutations)
-
-
-def _in_turn(sources: list[Iterator[T]]) -> Iterator[T]:
-    """One of each source, then the next of each."""
-    while sources:
-        left = []
-        for source in sources:
-            for item in itertools.islice(source, 1):
-                left.append(source)
-                yield item
-        sources = left
-
-
-def _distinct(left: Counter[Device], length: int) -> Iterator[tuple[Device, ...]]:
-    """Permutations of a multiset."""
-    if length == 0:
-        yield ()
-    for device in [d for d, count in left.items() if count]:
-        left[device] -= 1
-        for rest in _distinct(left, length - 1):
-            yield (device, *rest)
-        left[device] += 1
+            state.offer(to_assignment(state.problem, self.setting, found.choice))
+        state.close(
+            cutoff if found.status == "infeasible" else max(bound, min(found.bound, cutoff))
+        )

@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +20,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpq.cli.plan import main
-from llmpq.cluster import Cluster, Device, DeviceGroup, Link
+from llmpq.cluster import Cluster, DeviceGroup, Link
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
-from llmpq.errors import InfeasibleError
 from llmpq.model_spec import ModelSpec, spec_from_config
 from llmpq.plan import Plan, load_plan
-from llmpq.planner import baselines, ilp, search
+from llmpq.planner import baselines, search
 from llmpq.planner.evaluate import evaluate, shortages, to_assignment, to_plan
-from llmpq.planner.explain import infeasible
+from llmpq.planner.exact import solve
+from llmpq.planner.layouts import canonical, ends, mixes, num_devices, num_stages, orders
 from llmpq.planner.planning import Options, make_plan
 from llmpq.planner.problem import (
     Assignment,
     Choice,
     Costs,
     Instance,
+    Place,
     Problem,
     Setting,
+    count_options,
     fits,
     make_instance,
     objective,
+    shortage,
     sum_omega,
 )
 from llmpq.planner.problem import to_assignment as from_choice
+from llmpq.planner.solver import Solver
 from llmpq.profile_data import Profile
 from llmpq.workload import Workload
+from tests.unit.test_exact import random_instance
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -59,57 +65,7 @@ CONFIG: dict[str, Any] = {
 SLOWER = {"16": 1.0, "8": 1.2, "4": 1.5, "3": 1.7}
 
 
-# ---- instances and brute force
-
-
-def random_costs(rng: np.random.Generator, *shape: int) -> Costs:
-    return Costs(*(rng.integers(1, 9, shape).astype(float) for _ in range(4)))
-
-
-def random_instance(seed: int, layers: int, devices: int, options: int) -> Instance:
-    """Small whole numbers; memory and budget are often just enough, or just not."""
-    rng = np.random.default_rng(seed)
-    layer = random_costs(rng, devices, options)
-    if options > 1 and rng.random() < 0.3:
-        missing = rng.integers(devices), rng.integers(options)
-        for name in ("prefill_once", "prefill_rest", "decode_once", "decode_every"):
-            getattr(layer, name)[missing] = math.inf
-    budget = float(rng.integers(0, 4 * layers)) if rng.random() < 0.6 else math.inf
-    return Instance(
-        layer=layer,
-        fixed=random_costs(rng, devices),
-        link=Costs(*(np.array(float(rng.integers(0, 5))) for _ in range(4))),
-        layer_bytes=rng.integers(1, 8, options).astype(float),
-        capacity=rng.integers(-1, 5 * layers, devices).astype(float),
-        unpacked_bytes=float(rng.integers(0, 4)),
-        packed=rng.random(options) < 0.6,
-        omega=rng.integers(0, 6, (layers, options)).astype(float),
-        budget=budget,
-        theta=float(rng.choice([0.0, 0.5, 3.0])),
-    )
-
-
-def all_choices(instance: Instance) -> Iterator[Choice]:
-    layers, devices = instance.num_layers, instance.num_devices
-    for cuts in itertools.combinations(range(1, layers), devices - 1):
-        ends = list(itertools.pairwise((0, *cuts, layers)))
-        for options in itertools.product(range(instance.num_options), repeat=layers):
-            yield tuple(options[a:b] for a, b in ends)
-
-
-def is_allowed(instance: Instance, choice: Choice) -> bool:
-    offered = all(instance.available[j, o] for j, stage in enumerate(choice) for o in stage)
-    return offered and fits(instance, choice)
-
-
-def brute_force(instance: Instance) -> float:
-    values = (
-        objective(instance, choice)
-        for choice in all_choices(instance)
-        if is_allowed(instance, choice) and sum_omega(instance, choice) <= instance.budget
-    )
-    return min(values, default=math.inf)
-
+# ---- other methods on small random instances
 
 INSTANCES = st.builds(
     random_instance,
@@ -120,51 +76,17 @@ INSTANCES = st.builds(
 )
 
 
-@settings(max_examples=80, deadline=None)
-@given(INSTANCES)
-def test_the_programme_agrees_with_brute_force(instance: Instance) -> None:
-    best = brute_force(instance)
-    found = ilp.solve(instance)
-    if math.isinf(best):
-        assert found.status == "infeasible" and found.choice is None
-        return
-    assert found.status == "optimal" and found.choice is not None
-    assert is_allowed(instance, found.choice)
-    assert sum_omega(instance, found.choice) <= instance.budget
-    assert objective(instance, found.choice) == pytest.approx(best)
-    assert found.bound <= best * (1 + 1e-6)
+def all_choices(instance: Instance) -> Iterator[Choice]:
+    layers, stages = instance.num_layers, instance.num_stages
+    for cuts in itertools.combinations(range(1, layers), stages - 1):
+        ends = list(itertools.pairwise((0, *cuts, layers)))
+        for options in itertools.product(range(instance.num_options), repeat=layers):
+            yield tuple(options[a:b] for a, b in ends)
 
 
-@settings(max_examples=60, deadline=None)
-@given(INSTANCES)
-def test_bounds_are_never_above_the_optimum(instance: Instance) -> None:
-    best = brute_force(instance)
-    assert ilp.relaxed_bound(instance) <= best * (1 + 1e-6)
-    if math.isfinite(best):
-        assert not search.is_hopeless(instance)
-        assert search.simple_bound(instance) <= best * (1 + 1e-9)
-
-
-@settings(max_examples=30, deadline=None)
-@given(INSTANCES, st.floats(0.5, 1.5))
-def test_a_cutoff_finds_only_what_is_below_it(instance: Instance, share: float) -> None:
-    best = brute_force(instance)
-    if math.isinf(best):
-        return
-    found = ilp.solve(instance, cutoff=best * share)
-    if share < 0.999:
-        assert found.status == "infeasible"
-    elif share > 1.001:
-        assert found.choice is not None
-        assert objective(instance, found.choice) == pytest.approx(best)
-
-
-def test_a_solve_without_time_is_not_called_infeasible() -> None:
-    instance = random_instance(1, 5, 3, 3)
-    roomy = replace(instance, capacity=np.full(3, 1e6), budget=math.inf)
-    big = replace(roomy, omega=np.random.default_rng(0).random((60, 3)), theta=1.0)
-    found = ilp.solve(big, time_limit=0.01)
-    assert found.status != "infeasible"
+def is_allowed(instance: Instance, choice: Choice) -> bool:
+    offered = all(instance.available[j, o] for j, stage in enumerate(choice) for o in stage)
+    return offered and fits(instance, choice)
 
 
 @settings(max_examples=60, deadline=None)
@@ -183,12 +105,12 @@ def test_adabits_has_the_least_sensitivity_that_memory_allows(instance: Instance
 @given(INSTANCES)
 def test_pipeedge_has_the_least_busy_bottleneck(instance: Instance) -> None:
     option = 0
-    if instance.num_layers < instance.num_devices or not instance.available[:, option].all():
+    if instance.num_layers < instance.num_stages or not instance.available[:, option].all():
         return
 
     def busiest(choice: Choice) -> float:
-        per_layer = instance.busy[:, option]
-        busy = [len(s) * per_layer[j] + instance.fixed_busy[j] for j, s in enumerate(choice)]
+        per_layer = instance.layer.busy[:, option]
+        busy = [len(s) * per_layer[j] + instance.fixed.busy[j] for j, s in enumerate(choice)]
         return max(busy)
 
     uniform = (c for c in all_choices(instance) if {o for s in c for o in s} == {option})
@@ -275,11 +197,21 @@ def make_problem(
 def full_settings(problem: Problem) -> list[Setting]:
     """Those that use all devices."""
     count = len(problem.cluster.devices())
-    return [s for s in search.make_settings(problem).settings if len(s.devices) == count]
+    return [s for s in every_setting(problem) if len(s.places) == count]
+
+
+def every_setting(problem: Problem) -> list[Setting]:
+    """Every order of every mix at every pair of micro-batches."""
+    space = search.make_space(problem, Solver())
+    return [
+        replace(setting, places=order)
+        for _, setting in space.settings(problem)
+        for order in orders(setting.places)[0]
+    ]
 
 
 def all_assignments(problem: Problem) -> Iterator[Assignment]:
-    for setting in search.make_settings(problem).settings:
+    for setting in every_setting(problem):
         for choice in all_choices(make_instance(problem, setting)):
             yield from_choice(problem, setting, choice)
 
@@ -307,11 +239,11 @@ def mixed_lengths() -> tuple[tuple[int, int], ...]:
 
 
 def test_the_instance_never_exceeds_the_exact_time() -> None:
-    """Unequal batches and a smaller last one: a bound; equal ones: the same number."""
+    """Unequal batches and a smaller last one: a bound; equal ones: all but the same number."""
     job = {"prompt_tokens": 8, "new_tokens": 4, "num_requests": 13, "batch": 5}
     mixed = make_problem(1, 1, 1, workload=job | {"lengths": mixed_lengths()})
     equal = make_problem(1, 1, 1)
-    for problem, tolerance in ((mixed, 0.2), (equal, 1e-9)):
+    for problem, tolerance in ((mixed, 0.3), (equal, 1e-3)):
         for setting in full_settings(problem)[::5]:
             instance = make_instance(problem, setting)
             for choice in (((0, 1), (2,), (0,)), ((3,), (1, 1), (0,))):
@@ -326,7 +258,7 @@ def test_instance_memory_is_the_plans_memory() -> None:
     setting = full_settings(problem)[7]
     instance = make_instance(problem, setting)
     for choice in (((0, 0), (0,), (0,)), ((0, 1), (0,), (3,))):
-        short = baselines.shortage(instance, choice)
+        short = shortage(instance, count_options(instance, choice))
         assignment = from_choice(problem, setting, choice)
         predicted = evaluate(problem, assignment)
         exact = [s.peak_memory_bytes - s.memory_capacity_bytes for s in predicted.stages]
@@ -364,26 +296,59 @@ def test_the_time_limit_still_gives_a_plan_and_a_true_bound() -> None:
     assert rushed.plan.predicted.objective >= best.objective * (1 - 1e-9)
 
 
-def test_orders_are_distinct_and_groups_stay_together_in_big_clusters() -> None:
-    t4, v100 = Device("a", "t4-16g", 1), Device("b", "v100-32g", 2)
-    few, notes = search.device_orders([t4] * 3 + [v100])
-    assert len(few) == len(set(few)) and not notes
-    assert [len(order) for order in few] == [4] * 4 + [3] * 4 + [2] * 3 + [1] * 2
-    many, notes = search.device_orders([t4] * 4 + [v100] * 4)
-    assert many == [(t4,) * 4 + (v100,) * 4, (v100,) * 4 + (t4,) * 4, (t4,) * 4, (v100,) * 4]
-    assert "side by side" in notes[0] and "only some of a node's equal devices" in notes[1]
-    for count in (8, 30):
-        each = [Device(str(i), "t4-16g", 1) for i in range(count)]
-        orders, notes = search.device_orders(each)
-        assert search.MAX_ORDERS < len(orders) <= 2 * search.MAX_ORDERS
-        assert {(device,) for device in each} <= set(orders)
-        assert f"only {len(orders)} orders" in notes[0]
+def cluster_of(*nodes: dict[str, int]) -> Cluster:
+    held = [
+        {"name": f"n{i}", "devices": [{"type": t, "count": n} for t, n in node.items()]}
+        for i, node in enumerate(nodes)
+    ]
+    return Cluster.model_validate({"nodes": held})
 
 
-def test_no_order_has_more_devices_than_layers() -> None:
-    t4, v100 = Device("a", "t4-16g", 1), Device("b", "v100-32g", 2)
-    assert {len(o) for o in search.device_orders([t4, t4, v100], 2)[0]} == {1, 2}
-    assert search.device_orders([t4] * 4096, 40) == ([], [])
+def test_every_mix_of_a_small_cluster_is_there_once() -> None:
+    found, notes = mixes(cluster_of({"t4-16g": 3}, {"v100-32g": 1}), (1,), 40)
+    assert not notes and len(found) == len(set(found)) == 4 * 2 - 1
+    joined, notes = mixes(cluster_of({"a100-40g": 4}), (1, 2, 4), 40)
+    cuts = {tuple((p.tensor_parallel, n) for p, n in mix) for mix in joined}
+    assert not notes and cuts == {
+        *{((1, n),) for n in (1, 2, 3, 4)},
+        *{((2, 1),), ((2, 2),), ((2, 1), (1, 1)), ((2, 1), (1, 2)), ((4, 1),)},
+    }
+
+
+def test_nodes_that_are_alike_are_not_told_apart() -> None:
+    found, _ = mixes(cluster_of({"t4-16g": 1}, {"t4-16g": 1}, {"t4-16g": 1}), (1,), 40)
+    assert [num_stages(mix) for mix in found] == [3, 2, 1]
+
+
+def test_what_is_left_out_of_a_large_cluster_is_said() -> None:
+    kinds = ("t4-16g", "v100-32g", "a100-40g", "l4-24g")
+    found, notes = mixes(cluster_of(*({kind: 8} for kind in kinds for _ in range(2))), (1, 2), 80)
+    assert notes and len(found) <= 2000
+    assert max(num_devices(mix) for mix in found) == 64
+    many = cluster_of(*({kind: n} for kind in kinds for n in (1, 2, 3, 5, 6)))
+    few, notes = mixes(many, (1,), 80)
+    assert len(few) == 21 and "at most one kind" in " ".join(notes)
+
+
+def test_no_mix_has_more_stages_than_layers() -> None:
+    found, _ = mixes(cluster_of({"t4-16g": 2, "v100-32g": 1}), (1,), 2)
+    assert {num_stages(mix) for mix in found} == {1, 2}
+    found, _ = mixes(cluster_of({"t4-16g": 4096}), (1,), 40)
+    assert max(num_stages(mix) for mix in found) == 40
+
+
+def test_an_order_crosses_as_few_links_as_can_be() -> None:
+    cluster = cluster_of({"t4-16g": 3}, {"v100-32g": 2}, {"a100-40g": 1})
+    mix = mixes(cluster, (1,), 40)[0][0]
+    for first, last in ends(cluster, mix):
+        order = canonical(mix, first, last)
+        assert Counter(order) == Counter(dict(mix))
+        assert (order[0], order[-1]) == (first, last)
+        crossed = sum(a.node != b.node for a, b in itertools.pairwise(order))
+        assert crossed == (3 if first.node == last.node else 2)
+        others, complete = orders(order)
+        assert order == others[0] and len(set(others)) == len(others)
+        assert complete == (len(others) < 24)
 
 
 @pytest.mark.parametrize("memory", [(2.0, 0.001), (2.0, 2.0)])
@@ -399,46 +364,58 @@ def test_a_device_that_only_hinders_is_left_out(memory: tuple[float, ...]) -> No
     assert all(outcome.feasible for outcome in planned.outcomes)
 
 
-def test_settings_that_the_time_limit_leaves_out_leave_no_bound() -> None:
+def test_what_the_time_limit_leaves_out_leaves_no_bound() -> None:
     problem = make_problem(0.5, 0.4, 0.4, layers=8)
-    space = search.make_settings(problem, deadline=time.monotonic())
-    whole = search.make_settings(problem)
-    assert space.num_left_out == len(whole.settings) - len(space.settings) > 0
-    assert "out of the search" in space.notes[-1] and whole.num_left_out == 0
-    found = search.search(problem, whole, gap=0.01, deadline=time.monotonic() + 20)
+    solver = Solver()
+    none = search.make_space(problem, solver, deadline=time.monotonic())
+    whole = search.make_space(problem, solver)
+    assert none.num_left_out == len(whole.tables) and not none.tables
+    assert "time limit left out" in none.notes[-1] and whole.num_left_out == 0
+    within = time.monotonic() + 60
+    found = search.search(problem, whole, solver, gap=0.01, deadline=within)
     part = replace(whole, num_left_out=1)
-    cut = search.search(problem, part, gap=0.01, deadline=time.monotonic() + 20)
+    cut = search.search(problem, part, solver, gap=0.01, deadline=within)
     assert found.lower_bound > 0 and not found.timed_out
     assert cut.lower_bound == 0 and cut.timed_out
 
 
-def test_many_settings_keep_the_time_limit_and_are_searched() -> None:
-    job = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 64}
-    problem = make_problem(0.5, 0.4, 0.4, 0.4, 0.5, 0.6, layers=8, workload=job)
-    seen = []
-    options = Options(time_limit_s=3, progress=seen.append)
-    start = time.monotonic()
-    planned = make_plan(problem, options, tuple(SLOWER))
-    assert time.monotonic() - start < 30  # far above the limit, far below a whole search
-    assert planned.plan.predicted is not None
-    assert any("left" in note and "out of the search" in note for note in planned.notes)
+def test_a_search_tells_how_far_it_is() -> None:
+    seen: list[search.Progress] = []
+    make_plan(make_problem(0.5, 0.4), Options(progress=seen.append), tuple(SLOWER))
     phases = list(dict.fromkeys(p.phase for p in seen))
-    assert phases == ["settings priced", "settings by other methods", "settings"]
+    assert phases == ["ways to use the devices", "settings", "settings by other methods"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bound_of_a_mix_is_below_every_plan_of_it(seed: int) -> None:
+    """Also with prices from another pair of micro-batches."""
+    rng = np.random.default_rng(seed)
+    memory = rng.uniform(0.35, 0.7, 3)
+    problem = make_problem(*memory, layers=5, percent=float(rng.choice([0.5, 2.0, 30.0])))
+    space = search.make_space(problem, Solver())
+    for table in space.tables:
+        for pair in ((0, 0), (1, 2), (3, 1)):
+            for setting in search.settings_of(problem, table, pair):
+                found = solve(make_instance(problem, setting), Solver())
+                if found.choice is None:
+                    continue
+                plan = evaluate(problem, from_choice(problem, setting, found.choice))
+                assert table.bounds[pair] <= plan.objective * (1 + 1e-9)
 
 
 def test_a_plan_never_takes_a_byte_too_much() -> None:
     """The solver may overstep a row by a millionth; that plan is not taken."""
-    one = Costs(*(np.ones((1, 2)) for _ in range(4)))
+    one = Costs(*(np.ones((1, 2)) for _ in fields(Costs)))
     instance = replace(
         random_instance(1, 1, 1, 2),
         layer=replace(one, prefill_once=np.array([[1.0, 2.0]])),
-        layer_bytes=np.array([1e10 + 1, 1e9]),
+        layer_bytes=np.array([[1e10 + 1, 1e9]]),
         capacity=np.array([1e10]),
         packed=np.array([False, False]),
         omega=np.zeros((1, 2)),
         budget=math.inf,
     )
-    found = ilp.solve(instance)
+    found = solve(instance, Solver())
     assert found.choice == ((1,),) and fits(instance, found.choice)
     assert not fits(instance, ((0,),))
 
@@ -449,16 +426,17 @@ def test_batches_and_micro_batches_that_are_tried() -> None:
     assert search.batch_options(auto) == [8, 16, 32, 48]
     assert search.batch_options(make_problem(1, workload=job | {"batch": 12})) == [12]
     assert search.batch_options(make_problem(1, workload=job | {"num_requests": 3})) == [3]
-    assert search.micro_batch_options(12) == [1, 2, 4, 8, 12]
+    assert search.micro_batch_options(12) == (1, 2, 4, 8, 12)
 
 
 # ---- baselines
 
 
 def outcomes_of(problem: Problem) -> dict[str, baselines.Outcome]:
-    settings_ = search.make_settings(problem).settings
-    never = (math.inf, math.inf)
-    found = baselines.run_baselines(problem, settings_, never, baselines.BASELINES)
+    space = search.make_space(problem, Solver())
+    found = baselines.run_baselines(
+        problem, space.settings(problem), math.inf, baselines.BASELINES, space.smallest(problem)
+    )
     return {outcome.method: outcome for outcome in found}
 
 
@@ -471,7 +449,7 @@ def test_baselines_fit_and_none_beats_the_plan_within_the_budget(
     assert planned.plan.predicted is not None
     for outcome in planned.outcomes:
         if outcome.assignment is None or outcome.predicted is None:
-            assert outcome.why_not
+            assert outcome.why_not or outcome.offload
             continue
         assert not shortages(problem, outcome.assignment)
         if outcome.within_budget:
@@ -513,65 +491,13 @@ def test_a_baseline_over_the_budget_says_so() -> None:
     assert "over the quality budget" in outcome.why_not
 
 
-# ---- nothing fits
-
-
-def why_infeasible(problem: Problem) -> str:
-    return str(infeasible(problem, tuple(SLOWER)))
-
-
-def test_too_little_memory_says_where_how_much_and_a_fix_that_is_enough() -> None:
-    problem = make_problem(0.2, 0.1, layers=8)
-    text = why_infeasible(problem)
-    assert "no plan fits the memory" in text and "at 3 bits" in text
-    missing = re.search(r"the cluster is (\d+\.\d+) MiB short", text)
-    assert missing is not None
-    each = {m[1]: float(m[2]) for m in re.finditer(r"(d\d)#\d on box is (\d+\.\d+) MiB", text)}
-    assert each
-    enough = [0.2 + each.get("d0", 0) + 0.011, 0.1 + each.get("d1", 0) + 0.011]
-    pinned = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 8}
-    wider = make_problem(*enough, layers=8, percent=1e3, workload=pinned)
-    assert make_plan(wider, Options(), tuple(SLOWER)).plan
-
-
-def test_fewer_requests_that_are_offered_do_fit() -> None:
-    job = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 64, "batch": 64}
-    problem = make_problem(0.6, 0.5, layers=4, workload=dict(job), percent=1e3)
-    text = why_infeasible(problem)
-    batch = re.search(r"batch: (\d+)\)", text)
-    assert batch is not None
-    again = make_problem(0.6, 0.5, workload=job | {"batch": int(batch[1])}, percent=1e3)
-    assert make_plan(again, Options(), tuple(SLOWER)).plan
-
-
-def test_a_lower_precision_that_is_offered_does_fit() -> None:
-    problem = replace(make_problem(0.36, 0.3, percent=1e3), precisions=("16",))
-    text = why_infeasible(problem)
-    allowed = re.search(r"--precisions ([\d,]+)", text)
-    assert allowed is not None
-    again = replace(problem, precisions=tuple(allowed[1].split(",")), _known={})
-    assert make_plan(again, Options(), tuple(SLOWER)).plan
-
-
-def test_a_budget_that_is_too_tight_names_the_one_that_works() -> None:
-    problem = make_problem(0.36, 0.3, percent=1e-4)
-    text = why_infeasible(problem)
-    assert "no plan keeps the quality" in text
-    needed = re.search(r"--max-quality-loss ([\d.]+)", text)
-    assert needed is not None
-    again = make_problem(0.36, 0.3, percent=float(needed[1]))
-    assert make_plan(again, Options(), tuple(SLOWER)).plan
-
-
 def test_more_devices_than_layers() -> None:
     problem = make_problem(1, layers=2)
     group = DeviceGroup(type="d0", count=4096)
     node = problem.cluster.nodes[0].model_copy(update={"devices": [group]})
     many = replace(problem, cluster=problem.cluster.model_copy(update={"nodes": [node]}))
-    start = time.monotonic()
-    with pytest.raises(InfeasibleError, match="every device of a plan needs a layer"):
-        make_plan(many, Options(), tuple(SLOWER))
-    assert time.monotonic() - start < 20
+    plan = make_plan(many, Options(), tuple(SLOWER)).plan
+    assert 1 <= len(plan.stages) <= 2
 
 
 # ---- plans as values
@@ -592,8 +518,9 @@ def test_settings_of_one_device_have_no_links() -> None:
     problem = make_problem(2.0)
     plan = make_plan(problem, Options(), tuple(SLOWER)).plan
     assert len(plan.stages) == 1
-    setting = Setting(tuple(problem.cluster.devices()), 8, 1, 8)
-    assert float(make_instance(problem, setting).link.decode_once) == 0
+    device = problem.cluster.devices()[0]
+    setting = Setting((Place(device.node, device.type, device.memory_bytes),), 8, 1, 8)
+    assert not make_instance(problem, setting).link.busy.any()
 
 
 # ---- the command
@@ -635,11 +562,13 @@ def test_plan_report_and_files(files: Path) -> None:
     result = run(files, "-o", str(output), "--baseline-plans", str(folder))
     assert result.exit_code == 0, result.output
     plan = load_plan(output)
-    assert plan.method == "ilp" and plan.predicted is not None
+    assert plan.method == "auto" and plan.predicted is not None
     assert plan.predicted.gap <= 0.1 and plan.predicted.quality_loss_percent <= 1.0
     assert plan.predicted.gap <= 0.005 or "the gap is above the one asked for" in result.output
-    assert {b.method for b in plan.baselines} == set(baselines.BASELINES)
+    assert {b.method for b in plan.baselines} == {*baselines.BASELINES, "flexgen"}
     for outcome in plan.baselines:
+        if outcome.method == "flexgen":
+            continue
         assert (folder / f"{outcome.method}.json").exists() == outcome.feasible
     written = json.loads(output.read_text())
     assert all("why_not" in b and "tokens_per_s" in b for b in written["baselines"])
@@ -759,10 +688,12 @@ BAD_FLAGS = {
     "gap not a number": (["--gap", "nan"], "not a finite number"),
     "budget not a number": (["--max-quality-loss", "nan"], "not a finite number"),
     "infinite budget": (["--max-quality-loss", "inf"], "not a finite number"),
-    "frontier": (["--frontier"], "error: --frontier is not there yet"),
-    "heuristic": (["--method", "heuristic"], "error: --method heuristic is not there yet"),
-    "flexgen": (["--method", "flexgen"], "error: --method flexgen is not there yet"),
-    "gurobi": (["--solver", "gurobi"], "not there yet"),
+    "frontier and theta": (["--frontier", "--theta", "1"], "leave out --theta"),
+    "frontier and evaluate": (["--frontier", "--evaluate", "p.json"], "not both"),
+    "one cluster to compare": (["--compare-clusters", "a.yaml"], "two cluster files or more"),
+    "a stray file": (["a.yaml"], "unexpected a.yaml"),
+    "flexgen to a file": (["--method", "flexgen", "-o", "p.json"], "has no plan file"),
+    "tensor parallelism": (["--tensor-parallel", "many"], "expected off, auto or a number"),
     "unknown method": (["--method", "magic"], "magic"),
 }
 

@@ -1,0 +1,401 @@
+"""The programme of one order over counts: how many layers each stage holds at each option.
+
+Layers cost the same, so seconds and bytes need N x B whole numbers, not L x N x B binaries. Which
+layers get the low precisions is a transport problem: layers of equal sensitivity (G groups) to
+options. `build` ignores where stages begin and end in it, so its optimum is a bound, and exact
+where all layers are equally sensitive. `build_exact` keeps the stages: t[i, j] = 1 where layer i
+lies on stage j or before, and a share z[i, j, b] of layer i on stage j at option b; once counts and
+t are whole, the cheapest z is whole too, as a transport problem's is.
+
+Columns: c[j, b] counts, u[j] = 1: stage j holds a packed option and so an unpacked matrix, T the
+run's seconds, R and S the slowest actor's of prefill and decode, P[j] and E[j] the way of the first
+prefill and the last decode micro-batch down to stage j, U[j] and V[j] the slowest in prefill up to
+stage j and in decode from it on, W the loops of all decode steps but one; then y[g, b] or t and z.
+The chains that T is above are those of `problem.run_seconds`. Rows are scaled to about 1.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from llmpq.planner.problem import Choice, Instance
+from llmpq.planner.solver import Programme
+
+Term = tuple[Any, np.ndarray | float]  # columns, their coefficients
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """Layers of equal sensitivity: `omega` [G, B], how many each group has, each layer's group."""
+
+    omega: np.ndarray
+    sizes: np.ndarray
+    of_layer: np.ndarray
+
+
+def layer_groups(omega: np.ndarray, budget: float, theta: float) -> LayerGroups:
+    """Groups of equal rows of omega [L, B]; one group where omega does not matter."""
+    if theta == 0 and budget == math.inf:
+        layers = len(omega)
+        return LayerGroups(0 * omega[:1], np.array([layers]), np.zeros(layers, dtype=int))
+    rows, inverse, sizes = np.unique(omega, axis=0, return_inverse=True, return_counts=True)
+    return LayerGroups(rows, sizes, inverse.ravel())
+
+
+class Rows:
+    """Rows under way: lower <= sum of terms <= upper."""
+
+    def __init__(self) -> None:
+        self._starts, self._lower, self._upper = [0], [], []  # type: ignore[var-annotated]
+        self._index: list[np.ndarray] = []
+        self._value: list[np.ndarray] = []
+
+    def add(self, lower: float, upper: float, *terms: Term) -> None:
+        """One row."""
+        size = self._starts[-1]
+        for index, value in terms:
+            columns = np.atleast_1d(index).ravel()
+            self._index.append(columns)
+            self._value.append(np.broadcast_to(value, np.shape(index)).ravel())
+            size += len(columns)
+        self._starts.append(size)
+        self._lower.append(lower)
+        self._upper.append(upper)
+
+    def programme(
+        self,
+        cost: np.ndarray,
+        bounds: np.ndarray,
+        integral: np.ndarray,
+        scale: float,
+        constant: float = 0.0,
+    ) -> Programme:
+        """All rows; `bounds` [2, columns]."""
+        return Programme(
+            cost=cost,
+            constant=constant,
+            start=np.array(self._starts, dtype=np.int32),
+            index=np.concatenate(self._index).astype(np.int32),
+            value=np.concatenate(self._value).astype(float),
+            row_lower=np.array(self._lower, dtype=float),
+            row_upper=np.array(self._upper, dtype=float),
+            lower=bounds[0],
+            upper=bounds[1],
+            integral=integral,
+            scale=scale,
+        )
+
+
+class Columns:
+    """Where each variable lies."""
+
+    def __init__(self, instance: Instance) -> None:
+        stages, options = instance.num_stages, instance.num_options
+        self.size = 0
+        self.c = self._take(stages, options)
+        self.u = self._take(stages)
+        self.T, self.R, self.S, self.W = (self._take(1) for _ in range(4))
+        self.P, self.E, self.U, self.V = (self._take(stages) for _ in range(4))
+        self.y = self.t = self.z = np.zeros(0, dtype=int)
+
+    def _take(self, *shape: int) -> np.ndarray:
+        count = math.prod(shape)
+        taken = np.arange(self.size, self.size + count).reshape(shape)
+        self.size += count
+        return taken
+
+    def add_transport(self, groups: int, options: int) -> None:
+        """y."""
+        self.y = self._take(groups, options)
+
+    def add_places(self, layers: int, stages: int, options: int) -> None:
+        """t and z."""
+        self.t = self._take(layers, stages - 1)
+        self.z = self._take(layers, stages, options)
+
+
+def build(instance: Instance, cutoff: float = math.inf, any_order: bool = False) -> Programme:
+    """Counts alone. `any_order`: holds for every order of the stages between the ends."""
+    columns = Columns(instance)
+    groups = layer_groups(instance.omega, instance.budget, instance.theta)
+    if len(groups.sizes) > 1:
+        columns.add_transport(len(groups.sizes), instance.num_options)
+    rows, scale = Rows(), typical_seconds(instance)
+    _common(rows, columns, instance, scale, any_order)
+    cost = np.zeros(columns.size)
+    cost[columns.T] = 1.0
+    if len(groups.sizes) > 1:
+        _transport(rows, columns, instance, groups)
+        _price(rows, cost, instance, columns.y, groups.omega, scale)
+    else:
+        omega = np.broadcast_to(groups.omega, columns.c.shape)
+        _price(rows, cost, instance, columns.c, omega, scale)
+    if any_order:
+        _tell_twins_apart(rows, columns, instance)
+    return _finished(rows, columns, instance, cost, cutoff, scale)
+
+
+def build_exact(instance: Instance, cutoff: float = math.inf) -> Programme:
+    """Counts, and which stage each layer lies on."""
+    columns = Columns(instance)
+    columns.add_places(instance.num_layers, instance.num_stages, instance.num_options)
+    rows, scale = Rows(), typical_seconds(instance)
+    _common(rows, columns, instance, scale)
+    cost = np.zeros(columns.size)
+    cost[columns.T] = 1.0
+    _places(rows, columns, instance)
+    omega = np.broadcast_to(instance.omega[:, None, :], columns.z.shape)
+    _price(rows, cost, instance, columns.z, omega, scale)
+    return _finished(rows, columns, instance, cost, cutoff, scale)
+
+
+def build_plain(instance: Instance, cutoff: float = math.inf) -> Programme:
+    """The same as the papers have it: a binary for every layer, stage and option, for reference."""
+    programme = build_exact(instance, cutoff)
+    layout = Columns(instance)
+    layout.add_places(instance.num_layers, instance.num_stages, instance.num_options)
+    integral = np.zeros_like(programme.integral)
+    integral[layout.u] = integral[layout.z] = True
+    return replace(programme, integral=integral)
+
+
+def counts_of(instance: Instance, x: np.ndarray) -> np.ndarray:
+    """[N, B] from a solution of either programme."""
+    size = instance.num_stages * instance.num_options
+    return np.round(x[:size]).astype(int).reshape(instance.num_stages, instance.num_options)
+
+
+def choice_of(instance: Instance, x: np.ndarray) -> Choice:
+    """The options of every stage's layers from a solution of `build_exact`."""
+    columns = Columns(instance)
+    columns.add_places(instance.num_layers, instance.num_stages, instance.num_options)
+    held = x[columns.z].reshape(instance.num_layers, -1).argmax(axis=1)
+    stage, option = np.divmod(held, instance.num_options)
+    return tuple(tuple(int(o) for o in option[stage == j]) for j in range(instance.num_stages))
+
+
+def typical_seconds(instance: Instance) -> float:
+    """The unit of seconds in a programme."""
+    busy = instance.layer.busy
+    finite = busy[np.isfinite(busy)]
+    return (instance.num_layers * float(finite.mean()) if finite.size else 0.0) or 1.0
+
+
+def most_packed(instance: Instance) -> np.ndarray:
+    """[N]: how many packed layers a stage holds at most."""
+    offered = instance.available & instance.packed
+    least = np.where(offered, instance.layer_bytes, np.inf).min(axis=1)
+    room = instance.capacity * (1 + 1e-9) - instance.unpacked_bytes
+    return np.clip(np.floor(room / least), 0, instance.num_layers)
+
+
+def most_layers(instance: Instance) -> np.ndarray:
+    """[N]: how many layers a stage holds at most, at its smallest options."""
+    offered = instance.available & ~instance.packed
+    least = np.where(offered, instance.layer_bytes, np.inf).min(axis=1)
+    plain = np.clip(np.floor(instance.capacity * (1 + 1e-9) / least), 0, instance.num_layers)
+    return np.maximum(plain, most_packed(instance))
+
+
+# ---- blocks of rows
+
+
+def _common(
+    rows: Rows, columns: Columns, instance: Instance, scale: float, any_order: bool = False
+) -> None:
+    rows.add(instance.num_layers, instance.num_layers, (columns.c, 1.0))
+    for j in range(instance.num_stages):
+        rows.add(1, math.inf, (columns.c[j], 1.0))
+    _memory(rows, columns, instance)
+    _ways_down(rows, columns, instance, scale)
+    _slowest(rows, columns, instance, scale)
+    _chains(rows, columns, instance, scale, any_order)
+
+
+def _memory(rows: Rows, columns: Columns, instance: Instance) -> None:
+    most = most_packed(instance)
+    for j, capacity in enumerate(instance.capacity):
+        unit = max(capacity, 1.0)
+        bytes_of = columns.c[j], instance.layer_bytes[j] / unit
+        unpacked = columns.u[j], instance.unpacked_bytes[j] / unit
+        rows.add(-math.inf, capacity / unit, bytes_of, unpacked)
+        rows.add(-math.inf, 0, (columns.c[j][instance.packed], 1.0), (columns.u[j], -most[j]))
+
+
+def _ways_down(rows: Rows, columns: Columns, instance: Instance, scale: float) -> None:
+    """P[j] = P[j - 1] + link + stage, E alike, W over all stages."""
+    layer, fixed, link = instance.layer, instance.fixed, instance.link
+    ways = (
+        (columns.P, layer.prefill_once, fixed.prefill_once, link.prefill_once),
+        (columns.E, layer.step_last, fixed.step_last, link.step_last),
+    )
+    for way, each, beside, hop in ways:
+        for j in range(instance.num_stages):
+            constant = (beside[j] + (hop[j - 1] if j else 0.0)) / scale
+            before = [(way[j - 1], -1.0)] if j else []
+            held = columns.c[j], -_finite(each[j]) / scale
+            rows.add(constant, constant, (way[j], 1.0), *before, held)
+    loops = (fixed.later_once.sum() + link.later_once.sum()) / scale
+    rows.add(loops, loops, (columns.W, 1.0), (columns.c, -_finite(layer.later_once) / scale))
+
+
+def _slowest(rows: Rows, columns: Columns, instance: Instance, scale: float) -> None:
+    """R and S are at least every stage's; those of links are bounds."""
+    layer, fixed = instance.layer, instance.fixed
+    for j in range(instance.num_stages):
+        held = columns.c[j], -_finite(layer.prefill_rest[j]) / scale
+        rows.add(fixed.prefill_rest[j] / scale, math.inf, (columns.R, 1.0), held)
+        after = instance.overlap.after * _finite(layer.step_others[j])
+        after_fixed = instance.overlap.after * fixed.step_others[j]
+        held = columns.c[j], -(_finite(layer.later_every[j]) + after) / scale
+        constant = (fixed.later_every[j] + after_fixed) / scale
+        rows.add(constant, math.inf, (columns.S, 1.0), held)
+        if instance.overlap.after or j == 0:
+            loop: list[Term] = [(columns.W, -1.0), (columns.c[j], -after / scale)]
+            rows.add(after_fixed / scale, math.inf, (columns.S, 1.0), *loop)
+
+
+def _chains(
+    rows: Rows, columns: Columns, instance: Instance, scale: float, any_order: bool
+) -> None:
+    """T is at least every chain; in any order, those that stay at the ends of the pipeline."""
+    layer, fixed, link = instance.layer, instance.fixed, instance.link
+    run, prefill, step = (columns.T, 1.0), (columns.P[-1], -1.0), (columns.E[-1], -1.0)
+    back, waits = link.step_last[-1] / scale, (columns.R, -instance.overlap.waits)
+    tail = columns.c[-1], -_finite(layer.prefill_tail[-1]) / scale
+    constant = back + fixed.prefill_tail[-1] / scale
+    rows.add(constant, math.inf, run, prefill, (columns.R, -1.0), tail, step, (columns.S, -1.0))
+    others = _finite(layer.step_others)
+    stay = _finite(layer.decode_every) - _finite(layer.step_last)
+    stay_fixed = fixed.decode_every - fixed.step_last
+    for j in range(instance.num_stages):
+        held = columns.c[j], -others[j] / scale
+        constant = fixed.step_others[j] / scale + back
+        rows.add(constant, math.inf, run, prefill, waits, step, (columns.W, -1.0), held)
+        held = columns.c[j], -stay[j] / scale
+        constant = stay_fixed[j] / scale
+        rows.add(constant + back, math.inf, run, prefill, waits, step, held)
+        rows.add(constant, math.inf, (columns.V[0 if any_order else j], 1.0), held)
+    _stays(rows, columns, instance, scale, any_order)
+
+
+def _stays(rows: Rows, columns: Columns, instance: Instance, scale: float, any_order: bool) -> None:
+    """U[j]: the slowest in prefill up to stage j; V[j]: the slowest in decode from it on."""
+    link, last = instance.link, instance.num_stages - 1
+    layer, fixed = instance.layer, instance.fixed
+    for j in range(last + 1):
+        held = columns.c[j], -_finite(layer.prefill_rest[j]) / scale
+        if any_order and 0 < j < last:
+            continue
+        rows.add(fixed.prefill_rest[j] / scale, math.inf, (columns.U[j], 1.0), held)
+        if any_order and 0 < j == last:
+            rows.add(0, math.inf, (columns.U[j], 1.0), (columns.R, -1.0))
+            _stay_at_the_end(rows, columns, instance, scale)
+            continue
+        if not any_order and j > 0:
+            rows.add(0, math.inf, (columns.U[j], 1.0), (columns.U[j - 1], -1.0))
+            rows.add(0, math.inf, (columns.V[j - 1], 1.0), (columns.V[j], -1.0))
+        before: list[Term] = [(columns.E[j - 1], 1.0)] if j else []
+        hop = link.step_last[j - 1] if j else 0.0
+        chain = [(columns.P[j], -1.0), (columns.U[j], -1.0), (columns.V[j], -1.0)]
+        constant = (link.step_last[-1] - hop) / scale
+        rows.add(constant, math.inf, (columns.T, 1.0), *chain, (columns.E[-1], -1.0), *before)
+
+
+def _stay_at_the_end(rows: Rows, columns: Columns, instance: Instance, scale: float) -> None:
+    """All of the last stage's decode after the slowest prefill of any."""
+    held = columns.c[-1], -_finite(instance.layer.decode_every[-1]) / scale
+    constant = (instance.fixed.decode_every[-1] + instance.link.step_last[-1]) / scale
+    chain = [(columns.P[-1], -1.0), (columns.U[-1], -1.0)]
+    rows.add(constant, math.inf, (columns.T, 1.0), *chain, held)
+
+
+def _transport(rows: Rows, columns: Columns, instance: Instance, groups: LayerGroups) -> None:
+    for g, size in enumerate(groups.sizes):
+        rows.add(size, size, (columns.y[g], 1.0))
+    for b in range(instance.num_options):
+        rows.add(0, 0, (columns.y[:, b], 1.0), (columns.c[:, b], -1.0))
+
+
+def _places(rows: Rows, columns: Columns, instance: Instance) -> None:
+    """Layers lie on stages in order, and each stage's as its counts say."""
+    layers, stages = instance.num_layers, instance.num_stages
+    for j in range(stages - 1):
+        rows.add(0, 0, (columns.t[:, j], 1.0), (columns.c[: j + 1], -1.0))
+        for i in range(layers - 1):
+            rows.add(0, 1, (columns.t[i, j], 1.0), (columns.t[i + 1, j], -1.0))
+    for i in range(layers):
+        for j in range(stages):
+            upto = [(columns.t[i, j], -1.0)] if j < stages - 1 else []
+            before = [(columns.t[i, j - 1], 1.0)] if j else []
+            one = 1.0 if j == stages - 1 else 0.0
+            rows.add(one, one, (columns.z[i, j], 1.0), *upto, *before)
+    for j in range(stages):
+        for b in range(instance.num_options):
+            rows.add(0, 0, (columns.z[:, j, b], 1.0), (columns.c[j, b], -1.0))
+
+
+def _price(
+    rows: Rows,
+    cost: np.ndarray,
+    instance: Instance,
+    where: np.ndarray,
+    omega: np.ndarray,
+    scale: float,
+) -> None:
+    """Sensitivity in the objective (theta) and within the budget."""
+    np.add.at(cost, where.ravel(), instance.theta * omega.ravel() / scale)
+    if instance.budget < math.inf:
+        unit = instance.budget or 1.0
+        rows.add(-math.inf, instance.budget / unit, (where, omega / unit))
+
+
+def _tell_twins_apart(rows: Rows, columns: Columns, instance: Instance) -> None:
+    """Of equal neighbours, the earlier one holds no fewer layers."""
+    for j in range(1, instance.num_stages - 2):
+        if _are_twins(instance, j, j + 1):
+            rows.add(0, math.inf, (columns.c[j], 1.0), (columns.c[j + 1], -1.0))
+
+
+def _are_twins(instance: Instance, j: int, k: int) -> bool:
+    arrays = [instance.layer_bytes, instance.capacity, instance.unpacked_bytes]
+    for costs in (instance.layer, instance.fixed):
+        arrays += [getattr(costs, f.name) for f in fields(costs)]
+    return all(np.array_equal(array[j], array[k]) for array in arrays)
+
+
+def _finished(
+    rows: Rows, columns: Columns, instance: Instance, cost: np.ndarray, cutoff: float, scale: float
+) -> Programme:
+    if cutoff < math.inf:
+        priced = np.flatnonzero(cost)
+        rows.add(-math.inf, cutoff / scale, (priced, cost[priced]))
+    bounds = np.zeros((2, columns.size))
+    bounds[1] = math.inf
+    bounds[1, columns.c] = _most(instance)
+    bounds[1, columns.u] = 1.0
+    for array in (columns.y, columns.t, columns.z):
+        bounds[1, array] = instance.num_layers if array is columns.y else 1.0
+    bounds[0, columns.W] = -math.inf  # see Costs.later_once
+    bounds[0, columns.R] = instance.link.prefill_rest.max() / scale
+    bounds[0, columns.S] = instance.link.later_every.max() / scale
+    integral = np.zeros(columns.size, dtype=bool)
+    for array in (columns.c, columns.u, columns.t):
+        integral[array] = True
+    return rows.programme(cost, bounds, integral, scale)
+
+
+def _most(instance: Instance) -> np.ndarray:
+    """[N, B]: most layers of an option on a stage; a layer is left for every other stage."""
+    room = instance.capacity[:, None] - instance.unpacked_bytes[:, None] * instance.packed
+    held = np.floor(np.maximum(room, 0.0) * (1 + 1e-9) / np.maximum(instance.layer_bytes, 1e-9))
+    most = np.minimum(held, instance.num_layers - instance.num_stages + 1)
+    allowed = (instance.omega <= instance.budget * (1 + 1e-9)).any(axis=0)
+    return np.where(instance.available & allowed, np.maximum(most, 0.0), 0.0)
+
+
+def _finite(costs: np.ndarray) -> np.ndarray:
+    """Unavailable options are forbidden by their bounds; here they count 0."""
+    return np.where(np.isfinite(costs), costs, 0.0)

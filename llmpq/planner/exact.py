@@ -1,0 +1,111 @@
+"""One order solved exactly: the best layers and precisions of an instance, with a bound.
+
+Where all layers are equally sensitive, counts are the whole problem; else which layer lies on
+which stage is part of it (`counts.build_exact`).
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llmpq.planner import counts
+from llmpq.planner.heuristic import assign_layers, transfer
+from llmpq.planner.problem import Choice, Instance, fits, sum_omega
+from llmpq.planner.solver import TOLERANCE, Programme, Solver, Status
+
+OVER = 1 + 1e-9  # rounding of sums of sensitivities
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A choice (if one was found) and a bound that no choice is below."""
+
+    status: Status
+    choice: Choice | None
+    bound: float
+
+
+def solve(
+    instance: Instance,
+    solver: Solver,
+    *,
+    gap: float = 0.0,
+    time_limit: float = math.inf,
+    cutoff: float = math.inf,
+    plain: bool = False,
+) -> Solution:
+    """The best choice within `gap` (relative), if one is at most `cutoff`.
+
+    `plain`: by the programme with a binary for every layer, stage and option, for reference.
+    """
+    if instance.num_layers < instance.num_stages:
+        return Solution("infeasible", None, math.inf)
+    programme = counts.build_plain(instance, cutoff) if plain else build(instance, cutoff)
+    answer = solver.integers(programme, gap=gap, time_limit=time_limit)
+    if answer.status == "infeasible":
+        return Solution("infeasible", None, math.inf)
+    if answer.x is None:
+        return Solution("unknown", None, answer.bound)
+    choice: Choice | None = _choice(instance, answer.x, plain)
+    if choice is not None and not allowed(instance, choice):
+        choice = _within(instance, solver, gap, time_limit, cutoff)
+    return Solution(answer.status, choice, answer.bound)
+
+
+def allowed(instance: Instance, choice: Choice) -> bool:
+    """Within memory, to the byte, and within the budget."""
+    return fits(instance, choice) and sum_omega(instance, choice) <= instance.budget * OVER
+
+
+def build(instance: Instance, cutoff: float = math.inf) -> Programme:
+    """The programme that has all that matters."""
+    if is_even(instance):
+        return counts.build(instance, cutoff)
+    return counts.build_exact(instance, cutoff)
+
+
+def is_even(instance: Instance) -> bool:
+    """All layers are equally sensitive, or sensitivity does not matter."""
+    groups = counts.layer_groups(instance.omega, instance.budget, instance.theta)
+    return len(groups.sizes) == 1
+
+
+def realised(instance: Instance, held: np.ndarray, seconds: float) -> Choice | None:
+    """The best choice with about so many layers `held` [N, B] at each option; None: none fits.
+
+    Made better by moves for at most `seconds` where layers differ.
+    """
+    choice = spread(instance, held)
+    if not fits(instance, choice):
+        return None
+    if not is_even(instance):
+        choice = transfer(instance, choice, time.monotonic() + seconds)
+    return choice if allowed(instance, choice) else None
+
+
+def spread(instance: Instance, held: np.ndarray) -> Choice:
+    """The layers of every stage at the options that lose least, as many of each as `held`."""
+    ends = np.cumsum(held.sum(axis=1))
+    return tuple(
+        tuple(int(o) for o in assign_layers(instance.omega[end - row.sum() : end], row))
+        for end, row in zip(ends, held, strict=True)
+    )
+
+
+def _choice(instance: Instance, x: np.ndarray, plain: bool = False) -> Choice:
+    if is_even(instance) and not plain:
+        return spread(instance, counts.counts_of(instance, x))
+    return counts.choice_of(instance, x)
+
+
+def _within(
+    instance: Instance, solver: Solver, gap: float, time_limit: float, cutoff: float
+) -> Choice | None:
+    """For when the solver overstepped a limit by its tolerance: solved with that much less."""
+    less = instance.capacity - 2 * TOLERANCE * np.abs(instance.capacity)
+    tighter = replace(instance, capacity=less, budget=instance.budget * (1 - 2 * TOLERANCE))
+    answer = solver.integers(build(tighter, cutoff), gap=gap, time_limit=time_limit)
+    choice = None if answer.x is None else _choice(tighter, answer.x)
+    return choice if choice is not None and allowed(instance, choice) else None

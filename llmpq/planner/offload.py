@@ -1,0 +1,240 @@
+"""flexgen: the best single device, with weights and cache partly kept in its host's memory.
+
+The other methods need the model to fit the devices; this one streams what does not fit over the
+link to the host, layer by layer, as FlexGen does (see `costs.offload`). All layers have the same
+precision, one that keeps the quality budget. Every device type, precision, number of requests in
+flight and micro-batch (the same in both phases) is tried, with the shares of weights and cache
+that stay on the device, in steps of 2.5 %. The least total + theta * omega counts.
+
+Requests in flight are those that the other methods try, though a host could hold more: pin `batch`
+in the workload to compare at larger ones. Not covered: several devices, and what `costs.offload`
+leaves out. The runtime cannot run such a plan, so there is no plan file.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llmpq.cluster import MIB, Device
+from llmpq.costs import memory
+from llmpq.costs.links import Seconds
+from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
+from llmpq.costs.timeline import split
+from llmpq.devices import device_library
+from llmpq.planner.problem import BatchGroup, Cost, Problem, fixed_work, layer_work
+from llmpq.planner.search import batch_options, micro_batch_options
+
+OVER = 1 + 1e-9  # rounding of sums of sensitivities
+
+
+@dataclass(frozen=True)
+class OffloadPlan:
+    """What one device does with the whole workload.
+
+    Shares are those on the device. Where nothing fits, `why_not` says what is short of the smallest
+    that was tried, times are infinite and the bytes are those that it would need.
+    """
+
+    device_type: str
+    node: str
+    precision: str
+    batch: int
+    micro_batch: int
+    weights_share: float
+    cache_share: float
+    host_bytes: int
+    device_bytes: int
+    prefill_s: float
+    decode_s: float
+    total_s: float
+    tokens_per_s: float
+    quality_loss_percent: float
+    objective: float
+    why_not: str = ""
+
+    @property
+    def feasible(self) -> bool:
+        """It fits."""
+        return not self.why_not
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Everything but the shares."""
+
+    device: Device
+    precision: str
+    batch: int
+    micro_batch: int
+
+
+def flexgen(problem: Problem) -> OffloadPlan | None:
+    """The best plan of a single device; None: no precision keeps the quality budget."""
+    best: OffloadPlan | None = None
+    for block in _blocks(problem):
+        plan = offload_plan(problem, block.device, block.precision, block.batch, block.micro_batch)
+        if best is None or _rank(plan) < _rank(best):
+            best = plan
+    return best
+
+
+def offload_plan(
+    problem: Problem, device: Device, precision: str, batch: int, micro_batch: int
+) -> OffloadPlan:
+    """The best shares of one block of requests on one device."""
+    block = _Block(device, precision, batch, micro_batch)
+    held = _memory(problem, block)
+    weights_share, cache_share = shares(held, device.memory_bytes)
+    if not len(weights_share):
+        return _too_large(problem, block, held)
+    prefill, decode = _seconds(problem, block, held, weights_share, cache_share)
+    best = int((prefill + decode).argmin())
+    plan = _plan(problem, block, held, float(weights_share[best]), float(cache_share[best]))
+    total = float(prefill[best] + decode[best])
+    return replace(
+        plan,
+        prefill_s=float(prefill[best]),
+        decode_s=float(decode[best]),
+        total_s=total,
+        tokens_per_s=problem.num_new_tokens / total,
+        objective=total + problem.theta * _omega(problem, precision),
+    )
+
+
+def host_link_bytes_per_s(problem: Problem, device: Device) -> float:
+    """Between a device and its host's memory; of a rehearsed type, the link of its node."""
+    if device.type in problem.cluster.rehearse:
+        return problem.cluster.link_between(device.node, device.node).bandwidth_gbs * 1e9
+    return device_library()[device.type].link_gbs * 1e9
+
+
+# ---- what is tried
+
+
+def _blocks(problem: Problem) -> Iterator[_Block]:
+    kinds = {(d.type, d.memory_bytes): d for d in reversed(problem.cluster.devices())}
+    for device in reversed(kinds.values()):
+        offered = problem.times[device.type].precisions
+        for precision in problem.precisions:
+            if precision in offered and _omega(problem, precision) <= problem.budget * OVER:
+                for batch in batch_options(problem):
+                    for micro_batch in micro_batch_options(batch):
+                        yield _Block(device, precision, batch, micro_batch)
+
+
+def _omega(problem: Problem, precision: str) -> float:
+    return problem.quality.sum_omega([precision] * problem.spec.num_layers)
+
+
+def _memory(problem: Problem, block: _Block) -> OffloadMemory:
+    return offload_memory(
+        problem.spec,
+        block.precision,
+        batch=block.batch,
+        micro_batch=block.micro_batch,
+        cache_tokens=problem.cache_tokens(block.batch),
+        prompt_tokens=problem.max_prompt_tokens,
+    )
+
+
+def _rank(plan: OffloadPlan) -> tuple[float, float]:
+    """Smaller is better: the objective; where nothing fits, the bytes needed."""
+    return plan.objective, plan.device_bytes if plan.why_not else 0.0
+
+
+# ---- what it takes
+
+
+def _seconds(
+    problem: Problem,
+    block: _Block,
+    held: OffloadMemory,
+    weights_share: np.ndarray,
+    cache_share: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """[K] each: prefill and decode of all requests, by the shares [K]."""
+    streamed = (1 - weights_share[:, None]) * held.weights / problem.spec.num_layers
+    missing = 1 - cache_share[:, None]
+    prefill, decode = np.zeros(len(weights_share)), np.zeros(len(weights_share))
+    for group in problem.groups(block.batch):
+        prefill += _prefill_s(problem, block, group, streamed, missing) @ group.num_batches
+        steps = group.num_batches * group.num_steps
+        decode += _step_s(problem, block, group, streamed, missing) @ steps
+    return prefill, decode
+
+
+def _prefill_s(
+    problem: Problem, block: _Block, group: BatchGroup, streamed: np.ndarray, missing: np.ndarray
+) -> np.ndarray:
+    """[K, batches]: `streamed` bytes of a layer's weights come, `missing` shares of cache go."""
+    times = problem.times[block.device.type]
+    tokens, size = group.prompt_tokens, block.micro_batch
+    compute = _in_all(layer_work(times, block.precision).prefill, group, size, tokens)
+    beside = _in_all(fixed_work(times, True, True).prefill, group, size, tokens)
+    stored = missing * _cache_bytes(problem, group) * tokens
+    each = layer_s(compute, streamed, stored, host_link_bytes_per_s(problem, block.device))
+    return np.asarray(problem.spec.num_layers * each + beside)
+
+
+def _step_s(
+    problem: Problem, block: _Block, group: BatchGroup, streamed: np.ndarray, missing: np.ndarray
+) -> np.ndarray:
+    """[K, batches]: one step; `missing` shares of the past come, those of the new token go."""
+    times = problem.times[block.device.type]
+    past, size = group.past_tokens, block.micro_batch
+    compute = _in_all(layer_work(times, block.precision).decode, group, size, past)
+    beside = _in_all(fixed_work(times, True, True).decode, group, size, past)
+    cache = missing * _cache_bytes(problem, group)
+    loaded = streamed + cache * past
+    each = layer_s(compute, loaded, cache, host_link_bytes_per_s(problem, block.device))
+    return np.asarray(problem.spec.num_layers * each + beside)
+
+
+def _in_all(cost: Cost, group: BatchGroup, size: int, tokens: np.ndarray) -> Seconds:
+    """[batches]: all micro-batches of a batch."""
+    parts = split(group.num_requests, size)
+    rest = cost(parts.rest, tokens) if parts.rest else 0.0
+    return cost(parts.size, tokens) * parts.count + rest
+
+
+def _cache_bytes(problem: Problem, group: BatchGroup) -> int:
+    """One layer's cache of one token of every request."""
+    return memory.layer_cache_bytes(problem.spec, group.num_requests, 1)
+
+
+# ---- what came of it
+
+
+def _plan(
+    problem: Problem, block: _Block, held: OffloadMemory, weights_share: float, cache_share: float
+) -> OffloadPlan:
+    """A plan without its times."""
+    return OffloadPlan(
+        device_type=block.device.type,
+        node=block.device.node,
+        precision=block.precision,
+        batch=block.batch,
+        micro_batch=block.micro_batch,
+        weights_share=weights_share,
+        cache_share=cache_share,
+        host_bytes=round(held.host_bytes(weights_share, cache_share)),
+        device_bytes=round(held.device_bytes(weights_share, cache_share)),
+        prefill_s=math.inf,
+        decode_s=math.inf,
+        total_s=math.inf,
+        tokens_per_s=0.0,
+        quality_loss_percent=problem.quality.percent(_omega(problem, block.precision)),
+        objective=math.inf,
+    )
+
+
+def _too_large(problem: Problem, block: _Block, held: OffloadMemory) -> OffloadPlan:
+    plan = _plan(problem, block, held, 0.0, 0.0)
+    short = (plan.device_bytes - block.device.memory_bytes) / MIB
+    why = (
+        f"{short:.2f} MiB short on {block.device.type} for embedding, head, two layers' weights at "
+        f"precision {block.precision} and one micro-batch of {block.micro_batch}"
+    )
+    return replace(plan, why_not=why)

@@ -1,0 +1,369 @@
+"""A bound for a mix of places that no order, partition or choice of layers is below.
+
+What is ignored: the order (embedding and head lie where they are cheapest), that a stage holds
+whole layers, and where stages begin and end in the model. What is left is a small linear
+programme over how many layers the stages of each kind hold at each option. Its prices (duals: of a
+stage's time, of memory, of sensitivity) bound every other pair of micro-batches too: for *any*
+prices, the cheapest way to place each layer by itself is below every plan. So one programme a mix
+and batch, and array arithmetic, bound all pairs of micro-batches.
+
+Arrays: K kinds of places, P prefill and Q decode micro-batches, B options, G groups of layers.
+"""
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from llmpq.costs.memory import is_packed
+from llmpq.planner.counts import LayerGroups, Rows, layer_groups
+from llmpq.planner.layouts import Mix, num_stages
+from llmpq.planner.problem import (
+    Costs,
+    Place,
+    Problem,
+    Sizes,
+    capacity,
+    fixed_costs,
+    kind_of,
+    layer_bytes,
+    layer_costs,
+    link_costs,
+    omega_of,
+    unpacked_bytes,
+)
+from llmpq.planner.solver import Programme, Solver
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Costs are [P, ...] for prefill and [Q, ...] for decode arrays."""
+
+    many: np.ndarray  # [K], stages of each kind
+    offered: np.ndarray  # [K, B], booleans
+    layer: Costs  # [P | Q, K, B], 0 where not offered
+    fixed: Costs  # [P | Q, K]: of a stage in the middle
+    ends: Costs  # [P | Q]: the least that embedding and head add
+    link_sum: Costs  # [P | Q]
+    least_rest: np.ndarray  # [P], that the slowest actor takes in prefill beside the first
+    least_pace: np.ndarray  # [Q], and in decode
+    layer_bytes: np.ndarray  # [K, B], the share of an unpacked matrix included
+    capacity: np.ndarray  # [P, Q, K]
+    groups: LayerGroups
+    budget: float
+    theta: float
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds for a unit: of a kind's time in prefill and decode, the loop, memory, sensitivity."""
+
+    rest: np.ndarray  # [K]
+    pace: np.ndarray  # [K]
+    loop: float
+    memory: np.ndarray  # [K], of a byte
+    least: np.ndarray  # [K], of a stage having a layer
+    omega: float
+
+
+def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
+    """The arrays of a mix."""
+    kinds = _kinds(problem, mix)
+    places = [place for place, _ in kinds]
+    alone = num_stages(mix) == 1
+    layer = _stack([layer_costs(problem, sizes, place) for place in places])
+    fixed = _stack([fixed_costs(problem, sizes, place, alone, alone) for place in places])
+    link_sum, link_most = _links(problem, sizes, mix)
+    room = np.stack([capacity(problem, sizes, place, alone, alone) for place in places], axis=-1)
+    num_bytes = np.stack([_least_bytes(problem, sizes, place, alone) for place in places])
+    many = np.array([count for _, count in kinds], dtype=float)
+    held = np.floor(room.max(axis=(0, 1)) * (1 + 1e-9) / num_bytes.min(axis=1))
+    rest, pace = layer.prefill_rest.min(axis=-1), layer.later_every.min(axis=-1)
+    whole = problem.spec.num_layers
+    least_rest = slowest_of_whole(rest, fixed.prefill_rest, many, held, whole)
+    least_pace = slowest_of_whole(pace, fixed.later_every, many, held, whole)
+    return Pool(
+        many=many,
+        offered=np.isfinite(layer.prefill_once[0]),
+        layer=layer.map(_finite),
+        fixed=fixed,
+        ends=_ends(problem, sizes, places, alone),
+        link_sum=link_sum,
+        least_rest=np.maximum(link_most.prefill_rest, least_rest),
+        least_pace=np.maximum(link_most.later_every, least_pace),
+        layer_bytes=num_bytes,
+        capacity=room,
+        groups=problem.once(
+            "layer groups",
+            lambda: layer_groups(omega_of(problem), problem.budget, problem.theta),
+        ),
+        budget=problem.budget,
+        theta=problem.theta,
+    )
+
+
+def slowest_of_whole(
+    seconds: np.ndarray, fixed: np.ndarray, many: np.ndarray, held: np.ndarray, num_layers: int
+) -> np.ndarray:
+    """[M]: the least time of the slowest stage that holds whole layers, all `num_layers` of them.
+
+    A layer takes `seconds` [M, K] on a stage of kind k beside its `fixed` [M, K]; there are `many`
+    [K] of them, each with room for `held` [K] layers. Infinity where there is no room.
+    """
+    steps = np.arange(1, num_layers + 1)
+    times = fixed[:, :, None] + seconds[:, :, None] * steps  # [M, K, L]
+    times = np.where(steps <= held[:, None], times, np.inf)
+    order = times.reshape(len(times), -1).argsort(axis=1)
+    layers = np.broadcast_to(many[:, None], times.shape[1:]).ravel()[order].cumsum(axis=1)
+    enough = (layers >= num_layers).argmax(axis=1)
+    rows = np.arange(len(times))
+    found = times.reshape(len(times), -1)[rows, order[rows, enough]]
+    return np.asarray(np.where(layers[:, -1] >= num_layers, found, np.inf))
+
+
+def _kinds(problem: Problem, mix: Mix) -> list[tuple[Place, int]]:
+    """One place of each kind, and how many stages have it."""
+    places: dict[Hashable, Place] = {}
+    many: dict[Hashable, int] = {}
+    for place, count in mix:
+        key = (kind_of(problem, place), place.memory_bytes)
+        places.setdefault(key, place)
+        many[key] = many.get(key, 0) + count
+    return [(places[key], count) for key, count in many.items()]
+
+
+def _stack(costs: list[Costs]) -> Costs:
+    """[P | Q, K, ...]"""
+    return Costs(*(np.stack([getattr(c, f.name) for c in costs], axis=1) for f in fields(Costs)))
+
+
+def _ends(problem: Problem, sizes: Sizes, places: list[Place], alone: bool) -> Costs:
+    """The least that embedding and head add to the first micro-batches."""
+    middle = [fixed_costs(problem, sizes, place, alone, alone) for place in places]
+    total = None
+    for first, last in ((True, False), (False, True)):
+        with_end = [fixed_costs(problem, sizes, p, first or alone, last or alone) for p in places]
+        added = [
+            _sum([end, base.map(np.negative)]) for end, base in zip(with_end, middle, strict=True)
+        ]
+        least = Costs(*(np.min([getattr(c, f.name) for c in added], axis=0) for f in fields(Costs)))
+        total = least if total is None else _sum([total, least])
+    assert total is not None
+    return total
+
+
+def _sum(costs: list[Costs]) -> Costs:
+    return Costs(*(np.sum([getattr(c, f.name) for c in costs], axis=0) for f in fields(Costs)))
+
+
+def _links(problem: Problem, sizes: Sizes, mix: Mix) -> tuple[Costs, Costs]:
+    """Sum and maxima over the fewest links that the stages of a mix need."""
+    stages: dict[str, int] = {}
+    for place, count in mix:
+        stages[place.node] = stages.get(place.node, 0) + count
+    nodes = list(stages)
+    hops: list[Costs] = []
+    for node, count in stages.items():
+        hops += [link_costs(problem, sizes, [node, node])[0]] * (count - 1)
+    hops += [link_costs(problem, sizes, [a, b])[0] for a, b in zip(nodes, nodes[1:], strict=False)]
+    pairs = {(nodes[0], n) for n in nodes} if num_stages(mix) > 1 else {(nodes[0],)}
+    backs = [link_costs(problem, sizes, list(pair))[-1] for pair in pairs]
+    least = Costs(*(np.min([getattr(c, f.name) for c in backs], axis=0) for f in fields(Costs)))
+    most = Costs(
+        *(np.max([getattr(c, f.name) for c in [*hops, least]], axis=0) for f in fields(Costs))
+    )
+    return _sum([*hops, least]), most
+
+
+def _least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:
+    """[B]: a packed layer takes its share of the unpacked matrix of as many as fit at most."""
+    held = layer_bytes(problem, sizes.batch, place)
+    packed = np.array([is_packed(p) for p in problem.precisions])
+    room = capacity(problem, sizes, place, alone, alone).max() - unpacked_bytes(problem, place)
+    most = np.floor(max(room, 0.0) * (1 + 1e-9) / held.min())
+    most = min(max(most, 1.0), problem.spec.num_layers)
+    return np.asarray(held + packed * unpacked_bytes(problem, place) / most)
+
+
+def is_hopeless(pool: Pool) -> np.ndarray:
+    """[P, Q]: not even the smallest option leaves room for all layers."""
+    least = np.where(pool.offered, pool.layer_bytes, np.inf).min(axis=1)
+    held = np.floor(pool.capacity * (1 + 1e-9) / least)
+    layers = pool.groups.sizes.sum()
+    return np.asarray((held < 1).any(axis=-1) | ((held * pool.many).sum(axis=-1) < layers))
+
+
+def relaxed(pool: Pool, prefill: int, decode: int, solver: Solver) -> tuple[float, Prices | None]:
+    """The bound of one pair of micro-batches (their places in the tables), and its prices.
+
+    Infinity without prices where not even that is feasible.
+    """
+    programme = _Programme(pool, prefill, decode)
+    answer = solver.relaxed(programme.build())
+    if answer.status == "infeasible":
+        return math.inf, None
+    if answer.duals is None:
+        return 0.0, None
+    return answer.objective, programme.prices(answer.duals)
+
+
+def bounds(pool: Pool, prices: Prices) -> np.ndarray:
+    """[P, Q]: what no plan with these micro-batches is below, for any prices."""
+    prefill, decode = _constants(pool, prices)
+    taken = (pool.capacity * (prices.memory * pool.many)).sum(axis=-1)
+    total = prefill[:, None] + decode[None] - taken + (prices.least * pool.many).sum()
+    if prices.omega:
+        total = total - prices.omega * pool.budget
+    return np.asarray(total + _layers(pool, prices))
+
+
+# ---- prices
+
+
+def _layers(pool: Pool, prices: Prices) -> np.ndarray:
+    """[P, Q]: every layer where it is cheapest."""
+    layer, many = pool.layer, pool.many[:, None]
+    first = layer.prefill_once + prices.rest[:, None] * layer.prefill_rest / many
+    first = first + prices.memory[:, None] * pool.layer_bytes - prices.least[:, None]
+    then = layer.step_last + prices.pace[:, None] * layer.later_every / many
+    then = then + prices.loop * layer.later_once
+    pairs = first[:, None] + then[None] + np.where(pool.offered, 0.0, np.inf)  # [P, Q, K, B]
+    cheapest = pairs.min(axis=2)[:, :, None, :] + (prices.omega + pool.theta) * pool.groups.omega
+    return np.asarray((cheapest.min(axis=-1) * pool.groups.sizes).sum(axis=-1))
+
+
+def _constants(pool: Pool, prices: Prices) -> tuple[np.ndarray, np.ndarray]:
+    """[P] and [Q]: all that does not depend on where layers lie."""
+    fixed, link, ends = pool.fixed, pool.link_sum, pool.ends
+    many = pool.many
+    first = (fixed.prefill_once * many).sum(axis=-1) + link.prefill_once + ends.prefill_once
+    first = first + (fixed.prefill_rest * prices.rest).sum(axis=-1)
+    first = first + (1 - prices.rest.sum()) * pool.least_rest
+    step = (fixed.step_last * many).sum(axis=-1) + link.step_last + ends.step_last
+    loop = (fixed.later_once * many).sum(axis=-1) + link.later_once + ends.later_once
+    pace = (fixed.later_every * prices.pace).sum(axis=-1)
+    left = 1 - prices.pace.sum() - prices.loop
+    pace = pace + left * pool.least_pace
+    return first, step + prices.loop * loop + pace
+
+
+# ---- the linear programme
+
+
+class _Programme:
+    """Columns: layers [K, B], transport [G, B] where there are several groups, R, S."""
+
+    def __init__(self, pool: Pool, prefill: int, decode: int) -> None:
+        self.pool, self.prefill, self.decode = pool, prefill, decode
+        self.layer = _at(pool.layer, prefill, decode)
+        self.fixed = _at(pool.fixed, prefill, decode)
+        self.capacity = pool.capacity[prefill, decode]
+        shape = self.layer.prefill_once.shape
+        self.c = np.arange(math.prod(shape)).reshape(shape)
+        num_groups = len(pool.groups.sizes)
+        self.y = self.c.size + np.arange(num_groups * shape[1]).reshape(num_groups, -1)
+        self.y = self.y if num_groups > 1 else self.y[:0]
+        self.R, self.S = self.c.size + self.y.size + np.arange(2)
+        busy = self.layer.busy[pool.offered]
+        typical = float(pool.groups.sizes.sum() * busy.mean()) if busy.size else 1.0
+        self.scale = typical or 1.0
+        self.rows = Rows()
+
+    def build(self) -> Programme:
+        """The programme; its rows come in the order that `prices` reads."""
+        pool, rows, scale = self.pool, self.rows, self.scale
+        layer, fixed = self.layer, self.fixed
+        for k, many in enumerate(pool.many):
+            held = self.c[k], -layer.prefill_rest[k] / many / scale
+            rows.add(fixed.prefill_rest[k] / scale, math.inf, (self.R, 1.0), held)
+        for k, many in enumerate(pool.many):
+            constant = fixed.later_every[k] / scale
+            rows.add(
+                constant, math.inf, (self.S, 1.0), (self.c[k], -layer.later_every[k] / many / scale)
+            )
+        rows.add(
+            self._loop_constant() / scale,
+            math.inf,
+            (self.S, 1.0),
+            (self.c, -layer.later_once / scale),
+        )
+        for k, many in enumerate(pool.many):
+            unit = max(self.capacity[k] * many, 1.0)
+            rows.add(
+                -math.inf, self.capacity[k] * many / unit, (self.c[k], pool.layer_bytes[k] / unit)
+            )
+        for k, many in enumerate(pool.many):
+            rows.add(many, math.inf, (self.c[k], 1.0))
+        self._sensitivity()
+        rows.add(pool.groups.sizes.sum(), pool.groups.sizes.sum(), (self.c, 1.0))
+        return self._finish()
+
+    def prices(self, duals: np.ndarray) -> Prices:
+        """From the duals of the rows, in order."""
+        kinds = len(self.pool.many)
+        units = np.maximum(self.capacity * self.pool.many, 1.0)
+        at = 3 * kinds + 1
+        budget = self.pool.budget
+        priced = max(0.0, -duals[at + kinds]) * self.scale / (budget or 1.0)
+        rest = np.maximum(duals[:kinds], 0.0)
+        pace = np.maximum(duals[kinds : 2 * kinds], 0.0)
+        return Prices(
+            rest=rest / max(1.0, rest.sum()),
+            pace=pace / max(1.0, pace.sum() + max(0.0, duals[2 * kinds])),
+            loop=max(0.0, duals[2 * kinds]) / max(1.0, pace.sum() + max(0.0, duals[2 * kinds])),
+            memory=np.maximum(-duals[2 * kinds + 1 : at], 0.0) * self.scale / units,
+            least=np.maximum(duals[at : at + kinds], 0.0) * self.scale,
+            omega=priced if budget < math.inf else 0.0,
+        )
+
+    def _loop_constant(self) -> float:
+        pool, q = self.pool, self.decode
+        fixed = (self.fixed.later_once * pool.many).sum()
+        return float(fixed + (pool.link_sum.later_once + pool.ends.later_once)[q])
+
+    def _sensitivity(self) -> None:
+        """The budget's row comes first; then which layers have which option."""
+        groups, rows, budget = self.pool.groups, self.rows, self.pool.budget
+        where = self.y if self.y.size else self.c
+        omega = np.broadcast_to(groups.omega, where.shape)
+        unit = (budget or 1.0) if budget < math.inf else 1.0
+        rows.add(-math.inf, budget / unit, (where, omega / unit))
+        if self.y.size:
+            for g, size in enumerate(groups.sizes):
+                rows.add(size, size, (self.y[g], 1.0))
+            for b in range(groups.omega.shape[1]):
+                rows.add(0, 0, (self.y[:, b], 1.0), (self.c[:, b], -1.0))
+
+    def _finish(self) -> Programme:
+        pool, layer, scale = self.pool, self.layer, self.scale
+        cost = np.zeros(self.S + 1)
+        cost[self.c] = (layer.prefill_once + layer.step_last) / scale
+        where = self.y if self.y.size else self.c
+        cost[where] += pool.theta * np.broadcast_to(pool.groups.omega, where.shape) / scale
+        cost[[self.R, self.S]] = 1.0
+        bounds = np.zeros((2, len(cost)))
+        bounds[1] = math.inf
+        bounds[1, self.c[~pool.offered]] = 0.0
+        bounds[0, self.R] = pool.least_rest[self.prefill] / scale
+        bounds[0, self.S] = pool.least_pace[self.decode] / scale
+        whole = np.zeros(len(cost), dtype=bool)
+        return self.rows.programme(cost, bounds, whole, scale, self._constant() / scale)
+
+    def _constant(self) -> float:
+        """Seconds of the first micro-batches beside the layers."""
+        pool, p, q = self.pool, self.prefill, self.decode
+        once = ((self.fixed.prefill_once + self.fixed.step_last) * pool.many).sum()
+        once += pool.link_sum.prefill_once[p] + pool.ends.prefill_once[p]
+        return float(once + pool.link_sum.step_last[q] + pool.ends.step_last[q])
+
+
+def _at(costs: Costs, prefill: int, decode: int) -> Costs:
+    """One pair of micro-batches."""
+    arrays = [getattr(costs, f.name) for f in fields(costs)]
+    return Costs(*[a[prefill] for a in arrays[:3]], *[a[decode] for a in arrays[3:]])
+
+
+def _finite(costs: np.ndarray) -> np.ndarray:
+    """Options that are not offered are forbidden by other means; here they count 0."""
+    return np.where(np.isfinite(costs), costs, 0.0)

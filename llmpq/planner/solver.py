@@ -1,0 +1,232 @@
+"""A linear programme, with integers or without, as a value; HiGHS or Gurobi solves it.
+
+Minimise cost @ x + constant with lower <= rows @ x <= upper and bounds on x, some x whole.
+HiGHS is called through its own arrays (highspy), which starts faster than by way of scipy.
+Gurobi's bundled licence takes 2,000 variables and rows; what is larger goes to HiGHS, and
+`Solver.notes` says so. A solve that ran out of time without a solution is "unknown", never
+"infeasible". Not covered: a solve that goes on where an earlier one ended.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import highspy
+import numpy as np
+
+from llmpq.errors import UserError
+
+TOLERANCE = 1e-6  # by which a solver may overstep a row
+GUROBI_FREE_SIZE = 2000  # variables, and rows, of the licence that comes with gurobipy
+
+Status = Literal["optimal", "feasible", "infeasible", "unknown"]
+
+
+@dataclass(frozen=True)
+class Programme:
+    """`start`, `index`, `value`: the rows, compressed row by row. `scale`: seconds of one unit."""
+
+    cost: np.ndarray
+    constant: float
+    start: np.ndarray
+    index: np.ndarray
+    value: np.ndarray
+    row_lower: np.ndarray
+    row_upper: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    integral: np.ndarray  # booleans
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`bound`, `objective`: in units of the programme times its scale. `duals`: of the rows."""
+
+    status: Status
+    x: np.ndarray | None
+    objective: float
+    bound: float
+    duals: np.ndarray | None = None
+
+
+@dataclass
+class Solver:
+    """Which solver is asked, and what there is to tell about it."""
+
+    name: Literal["highs", "gurobi"] = "highs"
+    notes: list[str] = field(default_factory=list)
+
+    def integers(
+        self,
+        programme: Programme,
+        *,
+        gap: float = 0.0,
+        time_limit: float = math.inf,
+        start: np.ndarray | None = None,
+    ) -> Answer:
+        """Solved with its integers to a relative `gap`, from a solution `start` if one is given."""
+        if time_limit <= 0:
+            return Answer("unknown", None, math.inf, -math.inf)
+        if self.name == "gurobi" and (answer := self._gurobi(programme, gap, time_limit, start)):
+            return answer
+        return _highs_integers(programme, gap, time_limit, start)
+
+    def relaxed(self, programme: Programme) -> Answer:
+        """Solved as if every x could be a fraction."""
+        return _highs_relaxed(programme)
+
+    def _gurobi(
+        self, programme: Programme, gap: float, limit: float, start: np.ndarray | None
+    ) -> Answer | None:
+        size = max(len(programme.cost), len(programme.row_lower))
+        try:
+            return _gurobi_integers(programme, gap, limit, start)
+        except _TooLarge:
+            self._tell(
+                f"a programme of {size} variables or rows is above what this Gurobi licence takes; "
+                "such ones were solved by HiGHS"
+            )
+            return None
+
+    def _tell(self, note: str) -> None:
+        if not any(known.split(" ", 4)[4] == note.split(" ", 4)[4] for known in self.notes):
+            self.notes.append(note)
+
+
+def make_solver(name: Literal["highs", "gurobi"]) -> Solver:
+    """Raises `UserError` where Gurobi is asked for and not installed."""
+    if name == "gurobi":
+        try:
+            import gurobipy  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "--solver gurobi needs gurobipy (pip install gurobipy); HiGHS needs nothing"
+            ) from None
+    return Solver(name)
+
+
+# ---- HiGHS
+
+
+def _highs(programme: Programme, integral: bool) -> Any:
+    highs = highspy.Highs()
+    highs.setOptionValue("output_flag", False)
+    highs.setOptionValue("threads", 1)
+    model = highspy.HighsLp()
+    model.num_col_, model.num_row_ = len(programme.cost), len(programme.row_lower)
+    model.col_cost_, model.offset_ = programme.cost, programme.constant
+    model.col_lower_, model.col_upper_ = programme.lower, programme.upper
+    model.row_lower_, model.row_upper_ = programme.row_lower, programme.row_upper
+    model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    model.a_matrix_.start_ = programme.start
+    model.a_matrix_.index_, model.a_matrix_.value_ = programme.index, programme.value
+    if integral:
+        kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
+        model.integrality_ = [kinds[int(whole)] for whole in programme.integral]
+    highs.passModel(model)
+    return highs
+
+
+def _highs_relaxed(programme: Programme) -> Answer:
+    highs = _highs(programme, integral=False)
+    highs.setOptionValue("presolve", "off")  # dearer than these small programmes themselves
+    highs.run()
+    status = highs.getModelStatus()
+    if status == highspy.HighsModelStatus.kInfeasible:
+        return Answer("infeasible", None, math.inf, math.inf)
+    if status != highspy.HighsModelStatus.kOptimal:
+        return Answer("unknown", None, math.inf, -math.inf)
+    solution = highs.getSolution()
+    value = highs.getInfo().objective_function_value * programme.scale
+    x, duals = np.array(solution.col_value), np.array(solution.row_dual)
+    return Answer("optimal", x, value, value, duals)
+
+
+def _highs_integers(
+    programme: Programme, gap: float, time_limit: float, start: np.ndarray | None
+) -> Answer:
+    highs = _highs(programme, integral=True)
+    highs.setOptionValue("mip_rel_gap", gap)
+    highs.setOptionValue("mip_abs_gap", 1e-9)
+    if time_limit < math.inf:
+        highs.setOptionValue("time_limit", time_limit)
+    if start is not None:
+        solution = highspy.HighsSolution()
+        solution.col_value = list(start)
+        highs.setSolution(solution)
+    highs.run()
+    status, info = highs.getModelStatus(), highs.getInfo()
+    if status == highspy.HighsModelStatus.kInfeasible:
+        return Answer("infeasible", None, math.inf, math.inf)
+    bound = (
+        info.mip_dual_bound * programme.scale if math.isfinite(info.mip_dual_bound) else -math.inf
+    )
+    if info.primal_solution_status != 2:  # 2: feasible
+        return Answer("unknown", None, math.inf, bound)
+    x = np.array(highs.getSolution().col_value)
+    done: Status = "optimal" if status == highspy.HighsModelStatus.kOptimal else "feasible"
+    return Answer(done, x, info.objective_function_value * programme.scale, bound)
+
+
+# ---- Gurobi
+
+
+class _TooLarge(Exception):
+    """The licence does not take a programme of this size."""
+
+
+def _gurobi_integers(
+    programme: Programme, gap: float, time_limit: float, start: np.ndarray | None
+) -> Answer:
+    import gurobipy as gurobi
+
+    size_limit = gurobi.GRB.Error.SIZE_LIMIT_EXCEEDED
+    try:
+        with (
+            gurobi.Env(params={"OutputFlag": 0, "Threads": 1}) as env,
+            gurobi.Model(env=env) as model,
+        ):
+            _fill_gurobi(model, programme, start)
+            model.Params.MIPGap = gap
+            if time_limit < math.inf:
+                model.Params.TimeLimit = time_limit
+            model.optimize()
+            return _gurobi_answer(model, programme)
+    except gurobi.GurobiError as error:
+        if error.errno == size_limit:
+            raise _TooLarge from None
+        raise UserError(f"Gurobi: {error}; leave out --solver gurobi to use HiGHS") from None
+
+
+def _fill_gurobi(model: Any, programme: Programme, start: np.ndarray | None) -> None:
+    kinds = np.where(programme.integral, "I", "C")
+    x = model.addMVar(
+        len(programme.cost), lb=programme.lower, ub=programme.upper, vtype=kinds.tolist()
+    )
+    model.setObjective(programme.cost @ x + programme.constant)
+    rows = _dense(programme)
+    for sides, sign in ((programme.row_lower, ">"), (programme.row_upper, "<")):
+        held = np.isfinite(sides)
+        model.addMConstr(rows[held], x, sign, sides[held])
+    if start is not None:
+        x.Start = start
+
+
+def _dense(programme: Programme) -> np.ndarray:
+    rows = np.zeros((len(programme.row_lower), len(programme.cost)))
+    which = np.repeat(np.arange(len(rows)), np.diff(programme.start))
+    np.add.at(rows, (which, programme.index), programme.value)
+    return rows
+
+
+def _gurobi_answer(model: Any, programme: Programme) -> Answer:
+    from gurobipy import GRB
+
+    if model.Status in (GRB.INFEASIBLE, GRB.INF_OR_UNBD):
+        return Answer("infeasible", None, math.inf, math.inf)
+    bound = model.ObjBound * programme.scale if math.isfinite(model.ObjBound) else -math.inf
+    if model.SolCount == 0:
+        return Answer("unknown", None, math.inf, bound)
+    done: Status = "optimal" if model.Status == GRB.OPTIMAL else "feasible"
+    return Answer(done, np.array(model.getAttr("X")), model.ObjVal * programme.scale, bound)
