@@ -37,6 +37,7 @@ METHODS = ("auto", "ilp", "heuristic", "adabits", "pipeedge", "uniform", "flexge
 TENSOR_PARALLEL = ("off", "auto")
 WHAT_IF_S = 10.0  # at most, for what would change a plan
 MAX_DEVICES_A_STAGE = 64
+REPLAN_GAP = 0.02
 REPLAN_S = 2.0  # at most, for one plan of a changed problem
 
 
@@ -225,13 +226,16 @@ def _options(arguments: Arguments, shown: "Callable[[Progress], None]") -> "Opti
     )
 
 
-def _replan(arguments: Arguments, limit: float = REPLAN_S) -> "Callable[[Problem], Plan]":
+def _replan(
+    arguments: Arguments, limit: float = REPLAN_S, like: "Plan | None" = None
+) -> "Callable[[Problem], Plan]":
     """Plans a changed problem, quickly."""
     from llmpq.planner.planning import Options, replan
 
     time_limit = min(limit, arguments.time_limit)
-    options = Options(gap=arguments.gap, time_limit_s=time_limit, compare=False)
-    return lambda problem: replan(problem, options)
+    gap = max(arguments.gap, REPLAN_GAP) if like else arguments.gap
+    options = Options(gap=gap, time_limit_s=time_limit, compare=False)
+    return lambda problem: replan(problem, options, like)
 
 
 def _what_if(
@@ -243,7 +247,7 @@ def _what_if(
         return []
     with progress(out, "what would change it", 1):
         deadline = time.monotonic() + min(WHAT_IF_S, arguments.time_limit)
-        return what_if(problem, plan, _replan(arguments), deadline)
+        return what_if(problem, plan, _replan(arguments, like=plan), deadline)
 
 
 def _flexgen(arguments: Arguments) -> None:

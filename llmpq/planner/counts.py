@@ -15,52 +15,35 @@ The chains that T is above are those of `problem.run_seconds`. Rows are scaled t
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
-from llmpq.planner.problem import Choice, Instance
+from llmpq.planner.problem import Choice, Instance, LayerGroups
 from llmpq.planner.solver import Programme
 
 Term = tuple[Any, np.ndarray | float]  # columns, their coefficients
-
-
-@dataclass(frozen=True)
-class LayerGroups:
-    """Layers of equal sensitivity: `omega` [G, B], how many each group has, each layer's group."""
-
-    omega: np.ndarray
-    sizes: np.ndarray
-    of_layer: np.ndarray
-
-
-def layer_groups(omega: np.ndarray, budget: float, theta: float) -> LayerGroups:
-    """Groups of equal rows of omega [L, B]; one group where omega does not matter."""
-    if theta == 0 and budget == math.inf:
-        layers = len(omega)
-        return LayerGroups(0 * omega[:1], np.array([layers]), np.zeros(layers, dtype=int))
-    rows, inverse, sizes = np.unique(omega, axis=0, return_inverse=True, return_counts=True)
-    return LayerGroups(rows, sizes, inverse.ravel())
 
 
 class Rows:
     """Rows under way: lower <= sum of terms <= upper."""
 
     def __init__(self) -> None:
-        self._starts, self._lower, self._upper = [0], [], []  # type: ignore[var-annotated]
-        self._index: list[np.ndarray] = []
-        self._value: list[np.ndarray] = []
+        self._starts: list[int] = [0]
+        self._lower: list[float] = []
+        self._upper: list[float] = []
+        self._index: list[int] = []
+        self._value: list[float] = []
 
     def add(self, lower: float, upper: float, *terms: Term) -> None:
-        """One row."""
-        size = self._starts[-1]
+        """One row. Coefficients are one number for all columns, or an array like the columns."""
         for index, value in terms:
-            columns = np.atleast_1d(index).ravel()
-            self._index.append(columns)
-            self._value.append(np.broadcast_to(value, np.shape(index)).ravel())
-            size += len(columns)
-        self._starts.append(size)
+            columns = index.ravel().tolist() if isinstance(index, np.ndarray) else [index]
+            many = isinstance(value, np.ndarray) and value.ndim > 0
+            self._index += columns
+            self._value += value.ravel().tolist() if many else [float(value)] * len(columns)  # type: ignore[union-attr]
+        self._starts.append(len(self._index))
         self._lower.append(lower)
         self._upper.append(upper)
 
@@ -77,8 +60,8 @@ class Rows:
             cost=cost,
             constant=constant,
             start=np.array(self._starts, dtype=np.int32),
-            index=np.concatenate(self._index).astype(np.int32),
-            value=np.concatenate(self._value).astype(float),
+            index=np.array(self._index, dtype=np.int32),
+            value=np.array(self._value, dtype=float),
             row_lower=np.array(self._lower, dtype=float),
             row_upper=np.array(self._upper, dtype=float),
             lower=bounds[0],
@@ -119,7 +102,7 @@ class Columns:
 def build(instance: Instance, cutoff: float = math.inf, any_order: bool = False) -> Programme:
     """Counts alone. `any_order`: holds for every order of the stages between the ends."""
     columns = Columns(instance)
-    groups = layer_groups(instance.omega, instance.budget, instance.theta)
+    groups = instance.groups
     if len(groups.sizes) > 1:
         columns.add_transport(len(groups.sizes), instance.num_options)
     rows, scale = Rows(), typical_seconds(instance)

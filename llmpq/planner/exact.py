@@ -68,8 +68,7 @@ def build(instance: Instance, cutoff: float = math.inf) -> Programme:
 
 def is_even(instance: Instance) -> bool:
     """All layers are equally sensitive, or sensitivity does not matter."""
-    groups = counts.layer_groups(instance.omega, instance.budget, instance.theta)
-    return len(groups.sizes) == 1
+    return len(instance.groups.sizes) == 1
 
 
 def realised(instance: Instance, held: np.ndarray, seconds: float) -> Choice | None:
@@ -105,7 +104,8 @@ def _within(
 ) -> Choice | None:
     """For when the solver overstepped a limit by its tolerance: solved with that much less."""
     less = instance.capacity - 2 * TOLERANCE * np.abs(instance.capacity)
-    tighter = replace(instance, capacity=less, budget=instance.budget * (1 - 2 * TOLERANCE))
+    budget = instance.budget * (1 - 2 * TOLERANCE)
+    tighter = replace(instance, capacity=less, budget=budget)
     answer = solver.integers(build(tighter, cutoff), gap=gap, time_limit=time_limit)
     choice = None if answer.x is None else _choice(tighter, answer.x)
     return choice if choice is not None and allowed(instance, choice) else None

@@ -18,7 +18,7 @@ What it returns fits always and is never worse than its start. Not covered: a bo
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -49,15 +49,16 @@ OVER = 1 + 1e-9  # rounding of sums of sensitivities; a start may be above the b
 
 
 def heuristic(
-    problem: Problem, settings: Sequence[Setting], deadline: float
+    problem: Problem, settings: Iterable[tuple[float, Setting]], deadline: float
 ) -> tuple[Setting, Choice] | None:
-    """The best choice found over `settings`, which come best first, until `deadline` (monotonic).
+    """The best choice found over `settings` until `deadline` (monotonic).
 
-    At most `MAX_SETTINGS` are tried. None: no choice within memory and budget was found.
+    They come with a bound that no choice is below, the least first; it ends where that is no better
+    than what was found, and after `MAX_SETTINGS`. None: nothing within memory and budget was found.
     """
     best: tuple[float, Setting, Choice] | None = None
-    for setting in settings[:MAX_SETTINGS]:
-        if time.monotonic() > deadline:
+    for bound, setting in itertools.islice(settings, MAX_SETTINGS):
+        if time.monotonic() > deadline or (best is not None and bound >= best[0]):
             break
         instance = make_instance(problem, setting)
         start = start_choice(instance, deadline)

@@ -13,19 +13,20 @@ from typing import Literal
 
 from llmpq.errors import InfeasibleError
 from llmpq.plan import Baseline, Plan
-from llmpq.planner.baselines import BASELINES, Outcome, run_baselines
-from llmpq.planner.evaluate import bounded, evaluate, to_plan
+from llmpq.planner.baselines import BASELINES, OVER, Outcome, run_baselines
+from llmpq.planner.evaluate import bounded, evaluate, shortages, to_plan
+from llmpq.planner.evaluate import to_assignment as to_assignment_of
 from llmpq.planner.explain import infeasible, lacks_memory
-from llmpq.planner.heuristic import MAX_SETTINGS, heuristic
+from llmpq.planner.heuristic import heuristic
 from llmpq.planner.offload import OffloadPlan, flexgen
-from llmpq.planner.problem import Assignment, Problem, Setting, to_assignment
+from llmpq.planner.problem import Assignment, Problem, to_assignment
 from llmpq.planner.search import Progress, Search, Space, make_space, search
 from llmpq.planner.solver import Solver, make_solver
 
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
-MOVES_S = 0.2  # for a first plan by moves; where it is the whole method, HEURISTIC_S
-HEURISTIC_S = 0.8
+MOVES_S = 0.1  # for a first plan by moves; where it is the whole method, HEURISTIC_S
+HEURISTIC_S = 0.5
 TIMED_OUT = "the time limit ended the search; a longer --time-limit may find better"
 LOOSE = (
     "the gap is above the one asked for: the bound lets one device be the slowest for all batches "
@@ -71,14 +72,15 @@ def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Pla
     return _planned(run, space, with_baselines(plan, outcomes), outcomes, found)
 
 
-def replan(problem: Problem, options: Options) -> Plan:
+def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan:
     """Our plan alone, to see what a change of the problem is worth.
 
-    Raises a plain `InfeasibleError` where nothing fits.
+    Starts from the plan `like` where that one still fits. Raises a plain `InfeasibleError` where
+    nothing fits.
     """
     run = _Run(problem, options, Solver(options.solver), time.monotonic())
     space = make_space(problem, run.solver, run.by(SPACE_SHARE, LEAST_S))
-    found = _searched(run, space)
+    found = _searched(run, space, _still_fits(problem, like) if like else None)
     if found.assignment is None or found.predicted is None:
         raise InfeasibleError("no plan fits")
     predicted = bounded(found.predicted, found.lower_bound, run.seconds)
@@ -108,9 +110,17 @@ class _Run:
 # ---- our own
 
 
-def _searched(run: _Run, space: Space) -> Search:
+def _still_fits(problem: Problem, plan: Plan) -> Assignment | None:
+    """A plan's assignment in a changed problem."""
+    assignment = to_assignment_of(plan, problem.cluster)
+    omega = problem.quality.sum_omega(assignment.precisions)
+    fits = omega <= problem.budget * OVER and not shortages(problem, assignment)
+    return assignment if fits else None
+
+
+def _searched(run: _Run, space: Space, first: Assignment | None = None) -> Search:
     options = run.options
-    first = _moves(run, space, MOVES_S)
+    first = first or _moves(run, space, MOVES_S)
     return search(
         run.problem,
         space,
@@ -125,11 +135,7 @@ def _searched(run: _Run, space: Space) -> Search:
 
 def _moves(run: _Run, space: Space, seconds: float) -> Assignment | None:
     """The best plan by moves over the settings of least bound."""
-    settings: list[Setting] = []
-    for _, setting in space.settings(run.problem):
-        settings.append(setting)
-        if len(settings) == MAX_SETTINGS:
-            break
+    settings = space.best_first(run.problem, run.solver)
     found = heuristic(run.problem, settings, time.monotonic() + seconds)
     return to_assignment(run.problem, *found) if found else None
 

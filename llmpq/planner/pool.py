@@ -1,11 +1,11 @@
 """A bound for a mix of places that no order, partition or choice of layers is below.
 
-What is ignored: the order (embedding and head lie where they are cheapest), that a stage holds
-whole layers, and where stages begin and end in the model. What is left is a small linear
-programme over how many layers the stages of each kind hold at each option. Its prices (duals: of a
-stage's time, of memory, of sensitivity) bound every other pair of micro-batches too: for *any*
-prices, the cheapest way to place each layer by itself is below every plan. So one programme a mix
-and batch, and array arithmetic, bound all pairs of micro-batches.
+What is ignored: the order (embedding and head lie where that is cheapest, in parts if need be),
+that a stage holds whole layers, and where stages begin and end in the model. What is left is a
+small linear programme over how many layers the stages of each kind hold at each option. Its
+prices (duals: of a stage's time, of memory, of sensitivity) bound every other pair of micro-batches
+too: for *any* prices, the cheapest way to place each layer by itself is below every plan. So one
+programme a mix and batch, and array arithmetic, bound all pairs of micro-batches.
 
 Arrays: K kinds of places, P prefill and Q decode micro-batches, B options, G groups of layers.
 """
@@ -17,20 +17,21 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from llmpq.costs.memory import is_packed
-from llmpq.planner.counts import LayerGroups, Rows, layer_groups
+from llmpq.planner.counts import Rows, Term
 from llmpq.planner.layouts import Mix, num_stages
 from llmpq.planner.problem import (
     Costs,
+    LayerGroups,
     Place,
     Problem,
     Sizes,
     capacity,
     fixed_costs,
+    groups_of,
     kind_of,
     layer_bytes,
     layer_costs,
     link_costs,
-    omega_of,
     unpacked_bytes,
 )
 from llmpq.planner.solver import Programme, Solver
@@ -44,7 +45,7 @@ class Pool:
     offered: np.ndarray  # [K, B], booleans
     layer: Costs  # [P | Q, K, B], 0 where not offered
     fixed: Costs  # [P | Q, K]: of a stage in the middle
-    ends: Costs  # [P | Q]: the least that embedding and head add
+    ends: tuple["End", ...]  # what embedding and head add where they lie; none of one stage alone
     link_sum: Costs  # [P | Q]
     least_rest: np.ndarray  # [P], that the slowest actor takes in prefill beside the first
     least_pace: np.ndarray  # [Q], and in decode
@@ -53,6 +54,14 @@ class Pool:
     groups: LayerGroups
     budget: float
     theta: float
+
+
+@dataclass(frozen=True)
+class End:
+    """What the first or the last stage has on top, by the kind it is of."""
+
+    costs: Costs  # [P | Q, K]
+    num_bytes: np.ndarray  # [P, Q, K]
 
 
 @dataclass(frozen=True)
@@ -88,16 +97,13 @@ def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
         offered=np.isfinite(layer.prefill_once[0]),
         layer=layer.map(_finite),
         fixed=fixed,
-        ends=_ends(problem, sizes, places, alone),
+        ends=() if alone else tuple(_end(problem, sizes, places, last) for last in (False, True)),
         link_sum=link_sum,
         least_rest=np.maximum(link_most.prefill_rest, least_rest),
         least_pace=np.maximum(link_most.later_every, least_pace),
         layer_bytes=num_bytes,
         capacity=room,
-        groups=problem.once(
-            "layer groups",
-            lambda: layer_groups(omega_of(problem), problem.budget, problem.theta),
-        ),
+        groups=groups_of(problem),
         budget=problem.budget,
         theta=problem.theta,
     )
@@ -138,19 +144,21 @@ def _stack(costs: list[Costs]) -> Costs:
     return Costs(*(np.stack([getattr(c, f.name) for c in costs], axis=1) for f in fields(Costs)))
 
 
-def _ends(problem: Problem, sizes: Sizes, places: list[Place], alone: bool) -> Costs:
-    """The least that embedding and head add to the first micro-batches."""
-    middle = [fixed_costs(problem, sizes, place, alone, alone) for place in places]
-    total = None
-    for first, last in ((True, False), (False, True)):
-        with_end = [fixed_costs(problem, sizes, p, first or alone, last or alone) for p in places]
-        added = [
-            _sum([end, base.map(np.negative)]) for end, base in zip(with_end, middle, strict=True)
-        ]
-        least = Costs(*(np.min([getattr(c, f.name) for c in added], axis=0) for f in fields(Costs)))
-        total = least if total is None else _sum([total, least])
-    assert total is not None
-    return total
+def _end(problem: Problem, sizes: Sizes, places: list[Place], last: bool) -> End:
+    each = [_end_at(problem, sizes, place, last) for place in places]
+    return End(_stack([costs for costs, _ in each]), np.stack([taken for _, taken in each], -1))
+
+
+def _end_at(problem: Problem, sizes: Sizes, place: Place, last: bool) -> tuple[Costs, np.ndarray]:
+    """What an end adds to a stage in the middle: costs [P | Q], bytes [P, Q]."""
+
+    def compute() -> tuple[Costs, np.ndarray]:
+        middle = fixed_costs(problem, sizes, place, False, False).map(np.negative)
+        added = _sum([fixed_costs(problem, sizes, place, not last, last), middle])
+        room = capacity(problem, sizes, place, False, False)
+        return added, room - capacity(problem, sizes, place, not last, last)
+
+    return problem.once(("end", kind_of(problem, place), last, sizes), compute)
 
 
 def _sum(costs: list[Costs]) -> Costs:
@@ -215,10 +223,21 @@ def bounds(pool: Pool, prices: Prices) -> np.ndarray:
     total = prefill[:, None] + decode[None] - taken + (prices.least * pool.many).sum()
     if prices.omega:
         total = total - prices.omega * pool.budget
+    total = total + sum(_cheapest_place(pool, end, prices) for end in pool.ends)
     return np.asarray(total + _layers(pool, prices))
 
 
 # ---- prices
+
+
+def _cheapest_place(pool: Pool, end: End, prices: Prices) -> np.ndarray:
+    """[P, Q]: an end where it costs least."""
+    costs = end.costs
+    first = costs.prefill_once + prices.rest * costs.prefill_rest / pool.many
+    then = costs.step_last + prices.pace * costs.later_every / pool.many
+    then = then + prices.loop * costs.later_once
+    each = first[:, None] + then[None] + prices.memory * end.num_bytes
+    return np.asarray(each.min(axis=-1))
 
 
 def _layers(pool: Pool, prices: Prices) -> np.ndarray:
@@ -235,13 +254,13 @@ def _layers(pool: Pool, prices: Prices) -> np.ndarray:
 
 def _constants(pool: Pool, prices: Prices) -> tuple[np.ndarray, np.ndarray]:
     """[P] and [Q]: all that does not depend on where layers lie."""
-    fixed, link, ends = pool.fixed, pool.link_sum, pool.ends
+    fixed, link = pool.fixed, pool.link_sum
     many = pool.many
-    first = (fixed.prefill_once * many).sum(axis=-1) + link.prefill_once + ends.prefill_once
+    first = (fixed.prefill_once * many).sum(axis=-1) + link.prefill_once
     first = first + (fixed.prefill_rest * prices.rest).sum(axis=-1)
     first = first + (1 - prices.rest.sum()) * pool.least_rest
-    step = (fixed.step_last * many).sum(axis=-1) + link.step_last + ends.step_last
-    loop = (fixed.later_once * many).sum(axis=-1) + link.later_once + ends.later_once
+    step = (fixed.step_last * many).sum(axis=-1) + link.step_last
+    loop = (fixed.later_once * many).sum(axis=-1) + link.later_once
     pace = (fixed.later_every * prices.pace).sum(axis=-1)
     left = 1 - prices.pace.sum() - prices.loop
     pace = pace + left * pool.least_pace
@@ -252,7 +271,7 @@ def _constants(pool: Pool, prices: Prices) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Programme:
-    """Columns: layers [K, B], transport [G, B] where there are several groups, R, S."""
+    """Columns: layers [K, B], transport [G, B] of several groups, both ends' places [K], R, S."""
 
     def __init__(self, pool: Pool, prefill: int, decode: int) -> None:
         self.pool, self.prefill, self.decode = pool, prefill, decode
@@ -264,7 +283,10 @@ class _Programme:
         num_groups = len(pool.groups.sizes)
         self.y = self.c.size + np.arange(num_groups * shape[1]).reshape(num_groups, -1)
         self.y = self.y if num_groups > 1 else self.y[:0]
-        self.R, self.S = self.c.size + self.y.size + np.arange(2)
+        size = self.c.size + self.y.size
+        self.where = size + np.arange(len(pool.ends) * shape[0]).reshape(len(pool.ends), shape[0])
+        self.ends = [_at(end.costs, prefill, decode) for end in pool.ends]
+        self.R, self.S = size + self.where.size, size + self.where.size + 1
         busy = self.layer.busy[pool.offered]
         typical = float(pool.groups.sizes.sum() * busy.mean()) if busy.size else 1.0
         self.scale = typical or 1.0
@@ -273,31 +295,36 @@ class _Programme:
     def build(self) -> Programme:
         """The programme; its rows come in the order that `prices` reads."""
         pool, rows, scale = self.pool, self.rows, self.scale
-        layer, fixed = self.layer, self.fixed
+        layer, fixed, inf = self.layer, self.fixed, math.inf
         for k, many in enumerate(pool.many):
             held = self.c[k], -layer.prefill_rest[k] / many / scale
-            rows.add(fixed.prefill_rest[k] / scale, math.inf, (self.R, 1.0), held)
+            ends = self._ends("prefill_rest", k, -1 / many / scale)
+            rows.add(fixed.prefill_rest[k] / scale, inf, (self.R, 1.0), held, *ends)
         for k, many in enumerate(pool.many):
-            constant = fixed.later_every[k] / scale
-            rows.add(
-                constant, math.inf, (self.S, 1.0), (self.c[k], -layer.later_every[k] / many / scale)
-            )
-        rows.add(
-            self._loop_constant() / scale,
-            math.inf,
-            (self.S, 1.0),
-            (self.c, -layer.later_once / scale),
-        )
+            held = self.c[k], -layer.later_every[k] / many / scale
+            ends = self._ends("later_every", k, -1 / many / scale)
+            rows.add(fixed.later_every[k] / scale, inf, (self.S, 1.0), held, *ends)
+        ends = [e for k in range(len(pool.many)) for e in self._ends("later_once", k, -1 / scale)]
+        loop = self.c, -layer.later_once / scale
+        rows.add(self._loop_constant() / scale, inf, (self.S, 1.0), loop, *ends)
         for k, many in enumerate(pool.many):
             unit = max(self.capacity[k] * many, 1.0)
-            rows.add(
-                -math.inf, self.capacity[k] * many / unit, (self.c[k], pool.layer_bytes[k] / unit)
-            )
+            taken = [end.num_bytes[self.prefill, self.decode, k] / unit for end in pool.ends]
+            ends = [(int(where[k]), value) for where, value in zip(self.where, taken, strict=True)]
+            held = self.c[k], pool.layer_bytes[k] / unit
+            rows.add(-inf, self.capacity[k] * many / unit, held, *ends)
         for k, many in enumerate(pool.many):
-            rows.add(many, math.inf, (self.c[k], 1.0))
+            rows.add(many, inf, (self.c[k], 1.0))
         self._sensitivity()
         rows.add(pool.groups.sizes.sum(), pool.groups.sizes.sum(), (self.c, 1.0))
+        for where in self.where:
+            rows.add(1, 1, (where, 1.0))
         return self._finish()
+
+    def _ends(self, name: str, k: int, factor: float) -> list[Term]:
+        """What ends on stages of kind k add to a row."""
+        pairs = zip(self.where, self.ends, strict=True)
+        return [(int(where[k]), factor * getattr(end, name)[k]) for where, end in pairs]
 
     def prices(self, duals: np.ndarray) -> Prices:
         """From the duals of the rows, in order."""
@@ -320,7 +347,7 @@ class _Programme:
     def _loop_constant(self) -> float:
         pool, q = self.pool, self.decode
         fixed = (self.fixed.later_once * pool.many).sum()
-        return float(fixed + (pool.link_sum.later_once + pool.ends.later_once)[q])
+        return float(fixed + pool.link_sum.later_once[q])
 
     def _sensitivity(self) -> None:
         """The budget's row comes first; then which layers have which option."""
@@ -341,6 +368,8 @@ class _Programme:
         cost[self.c] = (layer.prefill_once + layer.step_last) / scale
         where = self.y if self.y.size else self.c
         cost[where] += pool.theta * np.broadcast_to(pool.groups.omega, where.shape) / scale
+        for place, end in zip(self.where, self.ends, strict=True):
+            cost[place] = (end.prefill_once + end.step_last) / scale
         cost[[self.R, self.S]] = 1.0
         bounds = np.zeros((2, len(cost)))
         bounds[1] = math.inf
@@ -354,8 +383,7 @@ class _Programme:
         """Seconds of the first micro-batches beside the layers."""
         pool, p, q = self.pool, self.prefill, self.decode
         once = ((self.fixed.prefill_once + self.fixed.step_last) * pool.many).sum()
-        once += pool.link_sum.prefill_once[p] + pool.ends.prefill_once[p]
-        return float(once + pool.link_sum.step_last[q] + pool.ends.step_last[q])
+        return float(once + pool.link_sum.prefill_once[p] + pool.link_sum.step_last[q])
 
 
 def _at(costs: Costs, prefill: int, decode: int) -> Costs:

@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -301,6 +302,24 @@ def stack(costs: Sequence[Costs]) -> Costs:
 
 
 @dataclass(frozen=True)
+class LayerGroups:
+    """Layers of equal sensitivity: `omega` [G, B], how many each group has, each layer's group."""
+
+    omega: np.ndarray
+    sizes: np.ndarray
+    of_layer: np.ndarray
+
+
+def layer_groups(omega: np.ndarray, budget: float, theta: float) -> LayerGroups:
+    """Groups of equal rows of omega [L, B]; one group where omega does not matter."""
+    if theta == 0 and budget == math.inf:
+        layers = len(omega)
+        return LayerGroups(0 * omega[:1], np.array([layers]), np.zeros(layers, dtype=int))
+    rows, inverse, sizes = np.unique(omega, axis=0, return_inverse=True, return_counts=True)
+    return LayerGroups(rows, sizes, inverse.ravel())
+
+
+@dataclass(frozen=True)
 class Overlap:
     """How decoding starts while others still prefill.
 
@@ -328,6 +347,12 @@ class Instance:
     overlap: Overlap = Overlap()
     budget: float = math.inf
     theta: float = 0.0
+    known_groups: LayerGroups | None = None
+
+    @cached_property
+    def groups(self) -> LayerGroups:
+        """Layers of equal sensitivity."""
+        return self.known_groups or layer_groups(self.omega, self.budget, self.theta)
 
     @property
     def num_layers(self) -> int:
@@ -368,6 +393,14 @@ def make_instance(problem: Problem, setting: Setting) -> Instance:
         overlap=_overlap(problem, setting),
         budget=problem.budget,
         theta=problem.theta,
+        known_groups=groups_of(problem),
+    )
+
+
+def groups_of(problem: Problem) -> LayerGroups:
+    """Layers of equal sensitivity."""
+    return problem.once(
+        "layer groups", lambda: layer_groups(omega_of(problem), problem.budget, problem.theta)
     )
 
 

@@ -1,5 +1,6 @@
 """A plan and its rivals for people, on a rich console. Only renders; decides nothing."""
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -61,6 +62,8 @@ def print_changes(console: Console, plan: Plan, changes: Sequence[Change]) -> No
 
 def _gain(change: Change, predicted: Predicted) -> str:
     """A gain that the plan's own gap may explain is no number to rely on."""
+    if change.within_gap and change.at_most_percent < math.inf:
+        return f"at most +{change.at_most_percent:.1f} %"
     if change.within_gap:
         return f"no more than the gap ({100 * predicted.gap:.2f} %)"
     return f"+{change.gain:.1f} (+{change.gain_percent:.1f} %)"

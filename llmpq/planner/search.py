@@ -88,6 +88,21 @@ class Space:
         ]
         return sorted(found, key=lambda entry: entry[0])
 
+    def best_first(self, problem: Problem, solver: Solver) -> Iterator[tuple[float, Setting]]:
+        """Settings with the bound of their own linear programme, made as they come."""
+        queue = [
+            (bound, i, table, pair, False) for i, (bound, table, pair) in enumerate(self.pairs())
+        ]
+        while queue:
+            bound, index, table, pair, tight = heapq.heappop(queue)
+            if tight:
+                yield from ((bound, setting) for setting in settings_of(problem, table, pair))
+                continue
+            known = float(table.bounds[pair])
+            value = known if known > bound else tighten(table, pair, solver)
+            if value < math.inf:
+                heapq.heappush(queue, (value, index, table, pair, known <= bound))
+
     def settings(self, problem: Problem) -> Iterator[tuple[float, Setting]]:
         """One order for each pair, first and last place, with its bound; the least first."""
         for bound, table, pair in self.pairs():
@@ -110,6 +125,14 @@ def settings_of(problem: Problem, table: Tables, pair: tuple[int, int]) -> list[
         Setting(order, sizes.batch, sizes.prefill[pair[0]], sizes.decode[pair[1]])
         for order in found
     ]
+
+
+def tighten(table: Tables, pair: tuple[int, int], solver: Solver) -> float:
+    """The bound by a pair's own linear programme, whose prices tell on the mix's other pairs."""
+    value, prices = pool.relaxed(table.pool, *pair, solver)
+    if prices is not None:
+        table.bounds = np.maximum(table.bounds, pool.bounds(table.pool, prices))
+    return max(value, float(table.bounds[pair]))
 
 
 def _canonical_orders(problem: Problem, mix: Mix) -> list[tuple[Place, ...]]:
@@ -317,18 +340,12 @@ class PairNode(Node):
         if known > bound:
             state.push(known, self)
         elif not self.tight:
-            state.push(max(bound, self._tightened(state)), PairNode(self.table, self.pair, True))
+            state.num_relaxed += 1
+            value = tighten(self.table, self.pair, state.solver)
+            state.push(max(bound, value), PairNode(self.table, self.pair, True))
         else:
             for setting in settings_of(state.problem, self.table, self.pair):
                 state.push(bound, EndsNode(setting))
-
-    def _tightened(self, state: Search) -> float:
-        table, arrays = self.table, self.table.pool
-        state.num_relaxed += 1
-        value, prices = pool.relaxed(arrays, *self.pair, state.solver)
-        if prices is not None:
-            table.bounds = np.maximum(table.bounds, pool.bounds(arrays, prices))
-        return value
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ Not covered: two changes at once, prices, and device types that the cluster does
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llmpq.cluster import GIB, MIB, Cluster, DeviceGroup, Link, Node
 from llmpq.devices import device_library
 from llmpq.errors import InfeasibleError
-from llmpq.plan import Plan
+from llmpq.plan import Plan, Predicted
 from llmpq.planner.problem import Problem
 
 Replan = Callable[[Problem], Plan]  # raises `InfeasibleError` where nothing fits
@@ -36,6 +36,7 @@ class Change:
     """One change and the speed of the plan it allows; `gain` in tokens/s.
 
     `within_gap`: the gain is no more than what the unchanged plan's gap leaves open.
+    `at_most_percent`: no plan of the changed problem gains more; infinity where that is not known.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Change:
     gain: float
     gain_percent: float
     within_gap: bool
+    at_most_percent: float = math.inf
 
 
 def what_if(problem: Problem, plan: Plan, replan: Replan, deadline: float) -> list[Change]:
@@ -84,7 +86,15 @@ def _compare(text: str, plan: Plan, changed: Plan) -> Change:
         gain=gain,
         gain_percent=100 * gain / before.tokens_per_s,
         within_gap=gain <= _open_gain(before.tokens_per_s, before.gap),
+        at_most_percent=_most_percent(before, after),
     )
+
+
+def _most_percent(before: Predicted, after: Predicted) -> float:
+    """By the bound of the changed problem, where that is of seconds alone."""
+    if after.lower_bound <= 0 or after.objective != after.total_s:
+        return math.inf
+    return max(0.0, 100 * (before.total_s / after.lower_bound - 1))
 
 
 def _open_gain(tokens_per_s: float, gap: float) -> float:
@@ -204,14 +214,15 @@ def with_links(problem: Problem, factor: float, which: Literal["between", "insid
 
     cluster = problem.cluster
     if which == "between":
-        return _with_cluster(problem, link=faster(cluster.link))
+        return replace(_with_cluster(problem, link=faster(cluster.link)), _known={})
     nodes = [node.model_copy(update={"link": faster(node.link)}) for node in cluster.nodes]
-    return _with_cluster(problem, nodes=nodes)
+    return replace(_with_cluster(problem, nodes=nodes), _known={})
 
 
 def with_budget(problem: Problem, percent: float) -> Problem:
     """Perplexity may rise by `percent`; a price of quality (theta) is dropped."""
-    return replace(problem, budget=problem.quality.budget(percent), theta=0.0, _known={})
+    known = _kept(problem, "layer groups")
+    return replace(problem, budget=problem.quality.budget(percent), theta=0.0, _known=known)
 
 
 def with_precisions(problem: Problem, precisions: Sequence[str]) -> Problem:
@@ -257,4 +268,16 @@ def _with_groups(
 
 
 def _with_cluster(problem: Problem, **changes: Any) -> Problem:
-    return replace(problem, cluster=problem.cluster.model_copy(update=changes), _known={})
+    """Other devices; times and bytes of those that were there stay known."""
+    cluster = problem.cluster.model_copy(update=changes)
+    return replace(problem, cluster=cluster, _known=_kept(problem, "orders"))
+
+
+def _kept(problem: Problem, other: str) -> dict[Hashable, Any]:
+    """What is known of a problem and stays so, but for `other`."""
+    items = problem._known.items()
+    return {key: value for key, value in items if other not in (key, _first(key))}
+
+
+def _first(key: Hashable) -> Hashable:
+    return key[0] if isinstance(key, tuple) else None

@@ -288,7 +288,7 @@ def test_it_is_near_the_best_of_all_choices() -> None:
 def test_the_best_of_several_settings_is_kept() -> None:
     problem = replace(real_problem(3, 12, 3), budget=math.inf)
     tried = [real_setting(problem, 2**n, 2 ** (4 - n)) for n in range(5)]
-    found = heuristic(problem, tried, soon())
+    found = heuristic(problem, [(0.0, setting) for setting in tried], soon())
     assert found is not None
     setting, choice = found
     values = []
@@ -304,4 +304,4 @@ def test_the_best_of_several_settings_is_kept() -> None:
 def test_no_setting_that_fits_gives_nothing() -> None:
     problem = real_problem(3, 12, 3)
     small = [replace(p, memory_bytes=1) for p in real_setting(problem, 1, 16).places]
-    assert heuristic(problem, [Setting(tuple(small), 16, 1, 16)], soon()) is None
+    assert heuristic(problem, [(0.0, Setting(tuple(small), 16, 1, 16))], soon()) is None
