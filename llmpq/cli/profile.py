@@ -123,33 +123,22 @@ def layers(**flags: Any) -> None:
 def sensitivity(**flags: Any) -> None:
     """Measure how much each layer loses at each precision, and what a sum of that means."""
     from llmpq.models.stage_model import load_config
-    from llmpq.models.tokenizer import load_tokenizer
     from llmpq.profile_data import CalibrationText, Sensitivity
     from llmpq.profiler.sensitivity import SensitivityMeter, num_evaluations
     from llmpq.quant import available_precisions
     from llmpq.runtime.checkpoint import Checkpoint
-    from llmpq.runtime.evaluate import text_windows
     from llmpq.runtime.loader import model_folder
 
     device, dtype = _device(flags)
     spec = load_model_spec(flags["model"])
     folder = model_folder(flags["model"])
     text = flags["text"] or ASSETS / "calibration.txt"
-    window = flags["window"] or min(256, spec.max_positions)
-    check_window(window, spec.max_positions)
-    windows = text_windows(text, load_tokenizer(folder), window, flags["max_windows"])
+    windows = _windows(flags, text, folder, spec.max_positions)
     precisions = flags["precisions"] or available_precisions(device, dtype)
     out = console(flags["quiet"])
     with progress(out, "evaluations", num_evaluations(spec.num_layers, precisions)) as shown:
-        meter = SensitivityMeter(
-            load_config(folder),
-            Checkpoint(folder),
-            precisions,
-            windows,
-            dtype,
-            device,
-            shown.update,
-        )
+        config, weights = load_config(folder), Checkpoint(folder)
+        meter = SensitivityMeter(config, weights, precisions, windows, dtype, device, shown.update)
         rows = meter.rows()
         fit = meter.fit(rows)
     result = Sensitivity(
@@ -166,6 +155,16 @@ def sensitivity(**flags: Any) -> None:
     _write(result, flags)
     if not flags["quiet"]:
         _show_sensitivity(result, out)
+
+
+def _windows(flags: dict[str, Any], text: Path, folder: Path, max_positions: int) -> Any:
+    """[windows, tokens] of the calibration text."""
+    from llmpq.models.tokenizer import load_tokenizer
+    from llmpq.runtime.evaluate import text_windows
+
+    window = flags["window"] or min(256, max_positions)
+    check_window(window, max_positions)
+    return text_windows(text, load_tokenizer(folder), window, flags["max_windows"])
 
 
 @main.command(cls=Command)

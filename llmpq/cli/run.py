@@ -187,10 +187,7 @@ def _work(plan: Plan, options: RunOptions, role: "Role") -> None:
     """This process's part of the run."""
     import torch
 
-    from llmpq.runtime.engine import Engine
-    from llmpq.runtime.process import choose_device, choose_dtype, connect, disconnect
-    from llmpq.runtime.rehearsal import own_core
-    from llmpq.runtime.sampler import Sampling
+    from llmpq.runtime.process import connect, disconnect
 
     try:
         prepared = _prepare(plan, options, leads=role.rank == 0)
@@ -198,24 +195,10 @@ def _work(plan: Plan, options: RunOptions, role: "Role") -> None:
         if role.local_rank == 0:
             raise
         sys.exit(UserError.exit_code)  # the first worker on this machine finds and says the same
-    rehearsed = bool(plan.cluster.rehearse)
-    auto_on_cpu = rehearsed and options.device == "auto"
-    device = choose_device("cpu" if auto_on_cpu else options.device, role)
-    if rehearsed and device.type == "cpu":
-        torch.set_num_threads(1)
-        own_core(role.rank, role.size)
+    device = _claim_device(plan, options, role)
     transport = connect(role, device)
     try:
-        engine = Engine(
-            plan,
-            prepared.config,
-            prepared.weights,
-            transport,
-            choose_dtype(options.dtype, device, transport),
-            device,
-            Sampling(options.temperature, options.top_k, options.top_p, options.seed),
-            prepared.eos_ids,
-        )
+        engine = _engine(plan, options, prepared, device, transport)
         if role.rank == 0:
             _lead(engine, plan, options, prepared)
         else:
@@ -229,6 +212,42 @@ def _work(plan: Plan, options: RunOptions, role: "Role") -> None:
         ) from None
     finally:
         disconnect()
+
+
+def _claim_device(plan: Plan, options: RunOptions, role: "Role") -> Any:
+    """The device of this process; a rehearsed one on the CPU has a core to itself."""
+    import torch
+
+    from llmpq.runtime.process import choose_device
+    from llmpq.runtime.rehearsal import own_core
+
+    rehearsed = bool(plan.cluster.rehearse)
+    auto_on_cpu = rehearsed and options.device == "auto"
+    device = choose_device("cpu" if auto_on_cpu else options.device, role)
+    if rehearsed and device.type == "cpu":
+        torch.set_num_threads(1)
+        own_core(role.rank, role.size)
+    return device
+
+
+def _engine(
+    plan: Plan, options: RunOptions, prepared: Prepared, device: Any, transport: Any
+) -> Any:
+    """This process's stage, its weights loaded."""
+    from llmpq.runtime.engine import Engine
+    from llmpq.runtime.process import choose_dtype
+    from llmpq.runtime.sampler import Sampling
+
+    return Engine(
+        plan,
+        prepared.config,
+        prepared.weights,
+        transport,
+        choose_dtype(options.dtype, device, transport),
+        device,
+        Sampling(options.temperature, options.top_k, options.top_p, options.seed),
+        prepared.eos_ids,
+    )
 
 
 def _lead(engine: Any, plan: Plan, options: RunOptions, prepared: Prepared) -> None:

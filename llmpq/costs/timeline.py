@@ -105,19 +105,6 @@ def batch_s(
     return ends[-1], total
 
 
-def prefill_s(once: np.ndarray, every: np.ndarray) -> np.ndarray:
-    """Seconds from the first micro-batch's start to the last one's end, for each batch.
-
-    Arrays [actors, batches]. Exact for micro-batches of one size, else a little long.
-    """
-    return once.sum(axis=0) + (every - once).max(axis=0)
-
-
-def decode_step_s(once: np.ndarray, every: np.ndarray) -> np.ndarray:
-    """Seconds of one step amid many others, for each batch; arrays [actors, batches]."""
-    return np.maximum(once.sum(axis=0), every.max(axis=0))
-
-
 def _bends(left: int, middle: int, right: int, waits: tuple[int, ...]) -> bool:
     """Whether the middle point lies above the line between the others."""
     rise = (waits[middle] - waits[left]) * (right - left)

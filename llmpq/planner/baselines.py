@@ -19,16 +19,13 @@ import numpy as np
 from llmpq.cluster import MIB
 from llmpq.plan import Predicted
 from llmpq.planner.evaluate import evaluate
+from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.partition import Fronts, least_bottleneck, least_sum, range_lengths
-from llmpq.planner.problem import (
-    Assignment,
+from llmpq.planner.problem import OVER, Assignment, Problem, Setting
+from llmpq.planner.value import (
     Choice,
-    Instance,
-    Problem,
-    Setting,
     count_options,
     fits,
-    make_instance,
     objective,
     shortage,
     sum_omega,
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
     from llmpq.planner.offload import OffloadPlan
 
 BASELINES = ("uniform", "pipeedge", "adabits")
-OVER = 1 + 1e-9  # rounding of sums of sensitivities
 
 Proposals = Iterator[tuple[Choice, str]]  # choices, and the precision (or "") each stands for
 
@@ -130,7 +126,7 @@ def _try(
         return
     for choice, precision in proposals(problem, instance, method, fronts):
         if not fits(instance, choice):
-            _note_shortage(problem, setting, instance, choice, precision, state)
+            _note_shortage(setting, instance, choice, precision, state)
             continue
         state.fitting.add(precision)
         rank = rank_of(instance, choice)
@@ -279,7 +275,6 @@ def _range_choice(source: DeviceRanges, start: int, end: int) -> tuple[int, ...]
 
 
 def _note_shortage(
-    problem: Problem,
     setting: Setting,
     instance: Instance,
     choice: Choice,

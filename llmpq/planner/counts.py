@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from llmpq.planner.problem import Choice, Instance, LayerGroups
+from llmpq.planner.instance import Instance, LayerGroups
+from llmpq.planner.problem import OVER
 from llmpq.planner.solver import Programme
+from llmpq.planner.value import Choice
 
 Term = tuple[Any, np.ndarray | float]  # columns, their coefficients
 
@@ -120,8 +122,13 @@ def build(instance: Instance, cutoff: float = math.inf, any_order: bool = False)
     return _finished(rows, columns, instance, cost, cutoff, scale)
 
 
-def build_exact(instance: Instance, cutoff: float = math.inf) -> Programme:
-    """Counts, and which stage each layer lies on."""
+def build_exact(
+    instance: Instance, cutoff: float = math.inf, windows: np.ndarray | None = None
+) -> Programme:
+    """Counts, and which stage each layer lies on.
+
+    `windows` [N - 1, 2]: how many layers, at least and at most, lie on stage j or before.
+    """
     columns = Columns(instance)
     columns.add_places(instance.num_layers, instance.num_stages, instance.num_options)
     rows, scale = Rows(), typical_seconds(instance)
@@ -131,7 +138,21 @@ def build_exact(instance: Instance, cutoff: float = math.inf) -> Programme:
     _places(rows, columns, instance)
     omega = np.broadcast_to(instance.omega[:, None, :], columns.z.shape)
     _price(rows, cost, instance, columns.z, omega, scale)
-    return _finished(rows, columns, instance, cost, cutoff, scale)
+    programme = _finished(rows, columns, instance, cost, cutoff, scale)
+    return programme if windows is None else _within_windows(programme, columns, windows)
+
+
+def _within_windows(programme: Programme, columns: Columns, windows: np.ndarray) -> Programme:
+    """With the layers' places fixed where the windows leave no choice."""
+    lower, upper = programme.lower.copy(), programme.upper.copy()
+    layers = np.arange(len(columns.t))[:, None]
+    earliest, latest = windows[:, 0], windows[:, 1]
+    lower[columns.t[layers < earliest]] = 1.0
+    upper[columns.t[layers >= latest]] = 0.0
+    after = layers >= np.concatenate([[0], earliest])
+    before = layers < np.concatenate([latest, [len(layers)]])
+    upper[columns.z[~(after & before)]] = 0.0
+    return replace(programme, lower=lower, upper=upper)
 
 
 def build_plain(instance: Instance, cutoff: float = math.inf) -> Programme:
@@ -170,16 +191,8 @@ def most_packed(instance: Instance) -> np.ndarray:
     """[N]: how many packed layers a stage holds at most."""
     offered = instance.available & instance.packed
     least = np.where(offered, instance.layer_bytes, np.inf).min(axis=1)
-    room = instance.capacity * (1 + 1e-9) - instance.unpacked_bytes
+    room = instance.capacity * OVER - instance.unpacked_bytes
     return np.clip(np.floor(room / least), 0, instance.num_layers)
-
-
-def most_layers(instance: Instance) -> np.ndarray:
-    """[N]: how many layers a stage holds at most, at its smallest options."""
-    offered = instance.available & ~instance.packed
-    least = np.where(offered, instance.layer_bytes, np.inf).min(axis=1)
-    plain = np.clip(np.floor(instance.capacity * (1 + 1e-9) / least), 0, instance.num_layers)
-    return np.maximum(plain, most_packed(instance))
 
 
 # ---- blocks of rows
@@ -373,9 +386,9 @@ def _finished(
 def _most(instance: Instance) -> np.ndarray:
     """[N, B]: most layers of an option on a stage; a layer is left for every other stage."""
     room = instance.capacity[:, None] - instance.unpacked_bytes[:, None] * instance.packed
-    held = np.floor(np.maximum(room, 0.0) * (1 + 1e-9) / np.maximum(instance.layer_bytes, 1e-9))
+    held = np.floor(np.maximum(room, 0.0) * OVER / np.maximum(instance.layer_bytes, 1e-9))
     most = np.minimum(held, instance.num_layers - instance.num_stages + 1)
-    allowed = (instance.omega <= instance.budget * (1 + 1e-9)).any(axis=0)
+    allowed = (instance.omega <= instance.budget * OVER).any(axis=0)
     return np.where(instance.available & allowed, np.maximum(most, 0.0), 0.0)
 
 

@@ -108,10 +108,15 @@ def to_assignment(plan: Plan, cluster: Cluster) -> Assignment:
 
 
 def _take(free: list[Device], stage: Stage) -> Place:
-    """The place of a stage's devices, which are taken; the least memory of them counts."""
+    """The place of a stage's devices, which are taken; the least memory of them counts.
+
+    Raises `ValueError` where there is none (left).
+    """
     taken = []
     for name in stage.devices:
-        found = next(d for d in free if (d.node, d.type) == (stage.node, name))
+        found = next((d for d in free if (d.node, d.type) == (stage.node, name)), None)
+        if found is None:
+            raise ValueError(f"stage {stage.rank}: the cluster has no (more) {name}")
         free.remove(found)
         taken.append(found)
     least = min(device.memory_bytes for device in taken)

@@ -1,7 +1,9 @@
 """One order solved exactly: the best layers and precisions of an instance, with a bound.
 
 Where all layers are equally sensitive, counts are the whole problem; else which layer lies on
-which stage is part of it (`counts.build_exact`).
+which stage is part of it (`counts.build_exact`). Then a plan by moves comes first: what is better
+than it can only have its stages end within narrow windows, which small linear programmes find, and
+that leaves a fraction of the layers' places open.
 """
 
 import math
@@ -11,11 +13,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmpq.planner import counts
-from llmpq.planner.heuristic import assign_layers, transfer
-from llmpq.planner.problem import Choice, Instance, fits, sum_omega
+from llmpq.planner.heuristic import assign_layers, start_choice, transfer
+from llmpq.planner.instance import Instance
+from llmpq.planner.problem import OVER
 from llmpq.planner.solver import TOLERANCE, Programme, Solver, Status
+from llmpq.planner.value import Choice, fits, objective, sum_omega
 
-OVER = 1 + 1e-9  # rounding of sums of sensitivities
+MOVES_S = 0.3  # at most, for the plan by moves
+SLACK = 1e-6  # of a window's ends: a linear programme's rounding
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,65 @@ def solve(
     """
     if instance.num_layers < instance.num_stages:
         return Solution("infeasible", None, math.inf)
-    programme = counts.build_plain(instance, cutoff) if plain else build(instance, cutoff)
+    if plain or is_even(instance):
+        programme = (
+            counts.build_plain(instance, cutoff) if plain else counts.build(instance, cutoff)
+        )
+        return _solved(instance, programme, solver, gap, time_limit, cutoff, plain)
+    return _solve_uneven(instance, solver, gap, time_limit, cutoff)
+
+
+def _solve_uneven(
+    instance: Instance, solver: Solver, gap: float, time_limit: float, cutoff: float
+) -> Solution:
+    moved = _moved(instance, time.monotonic() + min(time_limit, MOVES_S))
+    value = objective(instance, moved) if moved else math.inf
+    limit = min(cutoff, value * (1 + TOLERANCE))
+    known = Solution("optimal", moved, value) if moved and value <= cutoff else None
+    windows = _windows(instance, solver, limit)
+    if windows is None:
+        return known or Solution("infeasible", None, math.inf)
+    programme = counts.build_exact(instance, limit, windows)
+    found = _solved(instance, programme, solver, gap, time_limit, limit)
+    if found.status == "infeasible":
+        return known or found
+    if found.choice is None and known:
+        return Solution("feasible", moved, min(found.bound, limit))
+    return replace(found, bound=min(found.bound, limit))
+
+
+def _moved(instance: Instance, deadline: float) -> Choice | None:
+    """A choice by moves; None where none within memory and budget was found."""
+    start = start_choice(instance, deadline)
+    if start is None:
+        return None
+    choice = transfer(instance, start, deadline)
+    return choice if allowed(instance, choice) else None
+
+
+def _windows(instance: Instance, solver: Solver, cutoff: float) -> np.ndarray | None:
+    """[N - 1, 2]: where stages but the last may end in choices up to `cutoff`.
+
+    None where there is no such choice.
+    """
+    programme = counts.build(instance, cutoff)
+    held = counts.Columns(instance).c
+    ends = [held[: j + 1].ravel() for j in range(instance.num_stages - 1)]
+    found = solver.extents(programme, ends)
+    if found is None:
+        return None
+    return np.stack([np.ceil(found[:, 0] - SLACK), np.floor(found[:, 1] + SLACK)], axis=1)
+
+
+def _solved(
+    instance: Instance,
+    programme: Programme,
+    solver: Solver,
+    gap: float,
+    time_limit: float,
+    cutoff: float,
+    plain: bool = False,
+) -> Solution:
     answer = solver.integers(programme, gap=gap, time_limit=time_limit)
     if answer.status == "infeasible":
         return Solution("infeasible", None, math.inf)

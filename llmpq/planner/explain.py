@@ -1,98 +1,35 @@
-"""Why nothing fits: what is short, where, by how much, and the three cheapest changes that help.
+"""Why nothing fits: what is short, where and by how much.
 
 What is short is said of the cheapest setting: the lowest precision, the fewest requests in flight,
 micro-batches of one, the best order. Where memory would do and the quality budget does not, the
 least loss that memory allows is named.
 
-A change is offered only after its problem was planned. Changes are tried in this order of price:
-  settings   fewer requests in flight (speed alone), other precisions, a larger quality loss
-  work       shorter prompts, fewer new tokens
-  hardware   more memory, more devices of a type that is there
-and where no change of one of these rows is enough alone, joined with a larger quality loss, with
-all precisions, with both. Where that makes fewer than three, other joined changes and second
-choices (memory of another device) follow. The size of a change is found by `may_fit`, which is
-quick: whether some layout has room for all layers within the budget. `replan` has the last word.
+`may_fit` is the quick question below it all: has some layout room for all layers within the
+budget? It looks at memory and sensitivity alone, at `NUM_PRICED` settings at most where there is a
+budget, and plans nothing.
 
-Not covered: other device types, other models, cheaper hardware by price.
+Not covered: what would help (`fixes`).
 """
 
 import math
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
 
-from llmpq.cluster import GIB, MIB, Cluster
 from llmpq.costs import memory
-from llmpq.errors import InfeasibleError
 from llmpq.model_spec import tensor_parallel_degrees
-from llmpq.planner.baselines import OVER, amount, in_bits, least_omega
-from llmpq.planner.frontier import round_up
+from llmpq.planner.baselines import amount, in_bits, least_omega
 from llmpq.planner.layouts import Mix, canonical, ends, mixes
-from llmpq.planner.problem import Problem, Setting
+from llmpq.planner.problem import OVER, Problem, Setting
 from llmpq.planner.search import batch_options
-from llmpq.planner.what_if import (
-    Kind,
-    Replan,
-    device_kinds,
-    with_batch,
-    with_budget,
-    with_device,
-    with_devices,
-    with_lengths,
-    with_memory,
-    with_precisions,
-)
 
-NUM_FIXES = 3
-TIME_LIMIT_S = 20.0
 NUM_PRICED = 16  # settings, of those with most room, that are looked at closely
-TRIES = 4  # sizes of one change that are planned before it is given up
-LEAST_LENGTH_SHARE = 1 / 8  # a job of shorter requests is another job
-MOST_NEW_DEVICES = 8
-MOST_NEW_MEMORY = 1024 * GIB  # of one device
-
-
-@dataclass(frozen=True)
-class Fix:
-    """A change that makes a plan fit: in words, what to write or type, and the changed problem."""
-
-    text: str
-    command_hint: str
-    problem: Problem
-
-    def __str__(self) -> str:
-        return f"{self.text} ({self.command_hint})"
-
-    def then(self, other: "Fix") -> "Fix":
-        """Both changes; `other` was made to this one's problem."""
-        text = f"{self.text} and {other.text}"
-        return Fix(text, f"{self.command_hint}; {other.command_hint}", other.problem)
-
-
-def infeasible(
-    problem: Problem, precisions: Sequence[str], replan: Replan, deadline: float | None = None
-) -> InfeasibleError:
-    """The error for a problem without a plan.
-
-    `precisions`: all that the costs offer. `replan` plans a changed problem; it must not itself
-    explain, with this function, why nothing fits. `deadline`: an instant of `time.monotonic` after
-    which nothing more is planned; without, `TIME_LIMIT_S` from now.
-    """
-    until = time.monotonic() + TIME_LIMIT_S if deadline is None else deadline
-    found = fixes(problem, precisions, replan, until)
-    lines = [why(problem), *(f"would fit: {fix}" for fix in found)]
-    if len(found) < NUM_FIXES:
-        lines.append(_why_so_few(len(found), until))
-    return InfeasibleError("\n".join(lines))
 
 
 def why(problem: Problem) -> str:
     """What is short, and by how much, without any change that would help."""
-    if not _mixes(problem):
+    if not roomiest_mixes(problem):
         return _too_few_layers(problem)
     if lacks_memory(problem):
         return _memory_text(problem)
@@ -118,7 +55,7 @@ def _least_omega(problem: Problem) -> float:
     return least_omega(problem, list(islice(_roomy_settings(problem), NUM_PRICED)))
 
 
-def _mixes(problem: Problem) -> list[Mix]:
+def roomiest_mixes(problem: Problem) -> list[Mix]:
     """Choices of devices, those with most room first. Rehearsed devices run one a stage."""
     degrees = tensor_parallel_degrees(problem.spec, problem.max_tensor_parallel)
     found, _ = mixes(problem.cluster, degrees, problem.spec.num_layers)
@@ -139,7 +76,7 @@ def _cheapest_settings(problem: Problem, mix: Mix) -> Iterator[Setting]:
 
 def _roomy_settings(problem: Problem) -> Iterator[Setting]:
     """Cheapest settings with room for all layers, about those with most room first."""
-    for mix in _mixes(problem):
+    for mix in roomiest_mixes(problem):
         if _room_between(problem, mix) < problem.spec.num_layers:
             return
         for setting in _cheapest_settings(problem, mix):
@@ -157,17 +94,11 @@ def _room_between(problem: Problem, mix: Mix) -> int:
     return sum(n * count for n, count in held) if min(n for n, _ in held) >= 1 else 0
 
 
-def _why_so_few(count: int, deadline: float) -> str:
-    if time.monotonic() > deadline:
-        return "the time for looking ended here; other changes may do too"
-    return "no other change that was tried is enough" if count else "no change tried is enough"
-
-
 # ---- what is short
 
 
 def _memory_text(problem: Problem) -> str:
-    ordered = _mixes(problem)
+    ordered = roomiest_mixes(problem)
     some = dict.fromkeys([*ordered[:NUM_PRICED], *ordered[-NUM_PRICED:]])
     settings = (setting for mix in some for setting in _cheapest_settings(problem, mix))
     best = min(settings, key=lambda setting: _missing_in_all(problem, setting))
@@ -269,14 +200,14 @@ def _shortage(setting: Setting, rank: int, num_bytes: float) -> str:
 
 
 def _quality_text(problem: Problem) -> str:
-    asked, needed = problem.quality.percent(problem.budget), _least_loss(problem)
+    asked, needed = problem.quality.percent(problem.budget), least_loss(problem)
     return (
         f"no plan keeps the quality: memory allows none that loses less than {needed:.3g} % "
         f"(quality: {problem.quality.source}), asked for at most {asked:.3g} %"
     )
 
 
-def _least_loss(problem: Problem) -> float:
+def least_loss(problem: Problem) -> float:
     """Percent; infinity where memory allows no plan at all."""
     least = _least_omega(problem)
     return problem.quality.percent(least) if math.isfinite(least) else math.inf
@@ -288,310 +219,3 @@ def _too_few_layers(problem: Problem) -> str:
         f"{problem.spec.name} has {layers} layers and the cluster {devices} devices; "
         f"every device of a plan needs a layer: name at most {layers} devices in the cluster file"
     )
-
-
-# ---- changes, the smallest that may do first; none of them is verified here
-
-Lever = Callable[[Problem, Sequence[str]], Iterator[Fix]]
-
-
-def fewer_requests(problem: Problem, precisions: Sequence[str]) -> Iterator[Fix]:
-    """The most requests in flight that may fit, then fewer."""
-    most = largest(1, min(batch_options(problem)) - 1, lambda n: may_fit(with_batch(problem, n)))
-    for batch in _fewer(most, 1):
-        text = "1 request in flight" if batch == 1 else f"{batch} requests in flight"
-        yield Fix(text, f"workload: batch: {batch}", with_batch(problem, batch))
-
-
-def other_precision(problem: Problem, precisions: Sequence[str]) -> Iterator[Fix]:
-    """One more precision; where none is enough, all."""
-    left_out = [name for name in precisions if name not in problem.precisions]
-    single = [fix for name in left_out if may_fit((fix := _allowing(problem, [name])).problem)]
-    yield from single
-    if not single and len(left_out) > 1:
-        everything = _allowing(problem, left_out)
-        if may_fit(everything.problem):
-            yield everything
-
-
-def _allowing(problem: Problem, names: Sequence[str]) -> Fix:
-    wider = with_precisions(problem, [*problem.precisions, *names])
-    text = f"allowing {', '.join(in_bits(name) for name in names)}"
-    return Fix(text, f"--precisions {','.join(wider.precisions)}", wider)
-
-
-def more_loss(problem: Problem, precisions: Sequence[str]) -> Iterator[Fix]:
-    """The least quality loss that memory allows, then a little more."""
-    if math.isinf(problem.budget):
-        return
-    asked, needed = problem.quality.percent(problem.budget), _least_loss(problem)
-    if not asked < needed < math.inf:
-        return
-    for percent in dict.fromkeys(round_up(needed * factor, 3) for factor in (1, 1.01, 1.1, 1.5)):
-        figure = f"{percent:.10g}"
-        text = f"perplexity up to {figure} % higher"
-        yield Fix(text, f"--max-quality-loss {figure}", with_budget(problem, percent))
-
-
-def shorter_prompts(problem: Problem, precisions: Sequence[str]) -> Iterator[Fix]:
-    """Longer prompts cut to the most tokens that may fit."""
-    longest = problem.max_prompt_tokens
-    least = math.ceil(longest * LEAST_LENGTH_SHARE)
-    most = largest(least, longest - 1, lambda n: may_fit(with_lengths(problem, n)))
-    for tokens in _fewer(most, least):
-        text = f"prompts of at most {tokens} tokens instead of {longest}"
-        yield Fix(text, f"workload: prompt_tokens: {tokens}", with_lengths(problem, tokens))
-
-
-def fewer_new_tokens(problem: Problem, precisions: Sequence[str]) -> Iterator[Fix]:
-    """Longer answers cut to the most tokens that may fit."""
-    longest = max(new for _, new in problem.lengths)
-    least = math.ceil(longest * LEAST_LENGTH_SHARE)
-
-    def cut(tokens: int) -> Problem:
-        return with_lengths(problem, max_new_tokens=tokens)
-
-    for tokens in _fewer(largest(least, longest - 1, lambda n: may_fit(cut(n))), least):
-        text = f"at most {tokens} new tokens instead of {longest}"
-        yield Fix(text, f"workload: new_tokens: {tokens}", cut(tokens))
-
-
-def more_memory(problem: Problem, precisions: Sequence[str]) -> Iterator[Fix]:
-    """The least memory to add to the devices of one kind, the least in all first; or to all."""
-    kinds = device_kinds(problem.cluster)
-    single = [pair for kind in kinds if (pair := _grown(problem, [kind]))]
-    ordered = [fix for _, fix in sorted(single, key=lambda pair: pair[0])]
-    yield from ordered[:1]
-    everywhere = _grown(problem, kinds) if len(kinds) > 1 else None
-    if everywhere is not None:
-        yield everywhere[1]
-    yield from ordered[1:]
-
-
-def _grown(problem: Problem, kinds: Sequence[Kind]) -> tuple[float, Fix] | None:
-    """(bytes in all, the fix) of the least memory, the same for each device of `kinds`."""
-    unit = MIB / 100 if kinds[0][1] in problem.cluster.rehearse else GIB / 10
-    high = 1
-    while not may_fit(_with_more(problem, kinds, high * unit)):
-        high *= 2
-        if high * unit > MOST_NEW_MEMORY:
-            return None
-    low = high // 2  # not enough
-    while high - low > 1 + high // 100:
-        middle = (low + high) // 2
-        enough = may_fit(_with_more(problem, kinds, middle * unit))
-        low, high = (low, middle) if enough else (middle, high)
-    return _growth(problem, kinds, high * unit)
-
-
-def _with_more(problem: Problem, kinds: Sequence[Kind], num_bytes: float) -> Problem:
-    for kind in kinds:
-        problem = with_memory(problem, *kind, num_bytes)
-    return problem
-
-
-def _growth(problem: Problem, kinds: Sequence[Kind], num_bytes: float) -> tuple[float, Fix]:
-    counts = [_count(problem.cluster, kind) for kind in kinds]
-    in_all = num_bytes * sum(counts)
-    changed = _with_more(problem, kinds, num_bytes)
-    names = ", ".join(f"{type_} of {node}" for node, type_ in kinds)
-    total = f", {amount(in_all)} in all" if sum(counts) > 1 else ""
-    hints = [_memory_hint(changed.cluster, kind) for kind in kinds]
-    text = f"{amount(num_bytes)} more memory on each {names}{total}"
-    return in_all, Fix(text, f"cluster: {', '.join(hints)}", changed)
-
-
-def _count(cluster: Cluster, kind: Kind) -> int:
-    node, device_type = kind
-    everywhere = device_type in cluster.rehearse
-    devices = cluster.devices()
-    return sum(d.type == device_type and (everywhere or d.node == node) for d in devices)
-
-
-def _memory_hint(cluster: Cluster, kind: Kind) -> str:
-    node, device_type = kind
-    if device_type in cluster.rehearse:
-        mib = cluster.rehearse[device_type].memory_mib
-        return f"rehearse.{device_type}.memory_mib: {mib:.10g}"
-    groups = next(n.devices for n in cluster.nodes if n.name == node)
-    gib = next(g.memory_gib for g in groups if g.type == device_type)
-    return f"memory_gib: {gib:.10g} for {device_type} of {node}"
-
-
-def more_devices(problem: Problem, precisions: Sequence[str]) -> Iterator[Fix]:
-    """The fewest devices to add of one type that is there, the least memory first."""
-    found = []
-    for device_type in dict.fromkeys(device.type for device in problem.cluster.devices()):
-        for count in range(1, MOST_NEW_DEVICES + 1):
-            changed = with_device(problem, device_type, count)
-            if may_fit(changed):
-                found.append((_memory_of(changed.cluster), device_type, count, changed))
-                break
-    for _, device_type, count, changed in sorted(found, key=lambda entry: entry[0]):
-        yield _added(device_type, count, changed)
-
-
-def _memory_of(cluster: Cluster) -> int:
-    return sum(device.memory_bytes for device in cluster.devices())
-
-
-def _added(device_type: str, count: int, changed: Problem) -> Fix:
-    node = next(d.node for d in changed.cluster.devices() if d.type == device_type)
-    number = _count(changed.cluster, (node, device_type))
-    hint = f"cluster: count: {number} for {device_type} of {node}"
-    return Fix(f"{count} more {device_type} on {node}", hint, changed)
-
-
-def fewer_devices(problem: Problem) -> Iterator[Fix]:
-    """As many devices as there are layers: those of most memory, or those of a type first."""
-    devices = problem.cluster.devices()
-    preferred = [sorted(devices, key=lambda d: -d.memory_bytes)]
-    for device_type in dict.fromkeys(d.type for d in preferred[0]):
-        preferred.append(sorted(preferred[0], key=lambda d: d.type != device_type))
-    kept = [Counter((d.node, d.type) for d in p[: problem.spec.num_layers]) for p in preferred]
-    for counts in dict.fromkeys(tuple(sorted(counter.items())) for counter in kept):
-        names = ", ".join(f"{n} x {type_} of {node}" for (node, type_), n in counts)
-        changed = with_devices(problem, dict(counts))
-        yield Fix(f"only {names}", "cluster: no other devices", changed)
-
-
-def largest(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
-    """The largest number from `low` to `high` for which `holds`, true of smaller ones if at all."""
-    if high < low or not holds(low):
-        return None
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low
-
-
-def _fewer(most: int | None, least: int) -> Iterator[int]:
-    """`most`, a little less, much less, the least."""
-    if most is not None:
-        sizes = (most, most * 9 // 10, most // 2, least)
-        yield from dict.fromkeys(size for size in sizes if size >= least)
-
-
-# ---- joined changes
-
-
-def alone(problem: Problem, lever: Lever, precisions: Sequence[str]) -> Iterator[Fix]:
-    """The lever's own changes."""
-    return lever(problem, precisions)
-
-
-def with_loss(problem: Problem, lever: Lever, precisions: Sequence[str]) -> Iterator[Fix]:
-    """The lever as far as memory asks for it, and the quality loss that is needed then.
-
-    Nothing where the loss alone may be enough.
-    """
-    free = replace(problem, budget=math.inf, _known={})
-    if math.isinf(problem.budget) or may_fit(free):
-        return
-    for fix in islice(lever(free, precisions), 1):
-        limited = replace(fix.problem, budget=problem.budget, _known={})
-        for loss in more_loss(limited, precisions):
-            yield fix.then(loss)
-
-
-def with_all_precisions(problem: Problem, lever: Lever, precisions: Sequence[str]) -> Iterator[Fix]:
-    """All precisions, and the lever; nothing where the precisions alone may be enough."""
-    wider = _all_precisions(problem, precisions)
-    if wider is not None and not may_fit(wider.problem):
-        yield from (wider.then(fix) for fix in lever(wider.problem, precisions))
-
-
-def with_both(problem: Problem, lever: Lever, precisions: Sequence[str]) -> Iterator[Fix]:
-    """All precisions, the lever and a larger quality loss."""
-    wider = _all_precisions(problem, precisions)
-    if wider is not None:
-        yield from (wider.then(fix) for fix in with_loss(wider.problem, lever, precisions))
-
-
-def _all_precisions(problem: Problem, precisions: Sequence[str]) -> Fix | None:
-    left_out = [name for name in precisions if name not in problem.precisions]
-    return _allowing(problem, left_out) if left_out else None
-
-
-# ---- which changes are offered
-
-SETTINGS: tuple[Lever, ...] = (fewer_requests, other_precision, more_loss)
-WORK: tuple[Lever, ...] = (shorter_prompts, fewer_new_tokens)
-HARDWARE: tuple[Lever, ...] = (more_memory, more_devices)
-TIERS = (SETTINGS, WORK, HARDWARE)
-WITH_SECOND_CHOICES: tuple[Lever, ...] = (other_precision, more_memory, more_devices)
-WAYS = (alone, with_loss, with_all_precisions, with_both)
-Verify = Callable[[Iterator[Fix]], Fix | None]  # the first that has a plan
-
-
-def fixes(
-    problem: Problem, precisions: Sequence[str], replan: Replan, deadline: float
-) -> list[Fix]:
-    """Up to `NUM_FIXES` changes, the cheapest first, each of which `replan` found a plan for.
-
-    Beyond `deadline`, an instant of `time.monotonic`, nothing more is looked for.
-    """
-
-    def verify(candidates: Iterator[Fix]) -> Fix | None:
-        for fix in _until(deadline, islice(candidates, TRIES)):
-            if _has_plan(fix.problem, replan):
-                return fix
-        return None
-
-    if _mixes(problem):
-        return list(islice(_offers(problem, precisions, verify), NUM_FIXES))
-    return _with_fewer_devices(problem, precisions, verify)
-
-
-def _until(deadline: float, candidates: Iterator[Fix]) -> Iterator[Fix]:
-    """Does not even ask for a candidate, which takes time to make, beyond the deadline."""
-    while time.monotonic() < deadline:
-        fix = next(candidates, None)
-        if fix is None:
-            return
-        yield fix
-
-
-def _has_plan(problem: Problem, replan: Replan) -> bool:
-    try:
-        replan(problem)
-    except InfeasibleError:
-        return False
-    return True
-
-
-def _offers(problem: Problem, precisions: Sequence[str], verify: Verify) -> Iterator[Fix]:
-    """Of each tier the changes of the first way that has any; the other ways'; second choices."""
-    later = []
-    offered = set()
-    for tier in TIERS:
-        enough = False
-        for way in WAYS:
-            if enough:
-                later.append((tier, way))
-                continue
-            for fix in _each(verify, (way(problem, lever, precisions) for lever in tier)):
-                enough = True
-                offered.add(str(fix))
-                yield fix
-    for tier, way in later:
-        yield from _each(verify, (way(problem, lever, precisions) for lever in tier))
-    for lever in WITH_SECOND_CHOICES:
-        new = (fix for fix in lever(problem, precisions) if str(fix) not in offered)
-        yield from _each(verify, (iter([fix]) for fix in new))
-
-
-def _each(verify: Verify, several: Iterable[Iterator[Fix]]) -> Iterator[Fix]:
-    """Those of `several` that have a plan."""
-    return filter(None, (verify(candidates) for candidates in several))
-
-
-def _with_fewer_devices(problem: Problem, precisions: Sequence[str], verify: Verify) -> list[Fix]:
-    """Devices left out; where that is not enough, other changes of what is left."""
-    single = _each(verify, (iter([fewer]) for fewer in fewer_devices(problem)))
-    found = list(islice(single, NUM_FIXES))
-    if found:
-        return found
-    first = next(fewer_devices(problem))
-    offers = _offers(first.problem, precisions, verify)
-    return [first.then(fix) for fix in islice(offers, NUM_FIXES)]

@@ -24,17 +24,9 @@ from functools import cached_property
 
 import numpy as np
 
-from llmpq.planner.problem import (
-    Choice,
-    Costs,
-    Instance,
-    Problem,
-    Setting,
-    count_options,
-    make_instance,
-    objective,
-    run_seconds,
-)
+from llmpq.planner.instance import Costs, Instance, make_instance
+from llmpq.planner.problem import OVER, Problem, Setting
+from llmpq.planner.value import Choice, count_options, objective, run_seconds
 
 MAX_SETTINGS = 64
 STEPS = (1, 2, 5, 12)  # layers that move at once
@@ -45,7 +37,6 @@ TRIES = 4  # of the moves that look best, how many are looked at exactly
 PRICES = ((0.1, 0.0), (0.5, 0.0), (0.0, 0.2), (0.0, 1.0))
 NUM_COSTS = len(fields(Costs))
 LEAST_GAIN = 1e-9  # relative; less is rounding
-OVER = 1 + 1e-9  # rounding of sums of sensitivities; a start may be above the budget by it
 
 
 def heuristic(

@@ -102,9 +102,12 @@ def _by_richness(
     groups: Sequence[Alike], degrees: Sequence[int], max_stages: int
 ) -> Iterator[tuple[list[Options], list[str]]]:
     """What each group may choose from: less and less, and what that leaves out."""
-    every = [list(_every_cut(min(g.count, max_stages * max(degrees)), degrees)) for g in groups]
+    counts = [min(group.count, max_stages * max(degrees)) for group in groups]
+    every = [list(itertools.islice(_every_cut(n, degrees), MAX_MIXES + 1)) for n in counts]
     yield [_on_nodes(g, cuts) for g, cuts in zip(groups, every, strict=True)], []
-    single = [[cut for cut in cuts if len(cut) == 1] for cuts in every]
+    single: list[list[Cut]] = [
+        [((d, k),) for d in degrees for k in range(1, n // d + 1)] for n in counts
+    ]
     mixed = [ONE_SIZE] if any(len(a) < len(b) for a, b in zip(single, every, strict=True)) else []
     yield [_on_nodes(g, cuts) for g, cuts in zip(groups, single, strict=True)], mixed
     whole = [_whole(group, degrees, max_stages) for group in groups]
@@ -114,11 +117,18 @@ def _by_richness(
 def _every_cut(count: int, degrees: Sequence[int]) -> Iterator[Cut]:
     """Every way to make at least one stage of at most `count` devices."""
     usable = sorted((d for d in degrees if d <= count), reverse=True)
-    ranges = [range(count // degree + 1) for degree in usable]
-    for numbers in itertools.product(*ranges):
-        taken = sum(d * n for d, n in zip(usable, numbers, strict=True))
-        if 0 < taken <= count:
-            yield tuple((d, n) for d, n in zip(usable, numbers, strict=True) if n)
+    return (cut for cut in _cuts(count, usable) if cut)
+
+
+def _cuts(count: int, degrees: Sequence[int]) -> Iterator[Cut]:
+    if not degrees:
+        yield ()
+        return
+    largest, *smaller = degrees
+    for number in range(count // largest + 1):
+        first: Cut = ((largest, number),) if number else ()
+        for rest in _cuts(count - largest * number, smaller):
+            yield (*first, *rest)
 
 
 def _on_nodes(group: Alike, cuts: Sequence[Cut]) -> Options:

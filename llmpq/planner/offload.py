@@ -23,10 +23,8 @@ from llmpq.costs.links import Seconds
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
 from llmpq.costs.timeline import split
 from llmpq.devices import device_library
-from llmpq.planner.problem import BatchGroup, Cost, Problem, fixed_work, layer_work
+from llmpq.planner.problem import OVER, BatchGroup, Cost, Problem, fixed_work, layer_work
 from llmpq.planner.search import batch_options, micro_batch_options
-
-OVER = 1 + 1e-9  # rounding of sums of sensitivities
 
 
 @dataclass(frozen=True)

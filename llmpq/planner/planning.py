@@ -13,15 +13,15 @@ from typing import Literal
 
 from llmpq.errors import InfeasibleError
 from llmpq.plan import Baseline, Plan
-from llmpq.planner.baselines import BASELINES, OVER, Outcome, run_baselines
+from llmpq.planner.baselines import BASELINES, Outcome, run_baselines
 from llmpq.planner.evaluate import bounded, evaluate, shortages, to_plan
 from llmpq.planner.evaluate import to_assignment as to_assignment_of
-from llmpq.planner.explain import infeasible, lacks_memory
 from llmpq.planner.heuristic import heuristic
 from llmpq.planner.offload import OffloadPlan, flexgen
-from llmpq.planner.problem import Assignment, Problem, to_assignment
+from llmpq.planner.problem import OVER, Assignment, Problem
 from llmpq.planner.search import Progress, Search, Space, make_space, search
 from llmpq.planner.solver import Solver, make_solver
+from llmpq.planner.value import to_assignment
 
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
@@ -32,8 +32,6 @@ LOOSE = (
     "the gap is above the one asked for: the bound lets one device be the slowest for all batches "
     "and drops some of a smaller last micro-batch"
 )
-
-Method = Literal["auto", "ilp", "heuristic", "adabits", "pipeedge", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan
     Starts from the plan `like` where that one still fits. Raises a plain `InfeasibleError` where
     nothing fits.
     """
-    run = _Run(problem, options, Solver(options.solver), time.monotonic())
+    run = _Run(problem, options, make_solver(options.solver), time.monotonic())
     space = make_space(problem, run.solver, run.by(SPACE_SHARE, LEAST_S))
     found = _searched(run, space, _still_fits(problem, like) if like else None)
     if found.assignment is None or found.predicted is None:
@@ -112,7 +110,10 @@ class _Run:
 
 def _still_fits(problem: Problem, plan: Plan) -> Assignment | None:
     """A plan's assignment in a changed problem."""
-    assignment = to_assignment_of(plan, problem.cluster)
+    try:
+        assignment = to_assignment_of(plan, problem.cluster)
+    except ValueError:  # its devices are gone
+        return None
     omega = problem.quality.sum_omega(assignment.precisions)
     fits = omega <= problem.budget * OVER and not shortages(problem, assignment)
     return assignment if fits else None
@@ -156,13 +157,21 @@ def _plan_of(run: _Run, found: Search | None, offered: Sequence[str]) -> Plan:
     if found.assignment is not None and found.predicted is not None:
         predicted = bounded(found.predicted, found.lower_bound, run.seconds)
         return to_plan(problem, found.assignment, options.method, predicted)
-    if found.timed_out and not lacks_memory(problem):
-        raise InfeasibleError(
+    raise _no_plan(run, found, offered)
+
+
+def _no_plan(run: _Run, found: Search, offered: Sequence[str]) -> InfeasibleError:
+    """Imports what explains it only here: where there is a plan, that would be start-up time."""
+    from llmpq.planner.explain import lacks_memory
+    from llmpq.planner.fixes import infeasible
+
+    if found.timed_out and not lacks_memory(run.problem):
+        return InfeasibleError(
             f"no plan was found within {run.seconds:.0f} s, which does not mean that none fits; "
             "give a longer --time-limit"
         )
     quick = Options(gap=0.05, time_limit_s=2.0, compare=False)
-    raise infeasible(problem, offered, lambda changed: replan(changed, quick))
+    return infeasible(run.problem, offered, lambda changed: replan(changed, quick))
 
 
 # ---- the other methods

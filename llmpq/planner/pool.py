@@ -18,13 +18,9 @@ import numpy as np
 
 from llmpq.costs.memory import is_packed
 from llmpq.planner.counts import Rows, Term
-from llmpq.planner.layouts import Mix, num_stages
-from llmpq.planner.problem import (
+from llmpq.planner.instance import (
     Costs,
     LayerGroups,
-    Place,
-    Problem,
-    Sizes,
     capacity,
     fixed_costs,
     groups_of,
@@ -34,6 +30,8 @@ from llmpq.planner.problem import (
     link_costs,
     unpacked_bytes,
 )
+from llmpq.planner.layouts import Mix, num_stages
+from llmpq.planner.problem import OVER, Place, Problem, Sizes
 from llmpq.planner.solver import Programme, Solver
 
 
@@ -87,7 +85,7 @@ def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
     room = np.stack([capacity(problem, sizes, place, alone, alone) for place in places], axis=-1)
     num_bytes = np.stack([_least_bytes(problem, sizes, place, alone) for place in places])
     many = np.array([count for _, count in kinds], dtype=float)
-    held = np.floor(room.max(axis=(0, 1)) * (1 + 1e-9) / num_bytes.min(axis=1))
+    held = np.floor(room.max(axis=(0, 1)) * OVER / num_bytes.min(axis=1))
     rest, pace = layer.prefill_rest.min(axis=-1), layer.later_every.min(axis=-1)
     whole = problem.spec.num_layers
     least_rest = slowest_of_whole(rest, fixed.prefill_rest, many, held, whole)
@@ -189,7 +187,7 @@ def _least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> n
     held = layer_bytes(problem, sizes.batch, place)
     packed = np.array([is_packed(p) for p in problem.precisions])
     room = capacity(problem, sizes, place, alone, alone).max() - unpacked_bytes(problem, place)
-    most = np.floor(max(room, 0.0) * (1 + 1e-9) / held.min())
+    most = np.floor(max(room, 0.0) * OVER / held.min())
     most = min(max(most, 1.0), problem.spec.num_layers)
     return np.asarray(held + packed * unpacked_bytes(problem, place) / most)
 
@@ -197,7 +195,7 @@ def _least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> n
 def is_hopeless(pool: Pool) -> np.ndarray:
     """[P, Q]: not even the smallest option leaves room for all layers."""
     least = np.where(pool.offered, pool.layer_bytes, np.inf).min(axis=1)
-    held = np.floor(pool.capacity * (1 + 1e-9) / least)
+    held = np.floor(pool.capacity * OVER / least)
     layers = pool.groups.sizes.sum()
     return np.asarray((held < 1).any(axis=-1) | ((held * pool.many).sum(axis=-1) < layers))
 

@@ -27,18 +27,11 @@ from llmpq.planner import counts, pool
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.exact import build as build_whole
 from llmpq.planner.exact import realised, solve
+from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.layouts import Mix, canonical, ends, mixes, orders
-from llmpq.planner.problem import (
-    Assignment,
-    Instance,
-    Place,
-    Problem,
-    Setting,
-    Sizes,
-    make_instance,
-    to_assignment,
-)
+from llmpq.planner.problem import Assignment, Place, Problem, Setting, Sizes
 from llmpq.planner.solver import Solver
+from llmpq.planner.value import to_assignment
 
 AUTO_BATCHES = (8, 16, 32, 64, 128, 256, 512)
 MOST_SMALLEST = 16
@@ -362,7 +355,7 @@ class EndsNode(Node):
         if not self.tight:
             state.num_relaxed += 1
             answer = state.solver.relaxed(counts.build(instance, any_order=True))
-            state.push(max(bound, answer.objective), EndsNode(self.setting, True))
+            state.push(max(bound, answer.bound), EndsNode(self.setting, True))
             return
         if state.plain:
             self._open_orders(state, bound)
@@ -411,7 +404,7 @@ class OrderNode(Node):
         if not self.tight:
             state.num_relaxed += 1
             answer = state.solver.relaxed(build_whole(instance))
-            state.push(max(bound, answer.objective), OrderNode(self.setting, True))
+            state.push(max(bound, answer.bound), OrderNode(self.setting, True))
             return
         found = solve(
             instance,

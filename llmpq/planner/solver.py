@@ -8,6 +8,7 @@ Gurobi's bundled licence takes 2,000 variables and rows; what is larger goes to 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +18,6 @@ import numpy as np
 from llmpq.errors import UserError
 
 TOLERANCE = 1e-6  # by which a solver may overstep a row
-GUROBI_FREE_SIZE = 2000  # variables, and rows, of the licence that comes with gurobipy
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
@@ -63,25 +63,29 @@ class Solver:
         *,
         gap: float = 0.0,
         time_limit: float = math.inf,
-        start: np.ndarray | None = None,
     ) -> Answer:
-        """Solved with its integers to a relative `gap`, from a solution `start` if one is given."""
+        """Solved with its integers to a relative `gap`; no `x` where the time was too short."""
         if time_limit <= 0:
             return Answer("unknown", None, math.inf, -math.inf)
-        if self.name == "gurobi" and (answer := self._gurobi(programme, gap, time_limit, start)):
+        if self.name == "gurobi" and (answer := self._gurobi(programme, gap, time_limit)):
             return answer
-        return _highs_integers(programme, gap, time_limit, start)
+        return _highs_integers(programme, gap, time_limit)
 
     def relaxed(self, programme: Programme) -> Answer:
         """Solved as if every x could be a fraction."""
         return _highs_relaxed(programme)
 
-    def _gurobi(
-        self, programme: Programme, gap: float, limit: float, start: np.ndarray | None
-    ) -> Answer | None:
+    def extents(self, programme: Programme, sums: Sequence[np.ndarray]) -> np.ndarray | None:
+        """[sums, 2]: the least and the most that each sum of columns can be, fractions allowed.
+
+        None where nothing is feasible.
+        """
+        return _highs_extents(programme, sums)
+
+    def _gurobi(self, programme: Programme, gap: float, limit: float) -> Answer | None:
         size = max(len(programme.cost), len(programme.row_lower))
         try:
-            return _gurobi_integers(programme, gap, limit, start)
+            return _gurobi_integers(programme, gap, limit)
         except _TooLarge:
             self._tell(
                 f"a programme of {size} variables or rows is above what this Gurobi licence takes; "
@@ -143,18 +147,12 @@ def _highs_relaxed(programme: Programme) -> Answer:
     return Answer("optimal", x, value, value, duals)
 
 
-def _highs_integers(
-    programme: Programme, gap: float, time_limit: float, start: np.ndarray | None
-) -> Answer:
+def _highs_integers(programme: Programme, gap: float, time_limit: float) -> Answer:
     highs = _highs(programme, integral=True)
     highs.setOptionValue("mip_rel_gap", gap)
     highs.setOptionValue("mip_abs_gap", 1e-9)
     if time_limit < math.inf:
         highs.setOptionValue("time_limit", time_limit)
-    if start is not None:
-        solution = highspy.HighsSolution()
-        solution.col_value = list(start)
-        highs.setSolution(solution)
     highs.run()
     status, info = highs.getModelStatus(), highs.getInfo()
     if status == highspy.HighsModelStatus.kInfeasible:
@@ -169,6 +167,27 @@ def _highs_integers(
     return Answer(done, x, info.objective_function_value * programme.scale, bound)
 
 
+def _highs_extents(programme: Programme, sums: Sequence[np.ndarray]) -> np.ndarray | None:
+    """One model throughout: each solve starts from the one before."""
+    highs = _highs(programme, integral=False)
+    highs.setOptionValue("presolve", "off")
+    size = len(programme.cost)
+    found = np.tile([-math.inf, math.inf], (len(sums), 1))
+    for row, columns in enumerate(sums):
+        for side, sign in enumerate((1.0, -1.0)):
+            cost = np.zeros(size)
+            cost[columns] = sign
+            highs.changeColsCost(size, np.arange(size, dtype=np.int32), cost)
+            highs.run()
+            status = highs.getModelStatus()
+            if status == highspy.HighsModelStatus.kInfeasible:
+                return None
+            if status == highspy.HighsModelStatus.kOptimal:
+                value = highs.getInfo().objective_function_value - programme.constant
+                found[row, side] = sign * value
+    return found
+
+
 # ---- Gurobi
 
 
@@ -176,9 +195,7 @@ class _TooLarge(Exception):
     """The licence does not take a programme of this size."""
 
 
-def _gurobi_integers(
-    programme: Programme, gap: float, time_limit: float, start: np.ndarray | None
-) -> Answer:
+def _gurobi_integers(programme: Programme, gap: float, time_limit: float) -> Answer:
     import gurobipy as gurobi
 
     size_limit = gurobi.GRB.Error.SIZE_LIMIT_EXCEEDED
@@ -187,7 +204,7 @@ def _gurobi_integers(
             gurobi.Env(params={"OutputFlag": 0, "Threads": 1}) as env,
             gurobi.Model(env=env) as model,
         ):
-            _fill_gurobi(model, programme, start)
+            _fill_gurobi(model, programme)
             model.Params.MIPGap = gap
             if time_limit < math.inf:
                 model.Params.TimeLimit = time_limit
@@ -199,7 +216,7 @@ def _gurobi_integers(
         raise UserError(f"Gurobi: {error}; leave out --solver gurobi to use HiGHS") from None
 
 
-def _fill_gurobi(model: Any, programme: Programme, start: np.ndarray | None) -> None:
+def _fill_gurobi(model: Any, programme: Programme) -> None:
     kinds = np.where(programme.integral, "I", "C")
     x = model.addMVar(
         len(programme.cost), lb=programme.lower, ub=programme.upper, vtype=kinds.tolist()
@@ -209,8 +226,6 @@ def _fill_gurobi(model: Any, programme: Programme, start: np.ndarray | None) -> 
     for sides, sign in ((programme.row_lower, ">"), (programme.row_upper, "<")):
         held = np.isfinite(sides)
         model.addMConstr(rows[held], x, sign, sides[held])
-    if start is not None:
-        x.Start = start
 
 
 def _dense(programme: Programme) -> np.ndarray:

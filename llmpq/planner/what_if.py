@@ -26,6 +26,7 @@ Replan = Callable[[Problem], Plan]  # raises `InfeasibleError` where nothing fit
 Kind = tuple[str, str]  # a node's name and a device type
 
 LINK_FACTOR = 2.0
+MAX_TENSOR_PARALLEL = 64
 MORE_LOSS_PERCENT = 0.5
 THETA_FACTOR = 0.5
 REHEARSED_SHARE = 0.1  # of its cap: what a rehearsed device is given
@@ -67,6 +68,9 @@ def what_if(problem: Problem, plan: Plan, replan: Replan, deadline: float) -> li
 def changes(problem: Problem, plan: Plan) -> Iterator[tuple[str, Problem]]:
     """Every change that is asked about, in words, with its problem."""
     yield from _more_quality_loss(problem)
+    if problem.max_tensor_parallel == 1 and _has_equal_devices(problem.cluster):
+        text = "stages of several devices (--tensor-parallel auto; llmpq-run cannot run them yet)"
+        yield text, replace(problem, max_tensor_parallel=MAX_TENSOR_PARALLEL, _known={})
     for node, device_type in _first_of_each_type(problem.cluster):
         yield f"one more {device_type} on {node}", with_device(problem, device_type)
     for kind in device_kinds(problem.cluster):
@@ -150,6 +154,14 @@ def device_kinds(cluster: Cluster) -> list[Kind]:
         shared = "" if device_type in cluster.rehearse else node
         seen.setdefault((shared, device_type), (node, device_type))
     return list(seen.values())
+
+
+def _has_equal_devices(cluster: Cluster) -> bool:
+    """Some node has two devices of a type; rehearsed ones cannot share a stage."""
+    devices = cluster.devices()
+    if any(device.type in cluster.rehearse for device in devices):
+        return False
+    return len(set(devices)) < len(devices)
 
 
 def _first_of_each_type(cluster: Cluster) -> list[Kind]:

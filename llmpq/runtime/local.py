@@ -29,22 +29,7 @@ def generate_locally(
 ) -> dict[str | int, list[int]]:
     """The new tokens of every request, by its id. The plan's rehearsal is not played."""
     hub = LocalHub(len(plan.stages))
-    config, weights = load_config(folder), Checkpoint(folder)
-    # One after the other: transformers sets torch's default data type while it builds a model.
-    engines = [
-        Engine(
-            plan,
-            config,
-            weights,
-            LocalTransport(rank, hub),
-            dtype,
-            torch.device("cpu"),
-            sampling,
-            eos_ids,
-            rehearse=False,
-        )
-        for rank in range(hub.size)
-    ]
+    engines = _engines(plan, folder, hub, dtype, sampling, eos_ids)
     tokens: dict[str | int, list[int]] = {request.id: [] for request in requests}
     failures: list[BaseException] = []
 
@@ -66,3 +51,30 @@ def generate_locally(
     if failures:
         raise failures[0]
     return tokens
+
+
+def _engines(
+    plan: Plan,
+    folder: Path,
+    hub: LocalHub,
+    dtype: torch.dtype,
+    sampling: Sampling,
+    eos_ids: frozenset[int],
+) -> list[Engine]:
+    """One for each stage."""
+    config, weights = load_config(folder), Checkpoint(folder)
+    # One after the other: transformers sets torch's default data type while it builds a model.
+    return [
+        Engine(
+            plan,
+            config,
+            weights,
+            LocalTransport(rank, hub),
+            dtype,
+            torch.device("cpu"),
+            sampling,
+            eos_ids,
+            rehearse=False,
+        )
+        for rank in range(hub.size)
+    ]

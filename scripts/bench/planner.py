@@ -30,18 +30,20 @@ from llmpq.model_spec import load_model_spec
 from llmpq.plan import Plan
 from llmpq.planner.evaluate import evaluate, to_assignment
 from llmpq.planner.exact import solve
-from llmpq.planner.explain import fixes
+from llmpq.planner.fixes import fixes
+from llmpq.planner.instance import make_instance
 from llmpq.planner.planning import Options, make_plan, replan
-from llmpq.planner.problem import Problem, make_instance, objective
+from llmpq.planner.problem import Problem
 from llmpq.planner.simulated import simulated_s
 from llmpq.planner.solver import Solver
+from llmpq.planner.value import objective
 from llmpq.workload import load_workload, request_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 PRECISIONS = ("16", "8", "4", "3")
 GAP, BIG_GAP = 0.005, 0.02
-PLAIN_LIMIT_S, QUICK_PLAIN_LIMIT_S = 30.0, 5.0
+PLAIN_LIMIT_S, QUICK_PLAIN_LIMIT_S = 30.0, 3.0
 SAME_GAP = 1e-7  # both programmes are solved to it where their objectives are compared
 FIX_LIMIT_S = 20.0
 MAX_TENSOR_PARALLEL = 8
@@ -152,11 +154,11 @@ def proof_checks(rows: list[dict[str, Any]]) -> list[Check]:
     ]
 
 
-def large() -> list[dict[str, Any]]:
+def large(quick: bool) -> list[dict[str, Any]]:
     """64 devices of 4 types, 80 layers; batch chosen and pinned."""
     case = Case("64-gpus-4-types", "llama-3.3-70b", "paper-512-100", (30.0,))
     rows = []
-    for batch in ("auto", 64):
+    for batch in (64,) if quick else ("auto", 64):
         base = problem_of(case, case.thetas[0], uneven=False)
         job = base.workload.model_copy(update={"num_requests": 1000, "batch": batch})
         problem = replace(base, workload=job, lengths=tuple(request_lengths(job)), _known={})
@@ -189,20 +191,24 @@ def against_plain(quick: bool) -> list[dict[str, Any]]:
     """Both programmes on the same instance: the order and micro-batches of our plan."""
     rows = []
     for case in cases():
-        problem = problem_of(case, case.thetas[1], uneven=False, max_tensor_parallel=1)
-        plan = replan(problem, Options(gap=GAP, time_limit_s=20, compare=False))
-        instance = make_instance(problem, to_assignment(plan, problem.cluster).setting)
-        limit = QUICK_PLAIN_LIMIT_S if quick else PLAIN_LIMIT_S
-        row: dict[str, Any] = {"plain_programme": case.cluster}
-        for name, plain in (("ours", False), ("plain", True)):
-            start = time.monotonic()
-            found = solve(instance, Solver(), gap=SAME_GAP, time_limit=limit, plain=plain)
-            row[f"{name}_s"] = time.monotonic() - start
-            row[f"{name}_status"] = found.status
-            value = objective(instance, found.choice) if found.choice else math.inf
-            row[f"{name}_objective"] = value
-        rows.append(row)
+        for uneven in (False,) if quick else (False, True):
+            rows.append(beside_plain(case, uneven, QUICK_PLAIN_LIMIT_S if quick else PLAIN_LIMIT_S))
     return rows
+
+
+def beside_plain(case: Case, uneven: bool, limit: float) -> dict[str, Any]:
+    """Seconds, status and objective of both."""
+    problem = problem_of(case, case.thetas[1], uneven=uneven, max_tensor_parallel=1)
+    plan = replan(problem, Options(gap=GAP, time_limit_s=20, compare=False))
+    instance = make_instance(problem, to_assignment(plan, problem.cluster).setting)
+    row: dict[str, Any] = {"plain_programme": case.cluster, "uneven": uneven}
+    for name, plain in (("ours", False), ("plain", True)):
+        start = time.monotonic()
+        found = solve(instance, Solver(), gap=SAME_GAP, time_limit=limit, plain=plain)
+        row[f"{name}_s"] = time.monotonic() - start
+        row[f"{name}_status"] = found.status
+        row[f"{name}_objective"] = objective(instance, found.choice) if found.choice else math.inf
+    return row
 
 
 def plain_checks(rows: list[dict[str, Any]]) -> list[Check]:
@@ -317,13 +323,13 @@ def simulation_checks(rows: list[dict[str, Any]]) -> list[Check]:
 # ---- 7: the command
 
 
-def command_checks() -> list[Check]:
+def command_checks(profile_s: int) -> list[Check]:
     """Process time of `llmpq-plan` on the quickstart's cluster, from a profile made here."""
     name, target = "7 llmpq-plan, process time", "< 1.5"
     with tempfile.TemporaryDirectory() as folder:
         profile = Path(folder) / "profiles" / "cpu.json"
         command = [sys.executable, "-m", "llmpq.cli.profile", "layers", "--device", "cpu"]
-        command += ["--threads", "1", "--budget-s", "30", "--precisions", "16,8,4,3"]
+        command += ["--threads", "1", "--budget-s", str(profile_s), "--precisions", "16,8,4,3"]
         made = subprocess.run([*command, "-q", "-o", str(profile)], cwd=ROOT, capture_output=True)
         if made.returncode:
             return [Check(name, None, "s", target, None, 0, "no profile: llmpq[run] is missing")]
@@ -424,7 +430,7 @@ def main() -> None:
     proven = list(proofs(given.quick))
     result.rows += proven
     result.checks += proof_checks(proven)
-    big = large()
+    big = large(given.quick)
     result.rows += big
     result.checks += large_checks(big)
     plain = against_plain(given.quick)
@@ -443,7 +449,7 @@ def main() -> None:
     played = simulations(given.quick)
     result.rows += played
     result.checks += simulation_checks(played)
-    result.checks += command_checks()
+    result.checks += command_checks(10 if given.quick else 30)
     stuck = infeasible_rows(given.quick)
     result.rows += stuck
     result.checks += infeasible_checks(stuck)

@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from llmpq.cluster import Cluster, Link
 from llmpq.costs import links, memory
@@ -21,7 +19,7 @@ from llmpq.costs.latency import (
 )
 from llmpq.costs.memory import stage_memory
 from llmpq.costs.quality import measured_quality, prior_quality
-from llmpq.costs.timeline import Split, decode_step_s, mean_past, prefill_s, split
+from llmpq.costs.timeline import Split, mean_past, split
 from llmpq.devices import device_library
 from llmpq.errors import UserError
 from llmpq.model_spec import ModelSpec, spec_from_config
@@ -504,76 +502,7 @@ def test_measured_quality_uses_the_table_and_the_fit() -> None:
         measured_quality(sensitivity(4), SPEC, "s.json")
 
 
-# ---- timeline against a discrete simulation
-
-
-def simulate_prefill(seconds: np.ndarray) -> float:
-    """`seconds[actor, micro-batch]`: each actor does one micro-batch after another."""
-    free = np.zeros(len(seconds))
-    done = 0.0
-    for k in range(seconds.shape[1]):
-        done = 0.0
-        for actor in range(len(seconds)):
-            done = max(done, free[actor]) + seconds[actor, k]
-            free[actor] = done
-    return done
-
-
-def simulate_decode(seconds: np.ndarray, num_rounds: int) -> float:
-    """The same in a loop: a micro-batch's next round starts when its last one has ended."""
-    free = np.zeros(len(seconds))
-    ended = np.zeros(seconds.shape[1])
-    for _ in range(num_rounds):
-        for k in range(seconds.shape[1]):
-            done = ended[k]
-            for actor in range(len(seconds)):
-                done = max(done, free[actor]) + seconds[actor, k]
-                free[actor] = done
-            ended[k] = done
-    return float(ended.max())
-
-
-ACTOR_TIMES = st.lists(st.integers(1, 20), min_size=1, max_size=5)
-
-
-def closed(times: list[int], num_requests: int, micro_batch: int) -> tuple[np.ndarray, ...]:
-    """`once`, `every` and each micro-batch's time, for actors of time * size."""
-    parts = split(num_requests, micro_batch)
-    sizes = [parts.size] * parts.count + [parts.rest] * (parts.rest > 0)
-    assert sum(sizes) == num_requests
-    seconds = np.outer(times, sizes).astype(float)
-    return seconds[:, :1], seconds.sum(axis=1, keepdims=True), seconds
-
-
-@settings(max_examples=60, deadline=None)
-@given(ACTOR_TIMES, st.integers(1, 6), st.integers(1, 4))
-def test_prefill_is_exact_for_equal_micro_batches(times: list[int], m: int, size: int) -> None:
-    once, every, seconds = closed(times, m * size, size)
-    assert prefill_s(once, every)[0] == pytest.approx(simulate_prefill(seconds))
-
-
-@settings(max_examples=60, deadline=None)
-@given(ACTOR_TIMES, st.integers(1, 20), st.integers(1, 8))
-def test_prefill_with_a_smaller_last_one_is_an_upper_bound_within_it(
-    times: list[int], num_requests: int, size: int
-) -> None:
-    once, every, seconds = closed(times, num_requests, size)
-    exact = simulate_prefill(seconds)
-    assert exact - 1e-9 <= prefill_s(once, every)[0] <= exact + seconds[:, -1].max() + 1e-9
-
-
-@settings(max_examples=60, deadline=None)
-@given(ACTOR_TIMES, st.integers(1, 6))
-def test_a_decode_step_is_the_simulations_steady_pace(times: list[int], m: int) -> None:
-    once, every, seconds = closed(times, m, 1)
-    pace = (simulate_decode(seconds, 60) - simulate_decode(seconds, 30)) / 30
-    assert decode_step_s(once, every)[0] == pytest.approx(pace)
-
-
-def test_decode_on_one_device_is_all_its_micro_batches() -> None:
-    """The prototype's formula loses it: (m - 1) (n - 1) max D + sum D."""
-    once, every, _ = closed([3], 4, 1)
-    assert decode_step_s(once, every)[0] == 12
+# ---- timeline (its closed form against a simulation: test_timeline)
 
 
 def test_split_and_mean_past() -> None:

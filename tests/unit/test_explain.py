@@ -16,8 +16,9 @@ from llmpq.costs.quality import prior_quality
 from llmpq.errors import InfeasibleError
 from llmpq.model_spec import ModelSpec, load_model_spec, spec_from_config
 from llmpq.plan import Plan
-from llmpq.planner import explain, planning
-from llmpq.planner.explain import Fix, infeasible, largest, may_fit, why
+from llmpq.planner import planning
+from llmpq.planner.explain import may_fit, why
+from llmpq.planner.fixes import Fix, fixes, infeasible, largest
 from llmpq.planner.planning import Options, make_plan
 from llmpq.planner.problem import Problem
 from llmpq.profile_data import Profile
@@ -183,7 +184,7 @@ def test_every_fix_that_is_offered_has_a_plan(case: str) -> None:
     problem = CASES[case]
     with pytest.raises(InfeasibleError):
         replan(problem)
-    found = explain.fixes(problem, PRECISIONS, replan, math.inf)
+    found = fixes(problem, PRECISIONS, replan, math.inf)
     assert 1 <= len(found) <= 3
     for fix in found:
         plan = make_plan(fix.problem, QUICK, PRECISIONS).plan
@@ -249,7 +250,7 @@ def test_memory_that_is_named_works_when_it_is_written_into_the_cluster_file() -
 
 def test_joined_changes_where_no_single_one_is_enough() -> None:
     problem = tiny(0.2, 0.2, percent=0.01, precisions=["16"])
-    first = explain.fixes(problem, PRECISIONS, replan, math.inf)[0]
+    first = fixes(problem, PRECISIONS, replan, math.inf)[0]
     assert "--precisions" in first.command_hint and "--max-quality-loss" in first.command_hint
     assert replan(first.problem)
 

@@ -14,17 +14,12 @@ from llmpq.costs.latency import device_times
 from llmpq.costs.quality import QualityModel, prior_quality
 from llmpq.model_spec import spec_from_config
 from llmpq.planner.heuristic import assign_layers, heuristic, start_choice, transfer
-from llmpq.planner.problem import (
+from llmpq.planner.instance import Costs, Instance, Overlap, make_instance
+from llmpq.planner.problem import OVER, Place, Problem, Setting
+from llmpq.planner.value import (
     Choice,
-    Costs,
-    Instance,
-    Overlap,
-    Place,
-    Problem,
-    Setting,
     count_options,
     fits,
-    make_instance,
     objective,
     run_seconds,
     shortage,
@@ -32,7 +27,6 @@ from llmpq.planner.problem import (
 )
 from llmpq.workload import Workload
 
-OVER = 1 + 1e-9
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 4096,

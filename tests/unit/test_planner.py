@@ -28,25 +28,13 @@ from llmpq.plan import Plan, load_plan
 from llmpq.planner import baselines, search
 from llmpq.planner.evaluate import evaluate, shortages, to_assignment, to_plan
 from llmpq.planner.exact import solve
+from llmpq.planner.instance import Costs, Instance, make_instance
 from llmpq.planner.layouts import canonical, ends, mixes, num_devices, num_stages, orders
 from llmpq.planner.planning import Options, make_plan
-from llmpq.planner.problem import (
-    Assignment,
-    Choice,
-    Costs,
-    Instance,
-    Place,
-    Problem,
-    Setting,
-    count_options,
-    fits,
-    make_instance,
-    objective,
-    shortage,
-    sum_omega,
-)
-from llmpq.planner.problem import to_assignment as from_choice
+from llmpq.planner.problem import Assignment, Place, Problem, Setting
 from llmpq.planner.solver import Solver
+from llmpq.planner.value import Choice, count_options, fits, objective, shortage, sum_omega
+from llmpq.planner.value import to_assignment as from_choice
 from llmpq.profile_data import Profile
 from llmpq.workload import Workload
 from tests.unit.test_exact import random_instance

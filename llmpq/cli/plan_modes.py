@@ -1,0 +1,194 @@
+"""What `llmpq-plan` does beside making one plan; a function for each.
+
+`show_frontier`: speed against quality. `compare_clusters`: which cluster to buy. `show_flexgen`:
+off-loading to the host. `evaluate_plan`: the price of a plan file, and whether it fits.
+`quick_replan` makes the planner of changed problems that the first two ask many times.
+
+Heavy modules are imported inside functions, so that `--help` is quick. Not covered: which options
+go together, which `plan` has checked before.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmpq.cli.common import console
+from llmpq.cli.plan_inputs import Arguments, make_problem, read_inputs
+from llmpq.cli.plan_output import report, write_plan, write_value
+from llmpq.cli.progress import progress
+from llmpq.errors import InfeasibleError, UserError
+
+if TYPE_CHECKING:
+    from llmpq.plan import Plan
+    from llmpq.planner.frontier import Point
+    from llmpq.planner.problem import Problem
+
+REPLAN_GAP = 0.02
+REPLAN_S = 2.0  # at most, for one plan of a changed problem
+
+
+def quick_replan(
+    arguments: Arguments, limit: float = REPLAN_S, like: "Plan | None" = None
+) -> "Callable[[Problem], Plan]":
+    """Plans a changed problem, quickly: within `limit` seconds, from the plan `like`."""
+    from llmpq.planner.planning import Options, replan
+
+    time_limit = min(limit, arguments.time_limit)
+    gap = max(arguments.gap, REPLAN_GAP) if like else arguments.gap
+    options = Options(gap=gap, time_limit_s=time_limit, compare=False, solver=arguments.solver)
+    return lambda problem: replan(problem, options, like)
+
+
+def show_flexgen(arguments: Arguments) -> None:
+    """Off-loading to the host as a report; `InfeasibleError` where it has no plan."""
+    from llmpq.planner.offload import flexgen
+    from llmpq.planner.report import print_offload
+
+    problem, _, notes = make_problem(arguments, read_inputs(arguments, None))
+    found = flexgen(problem)
+    if found is None or not found.feasible:
+        why = found.why_not if found else "no precision keeps the quality budget"
+        raise InfeasibleError(f"flexgen has no plan that fits: {why}")
+    print_offload(console(arguments.quiet), found, notes)
+    write_value(arguments, asdict(found))
+
+
+def show_frontier(arguments: Arguments) -> None:
+    """A table, and a picture beside the output file, of the plan at each budget."""
+    from llmpq.cli.plan_frontier import print_frontier, save_frontier
+    from llmpq.planner.frontier import frontier
+
+    out = console(arguments.quiet)
+    problem, _, _ = make_problem(arguments, read_inputs(arguments, None))
+    with progress(out, "planning for each quality loss", 1):
+        points = frontier(problem, quick_replan(arguments, 5.0), None)
+    print_frontier(out, points)
+    write_value(arguments, [_frontier_row(point) for point in points])
+    stem = arguments.output or Path(f"{problem.cluster.name}.json")
+    picture = stem.with_suffix(".frontier.png")
+    title = f"{problem.spec.name} on {problem.cluster.name}, {problem.workload.name}"
+    save_frontier(picture, points, title)
+    out.print(f"picture: {picture}", markup=False)
+
+
+def _frontier_row(point: "Point") -> dict[str, object]:
+    predicted = point.plan.predicted if point.plan else None
+    return {
+        "max_quality_loss_percent": point.max_loss_percent,
+        "quality_loss_percent": predicted.quality_loss_percent if predicted else None,
+        "tokens_per_s": predicted.tokens_per_s if predicted else None,
+        "gap": predicted.gap if predicted else None,
+    }
+
+
+def compare_clusters(arguments: Arguments) -> None:
+    """A row for each cluster file; `InfeasibleError` where none of them fits the model."""
+    from llmpq.planner.report import print_comparison
+
+    out = console(arguments.quiet)
+    faults: list[str] = []
+    rigs = [_rig(replace(arguments, cluster=path), faults) for path in arguments.clusters]
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+    rows = []
+    with progress(out, "planning", len(rigs)) as bar:
+        for number, problem in enumerate(rigs):
+            assert problem is not None
+            rows.append(_rig_row(arguments, problem))
+            bar.update(number + 1, problem.cluster.name, len(rigs))
+    print_comparison(out, rows)
+    write_value(arguments, [_rig_values(*row) for row in rows])
+    if all(isinstance(plan, str) for _, plan, _ in rows):
+        raise InfeasibleError("no cluster of these fits the model")
+
+
+def _rig(arguments: Arguments, faults: list[str]) -> "Problem | None":
+    try:
+        return make_problem(arguments, read_inputs(arguments, None))[0]
+    except UserError as error:
+        faults.append(str(error))
+        return None
+
+
+def _rig_row(arguments: Arguments, problem: "Problem") -> "tuple[str, Plan | str, float | None]":
+    price = problem.cluster.price_per_hour()
+    try:
+        plan = quick_replan(arguments, arguments.time_limit)(problem)
+    except InfeasibleError as error:
+        return problem.cluster.name, str(error), price
+    return problem.cluster.name, plan, price
+
+
+def _rig_values(name: str, plan: "Plan | str", price: float | None) -> dict[str, object]:
+    predicted = None if isinstance(plan, str) else plan.predicted
+    speed = predicted.tokens_per_s if predicted else None
+    return {
+        "cluster": name,
+        "feasible": predicted is not None,
+        "tokens_per_s": speed,
+        "quality_loss_percent": predicted.quality_loss_percent if predicted else None,
+        "gap": predicted.gap if predicted else None,
+        "price_per_hour": price,
+        "tokens_per_price": 3600 * speed / price if speed and price else None,
+        "why_not": plan if isinstance(plan, str) else None,
+    }
+
+
+def evaluate_plan(arguments: Arguments, path: Path) -> None:
+    """The report of a plan file at these costs; `InfeasibleError` where it does not fit."""
+    from llmpq.plan import load_plan
+    from llmpq.planner.evaluate import evaluate, shortages, to_assignment
+    from llmpq.planner.planning import Planned
+
+    start = time.monotonic()
+    plan = load_plan(path)
+    problem, _, notes = make_problem(arguments, read_inputs(arguments, plan), plan)
+    _check_evaluable(problem, plan, path)
+    assignment = to_assignment(plan, problem.cluster)
+    predicted = evaluate(problem, assignment)
+    predicted = predicted.model_copy(update={"planning_s": time.monotonic() - start})
+    priced = plan.model_copy(
+        update={
+            "predicted": predicted,
+            "baselines": [],
+            "cluster": problem.cluster,
+            "workload": problem.workload,
+        }
+    )
+    report(console(arguments.quiet), arguments, problem, Planned(priced), notes, [])
+    write_plan(arguments, priced)
+    _raise_shortages(plan, shortages(problem, assignment))
+
+
+def _check_evaluable(problem: "Problem", plan: "Plan", path: Path) -> None:
+    faults = []
+    if problem.spec.num_layers != plan.model.num_layers:
+        layers = f"{plan.model.num_layers} layers, {problem.spec.name} {problem.spec.num_layers}"
+        faults.append(f"{path}: the plan has {layers}")
+    free = [(device.node, device.type) for device in problem.cluster.devices()]
+    for stage in plan.stages:
+        device, taken = stage.devices[0], [(stage.node, name) for name in stage.devices]
+        if any(free.count(place) < taken.count(place) for place in taken):
+            faults.append(f"{path}: stage {stage.rank}: the cluster has no (more) {device}")
+            continue
+        for place in taken:
+            free.remove(place)
+        missing = set(stage.precisions) - set(problem.times[device].precisions)
+        if missing:
+            faults.append(f"{path}: no times of {device} at {', '.join(sorted(missing))} bits")
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _raise_shortages(plan: "Plan", short: dict[int, int]) -> None:
+    from llmpq.planner.baselines import amount
+
+    lines = [
+        f"the plan does not fit: {plan.stages[rank].devices[0]}#{rank} on {plan.stages[rank].node} "
+        f"is {amount(num_bytes)} short"
+        for rank, num_bytes in short.items()
+    ]
+    if lines:
+        raise InfeasibleError("\n".join(lines))

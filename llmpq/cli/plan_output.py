@@ -1,0 +1,83 @@
+"""What `llmpq-plan` tells and writes: the report, plan files, JSON for programs.
+
+People read standard error; `--json -` has standard output to itself. Nothing is computed here.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llmpq.cli.plan_inputs import Arguments, max_loss
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmpq.plan import Plan
+    from llmpq.planner.planning import Planned
+    from llmpq.planner.problem import Problem
+    from llmpq.planner.what_if import Change
+
+
+def report(
+    out: "Console",
+    arguments: Arguments,
+    problem: "Problem",
+    planned: "Planned",
+    notes: Sequence[str],
+    changes: "Sequence[Change]",
+) -> None:
+    """For people: the plan, what other methods would do, what would change it."""
+    from llmpq.planner.report import print_changes, print_outcomes, print_report
+
+    notes = [*notes, *planned.notes]
+    if arguments.verbose and planned.effort:
+        notes.append(planned.effort)
+    print_report(out, planned.plan, problem.quality.source, notes, _limits(arguments))
+    if arguments.compare and planned.outcomes:
+        print_outcomes(out, planned.plan, planned.outcomes)
+    if changes:
+        print_changes(out, planned.plan, changes)
+
+
+def _limits(arguments: Arguments) -> str:
+    if arguments.theta is not None:
+        return f"theta {arguments.theta:g} s for one unit of summed sensitivity"
+    default = " (default)" if arguments.max_quality_loss is None else ""
+    return f"budget {max_loss(arguments):g} %{default}"
+
+
+def write_plan(arguments: Arguments, plan: "Plan") -> None:
+    """The plan file, and the same as JSON where that is asked for."""
+    from llmpq.artifact import write_json
+
+    if arguments.output is not None:
+        write_json(arguments.output, plan)
+    if arguments.json_path == Path("-"):
+        click.echo(plan.model_dump_json(indent=1))
+    elif arguments.json_path is not None:
+        write_json(arguments.json_path, plan)
+
+
+def write_baselines(arguments: Arguments, problem: "Problem", planned: "Planned") -> None:
+    """A plan file for each other method that has a plan, where a folder is given."""
+    from llmpq.artifact import write_json
+    from llmpq.planner.planning import baseline_plan
+
+    if arguments.baseline_plans is None:
+        return
+    for outcome in planned.outcomes:
+        plan = baseline_plan(problem, outcome)
+        if plan is not None:
+            write_json(arguments.baseline_plans / f"{outcome.method}.json", plan)
+
+
+def write_value(arguments: Arguments, value: object) -> None:
+    """What is no plan, as JSON where that is asked for."""
+    if arguments.json_path == Path("-"):
+        click.echo(json.dumps(value, indent=1))
+    elif arguments.json_path is not None:
+        arguments.json_path.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json_path.write_text(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,356 @@
+"""The arrays of one setting: what the methods optimise over.
+
+An `Instance` holds, per layer and stage, seconds *summed over all batches of the workload*: the
+objective of `value` lets one actor be the slowest for all batches together. Layers cost the same,
+so times and memory depend only on *how many* layers a stage holds at each option: `counts` [N, B].
+An option is a precision here; whatever else a layer may choose (precisions of attention and
+feed-forward apart, of the cache) would be more columns of the same arrays.
+
+The arrays are made from cost tables: functions of a problem, a place and `Sizes`, for all pairs
+of micro-batches of a batch at once. A problem remembers them, as many settings share them.
+
+Not covered: what a choice of layers costs (`value`).
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+
+from llmpq.costs import memory
+from llmpq.costs.latency import Seconds
+from llmpq.costs.timeline import split, wait_counts
+from llmpq.model_spec import ModelSpec
+from llmpq.planner.problem import (
+    Place,
+    Problem,
+    Setting,
+    Sizes,
+    Work,
+    fixed_work,
+    hop_works,
+    layer_work,
+)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of an actor, summed over the workload's batches.
+
+    prefill_once: the first, largest micro-batch; prefill_rest: all others of that size;
+    prefill_tail: a smaller last one.
+    step_last: the last, smallest micro-batch of one decode step; step_others: all but the first of
+    a step; step_every: all of a step. later_once, later_every: the first micro-batch, and all, of
+    all decode steps but one. Where the last one is smaller, `later_once` is less by it: a chain
+    that has waited for the whole prefill goes on with that one, and not once more round the loop.
+    """
+
+    prefill_once: np.ndarray
+    prefill_rest: np.ndarray
+    prefill_tail: np.ndarray
+    step_last: np.ndarray
+    step_others: np.ndarray
+    step_every: np.ndarray
+    later_once: np.ndarray
+    later_every: np.ndarray
+
+    def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Costs":
+        """`change` done to each array."""
+        return Costs(*(change(getattr(self, f.name)) for f in fields(self)))
+
+    @property
+    def decode_every(self) -> np.ndarray:
+        """All micro-batches of all decode steps."""
+        return np.asarray(self.step_every + self.later_every)
+
+    @property
+    def busy(self) -> np.ndarray:
+        """Seconds of work over the whole workload."""
+        prefill = self.prefill_once + self.prefill_rest + self.prefill_tail
+        return np.asarray(prefill + self.decode_every)
+
+
+def stack(costs: Sequence[Costs]) -> Costs:
+    """Costs of several, along a new first axis."""
+    return Costs(*(np.stack([getattr(c, f.name) for c in costs]) for f in fields(Costs)))
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """Layers of equal sensitivity: `omega` [G, B], and how many each group has."""
+
+    omega: np.ndarray
+    sizes: np.ndarray
+
+
+def layer_groups(omega: np.ndarray, budget: float, theta: float) -> LayerGroups:
+    """Groups of equal rows of omega [L, B]; one group where omega does not matter."""
+    if theta == 0 and budget == math.inf:
+        return LayerGroups(0 * omega[:1], np.array([len(omega)]))
+    return LayerGroups(*np.unique(omega, axis=0, return_counts=True))
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How decoding starts while others still prefill.
+
+    `waits`: share of the prefill's rest before the first decode micro-batch can start. `after`:
+    share of a step's other decode micro-batches that come after the first one that waits for the
+    whole prefill.
+    """
+
+    waits: float = 0.0
+    after: float = 0.0
+
+
+@dataclass(frozen=True)
+class Instance:
+    """N stages in order, L layers, B options. Unavailable options cost infinity."""
+
+    layer: Costs  # [N, B]: of one layer
+    fixed: Costs  # [N]: of a stage beside its layers
+    link: Costs  # [N]: after each stage; the last is the way back
+    layer_bytes: np.ndarray  # [N, B], the cache of one layer included
+    capacity: np.ndarray  # [N], what layers may take
+    unpacked_bytes: np.ndarray  # [N], taken by a device that holds any packed option
+    packed: np.ndarray  # [B], booleans
+    omega: np.ndarray  # [L, B]
+    overlap: Overlap = Overlap()
+    budget: float = math.inf
+    theta: float = 0.0
+    known_groups: LayerGroups | None = None
+
+    @cached_property
+    def groups(self) -> LayerGroups:
+        """Layers of equal sensitivity."""
+        return self.known_groups or layer_groups(self.omega, self.budget, self.theta)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.omega.shape[0]
+
+    @property
+    def num_stages(self) -> int:
+        """N."""
+        return self.capacity.shape[0]
+
+    @property
+    def num_options(self) -> int:
+        """B."""
+        return self.omega.shape[1]
+
+    @property
+    def available(self) -> np.ndarray:
+        """[N, B]: which options a place offers."""
+        return np.isfinite(self.layer.prefill_once) & np.isfinite(self.layer.later_once)
+
+
+def make_instance(problem: Problem, setting: Setting) -> Instance:
+    """The arrays of one setting."""
+    places, sizes = setting.places, setting.sizes
+    last = len(places) - 1
+    fixed = [fixed_costs(problem, sizes, p, j == 0, j == last) for j, p in enumerate(places)]
+    room = [capacity(problem, sizes, p, j == 0, j == last)[0, 0] for j, p in enumerate(places)]
+    return Instance(
+        layer=stack([layer_costs(problem, sizes, place).map(_first) for place in places]),
+        fixed=stack([costs.map(_first) for costs in fixed]),
+        link=stack([c.map(_first) for c in link_costs(problem, sizes, [p.node for p in places])]),
+        layer_bytes=np.stack([layer_bytes(problem, setting.batch, place) for place in places]),
+        capacity=np.array(room),
+        unpacked_bytes=np.array([unpacked_bytes(problem, place) for place in places]),
+        packed=np.array([memory.is_packed(p) for p in problem.precisions]),
+        omega=omega_of(problem),
+        overlap=_overlap(problem, setting),
+        budget=problem.budget,
+        theta=problem.theta,
+        known_groups=groups_of(problem),
+    )
+
+
+def groups_of(problem: Problem) -> LayerGroups:
+    """Layers of equal sensitivity."""
+    return problem.once(
+        "layer groups", lambda: layer_groups(omega_of(problem), problem.budget, problem.theta)
+    )
+
+
+def _first(array: np.ndarray) -> np.ndarray:
+    """Of the only pair of micro-batches."""
+    return np.asarray(array[0])
+
+
+def capacity(problem: Problem, sizes: Sizes, place: Place, first: bool, last: bool) -> np.ndarray:
+    """[P, Q]: bytes that layers may take on each device, beside ends and activations."""
+
+    def compute() -> np.ndarray:
+        spec = problem.shard(place)
+        ends = memory.end_weight_bytes(spec, first=first, last=last)
+        return np.array(
+            [
+                [ends + _activations(problem, spec, sizes.batch, p, q, last) for q in sizes.decode]
+                for p in sizes.prefill
+            ],
+            dtype=float,
+        )
+
+    key = ("taken", place.tensor_parallel, first, last, sizes)
+    return np.asarray(place.memory_bytes - problem.once(key, compute))
+
+
+def _activations(
+    problem: Problem, spec: ModelSpec, batch: int, prefill: int, decode: int, last: bool
+) -> int:
+    return memory.activation_bytes(
+        spec,
+        last=last,
+        cache_tokens=problem.cache_tokens(batch),
+        prefill_micro_batch=prefill,
+        prompt_tokens=problem.max_prompt_tokens,
+        decode_micro_batch=decode,
+    )
+
+
+def layer_bytes(problem: Problem, batch: int, place: Place) -> np.ndarray:
+    """[B]: what a layer takes on each device of a place, its cache included."""
+
+    def compute() -> np.ndarray:
+        spec = problem.shard(place)
+        cache = memory.layer_cache_bytes(spec, batch, problem.cache_tokens(batch))
+        weights = [memory.layer_weight_bytes(spec, p) for p in problem.precisions]
+        return np.array(weights, dtype=float) + cache
+
+    return problem.once(("bytes", batch, place.tensor_parallel), compute)
+
+
+def unpacked_bytes(problem: Problem, place: Place) -> float:
+    """What a stage with any packed layer takes besides."""
+    key = ("unpacked", place.tensor_parallel)
+    return problem.once(key, lambda: float(memory.unpacked_bytes(problem.shard(place))))
+
+
+def omega_of(problem: Problem) -> np.ndarray:
+    """[L, B]: sensitivity."""
+
+    def compute() -> np.ndarray:
+        return np.array([problem.quality.omega[p] for p in problem.precisions], dtype=float).T
+
+    return problem.once("omega", compute)
+
+
+def _overlap(problem: Problem, setting: Setting) -> Overlap:
+    """The least of all batches, so that no chain gets longer than it is."""
+    sizes = setting.prefill_micro_batch, setting.decode_micro_batch
+    each = [overlap(group.num_requests, *sizes) for group in problem.groups(setting.batch)]
+    return Overlap(min(o.waits for o in each), min(o.after for o in each))
+
+
+def overlap(num_requests: int, prefill_micro_batch: int, decode_micro_batch: int) -> Overlap:
+    """Of one batch. A smaller last decode micro-batch comes after no other: a lower bound."""
+    waits = wait_counts(num_requests, prefill_micro_batch, decode_micro_batch)
+    in_all, others = waits[-1], len(waits) - 1
+    after = others - waits.index(in_all) if num_requests % decode_micro_batch == 0 else 0
+    return Overlap(
+        waits=(waits[0] - 1) / (in_all - 1) if in_all > 1 else 0.0,
+        after=after / others if others else 0.0,
+    )
+
+
+def kind_of(problem: Problem, place: Place) -> Hashable:
+    """What times of a place depend on: equal kinds have equal times."""
+    link = problem.cluster.link_between(place.node, place.node)
+    return (place.type, place.tensor_parallel, link if place.tensor_parallel > 1 else None)
+
+
+# ---- cost tables: [P] in the prefill's arrays, [Q] in the decode's, of all pairs of `sizes`
+
+
+def layer_costs(problem: Problem, sizes: Sizes, place: Place) -> Costs:
+    """[P | Q, B]: one layer at each precision; infinity where a place does not offer it."""
+    kind = kind_of(problem, place)
+
+    def compute() -> Costs:
+        times = problem.times_at(place)
+        each = [
+            summed(problem, sizes, ("layer", kind, name), layer_work(times, name))
+            if name in times.precisions
+            else _never(sizes)
+            for name in problem.precisions
+        ]
+        return stack(each).map(np.transpose)
+
+    return problem.once(("layers", kind, sizes), compute)
+
+
+def _never(sizes: Sizes) -> Costs:
+    prefill, decode = (np.full(len(some), math.inf) for some in (sizes.prefill, sizes.decode))
+    return Costs(prefill, prefill, prefill, *(decode,) * 5)
+
+
+def fixed_costs(problem: Problem, sizes: Sizes, place: Place, first: bool, last: bool) -> Costs:
+    """[P | Q]: what a stage costs beside its layers."""
+    key = ("fixed", kind_of(problem, place), first, last)
+    work = fixed_work(problem.times_at(place), first, last)
+    return problem.once((*key, sizes), lambda: summed(problem, sizes, key, work))
+
+
+def link_costs(problem: Problem, sizes: Sizes, nodes: Sequence[str]) -> list[Costs]:
+    """[P | Q] of the link after each stage; the last is the way back."""
+    works = hop_works(problem, nodes)
+    ends = [("hop", *pair) for pair in zip(nodes, nodes[1:], strict=False)]
+    ends.append(("back", *((nodes[-1], nodes[0]) if len(nodes) > 1 else ())))
+    return [summed(problem, sizes, end, work) for end, work in zip(ends, works, strict=True)]
+
+
+def summed(problem: Problem, sizes: Sizes, key: Hashable, work: Work) -> Costs:
+    """[P | Q]: an actor's costs over all batches. `key` names the actor."""
+    prefill = np.array([_prefill_sums(problem, sizes.batch, p, key, work) for p in sizes.prefill])
+    decode = np.array([_decode_sums(problem, sizes.batch, q, key, work) for q in sizes.decode])
+    return Costs(*prefill.T, *decode.T)
+
+
+def _prefill_sums(
+    problem: Problem, batch: int, size: int, key: Hashable, work: Work
+) -> tuple[float, ...]:
+    """The prefill costs of `Costs`, in order."""
+
+    def compute() -> tuple[float, ...]:
+        total = np.zeros(3)
+        for group in problem.groups(batch):
+            parts = split(group.num_requests, size)
+            first = _dot(group.num_batches, work.prefill(parts.size, group.prompt_tokens))
+            total[:2] += first, first * (parts.count - 1)
+            if parts.rest:
+                total[2] += _dot(group.num_batches, work.prefill(parts.rest, group.prompt_tokens))
+        return tuple(total.tolist())
+
+    return problem.once(("p", key, batch, size), compute)
+
+
+def _decode_sums(
+    problem: Problem, batch: int, size: int, key: Hashable, work: Work
+) -> tuple[float, ...]:
+    """The decode costs of `Costs`, in order."""
+
+    def compute() -> tuple[float, ...]:
+        total = np.zeros(5)
+        for group in problem.groups(batch):
+            parts = split(group.num_requests, size)
+            once = work.decode(parts.size, group.past_tokens)
+            last = work.decode(parts.rest, group.past_tokens) if parts.rest else once
+            every = once * parts.count + (last if parts.rest else 0.0)
+            some = group.num_batches * (group.num_steps > 0)
+            later = group.num_batches * np.maximum(group.num_steps - 1, 0)
+            weights = (some, some, some, later, later)
+            seconds = (last, every - once, every, once, every)
+            total += [_dot(*pair) for pair in zip(weights, seconds, strict=True)]
+            total[3] -= _dot(some, last) if parts.rest else 0.0
+        return tuple(total.tolist())
+
+    return problem.once(("d", key, batch, size), compute)
+
+
+def _dot(weight: np.ndarray, seconds: Seconds) -> float:
+    return float((weight * seconds).sum())
