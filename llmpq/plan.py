@@ -177,9 +177,9 @@ class Plan(Strict):
         return faults
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: Path | str) -> Plan:
     """Reads and validates plan.json."""
-    return read_json(path, Plan)
+    return read_json(Path(path), Plan)
 
 
 def refuse_shared_stages(plan: Plan, path: Path) -> None:

@@ -46,7 +46,8 @@ class Command(click.Command):
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     for line in message.splitlines():
-        click.echo(f"error: {line}", err=True)
+        fix = line.startswith("would fit:")
+        click.echo(line if fix else f"error: {line}", err=True)
     sys.exit(exit_code)
 
 
@@ -55,7 +56,12 @@ def emit(text: str, path: Path | None) -> None:
     if path is None:
         return
     if str(path) == "-":
-        click.echo(text)
+        try:
+            click.echo(text)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UserError(f"standard output cannot be written ({error.strerror})") from None
     else:
         write_text(path, text + "\n")
 

@@ -16,6 +16,7 @@ from llmpq.cli.common import Command, common_options, console
 from llmpq.cli.plan_inputs import Arguments, make_problem, read_inputs
 from llmpq.cli.plan_modes import (
     compare_clusters,
+    counted,
     evaluate_plan,
     quick_replan,
     show_flexgen,
@@ -154,7 +155,14 @@ def _mode_faults(arguments: Arguments) -> list[str]:
         "--compare-clusters": arguments.compare_clusters,
     }
     chosen = [name for name, on in modes.items() if on]
-    faults = [f"give {' or '.join(chosen)}, not both"] if len(chosen) > 1 else []
+    faults = [f"give only one of {', '.join(chosen)}"] if len(chosen) > 1 else []
+    others = arguments.frontier or arguments.compare_clusters
+    if others and arguments.method not in ("auto", "flexgen"):
+        faults.append(f"{chosen[0]} plans by --method auto; leave out --method {arguments.method}")
+    if arguments.compare_clusters and arguments.output is not None:
+        faults.append("--compare-clusters writes no plan; leave out -o (--json writes the table)")
+    if arguments.baseline_plans is not None and not arguments.compare:
+        faults.append("--baseline-plans needs the other methods; leave out --no-compare")
     if arguments.compare_clusters and len(arguments.clusters) < 2:
         faults.append("--compare-clusters needs two cluster files or more: A.yaml B.yaml")
     if arguments.clusters and not arguments.compare_clusters:
@@ -165,7 +173,9 @@ def _mode_faults(arguments: Arguments) -> list[str]:
     if arguments.method == "flexgen" and arguments.output is not None:
         faults.append("--method flexgen has no plan file, as llmpq-run cannot run it; leave out -o")
     degree = arguments.tensor_parallel
-    if degree not in TENSOR_PARALLEL and not (degree.isdigit() and int(degree) > 0):
+    if degree not in TENSOR_PARALLEL and not (
+        degree.isascii() and degree.isdecimal() and int(degree) > 0
+    ):
         faults.append(f"--tensor-parallel {degree}: expected off, auto or a number such as 4")
     return faults
 
@@ -199,13 +209,14 @@ def _options(arguments: Arguments, shown: "Callable[[Progress], None]") -> "Opti
 def _what_if(
     arguments: Arguments, out: "Console", problem: "Problem", plan: "Plan"
 ) -> "list[Change]":
-    from llmpq.planner.what_if import what_if
+    from llmpq.planner.what_if import changes, what_if
 
     if not arguments.what_if or arguments.quiet or arguments.method not in ("auto", "ilp"):
         return []
-    with progress(out, "what would change it", 1):
+    with progress(out, "what would change it", len(list(changes(problem, plan)))) as bar:
         deadline = time.monotonic() + min(WHAT_IF_S, arguments.time_limit)
-        return what_if(problem, plan, quick_replan(arguments, like=plan), deadline)
+        replan = counted(bar, quick_replan(arguments, like=plan))
+        return what_if(problem, plan, replan, deadline)
 
 
 def _shown(bar: "ProgressBar") -> "Callable[[Progress], None]":

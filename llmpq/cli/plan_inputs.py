@@ -122,6 +122,7 @@ def make_problem(
     """The problem, all precisions that could be allowed, and notes."""
     from llmpq.planner.problem import Problem
 
+    _check_lengths(inputs)
     times = _times(inputs)
     offered = [p for p in _offered(times) if p in inputs.quality.omega]
     notes = _notes(inputs, times)
@@ -144,6 +145,16 @@ def make_problem(
     return problem, offered, notes
 
 
+def _check_lengths(inputs: Inputs) -> None:
+    """No request is longer than the model can read: the runtime would refuse it."""
+    prompt, new = max(inputs.lengths, key=sum)
+    if prompt + new > inputs.spec.max_positions:
+        raise UserError(
+            f"workload '{inputs.workload.name}': a prompt of {prompt} tokens and {new} new ones are "
+            f"more than the {inputs.spec.max_positions} positions of {inputs.spec.name}"
+        )
+
+
 def _most_devices(
     arguments: Arguments, inputs: Inputs, notes: list[str], plan: "Plan | None"
 ) -> int:
@@ -151,15 +162,11 @@ def _most_devices(
     asked = arguments.tensor_parallel
     if plan is not None:
         return max(stage.tensor_parallel for stage in plan.stages)
-    if asked == "off":
+    if asked in ("off", "1"):
         return 1
     if any(device.type in inputs.cluster.rehearse for device in inputs.cluster.devices()):
         notes.append("rehearsed devices make no stages of several: tensor parallelism left out")
         return 1
-    notes.append(
-        "stages of several devices were searched, which llmpq-run cannot run yet (for a plan that "
-        "it can run: --tensor-parallel off)"
-    )
     return MAX_DEVICES_A_STAGE if asked == "auto" else int(asked)
 
 

@@ -8,6 +8,7 @@ Heavy modules are imported inside functions, so that `--help` is quick. Not cove
 go together, which `plan` has checked before.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -21,6 +22,7 @@ from llmpq.cli.progress import progress
 from llmpq.errors import InfeasibleError, UserError
 
 if TYPE_CHECKING:
+    from llmpq.cli.progress import Progress as ProgressBar
     from llmpq.plan import Plan
     from llmpq.planner.frontier import Point
     from llmpq.planner.problem import Problem
@@ -41,6 +43,17 @@ def quick_replan(
     return lambda problem: replan(problem, options, like)
 
 
+def counted(bar: "ProgressBar", replan: "Callable[[Problem], Plan]") -> "Callable[[Problem], Plan]":
+    """`replan` that tells `bar` how many plans were made."""
+    made = itertools.count(1)
+
+    def again(problem: "Problem") -> "Plan":
+        bar.update(next(made), "plans")
+        return replan(problem)
+
+    return again
+
+
 def show_flexgen(arguments: Arguments) -> None:
     """Off-loading to the host as a report; `InfeasibleError` where it has no plan."""
     from llmpq.planner.offload import flexgen
@@ -52,20 +65,26 @@ def show_flexgen(arguments: Arguments) -> None:
         why = found.why_not if found else "no precision keeps the quality budget"
         raise InfeasibleError(f"flexgen has no plan that fits: {why}")
     print_offload(console(arguments.quiet), found, notes)
-    write_value(arguments, asdict(found))
+    write_value(arguments, "offload", asdict(found))
 
 
 def show_frontier(arguments: Arguments) -> None:
     """A table, and a picture beside the output file, of the plan at each budget."""
     from llmpq.cli.plan_frontier import print_frontier, save_frontier
-    from llmpq.planner.frontier import frontier
+    from llmpq.planner.frontier import NUM_BUDGETS, frontier
+    from llmpq.planner.report import print_notes
 
     out = console(arguments.quiet)
-    problem, _, _ = make_problem(arguments, read_inputs(arguments, None))
-    with progress(out, "planning for each quality loss", 1):
-        points = frontier(problem, quick_replan(arguments, 5.0), None)
+    problem, offered, notes = make_problem(arguments, read_inputs(arguments, None))
+    with progress(out, "planning for each quality loss", NUM_BUDGETS) as bar:
+        points = frontier(problem, counted(bar, quick_replan(arguments, 5.0)), None)
+    if not any(point.plan for point in points):
+        from llmpq.planner.fixes import infeasible
+
+        raise infeasible(problem, offered, quick_replan(arguments))
     print_frontier(out, points)
-    write_value(arguments, [_frontier_row(point) for point in points])
+    print_notes(out, [*notes, f"quality: {problem.quality.source}"])
+    write_value(arguments, "frontier", {"points": [_frontier_row(point) for point in points]})
     stem = arguments.output or Path(f"{problem.cluster.name}.json")
     picture = stem.with_suffix(".frontier.png")
     title = f"{problem.spec.name} on {problem.cluster.name}, {problem.workload.name}"
@@ -85,28 +104,31 @@ def _frontier_row(point: "Point") -> dict[str, object]:
 
 def compare_clusters(arguments: Arguments) -> None:
     """A row for each cluster file; `InfeasibleError` where none of them fits the model."""
-    from llmpq.planner.report import print_comparison
+    from llmpq.planner.report import print_comparison, print_notes
 
     out = console(arguments.quiet)
     faults: list[str] = []
-    rigs = [_rig(replace(arguments, cluster=path), faults) for path in arguments.clusters]
+    found = [_rig(replace(arguments, cluster=path), faults) for path in arguments.clusters]
     if faults:
         raise UserError("\n".join(dict.fromkeys(faults)))
+    rigs = [rig for rig in found if rig is not None]
     rows = []
     with progress(out, "planning", len(rigs)) as bar:
-        for number, problem in enumerate(rigs):
-            assert problem is not None
+        for number, (problem, _) in enumerate(rigs):
             rows.append(_rig_row(arguments, problem))
-            bar.update(number + 1, problem.cluster.name, len(rigs))
+            bar.update(number + 1, problem.cluster.name)
     print_comparison(out, rows)
-    write_value(arguments, [_rig_values(*row) for row in rows])
+    print_notes(out, list(dict.fromkeys(note for _, notes in rigs for note in notes)))
+    write_value(arguments, "comparison", {"clusters": [_rig_values(*row) for row in rows]})
     if all(isinstance(plan, str) for _, plan, _ in rows):
-        raise InfeasibleError("no cluster of these fits the model")
+        reasons = [f"{name}: {str(plan).splitlines()[0]}" for name, plan, _ in rows]
+        raise InfeasibleError("\n".join(["no cluster of these fits the model", *reasons]))
 
 
-def _rig(arguments: Arguments, faults: list[str]) -> "Problem | None":
+def _rig(arguments: Arguments, faults: list[str]) -> "tuple[Problem, list[str]] | None":
     try:
-        return make_problem(arguments, read_inputs(arguments, None))[0]
+        problem, _, notes = make_problem(arguments, read_inputs(arguments, None))
+        return problem, notes
     except UserError as error:
         faults.append(str(error))
         return None
@@ -116,8 +138,10 @@ def _rig_row(arguments: Arguments, problem: "Problem") -> "tuple[str, Plan | str
     price = problem.cluster.price_per_hour()
     try:
         plan = quick_replan(arguments, arguments.time_limit)(problem)
-    except InfeasibleError as error:
-        return problem.cluster.name, str(error), price
+    except InfeasibleError:
+        from llmpq.planner.explain import why
+
+        return problem.cluster.name, why(problem), price
     return problem.cluster.name, plan, price
 
 
@@ -146,6 +170,7 @@ def evaluate_plan(arguments: Arguments, path: Path) -> None:
     plan = load_plan(path)
     problem, _, notes = make_problem(arguments, read_inputs(arguments, plan), plan)
     _check_evaluable(problem, plan, path)
+    plan = _in_flight(plan, len(problem.lengths))
     assignment = to_assignment(plan, problem.cluster)
     predicted = evaluate(problem, assignment)
     predicted = predicted.model_copy(update={"planning_s": time.monotonic() - start})
@@ -162,6 +187,12 @@ def evaluate_plan(arguments: Arguments, path: Path) -> None:
     _raise_shortages(plan, shortages(problem, assignment))
 
 
+def _in_flight(plan: "Plan", num_requests: int) -> "Plan":
+    """No more requests are in flight than there are."""
+    names = ("batch", "prefill_micro_batch", "decode_micro_batch")
+    return plan.model_copy(update={name: min(getattr(plan, name), num_requests) for name in names})
+
+
 def _check_evaluable(problem: "Problem", plan: "Plan", path: Path) -> None:
     faults = []
     if problem.spec.num_layers != plan.model.num_layers:
@@ -171,7 +202,11 @@ def _check_evaluable(problem: "Problem", plan: "Plan", path: Path) -> None:
     for stage in plan.stages:
         device, taken = stage.devices[0], [(stage.node, name) for name in stage.devices]
         if any(free.count(place) < taken.count(place) for place in taken):
-            faults.append(f"{path}: stage {stage.rank}: the cluster has no (more) {device}")
+            there = ", ".join(dict.fromkeys(node for node, _ in free)) or "none left"
+            faults.append(
+                f"{path}: stage {stage.rank} wants {len(taken)} {device} on node '{stage.node}', "
+                f"which the cluster has not (any more); nodes with free devices: {there}"
+            )
             continue
         for place in taken:
             free.remove(place)

@@ -5,11 +5,9 @@ People read standard error; `--json -` has standard output to itself. Nothing is
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
+from llmpq.cli.common import emit
 from llmpq.cli.plan_inputs import Arguments, max_loss
 
 if TYPE_CHECKING:
@@ -32,7 +30,7 @@ def report(
     """For people: the plan, what other methods would do, what would change it."""
     from llmpq.planner.report import print_changes, print_outcomes, print_report
 
-    notes = [*notes, *planned.notes]
+    notes = [*notes, *planned.notes, *_warnings(arguments, problem, planned.plan)]
     if arguments.verbose and planned.effort:
         notes.append(planned.effort)
     print_report(out, planned.plan, problem.quality.source, notes, _limits(arguments))
@@ -40,6 +38,19 @@ def report(
         print_outcomes(out, planned.plan, planned.outcomes)
     if changes:
         print_changes(out, planned.plan, changes)
+
+
+def _warnings(arguments: Arguments, problem: "Problem", plan: "Plan") -> list[str]:
+    """What a plan asks of its reader."""
+    found = []
+    if any(stage.tensor_parallel > 1 for stage in plan.stages):
+        found.append(
+            "this plan has stages of several devices, which llmpq-run cannot run yet (for one that "
+            "it can run: --tensor-parallel off)"
+        )
+    if plan.predicted and plan.predicted.sum_sensitivity > problem.budget * (1 + 1e-9):
+        found.append(f"this plan loses more than the {_limits(arguments)} allows")
+    return found
 
 
 def _limits(arguments: Arguments) -> str:
@@ -55,10 +66,7 @@ def write_plan(arguments: Arguments, plan: "Plan") -> None:
 
     if arguments.output is not None:
         write_json(arguments.output, plan)
-    if arguments.json_path == Path("-"):
-        click.echo(plan.model_dump_json(indent=1))
-    elif arguments.json_path is not None:
-        write_json(arguments.json_path, plan)
+    emit(plan.model_dump_json(indent=1), arguments.json_path)
 
 
 def write_baselines(arguments: Arguments, problem: "Problem", planned: "Planned") -> None:
@@ -74,10 +82,10 @@ def write_baselines(arguments: Arguments, problem: "Problem", planned: "Planned"
             write_json(arguments.baseline_plans / f"{outcome.method}.json", plan)
 
 
-def write_value(arguments: Arguments, value: object) -> None:
+def write_value(arguments: Arguments, kind: str, value: dict[str, object]) -> None:
     """What is no plan, as JSON where that is asked for."""
-    if arguments.json_path == Path("-"):
-        click.echo(json.dumps(value, indent=1))
-    elif arguments.json_path is not None:
-        arguments.json_path.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json_path.write_text(json.dumps(value, indent=1) + "\n")
+    from llmpq.artifact import SCHEMA_VERSION, Provenance
+
+    whole = {"schema_version": SCHEMA_VERSION, "kind": kind} | value
+    whole["provenance"] = Provenance.here().model_dump()
+    emit(json.dumps(whole, indent=1), arguments.json_path)

@@ -5,7 +5,7 @@ layers get the low precisions is a transport problem: layers of equal sensitivit
 options. `build` ignores where stages begin and end in it, so its optimum is a bound, and exact
 where all layers are equally sensitive. `build_exact` keeps the stages: t[i, j] = 1 where layer i
 lies on stage j or before, and a share z[i, j, b] of layer i on stage j at option b; once counts and
-t are whole, the cheapest z is whole too, as a transport problem's is.
+t are whole, a whole z is among the cheapest, as a transport problem's is.
 
 Columns: c[j, b] counts, u[j] = 1: stage j holds a packed option and so an unpacked matrix, T the
 run's seconds, R and S the slowest actor's of prefill and decode, P[j] and E[j] the way of the first
@@ -23,7 +23,6 @@ import numpy as np
 from llmpq.planner.instance import Instance, LayerGroups
 from llmpq.planner.problem import OVER
 from llmpq.planner.solver import Programme
-from llmpq.planner.value import Choice
 
 Term = tuple[Any, np.ndarray | float]  # columns, their coefficients
 
@@ -169,15 +168,6 @@ def counts_of(instance: Instance, x: np.ndarray) -> np.ndarray:
     """[N, B] from a solution of either programme."""
     size = instance.num_stages * instance.num_options
     return np.round(x[:size]).astype(int).reshape(instance.num_stages, instance.num_options)
-
-
-def choice_of(instance: Instance, x: np.ndarray) -> Choice:
-    """The options of every stage's layers from a solution of `build_exact`."""
-    columns = Columns(instance)
-    columns.add_places(instance.num_layers, instance.num_stages, instance.num_options)
-    held = x[columns.z].reshape(instance.num_layers, -1).argmax(axis=1)
-    stage, option = np.divmod(held, instance.num_options)
-    return tuple(tuple(int(o) for o in option[stage == j]) for j in range(instance.num_stages))
 
 
 def typical_seconds(instance: Instance) -> float:

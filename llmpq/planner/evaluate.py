@@ -102,21 +102,24 @@ def to_plan(problem: Problem, assignment: Assignment, method: str, predicted: Pr
 def to_assignment(plan: Plan, cluster: Cluster) -> Assignment:
     """A plan's assignment on a cluster that has its devices."""
     free = cluster.devices()
-    places = [_take(free, stage) for stage in plan.stages]
+    known = plan.predicted.stages if plan.predicted else []
+    memory = [stage.memory_capacity_bytes for stage in known] or [-1] * len(plan.stages)
+    places = [_take(free, stage, own) for stage, own in zip(plan.stages, memory, strict=True)]
     setting = Setting(tuple(places), plan.batch, plan.prefill_micro_batch, plan.decode_micro_batch)
     return Assignment(setting, tuple(tuple(stage.precisions) for stage in plan.stages))
 
 
-def _take(free: list[Device], stage: Stage) -> Place:
-    """The place of a stage's devices, which are taken; the least memory of them counts.
+def _take(free: list[Device], stage: Stage, memory_bytes: int) -> Place:
+    """The place of a stage's devices, which are taken; those of `memory_bytes` first.
 
-    Raises `ValueError` where there is none (left).
+    The least memory of them counts. Raises `ValueError` where there is none (left).
     """
     taken = []
     for name in stage.devices:
-        found = next((d for d in free if (d.node, d.type) == (stage.node, name)), None)
-        if found is None:
+        there = [d for d in free if (d.node, d.type) == (stage.node, name)]
+        if not there:
             raise ValueError(f"stage {stage.rank}: the cluster has no (more) {name}")
+        found = min(there, key=lambda device: device.memory_bytes != memory_bytes)
         free.remove(found)
         taken.append(found)
     least = min(device.memory_bytes for device in taken)

@@ -6,6 +6,7 @@ than it can only have its stages end within narrow windows, which small linear p
 that leaves a fraction of the layers' places open.
 """
 
+import itertools
 import math
 import time
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from llmpq.planner.heuristic import assign_layers, start_choice, transfer
 from llmpq.planner.instance import Instance
 from llmpq.planner.problem import OVER
 from llmpq.planner.solver import TOLERANCE, Programme, Solver, Status
-from llmpq.planner.value import Choice, fits, objective, sum_omega
+from llmpq.planner.value import Choice, count_options, fits, objective, seconds, sum_omega
 
 MOVES_S = 0.3  # at most, for the plan by moves
 SLACK = 1e-6  # of a window's ends: a linear programme's rounding
@@ -51,7 +52,7 @@ def solve(
         programme = (
             counts.build_plain(instance, cutoff) if plain else counts.build(instance, cutoff)
         )
-        return _solved(instance, programme, solver, gap, time_limit, cutoff, plain)
+        return _solved(instance, programme, solver, gap, time_limit, cutoff)
     return _solve_uneven(instance, solver, gap, time_limit, cutoff)
 
 
@@ -104,14 +105,13 @@ def _solved(
     gap: float,
     time_limit: float,
     cutoff: float,
-    plain: bool = False,
 ) -> Solution:
     answer = solver.integers(programme, gap=gap, time_limit=time_limit)
     if answer.status == "infeasible":
         return Solution("infeasible", None, math.inf)
     if answer.x is None:
         return Solution("unknown", None, answer.bound)
-    choice: Choice | None = _choice(instance, answer.x, plain)
+    choice: Choice | None = _choice(instance, answer.x)
     if choice is not None and not allowed(instance, choice):
         choice = _within(instance, solver, gap, time_limit, cutoff)
     return Solution(answer.status, choice, answer.bound)
@@ -147,6 +147,41 @@ def realised(instance: Instance, held: np.ndarray, seconds: float) -> Choice | N
     return choice if allowed(instance, choice) else None
 
 
+def with_less_loss(instance: Instance, choice: Choice) -> Choice:
+    """The same speed, less sensitivity: layers take options that lose less where time is to spare.
+
+    One layer of a stage at a time, as long as the run takes no longer and memory allows.
+    """
+    held, limit = (
+        count_options(instance, choice),
+        seconds(instance, count_options(instance, choice)),
+    )
+    best, improved = choice, True
+    while improved:
+        improved = False
+        for stage, origin, to in itertools.product(*map(range, (*held.shape, held.shape[1]))):
+            changed = _with_one_moved(instance, held, stage, origin, to)
+            if changed is None or seconds(instance, changed) > limit * (1 + 1e-12):
+                continue
+            other = spread(instance, changed)
+            if fits(instance, other) and sum_omega(instance, other) < sum_omega(instance, best):
+                held, best, improved = changed, other, True
+    return best
+
+
+def _with_one_moved(
+    instance: Instance, held: np.ndarray, stage: int, origin: int, to: int
+) -> np.ndarray | None:
+    if origin == to or not held[stage, origin] or not instance.available[stage, to]:
+        return None
+    if (instance.omega[:, to] >= instance.omega[:, origin]).all():
+        return None
+    changed = held.copy()
+    changed[stage, origin] -= 1
+    changed[stage, to] += 1
+    return changed
+
+
 def spread(instance: Instance, held: np.ndarray) -> Choice:
     """The layers of every stage at the options that lose least, as many of each as `held`."""
     ends = np.cumsum(held.sum(axis=1))
@@ -156,10 +191,9 @@ def spread(instance: Instance, held: np.ndarray) -> Choice:
     )
 
 
-def _choice(instance: Instance, x: np.ndarray, plain: bool = False) -> Choice:
-    if is_even(instance) and not plain:
-        return spread(instance, counts.counts_of(instance, x))
-    return counts.choice_of(instance, x)
+def _choice(instance: Instance, x: np.ndarray) -> Choice:
+    """With the options that lose least for the counts found; z itself may hold fractions."""
+    return spread(instance, counts.counts_of(instance, x))
 
 
 def _within(

@@ -14,7 +14,7 @@ Not covered: what a choice of layers costs (`value`).
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -304,6 +304,54 @@ def link_costs(problem: Problem, sizes: Sizes, nodes: Sequence[str]) -> list[Cos
     return [summed(problem, sizes, end, work) for end, work in zip(ends, works, strict=True)]
 
 
+def least_hop(problem: Problem, sizes: Sizes, node: str, nodes: tuple[str, ...]) -> Costs:
+    """[P | Q] of a hand-over from a place of `node` in any order of places on `nodes`.
+
+    Inside the node, or to another one where that is cheaper.
+    """
+    ways = [[node, node], *([node, other] for other in nodes if other != node)]
+    return least_of([link_costs(problem, sizes, way)[0] for way in ways[:2]])
+
+
+def least_way_back(
+    problem: Problem, sizes: Sizes, nodes: tuple[str, ...], num_stages: int
+) -> Costs:
+    """[P | Q] of the tokens' way back in any order of places on `nodes`."""
+    if num_stages == 1:
+        return link_costs(problem, sizes, [nodes[0]])[-1]
+    ways = [[node, node] for node in nodes] + [list(nodes[:2])] * (len(nodes) > 1)
+    return least_of([link_costs(problem, sizes, way)[-1] for way in ways])
+
+
+def least_of(costs: Sequence[Costs]) -> Costs:
+    """The least of several, array by array."""
+    return Costs(*(np.min([getattr(c, f.name) for c in costs], axis=0) for f in fields(Costs)))
+
+
+def most_of(costs: Sequence[Costs]) -> Costs:
+    """The most of several, array by array."""
+    return Costs(*(np.max([getattr(c, f.name) for c in costs], axis=0) for f in fields(Costs)))
+
+
+def in_any_order(problem: Problem, setting: Setting, instance: Instance) -> Instance:
+    """The instance with links that no order of the places between the ends has cheaper.
+
+    `setting` crosses the fewest links between nodes.
+    """
+    nodes = [place.node for place in setting.places]
+    there = tuple(dict.fromkeys(nodes))
+    if len(there) == 1:
+        return instance
+    sizes = setting.sizes
+    hops = [
+        least_hop(problem, sizes, a, there) if a == b else link_costs(problem, sizes, [a, b])[0]
+        for a, b in zip(nodes, nodes[1:], strict=False)
+    ]
+    back = link_costs(problem, sizes, [nodes[0], *nodes[1:]])[-1]
+    link = stack([costs.map(_first) for costs in (*hops, back)])
+    return replace(instance, link=link)
+
+
 def summed(problem: Problem, sizes: Sizes, key: Hashable, work: Work) -> Costs:
     """[P | Q]: an actor's costs over all batches. `key` names the actor."""
     prefill = np.array([_prefill_sums(problem, sizes.batch, p, key, work) for p in sizes.prefill])
@@ -344,7 +392,8 @@ def _decode_sums(
             some = group.num_batches * (group.num_steps > 0)
             later = group.num_batches * np.maximum(group.num_steps - 1, 0)
             weights = (some, some, some, later, later)
-            seconds = (last, every - once, every, once, every)
+            least = np.minimum(once, last)  # a chain's way down is with either
+            seconds = (least, every - once, every, once, every)
             total += [_dot(*pair) for pair in zip(weights, seconds, strict=True)]
             total[3] -= _dot(some, last) if parts.rest else 0.0
         return tuple(total.tolist())

@@ -2,19 +2,20 @@
 
 A `Mix` says how many stages of which place a plan has; it leaves devices out, and joins equal
 devices of a node into stages of several (tensor parallelism). An order of a mix is a layout.
-Nodes that hold the same devices are alike: which of them is used makes no difference.
+Nodes that hold the same devices are alike: which of them is used for what makes no difference.
 
-All mixes are searched where they are at most `MAX_MIXES`. Where there are more, first the equal
-devices of a node are cut into stages of one size only, then they are used together or not at
-all, then at most one kind is left out; `mixes` says which. Orders of a mix that have the same first
-and last place differ in little (links crossed twice, where layers of low precision may lie):
-`canonical` is one that crosses the fewest links, `orders` are the others, up to `MAX_ORDERS`.
+All mixes are searched where they are at most `MAX_MIXES`. Where there are more, first alike nodes
+are used alike, then the equal devices of a node are cut into stages of one size only, then they are
+used together or not at all, then at most one kind is left out; `mixes` says which. Orders of a mix
+that have the same first and last place differ in little (links crossed twice, where layers of low
+precision may lie): `canonical` is one that crosses the fewest links, `orders` are the others, up to
+`MAX_ORDERS`.
 """
 
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llmpq.cluster import Cluster, Device, Link
@@ -25,7 +26,9 @@ MAX_ORDERS = 24
 
 Mix = tuple[tuple[Place, int], ...]  # places and how many stages have each, both above 0
 Cut = tuple[tuple[int, int], ...]  # of one node's equal devices: (tensor parallel, stages)
+Use = tuple[Cut, ...]  # of a node: a cut for each of its groups of equal devices, () for none
 
+ALIKE = "nodes that hold the same devices were used alike, or not at all"
 ONE_SIZE = "equal devices of a node were cut into stages of one size only"
 TOGETHER = "equal devices were used together or not at all"
 ALL_BUT_ONE = "at most one kind of device was left out"
@@ -33,20 +36,17 @@ ALL_BUT_ONE = "at most one kind of device was left out"
 
 @dataclass(frozen=True)
 class Alike:
-    """Equal devices: `count` on each of `nodes`, which are alike in all they hold."""
+    """Nodes that hold the same: for each group of equal devices (type, memory, how many)."""
 
     nodes: tuple[str, ...]
-    type: str
-    memory_bytes: int
-    count: int
+    groups: tuple[tuple[str, int, int], ...]
 
-    def places(self, cut: Cut, num_nodes: int) -> list[tuple[Place, int]]:
-        """What a cut of the devices of the first nodes makes."""
-        return [
-            (Place(node, self.type, self.memory_bytes, degree), stages)
-            for node in self.nodes[:num_nodes]
-            for degree, stages in cut
-        ]
+    def places(self, uses: Sequence[Use]) -> Iterator[tuple[Place, int]]:
+        """What uses of the first nodes make."""
+        for node, use in zip(self.nodes, uses, strict=False):
+            for (name, memory_bytes, _), cut in zip(self.groups, use, strict=True):
+                for degree, stages in cut:
+                    yield Place(node, name, memory_bytes, degree), stages
 
 
 def mixes(cluster: Cluster, degrees: Sequence[int], max_stages: int) -> tuple[list[Mix], list[str]]:
@@ -54,14 +54,14 @@ def mixes(cluster: Cluster, degrees: Sequence[int], max_stages: int) -> tuple[li
 
     `degrees`: how many devices a stage may have.
     """
-    groups = alike(cluster)
-    found, notes = _all_but_one(groups, degrees), [ONE_SIZE, TOGETHER, ALL_BUT_ONE]
-    for options, left_out in _by_richness(groups, degrees, max_stages):
+    kinds = alike(cluster)
+    found, notes = _all_but_one(kinds, degrees), [ALIKE, ONE_SIZE, TOGETHER, ALL_BUT_ONE]
+    for options, left_out in _by_richness(kinds, degrees, max_stages):
         if math.prod(len(choices) for choices in options) <= MAX_MIXES:
-            found = [_mix(groups, picks) for picks in itertools.product(*options)]
+            found = [_mix(kinds, picks) for picks in itertools.product(*options)]
             notes = left_out
             break
-    fitting = [mix for mix in found if 0 < num_stages(mix) <= max_stages]
+    fitting = [mix for mix in dict.fromkeys(found) if 0 < num_stages(mix) <= max_stages]
     return sorted(fitting, key=num_devices, reverse=True), notes
 
 
@@ -76,42 +76,60 @@ def num_devices(mix: Mix) -> int:
 
 
 def alike(cluster: Cluster) -> list[Alike]:
-    """Groups of equal devices, nodes that hold the same taken together."""
+    """The nodes, those that hold the same behind the same link taken together."""
     held: dict[str, Counter[Device]] = {}
     for device in cluster.devices():
         unnamed = Device("", device.type, device.memory_bytes)
         held.setdefault(device.node, Counter())[unnamed] += 1
     nodes: dict[tuple[Link, frozenset[tuple[Device, int]]], list[str]] = {}
     for name, devices in held.items():
-        nodes.setdefault((_link(cluster, name), frozenset(devices.items())), []).append(name)
+        link = cluster.link_between(name, name)
+        nodes.setdefault((link, frozenset(devices.items())), []).append(name)
     return [
-        Alike(tuple(names), device.type, device.memory_bytes, count)
-        for (_, _), names in nodes.items()
-        for device, count in held[names[0]].items()
+        Alike(tuple(names), tuple((d.type, d.memory_bytes, n) for d, n in held[names[0]].items()))
+        for names in nodes.values()
     ]
 
 
-def _link(cluster: Cluster, node: str) -> Link:
-    return cluster.link_between(node, node)
-
-
-Options = list[tuple[Cut, int]]  # of one group: a cut, and on how many of its nodes
+Options = list[tuple[Use, ...]]  # of alike nodes: for each option, what the first nodes do
 
 
 def _by_richness(
-    groups: Sequence[Alike], degrees: Sequence[int], max_stages: int
+    kinds: Sequence[Alike], degrees: Sequence[int], max_stages: int
 ) -> Iterator[tuple[list[Options], list[str]]]:
-    """What each group may choose from: less and less, and what that leaves out."""
-    counts = [min(group.count, max_stages * max(degrees)) for group in groups]
-    every = [list(itertools.islice(_every_cut(n, degrees), MAX_MIXES + 1)) for n in counts]
-    yield [_on_nodes(g, cuts) for g, cuts in zip(groups, every, strict=True)], []
-    single: list[list[Cut]] = [
-        [((d, k),) for d in degrees for k in range(1, n // d + 1)] for n in counts
+    """What alike nodes may choose from: less and less, and what that leaves out."""
+    most = max_stages * max(degrees)
+    several = [ALIKE] if any(len(kind.nodes) > 1 for kind in kinds) else []
+    every = [_uses(kind, lambda n: _every_cut(min(n, most), degrees)) for kind in kinds]
+    yield [_freely(kind, uses) for kind, uses in zip(kinds, every, strict=True)], []
+    yield [_alike(kind, uses) for kind, uses in zip(kinds, every, strict=True)], several
+    single = [_uses(kind, lambda n: _single_cuts(min(n, most), degrees)) for kind in kinds]
+    fewer = any(len(a) < len(b) for a, b in zip(single, every, strict=True))
+    notes = [*several, ONE_SIZE] if fewer else several
+    yield [_alike(kind, uses) for kind, uses in zip(kinds, single, strict=True)], notes
+    whole = [_uses(kind, lambda n: _whole_cuts(n, degrees, max_stages)) for kind in kinds]
+    together: list[Options] = [
+        [(use,) * len(kind.nodes) for use in uses] for kind, uses in zip(kinds, whole, strict=True)
     ]
-    mixed = [ONE_SIZE] if any(len(a) < len(b) for a, b in zip(single, every, strict=True)) else []
-    yield [_on_nodes(g, cuts) for g, cuts in zip(groups, single, strict=True)], mixed
-    whole = [_whole(group, degrees, max_stages) for group in groups]
-    yield whole, [*mixed, TOGETHER]
+    yield together, [*notes, TOGETHER]
+
+
+def _uses(kind: Alike, cuts: Callable[[int], Iterator[Cut]]) -> list[Use]:
+    """Every way to use one node, not at all included; no more than are of use."""
+    each = [[(), *itertools.islice(cuts(count), MAX_MIXES)] for _, _, count in kind.groups]
+    return list(itertools.islice(itertools.product(*each), MAX_MIXES + 1))
+
+
+def _freely(kind: Alike, uses: Sequence[Use]) -> Options:
+    """Each node its own way; which node has which makes no difference."""
+    picks = itertools.combinations_with_replacement(uses, len(kind.nodes))
+    return list(itertools.islice(picks, MAX_MIXES + 1))
+
+
+def _alike(kind: Alike, uses: Sequence[Use]) -> Options:
+    """Some of the nodes, all the same way."""
+    used = [use for use in uses if any(use)]
+    return [(), *((use,) * n for use in used for n in range(1, len(kind.nodes) + 1))]
 
 
 def _every_cut(count: int, degrees: Sequence[int]) -> Iterator[Cut]:
@@ -131,31 +149,27 @@ def _cuts(count: int, degrees: Sequence[int]) -> Iterator[Cut]:
             yield (*first, *rest)
 
 
-def _on_nodes(group: Alike, cuts: Sequence[Cut]) -> Options:
-    """A cut on some of the nodes that are alike; () on none."""
-    used: Options = [(cut, n) for n in range(1, len(group.nodes) + 1) for cut in cuts]
-    return [((), 0), *used]
+def _single_cuts(count: int, degrees: Sequence[int]) -> Iterator[Cut]:
+    """Stages of one size, any number of them."""
+    return (((d, n),) for d in degrees for n in range(1, count // d + 1))
 
 
-def _whole(group: Alike, degrees: Sequence[int], max_stages: int) -> Options:
-    """All devices in stages of one size, as many as may be; or none."""
-    cuts: list[Cut] = [
-        ((d, min(group.count // d, max_stages)),) for d in degrees if group.count % d == 0
-    ]
-    return [((), 0), *((cut, len(group.nodes)) for cut in cuts)]
+def _whole_cuts(count: int, degrees: Sequence[int], max_stages: int) -> Iterator[Cut]:
+    """All devices in stages of one size, as many as may be."""
+    return (((d, min(count // d, max_stages)),) for d in degrees if count % d == 0)
 
 
-def _all_but_one(groups: Sequence[Alike], degrees: Sequence[int]) -> list[Mix]:
+def _all_but_one(kinds: Sequence[Alike], degrees: Sequence[int]) -> list[Mix]:
     found = []
-    for degree in degrees:
-        cuts = [_largest_cut(group.count, degree) for group in groups]
-        picks = [(cut, len(g.nodes)) for cut, g in zip(cuts, groups, strict=True)]
-        found.append(_mix(groups, picks))
-        for left_out in range(len(groups)):
-            found.append(
-                _mix(groups, [((), 0) if i == left_out else p for i, p in enumerate(picks)])
-            )
-    return list(dict.fromkeys(found))
+    groups = [(i, j) for i, kind in enumerate(kinds) for j in range(len(kind.groups))]
+    for degree, left_out in itertools.product(degrees, [None, *groups]):
+        picks = []
+        for i, kind in enumerate(kinds):
+            cuts = [_largest_cut(count, degree) for _, _, count in kind.groups]
+            use = tuple(() if (i, j) == left_out else cut for j, cut in enumerate(cuts))
+            picks.append((use,) * len(kind.nodes))
+        found.append(_mix(kinds, picks))
+    return found
 
 
 def _largest_cut(count: int, degree: int) -> Cut:
@@ -165,32 +179,50 @@ def _largest_cut(count: int, degree: int) -> Cut:
     return ((degree, count // degree),)
 
 
-def _mix(groups: Sequence[Alike], picks: Sequence[tuple[Cut, int]]) -> Mix:
-    pairs = zip(groups, picks, strict=True)
-    return tuple(place for group, (cut, nodes) in pairs for place in group.places(cut, nodes))
+def _mix(kinds: Sequence[Alike], picks: Sequence[tuple[Use, ...]]) -> Mix:
+    pairs = zip(kinds, picks, strict=True)
+    return tuple(place for kind, uses in pairs for place in kind.places(uses))
 
 
 # ---- orders
 
 
 def ends(cluster: Cluster, mix: Mix) -> list[tuple[Place, Place]]:
-    """First and last places of a mix that differ in what they cost, on two nodes where possible."""
+    """First and last places of a mix that differ in what they cost.
+
+    Of pairs that differ in their nodes' names alone one is enough: on two nodes where possible,
+    as that crosses fewer links; where links inside nodes are the dearer ones, of either kind.
+    """
     if num_stages(mix) == 1:
         return [(mix[0][0], mix[0][0])]
-    names = {name: group.nodes for group in alike(cluster) for name in group.nodes}
+    apart = _inner_links_are_dearer(cluster)
     found: dict[object, tuple[Place, Place]] = {}
     for (first, count), (last, _) in itertools.product(mix, repeat=2):
         if first == last and count == 1:
             continue
-        key = _unnamed(first, names), _unnamed(last, names)
+        same = first.node == last.node
+        key = _unnamed(cluster, mix, first), _unnamed(cluster, mix, last), same and apart
         known = found.get(key)
-        if known is None or (known[0].node == known[1].node and first.node != last.node):
+        if known is None or (known[0].node == known[1].node and not same):
             found[key] = first, last
     return list(found.values())
 
 
-def _unnamed(place: Place, alike_nodes: dict[str, tuple[str, ...]]) -> tuple[object, ...]:
-    return alike_nodes[place.node], place.type, place.memory_bytes, place.tensor_parallel
+def _inner_links_are_dearer(cluster: Cluster) -> bool:
+    between = cluster.link
+    return any(
+        node.link.bandwidth_gbs < between.bandwidth_gbs or node.link.latency_us > between.latency_us
+        for node in cluster.nodes
+    )
+
+
+def _unnamed(cluster: Cluster, mix: Mix, place: Place) -> tuple[object, ...]:
+    """A place without its node's name: what else the mix has on that node counts."""
+    there = frozenset(
+        (p.type, p.memory_bytes, p.tensor_parallel, n) for p, n in mix if p.node == place.node
+    )
+    link = cluster.link_between(place.node, place.node)
+    return link, there, place.type, place.memory_bytes, place.tensor_parallel
 
 
 def canonical(mix: Mix, first: Place, last: Place) -> tuple[Place, ...]:
@@ -199,7 +231,7 @@ def canonical(mix: Mix, first: Place, last: Place) -> tuple[Place, ...]:
         return (first,)
     left = Counter(dict(mix))
     left.subtract([first, last])
-    others = [place for place in left.elements()]
+    others = sorted(left.elements(), key=lambda place: place.node)  # side by side
     starts = [p for p in others if p.node == first.node]
     ends_ = [p for p in others if p.node == last.node and p.node != first.node]
     between = [p for p in others if p.node not in (first.node, last.node)]

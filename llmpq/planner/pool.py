@@ -27,7 +27,10 @@ from llmpq.planner.instance import (
     kind_of,
     layer_bytes,
     layer_costs,
+    least_hop,
+    least_way_back,
     link_costs,
+    most_of,
     unpacked_bytes,
 )
 from llmpq.planner.layouts import Mix, num_stages
@@ -164,22 +167,18 @@ def _sum(costs: list[Costs]) -> Costs:
 
 
 def _links(problem: Problem, sizes: Sizes, mix: Mix) -> tuple[Costs, Costs]:
-    """Sum and maxima over the fewest links that the stages of a mix need."""
+    """Sum and maxima over the fewest and cheapest links that the stages of a mix need."""
     stages: dict[str, int] = {}
     for place, count in mix:
         stages[place.node] = stages.get(place.node, 0) + count
-    nodes = list(stages)
     hops: list[Costs] = []
     for node, count in stages.items():
-        hops += [link_costs(problem, sizes, [node, node])[0]] * (count - 1)
+        inside = least_hop(problem, sizes, node, tuple(stages))
+        hops += [inside] * (count - 1)
+    nodes = list(stages)
     hops += [link_costs(problem, sizes, [a, b])[0] for a, b in zip(nodes, nodes[1:], strict=False)]
-    pairs = {(nodes[0], n) for n in nodes} if num_stages(mix) > 1 else {(nodes[0],)}
-    backs = [link_costs(problem, sizes, list(pair))[-1] for pair in pairs]
-    least = Costs(*(np.min([getattr(c, f.name) for c in backs], axis=0) for f in fields(Costs)))
-    most = Costs(
-        *(np.max([getattr(c, f.name) for c in [*hops, least]], axis=0) for f in fields(Costs))
-    )
-    return _sum([*hops, least]), most
+    back = least_way_back(problem, sizes, tuple(nodes), num_stages(mix))
+    return _sum([*hops, back]), most_of([*hops, back])
 
 
 def _least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:

@@ -33,6 +33,11 @@ def print_report(
         console.print(line)
     for name, source in _sources(plan, predicted).items():
         console.print(escape(f"times of {name}: {source}"))
+    print_notes(console, notes)
+
+
+def print_notes(console: Console, notes: Sequence[str]) -> None:
+    """What a reader should know."""
     for note in notes:
         console.print(f"[yellow]note:[/] {escape(note)}")
 
@@ -44,7 +49,7 @@ def print_outcomes(console: Console, plan: Plan, outcomes: Sequence[Outcome]) ->
     table = _table(["method"], ["tokens/s", "quality loss"], "beside other methods")
     table.add_column("why", overflow="fold")
     table.add_row(f"[bold]{plan.method}[/]", *_figures(predicted), "this plan")
-    for outcome in outcomes:
+    for outcome in [o for o in outcomes if o.method != plan.method]:
         figures = _figures(outcome.offload or outcome.predicted)
         table.add_row(outcome.method, *figures, escape(why(outcome, predicted)))
     console.print(table)
@@ -113,7 +118,7 @@ def why(outcome: Outcome, ours: Predicted) -> str:
         return f"{_verdict(outcome.offload, ours)}; {_offloading(outcome.offload)}"
     if outcome.predicted is None or outcome.assignment is None:
         return f"cannot run: {outcome.why_not}"
-    verdict = _verdict(outcome.predicted, ours)
+    verdict = _verdict(outcome.predicted, ours) if outcome.within_budget else ""
     if verdict == AS_FAST and len(set(outcome.assignment.precisions)) == 1:
         verdict += ": mixed precision buys nothing here"
     slowest = bottleneck(outcome.predicted, "decode_step_s")

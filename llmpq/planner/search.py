@@ -26,8 +26,8 @@ from llmpq.plan import Predicted
 from llmpq.planner import counts, pool
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.exact import build as build_whole
-from llmpq.planner.exact import realised, solve
-from llmpq.planner.instance import Instance, make_instance
+from llmpq.planner.exact import realised, solve, with_less_loss
+from llmpq.planner.instance import Instance, in_any_order, make_instance
 from llmpq.planner.layouts import Mix, canonical, ends, mixes, orders
 from llmpq.planner.problem import Assignment, Place, Problem, Setting, Sizes
 from llmpq.planner.solver import Solver
@@ -70,6 +70,13 @@ class Space:
     def num_settings(self) -> int:
         """Pairs of micro-batches over all mixes and batches."""
         return sum(table.bounds.size for table in self.tables)
+
+    def num_orders(self, problem: Problem) -> int:
+        """Orders of all pairs that may be feasible."""
+        return sum(
+            int(np.isfinite(table.bounds).sum()) * len(settings_of(problem, table, (0, 0)))
+            for table in self.tables
+        )
 
     def pairs(self) -> list[tuple[float, Tables, tuple[int, int]]]:
         """Every pair that may be feasible, the least bound first."""
@@ -308,10 +315,23 @@ def search(
         entry = heapq.heappop(state.queue)
         entry.node.work(state, entry.bound)
         progress(Progress(total - len(state.queue), total, _speed(state)))
+    if state.assignment is not None and not problem.theta:
+        _lose_less(state, state.assignment)
     if space.num_left_out:
         state.closed = 0.0
         state.timed_out = True
     return state
+
+
+def _lose_less(state: Search, best: Assignment) -> None:
+    """The best plan's precisions are raised where that costs no time."""
+    problem, options = state.problem, {p: i for i, p in enumerate(state.problem.precisions)}
+    choice = tuple(tuple(options[p] for p in stage) for stage in best.stages)
+    better = with_less_loss(make_instance(problem, best.setting), choice)
+    changed = to_assignment(problem, best.setting, better)
+    predicted = evaluate(problem, changed)
+    if predicted.objective <= state.best * (1 + 1e-12):
+        state.assignment, state.predicted = changed, predicted
 
 
 def _speed(state: Search) -> float:
@@ -352,16 +372,17 @@ class EndsNode(Node):
     def work(self, state: Search, bound: float) -> None:
         """Its linear relaxation; then whole layers, which make a plan."""
         instance = make_instance(state.problem, self.setting)
+        free = in_any_order(state.problem, self.setting, instance)
         if not self.tight:
             state.num_relaxed += 1
-            answer = state.solver.relaxed(counts.build(instance, any_order=True))
+            answer = state.solver.relaxed(counts.build(free, any_order=True))
             state.push(max(bound, answer.bound), EndsNode(self.setting, True))
             return
         if state.plain:
             self._open_orders(state, bound)
             return
         cutoff = state.target
-        programme = counts.build(instance, cutoff, any_order=True)
+        programme = counts.build(free, cutoff, any_order=True)
         answer = state.solver.integers(programme, gap=state.gap / 2, time_limit=state.seconds_left)
         state.num_solved += 1
         if answer.status == "infeasible":

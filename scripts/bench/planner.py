@@ -46,6 +46,7 @@ GAP, BIG_GAP = 0.005, 0.02
 PLAIN_LIMIT_S, QUICK_PLAIN_LIMIT_S = 30.0, 3.0
 SAME_GAP = 1e-7  # both programmes are solved to it where their objectives are compared
 FIX_LIMIT_S = 20.0
+NUM_INFEASIBLE = 20
 MAX_TENSOR_PARALLEL = 8
 
 
@@ -418,9 +419,10 @@ def fits(problem: Problem, options: Options) -> bool:
 def infeasible_checks(rows: list[dict[str, Any]]) -> list[Check]:
     """Every case has fixes and every fix plans."""
     good = sum(bool(r["fixes"]) and r["verified"] == len(r["fixes"]) for r in rows)
-    enough = good == len(rows) and len(rows) >= 20
-    name = "8 infeasible cases with verified fixes"
-    return [Check(name, good, f"of {len(rows)}", "all of 20", enough, len(rows))]
+    name, few = "8 infeasible cases with verified fixes", len(rows) < NUM_INFEASIBLE
+    holds = None if few and good == len(rows) else good == len(rows)
+    why = f"only {len(rows)} cases looked at" if few else ""
+    return [Check(name, good, f"of {len(rows)}", "all of 20", holds, len(rows), why)]
 
 
 def main() -> None:

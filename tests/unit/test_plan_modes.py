@@ -63,7 +63,7 @@ def test_the_frontier_is_a_table_a_picture_and_values(files: Path) -> None:
     output, values = files / "out.json", files / "frontier.json"
     result = run(files, "--frontier", "-o", str(output), "--json", str(values))
     assert result.exit_code == 0, result.output
-    rows = [row for row in json.loads(values.read_text()) if row["tokens_per_s"]]
+    rows = [row for row in json.loads(values.read_text())["points"] if row["tokens_per_s"]]
     losses = [row["quality_loss_percent"] for row in rows]
     speeds = [row["tokens_per_s"] for row in rows]
     assert len(rows) >= 2 and losses == sorted(losses) and speeds == sorted(speeds)
@@ -89,7 +89,7 @@ def test_clusters_are_compared_by_speed_and_price(files: Path) -> None:
     line += ["--profiles", str(files / "profiles"), "--json", str(values)]
     result = CliRunner().invoke(main, [*line, "--compare-clusters", *names])
     assert result.exit_code == 0, result.output
-    rows = {row["cluster"]: row for row in json.loads(values.read_text())}
+    rows = {row["cluster"]: row for row in json.loads(values.read_text())["clusters"]}
     assert rows["large"]["tokens_per_s"] >= rows["small"]["tokens_per_s"] > 0
     expected = 3600 * rows["small"]["tokens_per_s"] / 1.0
     assert rows["small"]["tokens_per_price"] == pytest.approx(expected)

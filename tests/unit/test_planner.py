@@ -643,6 +643,11 @@ SENSITIVITY = {
 BAD_FILES = {
     "unknown device type": ("cluster.yaml", "nodes: [{name: n, devices: [{type: t5}]}]", "'t5'"),
     "negative memory": ("cluster.yaml", CLUSTER.replace("0.5", "-0.5"), "memory_mib"),
+    "too long for the model": (
+        "workload.yaml",
+        "prompt_tokens: 125\nnew_tokens: 4\nnum_requests: 2\n",
+        "more than the 128 positions",
+    ),
     "YAML syntax": ("workload.yaml", "name: [", "not valid YAML"),
     "unknown key": ("workload.yaml", "prompts: 1\n", "unknown key 'prompts'"),
     "empty profile": ("profiles/cpu.json", "{}", "'device' is missing"),
@@ -677,7 +682,7 @@ BAD_FLAGS = {
     "budget not a number": (["--max-quality-loss", "nan"], "not a finite number"),
     "infinite budget": (["--max-quality-loss", "inf"], "not a finite number"),
     "frontier and theta": (["--frontier", "--theta", "1"], "leave out --theta"),
-    "frontier and evaluate": (["--frontier", "--evaluate", "p.json"], "not both"),
+    "frontier and evaluate": (["--frontier", "--evaluate", "p.json"], "give only one of"),
     "one cluster to compare": (["--compare-clusters", "a.yaml"], "two cluster files or more"),
     "a stray file": (["a.yaml"], "unexpected a.yaml"),
     "flexgen to a file": (["--method", "flexgen", "-o", "p.json"], "has no plan file"),
