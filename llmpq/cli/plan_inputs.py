@@ -150,8 +150,8 @@ def _check_lengths(inputs: Inputs) -> None:
     prompt, new = max(inputs.lengths, key=sum)
     if prompt + new > inputs.spec.max_positions:
         raise UserError(
-            f"workload '{inputs.workload.name}': a prompt of {prompt} tokens and {new} new ones are "
-            f"more than the {inputs.spec.max_positions} positions of {inputs.spec.name}"
+            f"workload '{inputs.workload.name}': a prompt of {prompt} tokens and {new} new ones "
+            f"are more than the {inputs.spec.max_positions} positions of {inputs.spec.name}"
         )
 
 
