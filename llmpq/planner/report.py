@@ -160,8 +160,8 @@ def _verdict(theirs: Predicted | OffloadPlan, ours: Predicted) -> str:
 
 
 def run_lengths(precisions: Sequence[str]) -> str:
-    """["16", "16", "8"] as "16x2 8x1"."""
-    return " ".join(f"{name}x{len(list(group))}" for name, group in groupby(precisions))
+    """["16", "16", "8"] as "2 at 16, 1 at 8": layers at bits."""
+    return ", ".join(f"{len(list(group))} at {name}" for name, group in groupby(precisions))
 
 
 def bottleneck(predicted: Predicted, key: str) -> int:
@@ -177,7 +177,7 @@ def _title(plan: Plan) -> str:
 
 def _stage_table(plan: Plan, predicted: Predicted) -> Table:
     """What every stage holds; of a stage of several devices, memory is of each."""
-    table = _table(["rank", "device", "node", "layers", "precisions", "memory"], ["free"])
+    table = _table(["rank", "device", "node", "layers", "layers at bits", "memory"], ["free"])
     for stage, figures in zip(plan.stages, predicted.stages, strict=True):
         table.add_row(*_stage_cells(stage), _memory_cell(figures), _free(figures))
     return table
