@@ -38,8 +38,10 @@ def _cells(
 ) -> tuple[str, str, str]:
     report_path = folder / f"{method}.report.json"
     if not report_path.exists():
-        why = next(b["why_not"] for b in plan["baselines"] if b["method"] == method)
-        return "cannot run", str(why), "-"
+        row = next(b for b in plan["baselines"] if b["method"] == method)
+        if row["feasible"]:  # off-loading, which llmpq-run cannot do
+            return f"{row['tokens_per_s']:.0f}", "only priced", "-"
+        return "cannot run", str(row["why_not"]), "-"
     report = _read(report_path)
     predicted, measured = report["predicted"]["tokens_per_s"], report["tokens_per_s"]
     return f"{predicted:.0f}", f"{measured:.0f}", f"{perplexity[method]:.2f}"

@@ -116,7 +116,8 @@ def _still_fits(problem: Problem, plan: Plan) -> Assignment | None:
     except ValueError:  # its devices are gone
         return None
     omega = problem.quality.sum_omega(assignment.precisions)
-    fits = omega <= problem.budget * OVER and not shortages(problem, assignment)
+    offered = set(assignment.precisions) <= set(problem.precisions)
+    fits = offered and omega <= problem.budget * OVER and not shortages(problem, assignment)
     return assignment if fits else None
 
 

@@ -314,7 +314,7 @@ def search(
             break
         entry = heapq.heappop(state.queue)
         entry.node.work(state, entry.bound)
-        progress(Progress(total - len(state.queue), total, _speed(state)))
+        progress(Progress(max(0, total - len(state.queue)), total, _speed(state)))
     if state.assignment is not None and not problem.theta:
         _lose_less(state, state.assignment)
     if space.num_left_out:
