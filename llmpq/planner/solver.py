@@ -17,7 +17,8 @@ import numpy as np
 
 from llmpq.errors import UserError
 
-TOLERANCE = 1e-6  # by which a solver may overstep a row
+TOLERANCE = 1e-6  # what a plan may lie beside a limit, at most; solvers are held to less
+OVERSTEP = 1e-8  # by which a solver may overstep a row; their own 1e-6 shows in the objective
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
@@ -117,6 +118,8 @@ def _highs(programme: Programme, integral: bool) -> Any:
     highs = highspy.Highs()
     highs.setOptionValue("output_flag", False)
     highs.setOptionValue("threads", 1)
+    for option in ("primal_feasibility_tolerance", "mip_feasibility_tolerance"):
+        highs.setOptionValue(option, OVERSTEP)
     model = highspy.HighsLp()
     model.num_col_, model.num_row_ = len(programme.cost), len(programme.row_lower)
     model.col_cost_, model.offset_ = programme.cost, programme.constant
@@ -206,6 +209,7 @@ def _gurobi_integers(programme: Programme, gap: float, time_limit: float) -> Ans
         ):
             _fill_gurobi(model, programme)
             model.Params.MIPGap = gap
+            model.Params.FeasibilityTol = model.Params.IntFeasTol = OVERSTEP
             if time_limit < math.inf:
                 model.Params.TimeLimit = time_limit
             model.optimize()
