@@ -42,13 +42,15 @@ def report(
 
 def _warnings(arguments: Arguments, problem: "Problem", plan: "Plan") -> list[str]:
     """What a plan asks of its reader."""
+    from llmpq.planner.problem import OVER
+
     found = []
     if any(stage.tensor_parallel > 1 for stage in plan.stages):
         found.append(
             "this plan has stages of several devices, which llmpq-run cannot run yet (for one that "
             "it can run: --tensor-parallel off)"
         )
-    if plan.predicted and plan.predicted.sum_sensitivity > problem.budget * (1 + 1e-9):
+    if plan.predicted and plan.predicted.sum_sensitivity > problem.budget * OVER:
         found.append(f"this plan loses more than the {_limits(arguments)} allows")
     return found
 

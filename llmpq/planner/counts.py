@@ -11,7 +11,7 @@ Columns: c[j, b] counts, u[j] = 1: stage j holds a packed option and so an unpac
 run's seconds, R and S the slowest actor's of prefill and decode, P[j] and E[j] the way of the first
 prefill and the last decode micro-batch down to stage j, U[j] and V[j] the slowest in prefill up to
 stage j and in decode from it on, W the loops of all decode steps but one; then y[g, b] or t and z.
-The chains that T is above are those of `problem.run_seconds`. Rows are scaled to about 1.
+The chains that T is above are those of `value.run_seconds`. Rows are scaled to about 1.
 """
 
 import math
@@ -111,7 +111,7 @@ def build(instance: Instance, cutoff: float = math.inf, any_order: bool = False)
     cost = np.zeros(columns.size)
     cost[columns.T] = 1.0
     if len(groups.sizes) > 1:
-        _transport(rows, columns, instance, groups)
+        add_transport(rows, columns.y, columns.c, groups)
         _price(rows, cost, instance, columns.y, groups.omega, scale)
     else:
         omega = np.broadcast_to(groups.omega, columns.c.shape)
@@ -221,21 +221,21 @@ def _ways_down(rows: Rows, columns: Columns, instance: Instance, scale: float) -
         for j in range(instance.num_stages):
             constant = (beside[j] + (hop[j - 1] if j else 0.0)) / scale
             before = [(way[j - 1], -1.0)] if j else []
-            held = columns.c[j], -_finite(each[j]) / scale
+            held = columns.c[j], -finite(each[j]) / scale
             rows.add(constant, constant, (way[j], 1.0), *before, held)
     loops = (fixed.later_once.sum() + link.later_once.sum()) / scale
-    rows.add(loops, loops, (columns.W, 1.0), (columns.c, -_finite(layer.later_once) / scale))
+    rows.add(loops, loops, (columns.W, 1.0), (columns.c, -finite(layer.later_once) / scale))
 
 
 def _slowest(rows: Rows, columns: Columns, instance: Instance, scale: float) -> None:
     """R and S are at least every stage's; those of links are bounds."""
     layer, fixed = instance.layer, instance.fixed
     for j in range(instance.num_stages):
-        held = columns.c[j], -_finite(layer.prefill_rest[j]) / scale
+        held = columns.c[j], -finite(layer.prefill_rest[j]) / scale
         rows.add(fixed.prefill_rest[j] / scale, math.inf, (columns.R, 1.0), held)
-        after = instance.overlap.after * _finite(layer.step_others[j])
+        after = instance.overlap.after * finite(layer.step_others[j])
         after_fixed = instance.overlap.after * fixed.step_others[j]
-        held = columns.c[j], -(_finite(layer.later_every[j]) + after) / scale
+        held = columns.c[j], -(finite(layer.later_every[j]) + after) / scale
         constant = (fixed.later_every[j] + after_fixed) / scale
         rows.add(constant, math.inf, (columns.S, 1.0), held)
         if instance.overlap.after or j == 0:
@@ -250,11 +250,11 @@ def _chains(
     layer, fixed, link = instance.layer, instance.fixed, instance.link
     run, prefill, step = (columns.T, 1.0), (columns.P[-1], -1.0), (columns.E[-1], -1.0)
     back, waits = link.step_last[-1] / scale, (columns.R, -instance.overlap.waits)
-    tail = columns.c[-1], -_finite(layer.prefill_tail[-1]) / scale
+    tail = columns.c[-1], -finite(layer.prefill_tail[-1]) / scale
     constant = back + fixed.prefill_tail[-1] / scale
     rows.add(constant, math.inf, run, prefill, (columns.R, -1.0), tail, step, (columns.S, -1.0))
-    others = _finite(layer.step_others)
-    stay = _finite(layer.decode_every) - _finite(layer.step_last)
+    others = finite(layer.step_others)
+    stay = finite(layer.decode_every) - finite(layer.step_last)
     stay_fixed = fixed.decode_every - fixed.step_last
     for j in range(instance.num_stages):
         held = columns.c[j], -others[j] / scale
@@ -272,7 +272,7 @@ def _stays(rows: Rows, columns: Columns, instance: Instance, scale: float, any_o
     link, last = instance.link, instance.num_stages - 1
     layer, fixed = instance.layer, instance.fixed
     for j in range(last + 1):
-        held = columns.c[j], -_finite(layer.prefill_rest[j]) / scale
+        held = columns.c[j], -finite(layer.prefill_rest[j]) / scale
         if any_order and 0 < j < last:
             continue
         rows.add(fixed.prefill_rest[j] / scale, math.inf, (columns.U[j], 1.0), held)
@@ -292,17 +292,18 @@ def _stays(rows: Rows, columns: Columns, instance: Instance, scale: float, any_o
 
 def _stay_at_the_end(rows: Rows, columns: Columns, instance: Instance, scale: float) -> None:
     """All of the last stage's decode after the slowest prefill of any."""
-    held = columns.c[-1], -_finite(instance.layer.decode_every[-1]) / scale
+    held = columns.c[-1], -finite(instance.layer.decode_every[-1]) / scale
     constant = (instance.fixed.decode_every[-1] + instance.link.step_last[-1]) / scale
     chain = [(columns.P[-1], -1.0), (columns.U[-1], -1.0)]
     rows.add(constant, math.inf, (columns.T, 1.0), *chain, held)
 
 
-def _transport(rows: Rows, columns: Columns, instance: Instance, groups: LayerGroups) -> None:
+def add_transport(rows: Rows, y: np.ndarray, c: np.ndarray, groups: LayerGroups) -> None:
+    """y[g, b]: layers of group g at option b; c[.., b]: those of all stages."""
     for g, size in enumerate(groups.sizes):
-        rows.add(size, size, (columns.y[g], 1.0))
-    for b in range(instance.num_options):
-        rows.add(0, 0, (columns.y[:, b], 1.0), (columns.c[:, b], -1.0))
+        rows.add(size, size, (y[g], 1.0))
+    for b in range(c.shape[1]):
+        rows.add(0, 0, (y[:, b], 1.0), (c[:, b], -1.0))
 
 
 def _places(rows: Rows, columns: Columns, instance: Instance) -> None:
@@ -382,6 +383,6 @@ def _most(instance: Instance) -> np.ndarray:
     return np.where(instance.available & allowed, np.maximum(most, 0.0), 0.0)
 
 
-def _finite(costs: np.ndarray) -> np.ndarray:
+def finite(costs: np.ndarray) -> np.ndarray:
     """Unavailable options are forbidden by their bounds; here they count 0."""
     return np.where(np.isfinite(costs), costs, 0.0)

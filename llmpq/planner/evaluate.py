@@ -149,9 +149,7 @@ def _stages(assignment: Assignment) -> list[Stage]:
 def _seconds(problem: Problem, assignment: Assignment, group: BatchGroup) -> tuple[float, float]:
     """(prefill, all) of a group's batches."""
     setting = assignment.setting
-    stages = [stage_work_at(problem, assignment, rank) for rank in range(len(setting.places))]
-    hops = hop_works(problem, [place.node for place in setting.places])
-    works = [work for pair in zip(stages, hops, strict=True) for work in pair]
+    works = actor_works(problem, assignment)
     sizes = group.num_requests, setting.prefill_micro_batch, setting.decode_micro_batch
     prefill, total = batch_s(
         actor_times(works, group, setting), group.num_steps, wait_counts(*sizes)
@@ -164,8 +162,8 @@ def actor_times(works: Sequence[Work], group: BatchGroup, setting: Setting) -> P
     sizes = (setting.prefill_micro_batch, setting.decode_micro_batch)
     pairs = [
         (
-            *_once_and_every(work.prefill, group, sizes[0], group.prompt_tokens),
-            *_once_and_every(work.decode, group, sizes[1], group.past_tokens),
+            *once_and_every(work.prefill, group, sizes[0], group.prompt_tokens),
+            *once_and_every(work.decode, group, sizes[1], group.past_tokens),
         )
         for work in works
     ]
@@ -173,12 +171,20 @@ def actor_times(works: Sequence[Work], group: BatchGroup, setting: Setting) -> P
     return PhaseTimes(*(np.stack([np.broadcast_to(p[i], shape) for p in pairs]) for i in range(4)))
 
 
-def _once_and_every(cost: Cost, group: BatchGroup, size: int, tokens: Any) -> tuple[Any, Any]:
+def once_and_every(cost: Cost, group: BatchGroup, size: int, tokens: Any) -> tuple[Any, Any]:
     """(the first, largest micro-batch; all micro-batches of a batch), for a group's batches."""
     parts = split(group.num_requests, size)
     once = cost(parts.size, tokens)
     rest = cost(parts.rest, tokens) if parts.rest else 0.0
     return once, once * parts.count + rest
+
+
+def actor_works(problem: Problem, assignment: Assignment) -> list[Work]:
+    """In the pipeline's order: stage, link, ..., stage, way back."""
+    places = assignment.setting.places
+    stages = [stage_work_at(problem, assignment, rank) for rank in range(len(places))]
+    hops = hop_works(problem, [place.node for place in places])
+    return [work for pair in zip(stages, hops, strict=True) for work in pair]
 
 
 def stage_work_at(problem: Problem, assignment: Assignment, rank: int) -> Work:

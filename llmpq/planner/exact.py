@@ -152,10 +152,8 @@ def with_less_loss(instance: Instance, choice: Choice) -> Choice:
 
     One layer of a stage at a time, as long as the run takes no longer and memory allows.
     """
-    held, limit = (
-        count_options(instance, choice),
-        seconds(instance, count_options(instance, choice)),
-    )
+    held = count_options(instance, choice)
+    limit = seconds(instance, held)
     best, improved = choice, True
     while improved:
         improved = False

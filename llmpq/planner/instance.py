@@ -72,9 +72,14 @@ class Costs:
         return np.asarray(prefill + self.decode_every)
 
 
+def combined(costs: Sequence[Costs], how: Callable[..., np.ndarray], axis: int = 0) -> Costs:
+    """Costs of several, array by array: `how` is np.stack, np.sum, np.min or np.max."""
+    return Costs(*(how([getattr(c, f.name) for c in costs], axis=axis) for f in fields(Costs)))
+
+
 def stack(costs: Sequence[Costs]) -> Costs:
     """Costs of several, along a new first axis."""
-    return Costs(*(np.stack([getattr(c, f.name) for c in costs]) for f in fields(Costs)))
+    return combined(costs, np.stack)
 
 
 @dataclass(frozen=True)
@@ -309,8 +314,9 @@ def least_hop(problem: Problem, sizes: Sizes, node: str, nodes: tuple[str, ...])
 
     Inside the node, or to another one where that is cheaper.
     """
-    ways = [[node, node], *([node, other] for other in nodes if other != node)]
-    return least_of([link_costs(problem, sizes, way)[0] for way in ways[:2]])
+    other = next((other for other in nodes if other != node), node)
+    ways = ([node, node], [node, other])
+    return combined([link_costs(problem, sizes, way)[0] for way in ways], np.min)
 
 
 def least_way_back(
@@ -320,17 +326,7 @@ def least_way_back(
     if num_stages == 1:
         return link_costs(problem, sizes, [nodes[0]])[-1]
     ways = [[node, node] for node in nodes] + [list(nodes[:2])] * (len(nodes) > 1)
-    return least_of([link_costs(problem, sizes, way)[-1] for way in ways])
-
-
-def least_of(costs: Sequence[Costs]) -> Costs:
-    """The least of several, array by array."""
-    return Costs(*(np.min([getattr(c, f.name) for c in costs], axis=0) for f in fields(Costs)))
-
-
-def most_of(costs: Sequence[Costs]) -> Costs:
-    """The most of several, array by array."""
-    return Costs(*(np.max([getattr(c, f.name) for c in costs], axis=0) for f in fields(Costs)))
+    return combined([link_costs(problem, sizes, way)[-1] for way in ways], np.min)
 
 
 def in_any_order(problem: Problem, setting: Setting, instance: Instance) -> Instance:
@@ -347,7 +343,7 @@ def in_any_order(problem: Problem, setting: Setting, instance: Instance) -> Inst
         least_hop(problem, sizes, a, there) if a == b else link_costs(problem, sizes, [a, b])[0]
         for a, b in zip(nodes, nodes[1:], strict=False)
     ]
-    back = link_costs(problem, sizes, [nodes[0], *nodes[1:]])[-1]
+    back = link_costs(problem, sizes, nodes)[-1]
     link = stack([costs.map(_first) for costs in (*hops, back)])
     return replace(instance, link=link)
 

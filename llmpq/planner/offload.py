@@ -19,11 +19,10 @@ import numpy as np
 
 from llmpq.cluster import MIB, Device
 from llmpq.costs import memory
-from llmpq.costs.links import Seconds
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
-from llmpq.costs.timeline import split
 from llmpq.devices import device_library
-from llmpq.planner.problem import OVER, BatchGroup, Cost, Problem, fixed_work, layer_work
+from llmpq.planner.evaluate import once_and_every
+from llmpq.planner.problem import OVER, BatchGroup, Problem, fixed_work, layer_work
 from llmpq.planner.search import batch_options, micro_batch_options
 
 
@@ -169,8 +168,8 @@ def _prefill_s(
     """[K, batches]: `streamed` bytes of a layer's weights come, `missing` shares of cache go."""
     times = problem.times[block.device.type]
     tokens, size = group.prompt_tokens, block.micro_batch
-    compute = _in_all(layer_work(times, block.precision).prefill, group, size, tokens)
-    beside = _in_all(fixed_work(times, True, True).prefill, group, size, tokens)
+    _, compute = once_and_every(layer_work(times, block.precision).prefill, group, size, tokens)
+    _, beside = once_and_every(fixed_work(times, True, True).prefill, group, size, tokens)
     stored = missing * _cache_bytes(problem, group) * tokens
     each = layer_s(compute, streamed, stored, host_link_bytes_per_s(problem, block.device))
     return np.asarray(problem.spec.num_layers * each + beside)
@@ -182,19 +181,12 @@ def _step_s(
     """[K, batches]: one step; `missing` shares of the past come, those of the new token go."""
     times = problem.times[block.device.type]
     past, size = group.past_tokens, block.micro_batch
-    compute = _in_all(layer_work(times, block.precision).decode, group, size, past)
-    beside = _in_all(fixed_work(times, True, True).decode, group, size, past)
+    _, compute = once_and_every(layer_work(times, block.precision).decode, group, size, past)
+    _, beside = once_and_every(fixed_work(times, True, True).decode, group, size, past)
     cache = missing * _cache_bytes(problem, group)
     loaded = streamed + cache * past
     each = layer_s(compute, loaded, cache, host_link_bytes_per_s(problem, block.device))
     return np.asarray(problem.spec.num_layers * each + beside)
-
-
-def _in_all(cost: Cost, group: BatchGroup, size: int, tokens: np.ndarray) -> Seconds:
-    """[batches]: all micro-batches of a batch."""
-    parts = split(group.num_requests, size)
-    rest = cost(parts.rest, tokens) if parts.rest else 0.0
-    return cost(parts.size, tokens) * parts.count + rest
 
 
 def _cache_bytes(problem: Problem, group: BatchGroup) -> int:

@@ -17,11 +17,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from llmpq.costs.memory import is_packed
-from llmpq.planner.counts import Rows, Term
+from llmpq.planner.counts import Rows, Term, add_transport, finite
 from llmpq.planner.instance import (
     Costs,
     LayerGroups,
     capacity,
+    combined,
     fixed_costs,
     groups_of,
     kind_of,
@@ -30,7 +31,6 @@ from llmpq.planner.instance import (
     least_hop,
     least_way_back,
     link_costs,
-    most_of,
     unpacked_bytes,
 )
 from llmpq.planner.layouts import Mix, num_stages
@@ -96,7 +96,7 @@ def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
     return Pool(
         many=many,
         offered=np.isfinite(layer.prefill_once[0]),
-        layer=layer.map(_finite),
+        layer=layer.map(finite),
         fixed=fixed,
         ends=() if alone else tuple(_end(problem, sizes, places, last) for last in (False, True)),
         link_sum=link_sum,
@@ -142,7 +142,7 @@ def _kinds(problem: Problem, mix: Mix) -> list[tuple[Place, int]]:
 
 def _stack(costs: list[Costs]) -> Costs:
     """[P | Q, K, ...]"""
-    return Costs(*(np.stack([getattr(c, f.name) for c in costs], axis=1) for f in fields(Costs)))
+    return combined(costs, np.stack, axis=1)
 
 
 def _end(problem: Problem, sizes: Sizes, places: list[Place], last: bool) -> End:
@@ -155,15 +155,11 @@ def _end_at(problem: Problem, sizes: Sizes, place: Place, last: bool) -> tuple[C
 
     def compute() -> tuple[Costs, np.ndarray]:
         middle = fixed_costs(problem, sizes, place, False, False).map(np.negative)
-        added = _sum([fixed_costs(problem, sizes, place, not last, last), middle])
+        added = combined([fixed_costs(problem, sizes, place, not last, last), middle], np.sum)
         room = capacity(problem, sizes, place, False, False)
         return added, room - capacity(problem, sizes, place, not last, last)
 
     return problem.once(("end", kind_of(problem, place), last, sizes), compute)
-
-
-def _sum(costs: list[Costs]) -> Costs:
-    return Costs(*(np.sum([getattr(c, f.name) for c in costs], axis=0) for f in fields(Costs)))
 
 
 def _links(problem: Problem, sizes: Sizes, mix: Mix) -> tuple[Costs, Costs]:
@@ -178,7 +174,7 @@ def _links(problem: Problem, sizes: Sizes, mix: Mix) -> tuple[Costs, Costs]:
     nodes = list(stages)
     hops += [link_costs(problem, sizes, [a, b])[0] for a, b in zip(nodes, nodes[1:], strict=False)]
     back = least_way_back(problem, sizes, tuple(nodes), num_stages(mix))
-    return _sum([*hops, back]), most_of([*hops, back])
+    return combined([*hops, back], np.sum), combined([*hops, back], np.max)
 
 
 def _least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:
@@ -354,10 +350,7 @@ class _Programme:
         unit = (budget or 1.0) if budget < math.inf else 1.0
         rows.add(-math.inf, budget / unit, (where, omega / unit))
         if self.y.size:
-            for g, size in enumerate(groups.sizes):
-                rows.add(size, size, (self.y[g], 1.0))
-            for b in range(groups.omega.shape[1]):
-                rows.add(0, 0, (self.y[:, b], 1.0), (self.c[:, b], -1.0))
+            add_transport(rows, self.y, self.c, groups)
 
     def _finish(self) -> Programme:
         pool, layer, scale = self.pool, self.layer, self.scale
@@ -387,8 +380,3 @@ def _at(costs: Costs, prefill: int, decode: int) -> Costs:
     """One pair of micro-batches."""
     arrays = [getattr(costs, f.name) for f in fields(costs)]
     return Costs(*[a[prefill] for a in arrays[:3]], *[a[decode] for a in arrays[3:]])
-
-
-def _finite(costs: np.ndarray) -> np.ndarray:
-    """Options that are not offered are forbidden by other means; here they count 0."""
-    return np.where(np.isfinite(costs), costs, 0.0)

@@ -16,6 +16,7 @@ import heapq
 import itertools
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -132,7 +133,8 @@ def tighten(table: Tables, pair: tuple[int, int], solver: Solver) -> float:
     value, prices = pool.relaxed(table.pool, *pair, solver)
     if prices is not None:
         table.bounds = np.maximum(table.bounds, pool.bounds(table.pool, prices))
-    return max(value, float(table.bounds[pair]))
+    table.bounds[pair] = max(value, float(table.bounds[pair]))
+    return float(table.bounds[pair])
 
 
 def _canonical_orders(problem: Problem, mix: Mix) -> list[tuple[Place, ...]]:
@@ -177,16 +179,12 @@ def make_tables(
     """Bounds from one linear programme, at a pair of micro-batches `near` the best."""
     arrays = pool.make_pool(problem, mix, sizes)
     hopeless = pool.is_hopeless(arrays)
-    bounds = np.where(hopeless, math.inf, 0.0)
+    table = Tables(mix, sizes, arrays, np.where(hopeless, math.inf, 0.0))
     if not hopeless.all():
         free = np.argwhere(~hopeless)
-        pair = free[np.abs(free - np.array(near)).sum(axis=1).argmin()]
-        value, prices = pool.relaxed(arrays, int(pair[0]), int(pair[1]), solver)
-        if prices is not None:
-            bounds = np.maximum(bounds, pool.bounds(arrays, prices))
-        else:
-            bounds[tuple(pair)] = value
-    return Tables(mix, sizes, arrays, bounds)
+        prefill, decode = free[np.abs(free - np.array(near)).sum(axis=1).argmin()]
+        tighten(table, (int(prefill), int(decode)), solver)
+    return table
 
 
 def all_sizes(problem: Problem) -> list[Sizes]:
@@ -280,14 +278,14 @@ class Entry:
     node: "Node" = field(compare=False)
 
 
-class Node:
+class Node(ABC):
     """A part of the space with a bound."""
 
     level = 0
 
+    @abstractmethod
     def work(self, state: Search, bound: float) -> None:
         """Makes the bound tighter, cuts the node into smaller ones, or solves it."""
-        raise NotImplementedError
 
 
 def search(

@@ -8,16 +8,14 @@ import numpy as np
 
 from llmpq.costs.simulate import Batch, simulate
 from llmpq.costs.timeline import Split, split, wait_counts
-from llmpq.planner.evaluate import stage_work_at
-from llmpq.planner.problem import Assignment, BatchGroup, Problem, Work, hop_works
+from llmpq.planner.evaluate import actor_works
+from llmpq.planner.problem import Assignment, BatchGroup, Problem, Work
 
 
 def simulated_s(problem: Problem, assignment: Assignment) -> float:
     """Seconds of the whole workload."""
     setting = assignment.setting
-    stages = [stage_work_at(problem, assignment, rank) for rank in range(len(setting.places))]
-    hops = hop_works(problem, [place.node for place in setting.places])
-    works = [work for pair in zip(stages, hops, strict=True) for work in pair]
+    works = actor_works(problem, assignment)
     total = 0.0
     for group in problem.groups(setting.batch):
         sizes = setting.prefill_micro_batch, setting.decode_micro_batch

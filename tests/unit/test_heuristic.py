@@ -8,13 +8,14 @@ from dataclasses import fields, replace
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_exact import random_instance
 
 from llmpq.cluster import Cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import QualityModel, prior_quality
 from llmpq.model_spec import spec_from_config
 from llmpq.planner.heuristic import assign_layers, heuristic, start_choice, transfer
-from llmpq.planner.instance import Costs, Instance, Overlap, make_instance
+from llmpq.planner.instance import Costs, Instance, make_instance
 from llmpq.planner.problem import OVER, Place, Problem, Setting
 from llmpq.planner.value import (
     Choice,
@@ -53,33 +54,6 @@ def is_allowed(instance: Instance, choice: Choice) -> bool:
 
 
 # ---- instances
-
-
-def random_costs(rng: np.random.Generator, *shape: int) -> Costs:
-    return Costs(*(rng.integers(1, 9, shape).astype(float) for _ in fields(Costs)))
-
-
-def random_instance(seed: int, layers: int, stages: int, options: int) -> Instance:
-    """Small whole numbers; memory and budget are often just enough, or just not."""
-    rng = np.random.default_rng(seed)
-    layer = random_costs(rng, stages, options)
-    if options > 1 and rng.random() < 0.3:
-        missing = rng.integers(stages), rng.integers(options)
-        for cost in fields(Costs):
-            getattr(layer, cost.name)[missing] = math.inf
-    return Instance(
-        layer=layer,
-        fixed=random_costs(rng, stages),
-        link=random_costs(rng, stages),
-        layer_bytes=rng.integers(1, 8, (stages, options)).astype(float),
-        capacity=rng.integers(-1, 5 * layers, stages).astype(float),
-        unpacked_bytes=rng.integers(0, 4, stages).astype(float),
-        packed=rng.random(options) < 0.6,
-        omega=rng.integers(0, 6, (layers, options)).astype(float),
-        overlap=Overlap(float(rng.choice([0.0, 0.3, 1.0])), float(rng.choice([0.0, 0.5]))),
-        budget=float(rng.integers(0, 4 * layers)) if rng.random() < 0.6 else math.inf,
-        theta=float(rng.choice([0.0, 0.5, 3.0])),
-    )
 
 
 def cluster_of(types: list[str], memory_gib: np.ndarray) -> Cluster:
