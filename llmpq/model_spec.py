@@ -3,24 +3,39 @@
 `ModelSpec` holds what planning needs: the linear operators of a layer (they are what is
 quantised), the other parameters, the embedding, the head and the cache's width. Families are
 described in one small table each; tests compare the counts with transformers' own modules.
-A family that is not in the table is counted as LLaMA-shaped and says so (`guessed`).
+A model of another family is counted on transformers' own modules by a process of its own, where
+torch and transformers are installed (llmpq.models.count), and the count is kept in the user's
+cache folder; else it is taken for LLaMA-shaped, and says so (`guessed`).
 `ModelSpec.shard` is what one of several devices holds when they share every layer (tensor
 parallelism, cut as in Megatron-LM, arXiv 1909.08053).
 Not covered: mixtures of experts, encoders, models of text and images, models with several kinds
 of layer.
 """
 
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from llmpq.artifact import Strict, parse_json
+from llmpq import __version__
+from llmpq.artifact import Strict, parse_json, write_text
 from llmpq.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = "tiny-tales"  # ships inside the package
+COUNT_LIMIT_S = 120.0
+COUNTED_WITH = ("torch", "transformers")  # what it takes to count a model of an unknown family
+
+ALL_HEADS = "as many key-value heads"  # the table of activations: heads that are not grouped
 
 # How devices that share a layer cut its matrices: by output features, by input features (their
 # results are then summed), or by output features a key-value head at a time ("kv"): where there
@@ -52,6 +67,34 @@ class Linear(Strict):
     in_features: int = Field(gt=0)
 
 
+class Moment(Strict):
+    """What a stage has alive at one time, beside weights and cache.
+
+    `num_bytes`: products of sizes ("requests*tokens*hidden"), each with its factor in bytes.
+    `op`: the linear that computes at that time, whose own needs come on top; empty where none.
+    `later`: met only after the stage's first layer.
+    """
+
+    op: str = ""
+    biased: bool = False
+    later: bool = False
+    num_bytes: dict[str, float]
+
+
+class Activations(Strict):
+    """The moments of each phase that may decide its peak.
+
+    `_first`: those that only a stage that embeds tokens has besides; `_last`: that has the head.
+    """
+
+    prefill: tuple[Moment, ...]
+    decode: tuple[Moment, ...]
+    prefill_first: tuple[Moment, ...]
+    decode_first: tuple[Moment, ...]
+    prefill_last: tuple[Moment, ...]
+    decode_last: tuple[Moment, ...]
+
+
 class ModelSpec(Strict):
     """Sizes of one decoder-only model. Counts are numbers of parameters, not bytes."""
 
@@ -72,6 +115,7 @@ class ModelSpec(Strict):
     final_params: int = Field(ge=0)  # the norm after the last layer
     tied: bool
     eager_attention: bool = False  # attention scores are held in memory, [batch, heads, s, s]
+    activations: Activations | None = None  # counted on this model; None: as its family
     guessed: bool = False
 
     @property
@@ -169,7 +213,51 @@ def load_model_spec(model: str) -> ModelSpec:
     config = parse_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a model configuration, found {type(config).__name__}")
+    counted = _counted_spec(config, path) if _is_unknown(config) else None
+    if counted is not None:
+        return counted.model_copy(update={"name": model})
     return spec_from_config(config, name=model, source=str(path))
+
+
+def _is_unknown(config: dict[str, Any]) -> bool:
+    """Of no family in the table, and nothing that is refused."""
+    known = config.get("model_type") in FAMILIES or not isinstance(config.get("model_type"), str)
+    return not known and "text_config" not in config and not _has_experts(config)
+
+
+def _has_experts(config: dict[str, Any]) -> bool:
+    return any(k in config for k in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+def _counted_spec(config: dict[str, Any], path: Path) -> ModelSpec | None:
+    """The spec as `llmpq.models.count` counts it; None where it cannot be counted."""
+    if not all(find_spec(name) for name in COUNTED_WITH):
+        return None
+    kept = _cache_folder() / f"count-{_fingerprint(config)}.json"
+    try:
+        return ModelSpec.model_validate_json(kept.read_bytes())
+    except (OSError, ValueError):
+        pass  # not there yet, or broken: count again
+    command = [sys.executable, "-m", "llmpq.models.count", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True, timeout=COUNT_LIMIT_S)
+        spec = ModelSpec.model_validate_json(done.stdout)
+    except (subprocess.SubprocessError, ValueError):
+        return None
+    with contextlib.suppress(UserError):  # no cache: it is counted again next time
+        write_text(kept, done.stdout.decode())
+    return spec
+
+
+def _fingerprint(config: dict[str, Any]) -> str:
+    """Of the configuration, and of what counts it."""
+    versions = [version(name) for name in COUNTED_WITH]
+    text = json.dumps([config, versions, __version__], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmpq"
 
 
 def config_path(model: str) -> Path:
@@ -217,7 +305,7 @@ def spec_from_config(config: dict[str, Any], name: str, source: str = "config.js
             f"{source}: '{model_type}' is a model of text and something else (it has a "
             "'text_config'), which llmpq cannot load; use a text-only model of the family"
         )
-    if any(key in keys.data for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+    if _has_experts(config):
         raise UserError(f"{source}: mixture-of-experts models ({model_type}) are not supported")
     family = FAMILIES.get(model_type)
     spec = (family or _llama)(keys)

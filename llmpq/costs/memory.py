@@ -1,48 +1,68 @@
-"""Memory of a stage in bytes: weights, cache, activations. Each a product of named factors.
+"""Memory of a stage in bytes: weights, cache, activations, message buffers.
 
-Weights and cache add up layer by layer. Activations are those of the largest micro-batch in
-either phase and depend on the micro-batches and on the stage's place, not on its number of
-layers; they are meant a little high. A stage with any layer below 16 bits also holds its largest
-matrix unpacked while it multiplies.
-Not covered: the framework's own context, which `Device.memory_bytes` leaves out already.
+Weights and cache add up layer by layer, each a product of named factors. Activations are those of
+the largest micro-batch of either phase. Their peak is the greatest of a family's moments: what was
+alive at once when `llmpq.models.count` ran the family's own modules without weights
+(assets/activations.json), as products of sizes. To a moment at which a linear computes comes what
+that takes for itself, by its precision and number of rows: a packed matrix is unpacked in parts.
+Buffers are the messages between stages that are alive at once.
+A stage that is rehearsed runs on a CPU, where kernels and parts differ from a card's (`Kernels`).
+Not covered: the framework's own context, which `Device.memory_bytes` leaves out already and a CPU
+worker's account does not hold; temporaries inside torch's kernels; sampling by top-k or top-p (see
+`SAMPLING_BYTES`).
 """
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
 
-from llmpq.model_spec import ModelSpec
-from llmpq.precision import PRECISIONS
+from llmpq.model_spec import ALL_HEADS, ASSETS, Activations, Linear, ModelSpec, Moment
+from llmpq.precision import PRECISIONS, group_size
+
+# How a device multiplies by packed weights. A card unpacks large parts; a CPU parts of about its
+# cache's size, and one with AVX-512 has a kernel that reads tiles of 3 and 4 bits besides.
+Kernels = Literal["card", "cpu", "cpu-tiles"]
 
 HALF = 2  # bytes of a 16-bit value
-# Tensors of [tokens, hidden] alive at once: residual, norm, query, key, value, attention output.
-HIDDEN_TENSORS = 6
-# Tensors of [tokens, ffn] alive at once: gate, up, their product.
-FFN_TENSORS = 3
-# An attention mask is kept as booleans and as 16-bit numbers.
-MASK_BYTES = 1 + 2
-# Scores of eager attention: the layer before's (kept as its output), 16 bits, with the mask added,
-# a 32-bit softmax, 16 bits again. BLOOM holds them all at once, Gemma 2 two thirds.
-SCORE_BYTES = 2 + 2 + 2 + 4 + 2
-# Logits: 16 bits and 32 bits.
-LOGIT_BYTES = 2 + 4
-# A weight while it is multiplied: 16 bits unpacked, 2 bytes for its code.
-UNPACKED_BYTES = 2 + 2
-# A matrix is unpacked some rows at a time: this many weights at once on a card, fewer on a CPU.
+SINGLE = 4
+# A matrix is unpacked some rows at a time: about this many weights at once.
 UNPACKED_WEIGHTS = 2**25
+UNPACKED_WEIGHTS_CPU = 2**20
+TILE_ROWS = 64  # parts are whole multiples of so many output rows
+# 3 and 4 bits in tiles: a kernel that reads packed weights, for so many rows at most. It takes
+# 3 bits expanded to 4, so many weights at a time.
+PACKED_ROWS = 64
+PACKED_GROUPS = (32, 64, 128, 256)
+EXPANDED_WEIGHTS = 2**22
+PACKED_ROWS_8 = 16  # likewise 8 bits, where rows are a multiple of so many weights long
+PACKED_STEP_8 = 16
+# A grid's scale and zero while they are read, and beside an unpacked part.
+GRID_BYTES_READ = 8 + 8 + 4 + 4
+GRID_BYTES_HELD = 8 + 4 + 1 + 2
+HEADER_BYTES = 16  # of a message
+# Of each logit when tokens are drawn with top-k and top-p; greedy choice takes none.
+SAMPLING_BYTES = 40
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one stage."""
+    """Bytes of one stage. `context` lies beside what a device offers and is not in `total`."""
 
     weights: int
     cache: int
     activations: int
+    buffers: int = 0
+    context: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.cache + self.activations
+        """All that a device's memory must hold."""
+        return self.weights + self.cache + self.activations + self.buffers
 
 
 def stage_memory(
@@ -56,6 +76,8 @@ def stage_memory(
     prefill_micro_batch: int,
     prompt_tokens: int,
     decode_micro_batch: int,
+    kernels: Kernels = "card",
+    context: int = 0,
 ) -> StageMemory:
     """Memory of a stage whose layers have `precisions`; `first` and `last` say what else it holds.
 
@@ -63,21 +85,46 @@ def stage_memory(
     padded prompt.
     """
     layers = sum(layer_weight_bytes(spec, p) for p in precisions)
-    activations = activation_bytes(
-        spec,
-        last=last,
-        cache_tokens=cache_tokens,
-        prefill_micro_batch=prefill_micro_batch,
-        prompt_tokens=prompt_tokens,
-        decode_micro_batch=decode_micro_batch,
-    )
-    if any(is_packed(p) for p in precisions):
-        activations += unpacked_bytes(spec)
     return StageMemory(
         weights=layers + end_weight_bytes(spec, first=first, last=last),
         cache=len(precisions) * layer_cache_bytes(spec, batch, cache_tokens),
-        activations=activations,
+        activations=activation_bytes(
+            spec,
+            first=first,
+            last=last,
+            cache_tokens=cache_tokens,
+            prefill_micro_batch=prefill_micro_batch,
+            prompt_tokens=prompt_tokens,
+            decode_micro_batch=decode_micro_batch,
+            precisions=frozenset(precisions),
+            single=len(precisions) == 1,
+            kernels=kernels,
+        ),
+        buffers=buffer_bytes(
+            spec,
+            first=first,
+            last=last,
+            batch=batch,
+            prefill_micro_batch=prefill_micro_batch,
+            prompt_tokens=prompt_tokens,
+            decode_micro_batch=decode_micro_batch,
+        ),
+        context=context,
     )
+
+
+@lru_cache(maxsize=1)
+def cpu_kernels(cpu_info: Path = Path("/proc/cpuinfo")) -> Kernels:
+    """Those of this machine's CPU, which plays the devices that are rehearsed."""
+    try:
+        text = cpu_info.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "cpu"
+    flags = set(next((s for s in text.splitlines() if s.startswith("flags")), "").split())
+    return "cpu-tiles" if flags >= AVX512 else "cpu"
+
+
+# ---- weights and cache
 
 
 def layer_weight_bytes(spec: ModelSpec, precision: str) -> int:
@@ -88,7 +135,10 @@ def layer_weight_bytes(spec: ModelSpec, precision: str) -> int:
 
 
 def layer_cache_bytes(spec: ModelSpec, batch: int, cache_tokens: int) -> int:
-    """Keys and values of all requests in flight, for one layer."""
+    """Keys and values of all requests in flight, for one layer.
+
+    A sliding window cuts nothing off: the runtime keeps every token and hides it by the mask.
+    """
     return batch * cache_tokens * spec.kv_values_per_token * HALF
 
 
@@ -101,25 +151,121 @@ def end_weight_bytes(spec: ModelSpec, *, first: bool, last: bool) -> int:
     return HALF * params
 
 
+# ---- messages
+
+
+def buffer_bytes(
+    spec: ModelSpec,
+    *,
+    first: bool,
+    last: bool,
+    batch: int,
+    prefill_micro_batch: int,
+    prompt_tokens: int,
+    decode_micro_batch: int,
+) -> int:
+    """Messages alive at once: those coming in, and a round of those that were sent.
+
+    A receiver holds the message it computes on, the next, and for a moment the one before.
+    """
+    value = spec.hidden_size * HALF
+    whole, rest = divmod(batch, prefill_micro_batch)
+    rows = [prefill_micro_batch] * whole + [rest] * bool(rest)
+    prefill = [HEADER_BYTES + n * prompt_tokens * value for n in rows]
+    decode = HEADER_BYTES + min(decode_micro_batch, batch) * value
+    incoming = sum([*prefill[:3], decode, decode, decode][:3])
+    rounds = -(-batch // decode_micro_batch)
+    sent = sum(prefill) + (rounds + 1) * decode
+    return (0 if first else incoming) + (0 if last else sent)
+
+
+# ---- activations
+
+
 def activation_bytes(
     spec: ModelSpec,
     *,
+    first: bool,
     last: bool,
     cache_tokens: int,
     prefill_micro_batch: int,
     prompt_tokens: int,
     decode_micro_batch: int,
+    precisions: Collection[str] = ("16",),
+    single: bool = False,
+    kernels: Kernels = "card",
 ) -> int:
-    """Activations of the larger of the two phases, without an unpacked matrix."""
-    prefill = _phase_bytes(spec, prefill_micro_batch, prompt_tokens, prompt_tokens, last)
-    decode = _phase_bytes(spec, decode_micro_batch, 1, cache_tokens, last)
+    """The peak of the larger of the two phases, in a stage with layers at `precisions`.
+
+    `single`: the stage has just one layer, whose input is the stage's.
+    """
+    prefill = prefill_bytes(
+        spec,
+        prefill_micro_batch,
+        prompt_tokens,
+        first=first,
+        last=last,
+        precisions=precisions,
+        single=single,
+        kernels=kernels,
+    )
+    decode = decode_bytes(
+        spec,
+        decode_micro_batch,
+        cache_tokens,
+        first=first,
+        last=last,
+        precisions=precisions,
+        single=single,
+        kernels=kernels,
+    )
     return max(prefill, decode)
 
 
-def unpacked_bytes(spec: ModelSpec) -> int:
-    """What is unpacked at once of a layer's largest matrix while it is multiplied."""
-    largest = max(op.out_features * op.in_features for op in spec.linears)
-    return UNPACKED_BYTES * min(largest, UNPACKED_WEIGHTS)
+def prefill_bytes(
+    spec: ModelSpec,
+    requests: int,
+    tokens: int,
+    *,
+    first: bool,
+    last: bool,
+    precisions: Collection[str] = ("16",),
+    single: bool = False,
+    kernels: Kernels = "card",
+) -> int:
+    """The peak of `requests` with prompts of `tokens`."""
+    known = activations_of(spec)
+    met = known.prefill + (known.prefill_first if first else ())
+    met += known.prefill_last if last else ()
+    batch = _MicroBatch(requests, tokens, tokens, kernels)
+    more = _projected_bytes(spec, batch.rows) if first or last else 0
+    return more + _peak(spec, batch, _of_stage(met, single), precisions)
+
+
+def decode_bytes(
+    spec: ModelSpec,
+    requests: int,
+    seen: int,
+    *,
+    first: bool,
+    last: bool,
+    precisions: Collection[str] = ("16",),
+    single: bool = False,
+    kernels: Kernels = "card",
+) -> int:
+    """The peak of `requests` with one new token each, which attends to `seen` tokens."""
+    known = activations_of(spec)
+    met = known.decode + (known.decode_first if first else ())
+    met += known.decode_last if last else ()
+    more = _projected_bytes(spec, requests) if first or last else 0
+    batch = _MicroBatch(requests, 1, seen, kernels)
+    return more + _peak(spec, batch, _of_stage(met, single), precisions)
+
+
+def _projected_bytes(spec: ModelSpec, rows: int) -> int:
+    """Where embeddings are narrower than the layers (OPT): states of that width, at both ends."""
+    width = spec.head_params // spec.vocab_size
+    return HALF * rows * width if width != spec.hidden_size else 0
 
 
 def is_packed(precision: str) -> bool:
@@ -127,12 +273,178 @@ def is_packed(precision: str) -> bool:
     return PRECISIONS[precision].weight_bits < 16
 
 
-def _phase_bytes(spec: ModelSpec, requests: int, tokens: int, seen: int, last: bool) -> int:
-    """`requests` with `tokens` new tokens each, which attend to `seen` tokens."""
-    width = max(spec.hidden_size, spec.num_heads * spec.head_dim)
-    hidden = requests * tokens * width * HALF * HIDDEN_TENSORS
-    ffn = requests * tokens * spec.ffn_size * HALF * FFN_TENSORS
-    mask = requests * tokens * seen * MASK_BYTES
-    scores = requests * spec.num_heads * tokens * seen * SCORE_BYTES if spec.eager_attention else 0
-    logits = requests * spec.vocab_size * LOGIT_BYTES if last else 0
-    return hidden + ffn + mask + scores + logits
+def activations_of(spec: ModelSpec) -> Activations:
+    """The moments of a model: its own where they were counted, else its family's."""
+    if spec.activations is not None:
+        return spec.activations
+    table = _shipped_activations()
+    grouped = spec.num_kv_heads < spec.num_heads
+    family = spec.model_type if spec.model_type in table else "llama"
+    return table.get(family if grouped else f"{family}, {ALL_HEADS}", table[family])
+
+
+@lru_cache(maxsize=1)
+def _shipped_activations() -> dict[str, Activations]:
+    data = json.loads((ASSETS / "activations.json").read_text(encoding="utf-8"))
+    return {name: Activations.model_validate(value) for name, value in data.items()}
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Requests with so many new tokens each, which attend to `seen` tokens."""
+
+    requests: int
+    tokens: int
+    seen: int
+    kernels: Kernels
+
+    @property
+    def rows(self) -> int:
+        """Of the matrices that linears multiply."""
+        return self.requests * self.tokens
+
+
+def _of_stage(moments: Iterable[Moment], single: bool) -> list[Moment]:
+    return [moment for moment in moments if not (single and moment.later)]
+
+
+def _peak(
+    spec: ModelSpec, batch: _MicroBatch, moments: Iterable[Moment], precisions: Collection[str]
+) -> int:
+    sizes = _sizes(spec, batch)
+    own: dict[tuple[str, bool], float] = {}
+    most = 0.0
+    for moment in moments:
+        op = moment.op, moment.biased
+        if op not in own:
+            own[op] = _op_bytes(spec, batch, *op, precisions)
+        most = max(most, own[op] + _live_bytes(moment, sizes))
+    return math.ceil(most)
+
+
+def _sizes(spec: ModelSpec, batch: _MicroBatch) -> dict[str, int]:
+    return {
+        "requests": batch.requests,
+        "tokens": batch.tokens,
+        "seen": batch.seen,
+        "hidden": spec.hidden_size,
+        "ffn": spec.ffn_size,
+        "heads": spec.num_heads,
+        "kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab": spec.vocab_size,
+    }
+
+
+def _live_bytes(moment: Moment, sizes: dict[str, int]) -> float:
+    total = 0.0
+    for product, factor in moment.num_bytes.items():
+        for name in product.split("*") if product else ():
+            factor *= sizes[name]
+        total += factor
+    return total
+
+
+def _op_bytes(
+    spec: ModelSpec, batch: _MicroBatch, op: str, biased: bool, precisions: Collection[str]
+) -> float:
+    """What an operator takes for itself, its output included."""
+    if not op:
+        return 0.0
+    if op == "attention":
+        return _attention_bytes(spec, batch)
+    matrices = [linear for linear in spec.linears if linear.name == op]
+    return max(
+        linear_bytes(p, linear, batch.rows, biased=biased, kernels=batch.kernels)
+        for p in precisions
+        for linear in matrices
+    )
+
+
+def _attention_bytes(spec: ModelSpec, batch: _MicroBatch) -> int:
+    """Fused attention. On a card: the mask as 16-bit numbers, again in aligned rows, and sums."""
+    output = batch.rows * spec.num_heads * spec.head_dim * HALF
+    if batch.kernels != "card":
+        return output
+    mask = batch.rows * (batch.seen + batch.seen + 16) * HALF
+    return output + mask + batch.rows * spec.num_heads * SINGLE
+
+
+# ---- linears
+
+
+def linear_bytes(precision: str, op: Linear, rows: int, *, biased: bool, kernels: Kernels) -> int:
+    """What a linear takes while it multiplies `rows`, its output included: see llmpq.quant."""
+    output = HALF * rows * op.out_features
+    if precision == "16":
+        return output
+    if not PRECISIONS[precision].weight_only:
+        return _token_int8_bytes(op, rows, biased=biased)
+    return max(_kernel_bytes(precision, op, rows, kernels), 2 * output if biased else 0)
+
+
+def _kernel_bytes(precision: str, op: Linear, rows: int, kernels: Kernels) -> int:
+    held = PRECISIONS[precision]
+    if held.weight_bits == 8:
+        return _eight_bit_bytes(op, rows, kernels)
+    group = group_size(held.weight_bits, op.in_features)
+    tiled = kernels == "cpu-tiles" and op.out_features % TILE_ROWS == 0 and group in PACKED_GROUPS
+    if tiled and rows <= PACKED_ROWS:
+        return _packed_kernel_bytes(op, rows, held.weight_bits, group)
+    return _by_parts(op, rows, kernels, _grouped_bytes(held.weight_bits, group, tiled))
+
+
+def _packed_kernel_bytes(op: Linear, rows: int, bits: int, group: int) -> int:
+    """The kernel reads 4 bits as they are; 3 bits are expanded to 4 before."""
+    output = HALF * rows * op.out_features
+    if bits == 4:
+        return output
+    part = _part_rows(EXPANDED_WEIGHTS, op.in_features)
+    if part >= op.out_features:
+        weights = op.out_features * op.in_features
+        return max(weights, weights // 2 + output)
+    grids = 2 * HALF * part * op.in_features // group
+    return max(output + part * op.in_features + grids, 2 * output)
+
+
+def _grouped_bytes(bits: int, group: int, tiled: bool) -> float:
+    """Bytes for each weight of a part while it is unpacked: code, value, grid.
+
+    Tiles are expanded to 4 bits, set in order, and only then told from their zeros.
+    """
+    if not tiled:
+        return 3 + 1 / group
+    nibbles = 0.5 if bits == 3 else 0.0
+    return nibbles + max(1.5 + GRID_BYTES_READ / group, 3 + GRID_BYTES_HELD / group)
+
+
+def _eight_bit_bytes(op: Linear, rows: int, kernels: Kernels) -> int:
+    """Few rows: a kernel, and the zeros put back in 32 bits. Else parts, and the scaled copy."""
+    out, padded = op.out_features, -(-op.in_features // 8) * 8
+    if kernels != "card" and rows <= PACKED_ROWS_8 and padded % PACKED_STEP_8 == 0:
+        inputs = HALF * rows * padded + SINGLE * rows
+        return inputs + out * max(14 * rows, 6 * rows + 12)
+    return max(_by_parts(op, rows, kernels, HALF), 2 * HALF * rows * out)
+
+
+def _token_int8_bytes(op: Linear, rows: int, *, biased: bool) -> int:
+    """Inputs in 32 bits, divided and rounded; 32-bit results; those, and the output beside them."""
+    scales, result = SINGLE * rows, SINGLE * rows * op.out_features
+    quantising = 3 * SINGLE * rows * op.in_features
+    multiplying = rows * op.in_features + result + SINGLE * op.out_features
+    closing = result + (SINGLE if biased else HALF) * rows * op.out_features
+    return max(quantising + scales, multiplying + scales, closing)
+
+
+def _by_parts(op: Linear, rows: int, kernels: Kernels, bytes_a_weight: float) -> int:
+    """Some output rows of the matrix unpacked at a time, then multiplied in 16 bits."""
+    at_once = UNPACKED_WEIGHTS if kernels == "card" else UNPACKED_WEIGHTS_CPU
+    part = min(_part_rows(at_once, op.in_features), op.out_features)
+    weights = part * op.in_features
+    unpacking, multiplying = bytes_a_weight * weights, HALF * weights + HALF * rows * part
+    collected = HALF * rows * op.out_features if part < op.out_features else 0
+    return math.ceil(collected + max(unpacking, multiplying))
+
+
+def _part_rows(weights: int, in_features: int) -> int:
+    return max(1, weights // in_features // TILE_ROWS) * TILE_ROWS

@@ -7,13 +7,21 @@ from families import CPU, FAMILIES, hand_made_plan
 from llmpq.costs.memory import stage_memory
 from llmpq.models.stage_model import load_config
 from llmpq.quant import available_precisions
+from llmpq.quant.kernels import int4_tiles_work
 from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.engine import Engine, reserve_of
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 # (batch, p, q, prompt, new)
 SHAPES = [(8, 1, 8, 24, 12), (16, 16, 16, 48, 4), (4, 2, 1, 100, 20), (6, 3, 6, 2, 30)]
-TIGHTEST = 3.0  # predicted activations of the stage are at most this many times the measured
+# Predicted activations are at most this many times the measured. A family's table holds what its
+# variants have alive: GPT-NeoX without parallel residuals has a state more, BLOOM a first stage.
+TIGHTEST = {"gpt_neox": 1.5, "bloom": 1.1, "qwen2": 1.15, "opt-projected": 1.15}
+
+
+def kernels_here():
+    """What this machine's torch really does."""
+    return "cpu-tiles" if int4_tiles_work() else "cpu"
 
 
 def accounts(model, plan):
@@ -33,6 +41,7 @@ def accounts(model, plan):
             prefill_micro_batch=plan.prefill_micro_batch,
             prompt_tokens=reserve.prompt_tokens,
             decode_micro_batch=plan.decode_micro_batch,
+            kernels=kernels_here(),
         )
         yield engine.account, predicted
 
@@ -62,4 +71,4 @@ def test_memory_is_what_the_planner_predicts(name, family_model, tiny_tales, rec
     record_property("ratios", (min(ratios), max(ratios)))
     print(f"{name}: measured / predicted activations {min(ratios):.2f} .. {max(ratios):.2f}")
     assert max(ratios) <= 1
-    assert max(ratios) >= 1 / TIGHTEST
+    assert min(ratios) >= 1 / TIGHTEST.get(name, 1.11)

@@ -1,0 +1,197 @@
+"""What a model holds, counted on its own modules, against what the planner takes from tables."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from transformers import AutoConfig  # noqa: E402
+
+from llmpq import model_spec  # noqa: E402
+from llmpq.costs import memory  # noqa: E402
+from llmpq.model_spec import ASSETS, Linear, ModelSpec, load_model_spec  # noqa: E402
+from llmpq.models import count  # noqa: E402
+from llmpq.models.stage_model import LayerRange, StageModel, load_config  # noqa: E402
+from llmpq.quant import available_precisions, kernels, make_linear  # noqa: E402
+from llmpq.quant.linear import TiledLinear  # noqa: E402
+from llmpq.runtime.rehearsal import peak_bytes  # noqa: E402
+from llmpq.runtime.transport import HEADER_BYTES  # noqa: E402
+
+CPU = torch.device("cpu")
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 120,
+    "max_position_embeddings": 256,
+    "word_embed_proj_dim": 64,
+    "pad_token_id": 0,
+}
+UNLISTED = ("granite", "phi3")
+
+
+def folder_of(model_type: str, folder: Path, **changes: Any) -> Path:
+    """A model's folder with nothing but its configuration."""
+    config = AutoConfig.for_model(model_type, **SIZES, **changes)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return folder
+
+
+def test_constants_are_the_kernels() -> None:
+    assert memory.UNPACKED_WEIGHTS == kernels.DEVICE_CHUNK_WEIGHTS
+    assert memory.UNPACKED_WEIGHTS_CPU == kernels.CHUNK_WEIGHTS
+    assert memory.EXPANDED_WEIGHTS == kernels.EXPAND_WEIGHTS
+    assert memory.TILE_ROWS == kernels.TILE_ROWS
+    assert (memory.PACKED_ROWS, memory.PACKED_GROUPS) == (
+        kernels.INT4_MAX_ROWS,
+        kernels.INT4_GROUPS,
+    )
+    assert memory.PACKED_ROWS_8 == kernels.INT8_MAX_ROWS
+    assert memory.PACKED_STEP_8 == kernels.INT8_COLUMN_STEP
+    assert memory.HEADER_BYTES == HEADER_BYTES
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (704, 256), (256, 704), (97, 64), (2304, 512)])
+def test_a_linear_takes_what_is_predicted(shape: tuple[int, int]) -> None:
+    out, cols = shape
+    here = "cpu-tiles" if kernels.int4_tiles_work() else "cpu"
+    for precision, biased in product(available_precisions(CPU, torch.bfloat16), (False, True)):
+        layer = make_linear(precision, cols, out, bias=biased, dtype=torch.bfloat16, device=CPU)
+        fill(layer, out, cols, biased)
+        for rows in (1, 17, 65):
+            check(layer, precision, rows, biased, here)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_tiles_that_are_taken_apart_take_what_is_predicted(bits: int) -> None:
+    layer = TiledLinear(704, 256, False, torch.bfloat16, CPU, bits)
+    fill(layer, 256, 704, False)
+    for rows in (65, 300):
+        check(layer, str(bits), rows, False, "cpu-tiles")
+
+
+def fill(layer: Any, out: int, cols: int, biased: bool) -> None:
+    layer.swallow("weight", torch.randn(out, cols))
+    if biased:
+        layer.swallow("bias", torch.randn(out))
+
+
+def check(layer: Any, precision: str, rows: int, biased: bool, here: memory.Kernels) -> None:
+    x = torch.randn(1, rows, layer.in_features).to(torch.bfloat16)
+    with torch.inference_mode():
+        layer(x)
+        measured = peak_bytes(lambda: layer(x), CPU)
+    op = Linear(name="x", out_features=layer.out_features, in_features=layer.in_features)
+    predicted = memory.linear_bytes(precision, op, rows, biased=biased, kernels=here)
+    assert measured <= predicted <= 1.05 * measured, (precision, rows, biased)
+
+
+def test_the_cpu_is_known(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("flags\t\t: fpu avx512f avx512bw avx512dq avx512vl\n")
+    assert memory.cpu_kernels(info) == "cpu-tiles"
+    other = tmp_path / "other"
+    other.write_text("flags\t\t: fpu avx2\n")
+    assert memory.cpu_kernels(other) == "cpu"
+    assert memory.cpu_kernels(tmp_path / "none") == "cpu"
+
+
+def test_the_table_that_ships_is_the_count() -> None:
+    """One family here; all of them by `python -m llmpq.models.count --families`."""
+    table = json.loads((ASSETS / "activations.json").read_text())
+    names = {f"{name}{rest}" for name in count.VARIANTS for rest in ("", f", {count.ALL_HEADS}")}
+    filled = {f"{name}, {count.ALL_HEADS}" for name in count.FILLED}
+    assert set(table) == names - filled and set(count.VARIANTS) == set(model_spec.FAMILIES)
+    counted = json.loads(count.families_text({"bloom": count.count_family("bloom", count.WHOLE)}))
+    assert counted["bloom"] == table["bloom"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "opt"])
+def test_a_familys_table_is_the_count_of_a_model(model_type: str, tmp_path: Path) -> None:
+    """At sizes that the table was not made with, in every place, to the byte."""
+    folder = folder_of(model_type, tmp_path)
+    spec, config = load_model_spec(str(folder)), load_config(folder)
+    shape = count.Shape(3, 20, 20)
+    whole = count.with_layers(config, count.NUM_LAYERS)
+    for first, last in product((True, False), repeat=2):
+        layers = LayerRange(0 if first else 1, 7 if last else 6, 7)
+        met = [
+            (s, sum(n * k for n, k in s.live.items()))
+            for s in count.snapshots(whole, layers, shape)
+        ]
+        plain = max(size for snapshot, size in met if not snapshot.op)
+        predicted = memory.prefill_bytes(spec, 3, 20, first=first, last=last, kernels="cpu")
+        assert plain <= predicted <= 1.03 * plain
+
+
+@pytest.mark.parametrize("model_type", UNLISTED)
+def test_an_unlisted_family_is_counted(model_type: str, tmp_path: Path) -> None:
+    spec = count.count_model(folder_of(model_type, tmp_path))
+    whole = LayerRange(0, 2, 2)
+    stage = StageModel(
+        load_config(tmp_path), whole, ["16"] * 2, torch.bfloat16, torch.device("meta")
+    )
+    params = sum(p.numel() for p in stage.model.parameters())
+    ends = spec.embedding_params + spec.head_params + spec.final_params
+    assert spec.num_layers * spec.layer_params + ends == params
+    assert (spec.num_kv_heads, spec.head_dim, spec.guessed) == (2, 16, False)
+    assert spec.activations is not None
+    assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
+    sizes = {"first": True, "last": True, "batch": 4, "cache_tokens": 40}
+    more = {"prefill_micro_batch": 2, "prompt_tokens": 30, "decode_micro_batch": 4}
+    assert memory.stage_memory(spec, ["16", "4"], **sizes, **more).activations > 2 * 30 * 64 * 2
+
+
+def test_the_count_is_kept_and_a_broken_one_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = folder_of("granite", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    guess = model_spec.spec_from_config(config, "any").model_copy(update={"guessed": False})
+    answer = guess.model_dump_json().encode()
+    calls: list[list[str]] = []
+
+    def runs(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 0, answer)
+
+    monkeypatch.setattr(model_spec.subprocess, "run", runs)
+    first, second = load_model_spec(str(folder)), load_model_spec(str(folder))
+    assert first == second and first.name == str(folder) and not first.guessed
+    assert calls == [[sys.executable, "-m", "llmpq.models.count", str(folder / "config.json")]]
+    (kept,) = (tmp_path / "cache" / "llmpq").iterdir()
+    kept.write_text("{broken")
+    assert load_model_spec(str(folder)) == first and len(calls) == 2
+    assert kept.read_bytes() == answer, "and is written anew"
+
+
+def test_without_a_cache_folder_or_a_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of("granite", tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "file"))
+    failed = subprocess.CompletedProcess([], 2, b"")
+    monkeypatch.setattr(model_spec.subprocess, "run", lambda *_, **__: failed)
+    assert load_model_spec(str(folder)).guessed
+    monkeypatch.setattr(model_spec, "find_spec", lambda _: None)
+    assert load_model_spec(str(folder)).guessed
+
+
+def test_a_model_that_cannot_be_cut_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    monkeypatch.setattr(sys, "argv", ["count", str(tmp_path / "config.json")])
+    assert count.main() == 2
+    assert "'gpt2' are laid out in a way llmpq does not know" in capsys.readouterr().err
