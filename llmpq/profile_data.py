@@ -1,7 +1,7 @@
 """profile.json (measured times of one device type) and sensitivity.json (quality per layer)."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -11,11 +11,17 @@ from llmpq.precision import PRECISIONS
 
 # "stage_*": what one call of a stage costs beside its layers (masks, positions, messages).
 Phase = Literal["prefill", "decode", "embedding", "head", "stage_prefill", "stage_decode"]
-OTHER_KINDS = ("sensitivity", "plan", "report")  # of files that llmpq writes
+# Of what a memory row counts the bytes.
+MemoryOf = Literal["layer_weights", "cache", "activations"]
+# Of files that llmpq writes beside profiles.
+OTHER_KINDS = ("sensitivity", "plan", "report", "links", "recalibration")
 
 
 class ProfiledDevice(Strict):
-    """The device that was measured."""
+    """The device that was measured.
+
+    `context_bytes`: what the framework holds there before any tensor. `bandwidth_gbs`: of a copy.
+    """
 
     name: str
     type: str
@@ -23,6 +29,8 @@ class ProfiledDevice(Strict):
     num_threads: int | None = None
     compute_capability: str | None = None
     dtype: str | None = None
+    context_bytes: NonNegativeInt | None = None
+    bandwidth_gbs: PositiveFloat | None = None
 
 
 class ProfileRow(Strict):
@@ -45,13 +53,55 @@ class ProfileRow(Strict):
     num_samples: PositiveInt
 
 
+class Candidate(NamedTuple):
+    """A cell that may be measured. `tokens`: of each prompt, or (decode) in the cache."""
+
+    precision: str
+    phase: Phase
+    micro_batch: int
+    tokens: int
+
+
+class MemoryRow(Strict):
+    """Bytes that were held, counted while a layer was measured.
+
+    layer_weights: one layer at `precision`. cache: keys and values of one token of one request in
+    one layer. activations: the peak of a call of the layer on this shape, weights and cache apart.
+    """
+
+    model_key: str
+    what: MemoryOf
+    precision: str
+    phase: Phase | None = None
+    micro_batch: NonNegativeInt = 0
+    prompt_tokens: NonNegativeInt = 0
+    past_tokens: NonNegativeInt = 0
+    num_bytes: NonNegativeInt
+
+
+class ChosenModel(Strict):
+    """Which model of the times predicts unseen rows of this kind best, and how far off it was.
+
+    Spares whoever reads the profile the choice; a name that is not known is chosen anew.
+    """
+
+    model_key: str
+    precision: str
+    phase: Phase
+    model: str
+    mean_error: float = Field(ge=0)
+
+
 class Profile(Strict):
-    """profile.json."""
+    """profile.json. `notes`: what a reader of the rows must know (drift, cut ranges, outliers)."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Literal["profile"] = "profile"
     device: ProfiledDevice
     rows: list[ProfileRow] = Field(min_length=1)
+    memory: list[MemoryRow] = []
+    models: list[ChosenModel] = []
+    notes: list[str] = []
     provenance: Provenance = Provenance()
 
 

@@ -59,22 +59,25 @@ def offload_memory(
     micro_batch: int,
     cache_tokens: int,
     prompt_tokens: int,
+    kernels: memory.Kernels = "card",
 ) -> OffloadMemory:
     """Memory of a block of `batch` requests; lengths as in `memory.stage_memory`."""
     layers = spec.num_layers
     weights = memory.layer_weight_bytes(spec, precision)
     activations = memory.activation_bytes(
         spec,
+        first=True,
         last=True,
         cache_tokens=cache_tokens,
         prefill_micro_batch=micro_batch,
         prompt_tokens=prompt_tokens,
         decode_micro_batch=micro_batch,
+        precisions=(precision,),
+        kernels=kernels,
     )
-    unpacked = memory.unpacked_bytes(spec) if memory.is_packed(precision) else 0
     ends = memory.end_weight_bytes(spec, first=True, last=True)
     return OffloadMemory(
-        always=ends + activations + unpacked,
+        always=ends + activations,
         weights=layers * weights,
         cache=layers * memory.layer_cache_bytes(spec, batch, cache_tokens),
         weights_buffer=min(layers, BUFFERED_LAYERS) * weights,

@@ -8,17 +8,12 @@ import pytest
 
 from llmpq.cluster import Cluster, Link
 from llmpq.costs import links, memory
-from llmpq.costs.latency import (
-    LAUNCH_S,
-    LayerTimes,
-    device_times,
-    fit,
-    measured_times,
-    spec_sheet_times,
-    tensor_parallel_times,
-)
+from llmpq.costs.fits import fit
+from llmpq.costs.latency import LayerTimes, device_times, measured_times, spec_sheet_times
 from llmpq.costs.memory import stage_memory
 from llmpq.costs.quality import measured_quality, prior_quality
+from llmpq.costs.shards import tensor_parallel_times
+from llmpq.costs.spec_sheet import LAUNCH_S, efficiency
 from llmpq.costs.timeline import Split, mean_past, split
 from llmpq.devices import device_library
 from llmpq.errors import UserError
@@ -108,7 +103,7 @@ def test_regression_recovers_the_plane_at_batches_that_were_not_measured() -> No
     )
     assert float(times.head_s(3)) == pytest.approx(0.35e-3)
     assert float(times.embedding_s(3, 10)) == pytest.approx(0.13e-3)
-    assert "fitted, 0.0 % mean error" in times.provenance
+    assert "unseen points within 0.0 % in the mean" in times.provenance
 
 
 def test_a_measured_batch_is_interpolated_between_its_own_lengths() -> None:
@@ -123,10 +118,12 @@ def test_a_measured_batch_is_interpolated_between_its_own_lengths() -> None:
 
 
 def test_equal_measurements_are_averaged_and_noise_never_goes_below_the_floor() -> None:
-    fitted = fit([row("decode", 1, 10, 4), row("decode", 1, 10, 6), row("decode", 1, 20, 1)])
+    fitted = fit([row("decode", 1, 10, 4), row("decode", 1, 10, 6)])
     assert float(fitted.seconds(1, 10)) == pytest.approx(5e-3)
-    assert float(fitted.seconds(1, 1000)) == pytest.approx(0.5e-3)  # half of the shortest
-    assert fitted.mean_error > 0.1
+    rows = [row("decode", q, past, 1 + q) for q in (2, 4) for past in (8, 16)]
+    assert float(fit(rows).seconds(1, 0)) >= 1.5e-3  # half of the shortest
+    wild = fit([row("decode", 1, 10, 5), row("decode", 1, 20, 1), row("decode", 2, 20, 9)])
+    assert wild.mean_error > 0.1
 
 
 def test_a_single_row_is_enough_for_a_fit() -> None:
@@ -160,13 +157,13 @@ def test_the_spec_sheet_is_a_roofline() -> None:
     device = device_library()["v100-32g"]
     times = spec_sheet_times(device, spec)
     weights = sum(op.out_features * op.in_features for op in spec.linears)
-    compute = 2 * weights * 16 * 1024 / (0.5 * device.fp16_tflops * 1e12)
+    compute = 2 * weights * 16 * 1024 / (0.7 * device.fp16_tflops * 1e12)
     assert float(times.prefill_s("16", 16, 1024)) > compute
     assert float(times.prefill_s("16", 16, 1024)) < 2.0 * compute
-    read = 2 * weights / (0.7 * device.bandwidth_gbs * 1e9)
-    assert float(times.decode_s("16", 1, 0)) == pytest.approx(read, rel=0.3)
+    read = 2 * weights / (0.8 * device.bandwidth_gbs * 1e9)
+    assert float(times.decode_s("16", 1, 0)) - LAUNCH_S == pytest.approx(read, rel=0.1)
     assert times.decode_s("4", 1, 0) < times.decode_s("8", 1, 0) < times.decode_s("16", 1, 0)
-    assert times.provenance == "spec sheet, not measured" and not times.measured
+    assert times.provenance.startswith("spec sheet, not measured") and not times.measured
 
 
 def test_device_times_prefers_own_profile_then_rehearsal_then_spec_sheet() -> None:
@@ -176,7 +173,7 @@ def test_device_times_prefers_own_profile_then_rehearsal_then_spec_sheet() -> No
     played = device_times(cluster, "slow", SPEC, [make_profile("cpu")])
     assert played.factor == 3 and "x3 slowdown" in played.provenance
     sheet = device_times(cluster, "t4-16g", SPEC, [make_profile("cpu")])
-    assert sheet.provenance == "spec sheet, not measured"
+    assert sheet.provenance.startswith("spec sheet, not measured")
 
 
 def test_a_rehearsal_uses_one_device_the_cpu_before_cuda() -> None:
@@ -247,13 +244,17 @@ def test_one_device_a_stage_is_that_device() -> None:
 
 @pytest.mark.parametrize("degree", [2, 4, 8])
 def test_a_shard_of_the_spec_sheet_is_a_part_of_it_and_two_all_reduces(degree: int) -> None:
+    """Norms are each device's own: they read and write 16 hidden states a token."""
     one, shared = shared_times(WIDE, 1, []), shared_times(WIDE, degree, [])
+    norm_bandwidth = 900e9 * efficiency().coefficients["eager_bandwidth"]
     for whole, part, tokens in (
         (one.prefill_s("16", 8, 512), shared.prefill_s("16", 8, 512), 8 * 512),
         (one.decode_s("4", 16, 600), shared.decode_s("4", 16, 600), 16),
     ):
         computed = float(part) - layer_exchange_s(WIDE, degree, tokens) - LAUNCH_S
-        assert computed == pytest.approx((float(whole) - LAUNCH_S) / degree, rel=0.01)
+        norms = 16 * WIDE.hidden_size * tokens / norm_bandwidth
+        divided = (float(whole) - LAUNCH_S - norms) / degree
+        assert computed == pytest.approx(divided + norms, rel=0.05)
     assert f"; {degree} devices a stage, all-reduce over the link of n" in shared.provenance
 
 
@@ -310,11 +311,12 @@ def test_the_overhead_of_a_whole_layer_stays_with_every_shard() -> None:
     """A constant millisecond a layer is not divided, what the roofline explains is."""
     profile = slow_profile({"16": 1.0})
     whole, four = shared_times(WIDE, 1, [profile]), shared_times(WIDE, 4, [profile])
+    norm_s = 16 * WIDE.hidden_size / (900e9 * efficiency().coefficients["eager_bandwidth"])
     for phase, size, tokens, sent in (("prefill_s", 8, 512, 8 * 512), ("decode_s", 8, 16, 8)):
         before = float(getattr(whole, phase)("16", size, tokens))
         after = float(getattr(four, phase)("16", size, tokens))
-        computed = after - layer_exchange_s(WIDE, 4, sent)
-        assert computed == pytest.approx(1e-3 + (before - 1e-3) / 4, rel=0.01)
+        computed, kept = after - layer_exchange_s(WIDE, 4, sent), 1e-3 + norm_s * sent
+        assert computed == pytest.approx(kept + (before - kept) / 4, rel=0.05)
     assert "whole layers measured on test" in four.provenance
     assert "no shard was measured; 4 devices a stage" in four.provenance
 
@@ -325,7 +327,7 @@ def test_slow_unpacking_is_divided_and_no_overhead() -> None:
     whole, four = shared_times(WIDE, 1, [profile]), shared_times(WIDE, 4, [profile])
     before, after = (float(times.decode_s("4", 8, 16)) for times in (whole, four))
     computed = after - layer_exchange_s(WIDE, 4, 8)
-    assert computed == pytest.approx(0.1e-3 + (before - 0.1e-3) / 4, rel=0.01)
+    assert computed == pytest.approx(0.1e-3 + (before - 0.1e-3) / 4, rel=0.05)
 
 
 def test_a_shard_never_computes_longer_than_the_layer_nor_shorter_than_its_part() -> None:
@@ -399,18 +401,41 @@ def test_layer_bytes_fall_with_the_precision_and_hold_scales() -> None:
     assert sizes[1] == codes + 4 * sum(op.out_features for op in SPEC.linears) + 2 * 2 * H
 
 
+def act(spec: ModelSpec, precisions: list[str], **changes: Any) -> int:
+    """Activations of a stage in the middle."""
+    sizes = {"first": False, "last": False, **SIZES, **changes}
+    return stage_memory(spec, precisions, **sizes).activations
+
+
+# A stage of LLaMA's layers in prefill, b requests of s tokens: mask and positions in 64-bit
+# numbers, the mask by token as booleans, cosines and sines in 16 bits.
+MASKS = 2 * 30 * (8 + 8) + 2 * 30 * 30 + 2 * 30 * DIM * 2 * 2
+
+
 def test_activations_by_hand() -> None:
+    """The peak of two layers is where a norm works in 32 bits, or where gate and up meet."""
     tokens = 2 * 30
-    prefill = tokens * H * 2 * 6 + tokens * F * 2 * 3 + 2 * 30 * 30 * 3
-    middle = stage_memory(SPEC, ["16"], first=False, last=False, **SIZES)
-    assert middle.activations == prefill
-    last = stage_memory(SPEC, ["16"], first=False, last=True, **SIZES)
-    assert last.activations == prefill + 2 * VOCAB * 6
-    packed = stage_memory(SPEC, ["16", "4"], first=False, last=False, **SIZES)
-    assert packed.activations == prefill + 4 * F * H
-    eager = stage_memory(make_spec("gemma2"), ["16"], first=False, last=False, **SIZES)
-    assert eager.activations == prefill + 2 * HEADS * 30 * 30 * 12
-    assert middle.total == middle.weights + middle.cache + middle.activations
+    norm = tokens * (8 + 14 * H)  # stage input, residual, input: 16 bits; 32 bits twice; mean
+    gated = tokens * (8 * H + 3 * 2 * F)
+    assert act(SPEC, ["16"] * 2) == MASKS + max(norm, gated)
+    assert act(SPEC, ["16"]) == MASKS + max(norm, gated) - tokens * 2 * H, "the input is its own"
+
+
+def test_activations_hold_the_logits_and_what_is_unpacked() -> None:
+    large = spec_from_config(CONFIG | {"model_type": "llama", "vocab_size": 10**6}, name="m")
+    more = act(large, ["16"], last=True) - 4 * 10**6 * 2 * 2
+    assert 0 < more < act(large, ["16"]), "scaled logits beside the head's"
+    wide = spec_from_config(CONFIG | {"model_type": "llama", "intermediate_size": 2**16}, name="m")
+    sizes = {"prompt_tokens": 2, "cache_tokens": 4, "prefill_micro_batch": 1}
+    plain, packed = act(wide, ["16"], **sizes), act(wide, ["16", "4"], **sizes)
+    assert packed - plain > 2 * 2**16 * H
+    assert act(wide, ["16", "4"], **sizes, kernels="cpu") < packed, "smaller parts on a CPU"
+
+
+def test_eager_scores_are_held() -> None:
+    long = {"prompt_tokens": 3000, "cache_tokens": 3001}
+    scores = 2 * HEADS * 3000 * 3000
+    assert act(make_spec("bloom"), ["16"], **long) > 8 * scores > act(SPEC, ["16"], **long)
 
 
 @pytest.mark.parametrize(("degree", "kv_heads"), [(2, 1), (4, 1)])
@@ -419,32 +444,40 @@ def test_one_device_of_a_shared_stage_by_hand(degree: int, kv_heads: int) -> Non
     shard = SPEC.shard(degree)
     heads, ffn, vocab = HEADS // degree, F // degree, VOCAB // degree
     linears = 2 * heads * DIM * H + 2 * kv_heads * DIM * H + 3 * H * ffn
-    tokens = 2 * 30
-    prefill = tokens * H * 2 * 6 + tokens * ffn * 2 * 3 + 2 * 30 * 30 * 3
     last = stage_memory(shard, ["16"] * 2, first=False, last=True, **SIZES)
     assert last.weights == 2 * (2 * (linears + 2 * H) + H + vocab * H)
     assert last.cache == 2 * 8 * 40 * (2 * kv_heads * DIM) * 2
-    assert last.activations == prefill + 2 * vocab * 6
+    assert act(shard, ["16"] * 2) <= act(SPEC, ["16"] * 2)
     first = stage_memory(shard, ["4"], first=True, last=False, **SIZES)
-    assert first.activations == prefill + 4 * max(ffn * H, heads * DIM * H)
     assert first.weights == memory.layer_weight_bytes(shard, "4") + 2 * vocab * H
-
-
-def test_scores_and_positions_of_a_shared_stage() -> None:
-    gemma, opt = make_spec("gemma2"), make_spec("opt")
-    sizes = {"first": True, "last": False, **SIZES}
-    eager = stage_memory(gemma.shard(2), ["16"], **sizes).activations
-    assert eager - stage_memory(SPEC.shard(2), ["16"], **sizes).activations == (
-        2 * (HEADS // 2) * 30 * 30 * 12
-    )
+    opt = make_spec("opt")
     ends = memory.end_weight_bytes(opt.shard(2), first=True, last=False)
     assert ends == 2 * (VOCAB // 2 * H + 52 * H)
 
 
 def test_activations_are_of_the_larger_phase() -> None:
-    sizes = SIZES | {"prompt_tokens": 1, "prefill_micro_batch": 1, "decode_micro_batch": 8}
-    decode = 8 * H * 2 * 6 + 8 * F * 2 * 3 + 8 * 40 * 3
-    assert stage_memory(SPEC, ["16"], first=True, last=False, **sizes).activations == decode
+    short = {"prompt_tokens": 1, "prefill_micro_batch": 1, "decode_micro_batch": 8}
+    where = {"first": True, "last": False}
+    decode = memory.decode_bytes(SPEC, 8, 40, **where)
+    assert act(SPEC, ["16"] * 2, **short, first=True) == decode
+    assert decode > memory.prefill_bytes(SPEC, 1, 1, **where)
+
+
+def test_messages_by_hand() -> None:
+    """Batches of 8 in four prompts of two and two steps of four, 16 bytes of header each."""
+    prompt, step = 16 + 2 * 30 * H * 2, 16 + 4 * H * 2
+    whole = {k: v for k, v in SIZES.items() if k != "cache_tokens"}
+    sent, received = 4 * prompt + 3 * step, 3 * prompt
+    for first, last, held in (
+        (True, True, 0),
+        (True, False, sent),
+        (False, False, sent + received),
+        (False, True, received),
+    ):
+        assert memory.buffer_bytes(SPEC, first=first, last=last, **whole) == held
+    stage = stage_memory(SPEC, ["16"], first=False, last=True, **SIZES, context=99)
+    assert (stage.buffers, stage.context) == (received, 99)
+    assert stage.total == stage.weights + stage.cache + stage.activations + stage.buffers
 
 
 # ---- links and quality

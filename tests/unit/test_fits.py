@@ -1,0 +1,185 @@
+"""Models of measured rows: each recovers what it can, the best is chosen, errors are said."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from llmpq.costs import fits
+from llmpq.costs.fits import (
+    BEYOND,
+    RECIPES,
+    Points,
+    chosen_models,
+    fit,
+    fit_all,
+    non_negative,
+    worst,
+)
+from llmpq.profile_data import Candidate, Phase, ProfileRow
+
+SIZES = [(p, s) for p in (1, 2, 4, 8, 16) for s in (8, 16, 32, 64, 128, 256)]
+
+
+def row(phase: Phase, micro_batch: int, tokens: int, time_ms: float) -> ProfileRow:
+    """A row measured once."""
+    decode = phase == "decode"
+    return ProfileRow(
+        model_key="k",
+        precision="16",
+        phase=phase,
+        micro_batch=micro_batch,
+        prompt_tokens=0 if decode else tokens,
+        past_tokens=tokens if decode else 0,
+        time_ms=time_ms,
+        time_ms_p10=time_ms,
+        time_ms_p90=time_ms,
+        num_samples=1,
+    )
+
+
+def prefills(time_ms: Callable[[int, int], float]) -> list[ProfileRow]:
+    """A grid of prefills with these times."""
+    return [row("prefill", p, s, time_ms(p, s)) for p, s in SIZES]
+
+
+def roofline(p: int, s: int) -> float:
+    """Weights are read once, then arithmetic takes over; attention beside it."""
+    return 0.2 + max(3.0, 0.02 * p * s) + 1e-5 * p * s * s
+
+
+def kernels(p: int, s: int) -> float:
+    """Another kernel above 64 rows, with an unpacking of its own."""
+    rows = p * s
+    return 0.1 + (0.05 * rows if rows <= 64 else 5.0 + 0.01 * rows)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_recovers_the_papers_plane(name: str) -> None:
+    """It lies in all their spaces, but for the pieces' copy of M."""
+    found = fit_by(name, prefills(lambda p, s: 1 + 0.2 * p + 0.03 * p * s + 1e-4 * p * s * s))
+    exact = 1 + 0.2 * 8 + 0.03 * 8 * 100 + 1e-4 * 8 * 100**2
+    assert float(found.seconds(8, 100)) * 1e3 == pytest.approx(exact, rel=0.03)
+
+
+def fit_by(name: str, rows: list[ProfileRow]) -> fits.Model:
+    """The model of one recipe."""
+    return RECIPES[name](fits.points_of(rows))
+
+
+@pytest.mark.parametrize("time_ms", [roofline, kernels])
+def test_pieces_follow_what_a_plane_cannot(time_ms: Callable[[int, int], float]) -> None:
+    """Rooflines bend and kernels jump; the choice sees it and beats the regression by far."""
+    rows = prefills(time_ms)
+    found = fit(rows)
+    paper = fit_by(fits.REGRESSION, rows)
+    unseen = [(p, s) for p in (1, 3, 6, 12) for s in (12, 24, 90, 200)]
+    ours, theirs = (
+        np.mean([abs(float(model.seconds(p, s)) * 1e3 / time_ms(p, s) - 1) for p, s in unseen])
+        for model in (found, paper)
+    )
+    assert ours < 0.06
+    assert ours < theirs / 2
+
+
+def test_the_choice_is_by_unseen_rows() -> None:
+    """Where the regression is the truth and rows are noisy, nothing richer wins by much."""
+    noise = np.random.default_rng(3)
+    rows = prefills(lambda p, s: (1 + 0.03 * p * s) * (1 + 0.05 * noise.standard_normal()))
+    found = fit(rows)
+    assert found.mean_error == pytest.approx(0.05, abs=0.025)
+    exact = 1 + 0.03 * 5 * 70
+    assert float(found.seconds(5, 70)) * 1e3 == pytest.approx(exact, rel=0.06)
+
+
+def test_a_wild_row_is_not_followed() -> None:
+    """One cell that was measured while the machine was busy, four times too long."""
+    clean = prefills(roofline)
+    wild = [
+        r.model_copy(update={"time_ms": 4 * r.time_ms}) if i == 13 else r
+        for i, r in enumerate(clean)
+    ]
+    model = fit_by("pieces", wild)
+    others = [(p, s) for p, s in SIZES if (p, s) != SIZES[13]]
+    errors = [abs(float(model.seconds(p, s)) * 1e3 / roofline(p, s) - 1) for p, s in others]
+    assert np.median(errors) < 0.03
+
+
+def test_accuracy_names_the_source() -> None:
+    """Measured there, near, far from any row, or outside of all of them."""
+    found = fit(prefills(roofline))
+    assert found.accuracy(4, 64).source == "measured"
+    assert found.accuracy(3, 50).source == "interpolated"
+    corners = [row("prefill", p, s, roofline(p, s)) for p in (1, 64) for s in (8, 512)]
+    assert fit(corners).accuracy(8, 64).source == "fitted"
+    inside, outside = found.accuracy(16, 256), found.accuracy(16, 1024)
+    assert outside.source == BEYOND
+    assert outside.error > inside.error
+
+
+def test_errors_are_relative_to_noise() -> None:
+    """The error bar tells noisy profiles from clean ones."""
+    noise = np.random.default_rng(5)
+    noisy = fit(prefills(lambda p, s: roofline(p, s) * (1 + 0.2 * noise.random())))
+    clean = fit(prefills(roofline))
+    assert noisy.accuracy(4, 64).error > 2 * clean.accuracy(4, 64).error
+
+
+def test_few_rows_get_the_tamest_model() -> None:
+    """Any tool may write a profile, however small; no coefficient swings below 0 then."""
+    found = fit([row("decode", q, past, 1.0 + q) for q in (1, 4) for past in (16, 64)])
+    assert found.name == fits.NON_NEGATIVE
+    assert float(found.seconds(2, 30)) * 1e3 == pytest.approx(3.0, rel=1e-6)
+
+
+def test_the_worst_points_come_first_and_apart() -> None:
+    """Unknown regions and precisions before known points, and not all at one spot."""
+    rows = [row("prefill", p, s, roofline(p, s)) for p in (1, 2, 4) for s in (8, 32, 128)]
+    known = [Candidate("16", "prefill", p, s) for p in (1, 2, 4) for s in (8, 32)]
+    far = [Candidate("16", "prefill", 16, s) for s in (500, 510, 520)]
+    unknown = Candidate("4", "prefill", 2, 32)
+    chosen = worst(rows, [*known, *far, unknown], 2)
+    assert unknown in chosen
+    assert len(set(chosen) & set(far)) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_non_negative_least_squares_meets_its_conditions(seed: int) -> None:
+    """Karush, Kuhn and Tucker: no coefficient below 0, no gain in raising one that is 0."""
+    random = np.random.default_rng(seed)
+    columns = random.standard_normal((30, 6)) * 10.0 ** random.integers(-3, 4, 6)
+    wanted = random.standard_normal(30)
+    found = non_negative(columns, wanted)
+    gradient = columns.T @ (columns @ found - wanted) / np.abs(columns).max(axis=0)
+    assert found.min() >= 0
+    assert gradient.min() > -1e-5
+    assert np.abs(gradient[found > 0]).max(initial=0.0) < 1e-5
+
+
+def test_a_choice_that_a_profile_holds_is_kept_and_an_unknown_one_made_anew() -> None:
+    """It spares the reader the choice, not the errors."""
+    rows = prefills(roofline)
+    chosen = chosen_models(rows)
+    assert [(m.precision, m.phase, m.model) for m in chosen] == [("16", "prefill", fit(rows).name)]
+    assert fit(rows, "regression").name == "regression"
+    assert fit(rows, "regression").mean_error > fit(rows).mean_error
+    assert fit(rows, "of a later version").name == fit(rows).name
+
+
+def test_one_recipe_a_phase_is_chosen_over_all_precisions() -> None:
+    """Small groups take the tamest; what is known is not chosen again."""
+    others = [r.model_copy(update={"precision": "4"}) for r in prefills(kernels)]
+    few = [r.model_copy(update={"precision": "3"}) for r in prefills(roofline)[:6]]
+    found = fit_all([*prefills(kernels), *others, *few])
+    assert found["16", "prefill"].name == found["4", "prefill"].name
+    assert "switch" in found["4", "prefill"].name
+    assert found["3", "prefill"].name == fits.NON_NEGATIVE
+    known = fit_all([*prefills(kernels), *others], {("4", "prefill"): fits.REGRESSION})
+    assert known["4", "prefill"].name == fits.REGRESSION
+
+
+def test_points_average_repeated_rows() -> None:
+    """Two profiles of one device hold the same point."""
+    points = fits.points_of([row("head", 2, 0, 1.0), row("head", 2, 0, 3.0)])
+    assert isinstance(points, Points)
+    assert points.seconds.tolist() == pytest.approx([0.002])
