@@ -1,274 +1,358 @@
-"""Measures a model's layers on one device, at each precision, in both phases.
+"""Measures a model's layers on one device, at each precision, in both phases, within a budget.
 
-A stack of a few layers is timed against a single one, in alternation: the difference is what a
-layer costs, the rest what a call of a stage costs once (masks, positions, the cache's slices).
-Inputs are padded as real batches are. Weights may be random: times do not depend on their values.
-Not covered: adaptive grids; times beyond the grid are the cost model's business.
+Where given ranges, it begins with few cells and asks a chooser for more (`schedule`); a fixed grid
+is measured as it is. Every cell is visited several times, a few samples each, until the confidence
+interval of its median is within 2 % or the budget ends: a slow moment of the machine then touches
+few samples of many cells and not all samples of a few. A fixed computation is timed along, and
+samples taken while the machine was slower are replaced (`drift`). What was cut, skipped or
+left out is noted. Memory is counted at each cell's first call.
+Not covered: times beyond the ranges, which are the cost model's business.
 """
 
-import copy
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from llmpq.model_spec import ModelSpec
-from llmpq.models.family import find, replace
-from llmpq.models.kv_cache import KVCache
-from llmpq.models.stage_model import LayerRange, StageModel
-from llmpq.profile_data import ProfileRow
-from llmpq.profiler.timer import Timer
-from llmpq.runtime.batching import COLUMNS, BatchTable
-from llmpq.runtime.checkpoint import RandomWeights
-from llmpq.runtime.loader import load_stage
-from llmpq.runtime.sampler import Sampling, choose
+from llmpq.profile_data import Candidate, MemoryRow, Phase, ProfileRow
+from llmpq.profiler.cells import SLOW_MS, Cell, Cells, memory_rows, profile_row, profile_rows
+from llmpq.profiler.drift import Watch, is_steady
+from llmpq.profiler.grid import (
+    ENDS,
+    LAYER_PHASES,
+    Choose,
+    Grid,
+    Ranges,
+    end_cells,
+    farthest,
+    layer_cells,
+    stage_cell,
+)
+from llmpq.profiler.resume import PartialFile, restored
+from llmpq.profiler.sampling import TARGET, is_outlier
+from llmpq.profiler.schedule import SHARES, WAVE, CostModel, Lane, next_lane, work_of
 
-DEPTH = 3  # layers in the stack
-ROUNDS = 3
-WARM_UP_RUNS = 2
-MIN_SAMPLES = 3  # a round
-MAX_SAMPLES = 20
-FLOOR_MS = 1e-6
-# How long a stage of a pipeline rests between calls: prefills follow each other closely, a decode
-# micro-batch comes back only after it has been round all stages.
-PAUSE_S = {"prefill": 0.003, "decode": 0.015}
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What to measure."""
-
-    precisions: tuple[str, ...]
-    prefill_micro_batches: tuple[int, ...]
-    decode_micro_batches: tuple[int, ...]
-    prompt_tokens: tuple[int, ...]
-    past_tokens: tuple[int, ...]
-
-    def prefills(self) -> list["Shape"]:
-        """Whole prompts."""
-        return [Shape(p, s, 0) for s in self.prompt_tokens for p in self.prefill_micro_batches]
-
-    def decodes(self) -> list["Shape"]:
-        """One token a request."""
-        return [Shape(q, 1, past) for past in self.past_tokens for q in self.decode_micro_batches]
-
-    def shapes(self) -> list["Shape"]:
-        """All of them."""
-        return self.prefills() + self.decodes()
+SAMPLES = 5  # a visit, at least
+SLOW_SAMPLES = 2
+MOST_SAMPLES = 15
+VISITS = 3  # that a cell may expect: its slice of a lane's budget
+DEEP_ENOUGH_MS = 10.0  # calls need no more layers than this takes
+OVERRUN = 1.05  # of the budget, before a cell is skipped
+CACHE_VALUE_BYTES = 2
 
 
-@dataclass(frozen=True)
-class Shape:
-    """`micro_batch` requests with `tokens` new tokens each and `past` in the cache."""
+class OpenedCell(Protocol):
+    """One cell ready on the device: see `stacks.Probe`."""
 
-    micro_batch: int
-    tokens: int
-    past: int
+    max_depth: int
 
-    @property
-    def phase(self) -> str:
-        """Prefill starts with an empty cache."""
-        return "decode" if self.past else "prefill"
+    def warm_up(self, depth: int) -> None:
+        """One call that counts for nothing."""
 
-    def columns(self) -> dict[str, int]:
-        """As a profile names them."""
-        prompt = 0 if self.past else self.tokens
-        return {
-            "micro_batch": self.micro_batch,
-            "prompt_tokens": prompt,
-            "past_tokens": self.past,
-        }
+    def time_ms(self, depth: int) -> float:
+        """One timed call."""
+
+    def peak_bytes(self) -> int:
+        """Bytes that one layer's call takes."""
+
+
+class Workbench(Protocol):
+    """What can be timed: see `stacks.Bench`."""
+
+    depth: int
+
+    def open(self, cell: Candidate) -> OpenedCell:
+        """Makes a cell ready."""
+
+    def layer_bytes(self, precision: str) -> int:
+        """Weights of one layer."""
+
+    def reference_ms(self) -> float:
+        """A fixed computation."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Times of several runs of one computation."""
+class Measured:
+    """What a run gives."""
 
-    times_ms: np.ndarray
-
-    def row(self, model_key: str, precision: str, phase: Any, **shape: int) -> ProfileRow:
-        """As a row of the profile."""
-        quantiles = np.percentile(self.times_ms, (10, 50, 90))
-        p10, median, p90 = (max(FLOOR_MS, float(q)) for q in quantiles)
-        return ProfileRow(
-            model_key=model_key,
-            precision=precision,
-            phase=phase,
-            time_ms=median,
-            time_ms_p10=p10,
-            time_ms_p90=p90,
-            num_samples=len(self.times_ms),
-            **shape,
-        )
+    rows: list[ProfileRow]
+    memory: list[MemoryRow]
+    notes: list[str]
 
 
-class LayerProfiler:
-    """Measures one model's layers on one device within a budget of seconds."""
+@dataclass(frozen=True)
+class Moment:
+    """How far a run is, for those who wait. `half_width`: of the last cell, relative."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        config: Any,
-        grid: Grid,
-        dtype: torch.dtype,
-        device: torch.device,
-        budget_s: float,
-    ) -> None:
-        self.spec, self.config, self.grid = spec, config, grid
-        self.dtype, self.device = dtype, device
-        self.timer = Timer(device)
-        self.deadline = time.monotonic() + budget_s
-        self.num_cells = len(grid.shapes()) * len(grid.precisions)
-
-    @torch.inference_mode()
-    def run(self, on_cell: Callable[[int, str], None]) -> list[ProfileRow]:
-        """All rows. `on_cell(cells done, what)` is called after each cell.
-
-        The grid is gone through several times, so that a slow moment of the machine touches
-        few samples of many cells and not all samples of a few.
-        """
-        rows = self._ends()
-        stacks = {p: _Stack(self._stage(p), DEPTH) for p in self.grid.precisions}
-        cells = [
-            _Cell(stack, p, shape) for shape in self.grid.shapes() for p, stack in stacks.items()
-        ]
-        for round_number in range(ROUNDS):
-            for index, cell in enumerate(cells):
-                visits_left = (ROUNDS - round_number) * len(cells) - index
-                self._visit(cell, visits_left)
-                done = round_number * len(cells) + index + 1
-                on_cell(done // ROUNDS, f"{cell.precision} bits, batch {cell.shape.micro_batch}")
-        return rows + [row for cell in cells for row in self._rows(cell)]
-
-    def _stage(self, precision: str) -> StageModel:
-        """A middle stage of DEPTH equal layers."""
-        layers = LayerRange(1, 1 + DEPTH, DEPTH + 2)
-        return self._load(layers, [precision] * DEPTH)
-
-    def _load(self, layers: LayerRange, precisions: list[str]) -> StageModel:
-        config = _with_layers(self.config, layers.total)
-        return load_stage(config, RandomWeights(), layers, precisions, self.dtype, self.device)
-
-    def _visit(self, cell: "_Cell", visits_left: int) -> None:
-        """More samples of one cell: the whole stack and a single layer, in alternation."""
-        deep = cell.stack.computation(DEPTH, cell.shape, self)
-        single = cell.stack.computation(1, cell.shape, self)
-        for _ in range(WARM_UP_RUNS):
-            deep()
-            single()
-        end = time.monotonic() + (self.deadline - time.monotonic()) / visits_left
-        most = len(cell.times_ms) + MAX_SAMPLES
-        least = len(cell.times_ms) + MIN_SAMPLES
-        while len(cell.times_ms) < least or (len(cell.times_ms) < most and time.monotonic() < end):
-            pause_s = PAUSE_S[cell.shape.phase]
-            times = (self.timer.time_ms(run, pause_s) for run in (deep, single))
-            cell.times_ms.append((next(times), next(times)))
-
-    def _rows(self, cell: "_Cell") -> list[ProfileRow]:
-        """The layer and, once a shape, what a stage's call costs beside its layers."""
-        deep, single = np.array(cell.times_ms).T
-        layer = (deep - single) / (DEPTH - 1)
-        key, shape = self.spec.model_key, cell.shape
-        rows = [Sample(layer).row(key, cell.precision, shape.phase, **shape.columns())]
-        if cell.precision == self.grid.precisions[0]:
-            fixed = Sample(single - np.median(layer))
-            phase = f"stage_{shape.phase}"
-            rows.append(fixed.row(key, cell.precision, phase, **shape.columns()))
-        return rows
-
-    def _ends(self) -> list[ProfileRow]:
-        """The embedding and the head."""
-        stage = self._load(LayerRange(0, 1, 1), ["16"])
-        key, rows = self.spec.model_key, []
-        decodes = self.grid.decode_micro_batches
-        lookups = [(shape.micro_batch, shape.tokens) for shape in self.grid.prefills()]
-        for count, tokens in lookups + [(q, 1) for q in decodes]:
-            ids = torch.zeros(count, tokens, dtype=torch.int64, device=self.device)
-            sample = self._sample(partial(stage.embed, ids))
-            rows.append(sample.row(key, "16", "embedding", micro_batch=count, prompt_tokens=tokens))
-        for count in sorted({*self.grid.prefill_micro_batches, *decodes}):
-            hidden = self.random_states(count, 1, stage)
-            sample = self._sample(partial(_choose, stage, hidden))
-            rows.append(sample.row(key, "16", "head", micro_batch=count))
-        return rows
-
-    def random_states(self, count: int, tokens: int, stage: StageModel) -> torch.Tensor:
-        shape = (count, tokens, stage.config.hidden_size)
-        return torch.randn(shape, dtype=torch.float32, device=self.device).to(self.dtype)
-
-    def _sample(self, compute: Callable[[], object]) -> Sample:
-        for _ in range(WARM_UP_RUNS):
-            compute()
-        pause_s = PAUSE_S["prefill"]
-        return Sample(np.array([self.timer.time_ms(compute, pause_s) for _ in range(15)]))
-
-
-def _choose(stage: StageModel, hidden: torch.Tensor) -> torch.Tensor:
-    return choose(stage.head(hidden[:, -1]), Sampling(), list(range(len(hidden))), 0)
-
-
-class _Stack:
-    """Equal layers, of which the first few can be run alone."""
-
-    def __init__(self, stage: StageModel, depth: int) -> None:
-        self.stage = stage
-        self._path = f"{stage.family.decoder}.{stage.family.layers}"
-        layers = find(stage.model, self._path)
-        assert isinstance(layers, nn.ModuleList)
-        self._layers = list(layers)
-        self._depth = depth
-
-    def computation(
-        self, depth: int, shape: Shape, profiler: LayerProfiler
-    ) -> Callable[[], object]:
-        """A call of the first `depth` layers on a micro-batch with unequal prompts."""
-        rows, tokens, past = shape.micro_batch, shape.tokens, shape.past
-        stage, length = self.stage, past or tokens
-        hidden = profiler.random_states(rows, tokens, stage)
-        lengths = torch.full((rows, COLUMNS), length)
-        lengths[0, 0] = max(1, length - 1)
-        table = BatchTable(lengths, length, 1)
-        cache = KVCache(self._depth, rows, past + tokens)
-
-        def compute() -> torch.Tensor:
-            self._use(depth)
-            mask = table.mask(0, rows, past + tokens)
-            assert mask is not None or length == 1
-            return stage.run(
-                hidden,
-                None if mask is None else mask.to(stage.device),
-                table.positions(0, rows, past, tokens).to(stage.device),
-                cache.view(0, rows, past),
-            )
-
-        return compute
-
-    def _use(self, depth: int) -> None:
-        replace(self.stage.model, self._path, nn.ModuleList(self._layers[:depth]))
-        self.stage.config.num_hidden_layers = depth
+    spent_s: float
+    cell: Candidate
+    num_cells: int
+    half_width: float
 
 
 @dataclass
-class _Cell:
-    """One shape at one precision, and its samples: (whole stack, single layer) in ms."""
+class LayerProfiler:
+    """Measures one model's layers on one device within a budget of seconds."""
 
-    stack: _Stack
-    precision: str
-    shape: Shape
-    times_ms: list[tuple[float, float]] = field(default_factory=list)
+    spec: ModelSpec
+    grid: Grid | Ranges
+    bench: Workbench
+    budget_s: float
+    choose: Choose = farthest
+    partial: PartialFile | None = None
+    clock: Callable[[], float] = time.monotonic
+    cells: Cells = field(init=False)
+    lanes: dict[str, Lane] = field(init=False)
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cells = Cells(self.grid.precisions[0])
+        self.lanes = {name: Lane(name, share * self.budget_s) for name, share in SHARES.items()}
+        self.watch = Watch(self.bench.reference_ms, self.clock)
+        self._costs = CostModel(work_of(self.spec))
+        self._deadline_s = 0.0
+
+    @torch.inference_mode()
+    def run(self, on_visit: Callable[[Moment], None] = lambda _: None) -> Measured:
+        """All rows. `on_visit` is called after each visit of a cell."""
+        self._restore()
+        self._enqueue_start()
+        fixed = isinstance(self.grid, Grid)
+        left_s = self.budget_s - sum(lane.spent_s for lane in self.lanes.values())
+        self._deadline_s = self.clock() + max(0.0, left_s)
+        while lane := next_lane(self.lanes.values(), all_first=fixed):
+            cell = self._next_cell(lane)
+            if cell is None:
+                lane.is_open = False
+                continue
+            self._spend(lane, cell)
+            on_visit(self._moment(cell))
+        return self._result()
+
+    def save(self) -> None:
+        """Writes what there is, for a later run to go on with."""
+        if self.partial is not None:
+            self.partial.save(self.cells.values(), self._spent(), self.watch.levels_ms, now=True)
+
+    # ---- what to measure
+
+    def _restore(self) -> None:
+        found = self.partial.load() if self.partial is not None else None
+        if found is None:
+            return
+        self.watch.levels_ms.extend(found.levels_ms)
+        for saved in found.cells:
+            if self._is_wanted(saved.key):
+                self._add([saved.key], restored(saved))
+        for name, spent_s in found.spent_s.items():
+            self.lanes[name].spent_s = spent_s
+        for cell in self.cells.values():
+            self._judge(cell)
+
+    def _is_wanted(self, key: Candidate) -> bool:
+        """Cells of a fixed grid are just those it names; the ends are always at 16 bits."""
+        if key.phase in ENDS:
+            return True
+        if key.precision not in self.grid.precisions:
+            return False
+        if isinstance(self.grid, Ranges):
+            return True
+        phase: Phase = "decode" if key.phase.endswith("decode") else "prefill"
+        return (key.micro_batch, key.tokens) in self.grid.start(phase)
+
+    def _enqueue_start(self) -> None:
+        pairs = {phase: self.grid.start(phase) for phase in LAYER_PHASES}
+        for phase in LAYER_PHASES:
+            self._add(layer_cells(self.grid.precisions, phase, pairs[phase]))
+        self._add(end_cells(pairs["prefill"], pairs["decode"]))
+
+    def _add(self, keys: Sequence[Candidate], cell: Cell | None = None) -> None:
+        """Puts cells into the lane of their phase, each once."""
+        for key in keys:
+            if key not in self.cells:
+                self.cells[key] = cell or Cell(key)
+                self._lane_of(key).cells.append(self.cells[key])
+
+    def _lane_of(self, key: Candidate) -> Lane:
+        return self.lanes["ends" if key.phase in ENDS else key.phase.removeprefix("stage_")]
+
+    def _next_cell(self, lane: Lane) -> Cell | None:
+        """The next cell of a lane; None where nothing more is wanted or affordable."""
+        if cell := self._next_new(lane):
+            return cell
+        if lane.may_explore and self._explore(lane) and (cell := self._next_new(lane)):
+            return cell
+        cell = lane.least_certain()
+        if cell is None and not self._is_late(0.0) and self._explore(lane):
+            return self._next_new(lane)
+        return None if cell is None or self._is_late(2 * cell.call_s) else cell
+
+    def _next_new(self, lane: Lane) -> Cell | None:
+        """The first cell without a visit that can be afforded, by what is known now."""
+        waiting = (cell for cell in lane.waiting if not self._is_too_much(lane, cell.key))
+        return next(waiting, None)
+
+    def _is_too_much(self, lane: Lane, key: Candidate) -> bool:
+        if self._is_late(2 * self._costs.call_s(key)):
+            return True
+        if isinstance(self.grid, Grid) or lane.name == "ends":
+            return False
+        return self._costs.is_too_large(key, len(self._precisions), lane)
+
+    def _explore(self, lane: Lane) -> bool:
+        """Adds a wave of cells that the chooser names; False where there is nothing to choose."""
+        if lane.name == "ends":
+            return False
+        phase: Phase = "prefill" if lane.name == "prefill" else "decode"
+        keys = [Candidate(p, phase, *s) for s in self.grid.dense(phase) for p in self._precisions]
+        new = [key for key in keys if key not in self.cells]
+        offered = [key for key in new if not self._is_too_much(lane, key)]
+        if not offered:
+            return False
+        name = self.spec.model_key
+        rows = [profile_row(c.key, c.found, name) for c in self.cells.measured() if c.found]
+        for cell in self.choose(rows, offered, WAVE):
+            stage = stage_cell(self._precisions, phase, cell.micro_batch, cell.tokens)
+            self._add([stage, cell])
+        return bool(lane.waiting)
+
+    @property
+    def _precisions(self) -> tuple[str, ...]:
+        return self.grid.precisions
+
+    # ---- measuring
+
+    def _is_late(self, more_s: float) -> bool:
+        return self.clock() + more_s > self._deadline_s + (OVERRUN - 1) * self.budget_s
+
+    def _spend(self, lane: Lane, cell: Cell) -> None:
+        start_s = self.clock()
+        self._visit(lane, cell)
+        lane.spent_s += self.clock() - start_s
+        if self.partial is not None:
+            self.partial.save(self.cells.values(), self._spent(), self.watch.levels_ms)
+
+    def _visit(self, lane: Lane, cell: Cell) -> None:
+        """More samples of one cell. The first visit also counts memory and finds the depth."""
+        level_ms = self.watch.level_ms()
+        probe = self.bench.open(cell.key)
+        if not cell.num_visits and not self._get_ready(cell, probe):
+            return
+        if 1000 * cell.call_s < SLOW_MS:
+            probe.warm_up(cell.depth)
+        cell.num_visits += 1
+        slice_s = lane.budget_s / (VISITS * len(lane.cells))
+        start_s, walls_s = self.clock(), [self.clock()]
+        for count in range(1, MOST_SAMPLES + 1):
+            cell.times_ms.append(probe.time_ms(cell.depth))
+            cell.levels_ms.append(level_ms)
+            walls_s.append(self.clock())
+            cell.call_s = max(1e-9, float(np.diff(walls_s).min()))  # one hiccup is no slow cell
+            is_enough = walls_s[-1] - start_s >= slice_s
+            if (is_enough and count >= _least_samples(cell, slice_s)) or self._is_late(cell.call_s):
+                break
+        self._judge(cell)
+
+    def _get_ready(self, cell: Cell, probe: OpenedCell) -> bool:
+        """Counts memory, and chooses how many layers to stack; False where time is too short."""
+        if not cell.is_layer:
+            probe.warm_up(0)
+            return True
+        start_s = self.clock()
+        cell.peak_bytes = probe.peak_bytes()
+        cell.call_s = self.clock() - start_s
+        if 1000 * cell.call_s < SLOW_MS:  # counting takes a few ms itself
+            start_s = self.clock()
+            probe.warm_up(1)
+            cell.call_s = self.clock() - start_s
+        if self._is_late(cell.call_s):
+            cell.skipped = True
+            return False
+        cell.depth = stacked(probe.max_depth, cell.call_s)
+        return True
+
+    def _judge(self, cell: Cell) -> None:
+        """How sure the cell is by now; not yet, where most samples are of an unusual moment."""
+        usual = self.watch.usual()
+        cell.found = self.cells.estimate(cell, usual)
+        cell.half_width = cell.found.half_width
+        self._costs.learn(cell)
+        if not is_steady(cell.levels_ms, usual):
+            cell.half_width = max(cell.half_width, 2 * TARGET)
+
+    # ---- what comes of it
+
+    def _rows(self) -> list[ProfileRow]:
+        return profile_rows(self.cells, self.spec.model_key, self.watch.usual())
+
+    def _spent(self) -> dict[str, float]:
+        return {name: lane.spent_s for name, lane in self.lanes.items()}
+
+    def _moment(self, cell: Cell) -> Moment:
+        measured = len(self.cells.measured())
+        return Moment(sum(self._spent().values()), cell.key, measured, cell.half_width)
+
+    def _result(self) -> Measured:
+        spec = self.spec
+        layer_bytes = {p: self.bench.layer_bytes(p) for p in self._precisions}
+        cache_bytes = spec.kv_values_per_token * CACHE_VALUE_BYTES
+        memory = memory_rows(self.cells, spec.model_key, layer_bytes, cache_bytes)
+        return Measured(self._rows(), memory, self.notes())
+
+    def notes(self) -> list[str]:
+        """What a reader of the rows must know: drift, outliers, cut shapes, wide intervals."""
+        return [*self.watch.notes(), *self._cut_notes(), *self._sample_notes()]
+
+    def _cut_notes(self) -> list[str]:
+        return [
+            f"{phase}: {count} cells were too slow for this budget; measured up to "
+            f"{self._most_tokens(phase)} tokens in a call"
+            for phase in LAYER_PHASES
+            if (count := self._num_cut(phase))
+        ]
+
+    def _num_cut(self, phase: Phase) -> int:
+        """Cells that were skipped, or never offered, for what they would take."""
+        lane, count = self.lanes[phase], len(self._precisions)
+        skipped = sum(cell.is_layer and not cell.times_ms for cell in lane.cells)
+        keys = [Candidate(p, phase, *s) for s in self.grid.dense(phase) for p in self._precisions]
+        new = [key for key in keys if key not in self.cells]
+        return skipped + sum(self._costs.is_too_large(key, count, lane) for key in new)
+
+    def _most_tokens(self, phase: Phase) -> int:
+        keys = [cell.key for cell in self.cells.measured() if cell.key.phase == phase]
+        per_request = (key.tokens if phase == "prefill" else 1 for key in keys)
+        return max((k.micro_batch * n for k, n in zip(keys, per_request, strict=True)), default=0)
+
+    def _sample_notes(self) -> list[str]:
+        cells = self.cells.measured()
+        num_samples = sum(len(cell.times_ms) for cell in cells)
+        num_outliers = sum(int(is_outlier(np.array(cell.times_ms)).sum()) for cell in cells)
+        layers = [cell for cell in cells if cell.is_layer]
+        wide = [cell for cell in layers if cell.half_width > TARGET]
+        notes = []
+        if num_outliers:
+            notes.append(f"{num_outliers} of {num_samples} samples were outliers and left out")
+        if wide:
+            worst = max(cell.half_width for cell in wide)
+            notes.append(
+                f"{len(wide)} of {len(layers)} medians are less sure than {100 * TARGET:.0f} % "
+                f"(95 % confidence; the worst {100 * worst:.0f} %): a larger budget helps"
+            )
+        return notes
 
 
-def _with_layers(config: Any, num_layers: int) -> Any:
-    """The configuration with another number of layers; per-layer lists repeat their first."""
-    changed = copy.deepcopy(config)
-    for name, value in vars(config).items():
-        is_per_layer = isinstance(value, list) and len(value) == config.num_hidden_layers
-        if is_per_layer and name.startswith("layer"):
-            setattr(changed, name, [value[i % len(value)] for i in range(num_layers)])
-    changed.num_hidden_layers = num_layers
-    return changed
+def stacked(max_depth: int, layer_s: float) -> int:
+    """Layers to call at once where one takes `layer_s`: no more than noise asks for."""
+    return min(max_depth, math.ceil(DEEP_ENOUGH_MS / 1000 / max(1e-6, layer_s)))
+
+
+def _least_samples(cell: Cell, slice_s: float) -> int:
+    """Of a visit: fewer where calls are long, or the budget is short for so many cells."""
+    usual = SLOW_SAMPLES if cell.is_slow else SAMPLES
+    return max(1, min(usual, int(2 * slice_s / cell.call_s)))

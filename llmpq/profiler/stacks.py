@@ -1,0 +1,186 @@
+"""The computations that are timed: a few equal layers, a stage's call without layers, the ends.
+
+A `Probe` is one cell made ready on the device: its inputs, its cache, and one call of `depth`
+layers (0: what a call of a stage costs beside its layers: masks, positions, messages' copies).
+Inputs are padded as real batches are. Weights are random: times do not depend on their values.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmpq.models.family import find, replace
+from llmpq.models.kv_cache import KVCache
+from llmpq.models.stage_model import LayerRange, StageModel
+from llmpq.profile_data import Candidate
+from llmpq.profiler.timer import Timer
+from llmpq.runtime.batching import COLUMNS, BatchTable
+from llmpq.runtime.checkpoint import RandomWeights
+from llmpq.runtime.loader import load_stage
+from llmpq.runtime.rehearsal import peak_bytes
+from llmpq.runtime.sampler import Sampling, choose
+
+# How long a stage of a pipeline rests between calls: prefills follow each other closely, a decode
+# micro-batch comes back only after it has been round all stages.
+PAUSE_S = {"prefill": 0.003, "decode": 0.015}
+REFERENCE_SIZE = 256  # of the square matrices whose product tells the machine's speed
+REFERENCE_RUNS = 5
+# Layers in a stack, by the bytes of one at 16 bits: more layers average out more noise, and weigh
+# a call's own cost less; big ones take memory and time.
+DEPTHS = ((8 * 2**20, 6), (64 * 2**20, 3))
+LEAST_DEPTH = 2
+
+
+def stack_depth(layer_bytes: int) -> int:
+    """Layers to stack for a layer of so many bytes at 16 bits."""
+    return next((depth for limit, depth in DEPTHS if layer_bytes <= limit), LEAST_DEPTH)
+
+
+class Probe:
+    """One cell, ready to be called. `max_depth`: layers there are; 0 for what has none."""
+
+    def __init__(
+        self,
+        compute: Callable[[int], object],
+        timer: Timer,
+        device: torch.device,
+        pause_s: float,
+        max_depth: int = 0,
+    ) -> None:
+        self._compute, self._timer, self._device = compute, timer, device
+        self._pause_s, self.max_depth = pause_s, max_depth
+
+    def warm_up(self, depth: int) -> None:
+        """One call that counts for nothing."""
+        self._compute(depth)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def time_ms(self, depth: int) -> float:
+        """One timed call of `depth` layers."""
+        return self._timer.time_ms(partial(self._compute, depth), self._pause_s)
+
+    def peak_bytes(self) -> int:
+        """Bytes that a call of one layer takes at its peak, weights and cache apart."""
+        return peak_bytes(partial(self._compute, 1), self._device)
+
+
+class Bench:
+    """Layers at every precision on one device, and the embedding and the head."""
+
+    def __init__(
+        self,
+        config: Any,
+        precisions: tuple[str, ...],
+        depth: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._config, self.depth = config, depth
+        self._dtype, self._device = dtype, device
+        self._timer = Timer(device)
+        layers = LayerRange(1, 1 + depth, depth + 2)  # a middle stage
+        self._stacks = {p: _Stack(self._load(layers, [p] * depth), depth) for p in precisions}
+        self._ends = self._load(LayerRange(0, 1, 1), ["16"])
+
+    def open(self, cell: Candidate) -> "Probe":
+        """The cell's inputs and its call."""
+        if cell.phase in ("embedding", "head"):
+            compute, pause_s = self._end(cell), PAUSE_S["prefill"]
+            return Probe(compute, self._timer, self._device, pause_s)
+        phase = cell.phase.removeprefix("stage_")
+        layered = cell.phase == phase
+        past = cell.tokens if phase == "decode" else 0
+        tokens = 1 if phase == "decode" else cell.tokens
+        stack = self._stacks[cell.precision]
+        states = partial(self._states, cell.micro_batch)
+        compute = stack.computation(states(tokens), states(1), past)
+        max_depth = self.depth if layered else 0
+        return Probe(compute, self._timer, self._device, PAUSE_S[phase], max_depth)
+
+    def layer_bytes(self, precision: str) -> int:
+        """Weights of one layer."""
+        return self._stacks[precision].stage.weight_bytes() // self.depth
+
+    def reference_ms(self) -> float:
+        """A fixed product of matrices, timed: the median of a few, after one that warms up."""
+        a = torch.ones(REFERENCE_SIZE, REFERENCE_SIZE, device=self._device)
+        times = [self._timer.time_ms(partial(torch.mm, a, a)) for _ in range(1 + REFERENCE_RUNS)]
+        return sorted(times[1:])[REFERENCE_RUNS // 2]
+
+    def _end(self, cell: Candidate) -> Callable[[int], object]:
+        if cell.phase == "head":
+            hidden = self._states(cell.micro_batch, 1)
+            return lambda _: _choose(self._ends, hidden)
+        shape = (cell.micro_batch, cell.tokens)
+        ids = torch.zeros(shape, dtype=torch.int64, device=self._device)
+        return lambda _: self._ends.embed(ids)
+
+    def _states(self, count: int, tokens: int) -> torch.Tensor:
+        shape = (count, tokens, self._config.hidden_size)
+        return torch.randn(shape, dtype=torch.float32, device=self._device).to(self._dtype)
+
+    def _load(self, layers: LayerRange, precisions: list[str]) -> StageModel:
+        config = with_layers(self._config, layers.total)
+        return load_stage(config, RandomWeights(), layers, precisions, self._dtype, self._device)
+
+
+def _choose(stage: StageModel, hidden: torch.Tensor) -> torch.Tensor:
+    return choose(stage.head(hidden[:, -1]), Sampling(), list(range(len(hidden))), 0)
+
+
+class _Stack:
+    """Equal layers, of which the first few can be run alone."""
+
+    def __init__(self, stage: StageModel, depth: int) -> None:
+        self.stage = stage
+        self._path = f"{stage.family.decoder}.{stage.family.layers}"
+        layers = find(stage.model, self._path)
+        assert isinstance(layers, nn.ModuleList)
+        self._layers = list(layers)
+        self._depth = depth
+
+    def computation(
+        self, hidden: torch.Tensor, one_token: torch.Tensor, past: int
+    ) -> Callable[[int], object]:
+        """A call of some layers on `hidden` `[B, S, H]`, a micro-batch with unequal prompts."""
+        rows, tokens = hidden.shape[:2]
+        length = past or tokens
+        lengths = torch.full((rows, COLUMNS), length)
+        lengths[0, 0] = max(1, length - 1)
+        table = BatchTable(lengths, length, 1)
+        cache = KVCache(self._depth, rows, past + tokens)
+        self._call(self._depth, one_token, table, cache, past + tokens - 1)  # makes its buffers
+        return lambda depth: self._call(depth, hidden, table, cache, past)
+
+    def _call(
+        self, depth: int, hidden: torch.Tensor, table: BatchTable, cache: KVCache, past: int
+    ) -> torch.Tensor:
+        rows, tokens = hidden.shape[:2]
+        self._use(depth)
+        mask = table.mask(0, rows, past + tokens)
+        return self.stage.run(
+            hidden,
+            None if mask is None else mask.to(self.stage.device),
+            table.positions(0, rows, past, tokens).to(self.stage.device),
+            cache.view(0, rows, past),
+        )
+
+    def _use(self, depth: int) -> None:
+        replace(self.stage.model, self._path, nn.ModuleList(self._layers[:depth]))
+        self.stage.config.num_hidden_layers = depth
+
+
+def with_layers(config: Any, num_layers: int) -> Any:
+    """The configuration with another number of layers; per-layer lists repeat their first."""
+    changed = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        is_per_layer = isinstance(value, list) and len(value) == config.num_hidden_layers
+        if is_per_layer and name.startswith("layer"):
+            setattr(changed, name, [value[i % len(value)] for i in range(num_layers)])
+    changed.num_hidden_layers = num_layers
+    return changed
