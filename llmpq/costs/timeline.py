@@ -19,7 +19,8 @@ takes half the time of the others or more, 1.6 % elsewhere: chains that change a
 again within a step are left out. Steps that grow with the cache are priced at their mean past
 s + (n - 2) / 2 (the first of n tokens comes from the prefill): exact while one chain stays the
 longest, else short: by 1 % at most for 0.1 % a step; 1.4 % for 0.3 % (3 % with slow links).
-Not covered: what `costs.simulate` does not cover.
+Not covered: requests that end before their batch does, the announcement of a batch, links that wait
+for their receiver's buffer; and what `costs.simulate` does not cover.
 """
 
 from dataclasses import dataclass

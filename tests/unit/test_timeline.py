@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmpq.costs.simulate import Batch, Job, Span, simulate, trace
+from llmpq.costs.simulate import Batch, Played, simulate
 from llmpq.costs.timeline import PhaseTimes, batch_s, starts, wait_counts
 
 # ---- the simulation, on paper
@@ -35,6 +35,12 @@ def constant(
     )
 
 
+def times(played: Played, server: int) -> list[tuple[float, float]]:
+    """(start, end) of every job of a server."""
+    pairs = zip(played.start_s[:, server], played.end_s[:, server], strict=True)
+    return [(float(start), float(end)) for start, end in pairs]
+
+
 # Two stages, the link between them, the way back: two micro-batches, two steps.
 #   prefill      stage 0   link    stage 1  back     (2, 1, 3 and 1 s)
 #     1           0-2      2-3      3-6     6-7
@@ -50,10 +56,8 @@ def test_decoding_starts_while_the_prefill_still_runs() -> None:
     result = simulate(batch)
     assert (result.first_tokens_s, result.total_s) == (10, 20)
     assert result.busy_s.tolist() == [8, 6, 14, 6]
-    first_stage = [(s.start_s, s.end_s) for s in trace(batch) if s.server == 0]
-    assert first_stage == [(0, 2), (2, 4), (7, 8), (10, 11), (12, 13), (15, 16)]
-    last_stage = [(s.start_s, s.end_s) for s in trace(batch) if s.server == 2]
-    assert last_stage == [(3, 6), (6, 9), (9, 11), (12, 14), (14, 16), (17, 19)]
+    assert times(result, 0) == [(0, 2), (2, 4), (7, 8), (10, 11), (12, 13), (15, 16)]
+    assert times(result, 2) == [(3, 6), (6, 9), (9, 11), (12, 14), (14, 16), (17, 19)]
 
 
 # The same, but both decode micro-batches hold a request of the second prefill micro-batch.
@@ -76,17 +80,14 @@ def test_one_device_does_one_job_after_another() -> None:
     )
     result = simulate(batch)
     assert (result.first_tokens_s, result.total_s) == (7, 17)
-    mine = [(s.job.phase, s.job.micro_batch, s.job.step) for s in trace(batch) if s.server == 0]
-    prefill = [("prefill", 0, 0), ("prefill", 1, 0)]
-    assert mine == [*prefill, *(("decode", i, step) for step in (1, 2) for i in (0, 1))]
+    assert result.order(0) == [(step, i) for step in (0, 1, 2) for i in (0, 1)]
 
 
 def test_a_batch_of_one_token_ends_with_its_prefill() -> None:
     batch = constant((1, 2), (1, 1), num_prefills=3, steps=0, waits=(1, 2, 3))
     result = simulate(batch)
     assert result.first_tokens_s == result.total_s == 7  # 1 + 3 x 2
-    first = next(trace(batch))
-    assert first == Span(0, Job("prefill", 0, 0), 0, 1)
+    assert times(result, 0) == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_times_and_waits_must_fit_together() -> None:

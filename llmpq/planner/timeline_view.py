@@ -1,0 +1,156 @@
+"""A simulated run as text: who works when in the first batch, and why stages are idle.
+
+A row a stage, and a link where it is busy for more than a fifth of the shown time. Below the whole
+batch a few decode steps from its middle, by micro-batch. Only renders; decides nothing.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from llmpq.costs.simulate import Played
+from llmpq.planner.bubbles import Bubble, by_cause, describe, remedy, server_names
+from llmpq.planner.simulated import BatchRun, Totals
+
+PREFILL, SOME_PREFILL, DECODE, SOME_DECODE, WAITING = "#+=-."
+LEGEND = "# prefill, = decode, + and - for part of the time, . waiting"
+MOSTLY, HARDLY = 0.6, 0.1  # shares of a cell's time
+BUSY_LINK = 0.2  # share of the shown time
+ZOOM_STEPS = 3
+BUSY_WIDTH = 7  # " 100 % "
+MIN_CELLS, MAX_CELLS = 20, 240
+SHOWN_PERCENT = 0.05  # of a stage's time; smaller bubbles are not listed
+
+
+def print_timeline(
+    console: Console, first: BatchRun, totals: Totals, bubbles: Sequence[Bubble]
+) -> None:
+    """The first batch, some of its decode steps, and the bubbles of the whole run."""
+    names = server_names(len(totals.busy_s) // 2)
+    whole = (0.0, first.played.total_s)
+    title = f"batch 0 of {totals.num_batches}, {first.played.total_s:.3g} s ({LEGEND})"
+    _print_rows(console, title, _rows(first.played, names, whole, _cells(console, names)))
+    zoom = _middle_steps(first.played)
+    if zoom is not None:
+        step, window = zoom
+        title = f"from decode step {step} on, {1e3 * (window[1] - window[0]):.3g} ms"
+        title += " (last digit of the micro-batch, . waiting)"
+        rows = _digit_rows(first.played, names, window, _cells(console, names))
+        _print_rows(console, title, rows)
+    _print_bubbles(console, totals, bubbles, names)
+
+
+def _cells(console: Console, names: Sequence[str]) -> int:
+    """Characters for the time."""
+    room = console.width - max(map(len, names)) - BUSY_WIDTH - 1
+    return min(MAX_CELLS, max(MIN_CELLS, room))
+
+
+def _print_rows(console: Console, title: str, rows: Sequence[tuple[str, float, str]]) -> None:
+    console.print(Text(title, style="bold"))
+    width = max(len(name) for name, _, _ in rows)
+    for name, busy, cells in rows:
+        line = f"{name:<{width}}{100 * busy:>4.0f} %  {cells}"
+        console.print(Text(line, no_wrap=True, overflow="crop"))
+
+
+def _rows(
+    played: Played, names: Sequence[str], window: tuple[float, float], cells: int
+) -> list[tuple[str, float, str]]:
+    """(server, busy share, a character for each cell of the window)."""
+    edges = np.linspace(*window, cells + 1)
+    is_prefill = played.jobs.step == 0
+    rows = []
+    for server, name in enumerate(names):
+        prefill, decode = (
+            _shares(played.start_s[mine, server], played.end_s[mine, server], edges)
+            for mine in (is_prefill, ~is_prefill)
+        )
+        busy = float((prefill + decode).mean())
+        if server % 2 == 0 or busy > BUSY_LINK:
+            pairs = zip(prefill, decode, strict=True)
+            rows.append((name, busy, "".join(_character(*pair) for pair in pairs)))
+    return rows
+
+
+def _character(prefill: float, decode: float) -> str:
+    share = prefill + decode
+    if share < HARDLY:
+        return WAITING
+    full, some = (PREFILL, SOME_PREFILL) if prefill >= decode else (DECODE, SOME_DECODE)
+    return full if share >= MOSTLY else some
+
+
+def _shares(start: np.ndarray, end: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Busy share of each cell, from jobs one after another."""
+    if not len(start):
+        return np.zeros(len(edges) - 1)
+    times = np.stack([start, end], axis=1).ravel()
+    done = (end - start).cumsum()
+    worked = np.stack([done - (end - start), done], axis=1).ravel()
+    return np.diff(np.interp(edges, times, worked)) / np.diff(edges)
+
+
+def _middle_steps(played: Played) -> tuple[int, tuple[float, float]] | None:
+    """(first step, window) of some decode steps in the middle of a batch, if it has enough."""
+    last = int(played.jobs.step.max())
+    if last <= ZOOM_STEPS:
+        return None
+    first = (last - ZOOM_STEPS) // 2 + 1
+    start, end = (
+        float(played.start_s[int(np.argmax(played.jobs.step == step)), 0])
+        for step in (first, first + ZOOM_STEPS)
+    )
+    return (first, (start, end)) if end > start else None
+
+
+def _digit_rows(
+    played: Played, names: Sequence[str], window: tuple[float, float], cells: int
+) -> list[tuple[str, float, str]]:
+    edges = np.linspace(*window, cells + 1)
+    middles = (edges[1:] + edges[:-1]) / 2
+    rows = []
+    for server, name in enumerate(names):
+        start, end = played.start_s[:, server], played.end_s[:, server]
+        busy = float(_shares(start, end, edges).mean())
+        if server % 2 == 0 or busy > BUSY_LINK:
+            at = np.searchsorted(start, middles, side="right") - 1
+            digits = (
+                str(played.jobs.micro_batch[i] % 10) if i >= 0 and end[i] > middle else WAITING
+                for i, middle in zip(at, middles, strict=True)
+            )
+            rows.append((name, busy, "".join(digits)))
+    return rows
+
+
+def _print_bubbles(
+    console: Console, totals: Totals, bubbles: Sequence[Bubble], names: Sequence[str]
+) -> None:
+    count = f"{totals.num_batches} batches" if totals.num_batches > 1 else "one batch"
+    table = Table(title=f"the whole run: {count}", title_justify="left")
+    table.add_column("stage", overflow="fold")
+    table.add_column("busy", justify="right")
+    table.add_column("idle, by what it waits for, in % of the run", overflow="fold")
+    for stage, busy in enumerate(totals.busy_s[::2]):
+        mine = [b for b in bubbles if b.stage == stage and b.percent >= SHOWN_PERCENT]
+        texts = [
+            f"{b.percent:.1f} {describe(b.cause, b.server, names, b.micro_batch)}" for b in mine
+        ]
+        share = f"{100 * busy / totals.total_s:.1f} %"
+        table.add_row(names[2 * stage], share, escape("; ".join(texts) or "-"))
+    console.print(table)
+    console.print(escape(largest(bubbles, names)), highlight=False)
+
+
+def largest(bubbles: Sequence[Bubble], names: Sequence[str]) -> str:
+    """The largest bubble over all stages, and what would shrink it."""
+    causes = by_cause(bubbles, len(names) // 2)
+    if not causes:
+        return "no stage is ever idle"
+    cause, server, percent = causes[0]
+    text = describe(cause, server, names, None)
+    return f"largest: {text}, {percent:.1f} % of all stages' time; {remedy(cause, server, names)}"
