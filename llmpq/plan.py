@@ -74,17 +74,28 @@ class Stage(Strict):
 
 
 class PredictedStage(Strict):
-    """Predicted times of one stage. `prefill_s` and `decode_step_s` are of one micro-batch."""
+    """Predicted times of one stage. `prefill_s` and `decode_step_s` are of one micro-batch.
+
+    The errors are what to expect of these times in the mean, not bounds; None where unknown.
+    `source`: "measured", "interpolated", "fitted", "beyond the profile" or "spec sheet", the least
+    certain of all that went into the times.
+    """
 
     prefill_s: float
     decode_step_s: float
     peak_memory_bytes: int
     memory_capacity_bytes: int
     provenance: str
+    source: str | None = None
+    prefill_error_percent: float | None = None
+    decode_error_percent: float | None = None
 
 
 class Predicted(Strict):
-    """What the planner expects of the plan; `tokens_per_s` counts generated tokens only."""
+    """What the planner expects of the plan; `tokens_per_s` counts generated tokens only.
+
+    `error_percent`: the expected error of `total_s`, as far as the slowest stages' times go.
+    """
 
     total_s: float
     prefill_s: float
@@ -96,6 +107,7 @@ class Predicted(Strict):
     lower_bound: float
     gap: float
     planning_s: float
+    error_percent: float | None = None
     stages: list[PredictedStage]
 
 

@@ -1,9 +1,32 @@
-"""report.json: what a run measured, beside what its plan predicted."""
+"""report.json: what a run measured, beside what its plan predicted.
+
+Besides sums, each stage tells how long its calls took, by phase, micro-batch and length, and the
+report holds the plan that ran: what is needed to correct the times that plans are made with.
+Reports of earlier versions have neither, and can still be read.
+"""
 
 from typing import Literal
 
+from pydantic import NonNegativeFloat, PositiveInt
+
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict
-from llmpq.plan import Predicted
+from llmpq.plan import Plan, Predicted
+
+
+class MeasuredTime(Strict):
+    """Calls of one stage that are alike: everything it computes for one micro-batch.
+
+    `micro_batch`: requests. `tokens`: the padded prompt length, in decode the tokens in the cache,
+    as the mean over the calls. Seconds are those of the device that the stage stands for, so a
+    rehearsal's slowdown is in them; embedding and head are, on the stages that hold them.
+    """
+
+    phase: Literal["prefill", "decode"]
+    micro_batch: PositiveInt
+    tokens: NonNegativeFloat
+    count: PositiveInt
+    total_s: NonNegativeFloat
+    median_s: NonNegativeFloat
 
 
 class StageReport(Strict):
@@ -16,6 +39,11 @@ class StageReport(Strict):
     comm_s: float
     peak_memory_bytes: int
     load_s: float
+    measured: list[MeasuredTime] = []
+    weights_bytes: int | None = None  # parts of the account
+    cache_bytes: int | None = None
+    activation_bytes: int | None = None
+    buffer_bytes: int | None = None
 
 
 class Report(Strict):
@@ -35,5 +63,6 @@ class Report(Strict):
     num_new_tokens: int
     stages: list[StageReport]
     predicted: Predicted | None = None
+    plan: Plan | None = None
     error_percent: float | None = None
     provenance: Provenance = Provenance()

@@ -16,7 +16,7 @@ import torch
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.stage_model import LayerRange, StageModel
 from llmpq.plan import Plan
-from llmpq.report import StageReport
+from llmpq.report import MeasuredTime, StageReport
 from llmpq.runtime.batching import (
     COLUMNS,
     BatchTable,
@@ -27,9 +27,9 @@ from llmpq.runtime.batching import (
 )
 from llmpq.runtime.checkpoint import Weights
 from llmpq.runtime.loader import load_stage
-from llmpq.runtime.rehearsal import MemoryAccount, Throttle, peak_bytes
+from llmpq.runtime.rehearsal import MemoryAccount, MeteredTransport, Throttle, peak_bytes
 from llmpq.runtime.sampler import Sampling
-from llmpq.runtime.stopwatch import Stopwatch
+from llmpq.runtime.stopwatch import TIME_COLUMNS, Stopwatch, measured_times
 from llmpq.runtime.transport import Transport
 from llmpq.runtime.worker import Worker
 from llmpq.workload import batches, request_lengths
@@ -80,7 +80,7 @@ class Engine:
         )
         self.worker = Worker(
             stage=stage,
-            transport=transport,
+            transport=MeteredTransport(transport, self.account),
             cache=cache,
             throttle=Throttle(factor, device),
             prefill_micro_batch=plan.prefill_micro_batch,
@@ -117,9 +117,19 @@ class Engine:
 
     def measure(self) -> list[StageReport]:
         """Every stage's times; all stages must call this."""
-        mine = (*self.worker.watch.values(), self._peak_bytes(), self.load_s)
+        mine = (*self.worker.watch.values(), self._peak_bytes(), self.load_s, *self.account.parts)
         rows = self.transport.gather(torch.tensor(mine, dtype=torch.float64))
-        return [_stage_report(rank, row.tolist()) for rank, row in enumerate(rows)]
+        measured = self._gather_measured()
+        return [_stage_report(rank, row.tolist(), measured[rank]) for rank, row in enumerate(rows)]
+
+    def _gather_measured(self) -> list[list[MeasuredTime]]:
+        """Every stage's times by kind of call, through tables of equal size."""
+        table = self.worker.watch.table()
+        counts = [int(n) for n in self.transport.gather(torch.tensor(len(table)))]
+        padded = torch.zeros(1 + max(counts), TIME_COLUMNS, dtype=torch.float64)
+        padded[: len(table)] = torch.tensor(table, dtype=torch.float64).reshape(-1, TIME_COLUMNS)
+        tables = self.transport.gather(padded)
+        return [measured_times(t[:n].tolist()) for t, n in zip(tables, counts, strict=True)]
 
     def _peak_bytes(self) -> int:
         """What a card's allocator counted; on a CPU what the worker accounts for."""
@@ -157,23 +167,25 @@ class Engine:
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Runs both phases at their planned sizes, measuring what they take."""
+        """Runs both phases at their largest planned sizes, measuring what they take."""
         plan, reserve = self.plan, self.reserve
-        prompt = reserve.prompt_tokens
-        sizes = [(plan.prefill_micro_batch, prompt, 0), (plan.decode_micro_batch, 1, prompt)]
+        prefill = (plan.prefill_micro_batch, reserve.prompt_tokens, 0)
+        decode = (plan.decode_micro_batch, 1, reserve.cache_tokens - 1)
+        lengths = torch.full((reserve.batch, COLUMNS), reserve.prompt_tokens)
+        lengths[0, 0] = max(1, reserve.prompt_tokens - 1)
+        table = BatchTable(lengths, reserve.prompt_tokens, 1)
         for attempt in ("first", "measured"):  # the first one makes the cache's buffers
             device = self.worker.stage.device
-            peaks = [peak_bytes(partial(self._try, *size), device) for size in sizes]
+            peaks = [
+                peak_bytes(partial(self._try, table, *size), device) for size in (prefill, decode)
+            ]
             self.account.cache = self.worker.cache.num_bytes
             self.account.activations = max(peaks) if attempt == "measured" else 0
             self.account.check()
 
-    def _try(self, rows: int, tokens: int, past: int) -> None:
+    def _try(self, table: BatchTable, rows: int, tokens: int, past: int) -> None:
         """One micro-batch of this stage on invented input, unequal lengths included."""
         stage, worker = self.worker.stage, self.worker
-        lengths = torch.full((self.reserve.batch, COLUMNS), self.reserve.prompt_tokens)
-        lengths[0, 0] = max(1, self.reserve.prompt_tokens - 1)
-        table = BatchTable(lengths, self.reserve.prompt_tokens, 1)
         if worker.is_first:
             hidden = stage.embed(torch.zeros(rows, tokens, dtype=torch.int64, device=stage.device))
         else:
@@ -200,8 +212,9 @@ class Engine:
         return BatchTable(lengths, prompt_tokens, new_tokens)
 
 
-def _stage_report(rank: int, values: list[float]) -> StageReport:
-    prefill, decode, idle, comm, peak, load = values
+def _stage_report(rank: int, values: list[float], measured: list[MeasuredTime]) -> StageReport:
+    prefill, decode, idle, comm, peak, load, *parts = values
+    weights, cache, activations, buffers = (int(part) for part in parts)
     return StageReport(
         rank=rank,
         busy_prefill_s=prefill,
@@ -210,6 +223,11 @@ def _stage_report(rank: int, values: list[float]) -> StageReport:
         comm_s=comm,
         peak_memory_bytes=int(peak),
         load_s=load,
+        measured=measured,
+        weights_bytes=weights,
+        cache_bytes=cache,
+        activation_bytes=activations,
+        buffer_bytes=buffers,
     )
 
 

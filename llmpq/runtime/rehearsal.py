@@ -3,22 +3,23 @@
 `Throttle`: after t seconds of computing, wait (factor - 1) t. On a CPU t is this thread's own CPU
 time, so that sharing a core with other workers eats into the wait and not into the result; the
 wait carries its overshoot to the next one. `cores_needed` says whether that can be true at all.
-`MemoryAccount`: weights, cache and activations against a cap; above it the worker stops.
+`MemoryAccount`: weights, cache, activations and message buffers against a cap; above it the worker
+stops. `MeteredTransport` counts the buffers that are alive.
+Not counted: the process itself, its libraries, and what torch's kernels take inside.
 """
 
 import os
 import time
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from llmpq.cluster import MIB
 from llmpq.errors import InfeasibleError
+from llmpq.models.count import PeakMemory
+from llmpq.runtime.transport import Pending, Transport
 
 T = TypeVar("T")
 
@@ -81,11 +82,17 @@ class MemoryAccount:
     weights: int = 0
     cache: int = 0
     activations: int = 0
+    buffers: int = 0
+
+    @property
+    def parts(self) -> tuple[int, int, int, int]:
+        """Weights, cache, activations, buffers."""
+        return self.weights, self.cache, self.activations, self.buffers
 
     @property
     def total(self) -> int:
         """All bytes accounted for."""
-        return self.weights + self.cache + self.activations
+        return sum(self.parts)
 
     def check(self) -> None:
         """Raises `InfeasibleError` above the cap."""
@@ -94,44 +101,53 @@ class MemoryAccount:
         short = self.total - self.cap_bytes
         raise InfeasibleError(
             f"{self.name}: needs {_mib(self.total)} (weights {_mib(self.weights)}, cache "
-            f"{_mib(self.cache)}, activations {_mib(self.activations)}) but may use "
+            f"{_mib(self.cache)}, activations {_mib(self.activations)}, messages "
+            f"{_mib(self.buffers)}) but may use "
             f"{_mib(self.cap_bytes)}: {_mib(short)} short; fewer requests in flight, smaller "
             "micro-batches, fewer layers or fewer bits on this device would help"
         )
 
 
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of tensors made inside, at their peak. For CPUs, which do not count."""
+class MeteredTransport:
+    """A transport that keeps an account of the hidden states under way, at their peak."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.current = 0
-        self.peak = 0
-        self._known: set[int] = set()
+    def __init__(self, inner: Transport, account: MemoryAccount) -> None:
+        self._inner, self._account = inner, account
+        self.rank, self.size = inner.rank, inner.size
+        self.message_device = inner.message_device
+        self._meter = PeakMemory()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for storage in _storages(args):  # what comes from outside was there before
-            self._known.add(storage._cdata)
-        result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if storage._cdata not in self._known:
-                self._count(storage)
-        return result
+    def send_hidden(self, tensor: torch.Tensor) -> Pending:
+        """To the next stage."""
+        self._note(tensor)
+        return self._inner.send_hidden(tensor)
 
-    def _count(self, storage: Any) -> None:
-        self._known.add(storage._cdata)
-        self.current += storage.nbytes()
-        self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
+    def receive_hidden(self, tensor: torch.Tensor) -> Pending:
+        """Into `tensor`, from the stage before."""
+        self._note(tensor)
+        return self._inner.receive_hidden(tensor)
 
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.current -= size
+    def send_tokens(self, tensor: torch.Tensor) -> Pending:
+        """From the last stage to the first."""
+        return self._inner.send_tokens(tensor)
 
+    def receive_tokens(self, tensor: torch.Tensor) -> Pending:
+        """On the first stage."""
+        return self._inner.receive_tokens(tensor)
 
-def _storages(tree: Any) -> list[Any]:
-    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-    return [leaf.untyped_storage() for leaf in leaves if leaf.layout == torch.strided]
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Rank 0's values into everyone's tensor."""
+        self._inner.broadcast(tensor)
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Everyone's tensor, on every rank."""
+        return self._inner.gather(tensor)
+
+    def _note(self, buffer: torch.Tensor) -> None:
+        self._meter.note(buffer)
+        if self._meter.peak > self._account.buffers:
+            self._account.buffers = self._meter.peak
+            self._account.check()
 
 
 def peak_bytes(compute: Callable[[], object], device: torch.device) -> int:

@@ -1,9 +1,39 @@
-"""Where a stage's time goes: computing in each phase, waiting for others, handing over."""
+"""Where a stage's time goes: computing in each phase, waiting for others, handing over.
+
+Times of computing are also kept call by call, and told by kind of call: phase, requests of the
+micro-batch and length class. Length classes are as narrow as keep the table short: prompts of one
+length, pasts of 16 tokens, both doubled until there are at most `MAX_KINDS` kinds.
+"""
 
 import time
-from collections.abc import Iterator
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field
+from statistics import median
+from typing import NamedTuple
+
+from llmpq.report import MeasuredTime
+
+MAX_KINDS = 160
+PAST_CLASS_TOKENS = 16
+TIME_COLUMNS = 6  # of a row of `Stopwatch.table`
+
+
+class Call(NamedTuple):
+    """What the time of a call depends on; `tokens` of the padded prompt, or in the cache."""
+
+    prefill: bool
+    micro_batch: int
+    tokens: int
+
+
+Calls = Mapping[Call, Sequence[float]]
+
+
+def _no_calls() -> defaultdict[Call, "array[float]"]:
+    return defaultdict(lambda: array("d"))
 
 
 @dataclass
@@ -14,9 +44,11 @@ class Stopwatch:
     busy_decode_s: float = 0.0
     idle_s: float = 0.0
     comm_s: float = 0.0
+    calls: defaultdict[Call, "array[float]"] = field(default_factory=_no_calls)
 
-    def busy(self, prefill: bool, seconds: float) -> None:
-        """Adds time of computing."""
+    def busy(self, prefill: bool, micro_batch: int, tokens: int, seconds: float) -> None:
+        """Adds a call's time of computing."""
+        self.calls[Call(prefill, micro_batch, tokens)].append(seconds)
         if prefill:
             self.busy_prefill_s += seconds
         else:
@@ -37,5 +69,42 @@ class Stopwatch:
         self.comm_s += time.perf_counter() - start
 
     def values(self) -> tuple[float, ...]:
-        """All four, in the order of the fields."""
-        return astuple(self)
+        """The four sums, in the order of the fields."""
+        return self.busy_prefill_s, self.busy_decode_s, self.idle_s, self.comm_s
+
+    def table(self) -> list[list[float]]:
+        """Calls by kind: is prefill, micro-batch, mean tokens, count, total and median seconds."""
+        width, longest = 1, max((call.tokens for call in self.calls), default=0)
+        while len(kinds := by_kind(self.calls, width)) > MAX_KINDS and width <= longest:
+            width *= 2
+        return [_row(kind, calls) for kind, calls in sorted(kinds.items())]
+
+
+def by_kind(calls: Calls, width: int) -> dict[Call, dict[Call, Sequence[float]]]:
+    """Calls of length classes `width` prompt tokens wide; a kind is named by its least length."""
+    kinds: dict[Call, dict[Call, Sequence[float]]] = defaultdict(dict)
+    for call, seconds in calls.items():
+        step = width if call.prefill else width * PAST_CLASS_TOKENS
+        kinds[call._replace(tokens=call.tokens // step * step)][call] = seconds
+    return kinds
+
+
+def measured_times(table: Sequence[Sequence[float]]) -> list[MeasuredTime]:
+    """The rows of `Stopwatch.table` as a report holds them."""
+    return [
+        MeasuredTime(
+            phase="prefill" if prefill else "decode",
+            micro_batch=int(micro_batch),
+            tokens=tokens,
+            count=int(count),
+            total_s=total_s,
+            median_s=median_s,
+        )
+        for prefill, micro_batch, tokens, count, total_s, median_s in table
+    ]
+
+
+def _row(kind: Call, calls: Calls) -> list[float]:
+    every = [second for seconds in calls.values() for second in seconds]
+    tokens = sum(call.tokens * len(seconds) for call, seconds in calls.items()) / len(every)
+    return [kind.prefill, kind.micro_batch, tokens, len(every), sum(every), median(every)]

@@ -215,7 +215,8 @@ class _BatchRun:
             return worker.choose(hidden, self.numbers[start:end], position)
 
         result, seconds = worker.throttle.run(compute)
-        worker.watch.busy(past == 0, seconds)
+        tokens = self.table.prompt_tokens if past == 0 else past
+        worker.watch.busy(past == 0, end - start, tokens, seconds)
         with worker.watch.communicating():
             if worker.is_last:
                 self._sent(worker.transport.send_tokens(result))

@@ -1,0 +1,424 @@
+"""What runs measured, against what plans were made with: corrected times of each device type.
+
+A stage's call is predicted as a sum of parts: its layers at each precision, the call itself, and
+on the ends of the pipeline the embedding and the head. Measured calls give each part a factor: in
+each phase one for every precision and one for the call; one for the embedding, one for the head.
+One plan tells few of them apart (all layers of a stage are timed together), so least squares of
+relative errors pull each factor softly (`PULL`) towards one that its phase has in common: what the
+data do not tell apart moves together, and a precision that no stage held takes the common factor.
+What is then left over for a micro-batch is one more factor, of that phase and size.
+
+Each stage of each report weighs the same in each phase, and its calls by their seconds. Lengths
+have no factor of their own: predictions keep their slope. Not covered: links; stages of several
+devices; whether the machine was busy with other work while it ran.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from llmpq.cluster import MIB, Cluster
+from llmpq.costs import links
+from llmpq.costs.latency import LayerTimes, profiled
+from llmpq.devices import device_library
+from llmpq.model_spec import ModelSpec
+from llmpq.plan import Plan
+from llmpq.profile_data import MemoryRow, Phase, Profile, ProfiledDevice, ProfileRow
+from llmpq.report import Report
+
+PULL = 2e-3  # squared: 1 % of relative error weighs as much as a factor 0.2 off its common one
+ANCHOR = 1e-9  # keeps the common factor of a phase without data at 1
+LEAST = 0.02  # of any factor
+OWN = 0.25  # of a factor's variance before the data: above it, the data do not tell it apart
+FEWEST_CALLS = 3  # of a micro-batch that gets a factor of its own
+CALL, EMBEDDING, HEAD = "call", "embedding", "head"
+PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+
+Part = tuple[
+    str, str
+]  # (precision or CALL, phase); the ends of a pipeline: (EMBEDDING or HEAD, "")
+Size = tuple[str, int]  # (phase, micro-batch)
+
+
+@dataclass(frozen=True)
+class StageCalls:
+    """Calls of one stage that are alike, as a report measured them; `seconds` of one of them."""
+
+    report: int
+    rank: int
+    device_type: str
+    first: bool
+    last: bool
+    precisions: tuple[str, ...]
+    phase: Literal["prefill", "decode"]
+    micro_batch: int
+    tokens: float
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Measured over predicted time of a part. `spread`: relative standard deviation of what is
+    left over in the calls that hold it. Not `own`: it is the one that the phase has in common,
+    because the data do not tell it apart."""
+
+    part: Part
+    value: float
+    spread: float
+    own: bool
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Of one device type. Parts and sizes that are not here: `common` of their phase, and 1."""
+
+    device_type: str
+    factors: tuple[Factor, ...]
+    common: Mapping[str, float]
+    sizes: Mapping[Size, float]
+
+    def of(self, part: Part) -> float:
+        """The factor of a part."""
+        values = {factor.part: factor.value for factor in self.factors}
+        both = sum(self.common.values()) / len(self.common)
+        return values.get(part, self.common.get(part[1], both))
+
+    def seconds(self, parts: Mapping[Part, float], phase: str, micro_batch: int) -> float:
+        """A call's corrected time from the predicted times of its parts."""
+        total = sum(self.of(part) * seconds for part, seconds in parts.items())
+        return total * self.sizes.get((phase, micro_batch), 1.0)
+
+
+def stage_calls(reports: Sequence[tuple[Report, Plan]]) -> list[StageCalls]:
+    """All that the reports measured, stages of several devices left out."""
+    return [
+        StageCalls(
+            number,
+            stage.rank,
+            plan.stages[stage.rank].devices[0],
+            stage.rank == 0,
+            stage.rank == len(plan.stages) - 1,
+            tuple(plan.stages[stage.rank].precisions),
+            time.phase,
+            time.micro_batch,
+            time.tokens,
+            time.count,
+            time.total_s / time.count,
+        )
+        for number, (report, plan) in enumerate(reports)
+        for stage in report.stages
+        if plan.stages[stage.rank].tensor_parallel == 1
+        for time in stage.measured
+        if time.total_s > 0
+    ]
+
+
+def parts_s(times: LayerTimes, calls: StageCalls) -> dict[Part, float]:
+    """Predicted seconds of one call, by part."""
+    phase, size, tokens = calls.phase, calls.micro_batch, calls.tokens
+    layer, call = _functions(times, phase)
+    parts: dict[Part, float] = {}
+    parts |= {(p, phase): n * layer(p, size, tokens) for p, n in Counter(calls.precisions).items()}
+    parts[CALL, phase] = call(size, tokens)
+    if calls.first:
+        parts[EMBEDDING, ""] = times.embedding_s(size, tokens if phase == "prefill" else 1)
+    if calls.last:
+        parts[HEAD, ""] = times.head_s(size)
+    return {part: float(seconds) for part, seconds in parts.items()}
+
+
+def predicted_s(times: LayerTimes, calls: StageCalls) -> float:
+    """Predicted seconds of one call."""
+    return sum(parts_s(times, calls).values())
+
+
+def correction(device_type: str, times: LayerTimes, measured: Sequence[StageCalls]) -> Correction:
+    """The factors of one device type from its measured calls; all 1 where there are none."""
+    split = [parts_s(times, calls) for calls in measured]
+    parts = sorted({part for one in split for part in one})
+    weights = _weights(measured)
+    design = np.array([[one.get(part, 0.0) for part in parts] for one in split])
+    design = design.reshape(len(measured), len(parts))
+    seconds = np.array([calls.seconds for calls in measured])
+    counts = np.array([calls.count for calls in measured], dtype=float)
+    together = _over_lengths(measured)
+    totals = _sums(counts * seconds, together)
+    shares = _sums(design * counts[:, None], together) / totals[:, None]
+    values, common, variance = _solve(shares, _sums(weights, together), parts)
+    left = seconds / np.maximum(design @ values, 1e-300)
+    sizes = _by_size(measured, weights, left)
+    left = left / np.array([sizes.get((c.phase, c.micro_batch), 1.0) for c in measured])
+    factors = tuple(
+        Factor(part, float(value), _spread(left, weights * (column > 0)), bool(unsure < OWN))
+        for part, value, unsure, column in zip(parts, values, variance, design.T, strict=True)
+    )
+    return Correction(device_type, factors, dict(zip(PHASES, common.tolist(), strict=True)), sizes)
+
+
+def total_error(times: LayerTimes, measured: Sequence[StageCalls]) -> float:
+    """Predicted over measured seconds of all these calls, less 1."""
+    predicted = sum(calls.count * predicted_s(times, calls) for calls in measured)
+    return predicted / sum(calls.count * calls.seconds for calls in measured) - 1
+
+
+def link_s(plan: Plan, measured: Sequence[StageCalls]) -> float:
+    """Predicted seconds that the links carry what these calls of one stage hand on."""
+    nodes = [stage.node for stage in plan.stages]
+    total = 0.0
+    for calls in measured:
+        here, there = nodes[calls.rank], nodes[(calls.rank + 1) % len(nodes)]
+        tokens = calls.micro_batch * (calls.tokens if calls.phase == "prefill" else 1)
+        if calls.last:
+            num_bytes = links.TOKEN_BYTES * calls.micro_batch
+        else:
+            num_bytes = links.activation_message_bytes(plan.model, tokens)
+        total += calls.count * float(links.message_s(plan.cluster, here, there, num_bytes))
+    return total
+
+
+# ---- the factors
+
+
+def _functions(times: LayerTimes, phase: str):  # type: ignore[no-untyped-def]
+    """A layer's time, and a call's."""
+    if phase == "prefill":
+        return times.prefill_s, times.stage_prefill_s
+    return times.decode_s, times.stage_decode_s
+
+
+def _weights(measured: Sequence[StageCalls]) -> np.ndarray:
+    """By seconds; 1 in all for each stage of a report and phase."""
+    totals: dict[tuple[int, int, str], float] = defaultdict(float)
+    for calls in measured:
+        totals[calls.report, calls.rank, calls.phase] += calls.count * calls.seconds
+    return np.array(
+        [c.count * c.seconds / totals[c.report, c.rank, c.phase] for c in measured], dtype=float
+    )
+
+
+def _over_lengths(measured: Sequence[StageCalls]) -> np.ndarray:
+    """For each of the calls the number of its stage, phase and micro-batch.
+
+    Lengths are summed over: where a prediction grows with length in another way than the calls
+    do, that must not look like layers and calls being told apart.
+    """
+    keys = [(c.report, c.rank, c.phase, c.micro_batch) for c in measured]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.array([numbers[key] for key in keys], dtype=int)
+
+
+def _sums(values: np.ndarray, together: np.ndarray) -> np.ndarray:
+    """Sums of rows that belong together."""
+    total = np.zeros((int(together.max(initial=-1)) + 1, *values.shape[1:]))
+    np.add.at(total, together, values)
+    return total
+
+
+def _solve(
+    design: np.ndarray, weights: np.ndarray, parts: Sequence[Part]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Factors of the parts, the phases' common factors, and each factor's share of variance left.
+
+    Minimises sum w (design f - 1)^2 + PULL sum (f - its common)^2 over f >= LEAST.
+    """
+    count = len(parts)
+    toward = np.array([_toward(part) for part in parts]).reshape(count, len(PHASES))
+    pull = np.hstack([np.eye(count), -toward])
+    wide = np.hstack([design, np.zeros((len(design), len(PHASES)))])
+    anchor = np.diag([0.0] * count + [ANCHOR] * len(PHASES))
+    matrix = wide.T @ (weights[:, None] * wide) + PULL * pull.T @ pull + anchor
+    values = _above(matrix, wide.T @ weights + anchor.sum(axis=1))
+    variance = PULL * np.diag(np.linalg.inv(matrix))[:count]
+    return values[:count], values[count:], variance
+
+
+def _toward(part: Part) -> list[float]:
+    """Which common factors a part is pulled to: its phase's, or half and half."""
+    phase = part[1]
+    return [1.0 if one == phase else 0.0 if phase else 1 / len(PHASES) for one in PHASES]
+
+
+def _above(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The minimum of x matrix x / 2 - right x, what falls below LEAST held there."""
+    held = np.zeros(len(right), dtype=bool)
+    while True:
+        values = np.full(len(right), LEAST)
+        rest = right[~held] - LEAST * matrix[np.ix_(~held, held)].sum(axis=1)
+        values[~held] = np.linalg.solve(matrix[np.ix_(~held, ~held)], rest)
+        below = values < LEAST
+        if not below.any():
+            return values
+        held |= below
+
+
+def _by_size(
+    measured: Sequence[StageCalls], weights: np.ndarray, left: np.ndarray
+) -> dict[Size, float]:
+    """What is left over for each phase and micro-batch, where there are enough calls.
+
+    Weights are measured seconds, so this is measured over corrected seconds in all.
+    """
+    found: dict[Size, float] = {}
+    for size in dict.fromkeys((c.phase, c.micro_batch) for c in measured):
+        mine = np.array([(c.phase, c.micro_batch) == size for c in measured])
+        calls = sum(c.count for c, is_mine in zip(measured, mine, strict=True) if is_mine)
+        if calls >= FEWEST_CALLS:
+            found[size] = float(weights[mine].sum() / (weights[mine] / left[mine]).sum())
+    return found
+
+
+def _spread(left: np.ndarray, weights: np.ndarray) -> float:
+    """Relative standard deviation around 1."""
+    if not weights.sum():
+        return 0.0
+    return float(np.sqrt(np.average((left - 1) ** 2, weights=weights)))
+
+
+# ---- profiles
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a device type was planned with: rows and how many times slower it plays them."""
+
+    device: ProfiledDevice
+    rows: tuple[ProfileRow, ...]
+    memory: tuple[MemoryRow, ...] = ()
+    slowdown: float = 1.0
+
+
+def base_of(
+    cluster: Cluster, device_type: str, spec: ModelSpec, profiles: Sequence[Profile]
+) -> Base | None:
+    """What `device_times` prices the type with; None where that is the spec sheet."""
+    found = profiled(cluster, device_type, spec, profiles)
+    if found is None:
+        return None
+    return Base(found.device, tuple(found.rows), tuple(found.memory), found.slowdown or 1.0)
+
+
+def corrected_rows(
+    base: Base | None,
+    times: LayerTimes,
+    found: Correction,
+    measured: Sequence[StageCalls],
+    spec: ModelSpec,
+) -> list[ProfileRow]:
+    """Full rows of a device type: what it was planned with, times the factors.
+
+    Micro-batches that ran get rows at all lengths of the profile and at the ends of those that
+    ran. Without a profile: the spec sheet's times on a small grid.
+    """
+    rows = _sheet_rows(times, spec) if base is None else list(base.rows)
+    slowdown = base.slowdown if base else 1.0
+    rows += _ran_rows(rows, times.scaled(1 / slowdown), measured, spec)
+    return [_scaled(row, slowdown * _factor(row, found)) for row in rows]
+
+
+def corrected_device(
+    base: Base | None, device_type: str, cluster: Cluster, num_reports: int
+) -> ProfiledDevice:
+    """What the rows are of, and where they come from, in its name."""
+    runs = f"corrected by {num_reports} run{'s' if num_reports > 1 else ''}"
+    if base is None:
+        sheet = device_library()[device_type]
+        memory = int(sheet.memory_gib * 1024 * MIB)
+        name = f"{sheet.name} (spec sheet, {runs})"
+        return ProfiledDevice(name=name, type=device_type, memory_bytes=memory)
+    role = cluster.rehearse.get(device_type)
+    slower = f"x{base.slowdown:g} slowdown, " if base.slowdown != 1 else ""
+    changed = {"type": device_type, "name": f"{base.device.name} ({slower}{runs})"}
+    memory = int(role.memory_mib * MIB) if role else base.device.memory_bytes
+    return base.device.model_copy(update=changed | {"memory_bytes": memory})
+
+
+def _factor(row: ProfileRow, found: Correction) -> float:
+    """Of a profile's row; what happens in both phases at any size knows no size."""
+    if row.phase in (EMBEDDING, HEAD):
+        return found.of((row.phase, ""))
+    phase = row.phase.removeprefix("stage_")
+    part = (CALL if row.phase != phase else row.precision, phase)
+    return found.of(part) * found.sizes.get((phase, row.micro_batch), 1.0)
+
+
+def _scaled(row: ProfileRow, factor: float) -> ProfileRow:
+    names = ("time_ms", "time_ms_p10", "time_ms_p90")
+    return row.model_copy(update={name: factor * getattr(row, name) for name in names})
+
+
+def _ran_rows(
+    rows: Sequence[ProfileRow], times: LayerTimes, measured: Sequence[StageCalls], spec: ModelSpec
+) -> list[ProfileRow]:
+    """Rows, not corrected yet, of sizes and lengths that ran and that `rows` lack."""
+    known = {(r.precision, r.phase, r.micro_batch, _length(r)) for r in rows}
+    phases = {r.phase for r in rows}
+    added = []
+    for phase, size in dict.fromkeys((c.phase, c.micro_batch) for c in measured):
+        mine = [c for c in measured if (c.phase, c.micro_batch) == (phase, size)]
+        lengths = {_length(row) for row in rows if row.phase == phase}
+        lengths |= {round(pick(c.tokens for c in mine)) for pick in (min, max)}
+        count = sum(c.count for c in mine)
+        for length in sorted(lengths):
+            for row in _rows_at(times, phase, size, length, count, spec):
+                key = (row.precision, row.phase, size, length)
+                if key not in known and row.phase in phases:
+                    added.append(row)
+    return added
+
+
+def _rows_at(
+    times: LayerTimes, phase: str, size: int, length: int, count: int, spec: ModelSpec
+) -> Iterable[ProfileRow]:
+    """A layer at each precision, and the call, at one size and length."""
+    layer, call = _functions(times, phase)
+    for precision in times.precisions:
+        seconds = float(layer(precision, size, length))
+        yield _row(spec, precision, phase, size, length, seconds, count)
+    if seconds := float(call(size, length)):
+        yield _row(spec, "16", f"stage_{phase}", size, length, seconds, count)
+
+
+def _sheet_rows(times: LayerTimes, spec: ModelSpec) -> list[ProfileRow]:
+    """The spec sheet's times on a small grid."""
+    lengths = [n for n in (16, 128, 512, 2048) if n < spec.max_positions] or [1]
+    sizes = (1, 2, 4, 8, 16, 32)
+    rows = [
+        row
+        for phase in PHASES
+        for size in sizes
+        for length in lengths
+        for row in _rows_at(times, phase, size, length, 1, spec)
+    ]
+    for size in sizes:
+        rows.append(_row(spec, "16", HEAD, size, 0, float(times.head_s(size)), 1))
+        for n in (1, *lengths):
+            seconds = float(times.embedding_s(size, n))
+            rows.append(_row(spec, "16", EMBEDDING, size, n, seconds, 1))
+    return rows
+
+
+def _row(
+    spec: ModelSpec, precision: str, phase: str, size: int, length: int, seconds: float, count: int
+) -> ProfileRow:
+    time_ms = max(1e-6, 1000 * seconds)
+    name: Phase = phase  # type: ignore[assignment]
+    return ProfileRow(
+        model_key=spec.model_key,
+        precision=precision,
+        phase=name,
+        micro_batch=size,
+        prompt_tokens=0 if phase.endswith("decode") else length,
+        past_tokens=length if phase.endswith("decode") else 0,
+        time_ms=time_ms,
+        time_ms_p10=time_ms,
+        time_ms_p90=time_ms,
+        num_samples=count,
+    )
+
+
+def _length(row: ProfileRow) -> int:
+    return row.past_tokens if row.phase.endswith("decode") else row.prompt_tokens
