@@ -7,7 +7,8 @@ import click
 
 from llmpq.artifact import Provenance
 from llmpq.cli.common import Command, common_options, console, emit
-from llmpq.cli.profile import PrecisionNames, check_window
+from llmpq.cli.profile import check_window
+from llmpq.cli.profile_options import PrecisionNames
 from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
 from llmpq.errors import UserError

@@ -21,6 +21,7 @@ from llmpq.cli.plan_modes import (
     quick_replan,
     show_flexgen,
     show_frontier,
+    write_with_run,
 )
 from llmpq.cli.plan_output import report, write_baselines, write_plan
 from llmpq.cli.progress import progress
@@ -107,20 +108,21 @@ class FiniteRange(click.FloatRange):
 @click.option("--compare/--no-compare", default=True, help="Show the baselines")
 @click.option("--what-if/--no-what-if", default=True, help="Show what would change the plan")
 @click.option("--evaluate", type=PATH, help="Price this plan.json instead of making one")
+@click.option("--trace", type=PATH, help="Simulate the plan's run; write it for chrome://tracing")
 @click.option("-o", "--output", type=PATH, help="Write the plan here")
 @click.option("--baseline-plans", type=PATH, help="Write each baseline's plan into this folder")
 @click.argument("clusters", nargs=-1, type=PATH)
 @common_options
-def main(**options: object) -> None:
+def main(trace: Path | None, **options: object) -> None:
     """Chooses devices' order, layers, precisions and micro-batches for a batch job.
 
     Prints the plan with its predicted speed, memory and quality, what other methods would do and
     what would make it faster. CLUSTERS: cluster files for --compare-clusters.
     """
     arguments = Arguments(**options)  # type: ignore[arg-type]
-    _check(arguments)
+    _check(arguments, trace)
     if arguments.evaluate is not None:
-        evaluate_plan(arguments, arguments.evaluate)
+        evaluate_plan(arguments, arguments.evaluate, trace)
     elif arguments.compare_clusters:
         compare_clusters(arguments)
     elif arguments.frontier:
@@ -128,11 +130,11 @@ def main(**options: object) -> None:
     elif arguments.method == "flexgen":
         show_flexgen(arguments)
     else:
-        _plan(arguments)
+        _plan(arguments, trace)
 
 
-def _check(arguments: Arguments) -> None:
-    faults = []
+def _check(arguments: Arguments, trace: Path | None) -> None:
+    faults = _trace_faults(arguments, trace) if trace is not None else []
     if arguments.theta is not None and arguments.max_quality_loss is not None:
         faults.append("give --max-quality-loss or --theta, not both")
     faults += _mode_faults(arguments)
@@ -145,6 +147,20 @@ def _check(arguments: Arguments) -> None:
         ]
     if faults:
         raise UserError("\n".join(faults))
+
+
+def _trace_faults(arguments: Arguments, trace: Path) -> list[str]:
+    """A trace is of one plan, and a file of its own."""
+    modes = {
+        "--frontier": arguments.frontier,
+        "--compare-clusters": arguments.compare_clusters,
+        "--method flexgen": arguments.method == "flexgen" and arguments.evaluate is None,
+    }
+    faults = [f"--trace shows one plan's run; leave out {name}" for name, on in modes.items() if on]
+    others = (arguments.output, arguments.json_path, arguments.evaluate)
+    if trace in others:
+        faults.append(f"--trace {trace}: the same file is named twice; give it one of its own")
+    return faults
 
 
 def _mode_faults(arguments: Arguments) -> list[str]:
@@ -180,17 +196,20 @@ def _mode_faults(arguments: Arguments) -> list[str]:
     return faults
 
 
-def _plan(arguments: Arguments) -> None:
+def _plan(arguments: Arguments, trace: Path | None) -> None:
     from llmpq.planner.planning import make_plan
 
     out = console(arguments.quiet)
     problem, offered, notes = make_problem(arguments, read_inputs(arguments, None))
     with progress(out, "planning", 1) as bar:
         planned = make_plan(problem, _options(arguments, _shown(bar)), offered)
-    write_plan(arguments, planned.plan)
+    if trace is None:
+        write_plan(arguments, planned.plan)
     write_baselines(arguments, problem, planned)
     changes = _what_if(arguments, out, problem, planned.plan)
     report(out, arguments, problem, planned, notes, changes)
+    if trace is not None:
+        write_with_run(arguments, problem, planned.plan, trace)
 
 
 def _options(arguments: Arguments, shown: "Callable[[Progress], None]") -> "Options":

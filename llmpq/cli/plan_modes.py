@@ -2,6 +2,7 @@
 
 `show_frontier`: speed against quality. `compare_clusters`: which cluster to buy. `show_flexgen`:
 off-loading to the host. `evaluate_plan`: the price of a plan file, and whether it fits.
+`write_with_run`: a plan, and how its run would go.
 `quick_replan` makes the planner of changed problems that the first two ask many times.
 
 Heavy modules are imported inside functions, so that `--help` is quick. Not covered: which options
@@ -9,13 +10,14 @@ go together, which `plan` has checked before.
 """
 
 import itertools
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmpq.cli.common import console
+from llmpq.cli.common import console, emit
 from llmpq.cli.plan_inputs import Arguments, make_problem, read_inputs
 from llmpq.cli.plan_output import report, write_plan, write_value
 from llmpq.cli.progress import progress
@@ -160,19 +162,23 @@ def _rig_values(name: str, plan: "Plan | str", price: float | None) -> dict[str,
     }
 
 
-def evaluate_plan(arguments: Arguments, path: Path) -> None:
-    """The report of a plan file at these costs; `InfeasibleError` where it does not fit."""
+def evaluate_plan(arguments: Arguments, path: Path, trace: Path | None = None) -> None:
+    """The report of a plan file at these costs; `InfeasibleError` where it does not fit.
+
+    With a `trace` to write, or verbose, its run is simulated too.
+    """
     from llmpq.plan import load_plan
+    from llmpq.planner.accuracy import with_accuracy
     from llmpq.planner.evaluate import evaluate, shortages, to_assignment
     from llmpq.planner.planning import Planned
 
     start = time.monotonic()
-    plan = load_plan(path)
-    problem, _, notes = make_problem(arguments, read_inputs(arguments, plan), plan)
-    _check_evaluable(problem, plan, path)
-    plan = _in_flight(plan, len(problem.lengths))
+    filed = load_plan(path)
+    problem, _, notes = make_problem(arguments, read_inputs(arguments, filed), filed)
+    _check_evaluable(problem, filed, path)
+    plan = _in_flight(filed, len(problem.lengths))
     assignment = to_assignment(plan, problem.cluster)
-    predicted = evaluate(problem, assignment)
+    predicted = with_accuracy(problem, assignment, evaluate(problem, assignment))
     predicted = predicted.model_copy(update={"planning_s": time.monotonic() - start})
     priced = plan.model_copy(
         update={
@@ -183,8 +189,30 @@ def evaluate_plan(arguments: Arguments, path: Path) -> None:
         }
     )
     report(console(arguments.quiet), arguments, problem, Planned(priced), notes, [])
-    write_plan(arguments, priced)
+    if trace is not None or arguments.verbose:
+        write_with_run(arguments, problem, priced, trace, filed)
+    else:
+        write_plan(arguments, priced)
     _raise_shortages(plan, shortages(problem, assignment))
+
+
+def write_with_run(
+    arguments: Arguments,
+    problem: "Problem",
+    plan: "Plan",
+    trace: Path | None,
+    filed: "Plan | None" = None,
+) -> None:
+    """Writes a plan; simulates its run, shows it, and adds it to what `--json` asked for.
+
+    `filed`: the plan as `llmpq-run` would read it, where that was made for another workload.
+    """
+    from llmpq.cli.plan_trace import show_run
+
+    write_plan(replace(arguments, json_path=None), plan)
+    simulated = show_run(arguments, problem, plan, trace, filed or plan)
+    values = plan.model_dump(mode="json") | {"simulated": simulated}
+    emit(json.dumps(values, indent=1), arguments.json_path)
 
 
 def _in_flight(plan: "Plan", num_requests: int) -> "Plan":

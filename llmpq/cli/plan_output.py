@@ -42,9 +42,11 @@ def report(
 
 def _warnings(arguments: Arguments, problem: "Problem", plan: "Plan") -> list[str]:
     """What a plan asks of its reader."""
+    from llmpq.planner.accuracy import warnings
+    from llmpq.planner.evaluate import to_assignment
     from llmpq.planner.problem import OVER
 
-    found = []
+    found = warnings(problem, to_assignment(plan, problem.cluster))
     if any(stage.tensor_parallel > 1 for stage in plan.stages):
         found.append(
             "this plan has stages of several devices, which llmpq-run cannot run yet (for one that "

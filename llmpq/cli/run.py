@@ -317,6 +317,7 @@ def _report(
         num_new_tokens=collector.num_tokens,
         stages=stages,
         predicted=predicted,
+        plan=plan,
         error_percent=_error_percent(plan, collector, total_s),
         provenance=Provenance.here(),
     )

@@ -14,6 +14,8 @@ from llmpq.cluster import Cluster, Device
 from llmpq.costs.memory import StageMemory, stage_memory
 from llmpq.costs.timeline import PhaseTimes, batch_s, split, wait_counts
 from llmpq.plan import Plan, Predicted, PredictedStage, Stage
+from llmpq.planner.accuracy import with_accuracy
+from llmpq.planner.instance import kernels_of
 from llmpq.planner.problem import (
     Assignment,
     BatchGroup,
@@ -70,6 +72,7 @@ def memory_of(problem: Problem, assignment: Assignment, rank: int) -> StageMemor
         prefill_micro_batch=setting.prefill_micro_batch,
         prompt_tokens=problem.max_prompt_tokens,
         decode_micro_batch=setting.decode_micro_batch,
+        kernels=kernels_of(problem, setting.places[rank].type),
     )
 
 
@@ -94,7 +97,7 @@ def to_plan(problem: Problem, assignment: Assignment, method: str, predicted: Pr
         prefill_micro_batch=setting.prefill_micro_batch,
         decode_micro_batch=setting.decode_micro_batch,
         stages=_stages(assignment),
-        predicted=predicted,
+        predicted=with_accuracy(problem, assignment, predicted),
         provenance=Provenance.here(),
     )
 

@@ -20,6 +20,7 @@ import numpy as np
 from llmpq.costs import memory
 from llmpq.model_spec import tensor_parallel_degrees
 from llmpq.planner.baselines import amount, in_bits, least_omega
+from llmpq.planner.instance import capacity, unpacked_bytes
 from llmpq.planner.layouts import Mix, canonical, ends, mixes
 from llmpq.planner.problem import OVER, Problem, Setting
 from llmpq.planner.search import batch_options
@@ -67,7 +68,8 @@ def roomiest_mixes(problem: Problem) -> list[Mix]:
 def _cheapest_settings(problem: Problem, mix: Mix) -> Iterator[Setting]:
     """The fewest requests in flight, micro-batches of 1; an order for each first and last place.
 
-    Other orders between the same ends need the same memory.
+    Other orders between the same ends need the same memory. (Messages of larger micro-batches have
+    fewer headers: for models a few dozen wide, that can outweigh what their computing takes.)
     """
     batch = min(batch_options(problem))
     for first, last in ends(problem.cluster, mix):
@@ -136,23 +138,8 @@ def _held_by(problem: Problem, setting: Setting, rank: int) -> int:
 
 def _room(problem: Problem, setting: Setting, rank: int) -> int:
     """Bytes that layers may take on each device of a place, beside ends and activations."""
-    place, batch = setting.places[rank], setting.batch
     first, last = rank == 0, rank == len(setting.places) - 1
-
-    def taken() -> int:
-        spec = problem.shard(place)
-        activations = memory.activation_bytes(
-            spec,
-            last=last,
-            cache_tokens=problem.cache_tokens(batch),
-            prefill_micro_batch=setting.prefill_micro_batch,
-            prompt_tokens=problem.max_prompt_tokens,
-            decode_micro_batch=setting.decode_micro_batch,
-        )
-        return memory.end_weight_bytes(spec, first=first, last=last) + activations
-
-    key = ("explained room", place.tensor_parallel, first, last, setting.batch)
-    return place.memory_bytes - problem.once(key, taken)
+    return int(capacity(problem, setting.sizes, setting.places[rank], first, last)[0, 0])
 
 
 def _least_layer(problem: Problem, setting: Setting, rank: int) -> tuple[str, int, int]:
@@ -163,11 +150,12 @@ def _least_layer(problem: Problem, setting: Setting, rank: int) -> tuple[str, in
 def _option_bytes(problem: Problem, setting: Setting, rank: int) -> list[tuple[str, int, int]]:
     """What `_least_layer` says of one precision, of all that a place offers."""
     place, batch = setting.places[rank], setting.batch
+    first, last = rank == 0, rank == len(setting.places) - 1
 
     def compute() -> list[tuple[str, int, int]]:
         spec = problem.shard(place)
         cache = memory.layer_cache_bytes(spec, batch, problem.cache_tokens(batch))
-        unpacked = memory.unpacked_bytes(spec)
+        unpacked = int(unpacked_bytes(problem, setting.sizes, place, first, last)[0, 0])
         offered = problem.times[place.type].precisions
         return [
             (p, memory.layer_weight_bytes(spec, p) + cache, unpacked * memory.is_packed(p))
@@ -175,7 +163,10 @@ def _option_bytes(problem: Problem, setting: Setting, rank: int) -> list[tuple[s
             if p in offered
         ]
 
-    return problem.once(("explained options", place.type, place.tensor_parallel, batch), compute)
+    return problem.once(
+        ("explained options", place.type, place.tensor_parallel, first, last, setting.sizes),
+        compute,
+    )
 
 
 def _missing_in_all(problem: Problem, setting: Setting) -> float:

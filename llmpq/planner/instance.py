@@ -15,14 +15,13 @@ Not covered: what a choice of layers costs (`value`).
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
 from llmpq.costs import memory
-from llmpq.costs.latency import Seconds
+from llmpq.costs.links import Seconds
 from llmpq.costs.timeline import split, wait_counts
-from llmpq.model_spec import ModelSpec
 from llmpq.planner.problem import (
     Place,
     Problem,
@@ -165,7 +164,12 @@ def make_instance(problem: Problem, setting: Setting) -> Instance:
         link=stack([c.map(_first) for c in link_costs(problem, sizes, [p.node for p in places])]),
         layer_bytes=np.stack([layer_bytes(problem, setting.batch, place) for place in places]),
         capacity=np.array(room),
-        unpacked_bytes=np.array([unpacked_bytes(problem, place) for place in places]),
+        unpacked_bytes=np.array(
+            [
+                unpacked_bytes(problem, sizes, p, j == 0, j == last)[0, 0]
+                for j, p in enumerate(places)
+            ]
+        ),
         packed=np.array([memory.is_packed(p) for p in problem.precisions]),
         omega=omega_of(problem),
         overlap=_overlap(problem, setting),
@@ -188,34 +192,74 @@ def _first(array: np.ndarray) -> np.ndarray:
 
 
 def capacity(problem: Problem, sizes: Sizes, place: Place, first: bool, last: bool) -> np.ndarray:
-    """[P, Q]: bytes that layers may take on each device, beside ends and activations."""
+    """[P, Q]: bytes that layers may take on each device, beside ends, activations, messages."""
+    room = _room_beside_messages(problem, sizes, place, first, last)
+    key = ("messages", place.tensor_parallel, first, last, sizes)
+    return np.asarray(room - problem.once(key, lambda: _messages(problem, sizes, first, last)))
 
-    def compute() -> np.ndarray:
-        spec = problem.shard(place)
-        ends = memory.end_weight_bytes(spec, first=first, last=last)
-        return np.array(
+
+def most_room(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:
+    """[P, Q]: no place in a pipeline (or alone) leaves layers more."""
+    return _room_beside_messages(problem, sizes, place, alone, alone)
+
+
+def _room_beside_messages(
+    problem: Problem, sizes: Sizes, place: Place, first: bool, last: bool
+) -> np.ndarray:
+    ends = memory.end_weight_bytes(problem.shard(place), first=first, last=last)
+    taken = ends + _activations(problem, sizes, place, first, last, ("16",))
+    return np.asarray(place.memory_bytes - taken)
+
+
+def _messages(problem: Problem, sizes: Sizes, first: bool, last: bool) -> np.ndarray:
+    """[P, Q]: messages are as wide as the model on every device."""
+    return np.array(
+        [
             [
-                [ends + _activations(problem, spec, sizes.batch, p, q, last) for q in sizes.decode]
-                for p in sizes.prefill
-            ],
-            dtype=float,
-        )
-
-    key = ("taken", place.tensor_parallel, first, last, sizes)
-    return np.asarray(place.memory_bytes - problem.once(key, compute))
+                memory.buffer_bytes(
+                    problem.spec,
+                    first=first,
+                    last=last,
+                    batch=sizes.batch,
+                    prefill_micro_batch=p,
+                    prompt_tokens=problem.max_prompt_tokens,
+                    decode_micro_batch=q,
+                )
+                for q in sizes.decode
+            ]
+            for p in sizes.prefill
+        ],
+        dtype=float,
+    )
 
 
 def _activations(
-    problem: Problem, spec: ModelSpec, batch: int, prefill: int, decode: int, last: bool
-) -> int:
-    return memory.activation_bytes(
-        spec,
-        last=last,
-        cache_tokens=problem.cache_tokens(batch),
-        prefill_micro_batch=prefill,
-        prompt_tokens=problem.max_prompt_tokens,
-        decode_micro_batch=decode,
-    )
+    problem: Problem,
+    sizes: Sizes,
+    place: Place,
+    first: bool,
+    last: bool,
+    precisions: tuple[str, ...],
+) -> np.ndarray:
+    """[P, Q]: the larger peak of both phases, of a stage with layers at `precisions`."""
+    spec, kernels = problem.shard(place), kernels_of(problem, place.type)
+    seen = problem.cache_tokens(sizes.batch), problem.max_prompt_tokens
+    key = ("activations", place.tensor_parallel, kernels, first, last, precisions, seen)
+
+    def prefill(requests: int) -> int:
+        return memory.prefill_bytes(
+            spec, requests, seen[1], first=first, last=last, precisions=precisions, kernels=kernels
+        )
+
+    def decode(requests: int) -> int:
+        return memory.decode_bytes(
+            spec, requests, seen[0], first=first, last=last, precisions=precisions, kernels=kernels
+        )
+
+    return np.maximum.outer(
+        [problem.once((*key, "prefill", p), partial(prefill, p)) for p in sizes.prefill],
+        [problem.once((*key, "decode", q), partial(decode, q)) for q in sizes.decode],
+    ).astype(float)
 
 
 def layer_bytes(problem: Problem, batch: int, place: Place) -> np.ndarray:
@@ -230,10 +274,22 @@ def layer_bytes(problem: Problem, batch: int, place: Place) -> np.ndarray:
     return problem.once(("bytes", batch, place.tensor_parallel), compute)
 
 
-def unpacked_bytes(problem: Problem, place: Place) -> float:
-    """What a stage with any packed layer takes besides."""
-    key = ("unpacked", place.tensor_parallel)
-    return problem.once(key, lambda: float(memory.unpacked_bytes(problem.shard(place))))
+def unpacked_bytes(
+    problem: Problem, sizes: Sizes, place: Place, first: bool, last: bool
+) -> np.ndarray:
+    """[P, Q]: what a stage with any packed layer takes besides, at the precision that takes most.
+
+    A plan whose stage has none of that precision takes less (`evaluate.memory_of`).
+    """
+    packed = tuple(p for p in problem.precisions if memory.is_packed(p))
+    plain = _activations(problem, sizes, place, first, last, ("16",))
+    more = _activations(problem, sizes, place, first, last, packed) if packed else plain
+    return np.maximum(more - plain, 0.0)
+
+
+def kernels_of(problem: Problem, device_type: str) -> memory.Kernels:
+    """Those of this machine's CPU where one does the computing, as in rehearsals."""
+    return memory.cpu_kernels() if problem.times[device_type].on_cpu else "card"
 
 
 def omega_of(problem: Problem) -> np.ndarray:

@@ -31,6 +31,7 @@ from llmpq.planner.instance import (
     least_hop,
     least_way_back,
     link_costs,
+    most_room,
     unpacked_bytes,
 )
 from llmpq.planner.layouts import Mix, num_stages
@@ -85,7 +86,7 @@ def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
     layer = _stack([layer_costs(problem, sizes, place) for place in places])
     fixed = _stack([fixed_costs(problem, sizes, place, alone, alone) for place in places])
     link_sum, link_most = _links(problem, sizes, mix)
-    room = np.stack([capacity(problem, sizes, place, alone, alone) for place in places], axis=-1)
+    room = np.stack([most_room(problem, sizes, place, alone) for place in places], axis=-1)
     num_bytes = np.stack([_least_bytes(problem, sizes, place, alone) for place in places])
     many = np.array([count for _, count in kinds], dtype=float)
     held = np.floor(room.max(axis=(0, 1)) * OVER / num_bytes.min(axis=1))
@@ -156,7 +157,7 @@ def _end_at(problem: Problem, sizes: Sizes, place: Place, last: bool) -> tuple[C
     def compute() -> tuple[Costs, np.ndarray]:
         middle = fixed_costs(problem, sizes, place, False, False).map(np.negative)
         added = combined([fixed_costs(problem, sizes, place, not last, last), middle], np.sum)
-        room = capacity(problem, sizes, place, False, False)
+        room = most_room(problem, sizes, place, False)
         return added, room - capacity(problem, sizes, place, not last, last)
 
     return problem.once(("end", kind_of(problem, place), last, sizes), compute)
@@ -181,10 +182,18 @@ def _least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> n
     """[B]: a packed layer takes its share of the unpacked matrix of as many as fit at most."""
     held = layer_bytes(problem, sizes.batch, place)
     packed = np.array([is_packed(p) for p in problem.precisions])
-    room = capacity(problem, sizes, place, alone, alone).max() - unpacked_bytes(problem, place)
+    unpacked = _least_unpacked(problem, sizes, place, alone)
+    room = most_room(problem, sizes, place, alone).max() - unpacked
     most = np.floor(max(room, 0.0) * OVER / held.min())
     most = min(max(most, 1.0), problem.spec.num_layers)
-    return np.asarray(held + packed * unpacked_bytes(problem, place) / most)
+    return np.asarray(held + packed * unpacked / most)
+
+
+def _least_unpacked(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> float:
+    """Wherever in the pipeline the place lies."""
+    ends = [(True, True)] if alone else [(False, False), (True, False), (False, True)]
+    each = [unpacked_bytes(problem, sizes, place, first, last) for first, last in ends]
+    return float(min(some.min() for some in each))
 
 
 def is_hopeless(pool: Pool) -> np.ndarray:

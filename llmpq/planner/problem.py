@@ -21,8 +21,10 @@ import numpy as np
 
 from llmpq.cluster import Cluster
 from llmpq.costs import links
-from llmpq.costs.latency import LayerTimes, Seconds, tensor_parallel_times
+from llmpq.costs.latency import LayerTimes
+from llmpq.costs.links import Seconds
 from llmpq.costs.quality import QualityModel
+from llmpq.costs.shards import tensor_parallel_times
 from llmpq.costs.timeline import mean_past
 from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Profile

@@ -184,13 +184,22 @@ def _stage_table(plan: Plan, predicted: Predicted) -> Table:
 
 
 def _time_table(plan: Plan, predicted: Predicted) -> Table:
-    """How long every stage takes for a micro-batch, and its share of the slowest stage."""
-    table = _table(["rank", "device"], ["prefill ms", "", "decode ms", ""])
-    prefill = _time_cells([stage.prefill_s for stage in predicted.stages])
-    decode = _time_cells([stage.decode_step_s for stage in predicted.stages])
-    for stage, *cells in zip(plan.stages, prefill, decode, strict=True):
-        table.add_row(str(stage.rank), _devices(stage), *cells[0], *cells[1])
+    """Every stage's time for a micro-batch, how far off it may be, its share of the slowest."""
+    table = _table(["rank", "device"], ["prefill ms", "+-", "", "decode ms", "+-", ""])
+    table.add_column("source")
+    prefill = _time_cells([s.prefill_s for s in predicted.stages])
+    decode = _time_cells([s.decode_step_s for s in predicted.stages])
+    for stage, times, (before, bar), (step, step_bar) in zip(
+        plan.stages, predicted.stages, prefill, decode, strict=True
+    ):
+        first = before, _error(times.prefill_error_percent), bar
+        then = step, _error(times.decode_error_percent), step_bar
+        table.add_row(str(stage.rank), _devices(stage), *first, *then, times.source or "")
     return table
+
+
+def _error(percent: float | None) -> str:
+    return "" if percent is None else f"{percent:.0f} %"
 
 
 def _table(left: Sequence[str], right: Sequence[str], title: str | None = None) -> Table:
@@ -261,13 +270,20 @@ def _summary(plan: Plan, predicted: Predicted, quality_source: str, limits: str)
         "times are of one micro-batch",
         f"{plan.batch} requests in flight, micro-batches of {plan.prefill_micro_batch} (prefill) "
         f"and {plan.decode_micro_batch} (decode)",
-        f"[bold]{predicted.tokens_per_s:.1f} tokens/s[/] predicted: {predicted.total_s:.2f} s "
-        f"(prefill {predicted.prefill_s:.2f} s, decode {predicted.decode_s:.2f} s)",
+        f"[bold]{predicted.tokens_per_s:.1f} tokens/s[/] predicted{_expected_error(predicted)}: "
+        f"{predicted.total_s:.2f} s (prefill {predicted.prefill_s:.2f} s, "
+        f"decode {predicted.decode_s:.2f} s)",
         f"quality loss {predicted.quality_loss_percent:.3f} % of perplexity "
         f"({escape(quality_source)}); {limits}",
         f"objective {predicted.objective:.4g}, {_bound(predicted)}; "
         f"planned in {predicted.planning_s:.1f} s",
     ]
+
+
+def _expected_error(predicted: Predicted) -> str:
+    """As far as the times of layers go; what a schedule or a link adds is not known."""
+    percent = predicted.error_percent
+    return "" if percent is None else f" (layer times +-{percent:.0f} %)"
 
 
 def _bound(predicted: Predicted) -> str:

@@ -88,7 +88,10 @@ def sum_omega(instance: Instance, choice: Choice) -> float:
 
 
 def fits(instance: Instance, choice: Choice) -> bool:
-    """Every device has the memory for its layers, to the byte: `evaluate.shortages` agrees."""
+    """Every device has the memory for its layers, unpacking at the precision that takes most.
+
+    A plan that fits so fits by `evaluate.shortages`, which looks at its own precisions alone.
+    """
     return bool((shortage(instance, count_options(instance, choice)) <= 0).all())
 
 

@@ -120,3 +120,20 @@ def test_profile_holds_every_precision_of_the_card(tmp_path: Path) -> None:
     profile = Profile.model_validate_json(path.read_text())
     assert {row.precision for row in profile.rows} >= {"16", "8", "4", "3"}
     assert profile.device.type == "cuda"
+    assert profile.device.context_bytes is not None and profile.device.context_bytes > 50 * 2**20
+    assert {row.what for row in profile.memory} == {"layer_weights", "cache", "activations"}
+    assert any(note.startswith("card before: ") for note in profile.notes)
+
+
+def test_the_card_is_listed_and_its_cluster_can_be_read(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from llmpq.cli.profile import main
+    from llmpq.cluster import load_cluster
+
+    path = tmp_path / "cluster.yaml"
+    result = CliRunner().invoke(main, ["devices", "--cluster-out", str(path), "--json", "-"])
+    assert result.exit_code == 0, result.output
+    (card, *_) = json.loads(result.stdout)["here"][1:]
+    assert card["bandwidth_gbs"] > 100 and 0 < card["free_gib"] <= card["memory_gib"]
+    assert len(load_cluster(path).devices()) == torch.cuda.device_count()

@@ -95,7 +95,7 @@ def profiles(tmp_path_factory) -> Path:
     result = call(
         profile.main,
         *("layers", "--model", "tiny-tales", "--type", "fast", "--device", "cpu"),
-        *("--threads", 1, "--precisions", "16,4", "--budget-s", 1),
+        *("--threads", 1, "--precisions", "16,4", "--budget-s", 25),
         *("--prefill-micro-batches", "1,2", "--decode-micro-batches", "1,4"),
         *("--prompt-tokens", "8,16", "--past-tokens", "8,24", "-o", path, "-q"),
     )

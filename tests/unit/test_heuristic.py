@@ -124,7 +124,8 @@ def best_of_cut(instance: Instance, ends: list[int]) -> float:
     omega = sum(o[i] for o, i in zip(omegas, picked, strict=True))
     totals = np.stack([h[i] for h, i in zip(held, picked, strict=True)])  # [N, M, B]
     value = run_seconds(many_totals(instance, totals), column(instance.link), instance.overlap)
-    value = np.where(omega <= instance.budget, value + instance.theta * omega, np.inf)
+    allowed = omega <= instance.budget * (1 + 1e-12)  # sums of another order round otherwise
+    value = np.where(allowed, value + instance.theta * omega, np.inf)
     return float(value.min(initial=np.inf))
 
 

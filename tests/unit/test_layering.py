@@ -37,7 +37,7 @@ def _names(text: str) -> frozenset[str]:
 
 NOUNS = _names(
     "llmpq errors precision artifact model_spec workload devices cluster profile_data plan "
-    "plan_diff report"
+    "plan_diff report link_data"
 )
 PLAIN = "pydantic yaml "
 TORCH = "torch transformers safetensors tokenizers numpy "
@@ -74,7 +74,10 @@ CAKE = [
 ]
 PARTS = {part.name: part for part in CAKE}
 # Modules that may import a little more than the rest of their part.
-MORE_THIRD_PARTY = {"llmpq.planner.report": _names("rich click")}
+MORE_THIRD_PARTY = {
+    "llmpq.planner.report": _names("rich click"),
+    "llmpq.planner.timeline_view": _names("rich"),
+}
 # Modules that may import only these of another part.
 ONLY = {("llmpq.run", "cli"): _names("llmpq.cli.run")}
 # Commands that must start without torch.

@@ -174,7 +174,7 @@ def test_more_memory_is_never_slower_and_never_overrun() -> None:
 
 
 def test_the_best_of_all_blocks_is_taken() -> None:
-    problem = make_problem(0.4, 8.0, link_gbs=0.05)
+    problem = make_problem(0.25, 8.0, link_gbs=0.05)
     plan = best(problem)
     tried = [
         offload_plan(problem, device, precision, 8, micro_batch)

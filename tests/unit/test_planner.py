@@ -241,7 +241,8 @@ def test_the_instance_never_exceeds_the_exact_time() -> None:
                 assert value >= exact * (1 - tolerance)
 
 
-def test_instance_memory_is_the_plans_memory() -> None:
+def test_instance_memory_is_the_plans_memory_or_a_little_more() -> None:
+    """A packed stage is given room for any of the packed precisions, and for a layer before."""
     problem = make_problem(1, 1, 1)
     setting = full_settings(problem)[7]
     instance = make_instance(problem, setting)
@@ -250,7 +251,9 @@ def test_instance_memory_is_the_plans_memory() -> None:
         assignment = from_choice(problem, setting, choice)
         predicted = evaluate(problem, assignment)
         exact = [s.peak_memory_bytes - s.memory_capacity_bytes for s in predicted.stages]
-        assert short.tolist() == exact
+        assert (short >= exact).all()
+        held = [s.peak_memory_bytes for s in predicted.stages]
+        assert (short - exact <= 0.3 * np.array(held)).all()
 
 
 def test_tokens_per_second_count_generated_tokens_only() -> None:
