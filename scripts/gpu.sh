@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a machine with an NVIDIA GPU can tell: GPU tests, profiles, kernels, end to end.
 #
-#   OUT=./gpu-out scripts/gpu.sh [STEP..]      all steps, or those named: tests profile kernels endtoend
+#   OUT=./gpu-out scripts/gpu.sh [STEP..]      all steps, or those named: tests profile kernels fidelity endtoend
 #
 # Runs on the active Python (PYTHON, default python3), which must have torch with CUDA; nothing is
 # installed. A step that fails stops no other; each one's exit code is printed at the end and kept in
@@ -42,13 +42,16 @@ step() {
 
 step tests tests "$python" -m pytest -q -m gpu --continue-on-collection-errors tests
 
+step profile devices "$python" -m llmpq.cli.profile devices --cluster-out "$out/cluster.yaml" --force
 for model in $models; do
     step profile "profile-$model" "$python" -m llmpq.cli.profile layers \
-        --model "configs/models/$model.json" --device cuda --type "$type" --budget-s 45 \
-        --prompt-tokens 128,512,1024 --past-tokens 128,512,1024 -o "$out/profiles/$model.json"
+        --model "configs/models/$model.json" --device cuda --type "$type" --budget-s 60 \
+        -o "$out/profiles/$model.json"
 done
 
 step kernels kernels "$python" scripts/bench/kernels.py --json "$out/kernels.json"
+step fidelity fidelity "$python" scripts/bench/fidelity.py --only shapes memory --device cuda \
+    --json "$out/fidelity.json"
 step endtoend endtoend "$python" scripts/bench/endtoend.py --device cuda --json "$out/endtoend.json"
 
 echo "== step, exit code, seconds"

@@ -43,6 +43,13 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def shared_data() -> Path | None:
+    """The folder of measured tables and small models: $LLMPQ_SHARED, or a shared/ near."""
+    root, named = Path(__file__).resolve().parents[2], os.environ.get("LLMPQ_SHARED")
+    roots = [Path(named)] if named else [root / "shared", root.parent / "shared"]
+    return next((r / "data" for r in roots if (r / "data").is_dir()), None)
+
+
 def machine() -> dict[str, Any]:
     """The machine, as far as times depend on it."""
     names = [
