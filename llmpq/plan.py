@@ -18,6 +18,7 @@ from llmpq.errors import UserError
 from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.plan_diff import Place, PlanDiff, changes, layer_ranges
 from llmpq.precision import PRECISIONS
+from llmpq.quantizer import Quantizer
 from llmpq.workload import Workload
 
 
@@ -134,6 +135,7 @@ class Plan(Strict):
     prefill_micro_batch: PositiveInt
     decode_micro_batch: PositiveInt
     kv_precision: Literal["16"] = "16"
+    quantizer: Quantizer = Quantizer()
     stages: list[Stage] = Field(min_length=1)
     predicted: Predicted | None = None
     baselines: list[Baseline] = []

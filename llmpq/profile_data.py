@@ -8,9 +8,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict, parse_json, read_json, validate
 from llmpq.errors import UserError
 from llmpq.precision import PRECISIONS
+from llmpq.quantizer import Quantizer
 
 # "stage_*": what one call of a stage costs beside its layers (masks, positions, messages).
 Phase = Literal["prefill", "decode", "embedding", "head", "stage_prefill", "stage_decode"]
+DECODES = ("decode", "stage_decode")
 # Of what a memory row counts the bytes.
 MemoryOf = Literal["layer_weights", "cache", "activations"]
 # Of files that llmpq writes beside profiles.
@@ -21,6 +23,8 @@ class ProfiledDevice(Strict):
     """The device that was measured.
 
     `context_bytes`: what the framework holds there before any tensor. `bandwidth_gbs`: of a copy.
+    `reference_ms`: of a fixed computation at the speed that the times are given for, where the
+    machine's speed changed while it was measured.
     """
 
     name: str
@@ -31,6 +35,7 @@ class ProfiledDevice(Strict):
     dtype: str | None = None
     context_bytes: NonNegativeInt | None = None
     bandwidth_gbs: PositiveFloat | None = None
+    reference_ms: PositiveFloat | None = None
 
 
 class ProfileRow(Strict):
@@ -51,6 +56,13 @@ class ProfileRow(Strict):
     time_ms_p10: PositiveFloat
     time_ms_p90: PositiveFloat
     num_samples: PositiveInt
+
+    @property
+    def tokens(self) -> int:
+        """What its phase depends on: tokens of a prompt, or (decode) in the cache; head: none."""
+        if self.phase in DECODES:
+            return self.past_tokens
+        return 0 if self.phase == "head" else self.prompt_tokens
 
 
 class Candidate(NamedTuple):
@@ -106,27 +118,47 @@ class Profile(Strict):
 
 
 class LayerSensitivity(Strict):
-    """Rise of the loss (nats a token) when this layer alone is held at `precision`."""
+    """What it costs to hold this layer alone (or a part of it) at `precision`.
+
+    `sensitivity` is in the indicator's own unit: nats a token for "measured". Plans are made from
+    rows of whole layers; rows of parts ("attention", "ffn") are there to be read.
+    """
 
     layer: NonNegativeInt
     precision: str
     sensitivity: float
+    part: Literal["layer", "attention", "ffn"] = "layer"
+
+
+class MeasuredPlan(Strict):
+    """A precision for every layer, measured as a whole; `rise` of the loss in nats a token."""
+
+    precisions: list[str]
+    sum_sensitivity: float
+    rise: float
 
 
 class QualityFit(Strict):
-    """Percent of perplexity from summed sensitivity x: 100 * (exp(scale * x) - 1)."""
+    """Percent of perplexity from summed sensitivity x: 100 * (exp(scale * x) - 1).
+
+    `upper_scale`, where there is one, is above what nearly all measured plans need: budgets are
+    held with it. `plans` are what the fit was made from.
+    """
 
     scale: float = Field(ge=0)
     mean_abs_error_percent: float = Field(ge=0)
     num_plans: NonNegativeInt
+    upper_scale: float | None = Field(default=None, ge=0)
+    plans: list[MeasuredPlan] = []
 
 
 class CalibrationText(Strict):
-    """What the sensitivity was measured on."""
+    """What the sensitivity was measured on: `num_tokens` in windows of `window`."""
 
     source: str
     num_tokens: NonNegativeInt
     loss: float | None = None
+    window: PositiveInt | None = None
 
 
 class Sensitivity(Strict):
@@ -140,12 +172,19 @@ class Sensitivity(Strict):
     layers: list[LayerSensitivity]
     calibration: CalibrationText
     fit: QualityFit
+    quantizer: Quantizer = Quantizer()
+    method: Literal["fast", "exact"] | None = None
+    seconds: float | None = None
+    peak_memory_bytes: NonNegativeInt | None = None
+    notes: list[str] = []
     provenance: Provenance = Provenance()
 
     def table(self) -> dict[str, list[float]]:
         """Sensitivity by precision and layer; "16" costs nothing, negative noise counts as 0."""
         table = {p: [float("nan")] * self.num_layers for p in PRECISIONS if p != "16"}
         for row in self.layers:
+            if row.part != "layer":
+                continue
             if row.precision in table and row.layer < self.num_layers:
                 table[row.precision][row.layer] = max(0.0, row.sensitivity)
         complete = {p: values for p, values in table.items() if not any(v != v for v in values)}

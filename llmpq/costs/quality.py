@@ -1,6 +1,7 @@
 """What lower precisions cost in quality: a sensitivity a layer and precision, which add up.
 
-Summed sensitivity x (nats a token) means 100 * (exp(scale * x) - 1) percent of perplexity.
+Summed sensitivity x means 100 * (exp(scale * x) - 1) percent of perplexity. Budgets are held with
+`upper_scale`, which nearly all measured plans stayed below; what is shown is the expected rise.
 Without a sensitivity file there is a prior, the same for all layers: its orders of magnitude are
 those of round-to-nearest weights in groups of 128, as the GPTQ and AWQ papers publish them for
 models of 7 to 13 billion parameters. It is no measurement of the model at hand, and says so.
@@ -13,9 +14,13 @@ from dataclasses import dataclass
 from llmpq.errors import UserError
 from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Sensitivity
+from llmpq.quantizer import Quantizer
 
 # Rise of the loss, in nats a token, when all layers are held at a precision.
-PRIOR_NATS = {"16": 0.0, "8": 0.001, "8-w8a8": 0.01, "4": 0.05, "3": 0.25}
+PRIOR_NATS = {"16": 0.0, "8": 0.001, "8-w8a8": 0.01, "4": 0.05, "3": 0.25} | {
+    "nf4": 0.04,
+    "8-bnb": 0.001,
+}
 PRIOR_SOURCE = "prior, not measured for this model"
 DEFAULT_MAX_LOSS_PERCENT = 1.0
 MAX_EXPONENT = 700.0  # a little more has no exponential among floats
@@ -23,23 +28,40 @@ MAX_EXPONENT = 700.0  # a little more has no exponential among floats
 
 @dataclass(frozen=True)
 class QualityModel:
-    """`omega[precision][layer]`, and the fit that turns its sum into percent of perplexity."""
+    """`omega[precision][layer]`, and the fit that turns its sum into percent of perplexity.
+
+    `quantizer`: how the weights are rounded for which this holds.
+    """
 
     omega: Mapping[str, Sequence[float]]
     scale: float
     source: str
+    upper_scale: float | None = None
+    quantizer: Quantizer = Quantizer()
+
+    def expected_percent(self, sum_omega: float) -> float:
+        """The rise of the perplexity in percent that is to be expected."""
+        return _percent(self.scale * sum_omega)
 
     def percent(self, sum_omega: float) -> float:
-        """Rise of the perplexity in percent."""
-        return 100 * math.expm1(min(self.scale * sum_omega, MAX_EXPONENT))
+        """The rise that is hardly exceeded: what budgets are held against."""
+        return _percent(self._held * sum_omega)
 
     def budget(self, percent: float) -> float:
-        """The largest summed sensitivity whose rise is at most `percent`."""
-        return math.log1p(percent / 100) / self.scale if self.scale else math.inf
+        """The largest summed sensitivity whose rise hardly exceeds `percent`."""
+        return math.log1p(percent / 100) / self._held if self._held else math.inf
+
+    @property
+    def _held(self) -> float:
+        return self.scale if self.upper_scale is None else max(self.scale, self.upper_scale)
 
     def sum_omega(self, precisions: Sequence[str]) -> float:
         """Summed sensitivity of a precision for every layer."""
         return math.fsum(self.omega[p][layer] for layer, p in enumerate(precisions))
+
+
+def _percent(nats: float) -> float:
+    return 100 * math.expm1(min(nats, MAX_EXPONENT))
 
 
 def prior_quality(num_layers: int) -> QualityModel:
@@ -56,4 +78,5 @@ def measured_quality(sensitivity: Sensitivity, spec: ModelSpec, path: str) -> Qu
             f"{spec.name} has {spec.num_layers}"
         )
     source = f"{sensitivity.indicator}, {sensitivity.model}"
-    return QualityModel(sensitivity.table(), sensitivity.fit.scale, source)
+    fit, quantizer = sensitivity.fit, sensitivity.quantizer
+    return QualityModel(sensitivity.table(), fit.scale, source, fit.upper_scale, quantizer)

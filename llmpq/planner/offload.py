@@ -217,7 +217,7 @@ def _plan(
         decode_s=math.inf,
         total_s=math.inf,
         tokens_per_s=0.0,
-        quality_loss_percent=problem.quality.percent(_omega(problem, block.precision)),
+        quality_loss_percent=problem.quality.expected_percent(_omega(problem, block.precision)),
         objective=math.inf,
     )
 
