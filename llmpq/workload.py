@@ -113,6 +113,26 @@ def batches(lengths: Sequence[tuple[int, int]], batch: int) -> list[Batch]:
     return [_batch(group, lengths) for group in groups]
 
 
+def fitting(batch: Batch, lengths: Sequence[tuple[int, int]], reserved: int) -> list[Batch]:
+    """A batch in halves until each needs at most `reserved` tokens of cache, or is one request."""
+    members = batch.requests
+    small = len(members) * (batch.prompt_tokens + batch.new_tokens) <= reserved
+    if small or len(members) == 1:
+        return [batch]
+    middle = len(members) // 2
+    halves = [_batch(half, lengths) for half in (members[:middle], members[middle:])]
+    return [part for half in halves for part in fitting(half, lengths, reserved)]
+
+
+def prefill_size(planned_size: int, prompt_tokens: int, planned_prompt_tokens: int) -> int:
+    """Prompts a prefill micro-batch: fewer where they are longer than the plan foresaw.
+
+    Attention's memory grows with the square of the length, so the size shrinks with it.
+    """
+    longer = max(1, -(-prompt_tokens // planned_prompt_tokens))
+    return max(1, planned_size // longer**2)
+
+
 def _batch(group: tuple[int, ...], lengths: Sequence[tuple[int, int]]) -> Batch:
     return Batch(
         requests=group,

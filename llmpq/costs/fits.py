@@ -234,18 +234,11 @@ def _expected(fits: "dict[tuple[str, str], Fitted]", candidate: Candidate) -> fl
 
 def points_of(rows: Sequence[ProfileRow]) -> Points:
     """Rows of one phase as arrays; several rows of one point are averaged."""
-    keys = np.array([(row.micro_batch, length_of(row)) for row in rows], dtype=float)
+    keys = np.array([(row.micro_batch, row.tokens) for row in rows], dtype=float)
     unique, where = np.unique(keys, axis=0, return_inverse=True)
     times = np.array([row.time_ms for row in rows]) / 1000
     seconds = np.bincount(where.ravel(), weights=times) / np.bincount(where.ravel())
     return Points(rows[0].phase, unique[:, 0], unique[:, 1], seconds)
-
-
-def length_of(row: ProfileRow) -> int:
-    """The tokens that its phase depends on: of the prompt, or in the cache."""
-    if row.phase in ("decode", "stage_decode"):
-        return row.past_tokens
-    return 0 if row.phase == "head" else row.prompt_tokens
 
 
 def grouped(rows: Iterable[ProfileRow]) -> dict[tuple[str, str], list[ProfileRow]]:

@@ -8,8 +8,8 @@ that takes for itself, by its precision and number of rows: a packed matrix is u
 Buffers are the messages between stages that are alive at once.
 A stage that is rehearsed runs on a CPU, where kernels and parts differ from a card's (`Kernels`).
 Not covered: the framework's own context, which `Device.memory_bytes` leaves out already and a CPU
-worker's account does not hold; temporaries inside torch's kernels; sampling by top-k or top-p (see
-`SAMPLING_BYTES`).
+worker's account does not hold; temporaries inside torch's kernels; sampling by top-k or top-p,
+which takes some 40 bytes a logit.
 """
 
 import json
@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llmpq.model_spec import ALL_HEADS, ASSETS, Activations, Linear, ModelSpec, Moment
 from llmpq.precision import PRECISIONS, group_size
@@ -44,8 +44,6 @@ PACKED_STEP_8 = 16
 GRID_BYTES_READ = 8 + 8 + 4 + 4
 GRID_BYTES_HELD = 8 + 4 + 1 + 2
 HEADER_BYTES = 16  # of a message
-# Of each logit when tokens are drawn with top-k and top-p; greedy choice takes none.
-SAMPLING_BYTES = 40
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
@@ -199,27 +197,12 @@ def activation_bytes(
 
     `single`: the stage has just one layer, whose input is the stage's.
     """
-    prefill = prefill_bytes(
-        spec,
-        prefill_micro_batch,
-        prompt_tokens,
-        first=first,
-        last=last,
-        precisions=precisions,
-        single=single,
-        kernels=kernels,
+    ends = {"first": first, "last": last}
+    layers: dict[str, Any] = {"precisions": precisions, "single": single, "kernels": kernels}
+    return max(
+        prefill_bytes(spec, prefill_micro_batch, prompt_tokens, **ends, **layers),
+        decode_bytes(spec, decode_micro_batch, cache_tokens, **ends, **layers),
     )
-    decode = decode_bytes(
-        spec,
-        decode_micro_batch,
-        cache_tokens,
-        first=first,
-        last=last,
-        precisions=precisions,
-        single=single,
-        kernels=kernels,
-    )
-    return max(prefill, decode)
 
 
 def prefill_bytes(
@@ -238,8 +221,7 @@ def prefill_bytes(
     met = known.prefill + (known.prefill_first if first else ())
     met += known.prefill_last if last else ()
     batch = _MicroBatch(requests, tokens, tokens, kernels)
-    more = _projected_bytes(spec, batch.rows) if first or last else 0
-    return more + _peak(spec, batch, _of_stage(met, single), precisions)
+    return _peak(spec, batch, _of_stage(met, single), precisions, at_end=first or last)
 
 
 def decode_bytes(
@@ -257,9 +239,8 @@ def decode_bytes(
     known = activations_of(spec)
     met = known.decode + (known.decode_first if first else ())
     met += known.decode_last if last else ()
-    more = _projected_bytes(spec, requests) if first or last else 0
     batch = _MicroBatch(requests, 1, seen, kernels)
-    return more + _peak(spec, batch, _of_stage(met, single), precisions)
+    return _peak(spec, batch, _of_stage(met, single), precisions, at_end=first or last)
 
 
 def _projected_bytes(spec: ModelSpec, rows: int) -> int:
@@ -309,7 +290,12 @@ def _of_stage(moments: Iterable[Moment], single: bool) -> list[Moment]:
 
 
 def _peak(
-    spec: ModelSpec, batch: _MicroBatch, moments: Iterable[Moment], precisions: Collection[str]
+    spec: ModelSpec,
+    batch: _MicroBatch,
+    moments: Iterable[Moment],
+    precisions: Collection[str],
+    *,
+    at_end: bool,
 ) -> int:
     sizes = _sizes(spec, batch)
     own: dict[tuple[str, bool], float] = {}
@@ -319,7 +305,7 @@ def _peak(
         if op not in own:
             own[op] = _op_bytes(spec, batch, *op, precisions)
         most = max(most, own[op] + _live_bytes(moment, sizes))
-    return math.ceil(most)
+    return math.ceil(most) + (_projected_bytes(spec, batch.rows) if at_end else 0)
 
 
 def _sizes(spec: ModelSpec, batch: _MicroBatch) -> dict[str, int]:

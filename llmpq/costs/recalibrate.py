@@ -354,12 +354,12 @@ def _ran_rows(
     rows: Sequence[ProfileRow], times: LayerTimes, measured: Sequence[StageCalls], spec: ModelSpec
 ) -> list[ProfileRow]:
     """Rows, not corrected yet, of sizes and lengths that ran and that `rows` lack."""
-    known = {(r.precision, r.phase, r.micro_batch, _length(r)) for r in rows}
+    known = {(r.precision, r.phase, r.micro_batch, r.tokens) for r in rows}
     phases = {r.phase for r in rows}
     added = []
     for phase, size in dict.fromkeys((c.phase, c.micro_batch) for c in measured):
         mine = [c for c in measured if (c.phase, c.micro_batch) == (phase, size)]
-        lengths = {_length(row) for row in rows if row.phase == phase}
+        lengths = {row.tokens for row in rows if row.phase == phase}
         lengths |= {round(pick(c.tokens for c in mine)) for pick in (min, max)}
         count = sum(c.count for c in mine)
         for length in sorted(lengths):
@@ -418,7 +418,3 @@ def _row(
         time_ms_p90=time_ms,
         num_samples=count,
     )
-
-
-def _length(row: ProfileRow) -> int:
-    return row.past_tokens if row.phase.endswith("decode") else row.prompt_tokens

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmpq.cluster import Cluster, Link
 from llmpq.costs import links
-from llmpq.costs.fits import Accuracy, grouped, length_of
+from llmpq.costs.fits import Accuracy, grouped
 from llmpq.costs.latency import LayerTimes, TimeModel, device_times, measured_times, rows_of
 from llmpq.costs.links import Seconds, Tokens
 from llmpq.costs.spec_sheet import STARTS_S, Roofline, rooflines
@@ -155,6 +155,6 @@ def _overheads_s(
     for key, roofline in rooflines.items():
         if key in rows:
             shortest = min(rows[key], key=lambda row: row.time_ms)
-            busy_s = float(roofline.busy_s(shortest.micro_batch, length_of(shortest)))
+            busy_s = float(roofline.busy_s(shortest.micro_batch, shortest.tokens))
             beyond[key[1]].append(shortest.time_ms / 1000 - busy_s)
     return {phase: max(STARTS_S, min(seconds)) for phase, seconds in beyond.items()}

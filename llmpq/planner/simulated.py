@@ -13,7 +13,6 @@ places of ended requests (the runtime does not), the growth of a cache's memory.
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from llmpq.costs.timeline import Split, split, wait_counts
 from llmpq.planner.evaluate import actor_works
 from llmpq.planner.problem import Assignment, BatchGroup, Problem, Work
 from llmpq.workload import Batch as Requests
-from llmpq.workload import batches
+from llmpq.workload import batches, fitting, prefill_size
 
 NUMBER_BYTES = 8  # of a length in an announcement
 HEADER_NUMBERS = TABLE_COLUMNS = 3
@@ -117,7 +116,7 @@ def run_batches(
     batch = assignment.setting.batch
     longest = [b.prompt_tokens + b.new_tokens for b in batches(planned or problem.lengths, batch)]
     whole = batches(problem.lengths, batch)
-    return [part for b in whole for part in _fit(b, problem.lengths, batch * max(longest))]
+    return [part for b in whole for part in fitting(b, problem.lengths, batch * max(longest))]
 
 
 def totals(batches: Sequence[BatchRun]) -> Totals:
@@ -244,29 +243,6 @@ def _shape(
     steps = [max(new[end - n : end]) - 1 for n, end in zip(decodes, ends, strict=True)]
     prefills = _sizes(split(count, size))
     return Shape(prefills, decodes, requests.prompt_tokens, tuple(steps), is_first)
-
-
-def prefill_size(planned_size: int, prompt_tokens: int, planned_prompt_tokens: int) -> int:
-    """Prompts a prefill micro-batch: fewer where they are longer than the plan foresaw.
-
-    Attention's memory grows with the square of the length, so the size shrinks with it.
-    """
-    longer = max(1, math.ceil(prompt_tokens / planned_prompt_tokens))
-    return max(1, planned_size // longer**2)
-
-
-def _fit(batch: Requests, lengths: Lengths, reserved: int) -> list[Requests]:
-    """A batch in halves until each needs no more tokens of cache than are reserved."""
-    members = batch.requests
-    small = len(members) * (batch.prompt_tokens + batch.new_tokens) <= reserved
-    if small or len(members) == 1:
-        return [batch]
-    middle = len(members) // 2
-    parts = [
-        Requests(half, max(lengths[i][0] for i in half), max(lengths[i][1] for i in half))
-        for half in (members[:middle], members[middle:])
-    ]
-    return [fitting for part in parts for fitting in _fit(part, lengths, reserved)]
 
 
 def _sizes(parts: Split) -> tuple[int, ...]:

@@ -127,7 +127,7 @@ def farthest(
     """
     known = defaultdict(list)
     for row in rows:
-        cell = Candidate(row.precision, row.phase, row.micro_batch, tokens_of(row))
+        cell = Candidate(row.precision, row.phase, row.micro_batch, row.tokens)
         known[cell[:2]].append(cell)
     near = {c: min((_distance(c, k) for k in known[c[:2]]), default=math.inf) for c in candidates}
     chosen: list[Candidate] = []
@@ -137,11 +137,6 @@ def farthest(
         chosen.append(best)
         near = {c: min(d, _distance(c, best)) for c, d in near.items()}
     return chosen
-
-
-def tokens_of(row: ProfileRow) -> int:
-    """The tokens that a candidate of this row would name."""
-    return row.past_tokens if row.phase in ("decode", "stage_decode") else row.prompt_tokens
 
 
 def _distance(one: Candidate, other: Candidate) -> float:

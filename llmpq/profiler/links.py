@@ -28,6 +28,7 @@ import torch.distributed as dist
 from llmpq.cluster import Link
 from llmpq.errors import WorkerError
 from llmpq.link_data import LinkPair, LinkRow, NodeLink
+from llmpq.profiler.sampling import median_interval
 from llmpq.runtime.transport import Transport
 
 KIB, MIB = 1024, 1024**2
@@ -80,12 +81,10 @@ def uncertainty(samples: Sequence[float]) -> float:
 
     Infinite for fewer than six samples, which cannot give one.
     """
-    count = len(samples)
-    low = math.floor(count / 2 - 0.98 * math.sqrt(count)) - 1
-    if count < 6 or low < 0:
+    if len(samples) < 6:
         return math.inf
-    ordered = sorted(samples)
-    return (ordered[count - 1 - low] - ordered[low]) / 2 / median(ordered)
+    low, high = median_interval(np.sort(samples))
+    return (high - low) / 2 / median(samples)
 
 
 def one_way(trips: Trips) -> dict[int, list[float]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from llmpq.errors import UserError
-from llmpq.workload import Batch, batches
+from llmpq.workload import Batch, batches, fitting
 
 COLUMNS = 3  # prompt length, new tokens, number of the request
 
@@ -71,20 +71,7 @@ def fitting_batches(requests: Sequence[Request], batch: int, cache_tokens: int) 
             f"{too_long[0].new_tokens} tokens of cache; the plan reserves {reserved} in all"
         )
     lengths = [(len(r.prompt), r.new_tokens) for r in requests]
-    return [part for whole in batches(lengths, batch) for part in _fit(whole, lengths, reserved)]
-
-
-def _fit(batch: Batch, lengths: list[tuple[int, int]], reserved: int) -> list[Batch]:
-    if len(batch.requests) * (batch.prompt_tokens + batch.new_tokens) <= reserved:
-        return [batch]
-    middle = max(1, len(batch.requests) // 2)
-    halves = [batch.requests[:middle], batch.requests[middle:]]
-    parts = [
-        Batch(half, max(lengths[i][0] for i in half), max(lengths[i][1] for i in half))
-        for half in halves
-        if half
-    ]
-    return [small for part in parts for small in _fit(part, lengths, reserved)]
+    return [part for whole in batches(lengths, batch) for part in fitting(whole, lengths, reserved)]
 
 
 def table_of(batch: Batch, requests: Sequence[Request]) -> BatchTable:

@@ -23,6 +23,7 @@ from llmpq.runtime.rehearsal import Throttle
 from llmpq.runtime.sampler import Sampling, choose
 from llmpq.runtime.stopwatch import Stopwatch
 from llmpq.runtime.transport import Pending, Transport, message_bytes, pack, payload, unpack
+from llmpq.workload import prefill_size
 
 END = -1  # the header of the message that ends a batch
 
@@ -79,11 +80,6 @@ class Worker:
             return self.cache.max_batch, self.cache.max_tokens
         return table.num_requests, needed
 
-    def prefill_size(self, table: BatchTable) -> int:
-        """Prompts a prefill micro-batch: fewer where they are longer than the plan foresaw."""
-        longer = max(1, -(-table.prompt_tokens // self.planned_prompt_tokens))
-        return max(1, self.prefill_micro_batch // longer**2)
-
     def forward(
         self, hidden: torch.Tensor, table: BatchTable, start: int, end: int, past: int
     ) -> torch.Tensor:
@@ -109,7 +105,9 @@ class _BatchRun:
 
     def __init__(self, worker: Worker, table: BatchTable) -> None:
         self.worker, self.table = worker, table
-        self.prefills = micro_batches(table.num_requests, worker.prefill_size(table))
+        planned = worker.prefill_micro_batch, worker.planned_prompt_tokens
+        size = prefill_size(planned[0], table.prompt_tokens, planned[1])
+        self.prefills = micro_batches(table.num_requests, size)
         self.decodes = micro_batches(table.num_requests, worker.decode_micro_batch)
         self.numbers: list[int] = table.lengths[:, 2].tolist()
         self.sends: deque[Pending] = deque()

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,13 @@ from llmpq.planner.simulated import (
     BatchRun,
     Shape,
     num_spans,
-    prefill_size,
     run,
     run_batches,
     run_shapes,
     simulated_s,
     totals,
 )
-from llmpq.workload import Workload, request_lengths
+from llmpq.workload import Workload, prefill_size, request_lengths
 
 Lengths = Sequence[tuple[int, int]]
 
@@ -131,8 +129,6 @@ def runtime_order(
 
 def test_batches_and_micro_batches_are_cut_as_the_runtime_cuts_them() -> None:
     batching = pytest.importorskip("llmpq.runtime.batching")
-    from llmpq.runtime.worker import Worker
-
     for seed in range(40):
         rng = np.random.default_rng(seed)
         planned = random_lengths(seed, 6, 12, 6)
@@ -147,10 +143,11 @@ def test_batches_and_micro_batches_are_cut_as_the_runtime_cuts_them() -> None:
             continue
         found = run_batches(problem, assignment, planned)
         assert [b.requests for b in found] == [b.requests for b in expected]
-    for size, prompt, longest in [(8, 10, 10), (8, 11, 10), (8, 31, 10), (3, 5, 10), (64, 30, 10)]:
-        planner = SimpleNamespace(prefill_micro_batch=size, planned_prompt_tokens=longest)
-        table = SimpleNamespace(prompt_tokens=prompt)
-        assert prefill_size(size, prompt, longest) == Worker.prefill_size(planner, table)
+
+
+def test_longer_prompts_run_in_smaller_micro_batches() -> None:
+    sizes = [(8, 10, 10), (8, 11, 10), (8, 31, 10), (3, 5, 10), (64, 30, 10)]
+    assert [prefill_size(*size) for size in sizes] == [8, 2, 1, 3, 7]
 
 
 # ---- the whole run
