@@ -102,7 +102,7 @@ def _measure(target: Target, spec: ModelSpec, flags: dict[str, Any], out: Any) -
     if before:
         notes.append(f"card before: {before}; after: {card_state(target.device)}")
     profile = Profile(
-        device=described,
+        device=described.model_copy(update={"reference_ms": measured.reference_ms}),
         rows=measured.rows,
         memory=measured.memory,
         notes=notes,
@@ -155,7 +155,9 @@ def _profiler(
     bench = Bench(config, grid.precisions, depth, target.dtype, target.device)
     left_s = flags["budget_s"] - (time.monotonic() - start_s)
     budget_s = max(MIN_MEASURING * flags["budget_s"], left_s)
-    return LayerProfiler(spec, grid, bench, budget_s, worst, partial), partial, grid
+    scales = target.device.type == "cpu"
+    profiler = LayerProfiler(spec, grid, bench, budget_s, worst, partial, scales=scales)
+    return profiler, partial, grid
 
 
 def _run(profiler: "LayerProfiler", partial: "PartialFile", out: Any) -> "Measured":
@@ -285,13 +287,13 @@ def _check_lengths(flags: dict[str, Any], max_positions: int) -> None:
 
 
 def _precisions(flags: dict[str, Any], target: Target) -> tuple[str, ...]:
-    from llmpq.quant import available_precisions
+    from llmpq.quant import available_precisions, why_unavailable
 
-    offered = available_precisions(target.device, target.dtype)
-    precisions = flags["precisions"] or offered
-    missing = [p for p in precisions if p not in offered]
-    if missing:
-        raise UserError(f"--precisions {missing[0]}: this device serves {', '.join(offered)}")
+    place = target.device, target.dtype
+    precisions = flags["precisions"] or available_precisions(*place)
+    faults = [reason for p in precisions if (reason := why_unavailable(p, *place))]
+    if faults:
+        raise UserError(f"--precisions: {faults[0]}")
     return tuple(precisions)
 
 

@@ -58,7 +58,7 @@ class Cell:
         return enough and self.half_width <= target
 
     def steady_ms(self, usual: Usual) -> list[float]:
-        """The samples that were taken while the machine was as usual."""
+        """The samples that stand for the machine as usual."""
         return steady(self.times_ms, self.levels_ms, usual)
 
 

@@ -78,11 +78,12 @@ class Workbench(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run gives."""
+    """What a run gives. `reference_ms`: the machine's speed that the times are scaled to."""
 
     rows: list[ProfileRow]
     memory: list[MemoryRow]
     notes: list[str]
+    reference_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class LayerProfiler:
     choose: Choose = farthest
     partial: PartialFile | None = None
     clock: Callable[[], float] = time.monotonic
+    scales: bool = False  # times by the machine's speed: see `drift`
     cells: Cells = field(init=False)
     lanes: dict[str, Lane] = field(init=False)
     watch: Watch = field(init=False)
@@ -113,7 +115,7 @@ class LayerProfiler:
     def __post_init__(self) -> None:
         self.cells = Cells(self.grid.precisions[0])
         self.lanes = {name: Lane(name, share * self.budget_s) for name, share in SHARES.items()}
-        self.watch = Watch(self.bench.reference_ms, self.clock)
+        self.watch = Watch(self.bench.reference_ms, self.clock, scales=self.scales)
         self._costs = CostModel(work_of(self.spec))
         self._deadline_s = 0.0
 
@@ -239,7 +241,6 @@ class LayerProfiler:
 
     def _visit(self, lane: Lane, cell: Cell) -> None:
         """More samples of one cell. The first visit also counts memory and finds the depth."""
-        level_ms = self.watch.level_ms()
         probe = self.bench.open(cell.key)
         if not cell.num_visits and not self._get_ready(cell, probe):
             return
@@ -250,7 +251,7 @@ class LayerProfiler:
         start_s, walls_s = self.clock(), [self.clock()]
         for count in range(1, MOST_SAMPLES + 1):
             cell.times_ms.append(probe.time_ms(cell.depth))
-            cell.levels_ms.append(level_ms)
+            cell.levels_ms.append(self.watch.level_ms())
             walls_s.append(self.clock())
             cell.call_s = max(1e-9, float(np.diff(walls_s).min()))  # one hiccup is no slow cell
             is_enough = walls_s[-1] - start_s >= slice_s
@@ -302,7 +303,8 @@ class LayerProfiler:
         layer_bytes = {p: self.bench.layer_bytes(p) for p in self._precisions}
         cache_bytes = spec.kv_values_per_token * CACHE_VALUE_BYTES
         memory = memory_rows(self.cells, spec.model_key, layer_bytes, cache_bytes)
-        return Measured(self._rows(), memory, self.notes())
+        reference_ms = self.watch.usual().level_ms if self.scales else None
+        return Measured(self._rows(), memory, self.notes(), reference_ms)
 
     def notes(self) -> list[str]:
         """What a reader of the rows must know: drift, outliers, cut shapes, wide intervals."""

@@ -5,7 +5,6 @@ layers (0: what a call of a stage costs beside its layers: masks, positions, mes
 Inputs are padded as real batches are. Weights are random: times do not depend on their values.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmpq.models.count import with_layers
 from llmpq.models.family import find, replace
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.stage_model import LayerRange, StageModel
@@ -27,8 +27,10 @@ from llmpq.runtime.sampler import Sampling, choose
 # How long a stage of a pipeline rests between calls: prefills follow each other closely, a decode
 # micro-batch comes back only after it has been round all stages.
 PAUSE_S = {"prefill": 0.003, "decode": 0.015}
-REFERENCE_SIZE = 256  # of the square matrices whose product tells the machine's speed
-REFERENCE_RUNS = 5
+# A fixed computation that tells the machine's speed: a product of square matrices, and small ones
+# that take as long to call as to compute, as small layers do.
+REFERENCE_SIZE = 256
+REFERENCE_CALLS, REFERENCE_ROWS = 24, 4
 # Layers in a stack, by the bytes of one at 16 bits: more layers average out more noise, and weigh
 # a call's own cost less; big ones take memory and time.
 DEPTHS = ((8 * 2**20, 6), (64 * 2**20, 3))
@@ -83,6 +85,8 @@ class Bench:
         self._config, self.depth = config, depth
         self._dtype, self._device = dtype, device
         self._timer = Timer(device)
+        self._square = torch.ones(REFERENCE_SIZE, REFERENCE_SIZE, device=device)
+        self._refer()  # warms up
         layers = LayerRange(1, 1 + depth, depth + 2)  # a middle stage
         self._stacks = {p: _Stack(self._load(layers, [p] * depth), depth) for p in precisions}
         self._ends = self._load(LayerRange(0, 1, 1), ["16"])
@@ -107,10 +111,14 @@ class Bench:
         return self._stacks[precision].stage.weight_bytes() // self.depth
 
     def reference_ms(self) -> float:
-        """A fixed product of matrices, timed: the median of a few, after one that warms up."""
-        a = torch.ones(REFERENCE_SIZE, REFERENCE_SIZE, device=self._device)
-        times = [self._timer.time_ms(partial(torch.mm, a, a)) for _ in range(1 + REFERENCE_RUNS)]
-        return sorted(times[1:])[REFERENCE_RUNS // 2]
+        """A fixed computation, timed."""
+        return self._timer.time_ms(self._refer)
+
+    def _refer(self) -> None:
+        square = self._square
+        torch.mm(square, square)
+        for _ in range(REFERENCE_CALLS):
+            torch.mm(square[:REFERENCE_ROWS], square)
 
     def _end(self, cell: Candidate) -> Callable[[int], object]:
         if cell.phase == "head":
@@ -173,14 +181,3 @@ class _Stack:
     def _use(self, depth: int) -> None:
         replace(self.stage.model, self._path, nn.ModuleList(self._layers[:depth]))
         self.stage.config.num_hidden_layers = depth
-
-
-def with_layers(config: Any, num_layers: int) -> Any:
-    """The configuration with another number of layers; per-layer lists repeat their first."""
-    changed = copy.deepcopy(config)
-    for name, value in vars(config).items():
-        is_per_layer = isinstance(value, list) and len(value) == config.num_hidden_layers
-        if is_per_layer and name.startswith("layer"):
-            setattr(changed, name, [value[i % len(value)] for i in range(num_layers)])
-    changed.num_hidden_layers = num_layers
-    return changed

@@ -2,7 +2,7 @@
 
 A model is profiled as a user would (`llmpq-profile layers`), within a budget. Then random points
 within its range and at its edges, none of them in the profile, are measured by the same timers,
-in rounds, and compared with what the planner would predict and with the regression of LLM-PQ
+in rounds, for the same speed of the machine (llmpq.profiler.drift), and compared with what the planner would predict and with the regression of LLM-PQ
 (arXiv 2403.01136) fitted to the same rows.
 """
 
@@ -28,7 +28,6 @@ from llmpq.costs.fits import (
     cross_validate,
     fit_all,
     grouped,
-    length_of,
     points_of,
 )
 from llmpq.model_spec import config_path, load_model_spec
@@ -77,7 +76,8 @@ def _model(model: str, quick: bool, device: str) -> tuple[list[Check], list[dict
     limit = f"<= {MOST_PROFILE_S:.0f}"
     checks = [_check(f"{name}: profile", seconds, "s", limit, seconds <= MOST_PROFILE_S, 1)]
     points = _held_out(profile.rows, QUICK_POINTS if quick else NUM_POINTS)
-    measured = _measure(model, points, device)
+    usual = profile.device.reference_ms
+    measured = _measure(model, points, device, Usual(usual or 1.0, scales=usual is not None))
     fits = fit_all(profile.rows)
     papers = {key: RECIPES[REGRESSION](points_of(g)) for key, g in grouped(profile.rows).items()}
     rows = []
@@ -88,7 +88,7 @@ def _model(model: str, quick: bool, device: str) -> tuple[list[Check], list[dict
         theirs = [_error(papers[row.precision, phase], row) for row in some]
         noise = statistics.fmean((r.time_ms_p90 - r.time_ms_p10) / r.time_ms for r in some)
         said = [
-            100 * fits[r.precision, phase].accuracy(r.micro_batch, length_of(r)).error for r in some
+            100 * fits[r.precision, phase].accuracy(r.micro_batch, r.tokens).error for r in some
         ]
         error, paper = statistics.fmean(ours), statistics.fmean(theirs)
         target, count = TARGETS[device], len(some)
@@ -113,7 +113,7 @@ def _model(model: str, quick: bool, device: str) -> tuple[list[Check], list[dict
             | {"cross_validation_percent": _table(profile.rows, phase)}
         )
         for row, one, other in zip(some, ours, theirs, strict=True):
-            shape = {"micro_batch": row.micro_batch, "tokens": length_of(row)}
+            shape = {"micro_batch": row.micro_batch, "tokens": row.tokens}
             rows.append(
                 {"model": name, "phase": phase, "precision": row.precision, **shape}
                 | {"time_ms": row.time_ms, "error_percent": one, "paper_error_percent": other}
@@ -129,7 +129,7 @@ def _check(
 
 def _error(model: Model, row: ProfileRow) -> float:
     """Percent, of one point."""
-    predicted = float(model.seconds(row.micro_batch, length_of(row))) * 1000
+    predicted = float(model.seconds(row.micro_batch, row.tokens)) * 1000
     return 100 * abs(predicted / row.time_ms - 1)
 
 
@@ -170,8 +170,8 @@ def _of_phase(
     seen = {_candidate(row) for row in known}
     precisions = sorted({row.precision for row in known})
     batches = [row.micro_batch for row in known]
-    lengths = [length_of(row) for row in known]
-    most = max(_work(phase, row.micro_batch, length_of(row)) for row in known)
+    lengths = [row.tokens for row in known]
+    most = max(_work(phase, row.micro_batch, row.tokens) for row in known)
     points: list[Candidate] = []
     while len(points) < count:
         batch, length = _log_uniform(batches, draw), _log_uniform(lengths, draw)
@@ -185,7 +185,7 @@ def _of_phase(
 
 
 def _candidate(row: ProfileRow) -> Candidate:
-    return Candidate(row.precision, row.phase, row.micro_batch, length_of(row))
+    return Candidate(row.precision, row.phase, row.micro_batch, row.tokens)
 
 
 def _work(phase: Phase, batch: int, length: int) -> int:
@@ -209,8 +209,13 @@ def _at_edge(
 
 
 @torch.inference_mode()
-def _measure(model: str, points: Sequence[Candidate], device: str) -> list[ProfileRow]:
-    """In rounds, so that a slow moment of the machine touches no point alone."""
+def _measure(
+    model: str, points: Sequence[Candidate], device: str, usual: Usual
+) -> list[ProfileRow]:
+    """In rounds, so that a slow moment of the machine touches no point alone.
+
+    Given for the machine's `usual` speed, as the profile is.
+    """
     where = torch.device(device)
     dtype = torch.bfloat16
     if device == "cpu":
@@ -229,7 +234,7 @@ def _measure(model: str, points: Sequence[Candidate], device: str) -> list[Profi
     for _ in range(ROUNDS):
         for cell in cells.values():
             _visit(bench, cell)
-    rows = profile_rows(cells, spec.model_key, Usual(1.0))
+    rows = profile_rows(cells, spec.model_key, usual)
     wanted = set(points)
     return [row for row in rows if _candidate(row) in wanted]
 
@@ -251,4 +256,4 @@ def _visit(bench: Bench, cell: Cell) -> None:
         if count >= (1 if is_slow else LEAST_SAMPLES) and time.monotonic() > end:
             break
         cell.times_ms.append(probe.time_ms(cell.depth))
-        cell.levels_ms.append(1.0)
+        cell.levels_ms.append(bench.reference_ms())

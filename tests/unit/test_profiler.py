@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 
 from llmpq.profiler.cells import FEW, MAX_SAMPLES
 from llmpq.profiler.drift import TOLERANCE, Usual, Watch, steady
-from llmpq.profiler.grid import Grid, Ranges, Span, end_cells, farthest, tokens_of
+from llmpq.profiler.grid import Grid, Ranges, Span, end_cells, farthest
 from llmpq.profiler.layers import LayerProfiler, Measured
 from llmpq.profiler.resume import Identity, PartialFile
 from llmpq.profiler.sampling import estimate, interval_rank, is_outlier
@@ -116,7 +116,7 @@ def errors(measured: Measured, machine: FakeMachine) -> list[float]:
 
 
 def key_of(row: ProfileRow) -> Candidate:
-    return Candidate(row.precision, row.phase, row.micro_batch, tokens_of(row))
+    return Candidate(row.precision, row.phase, row.micro_batch, row.tokens)
 
 
 # ---- statistics
@@ -154,6 +154,27 @@ def test_unsteady_samples_are_left_out_where_there_are_steady_ones() -> None:
     times, levels = [1.0, 1.0, 1.0, 1.5, 1.5], [2.0, 2.0, 2.0, 3.0, 3.0]
     assert steady(times, levels, Usual(2.0)) == [1.0, 1.0, 1.0]
     assert steady(times, levels, Usual(3.0)) == times  # only two are near
+
+
+def test_times_are_given_for_the_usual_speed_where_they_are_scaled() -> None:
+    usual = Usual(2.0, scales=True)
+    assert steady([1.0, 1.5, 0.5], [2.0, 3.0, 1.0], usual) == [1.0, 1.0, 1.0]
+    machine = FakeMachine()
+    watch = Watch(machine.reference_ms, machine.clock, scales=True)
+    for _ in range(10):
+        watch.level_ms()
+    assert len(watch.levels_ms) == 10 and watch.notes() == []
+    changing = Watch(lambda: 1.0, lambda: 0.0, [1.0, 1.4] * 20, scales=True)
+    assert any("median" in note for note in changing.notes())
+
+
+def test_a_machine_whose_speed_changes_gives_the_times_of_one_speed(spec: ModelSpec) -> None:
+    machine = FakeMachine(slow=(3.0, 20.0))
+    found = profiler(spec, machine, 60.0, grid=GRID, scales=True).run()
+    level = found.reference_ms
+    assert level in (1.0, 1.5)
+    rows = [row for row in found.rows if row.phase in ("prefill", "decode")]
+    assert max(abs(r.time_ms / machine.layer_ms(key_of(r)) / level - 1) for r in rows) < 0.01
 
 
 def test_a_noisy_reference_is_no_drift_and_a_slow_stretch_is() -> None:
