@@ -67,7 +67,7 @@ def main(path: Path, device_name: str, quick: bool) -> None:
     on_card = transport.message_device.type == "cuda"
     meter = LinkMeter(transport, CARD_SIZES if on_card else CPU_SIZES)
     group = dist.new_group(backend=meter.backend)
-    turns, visit_s, repeats = (4, 0.4, 8) if quick else (10, 0.6, 12)
+    turns, visit_s, repeats = (4, 0.4, 40) if quick else (10, 0.6, 50)
     plain: dict[tuple[int, int], list[float]] = {pair: [] for pair in PAIRS}
     for _ in range(turns):
         for pair in PAIRS:

@@ -47,16 +47,14 @@ def accounts(model, plan):
 
 
 def plans(model, shapes=SHAPES):
-    """First, middle and last stages, and one of all layers, at every precision and shape."""
+    """Each shape at a precision of its own: first, middle and last stages, one of all layers."""
     last = model.num_layers
     offered = [p for p in ("16", "8", "4", "3") if p in available_precisions(CPU, torch.bfloat16)]
     for index, (batch, p, q, prompt, new) in enumerate(shapes):
-        for ends in ([1, last - 1, last], [last]):
-            precision = offered[index % len(offered)]
-            for chosen in {precision, "16"}:
-                yield hand_made_plan(
-                    model.spec, ends, chosen, batch=batch, p=p, q=q, prompt=prompt, new=new
-                )
+        for shift, ends in enumerate(([1, last - 1, last], [last])):
+            precision = offered[(index + shift) % len(offered)]
+            sizes = {"batch": batch, "p": p, "q": q, "prompt": prompt, "new": new}
+            yield hand_made_plan(model.spec, ends, precision, **sizes)
 
 
 @pytest.mark.parametrize("name", ["tiny-tales", *FAMILIES])
