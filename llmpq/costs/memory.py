@@ -197,11 +197,11 @@ def activation_bytes(
 
     `single`: the stage has just one layer, whose input is the stage's.
     """
-    ends = {"first": first, "last": last}
-    layers: dict[str, Any] = {"precisions": precisions, "single": single, "kernels": kernels}
+    stage: dict[str, Any] = {"first": first, "last": last, "precisions": precisions}
+    stage |= {"single": single, "kernels": kernels}
     return max(
-        prefill_bytes(spec, prefill_micro_batch, prompt_tokens, **ends, **layers),
-        decode_bytes(spec, decode_micro_batch, cache_tokens, **ends, **layers),
+        prefill_bytes(spec, prefill_micro_batch, prompt_tokens, **stage),
+        decode_bytes(spec, decode_micro_batch, cache_tokens, **stage),
     )
 
 
