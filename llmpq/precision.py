@@ -2,6 +2,9 @@
 
 A precision is a string, as plans write it: "16", "8", "4", "3" are weight-only; "8-w8a8" stores
 8-bit weights per output channel and quantises activations per token to 8 bits as it multiplies.
+"nf4" and "8-bnb" are bitsandbytes': optional, there where that library is, and used only where
+they are asked for by name. "nf4" has 16 levels spaced as normal weights are and a scale each 64
+weights of a row. "8-bnb" is LLM.int8: like "8-w8a8", but inputs of 6.0 and above stay at 16 bits.
 
 Weight-only precisions below 16 bits are asymmetric: a weight is `(code - zero) * scale`, one scale
 and one zero a group of consecutive weights of a row. 3 and 4 bits use groups of 128, or of 64
@@ -12,16 +15,19 @@ The byte counts here are what `llmpq.quant` really holds; a test compares the tw
 from dataclasses import dataclass
 
 SCALE_BYTES = 2  # scales and zeros are kept in a 16-bit float each
-CHANNEL_SCALE_BYTES = 4  # w8a8: one fp32 scale an output channel
+CHANNEL_SCALE_BYTES = 4  # w8a8, 8-bnb: one fp32 scale an output channel
+NF4_BLOCK = 64  # weights of a row that share a scale, in fp32; rows are padded to whole blocks
+NF4_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Precision:
-    """One way to store the weights of a layer."""
+    """One way to store the weights of a layer; `library`: the optional one that does it."""
 
     name: str
     weight_bits: int
     weight_only: bool = True
+    library: str | None = None
 
     def weight_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of one `[out_features, in_features]` matrix, scales and zeros included."""
@@ -29,6 +35,9 @@ class Precision:
             return 2 * out_features * in_features
         if not self.weight_only:
             return out_features * (in_features + CHANNEL_SCALE_BYTES)
+        if self.library is not None:
+            num_blocks = -(-in_features // NF4_BLOCK)
+            return out_features * num_blocks * (NF4_BLOCK // 2 + NF4_SCALE_BYTES)
         num_groups = in_features // group_size(self.weight_bits, in_features)
         packed_row = -(-in_features // 8) * self.weight_bits
         return out_features * (packed_row + 2 * SCALE_BYTES * num_groups)
@@ -42,8 +51,12 @@ PRECISIONS: dict[str, Precision] = {
         Precision("8-w8a8", 8, weight_only=False),
         Precision("4", 4),
         Precision("3", 3),
+        Precision("nf4", 4, library="bitsandbytes"),
+        Precision("8-bnb", 8, weight_only=False, library="bitsandbytes"),
     )
 }
+# What is measured and planned with unless other precisions are asked for by name.
+STANDARD = tuple(name for name, p in PRECISIONS.items() if p.library is None)
 
 
 def group_size(weight_bits: int, in_features: int) -> int:

@@ -19,7 +19,7 @@ from llmpq.costs.spec_sheet import provenance, rooflines
 from llmpq.devices import DeviceType, device_library
 from llmpq.errors import UserError
 from llmpq.model_spec import ModelSpec
-from llmpq.precision import PRECISIONS
+from llmpq.precision import PRECISIONS, STANDARD
 from llmpq.profile_data import ChosenModel, MemoryRow, Profile, ProfiledDevice, ProfileRow
 
 SPEC_SHEET = "spec sheet, not measured"
@@ -154,7 +154,7 @@ def measured_times(
 
 def spec_sheet_times(device: DeviceType, spec: ModelSpec) -> LayerTimes:
     """A roofline: max(operations / reached peak, bytes / reached bandwidth) + launch."""
-    precisions = tuple(name for name, p in PRECISIONS.items() if p.weight_only)
+    precisions = tuple(name for name in STANDARD if PRECISIONS[name].weight_only)
     source = f"{SPEC_SHEET}; {provenance(device)}"
     return LayerTimes(rooflines(device, spec, precisions), precisions, source, measured=False)
 

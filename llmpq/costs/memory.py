@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmpq.model_spec import ALL_HEADS, ASSETS, Activations, Linear, ModelSpec, Moment
-from llmpq.precision import PRECISIONS, group_size
+from llmpq.precision import NF4_BLOCK, PRECISIONS, group_size
 
 # How a device multiplies by packed weights. A card unpacks large parts; a CPU parts of about its
 # cache's size, and one with AVX-512 has a kernel that reads tiles of 3 and 4 bits besides.
@@ -29,6 +29,7 @@ Kernels = Literal["card", "cpu", "cpu-tiles"]
 
 HALF = 2  # bytes of a 16-bit value
 SINGLE = 4
+DOUBLE = 8
 # A matrix is unpacked some rows at a time: about this many weights at once.
 UNPACKED_WEIGHTS = 2**25
 UNPACKED_WEIGHTS_CPU = 2**20
@@ -43,6 +44,7 @@ PACKED_STEP_8 = 16
 # A grid's scale and zero while they are read, and beside an unpacked part.
 GRID_BYTES_READ = 8 + 8 + 4 + 4
 GRID_BYTES_HELD = 8 + 4 + 1 + 2
+LARGE_COLUMNS = 64  # of LLM.int8: columns with large inputs, multiplied at a time
 HEADER_BYTES = 16  # of a message
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
@@ -364,6 +366,8 @@ def linear_bytes(precision: str, op: Linear, rows: int, *, biased: bool, kernels
     output = HALF * rows * op.out_features
     if precision == "16":
         return output
+    if precision == "8-bnb":
+        return _llm_int8_bytes(op, rows, biased=biased)
     if not PRECISIONS[precision].weight_only:
         return _token_int8_bytes(op, rows, biased=biased)
     return max(_kernel_bytes(precision, op, rows, kernels), 2 * output if biased else 0)
@@ -371,6 +375,8 @@ def linear_bytes(precision: str, op: Linear, rows: int, *, biased: bool, kernels
 
 def _kernel_bytes(precision: str, op: Linear, rows: int, kernels: Kernels) -> int:
     held = PRECISIONS[precision]
+    if precision == "nf4":
+        return _nf4_bytes(op, rows, kernels)
     if held.weight_bits == 8:
         return _eight_bit_bytes(op, rows, kernels)
     group = group_size(held.weight_bits, op.in_features)
@@ -420,6 +426,28 @@ def _token_int8_bytes(op: Linear, rows: int, *, biased: bool) -> int:
     multiplying = rows * op.in_features + result + SINGLE * op.out_features
     closing = result + (SINGLE if biased else HALF) * rows * op.out_features
     return max(quantising + scales, multiplying + scales, closing)
+
+
+def _llm_int8_bytes(op: Linear, rows: int, *, biased: bool) -> int:
+    """Inputs quantised in 32 bits; 32-bit sums; large inputs apart, multiplied in 64 bits."""
+    inputs, outputs = rows * op.in_features, rows * op.out_features
+    large = (1 + 1 + HALF) * inputs  # a mask, codes, and the large ones by themselves
+    columns = DOUBLE * op.in_features
+    columns += LARGE_COLUMNS * ((DOUBLE + 1) * op.out_features + (DOUBLE + HALF) * rows)
+    return max(
+        11 * inputs + SINGLE * rows,
+        2 * inputs + 2 * SINGLE * outputs,
+        large + (SINGLE + DOUBLE) * outputs + columns,
+        (2 * SINGLE if biased else SINGLE + HALF) * outputs,
+    )
+
+
+def _nf4_bytes(op: Linear, rows: int, kernels: Kernels) -> int:
+    """Parts in 16 bits; where blocks do not divide a row, it and the inputs are padded."""
+    padded = -(-op.in_features // NF4_BLOCK) * NF4_BLOCK
+    inputs = HALF * rows * padded if padded != op.in_features else 0
+    whole = op.model_copy(update={"in_features": padded})
+    return inputs + _by_parts(whole, rows, kernels, HALF)
 
 
 def _by_parts(op: Linear, rows: int, kernels: Kernels, bytes_a_weight: float) -> int:

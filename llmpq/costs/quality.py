@@ -77,6 +77,9 @@ def measured_quality(sensitivity: Sensitivity, spec: ModelSpec, path: str) -> Qu
             f"{path}: is of a model with {sensitivity.num_layers} layers, "
             f"{spec.name} has {spec.num_layers}"
         )
-    source = f"{sensitivity.indicator}, {sensitivity.model}"
     fit, quantizer = sensitivity.fit, sensitivity.quantizer
+    source = (
+        f"{sensitivity.indicator}, {sensitivity.model}, {quantizer.method} weights; "
+        f"fit +-{fit.mean_abs_error_percent:.2g} points"
+    )
     return QualityModel(sensitivity.table(), fit.scale, source, fit.upper_scale, quantizer)

@@ -7,6 +7,7 @@ module whose `forward` runs the layers; `decoder` and `head` are relative to the
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -33,6 +34,9 @@ TESTED = frozenset(
     | {"granite"}
 )
 
+Part = Literal["attention", "ffn"]
+ATTENTION = ("attn", "attention")  # in the names of linears that attend, in every family
+
 FAMILIES: dict[str, Family] = {
     "opt": Family(
         decoder="model.decoder",
@@ -54,6 +58,25 @@ FAMILIES: dict[str, Family] = {
         head_in_files="embed_out",
     ),
 }
+
+
+@dataclass(frozen=True)
+class PartOfLayer:
+    """`precision` for the linears of one part of a layer, 16 bits for the others.
+
+    Called with a linear's name inside the layer, as `StageModel` does.
+    """
+
+    precision: str
+    part: Part
+
+    def __call__(self, linear: str) -> str:
+        return self.precision if part_of(linear) == self.part else "16"
+
+
+def part_of(linear: str) -> Part:
+    """The part of a layer that a linear belongs to, by its name."""
+    return "attention" if any(word in linear for word in ATTENTION) else "ffn"
 
 
 def family_of(model: nn.Module, model_type: str) -> Family:

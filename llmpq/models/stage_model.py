@@ -10,7 +10,7 @@ Not covered: layers that keep other state than keys and values, encoders, tensor
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from llmpq.quant import PlainLinear, QuantizedLinear, make_linear
 
 # Factors that some families put on the embedded input (Granite, MiniCPM).
 INPUT_SCALES = ("embedding_multiplier", "scale_emb", "embedding_scale")
+
+# Of all linears of a layer, or of each by its name inside the layer ("self_attn.q_proj").
+LayerPrecision = str | Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class StageModel(nn.Module):
         self,
         config: Any,
         layers: LayerRange,
-        precisions: list[str],
+        precisions: Sequence[LayerPrecision],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -99,6 +102,17 @@ class StageModel(nn.Module):
                 if (id(module), name) not in seen:
                     seen.add((id(module), name))
                     yield RawTensor(self._checkpoint_name(f"{prefix}.{name}"), module, name, shape)
+
+    def linears(self) -> dict[str, PlainLinear | QuantizedLinear]:
+        """The linears of the layers, by the checkpoint's name of their weight."""
+        head = find(self.model, self.family.head)
+        return {
+            raw.name: raw.module
+            for raw in self.parameters_to_load()
+            if isinstance(raw.module, PlainLinear | QuantizedLinear)
+            and raw.attribute == "weight"
+            and raw.module is not head
+        }
 
     @property
     def embedding_name(self) -> str:
@@ -152,14 +166,15 @@ class StageModel(nn.Module):
         seen: set[int] = set()
         return sum(_held_bytes(module, seen) for module in self.model.modules())
 
-    def _quantise(self, precisions: list[str]) -> None:
+    def _quantise(self, precisions: Sequence[LayerPrecision]) -> None:
         """Replaces the linears of every layer by ones that own their precision."""
         layers = find(self.model, f"{self.family.decoder}.{self.family.layers}")
         assert isinstance(layers, nn.ModuleList)
         for layer, precision in zip(layers, precisions, strict=True):
             linears = [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
             for name, linear in linears:
-                replace(layer, name, self._linear(linear, precision))
+                own = precision if isinstance(precision, str) else precision(name)
+                replace(layer, name, self._linear(linear, own))
         head = find(self.model, self.family.head)
         if isinstance(head, nn.Linear):
             replace(self.model, self.family.head, self._linear(head, "16"))
@@ -190,6 +205,7 @@ def load_config(model: Path) -> Any:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         model_type = data.pop("model_type")
+        data.pop("quantization_config", None)  # how files hold weights is the loader's business
         config = AutoConfig.for_model(model_type, **data)
     except Exception as error:  # strict configurations raise classes of their own
         reason = " ".join(str(error).split())

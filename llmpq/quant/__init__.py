@@ -5,12 +5,20 @@
 dtype and the number of rows, never on a clock, so the same input always gives the same bits.
 """
 
-from llmpq.quant.linear import (
-    PlainLinear,
-    QuantizedLinear,
-    available_precisions,
-    make_linear,
-)
-from llmpq.quant.rounding import quantize
+from llmpq.quant.adopted import AdoptedLinear, PackedWeight, keep_codes
+from llmpq.quant.linear import PlainLinear, QuantizedLinear
+from llmpq.quant.make import available_precisions, make_linear, why_unavailable
+from llmpq.quant.rounding import Rounding, quantize
 
-__all__ = ["PlainLinear", "QuantizedLinear", "available_precisions", "make_linear", "quantize"]
+__all__ = [
+    "AdoptedLinear",
+    "PackedWeight",
+    "PlainLinear",
+    "QuantizedLinear",
+    "Rounding",
+    "available_precisions",
+    "keep_codes",
+    "make_linear",
+    "quantize",
+    "why_unavailable",
+]

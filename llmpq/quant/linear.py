@@ -19,55 +19,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from llmpq.precision import PRECISIONS, group_size
+from llmpq.precision import group_size
 from llmpq.quant import kernels
 from llmpq.quant.packing import pack, pad_columns, padded_columns, squeeze_nibbles, unpack
-from llmpq.quant.rounding import SCALE_DTYPE, quantize, quantize_symmetric
+from llmpq.quant.rounding import SCALE_DTYPE, Rounding, quantize, quantize_symmetric
 
 # 8 bits: how much wider a scale may get to have its zero in the middle. With inputs that are never
 # negative, zeros merely near it doubled the error of the int8 kernel (1.7 % against 0.9 %).
 CENTRE_UP_TO = 1.5
-
-
-def available_precisions(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """The precisions that layers of `dtype` on this device can be built with."""
-    if not dtype.is_floating_point:
-        return ()
-    token_int8 = kernels.token_int8_works(torch.device(device))
-    return tuple(p.name for p in PRECISIONS.values() if p.weight_only or token_int8)
-
-
-def make_linear(
-    precision: str,
-    in_features: int,
-    out_features: int,
-    *,
-    bias: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> "PlainLinear | QuantizedLinear":
-    """An empty linear layer that will hold its weight at `precision`."""
-    device = torch.device(device)
-    available = available_precisions(device, dtype)
-    if precision not in available:
-        raise ValueError(
-            f"precision {precision!r} is not available for {dtype} on {device.type}: "
-            f"use one of {', '.join(available) or 'none (the dtype must be a float)'}"
-        )
-    if precision == "16":
-        return PlainLinear(in_features, out_features, bias, dtype, device)
-    if precision == "8":
-        return RowLinear(in_features, out_features, bias, dtype, device)
-    if not PRECISIONS[precision].weight_only:
-        return TokenInt8Linear(in_features, out_features, bias, dtype, device)
-    bits = PRECISIONS[precision].weight_bits
-    tiled = (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and kernels.int4_tiles_suit(out_features, group_size(bits, in_features))
-    )
-    layer = TiledLinear if tiled else GroupedLinear
-    return layer(in_features, out_features, bias, dtype, device, bits)
 
 
 class PlainLinear(nn.Linear):
@@ -90,7 +49,7 @@ class PlainLinear(nn.Linear):
         """What it must swallow, by name."""
         return _raw_shapes(self.out_features, self.in_features, self.bias is not None)
 
-    def swallow(self, name: str, tensor: Tensor) -> None:
+    def swallow(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
         """Copy the raw "weight" `[out, in]` or "bias" `[out]`."""
         _check(name, tensor, self.raw_shapes.get(name))
         own = tensor.detach().to(device=self.home, dtype=self.weight.dtype, copy=True)
@@ -132,14 +91,14 @@ class QuantizedLinear(nn.Module):
         """What it must swallow, by name."""
         return _raw_shapes(self.out_features, self.in_features, self.has_bias)
 
-    def swallow(self, name: str, tensor: Tensor) -> None:
+    def swallow(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
         """Take in the raw "weight" `[out, in]` (rounded and packed) or "bias" `[out]`."""
         _check(name, tensor, self.raw_shapes.get(name))
         if name == "bias":
             self.bias = tensor.detach().to(device=self.home, dtype=self.dtype, copy=True)
         else:
             with torch.no_grad():
-                self.store(tensor.detach())
+                self.store(tensor.detach(), rounding)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in]` to `[..., out]`."""
@@ -159,7 +118,7 @@ class QuantizedLinear(nn.Module):
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bits={self.bits}, bias={self.has_bias}"
 
-    def store(self, weight: Tensor) -> None:
+    def store(self, weight: Tensor, rounding: Rounding) -> None:
         """Round, pack and keep the raw weight `[out, in]`."""
         raise NotImplementedError
 
@@ -174,18 +133,42 @@ class QuantizedLinear(nn.Module):
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.home)
 
-    def _quantized_chunks(
-        self, weight: Tensor, group: int, centre_up_to: float = 1.0
-    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Rows, and the codes, scales and zeros of those rows, on the layer's own device."""
-        step = kernels.chunk_rows(self.in_features, self.home)
+    def _chunks(self, at_least: int = 0) -> Iterator[slice]:
+        """Output rows to pack at a time."""
+        step = max(at_least, kernels.chunk_rows(self.in_features, self.home))
         for start in range(0, self.out_features, step):
-            rows = slice(start, min(start + step, self.out_features))
+            yield slice(start, min(start + step, self.out_features))
+
+
+class GridLinear(QuantizedLinear):
+    """What layers share whose weights are `(code - zero) * scale`, a scale and a zero a group."""
+
+    centre_up_to = 1.0  # how much wider a scale may get to have its zero in the middle
+
+    def store(self, weight: Tensor, rounding: Rounding) -> None:
+        """Round, pack and keep, some rows at a time; as many as `rounding` asks for, if it does."""
+        group = group_size(self.bits, self.in_features)
+        self.reserve(group)
+        for rows in self._chunks(getattr(rounding, "rows_at_once", 0)):
             raw = weight[rows].to(self.home)
-            yield rows, *quantize(raw, self.bits, group, centre_up_to)
+            self.keep(rows, *rounding(raw, self.bits, group, self.centre_up_to))
+
+    def adopt(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        """Pack and keep codes uint8 `[out, in]` in their own grids, bf16 `[out, groups]`."""
+        self.reserve(self.in_features // scales.shape[1])
+        for rows in self._chunks():
+            self.keep(rows, *(t[rows].to(self.home) for t in (codes, scales, zeros)))
+
+    def reserve(self, group: int) -> None:
+        """Make room for the weight, `group` weights of a row to a scale."""
+        raise NotImplementedError
+
+    def keep(self, rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        """Pack and keep some rows: codes uint8 `[rows, in]`, grids `[rows, groups]`."""
+        raise NotImplementedError
 
 
-class GroupedLinear(QuantizedLinear):
+class GroupedLinear(GridLinear):
     """3 or 4 bits, `(code - zero) * scale` a group; dequantised some rows at a time."""
 
     weight_buffers = ("packed", "scales", "zeros")
@@ -193,17 +176,18 @@ class GroupedLinear(QuantizedLinear):
     scales: Tensor  # bf16 [out, groups]
     zeros: Tensor  # bf16 [out, groups], integers
 
-    def store(self, weight: Tensor) -> None:
-        """Round and pack, some rows at a time."""
-        group = group_size(self.bits, self.in_features)
+    def reserve(self, group: int) -> None:
+        """Make room for the weight."""
         row_bytes = padded_columns(self.in_features) // 8 * self.bits
         num_groups = self.in_features // group
         self.packed = self._empty(self.out_features, row_bytes, dtype=torch.uint8)
         self.scales = self._empty(self.out_features, num_groups, dtype=SCALE_DTYPE)
         self.zeros = torch.empty_like(self.scales)
-        for rows, codes, scales, zeros in self._quantized_chunks(weight, group):
-            self.packed[rows] = pack(codes, self.bits)
-            self.scales[rows], self.zeros[rows] = scales, zeros
+
+    def keep(self, rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        """Pack and keep some rows."""
+        self.packed[rows] = pack(codes, self.bits)
+        self.scales[rows], self.zeros[rows] = scales, zeros
 
     def multiply(self, x: Tensor) -> Tensor:
         """Dequantise and multiply, chunk by chunk."""
@@ -219,24 +203,25 @@ class GroupedLinear(QuantizedLinear):
         return kernels.dequantize(codes, self.scales[rows], self.zeros[rows], self.dtype)
 
 
-class TiledLinear(QuantizedLinear):
+class TiledLinear(GridLinear):
     """3 or 4 bits as the CPU's int4 kernel reads them; taken apart again where rows are many."""
 
     weight_buffers = ("tiles", "scale_and_zero")
     tiles: Tensor  # uint8 [out / 64, in * 8 * bits]
     scale_and_zero: Tensor  # bf16 [groups, out, 2]
 
-    def store(self, weight: Tensor) -> None:
-        """Round and pack, some tiles at a time."""
-        group = group_size(self.bits, self.in_features)
+    def reserve(self, group: int) -> None:
+        """Make room for the weight."""
         num_tiles = self.out_features // kernels.TILE_ROWS
         tile_bytes = self.in_features * kernels.TILE_ROWS // 8 * self.bits
         grid_shape = (self.in_features // group, self.out_features, 2)
         self.tiles = self._empty(num_tiles, tile_bytes, dtype=torch.uint8)
         self.scale_and_zero = self._empty(*grid_shape, dtype=SCALE_DTYPE)
-        for rows, codes, scales, zeros in self._quantized_chunks(weight, group):
-            self.tiles[_tiles(rows)] = squeeze_nibbles(kernels.tile_nibbles(codes), self.bits)
-            self.scale_and_zero[:, rows] = kernels.pack_scale_and_zero(scales, zeros)
+
+    def keep(self, rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        """Pack and keep some tiles."""
+        self.tiles[_tiles(rows)] = squeeze_nibbles(kernels.tile_nibbles(codes), self.bits)
+        self.scale_and_zero[:, rows] = kernels.pack_scale_and_zero(scales, zeros)
 
     def multiply(self, x: Tensor) -> Tensor:
         """The int4 kernel for few rows, dequantised chunks for many."""
@@ -256,7 +241,7 @@ class TiledLinear(QuantizedLinear):
         return kernels.dequantize(codes, scales, zeros, self.dtype)
 
 
-class RowLinear(QuantizedLinear):
+class RowLinear(GridLinear):
     """8 bits, a scale and a zero a row; codes and zeros are kept less 128.
 
     Most rows get a zero of 0 that way: one beside it is put back as a term that grows with the
@@ -267,18 +252,20 @@ class RowLinear(QuantizedLinear):
     codes: Tensor  # int8 [out, in padded to a multiple of 8]
     scales: Tensor  # bf16 [out]
     zeros: Tensor  # bf16 [out], integers
+    centre_up_to = CENTRE_UP_TO
 
-    def store(self, weight: Tensor) -> None:
-        """Round, some rows at a time."""
+    def reserve(self, group: int) -> None:
+        """Make room for the weight; a group is a row."""
         cols = padded_columns(self.in_features)
         self.codes = self._empty(self.out_features, cols, dtype=torch.int8)
         self.scales = self._empty(self.out_features, dtype=SCALE_DTYPE)
         self.zeros = torch.empty_like(self.scales)
-        chunks = self._quantized_chunks(weight, self.in_features, CENTRE_UP_TO)
-        for rows, codes, scales, zeros in chunks:
-            self.codes[rows] = (pad_columns(codes) ^ kernels.BYTE_MIDDLE).view(torch.int8)
-            self.scales[rows] = scales[:, 0]
-            self.zeros[rows] = zeros[:, 0] - kernels.BYTE_MIDDLE
+
+    def keep(self, rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        """Keep some rows."""
+        self.codes[rows] = (pad_columns(codes) ^ kernels.BYTE_MIDDLE).view(torch.int8)
+        self.scales[rows] = scales[:, 0]
+        self.zeros[rows] = zeros[:, 0].to(SCALE_DTYPE) - kernels.BYTE_MIDDLE
 
     def multiply(self, x: Tensor) -> Tensor:
         """The int8 kernel for few rows in bf16; else chunks, dequantised or scaled afterwards."""
@@ -314,10 +301,14 @@ class TokenInt8Linear(QuantizedLinear):
     packed: Tensor  # int8, opaque, reads as [in, out]
     scales: Tensor  # fp32 [out]
 
-    def store(self, weight: Tensor) -> None:
-        """Round and hand over to the kernel's own packing."""
-        codes, self.scales = quantize_symmetric(weight.to(self.home))
-        self.packed = torch.ops.onednn.qlinear_prepack(codes, None)
+    def store(self, weight: Tensor, rounding: Rounding) -> None:
+        """Round to nearest, whatever `rounding`, and hand over to the kernel's own packing."""
+        self.adopt(*quantize_symmetric(weight.to(self.home)))
+
+    def adopt(self, codes: Tensor, scales: Tensor) -> None:
+        """Keep codes int8 `[out, in]` and their scales fp32 `[out]` as they are."""
+        self.scales = scales.to(self.home)
+        self.packed = torch.ops.onednn.qlinear_prepack(codes.to(self.home), None)
 
     def multiply(self, x: Tensor) -> Tensor:
         """One kernel at any number of rows; a row's answer does not depend on the others."""
@@ -330,8 +321,8 @@ class TokenInt8Linear(QuantizedLinear):
 
 
 def _raw_shapes(out_features: int, in_features: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
-    return shapes | ({"bias": (out_features,)} if has_bias else {})
+    shapes: dict[str, tuple[int, ...]] = {"bias": (out_features,)} if has_bias else {}
+    return shapes | {"weight": (out_features, in_features)}
 
 
 def _tiles(rows: slice) -> slice:

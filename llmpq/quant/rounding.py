@@ -1,13 +1,19 @@
-"""Round to nearest: each group of a row gets the grid that just covers its weights.
+"""Round to nearest: each group of a row gets a grid that covers its weights, or nearly.
+
+`quantize` covers them all; `quantize_mse` cuts the ends off where the squared error gains by it.
 
 The grid of `2^bits` points always holds 0 exactly (the zero is itself a code), so a weight of 0
 stays 0. A scale is rounded *up* to the 16-bit float it is stored as before any code is computed:
-codes are rounded with the scale that will be used, and the grid never falls short of the range, so
-no weight moves by more than half a scale. bf16 holds a scale at every model dtype: it has the
-exponent range of fp32 (no scale underflows), and the codes do not depend on the dtype.
+codes are rounded with the scale that will be used, and the grid never falls short of the range it
+was made for, so no weight inside it moves by more than half a scale. bf16 holds a scale at every
+model dtype: it has the exponent range of fp32 (no scale underflows), and the codes do not depend
+on the dtype.
 
-Not covered: choosing codes with the help of data (GPTQ, AWQ).
+Not covered: choosing codes with the help of data (`gptq`).
 """
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +21,18 @@ from torch import Tensor
 SCALE_DTYPE = torch.bfloat16
 BLOCK_WEIGHTS = 2**18  # weights rounded at a time: fp32 temporaries stay at a few MiB
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+SHRINKS = tuple(1 - 0.02 * step for step in range(1, 26))  # of the range, by `quantize_mse`
+
+Grid = tuple[Tensor, Tensor]  # fp32 scales (exact in bf16) and integer zeros, [rows, groups]
+
+
+class Rounding(Protocol):
+    """Chooses the codes and grids of some rows of a weight; rows do not depend on each other."""
+
+    def __call__(
+        self, weight: Tensor, bits: int, group: int, centre_up_to: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and zeros of `[rows, in]`, as `quantize` gives them."""
 
 
 def quantize(
@@ -26,6 +44,31 @@ def quantize(
     a few MiB whatever the size of the weight. The zero is put in the middle of the grid where that
     widens the scale by no more than a factor of `centre_up_to`.
     """
+    return _round(weight, bits, group, lambda grouped: _grid(*_range(grouped), bits, centre_up_to))
+
+
+def quantize_mse(
+    weight: Tensor,
+    bits: int,
+    group: int,
+    centre_up_to: float = 1.0,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `quantize`, but each group's range is shrunk (down to half) for the least squared error.
+
+    `importance [in]`, where given, weighs the squared error of each column. No group's error is
+    above that of `quantize`.
+    """
+    weights = None if importance is None else importance.float().reshape(-1, group)
+    return _round(
+        weight, bits, group, lambda grouped: _best_grid(grouped, bits, centre_up_to, weights)
+    )
+
+
+def _round(
+    weight: Tensor, bits: int, group: int, grid: Callable[[Tensor], Grid]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every weight to the nearest point of its group's `grid`, some rows at a time."""
     rows, cols = weight.shape
     if cols % group:
         raise ValueError(f"groups of {group} do not divide rows of {cols} weights")
@@ -36,10 +79,9 @@ def quantize(
     for start in range(0, rows, step):
         block = slice(start, start + step)
         grouped = weight[block].float().reshape(-1, cols // group, group)
-        scale, zero = _grid(grouped, bits, centre_up_to)
+        scale, zero = grid(grouped)
         scales[block], zeros[block] = scale, zero
-        grouped = torch.round(grouped / scale[..., None]).add_(zero[..., None])
-        codes[block] = grouped.clamp_(0, 2**bits - 1).reshape(-1, cols)
+        codes[block] = _nearest(grouped, scale, zero, bits).reshape(-1, cols)
     return codes, scales, zeros
 
 
@@ -52,23 +94,55 @@ def quantize_symmetric(weight: Tensor) -> tuple[Tensor, Tensor]:
     for start in range(0, rows, step):
         block = weight[start : start + step].float()
         scale = block.abs().amax(dim=1) / 127
-        _check_finite(scale)
+        check_finite(scale)
         scale[scale < SMALLEST_SCALE] = 1.0
         scales[start : start + step] = scale
         codes[start : start + step] = torch.round(block / scale[:, None]).clamp_(-127, 127)
     return codes, scales
 
 
-def _grid(grouped: Tensor, bits: int, centre_up_to: float) -> tuple[Tensor, Tensor]:
-    """fp32 scales (exact in bf16) and integer zeros `[rows, groups]` of `[rows, groups, group]`."""
+def _nearest(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The codes, as floats, nearest to `[rows, groups, group]`."""
+    codes = torch.round(grouped / scale[..., None]).add_(zero[..., None])
+    return codes.clamp_(0, 2**bits - 1)
+
+
+def _best_grid(grouped: Tensor, bits: int, centre_up_to: float, importance: Tensor | None) -> Grid:
+    """The grid of the least (weighted) squared error among those of shrunk ranges."""
+    lowest, highest = _range(grouped)
+    scale, zero = _grid(lowest, highest, bits, centre_up_to)
+    least = _squared_error(grouped, scale, zero, bits, importance)
+    for shrink in SHRINKS:
+        tried = _grid(lowest * shrink, highest * shrink, bits, centre_up_to)
+        error = _squared_error(grouped, *tried, bits, importance)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
+    return scale, zero
+
+
+def _squared_error(
+    grouped: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor | None
+) -> Tensor:
+    """`[rows, groups]`: summed over each group."""
+    back = _nearest(grouped, scale, zero, bits).sub_(zero[..., None]).mul_(scale[..., None])
+    error = back.sub_(grouped).square_()
+    return (error if importance is None else error.mul_(importance)).sum(dim=-1)
+
+
+def _range(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and highest value of each group, 0 among them."""
+    return grouped.amin(dim=-1).clamp_(max=0), grouped.amax(dim=-1).clamp_(min=0)
+
+
+def _grid(lowest: Tensor, highest: Tensor, bits: int, centre_up_to: float) -> Grid:
+    """The grid that covers each group's range `[rows, groups]`."""
     top, middle = 2**bits - 1, 2 ** (bits - 1)
-    lowest = grouped.amin(dim=-1).clamp_(max=0)
-    highest = grouped.amax(dim=-1).clamp_(min=0)
     tight = highest / top - lowest / top
     centred = torch.maximum(highest / (top - middle), -lowest / middle)
     centre = centred <= tight * centre_up_to
     scale = _round_up_to_bf16(torch.where(centre, centred, tight))
-    _check_finite(scale)
+    check_finite(scale)
     scale[scale < SMALLEST_SCALE] = 1.0  # a group of zeros: any scale will do
     zero = torch.round(-lowest / scale).clamp_(0, top)
     return scale, torch.where(centre, torch.full_like(zero, middle), zero)
@@ -80,6 +154,7 @@ def _round_up_to_bf16(values: Tensor) -> Tensor:
     return torch.where(torch.isfinite(values), bits.view(torch.float32), values)
 
 
-def _check_finite(scale: Tensor) -> None:
+def check_finite(scale: Tensor) -> None:
+    """`ValueError` where the scales of a weight are not numbers, as the weight is then not."""
     if not torch.isfinite(scale).all():
         raise ValueError("the weight holds NaN or infinite values: it cannot be quantised")

@@ -1,11 +1,13 @@
 """Reads single tensors from a Hugging Face model directory, one at a time.
 
 safetensors files (one, or shards with their index) are opened per tensor, so that the pages of
-a file do not stay mapped; `pytorch_model.bin` is read with `weights_only=True`.
+a file do not stay mapped; `pytorch_model.bin` is read with `weights_only=True`. Weights that are
+quantised already (`prequantized`) are handed out as codes, or dequantised.
 `RandomWeights` has the same interface, for measuring shapes whose weights are not at hand.
 """
 
 import hashlib
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from llmpq.artifact import parse_json
 from llmpq.errors import UserError
+from llmpq.quant import PackedWeight
+from llmpq.runtime.prequantized import packing_of
 
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -26,6 +30,9 @@ class Weights(Protocol):
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor, in main memory, in whatever data type it is stored."""
 
+    def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
+        """The codes of a weight `[out, in]` that is quantised already; None where it is not."""
+
 
 class Checkpoint:
     """The weights in a model directory."""
@@ -35,17 +42,43 @@ class Checkpoint:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such model directory")
         self._files = self._find_files()
+        self._packing = packing_of(folder)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor called `name`; its shape must be the one the configuration implies."""
+        """The tensor called `name`, dequantised if need be; `shape` is what config.json implies."""
+        packed = self.packed(name, shape)
+        return self.tensor(name, shape) if packed is None else packed.dequantized()
+
+    def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
+        """The codes of a weight `[out, in]` that is quantised already; None where it is not."""
+        linear = name.removesuffix(".weight")
+        if self._packing is None or linear == name or not self._packing.holds(linear, self):
+            return None
+        return self._packing.read(linear, shape, self)
+
+    def note(self, precisions: Collection[str]) -> str | None:
+        """What a plan with these precisions does to weights that are quantised already."""
+        if self._packing is None or set(precisions) <= self._packing.precisions:
+            return None
+        own = ", ".join(sorted(self._packing.precisions))
+        return (
+            f"{self.folder}: the weights are quantised already ({self._packing.method}, {own}); "
+            "layers at other precisions are dequantised, and rounded a second time below 16 bits"
+        )
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """The tensor as it is stored; raises `UserError` where its shape is another."""
         stored = self._resolve(name)
         tensor = self._read(self._files[stored], stored)
-        if tuple(tensor.shape) != shape:
-            raise UserError(
-                f"{self._files[stored]}: tensor '{stored}' has shape {list(tensor.shape)}, "
-                f"but config.json implies {list(shape)}"
-            )
+        if shape is not None and tuple(tensor.shape) != shape:
+            found, wanted = list(tensor.shape), list(shape)
+            raise self.fault(stored, f"has shape {found}, but config.json implies {wanted}")
         return tensor
+
+    def fault(self, name: str, reason: str) -> UserError:
+        """The error that names a tensor, its file and what is wrong with it."""
+        stored = next((n for n in _aliases(name) if n in self._files), name)
+        return UserError(f"{self._files.get(stored, self.folder)}: tensor '{stored}' {reason}")
 
     def __contains__(self, name: str) -> bool:
         return any(candidate in self._files for candidate in _aliases(name))
@@ -117,6 +150,10 @@ class RandomWeights:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         return torch.randn(shape, generator=generator).mul_(self.scale)
+
+    def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
+        """None of them is quantised."""
+        return None
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:

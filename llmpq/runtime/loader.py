@@ -1,10 +1,13 @@
 """Fills a stage: read one tensor, quantise, place, free.
 
 Peak host memory is the stage's packed weights plus two of its largest tensors: the raw tensor
-just read and what quantising it takes. A test holds the loader to that.
+just read and what quantising it takes. A test holds the loader to that. Rounding by GPTQ also
+holds what it needs of the one input being worked on: with n inputs, two n x n matrices of fp32
+(twice that while it prepares), and 512 rows of the weight in fp64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,11 @@ from torch import nn
 
 from llmpq.errors import UserError
 from llmpq.model_spec import config_path
-from llmpq.models.family import find
-from llmpq.models.stage_model import LayerRange, RawTensor, StageModel
-from llmpq.quant import PlainLinear, QuantizedLinear
+from llmpq.models.family import find, replace
+from llmpq.models.stage_model import LayerPrecision, LayerRange, RawTensor, StageModel
+from llmpq.quant import PlainLinear, QuantizedLinear, Rounding, keep_codes, quantize
 from llmpq.runtime.checkpoint import Weights
+from llmpq.runtime.roundings import NEAREST, Roundings
 
 
 def model_folder(model: str) -> Path:
@@ -43,23 +47,35 @@ def load_stage(
     config: Any,
     weights: Weights,
     layers: LayerRange,
-    precisions: list[str],
+    precisions: Sequence[LayerPrecision],
     dtype: torch.dtype,
     device: torch.device,
     on_tensor: Callable[[StageModel], None] | None = None,
+    roundings: Roundings = NEAREST,
 ) -> StageModel:
-    """The stage with its weights in place. `on_tensor` is called after every tensor."""
+    """The stage with its weights in place. `on_tensor` is called after every tensor.
+
+    `roundings` says how each weight is rounded. Weights that come quantised keep their codes where
+    the stage wants them at those bits.
+    """
     try:
         stage = StageModel(config, layers, precisions, dtype, device)
     except ValueError as error:  # a precision that this device cannot serve
         raise UserError(str(error)) from None
-    for raw in stage.parameters_to_load():
+    roundings = copy(roundings)  # what it keeps from one weight for the next goes with this call
+    for raw in list(stage.parameters_to_load()):
         name = raw.name
         if _is_tied_head(stage, raw.module):
             if layers.is_first:
                 continue  # shares the embedding's matrix, below
             name = stage.embedding_name
-        place(raw, weights.read(name, raw.shape), dtype, device)
+        packed = weights.packed(name, raw.shape)
+        own = keep_codes(raw.module, packed) if packed else None
+        if own is not None:
+            _exchange(stage, raw.module, own)
+        else:
+            tensor = packed.dequantized() if packed else weights.read(name, raw.shape)
+            place(raw, tensor, dtype, device, roundings.of(name))
         if on_tensor is not None:
             on_tensor(stage)
     if stage.head_is_tied and layers.is_first and layers.is_last:
@@ -67,16 +83,28 @@ def load_stage(
     return stage.eval()
 
 
-def place(raw: RawTensor, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def place(
+    raw: RawTensor,
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounding: Rounding = quantize,
+) -> None:
     """Puts one raw tensor where it belongs; a quantised linear packs it."""
     if isinstance(raw.module, PlainLinear | QuantizedLinear):
         try:
-            raw.module.swallow(raw.attribute, tensor)
+            raw.module.swallow(raw.attribute, tensor, rounding)
         except ValueError as error:
             raise UserError(f"tensor '{raw.name}': {error}") from None
         return
     own = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
     raw.module.register_parameter(raw.attribute, own)
+
+
+def _exchange(stage: StageModel, old: nn.Module, new: nn.Module) -> None:
+    """Puts one linear in the place of another; both may be the same."""
+    path = next(path for path, module in stage.model.named_modules() if module is old)
+    replace(stage.model, path, new)
 
 
 def _is_tied_head(stage: StageModel, module: nn.Module) -> bool:

@@ -55,7 +55,13 @@ CAKE = [
     ),
     Part("2b", "quant", _names("nouns"), _names(PLAIN + TORCH), _names(KERNELS)),
     Part("2b", "models", _names("nouns quant"), _names(PLAIN + TORCH), _names(KERNELS)),
-    Part("3", "runtime", _names("nouns models quant"), _names(PLAIN + TORCH), _names(KERNELS)),
+    Part(
+        "3",
+        "runtime",
+        _names("nouns models quant"),
+        _names(PLAIN + TORCH),
+        _names(KERNELS + "lm_eval datasets"),
+    ),
     Part(
         "3",
         "profiler",

@@ -105,7 +105,7 @@ SENSITIVITY = {
     "indicator": "variance",
     "layers": [
         {"layer": 0, "precision": "4", "sensitivity": 0.5},
-        {"layer": 1, "precision": "4", "sensitivity": -0.1},
+        {"layer": 1, "precision": "4", "sensitivity": 0.0},
         {"layer": 0, "precision": "3", "sensitivity": 0.7},
     ],
     "calibration": {"source": "text", "num_tokens": 100},
@@ -473,7 +473,11 @@ def test_sensitivity_table(tmp_path: Path) -> None:
         ("indicator", "guess", "indicator: input should be 'variance', 'hessian'"),
         ("num_layers", 0, "num_layers: input should be greater than 0"),
         ("layers.1.sensitivity", float("nan"), "layers.1.sensitivity: input should be a finite"),
+        ("layers.1.sensitivity", -0.1, "layers.1.sensitivity: input should be greater"),
+        ("layers.1.precision", "5", "layers.1.precision: unknown precision; known: 16, 8"),
         ("layers.1.layer", -1, "layers.1.layer: input should be greater"),
+        ("layers.1.layer", 2, "layers: row 1: no layer 2, the model has 2 (0 to 1)"),
+        ("layers.1.layer", 0, "layers: row 1: layer 0 at precision 4, as row 0"),
         ("fit.scale", -1, "fit.scale: input should be greater"),
         ("fit", ..., "'fit' is missing"),
     ],
@@ -527,6 +531,8 @@ def test_weight_bytes_of_a_matrix() -> None:
         "8-w8a8": 512 * (256 + 4),
         "4": 512 * (128 + 2 * 4),
         "3": 512 * (96 + 2 * 4),
+        "nf4": 512 * (128 + 4 * 4),
+        "8-bnb": 512 * (256 + 4),
     }
     assert {name: p.weight_bytes(512, 256) for name, p in PRECISIONS.items()} == expected
 

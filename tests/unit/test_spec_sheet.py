@@ -22,14 +22,14 @@ from llmpq.costs.spec_sheet import (
 )
 from llmpq.devices import device_library
 from llmpq.model_spec import load_model_spec
-from llmpq.precision import PRECISIONS
+from llmpq.precision import PRECISIONS, STANDARD
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = Path(os.environ.get("LLMPQ_GPU_TABLES", ROOT.parent / "shared" / "data" / "gpu"))
 LIBRARY = device_library()
 LLAMA = load_model_spec(str(ROOT / "configs" / "models" / "llama-3.1-8b.json"))
 OPT = load_model_spec(str(ROOT / "configs" / "models" / "opt-30b.json"))
-WEIGHT_ONLY = [name for name, precision in PRECISIONS.items() if precision.weight_only]
+WEIGHT_ONLY = [name for name in STANDARD if PRECISIONS[name].weight_only]
 
 
 @pytest.mark.parametrize("name", LIBRARY)
@@ -126,7 +126,7 @@ def test_the_overhead_of_calls_holds_the_starts_of_kernels() -> None:
 def test_the_fit_says_how_far_off_it_may_be() -> None:
     held = efficiency()
     assert held.sources and held.num_gpus >= 10
-    assert held.precisions.keys() == PRECISIONS.keys()
+    assert held.precisions.keys() == set(STANDARD)
     assert all(0 < s.peak <= 1 and 0 < s.bandwidth <= 1 for s in held.precisions.values())
     shares = [value for name, value in held.coefficients.items() if name.endswith("bandwidth")]
     assert len(shares) == 4 and all(0 < share < 1 for share in shares)

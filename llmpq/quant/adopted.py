@@ -1,0 +1,126 @@
+"""Weights that come as codes already: kept as they are, in the grids they were made with.
+
+`PackedWeight` is one matrix of a checkpoint that somebody else quantised. `keep_codes` puts it in
+a layer that was built for the same bits: the layer itself where its own format can hold the grids
+without rounding them, otherwise an `AdoptedLinear`, which holds grids of any group size, scales of
+any float type, and columns that belong to groups in any order.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmpq.quant import kernels
+from llmpq.quant.linear import (
+    GridLinear,
+    QuantizedLinear,
+    RowLinear,
+    TiledLinear,
+    TokenInt8Linear,
+)
+from llmpq.quant.packing import pack, padded_columns, unpack
+from llmpq.quant.rounding import BLOCK_WEIGHTS, SCALE_DTYPE
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """`(code - zero) * scale`, computed in the scales' own float type."""
+
+    bits: int
+    codes: Tensor  # uint8 [out, in]
+    scales: Tensor  # fp16, bf16 or fp32 [out, groups]
+    zeros: Tensor  # uint8 [out, groups]
+    group_of: Tensor | None = None  # int32 [in], the group of each column; None: equal runs
+
+    def dequantized(self) -> Tensor:
+        """The weight `[out, in]` in the float type of the scales."""
+        weight = torch.empty(self.codes.shape, dtype=self.scales.dtype)
+        step = max(1, BLOCK_WEIGHTS // weight.shape[1])
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            grids = self.scales[rows], self.zeros[rows], self.group_of
+            weight[rows] = _dequantize(self.codes[rows], *grids)
+        return weight
+
+    @property
+    def is_symmetric_by_row(self) -> bool:
+        """8 bits with one scale a row, and every zero in the middle."""
+        rows = self.bits == 8 and self.scales.shape[1] == 1 and self.group_of is None
+        return rows and bool((self.zeros == kernels.BYTE_MIDDLE).all())
+
+
+class AdoptedLinear(QuantizedLinear):
+    """3, 4 or 8 bits in foreign grids; dequantised some rows at a time."""
+
+    weight_buffers = ("packed", "scales", "zeros", "group_of")
+    packed: Tensor  # uint8 [out, bits * ceil(in / 8)]
+    scales: Tensor  # [out, groups]
+    zeros: Tensor  # uint8 [out, groups]
+    group_of: Tensor | None  # int32 [in]
+
+    def __init__(self, like: GridLinear, weight: PackedWeight) -> None:
+        sizes = like.in_features, like.out_features
+        super().__init__(*sizes, like.has_bias, like.dtype, like.home, like.bits)
+        self.bias = like.bias
+        row_bytes = padded_columns(self.in_features) // 8 * self.bits
+        self.packed = self._empty(self.out_features, row_bytes, dtype=torch.uint8)
+        for rows in self._chunks():
+            self.packed[rows] = pack(weight.codes[rows].to(self.home), self.bits)
+        self.scales, self.zeros = weight.scales.to(self.home), weight.zeros.to(self.home)
+        if weight.group_of is not None:
+            self.group_of = weight.group_of.to(self.home)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Dequantise and multiply, chunk by chunk."""
+        return kernels.linear_by_chunks(x, self.out_features, self._weight_rows)
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight `[out, in]`."""
+        return self._weight_rows(0, self.out_features)
+
+    def _weight_rows(self, start: int, stop: int) -> Tensor:
+        rows = slice(start, stop)
+        codes = unpack(self.packed[rows], self.bits, self.in_features)
+        weight = _dequantize(codes, self.scales[rows], self.zeros[rows], self.group_of)
+        return weight.to(self.dtype)
+
+
+def keep_codes(layer: nn.Module, weight: PackedWeight) -> QuantizedLinear | None:
+    """`layer`, or one for its place with the same bias, holding these codes; None: it needs others.
+
+    `layer` is empty, its bias apart. Other codes are needed where it has other bits, or a format
+    that has no room for these grids (activations of 8 bits want one scale a row, and no zeros).
+    """
+    if isinstance(layer, TokenInt8Linear):
+        if not weight.is_symmetric_by_row:
+            return None
+        signed = (weight.codes ^ kernels.BYTE_MIDDLE).view(torch.int8)
+        layer.adopt(signed, weight.scales[:, 0].float())
+        return layer
+    if not isinstance(layer, GridLinear) or layer.bits != weight.bits:
+        return None
+    if not _holds_exactly(layer, weight):
+        return AdoptedLinear(layer, weight)
+    layer.adopt(weight.codes, weight.scales, weight.zeros)
+    return layer
+
+
+def _holds_exactly(layer: GridLinear, weight: PackedWeight) -> bool:
+    """Whether the layer's own format keeps these grids, and computes as they were meant."""
+    if weight.group_of is not None or not weight.scales.dtype == layer.dtype == SCALE_DTYPE:
+        return False
+    group = layer.in_features // weight.scales.shape[1]
+    if isinstance(layer, TiledLinear):
+        suits = kernels.int4_tiles_suit(layer.out_features, group)
+        return suits and bool((weight.scales > 0).all())  # its zeros are kept times the scales
+    return isinstance(layer, RowLinear) and group == layer.in_features
+
+
+def _dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor | None) -> Tensor:
+    """`(code - zero) * scale` in the type of the scales, where only the product rounds."""
+    if group_of is not None:
+        scales, zeros = scales[:, group_of], zeros[:, group_of]
+    grouped = codes.to(scales.dtype).reshape(*scales.shape, -1)
+    steps = grouped.sub_(zeros.to(scales.dtype)[..., None])
+    return steps.mul_(scales[..., None]).view(codes.shape)

@@ -1,0 +1,147 @@
+"""Linears that hold and multiply their weights with bitsandbytes, where that is installed.
+
+    Nf4Linear      16 levels spaced like normal weights, a scale each 64 weights of a row (QLoRA)
+    LlmInt8Linear  int8 weights and inputs; inputs of 6.0 and above stay at 16 bits (LLM.int8)
+
+Both are for plans that ask for them by name ("nf4", "8-bnb"). Weights are rounded as bitsandbytes
+rounds them, whatever rounding is asked for.
+"""
+
+import logging
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmpq.precision import NF4_BLOCK
+from llmpq.quant import kernels
+from llmpq.quant.linear import QuantizedLinear
+from llmpq.quant.rounding import Rounding, check_finite
+
+OUTLIER = 6.0  # the threshold of the LLM.int8 paper
+OUTLIER_COLUMNS = 64  # columns with outliers multiplied at a time
+# Weights rounded to 4 bits at a time: bitsandbytes compares each with all 16 levels.
+ROUNDED_WEIGHTS = 2**16
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def precisions(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Those that bitsandbytes serves here, none where it is not installed."""
+    known = torch.device(device).type in ("cpu", "cuda", "meta") and dtype in DTYPES
+    return tuple(LAYERS) if known and installed() else ()
+
+
+@lru_cache(maxsize=1)
+def installed() -> bool:
+    """Whether bitsandbytes is here and imports, tried once."""
+    # On CPUs it warns that a package is missing which we do not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes.functional  # noqa: F401
+    except Exception:  # builds for another system fail in ways of their own
+        return False
+    return True
+
+
+class Nf4Linear(QuantizedLinear):
+    """4 bits, `level[code] * scale`; rows are padded with zeros to whole blocks of 64."""
+
+    weight_buffers = ("packed", "scales")
+    packed: Tensor  # uint8 [out, in padded / 2]
+    scales: Tensor  # fp32 [out, in padded / 64], the largest weight of each block
+
+    def store(self, weight: Tensor, rounding: Rounding) -> None:
+        """Round and pack some rows at a time."""
+        cols = self._padded
+        self.packed = self._empty(self.out_features, cols // 2, dtype=torch.uint8)
+        self.scales = self._empty(self.out_features, cols // NF4_BLOCK, dtype=torch.float32)
+        for rows in _parts(self.out_features, max(1, ROUNDED_WEIGHTS // cols)):
+            raw = F.pad(weight[rows].to(self.home, torch.float32), (0, cols - self.in_features))
+            codes, scales = _ops().quantize_4bit(raw, NF4_BLOCK, "nf4", torch.uint8)
+            check_finite(scales)
+            self.packed[rows] = codes.view(-1, cols // 2)
+            self.scales[rows] = scales.view(-1, cols // NF4_BLOCK)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Dequantise and multiply, chunk by chunk."""
+        missing = self._padded - self.in_features
+        x = F.pad(x, (0, missing)) if missing else x
+        return kernels.linear_by_chunks(x, self.out_features, self._weight_rows)
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight `[out, in]`."""
+        return self._weight_rows(0, self.out_features)[:, : self.in_features].contiguous()
+
+    @property
+    def _padded(self) -> int:
+        return -(-self.in_features // NF4_BLOCK) * NF4_BLOCK
+
+    def _weight_rows(self, start: int, stop: int) -> Tensor:
+        """`[rows, in padded]`."""
+        packed, scales = self.packed[start:stop].flatten(), self.scales[start:stop].flatten()
+        shape = (stop - start, self._padded)
+        return _ops().dequantize_4bit(packed, scales, NF4_BLOCK, "nf4", shape, self.dtype)
+
+
+class LlmInt8Linear(QuantizedLinear):
+    """int8 weights with a scale a row, int8 inputs with a scale a token; large inputs apart.
+
+    bitsandbytes sets the columns apart in which any token of the batch has an input of 6.0 or
+    above, so a token's answer hangs on its neighbours. Here each such input is set apart by itself,
+    and summed in 64-bit floats, where the order does not matter: a token's answer is its own.
+    """
+
+    weight_buffers = ("codes", "scales")
+    codes: Tensor  # int8 [out, in]
+    scales: Tensor  # fp32 [out], the largest weight of each row
+
+    def store(self, weight: Tensor, rounding: Rounding) -> None:
+        """Round some rows at a time."""
+        self.codes = self._empty(self.out_features, self.in_features, dtype=torch.int8)
+        self.scales = self._empty(self.out_features, dtype=torch.float32)
+        for rows in _parts(self.out_features, kernels.chunk_rows(self.in_features, self.home)):
+            raw = weight[rows].to(self.home, torch.float16)
+            codes, scales, _ = _ops().int8_vectorwise_quant(raw)
+            check_finite(scales)
+            self.codes[rows], self.scales[rows] = codes, scales
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """fp32 `[M, out]`: exact integer sums, and what the large inputs add."""
+        if not x.shape[0]:
+            return x.new_empty(0, self.out_features)
+        large = x.abs() >= OUTLIER
+        codes, scales, _ = _ops().int8_vectorwise_quant(x.masked_fill(large, 0).half())
+        out = _ops().int8_linear_matmul(codes, self.codes).mul(scales[:, None] / 127)
+        out.mul_(self.scales / 127)
+        columns = large.any(dim=0).nonzero()[:, 0]
+        if len(columns):
+            out += self._large_part(x.masked_fill(~large, 0), columns)
+        return out
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight `[out, in]`."""
+        return (self.codes * (self.scales / 127)[:, None]).to(self.dtype)
+
+    def _large_part(self, x: Tensor, columns: Tensor) -> Tensor:
+        """fp64 `[M, out]`: `x`, whose `columns` alone are not zero, times the weight."""
+        out = torch.zeros(x.shape[0], self.out_features, dtype=torch.float64, device=x.device)
+        for part in columns.split(OUTLIER_COLUMNS):
+            out.addmm_(x[:, part].double(), self.codes[:, part].double().t())
+        return out.mul_(self.scales / 127)
+
+
+LAYERS: dict[str, type[QuantizedLinear]] = {"nf4": Nf4Linear, "8-bnb": LlmInt8Linear}
+
+
+def _parts(total: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+
+
+def _ops() -> Any:
+    """bitsandbytes' operators; the import registers them."""
+    import bitsandbytes  # noqa: F401
+
+    return torch.ops.bitsandbytes

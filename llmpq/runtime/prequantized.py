@@ -1,0 +1,329 @@
+"""Checkpoints that are quantised already: which tensors hold a weight, and what their bits mean.
+
+By `quantization_config.quant_method` of config.json; int32 words hold codes from the lowest bit up:
+
+    gptq                qweight [in * bits / 32, out], qzeros [groups, out * bits / 32],
+                        scales [groups, out], g_idx [in], the group of each column. A "gptq" file
+                        keeps every zero less one, a "gptq_v2" file as it is.
+    compressed-tensors  pack-quantized: weight_packed [out, words], weight_scale [out, groups],
+                        weight_zero_point, packed along the outputs, weight_g_idx [in].
+                        int-quantized: weight, int8 [out, in], weight_scale [out, 1].
+                        Codes and zeros are signed; words hold them plus 2^(bits - 1).
+
+Codes of 3 bits run on across words; compressed-tensors did so only from 0.18 on, and put 10 of them
+in a word before. Linears that have no such tensors are read as they are. Zeros and codes come out
+unsigned (`PackedWeight`).
+Not covered: other bits than 3, 4 and 8, floats of 8 and 4 bits, AWQ, sparse weights, scales of
+activations (those are quantised a token at a time, whatever the file says).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llmpq.artifact import parse_json
+from llmpq.errors import UserError
+from llmpq.quant import PackedWeight
+
+BITS = (3, 4, 8)
+WHAT_LOADS = (
+    "what loads is gptq (3, 4 or 8 bits), compressed-tensors (pack-quantized or int-quantized, "
+    "3, 4 or 8 bits), or weights that are not quantised"
+)
+ONE_A_CODE = {4: 0x11111111, 8: 0x01010101}  # a word with each of its codes one up
+ROWS_AT_ONCE = 64  # of codes of 3 bits, 32 bits each on the way
+DENSE_SINCE = (0, 18)  # compressed-tensors: codes of 3 bits run on across words
+
+
+class Tensors(Protocol):
+    """The tensors of a checkpoint as they are stored."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor; `UserError` where it is missing or of another shape."""
+
+    def fault(self, name: str, reason: str) -> UserError:
+        """The error that names the tensor, its file and what is wrong with it."""
+
+
+class Packing(Protocol):
+    """How a checkpoint holds its quantised linears."""
+
+    method: str
+    precisions: frozenset[str]  # those that its codes serve as they are
+
+    def holds(self, linear: str, tensors: Tensors) -> bool:
+        """Whether this linear is quantised."""
+
+    def read(self, linear: str, shape: tuple[int, ...], tensors: Tensors) -> PackedWeight:
+        """Its weight, which is `[out, in]`."""
+
+
+def packing_of(folder: Path) -> Packing | None:
+    """How the checkpoint in this directory is quantised; None where it is not.
+
+    Raises `UserError` where it is in a way that cannot be read.
+    """
+    path = folder / "config.json"
+    config = parse_json(path) if path.is_file() else None
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method == "gptq":
+        return Gptq(settings, path)
+    if method == "compressed-tensors":
+        return CompressedTensors(settings, path)
+    raise UserError(f"{path}: weights quantised by {method!r} cannot be read; {WHAT_LOADS}")
+
+
+class Gptq:
+    """What GPTQModel, AutoGPTQ and Optimum write."""
+
+    method = "gptq"
+
+    def __init__(self, settings: Mapping[str, Any], path: Path) -> None:
+        layout = settings.get("checkpoint_format", "gptq")
+        if layout not in ("gptq", "gptq_v2"):
+            raise UserError(
+                f"{path}: GPTQ weights laid out for {layout!r} cannot be read; {WHAT_LOADS}"
+            )
+        _check_bits(settings.get("bits"), path)
+        self.precisions = frozenset({str(settings["bits"])})
+        self._less_one = layout == "gptq"
+
+    def holds(self, linear: str, tensors: Tensors) -> bool:
+        """Whether this linear is quantised."""
+        return f"{linear}.qweight" in tensors
+
+    def read(self, linear: str, shape: tuple[int, ...], tensors: Tensors) -> PackedWeight:
+        """Its weight; the bits follow from the shape, as some linears may have their own."""
+        outputs, cols = shape
+        words = _words(tensors, f"{linear}.qweight")
+        fitting = [bits for bits in BITS if tuple(words.shape) == (cols * bits // 32, outputs)]
+        if not fitting:
+            raise _misshapen(tensors, f"{linear}.qweight", words, shape)
+        scales = _scales(tensors, f"{linear}.scales")
+        if scales.dim() != 2 or scales.shape[1] != outputs:
+            raise _misshapen(tensors, f"{linear}.scales", scales, shape)
+        zeros = self._zeros(linear, fitting[0], outputs, len(scales), tensors)
+        return PackedWeight(
+            fitting[0],
+            unpack_words(words.t(), fitting[0], cols),
+            scales.t().contiguous(),
+            zeros.t().contiguous(),
+            _groups(tensors, f"{linear}.g_idx", cols, len(scales)),
+        )
+
+    def _zeros(
+        self, linear: str, bits: int, outputs: int, num_groups: int, tensors: Tensors
+    ) -> Tensor:
+        """uint8 `[groups, out]`."""
+        name = f"{linear}.qzeros"
+        words = _words(tensors, name, (num_groups, outputs * bits // 32))
+        if not self._less_one:
+            return unpack_words(words, bits, outputs)
+        if bits in ONE_A_CODE:  # the one was taken off whole words, with borrows between codes
+            return unpack_words(words + ONE_A_CODE[bits], bits, outputs)
+        return (unpack_words(words, bits, outputs) + 1) & (2**bits - 1)
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """A group of compressed-tensors' configuration."""
+
+    targets: tuple[str, ...]
+    bits: int
+    token_int8: bool  # activations are to be quantised as well
+
+    def rank(self, linear: str) -> int:
+        """0: not meant; the higher, the more closely this linear is named."""
+        return max((_rank(target, linear) for target in self.targets), default=0)
+
+
+class CompressedTensors:
+    """What llm-compressor writes."""
+
+    method = "compressed-tensors"
+
+    def __init__(self, settings: Mapping[str, Any], path: Path) -> None:
+        groups = settings.get("config_groups")
+        if not isinstance(groups, dict) or not groups:
+            raise UserError(f"{path}: quantization_config has no 'config_groups'")
+        if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
+            raise UserError(f"{path}: sparse weights cannot be read; {WHAT_LOADS}")
+        if (settings.get("transform_config") or {}).get("config_groups"):
+            raise UserError(f"{path}: transformed (rotated) weights cannot be read; {WHAT_LOADS}")
+        self._schemes = [_scheme(name, group, path) for name, group in groups.items()]
+        self._dense = _version(settings.get("version")) >= DENSE_SINCE
+        served = [{str(s.bits)} | ({"8-w8a8"} if s.token_int8 else set()) for s in self._schemes]
+        self.precisions: frozenset[str] = frozenset().union(*served)
+
+    def holds(self, linear: str, tensors: Tensors) -> bool:
+        """Whether this linear is quantised."""
+        return any(f"{linear}.{name}" in tensors for name in ("weight_packed", "weight_scale"))
+
+    def read(self, linear: str, shape: tuple[int, ...], tensors: Tensors) -> PackedWeight:
+        """Its weight."""
+        scheme = max(self._schemes, key=lambda scheme: scheme.rank(linear))
+        if not scheme.rank(linear):
+            raise tensors.fault(
+                f"{linear}.weight_scale", "is there, but no config_group targets this linear"
+            )
+        packed = f"{linear}.weight_packed" in tensors
+        codes = (self._packed_codes if packed else _int8_codes)(linear, scheme.bits, shape, tensors)
+        scales = _scales(tensors, f"{linear}.weight_scale")
+        if scales.numel() == 1:
+            scales = scales.reshape(1, 1).expand(shape[0], 1).contiguous()
+        scales = scales[:, None] if scales.dim() == 1 else scales
+        if scales.dim() != 2 or scales.shape[0] != shape[0]:
+            raise _misshapen(tensors, f"{linear}.weight_scale", scales, shape)
+        zeros = self._zeros(linear, scheme.bits, scales, tensors)
+        groups = _groups(tensors, f"{linear}.weight_g_idx", shape[1], scales.shape[1])
+        return PackedWeight(scheme.bits, codes, scales, zeros, groups)
+
+    def _packed_codes(
+        self, linear: str, bits: int, shape: tuple[int, ...], tensors: Tensors
+    ) -> Tensor:
+        name = f"{linear}.weight_packed"
+        words = _words(tensors, name)
+        codes = self._unpack(words, bits, shape[1]) if len(words) == shape[0] else None
+        if codes is None:
+            raise _misshapen(tensors, name, words, shape)
+        return codes
+
+    def _zeros(self, linear: str, bits: int, scales: Tensor, tensors: Tensors) -> Tensor:
+        """uint8, like `scales`; older files do not pack them."""
+        name = f"{linear}.weight_zero_point"
+        if name not in tensors:
+            return torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
+        stored = tensors.tensor(name)
+        if stored.numel() == scales.numel():
+            return _unsigned(stored.reshape(scales.shape), bits)
+        fits = stored.dim() == 2 and stored.shape[1] == scales.shape[1]
+        words = stored.to(torch.int32).t()
+        zeros = self._unpack(words, bits, len(scales)) if fits else None
+        if zeros is None:
+            raise _misshapen(tensors, name, stored, tuple(scales.shape))
+        return zeros.t().contiguous()
+
+    def _unpack(self, words: Tensor, bits: int, count: int) -> Tensor | None:
+        """uint8 `[rows, count]`; None where the number of words is another."""
+        num_words, per_word = words.shape[1], 32 // bits
+        dense, padded = -(-count * bits // 32), -(-count // per_word)
+        if num_words == dense and (self._dense or dense != padded):
+            return unpack_words(words, bits, count)
+        if num_words != padded:
+            return None
+        shifts = range(0, per_word * bits, bits)
+        codes = torch.stack([((words >> s) & (2**bits - 1)).to(torch.uint8) for s in shifts], -1)
+        return codes.flatten(1)[:, :count].contiguous()
+
+
+def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """The codes uint8 `[rows, count]` in int32 `[rows, words]`, running on across words."""
+    stream = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        stream = torch.stack((stream & 15, stream >> 4), dim=-1).flatten(1)
+    elif bits == 3:
+        stream = torch.cat([_unpack_threes(part) for part in stream.split(ROWS_AT_ONCE)])
+    return stream[:, :count].contiguous()
+
+
+def _unpack_threes(stream: Tensor) -> Tensor:
+    """Eight codes of 3 bits from every three bytes."""
+    threes = pad(stream, (0, -stream.shape[1] % 3)).unflatten(1, (-1, 3)).to(torch.int32)
+    eights = threes[..., 0] | (threes[..., 1] << 8) | (threes[..., 2] << 16)
+    codes = [((eights >> shift) & 7).to(torch.uint8) for shift in range(0, 24, 3)]
+    return torch.stack(codes, dim=-1).flatten(1)
+
+
+def _int8_codes(linear: str, bits: int, shape: tuple[int, ...], tensors: Tensors) -> Tensor:
+    codes = tensors.tensor(f"{linear}.weight", shape)
+    if codes.dtype != torch.int8:
+        raise tensors.fault(f"{linear}.weight", f"is {codes.dtype}, but its scales are for int8")
+    return _unsigned(codes, bits)
+
+
+def _unsigned(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes as uint8, 2^(bits - 1) up."""
+    return codes.to(torch.int8).contiguous().view(torch.uint8) + 2 ** (bits - 1)
+
+
+def _groups(tensors: Tensors, name: str, cols: int, num_groups: int) -> Tensor | None:
+    """The group of each column, int32 `[in]`; None for runs of equal length."""
+    runs = None if cols % num_groups else torch.arange(cols) // (cols // num_groups)
+    group_of = tensors.tensor(name, (cols,)) if name in tensors else None
+    if group_of is None or (group_of < 0).any():  # -1: the order was never changed
+        if runs is None:
+            raise tensors.fault(name, f"is needed: {num_groups} groups do not divide {cols} inputs")
+        return None
+    if int(group_of.max()) >= num_groups:
+        raise tensors.fault(name, f"names group {int(group_of.max())} of {num_groups}")
+    in_runs = runs is not None and torch.equal(group_of.to(runs.dtype), runs)
+    return None if in_runs else group_of.to(torch.int32)
+
+
+def _words(tensors: Tensors, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    words = tensors.tensor(name, shape)
+    if words.dtype != torch.int32 or words.dim() != 2:
+        raise tensors.fault(name, f"is {words.dtype} {list(words.shape)}, expected rows of int32")
+    return words
+
+
+def _scales(tensors: Tensors, name: str) -> Tensor:
+    scales = tensors.tensor(name)
+    if not scales.is_floating_point() or not torch.isfinite(scales).all():
+        raise tensors.fault(name, f"is {scales.dtype}, expected finite numbers of a float type")
+    return scales
+
+
+def _misshapen(tensors: Tensors, name: str, found: Tensor, shape: tuple[int, ...]) -> UserError:
+    return tensors.fault(
+        name, f"has shape {list(found.shape)}, which does not fit {list(shape)} of config.json"
+    )
+
+
+def _scheme(name: str, group: Any, path: Path) -> _Scheme:
+    where = f"{path}: config_groups.{name}"
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict) or not isinstance(group.get("targets"), list):
+        raise UserError(f"{where} has no 'weights' and 'targets' of its own")
+    if weights.get("type", "int") != "int":
+        raise UserError(
+            f"{where}: weights of type {weights['type']!r} cannot be read; {WHAT_LOADS}"
+        )
+    if weights.get("strategy") not in ("group", "channel", "tensor"):
+        raise UserError(
+            f"{where}: scales by {weights.get('strategy')!r} cannot be read; "
+            "what loads has one a group, channel or tensor"
+        )
+    _check_bits(weights.get("num_bits"), path)
+    activations = group.get("input_activations") is not None
+    return _Scheme(tuple(group["targets"]), weights["num_bits"], activations)
+
+
+def _check_bits(bits: Any, path: Path) -> None:
+    if bits not in BITS:
+        raise UserError(f"{path}: weights of {bits} bits cannot be read; {WHAT_LOADS}")
+
+
+def _rank(target: str, linear: str) -> int:
+    if target == linear:
+        return 3
+    if target.startswith("re:"):
+        return 2 if re.match(target.removeprefix("re:"), linear) else 0
+    return 1 if target == "Linear" else 0
+
+
+def _version(text: Any) -> tuple[int, ...]:
+    """0.17.1 as (0, 17); what says none is taken for the newest."""
+    found = re.match(r"(\d+)\.(\d+)", str(text))
+    return tuple(map(int, found.groups())) if found else (99, 0)
