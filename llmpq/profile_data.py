@@ -1,9 +1,18 @@
 """profile.json (measured times of one device type) and sensitivity.json (quality per layer)."""
 
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict, parse_json, read_json, validate
 from llmpq.errors import UserError
@@ -126,12 +135,22 @@ class LayerSensitivity(Strict):
 
     layer: NonNegativeInt
     precision: str
-    sensitivity: float
+    sensitivity: float = Field(ge=0)
     part: Literal["layer", "attention", "ffn"] = "layer"
+
+    @field_validator("precision")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in PRECISIONS:
+            raise ValueError(f"unknown precision; known: {', '.join(PRECISIONS)}")
+        return name
 
 
 class MeasuredPlan(Strict):
-    """A precision for every layer, measured as a whole; `rise` of the loss in nats a token."""
+    """A precision for every layer, measured as a whole.
+
+    `rise`: of the loss in nats a token, taken to be the divergence from the 16-bit model.
+    """
 
     precisions: list[str]
     sum_sensitivity: float
@@ -179,6 +198,16 @@ class Sensitivity(Strict):
     notes: list[str] = []
     provenance: Provenance = Provenance()
 
+    @field_validator("layers")
+    @classmethod
+    def _rows_fit(
+        cls, layers: list[LayerSensitivity], info: ValidationInfo
+    ) -> list[LayerSensitivity]:
+        faults = list(_row_faults(layers, info.data.get("num_layers", math.inf)))
+        if faults:
+            raise ValueError("; ".join(faults))
+        return layers
+
     def table(self) -> dict[str, list[float]]:
         """Sensitivity by precision and layer; "16" costs nothing, negative noise counts as 0."""
         table = {p: [float("nan")] * self.num_layers for p in PRECISIONS if p != "16"}
@@ -209,3 +238,15 @@ def _is_other(data: object) -> bool:
 def load_sensitivity(path: Path) -> Sensitivity:
     """Reads sensitivity.json."""
     return read_json(path, Sensitivity)
+
+
+def _row_faults(layers: Sequence[LayerSensitivity], num_layers: float) -> Iterator[str]:
+    """Rows that are of no layer, or there twice."""
+    first: dict[tuple[int, str, str], int] = {}
+    for index, row in enumerate(layers):
+        before = first.setdefault((row.layer, row.precision, row.part), index)
+        if row.layer >= num_layers:
+            known = f"the model has {num_layers} (0 to {num_layers - 1})"
+            yield f"row {index}: no layer {row.layer}, {known}"
+        elif before != index:
+            yield f"row {index}: layer {row.layer} at precision {row.precision}, as row {before}"

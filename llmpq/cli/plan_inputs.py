@@ -9,8 +9,9 @@ Heavy modules are imported inside functions, so that `--help` is quick. Not cove
 go together (`plan`).
 """
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -113,7 +114,21 @@ def _quality(arguments: Arguments, spec: "ModelSpec") -> "QualityModel":
     if arguments.sensitivity is None:
         return prior_quality(spec.num_layers)
     sensitivity = load_sensitivity(arguments.sensitivity)
-    return measured_quality(sensitivity, spec, str(arguments.sensitivity))
+    quality = measured_quality(sensitivity, spec, str(arguments.sensitivity))
+    moments = quality.quantizer.moments
+    if moments is None:
+        return quality
+    found = _from_plan(arguments.sensitivity.parent / moments, arguments)
+    return replace(quality, quantizer=quality.quantizer.model_copy(update={"moments": found}))
+
+
+def _from_plan(moments: Path, arguments: Arguments) -> str:
+    """The path as seen from the folder that all plans are written to; else a whole one."""
+    folder = arguments.output.parent if arguments.output else None
+    rivals = arguments.baseline_plans
+    if folder is None or (rivals is not None and rivals.resolve() != folder.resolve()):
+        return str(moments.resolve())
+    return os.path.relpath(moments, folder)
 
 
 def make_problem(
@@ -124,9 +139,9 @@ def make_problem(
 
     _check_lengths(inputs)
     times = _times(inputs)
-    offered = [p for p in _offered(times) if p in inputs.quality.omega]
-    notes = _notes(inputs, times)
     asked = _asked(arguments, plan)
+    offered = [p for p in _offered(times, asked or ()) if p in inputs.quality.omega]
+    notes = _notes(inputs, times)
     precisions = _precisions(inputs, times, offered, asked)
     budget = float("inf") if arguments.theta is not None else _budget(arguments, inputs.quality)
     problem = Problem(
@@ -197,10 +212,12 @@ def _times(inputs: Inputs) -> "dict[str, LayerTimes]":
     return times
 
 
-def _offered(times: "dict[str, LayerTimes]") -> list[str]:
-    from llmpq.precision import PRECISIONS
+def _offered(times: "dict[str, LayerTimes]", asked: Sequence[str] = ()) -> list[str]:
+    """Those that some device has times for; optional ones only where they are asked for."""
+    from llmpq.precision import PRECISIONS, STANDARD
 
-    return [p for p in PRECISIONS if any(p in t.precisions for t in times.values())]
+    timed = {p for t in times.values() for p in t.precisions}
+    return [p for p in PRECISIONS if p in timed and (p in STANDARD or p in asked)]
 
 
 def _asked(arguments: Arguments, plan: "Plan | None") -> list[str] | None:

@@ -437,11 +437,12 @@ def _problem(
 ) -> "Problem":
     """The plan's problem at these times; any quality, the budget comes later."""
     from llmpq.planner.problem import Problem
-    from llmpq.precision import PRECISIONS
+    from llmpq.precision import STANDARD
     from llmpq.workload import request_lengths
 
     quality = _quality(request, plan)
-    offered = [p for p in PRECISIONS if any(p in t.precisions for t in times.values())]
+    timed = {p for t in times.values() for p in t.precisions}
+    known = dict.fromkeys((*STANDARD, *plan.precisions))
     return Problem(
         spec=plan.model,
         cluster=cluster,
@@ -449,7 +450,7 @@ def _problem(
         lengths=tuple(request_lengths(plan.workload)),
         times=times,
         quality=quality,
-        precisions=tuple(p for p in offered if p in quality.omega),
+        precisions=tuple(p for p in known if p in timed and p in quality.omega),
         profiles=tuple(profiles),
     )
 

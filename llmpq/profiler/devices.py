@@ -101,13 +101,13 @@ def context_bytes(device: torch.device, used_before_bytes: int = 0) -> int:
     a = torch.ones(64, 64, device=device)
     torch.mm(a, a)
     if device.type != "cuda":
-        return _resident_bytes()
+        return resident_bytes()
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     return max(0, total - free - torch.cuda.memory_reserved(device) - used_before_bytes)
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Now, where the system says so; else the most it ever was."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -1,129 +1,208 @@
-"""How much quality a precision costs in each layer: the measured rise of the loss.
+"""How much quality a precision costs in each layer, and what a sum of that means in percent.
 
-Indicator "measured": the model is held at 16 bits, one layer at a time goes to a lower precision,
-and the loss on the calibration text is taken with the very weights that would be served. The sum
-over layers is turned into percent of perplexity by a factor fitted to a few mixed plans measured
-whole, and the error of that fit is kept beside it.
-Not covered: the paper's variance and Hessian indicators; models larger than memory.
+Rows come from one of the indicators (`indicators`). Plans are measured whole with the very weights
+that would be served, and the fit from summed sensitivity to percent goes through them
+(`quality_fit`). Both are counted in divergence from the 16-bit model, not in rise of the loss: of
+few tokens the rise is mostly chance (a term of first order in what rounding changed, whose mean is
+zero), the divergence is not, and their means are close.
+
+Text is split: second moments come from its first half, all that is measured from the second, so
+that nothing is measured on what the weights were fitted to.
 """
 
-import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmpq.models.family import find
-from llmpq.models.stage_model import StageModel
-from llmpq.profile_data import LayerSensitivity, QualityFit
-from llmpq.runtime.checkpoint import Weights
-from llmpq.runtime.evaluate import evaluate, load_stages
+from llmpq.models.stage_model import LayerPrecision, StageModel
+from llmpq.profile_data import LayerSensitivity, MeasuredPlan, QualityFit
+from llmpq.profiler.indicators import (
+    Cell,
+    InputVariance,
+    Subject,
+    cells,
+    hessian_rows,
+    random_rows,
+    variance_rows,
+)
+from llmpq.profiler.quality_fit import draw_plans, fit_quality
+from llmpq.runtime.evaluate import LOGITS_AT_ONCE, Loss
+from llmpq.runtime.moments import MomentsFile
+from llmpq.runtime.streaming import DamageSum, Streamed, Variant, stream
 
-NUM_MIXED_PLANS = 6
-
-
-class SensitivityMeter:
-    """The model once at every precision, sharing nothing; layers are exchanged between them."""
-
-    def __init__(
-        self,
-        config: Any,
-        weights: Weights,
-        precisions: Sequence[str],
-        windows: torch.Tensor,
-        dtype: torch.dtype,
-        device: torch.device,
-        on_step: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        self.num_layers: int = config.num_hidden_layers
-        self.precisions = [p for p in precisions if p != "16"]
-        self.windows, self._on_step, self._steps = windows, on_step, 0
-        cuts = [(0, self.num_layers)]
-        models = {
-            p: load_stages(config, weights, cuts, [p] * self.num_layers, dtype, device)[0]
-            for p in ("16", *self.precisions)
-        }
-        self.model = models["16"]
-        self._layers = {p: list(_layers(model)) for p, model in models.items()}
-        self.base_loss = self._loss(["16"] * self.num_layers)
-
-    def rows(self) -> list[LayerSensitivity]:
-        """Every layer at every precision, alone."""
-        return [
-            LayerSensitivity(
-                layer=layer,
-                precision=precision,
-                sensitivity=self._rise(self._one(layer, precision)),
-            )
-            for precision in self.precisions
-            for layer in range(self.num_layers)
-        ]
-
-    def fit(self, rows: Sequence[LayerSensitivity]) -> QualityFit:
-        """The factor from summed sensitivity to rise of loss, over uniform and mixed plans."""
-        table = {(r.layer, r.precision): max(0.0, r.sensitivity) for r in rows}
-        plans = [[p] * self.num_layers for p in self.precisions] + self._mixed()
-        points = [
-            (sum(table.get((i, p), 0.0) for i, p in enumerate(plan)), self._rise(plan))
-            for plan in plans
-        ]
-        return fit_quality(points)
-
-    def _mixed(self) -> list[list[str]]:
-        draw = random.Random(0)
-        choices = ["16", *self.precisions]
-        return [draw.choices(choices, k=self.num_layers) for _ in range(NUM_MIXED_PLANS)]
-
-    def _one(self, layer: int, precision: str) -> list[str]:
-        return [precision if i == layer else "16" for i in range(self.num_layers)]
-
-    def _rise(self, precisions: list[str]) -> float:
-        return self._loss(precisions) - self.base_loss
-
-    def _loss(self, precisions: list[str]) -> float:
-        with self._set(precisions):
-            loss = evaluate([self.model], self.windows).mean
-        self._steps += 1
-        self._on_step(self._steps)
-        return loss
-
-    @contextmanager
-    def _set(self, precisions: list[str]) -> Iterator[None]:
-        layers = _layers(self.model)
-        for index, precision in enumerate(precisions):
-            layers[index] = self._layers[precision][index]
-        yield
-        for index in range(self.num_layers):
-            layers[index] = self._layers["16"][index]
+Indicator = Literal["measured", "variance", "hessian", "random"]
+Method = Literal["fast", "exact"]
+Steps = Callable[[int, int], None]  # done, of so many
 
 
-def num_evaluations(num_layers: int, precisions: Sequence[str]) -> int:
-    """Evaluations that a meter, its `rows` and its `fit` take."""
-    lower = [p for p in precisions if p != "16"]
-    return 1 + len(lower) * (num_layers + 1) + NUM_MIXED_PLANS
+@dataclass(frozen=True)
+class Recipe:
+    """What to measure. `apart`: attention and FFN of each layer as well; `seed`: of all draws."""
+
+    precisions: tuple[str, ...]
+    indicator: Indicator = "measured"
+    method: Method = "fast"
+    apart: bool = False
+    seed: int = 0
 
 
-def fit_quality(points: Sequence[tuple[float, float]]) -> QualityFit:
-    """Least squares through the origin of (summed sensitivity, measured rise of loss).
+@dataclass(frozen=True)
+class Inputs:
+    """What was gathered of the linears' inputs at 16 bits, where the indicator needs it."""
 
-    Points are weighted for relative error, so that small rises, where budgets lie, count.
-    The error is the mean difference in percent of perplexity.
+    moments: MomentsFile | None = None
+    variance: InputVariance | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows, the fit, and the 16-bit model's loss on the same windows."""
+
+    rows: list[LayerSensitivity]
+    fit: QualityFit
+    base: Loss
+
+
+def measure_sensitivity(
+    subject: Subject,
+    recipe: Recipe,
+    windows: Tensor,
+    inputs: Inputs = Inputs(),
+    on_step: Steps = lambda done, total: None,
+) -> Measured:
+    """Every layer at every precision, and plans, on `[n, W]` windows.
+
+    "fast" streams all variants through one layer after the other; "exact" holds the whole model
+    at every precision and runs one variant after the other.
     """
-    usable = [(x, y) for x, y in points if x > 0]
-    weights = [1 / (x + 0.002) ** 2 for x, _ in usable]
-    above = sum(w * x * y for w, (x, y) in zip(weights, usable, strict=True))
-    below = sum(w * x * x for w, (x, _) in zip(weights, usable, strict=True))
-    scale = max(0.0, above / below) if below else 1.0
-    errors = [abs(_percent(scale * x) - _percent(y)) for x, y in usable]
-    mean_error = sum(errors) / len(errors) if errors else 0.0
-    return QualityFit(scale=scale, mean_abs_error_percent=mean_error, num_plans=len(usable))
+    wanted = cells(subject.num_layers, recipe.precisions, recipe.apart)
+    measures = recipe.indicator == "measured"
+    singles = [cell.variant(subject.num_layers) for cell in wanted] if measures else []
+    plans = draw_plans(subject.num_layers, recipe.precisions, recipe.seed)
+    variants: list[Variant] = [["16"] * subject.num_layers, *singles, *plans]
+    run = _streamed if recipe.method == "fast" else _whole
+    base, *found = run(subject, variants, windows, on_step)
+    if measures:
+        rows = [c.row(_divergence(one)) for c, one in zip(wanted, found, strict=False)]
+    else:
+        rows = _calculated(subject, recipe, wanted, inputs, on_step)
+    whole = [_divergence(one) for one in found[len(singles) :]]
+    return Measured(rows, fit_quality(_points(rows, plans, whole)), base.loss)
 
 
-def _percent(rise: float) -> float:
-    return 100 * math.expm1(rise)
+def gather_input_variance(
+    subject: Subject, windows: Tensor, on_layer: Callable[[int], None] = lambda _: None
+) -> InputVariance:
+    """Variance of every linear's inputs on `[n, W]` windows, at 16 bits."""
+    variance = InputVariance()
+    stream(
+        subject.config,
+        subject.weights,
+        [],
+        windows,
+        subject.dtype,
+        subject.device,
+        watch=variance.watch,
+        on_layer=on_layer,
+    )
+    return variance
+
+
+def _calculated(
+    subject: Subject, recipe: Recipe, wanted: Sequence[Cell], inputs: Inputs, on_step: Steps
+) -> list[LayerSensitivity]:
+    def on_layer(done: int) -> None:
+        on_step(done, subject.num_layers)
+
+    if recipe.indicator == "variance":
+        assert inputs.variance is not None
+        return variance_rows(subject, wanted, inputs.variance.of, on_layer)
+    if recipe.indicator == "hessian":
+        assert inputs.moments is not None
+        return hessian_rows(subject, wanted, inputs.moments.moments, on_layer)
+    return random_rows(wanted, recipe.seed)
+
+
+def _points(
+    rows: Sequence[LayerSensitivity], plans: Sequence[list[str]], rises: Sequence[float]
+) -> list[MeasuredPlan]:
+    table = {(r.layer, r.precision): r.sensitivity for r in rows if r.part == "layer"}
+    return [
+        MeasuredPlan(
+            precisions=plan,
+            sum_sensitivity=sum(table.get(key, 0.0) for key in enumerate(plan)),
+            rise=rise,
+        )
+        for plan, rise in zip(plans, rises, strict=True)
+    ]
+
+
+def _divergence(one: Streamed) -> float:
+    assert one.divergence is not None
+    return one.divergence
+
+
+def _streamed(
+    subject: Subject, variants: Sequence[Variant], windows: Tensor, on_step: Steps
+) -> list[Streamed]:
+    return stream(
+        subject.config,
+        subject.weights,
+        variants,
+        windows,
+        subject.dtype,
+        subject.device,
+        subject.roundings,
+        on_layer=lambda done: on_step(done, subject.num_layers),
+    )
+
+
+@torch.inference_mode()
+def _whole(
+    subject: Subject, variants: Sequence[Variant], windows: Tensor, on_step: Steps
+) -> list[Streamed]:
+    """Each variant by the whole model, whose layers are exchanged; the first variant is 16 bits."""
+    needed = dict.fromkeys(precision for variant in variants for precision in variant)
+    last = subject.num_layers
+    models = {p: subject.load(0, last, [p] * last) for p in needed}
+    sums = [DamageSum() for _ in variants]
+    rows = max(1, LOGITS_AT_ONCE // subject.config.vocab_size // windows.shape[1])
+    pieces = windows.split(rows)
+    for number, piece in enumerate(pieces):
+        token_ids = piece.to(subject.device)
+        base: Tensor | None = None
+        for at, (variant, total) in enumerate(zip(variants, sums, strict=True)):
+            with _assembled(models, variant) as model:
+                own = _log_probabilities(model, token_ids)
+            base = own if base is None else base
+            total.add(own, token_ids[:, 1:].flatten(), base)
+            on_step(number * len(variants) + at + 1, len(pieces) * len(variants))
+    return [total.result() for total in sums]
+
+
+def _log_probabilities(model: StageModel, token_ids: Tensor) -> Tensor:
+    """`[b, W]` to fp32 `[b (W - 1), V]`."""
+    hidden = model.run(model.embed(token_ids), attention_mask=None, position_ids=None, cache=None)
+    return model.head(hidden[:, :-1].flatten(0, 1)).float().log_softmax(-1)
+
+
+@contextmanager
+def _assembled(models: dict[LayerPrecision, StageModel], variant: Variant) -> Iterator[StageModel]:
+    """The 16-bit model with the variant's layers in place of its own."""
+    model = models["16"]
+    layers = _layers(model)
+    own = list(layers)
+    for index, precision in enumerate(variant):
+        if precision != "16":
+            layers[index] = _layers(models[precision])[index]
+    yield model
+    for index, layer in enumerate(own):
+        layers[index] = layer
 
 
 def _layers(model: StageModel) -> nn.ModuleList:

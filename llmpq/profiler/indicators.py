@@ -1,0 +1,232 @@
+"""How much a layer suffers at a precision, while all others stay at 16 bits: four indicators.
+
+    measured  the divergence from the 16-bit model's next-token distributions, nats a token
+    variance  D S^2 G: inner dimension x squared step x variance of the inputs, summed over linears
+              (LLM-PQ, arXiv 2403.01136, eq. 3: what rounding adds to the variance of the outputs)
+    hessian   tr(dW H dW^T) x the top eigenvalue of H, summed over linears; H = X^T X / T is the
+              mean second moment of the inputs, dW what rounding changed
+    random    drawn, but dearer at fewer bits: what an indicator must beat
+
+"measured" and plans are run; this module knows the others, and which variants to run.
+Not covered: how activations suffer in "8-w8a8", in any but "measured".
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmpq.models.family import PartOfLayer, part_of
+from llmpq.models.stage_model import LayerPrecision, LayerRange, StageModel
+from llmpq.precision import PRECISIONS, group_size
+from llmpq.profile_data import LayerSensitivity
+from llmpq.runtime.checkpoint import Weights
+from llmpq.runtime.loader import load_stage
+from llmpq.runtime.roundings import NEAREST, Roundings
+
+Part = Literal["layer", "attention", "ffn"]
+POWER_STEPS, POWER_TOLERANCE = 500, 1e-6
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and how it is loaded."""
+
+    config: Any
+    weights: Weights
+    dtype: torch.dtype
+    device: torch.device
+    roundings: Roundings = NEAREST
+
+    @property
+    def num_layers(self) -> int:
+        """All of them."""
+        return int(self.config.num_hidden_layers)
+
+    def load(self, first: int, end: int, precisions: Sequence[LayerPrecision]) -> StageModel:
+        """Layers `first` up to `end`."""
+        layers = LayerRange(first, end, self.num_layers)
+        return load_stage(
+            self.config,
+            self.weights,
+            layers,
+            precisions,
+            self.dtype,
+            self.device,
+            roundings=self.roundings,
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layer, or a part of it, at one precision."""
+
+    layer: int
+    precision: str
+    part: Part = "layer"
+
+    def variant(self, num_layers: int) -> list[LayerPrecision]:
+        """The model with this alone below 16 bits."""
+        low = self.precision if self.part == "layer" else PartOfLayer(self.precision, self.part)
+        return [low if layer == self.layer else "16" for layer in range(num_layers)]
+
+    def row(self, sensitivity: float) -> LayerSensitivity:
+        """As files hold it."""
+        return LayerSensitivity(
+            layer=self.layer, precision=self.precision, part=self.part, sensitivity=sensitivity
+        )
+
+
+def cells(num_layers: int, precisions: Sequence[str], apart: bool = False) -> list[Cell]:
+    """Every layer at every precision below 16 bits; `apart`: its attention and FFN as well."""
+    parts: tuple[Part, ...] = ("layer", "attention", "ffn") if apart else ("layer",)
+    return [
+        Cell(layer, precision, part)
+        for precision in precisions
+        if precision != "16"
+        for part in parts
+        for layer in range(num_layers)
+    ]
+
+
+def random_rows(wanted: Sequence[Cell], seed: int) -> list[LayerSensitivity]:
+    """A draw for each layer and part, times the variance of errors at its bits."""
+    draw = random.Random(seed)
+    keys = dict.fromkeys((cell.layer, cell.part) for cell in wanted)
+    drawn = {key: draw.random() for key in keys}
+    return [
+        cell.row(drawn[cell.layer, cell.part] * 4.0 ** -PRECISIONS[cell.precision].weight_bits)
+        for cell in wanted
+    ]
+
+
+@dataclass
+class InputVariance:
+    """Variance of the inputs of each linear, over tokens and features; `watch` gathers it."""
+
+    _sums: dict[str, list[float]] = field(default_factory=dict)
+
+    @contextmanager
+    def watch(self, stage: StageModel) -> Iterator[None]:
+        """Counts what the stage's linears are given meanwhile."""
+        handles = [
+            linear.register_forward_pre_hook(partial(self._add, name))
+            for name, linear in stage.linears().items()
+        ]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def of(self, name: str) -> float:
+        """Of the inputs of the weight called `name`."""
+        count, total, squares = self._sums[name]
+        return max(0.0, squares / count - (total / count) ** 2)
+
+    def _add(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].float()
+        new = (x.numel(), float(x.sum(dtype=torch.float64)), float(x.square().sum()))
+        old = self._sums.get(name, [0.0, 0.0, 0.0])
+        self._sums[name] = [a + b for a, b in zip(old, new, strict=True)]
+
+
+def variance_rows(
+    subject: Subject,
+    wanted: Sequence[Cell],
+    variance: Callable[[str], float],
+    on_layer: Callable[[int], None] = lambda _: None,
+) -> list[LayerSensitivity]:
+    """The variance indicator; `variance` gives that of the inputs by the weight's name."""
+
+    def damage(name: str, linear: nn.Module, precision: str) -> float:
+        raw = _raw(subject, name, linear)
+        step = mean_square_step(raw, PRECISIONS[precision].weight_bits)
+        return raw.shape[1] * step * variance(name)
+
+    return _operator_rows(subject, wanted, damage, lambda _: "16", on_layer)
+
+
+def hessian_rows(
+    subject: Subject,
+    wanted: Sequence[Cell],
+    moments: Callable[[str], Tensor],
+    on_layer: Callable[[int], None] = lambda _: None,
+) -> list[LayerSensitivity]:
+    """The Hessian indicator; `moments` gives fp32 `[blocks, B, B]` by the weight's name."""
+    eigenvalues: dict[str, float] = {}
+
+    def damage(name: str, linear: Any, precision: str) -> float:
+        blocks = moments(name)
+        if name not in eigenvalues:
+            eigenvalues[name] = max(top_eigenvalue(block) for block in blocks)
+        lost = _raw(subject, name, linear) - linear.dequantized_weight().float()
+        return output_error(lost, blocks) * eigenvalues[name]
+
+    return _operator_rows(subject, wanted, damage, lambda precision: precision, on_layer)
+
+
+def mean_square_step(weight: Tensor, bits: int) -> float:
+    """The squared step of the grid that covers each group of a weight `[out, in]`, mean."""
+    groups = weight.unflatten(1, (-1, group_size(bits, weight.shape[1])))
+    span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
+    return float((span / (2**bits - 1)).square().mean())
+
+
+def output_error(lost: Tensor, moments: Tensor) -> float:
+    """tr(dW H dW^T) of `lost [out, in]`: the squared error of the outputs, summed, a token."""
+    parts = lost.split(moments.shape[-1], dim=1)
+    return sum(
+        float((part @ block.to(part)).mul_(part).sum())
+        for part, block in zip(parts, moments, strict=True)
+    )
+
+
+def top_eigenvalue(matrix: Tensor) -> float:
+    """Of a positive semi-definite `[B, B]`, by power iteration."""
+    vector = matrix.sum(0) + matrix.diagonal()
+    found = 0.0
+    for _ in range(POWER_STEPS):
+        length = float(vector.norm())
+        if length == 0.0:
+            return 0.0
+        vector = matrix @ (vector / length)
+        before, found = found, float(vector.norm())
+        if abs(found - before) <= POWER_TOLERANCE * found:
+            break
+    return found
+
+
+def _operator_rows(
+    subject: Subject,
+    wanted: Sequence[Cell],
+    damage: Callable[[str, Any, str], float],
+    loaded_at: Callable[[str], str],
+    on_layer: Callable[[int], None],
+) -> list[LayerSensitivity]:
+    """Sums `damage(name, linear, precision)` over the linears of every cell, layer by layer.
+
+    The linears are those of the layer at precision `loaded_at(precision)`.
+    """
+    sums = dict.fromkeys(wanted, 0.0)
+    precisions = list(dict.fromkeys(cell.precision for cell in wanted))
+    for layer in range(subject.num_layers):
+        for precision in precisions:
+            stage = subject.load(layer, layer + 1, [loaded_at(precision)])
+            for name, linear in stage.linears().items():
+                lost = damage(name, linear, precision)
+                parts: tuple[Part, ...] = ("layer", part_of(name))
+                for cell in (Cell(layer, precision, part) for part in parts):
+                    if cell in sums:
+                        sums[cell] += lost
+            del stage
+        on_layer(layer + 1)
+    return [cell.row(total) for cell, total in sums.items()]
+
+
+def _raw(subject: Subject, name: str, linear: Any) -> Tensor:
+    shape = (linear.out_features, linear.in_features)
+    return subject.weights.read(name, shape).to(subject.device).float()

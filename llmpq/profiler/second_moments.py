@@ -1,0 +1,56 @@
+"""The file of second moments that GPTQ rounds with: gathered in one streaming pass at 16 bits."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from torch import Tensor
+
+from llmpq.model_spec import ModelSpec
+from llmpq.models.stage_model import StageModel
+from llmpq.profiler.indicators import Subject
+from llmpq.runtime.moments import MomentsFile, MomentsMeter, MomentsWriter, block_columns
+from llmpq.runtime.streaming import Watch, stream
+
+
+def gather_moments(
+    subject: Subject,
+    windows: Tensor,
+    path: Path,
+    about: Mapping[str, str],
+    block: int | None = None,
+    also: Watch | None = None,
+    on_layer: Callable[[int], None] = lambda _: None,
+) -> MomentsFile:
+    """Writes the moments of every linear's inputs on `[n, W]` windows, a layer at a time.
+
+    `block`: the most columns of a block of H. `also` watches the same pass.
+    """
+    writer, keys = MomentsWriter(path), dict[str, str]()
+
+    @contextmanager
+    def watch(stage: StageModel) -> Iterator[None]:
+        with MomentsMeter(stage, block) as meter, also(stage) if also else nullcontext():
+            yield
+        for key, moments in meter.moments().items():
+            writer.add(key, moments)
+        keys.update(meter.keys)
+
+    stream(
+        subject.config,
+        subject.weights,
+        [],
+        windows,
+        subject.dtype,
+        subject.device,
+        watch=watch,
+        on_layer=on_layer,
+    )
+    writer.close(keys, about)
+    return MomentsFile(path)
+
+
+def most_bytes(spec: ModelSpec, block: int | None = None) -> int:
+    """What the file takes at most: columns of a block times n bytes for each linear of n inputs."""
+    sizes = [op.in_features for op in spec.linears]
+    return spec.num_layers * sum(size * block_columns(size, block) for size in sizes)
