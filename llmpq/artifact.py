@@ -142,6 +142,11 @@ def write_text(path: Path, text: str) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Where what can be computed again is kept, by the XDG rules."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmpq"
+
+
 def _fault(path: Path, root: yaml.Node | None, data: Any, fault: Any, kind: type[BaseModel]) -> str:
     keys = _keys_in_file(data, fault["loc"])
     line = _line_of(root, keys)

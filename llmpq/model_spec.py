@@ -15,7 +15,6 @@ of layer.
 import contextlib
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from llmpq import __version__
-from llmpq.artifact import Strict, parse_json, write_text
+from llmpq.artifact import Strict, cache_folder, parse_json, write_text
 from llmpq.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -233,7 +232,7 @@ def _counted_spec(config: dict[str, Any], path: Path) -> ModelSpec | None:
     """The spec as `llmpq.models.count` counts it; None where it cannot be counted."""
     if not all(find_spec(name) for name in COUNTED_WITH):
         return None
-    kept = _cache_folder() / f"count-{_fingerprint(config)}.json"
+    kept = cache_folder() / f"count-{_fingerprint(config)}.json"
     try:
         return ModelSpec.model_validate_json(kept.read_bytes())
     except (OSError, ValueError):
@@ -254,10 +253,6 @@ def _fingerprint(config: dict[str, Any]) -> str:
     versions = [version(name) for name in COUNTED_WITH]
     text = json.dumps([config, versions, __version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmpq"
 
 
 def config_path(model: str) -> Path:

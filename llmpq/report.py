@@ -44,6 +44,22 @@ class StageReport(Strict):
     cache_bytes: int | None = None
     activation_bytes: int | None = None
     buffer_bytes: int | None = None
+    weights_sha256: str | None = None  # of what was served; `llmpq-eval --json` says the same
+
+
+class Quality(Strict):
+    """What the served weights did to a text, in windows of `window` tokens, of which `num_tokens`
+    were predicted; `baseline_perplexity` is the 16-bit model's on the same windows, the percent
+    are rises of the perplexity over it.
+    """
+
+    text: str
+    window: PositiveInt
+    num_tokens: PositiveInt
+    perplexity: float
+    baseline_perplexity: float
+    measured_percent: float
+    predicted_percent: float | None = None
 
 
 class Report(Strict):
@@ -65,4 +81,5 @@ class Report(Strict):
     predicted: Predicted | None = None
     plan: Plan | None = None
     error_percent: float | None = None
+    quality: Quality | None = None
     provenance: Provenance = Provenance()

@@ -36,6 +36,6 @@ done
 # The same plan, sampling and stopping at the end of each story.
 run llmpq-run --plan "$out/plans/llmpq.json" --prompts llmpq/assets/prompts.jsonl \
     --temperature 0.6 --top-p 0.9 --seed 2 --output "$out/stories.jsonl"
-run llmpq-eval "$out"/plans/*.json --json "$out/perplexity.json"
+run llmpq-eval "$out"/plans/*.json --window 256 --json "$out/perplexity.json"
 
 scripts/env.sh python scripts/quickstart_table.py "$out"

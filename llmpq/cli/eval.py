@@ -1,70 +1,106 @@
-"""`llmpq-eval`: perplexity of a plan, or of uniform precisions, on the weights that are served."""
+"""`llmpq-eval`: perplexity and zero-shot tasks of a plan, or of uniform precisions, on the weights
+that are served."""
 
+import json
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmpq.artifact import Provenance
-from llmpq.cli.common import Command, common_options, console, emit
-from llmpq.cli.profile import check_window
+from llmpq.cli.common import ARGUMENTS, Command, common_options, console, emit
 from llmpq.cli.profile_options import PrecisionNames
 from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
-from llmpq.errors import UserError
+from llmpq.errors import UserError, WorkerError
 from llmpq.model_spec import ASSETS, DEFAULT_MODEL, load_model_spec
 from llmpq.plan import Plan, load_plan, refuse_shared_stages
+from llmpq.quantizer import Quantizer
+from llmpq.runtime.texts import DATASETS, named_text
+
+if TYPE_CHECKING:
+    from llmpq.cli.eval_ways import Model, Row, Subject, Task
+    from llmpq.runtime.harness import TaskScore
+    from llmpq.runtime.process import Role
+
+TASK_OPTIONS = {"task_data": "--task-data", "limit": "--limit", "num_fewshot": "--num-fewshot"}
+
+
+class Names(click.ParamType):
+    """Names with commas between: piqa,arc_easy."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(n.strip() for n in str(value).split(",") if n.strip()))
+        if not names:
+            self.fail(f"{value!r} names no task", param, ctx)
+        return names
 
 
 @click.command(cls=Command)
 @click.argument("plans", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--model", help="Model directory; default: the plan's, or the shipped model.")
 @click.option("--precisions", type=PrecisionNames(), help="Uniform precisions to evaluate as well.")
+@click.option("--quantizer", type=click.Choice(["rtn", "mse", "gptq"]), help="Of --precisions.")
+@click.option(
+    "--moments",
+    type=click.Path(path_type=Path),
+    help="Second moments for gptq; default: the file that the plan names.",
+)
 @click.option(
     "--text", multiple=True, type=click.Path(path_type=Path), help="Default: shipped text."
 )
-@click.option("--window", type=click.IntRange(min=2), help="Tokens a window; default 256 at most.")
+@click.option("--dataset", multiple=True, type=click.Choice(list(DATASETS)), help="A known text.")
+@click.option(
+    "--data",
+    envvar="LLMPQ_DATA",
+    type=click.Path(path_type=Path),
+    help="Folder with the files of --dataset; default: $LLMPQ_DATA, else the hub.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(min=2),
+    help="Tokens a window; default: the model's positions, 2048 at most.",
+)
 @click.option("--max-windows", type=click.IntRange(min=1), help="Default: the whole text.")
+@click.option("--tasks", type=Names(), help="Tasks of lm-eval: piqa,lambada_openai,arc_easy.")
+@click.option(
+    "--task-data",
+    type=click.Path(path_type=Path),
+    help="Folder with the tasks' data (TASK/validation.jsonl); default: the hub.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Samples a task.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Default: the task's own, or 0.")
+@click.option("--stream", is_flag=True, help="One layer in memory at a time.")
+@click.option("--processes", is_flag=True, help="A process for each of the plan's stages.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="auto")
 @common_options
 def main(**flags: Any) -> None:
-    """Perplexity of PLANS (plan.json files) and of uniform precisions, stage by stage."""
-    subjects = _subjects(flags)
-    from llmpq.models.stage_model import load_config
-    from llmpq.models.tokenizer import load_tokenizer
-    from llmpq.runtime.checkpoint import Checkpoint
-    from llmpq.runtime.evaluate import evaluate, load_stages, text_windows
-    from llmpq.runtime.loader import model_folder
-    from llmpq.runtime.process import Role, choose_device, choose_dtype
+    """Perplexity and tasks of PLANS (plan.json files) and of uniform precisions.
 
-    device = choose_device(flags["device"], Role(0, 1, 0, 1))
-    dtype = choose_dtype(flags["dtype"], device)
-    model = _one_model(flags, subjects)
-    spec, folder = load_model_spec(model), model_folder(model)
-    config, weights = load_config(folder), Checkpoint(folder)
-    window = flags["window"] or min(256, spec.max_positions)
-    check_window(window, spec.max_positions)
-    tokenizer = load_tokenizer(folder)
-    texts = flags["text"] or (ASSETS / "evaluation.txt",)
-    windows = {t: text_windows(t, tokenizer, window, flags["max_windows"]) for t in texts}
-    rows = []
-    with progress(console(flags["quiet"]), "perplexity", len(subjects) * len(texts)) as shown:
-        for name, cuts, precisions in _layouts(subjects, spec.num_layers):
-            stages: list[Any] = []  # frees the last subject's before the next are loaded
-            stages = load_stages(config, weights, cuts, precisions, dtype, device)
-            for text, part in windows.items():
-                loss = evaluate(stages, part)
-                rows.append(_row(name, text, precisions, loss, stages))
-                shown.update(len(rows))
-    _show(rows, window, flags)
+    Stage after stage in this process; with --processes, or under torchrun, through the stages'
+    own processes; with --stream layer by layer, for models larger than memory.
+    """
+    plans = [(path, _runnable(path)) for path in flags["plans"]]
+    _check(flags, plans)
+    from llmpq.runtime.process import Role, role_from_environment
 
-
-def _subjects(flags: dict[str, Any]) -> list[tuple[str, Any]]:
-    """(name, plan or precision) of everything to evaluate."""
-    plans = [(str(path), _runnable(path)) for path in flags["plans"]]
-    default = () if plans else ("16",)
-    return plans + [(f"uniform-{p}", p) for p in flags["precisions"] or default]
+    role = role_from_environment()
+    if role is not None:
+        _work(flags, plans, role)
+    elif flags["processes"]:
+        _start(flags, plans)
+    else:
+        _here(flags, plans, Role(0, 1, 0, 1))
 
 
 def _runnable(path: Path) -> Plan:
@@ -73,8 +109,163 @@ def _runnable(path: Path) -> Plan:
     return plan
 
 
-def _one_model(flags: dict[str, Any], subjects: list[tuple[str, Any]]) -> str:
-    names = {subject.model.name for _, subject in subjects if not isinstance(subject, str)}
+def _check(flags: dict[str, Any], plans: list[tuple[Path, Plan]]) -> None:
+    """Options that do not go together."""
+    ignored = [name for key, name in TASK_OPTIONS.items() if flags[key] is not None]
+    if ignored and not flags["tasks"]:
+        raise UserError(f"{', '.join(ignored)}: only with --tasks")
+    if flags["tasks"] and (flags["stream"] or flags["processes"]):
+        way = "--stream" if flags["stream"] else "--processes"
+        raise UserError(f"--tasks: needs all stages in this process; leave {way} out")
+    if flags["processes"] and flags["stream"]:
+        raise UserError("give only one of --stream and --processes")
+    if flags["quantizer"] and plans and not flags["precisions"]:
+        raise UserError("--quantizer: is for --precisions; a plan says how its weights are rounded")
+    if flags["quantizer"] == "gptq" and flags["moments"] is None:
+        raise UserError(
+            "--quantizer gptq: needs --moments FILE, which "
+            "'llmpq-profile sensitivity --quantizer gptq' writes"
+        )
+    used = [plan.quantizer.method for _, plan in plans]
+    used += [flags["quantizer"] or "gptq"] if flags["precisions"] or not plans else []
+    if flags["moments"] and "gptq" not in used:
+        raise UserError(f"--moments: nothing here is rounded by gptq, but by {', '.join(used)}")
+
+
+def _here(flags: dict[str, Any], plans: list[tuple[Path, Plan]], role: "Role") -> None:
+    """All in this process."""
+    from llmpq.cli.eval_ways import layer_by_layer, num_passes, stage_by_stage
+
+    model, subjects = _load(flags, plans, role)
+    _warn(model, subjects, flags["quiet"])
+    with ExitStack() as until_the_end:
+        task = _tasks(flags, until_the_end)
+        windows = _windows(flags, model)
+        if flags["stream"]:
+            total = num_passes(subjects, windows) * len(subjects[0].precisions)
+        else:
+            total = sum(map(len, windows.values())) * len(subjects)
+        what = "layers" if flags["stream"] else "windows"
+        with progress(console(flags["quiet"]), what, total) as shown:
+            scores: list[tuple[Subject, TaskScore]] = []
+            if flags["stream"]:
+                rows = layer_by_layer(model, subjects, windows, shown.update)
+            else:
+                rows, scores = stage_by_stage(model, subjects, windows, task, shown.update)
+    _show(rows, scores, flags, "stream" if flags["stream"] else "stages", model)
+
+
+def _warn(model: "Model", subjects: "list[Subject]", quiet: bool) -> None:
+    """Where weights that come quantised are rounded a second time."""
+    note = model.weights.note({p for subject in subjects for p in subject.precisions})
+    if note is not None:
+        console(quiet).print(f"warning: {note}")
+
+
+def _start(flags: dict[str, Any], plans: list[tuple[Path, Plan]]) -> None:
+    """Checks all input, then starts a process a stage."""
+    from llmpq.runtime.process import Role, start_workers
+
+    _check_processes(plans)
+    model, _ = _load(flags, plans, Role(0, 1, 0, 1))
+    _windows(flags, model)
+    stages = plans[0][1].stages
+    names = [f"{stage.devices[0]} on {stage.node}" for stage in stages]
+    arguments = click.get_current_context().meta[ARGUMENTS]
+    start_workers(arguments, names, "llmpq.cli.eval", "nothing has been written, run it again")
+
+
+def _check_processes(plans: list[tuple[Path, Plan]], size: int | None = None) -> None:
+    """Every plan must have a stage a process. `size`: how many torchrun started."""
+    if not plans:
+        raise UserError("stage processes: name a plan; uniform precisions have a single stage")
+    first, expected = plans[0][0], size or len(plans[0][1].stages)
+    for path, plan in plans:
+        stages = len(plan.stages)
+        if stages != expected and size:
+            raise UserError(
+                f"{path}: the plan has {stages} stages but torchrun started {size} processes; "
+                f"use --nproc-per-node {stages}"
+            )
+        if stages != expected:
+            raise UserError(
+                f"{path}: has {stages} stages, {first} has {expected}; evaluate them one at a time"
+            )
+
+
+def _work(flags: dict[str, Any], plans: list[tuple[Path, Plan]], role: "Role") -> None:
+    """One worker among several; the first of a machine says what went wrong."""
+    from llmpq.runtime.process import SUPERVISED, disconnect, end_with_parent
+
+    end_with_parent()
+    try:
+        _work_on(flags, plans, role)
+    except UserError:
+        if role.local_rank == 0:
+            raise
+        sys.exit(UserError.exit_code)
+    except WorkerError:
+        if SUPERVISED not in os.environ:
+            raise
+        sys.exit(WorkerError.exit_code)  # the process that started us says which one was lost
+    finally:
+        disconnect()
+
+
+def _work_on(flags: dict[str, Any], plans: list[tuple[Path, Plan]], role: "Role") -> None:
+    from llmpq.cli.eval_ways import through_processes
+    from llmpq.runtime.process import choose_dtype, connect, share_cores
+
+    if flags["stream"] or flags["precisions"] or flags["tasks"]:
+        raise UserError(
+            "under torchrun only plans are evaluated, on texts: leave out --stream, --precisions "
+            "and --tasks"
+        )
+    _check_processes(plans, role.size)
+    model, subjects = _load(flags, plans, role)
+    windows = _windows(flags, model) if role.rank == 0 else {}
+    share_cores(role, model.device)
+    transport = connect(role, model.device)
+    model = replace(model, dtype=choose_dtype(flags["dtype"], model.device, transport))
+    quiet = flags["quiet"] or role.rank > 0
+    _warn(model, subjects, quiet)
+    total = sum(map(len, windows.values())) * len(subjects)
+    with progress(console(quiet), "windows", total) as shown:
+        texts = [label for label, _ in _texts(flags)]
+        rows = through_processes(model, subjects, texts, windows, transport, shown.update)
+    if role.rank == 0:
+        _show(rows, [], flags, "processes", model)
+
+
+def _load(
+    flags: dict[str, Any], plans: list[tuple[Path, Plan]], role: "Role"
+) -> "tuple[Model, list[Subject]]":
+    """The model, and what of it is evaluated."""
+    from llmpq.cli.eval_ways import Model
+    from llmpq.models.stage_model import load_config
+    from llmpq.models.tokenizer import load_tokenizer
+    from llmpq.runtime.checkpoint import Checkpoint
+    from llmpq.runtime.loader import model_folder
+    from llmpq.runtime.process import choose_device, choose_dtype
+
+    name = _one_model(flags, [plan for _, plan in plans])
+    spec, folder = load_model_spec(name), model_folder(name)
+    device = choose_device(flags["device"], role)
+    model = Model(
+        config=load_config(folder),
+        weights=Checkpoint(folder),
+        tokenizer=load_tokenizer(folder),
+        max_positions=spec.max_positions,
+        dtype=choose_dtype(flags["dtype"], device),
+        device=device,
+        moments=flags["moments"],
+        hashes=flags["json_path"] is not None,
+    )
+    return model, _subjects(flags, plans, spec.num_layers)
+
+
+def _one_model(flags: dict[str, Any], plans: list[Plan]) -> str:
+    names = {plan.model.name for plan in plans}
     if flags["model"]:
         return str(flags["model"])
     if len(names) > 1:
@@ -82,57 +273,144 @@ def _one_model(flags: dict[str, Any], subjects: list[tuple[str, Any]]) -> str:
     return names.pop() if names else DEFAULT_MODEL
 
 
-def _layouts(
-    subjects: list[tuple[str, Any]], num_layers: int
-) -> list[tuple[str, list[tuple[int, int]], list[str]]]:
-    layouts = []
-    for name, subject in subjects:
-        if isinstance(subject, str):
-            layouts.append((name, [(0, num_layers)], [subject] * num_layers))
-            continue
-        if subject.model.num_layers != num_layers:
-            raise UserError(f"{name}: is for {subject.model.num_layers} layers, not {num_layers}")
-        cuts = [(stage.first_layer, stage.end_layer) for stage in subject.stages]
-        layouts.append((name, cuts, subject.precisions))
-    return layouts
+def _subjects(
+    flags: dict[str, Any], plans: list[tuple[Path, Plan]], num_layers: int
+) -> "list[Subject]":
+    from llmpq.cli.eval_ways import Subject
+
+    subjects = []
+    for path, plan in plans:
+        if plan.model.num_layers != num_layers:
+            raise UserError(f"{path}: is for {plan.model.num_layers} layers, not {num_layers}")
+        cuts = tuple((stage.first_layer, stage.end_layer) for stage in plan.stages)
+        subjects.append(Subject(str(path), cuts, tuple(plan.precisions), plan.quantizer, path))
+    quantizer = _uniform_quantizer(flags)
+    for precision in flags["precisions"] or (() if plans else ("16",)):
+        cuts, same = ((0, num_layers),), (precision,) * num_layers
+        subjects.append(Subject(f"uniform-{precision}", cuts, same, quantizer))
+    return subjects
 
 
-def _row(name: str, text: Path, precisions: list[str], loss: Any, stages: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "text": text.name,
-        "perplexity": loss.perplexity,
-        "loss": loss.mean,
-        "num_tokens": loss.num_tokens,
-        "precisions": precisions,
-        "weight_bytes": sum(stage.weight_bytes() for stage in stages),
-    }
+def _uniform_quantizer(flags: dict[str, Any]) -> Quantizer:
+    """Of uniform precisions: gptq where second moments are given, else to nearest."""
+    method = flags["quantizer"] or ("gptq" if flags["moments"] else "rtn")
+    moments = str(flags["moments"]) if method == "gptq" else None
+    return Quantizer.model_validate({"method": method, "moments": moments})
 
 
-def _show(rows: list[dict[str, Any]], window: int, flags: dict[str, Any]) -> None:
-    import json
+def _texts(flags: dict[str, Any]) -> list[tuple[str, Path | None]]:
+    """(label, file) of every text; data sets have no file."""
+    files = [(path.name, path) for path in flags["text"]]
+    texts: list[tuple[str, Path | None]] = [*files, *((name, None) for name in flags["dataset"])]
+    if not texts and not flags["tasks"]:
+        texts = [("evaluation.txt", ASSETS / "evaluation.txt")]
+    labels = [label for label, _ in texts]
+    doubled = {label for label in labels if labels.count(label) > 1}
+    return [(str(path) if label in doubled and path else label, path) for label, path in texts]
 
-    from rich.table import Table
+
+def _windows(flags: dict[str, Any], model: "Model") -> dict[str, Any]:
+    """label -> `[n, W]` token ids of every text."""
+    from llmpq.runtime.evaluate import text_windows, window_tokens, windows_of
+
+    window, most = window_tokens(flags["window"], model.max_positions), flags["max_windows"]
+    windows = {}
+    for label, path in _texts(flags):
+        if path is not None:
+            windows[label] = text_windows(path, model.tokenizer, window, most)
+        else:
+            text = named_text(label, flags["data"])
+            windows[label] = windows_of(text, f"--dataset {label}", model.tokenizer, window, most)
+    return windows
+
+
+def _tasks(flags: dict[str, Any], until_the_end: ExitStack) -> "Task | None":
+    if not flags["tasks"]:
+        return None
+    from llmpq.cli.eval_ways import Task
+    from llmpq.runtime.tasks import load_tasks
+
+    console(flags["quiet"]).print("reading lm-eval's list of tasks")
+    scratch = Path(until_the_end.enter_context(TemporaryDirectory(prefix="llmpq-")))
+    tasks = load_tasks(flags["tasks"], flags["task_data"], flags["num_fewshot"], scratch)
+    return Task(tasks, flags["limit"])
+
+
+def _show(
+    rows: "list[Row]",
+    scores: "list[tuple[Subject, TaskScore]]",
+    flags: dict[str, Any],
+    way: str,
+    model: "Model",
+) -> None:
+    from llmpq.runtime.evaluate import window_tokens
 
     data = {
         "schema_version": 1,
         "kind": "evaluation",
-        "window": window,
-        "rows": rows,
+        "way": way,
+        "window": window_tokens(flags["window"], model.max_positions),
+        "rows": [_row_data(row) for row in rows],
+        "tasks": [_score_data(subject, score) for subject, score in scores],
         "provenance": Provenance.here().model_dump(),
     }
     emit(json.dumps(data, indent=1), flags["json_path"])
-    table = Table("what", "text", "perplexity", "tokens", "weights MiB")
+    out = console(flags["quiet"])
+    if rows:
+        out.print(_table(rows, flags["verbose"]))
+    if scores:
+        out.print(_task_table(scores))
+
+
+def _row_data(row: "Row") -> dict[str, Any]:
+    return {
+        "name": row.subject.name,
+        "text": row.text,
+        "perplexity": row.loss.perplexity,
+        "loss": row.loss.mean,
+        "num_tokens": row.loss.num_tokens,
+        "divergence": row.divergence,
+        "precisions": list(row.subject.precisions),
+        "quantizer": row.subject.quantizer.model_dump(),
+        "weight_bytes": row.weight_bytes,
+        "weights_sha256": list(row.weights_sha256),
+    }
+
+
+def _score_data(subject: "Subject", score: "TaskScore") -> dict[str, Any]:
+    return {"name": subject.name, "precisions": list(subject.precisions), **asdict(score)}
+
+
+def _table(rows: "list[Row]", verbose: bool) -> Any:
+    from rich.table import Table
+
+    streamed = any(row.divergence is not None for row in rows)
+    last = "KL from 16 bits" if streamed else "weights MiB"
+    table = Table("what", "text", "perplexity", "tokens", last)
     for row in rows:
-        name = f"{row['name']} ({' '.join(row['precisions'])})" if flags["verbose"] else row["name"]
+        name = row.subject.name
+        name += f" ({' '.join(row.subject.precisions)})" if verbose else ""
+        held = "-" if row.weight_bytes is None else f"{row.weight_bytes / 1024**2:.2f}"
+        cell = f"{row.divergence:.5f}" if row.divergence is not None else held
+        table.add_row(name, row.text, f"{row.loss.perplexity:.4f}", str(row.loss.num_tokens), cell)
+    return table
+
+
+def _task_table(scores: "list[tuple[Subject, TaskScore]]") -> Any:
+    from rich.table import Table
+
+    table = Table("what", "task", "examples", "metric", "value", "samples")
+    for subject, score in scores:
+        error = "" if score.error is None else f" ± {score.error:.4f}"
         table.add_row(
-            name,
-            row["text"],
-            f"{row['perplexity']:.4f}",
-            str(row["num_tokens"]),
-            f"{row['weight_bytes'] / 1024**2:.2f}",
+            subject.name,
+            score.task,
+            str(score.num_fewshot),
+            score.metric,
+            f"{score.value:.4f}{error}",
+            str(score.num_samples),
         )
-    console(flags["quiet"]).print(table)
+    return table
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ from llmpq.workload import request_lengths
 if TYPE_CHECKING:
     from llmpq.runtime.batching import Request
     from llmpq.runtime.checkpoint import Checkpoint
+    from llmpq.runtime.evaluate import Loss
     from llmpq.runtime.process import Role
     from llmpq.runtime.prompts import ResultFile
+    from llmpq.runtime.roundings import Roundings
 
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
@@ -38,6 +40,10 @@ class RunOptions:
     report: Path | None
     json_path: Path | None
     model: str | None
+    moments: Path | None
+    check_quality: bool
+    check_text: Path | None
+    check_windows: int | None
     resume: bool
     temperature: float
     top_p: float
@@ -56,6 +62,18 @@ class RunOptions:
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="out.jsonl")
 @click.option("--report", type=click.Path(path_type=Path), help="Where to write report.json.")
 @click.option("--model", help="The model's directory, where it is not the plan's own.")
+@click.option(
+    "--moments", type=click.Path(path_type=Path), help="Second moments, where not at the plan's."
+)
+@click.option(
+    "--check-quality", is_flag=True, help="Perplexity of the served weights against 16 bits."
+)
+@click.option(
+    "--check-text", type=click.Path(path_type=Path), help="For that; default: shipped text."
+)
+@click.option(
+    "--check-windows", type=click.IntRange(min=1), help="Of 256 tokens; default: 80 at most."
+)
 @click.option("--resume", is_flag=True, help="Keep finished requests of OUTPUT, do the others.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0: greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
@@ -77,6 +95,8 @@ def main(**flags: Any) -> None:
     options = RunOptions(**flags)
     plan = load_plan(options.plan)
     refuse_shared_stages(plan, options.plan)
+    if not options.check_quality and (options.check_text or options.check_windows):
+        raise UserError("--check-text, --check-windows: only with --check-quality")
     from llmpq.runtime.process import role_from_environment
 
     role = role_from_environment()
@@ -129,11 +149,14 @@ class Prepared:
     tokenizer: Any
     requests: "list[Request]"
     eos_ids: frozenset[int]
+    roundings: "Roundings"
     pad_id: int = 0  # padding is masked, so any token will do
+    windows: Any = None  # [n, W] of the text on which quality is checked
 
 
 def _prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     """Reads and checks all input; only the stage that leads needs the prompts."""
+    from llmpq.cli.check_quality import check_windows
     from llmpq.models.stage_model import load_config
     from llmpq.models.tokenizer import end_tokens, load_tokenizer
     from llmpq.runtime.batching import fitting_batches
@@ -141,14 +164,16 @@ def _prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     from llmpq.runtime.engine import reserve_of
     from llmpq.runtime.loader import model_folder
     from llmpq.runtime.prompts import Limits, read_requests
+    from llmpq.runtime.roundings import load_roundings
 
     folder = model_folder(options.model or plan.model.name)
     config = load_config(folder)
     _check_model(plan, folder)
     weights = Checkpoint(folder)
+    roundings = load_roundings(plan.quantizer, options.moments, options.plan)
     eos_ids = frozenset() if options.ignore_eos else end_tokens(folder, config)
     if not leads:
-        return Prepared(config, weights, None, [], eos_ids)
+        return Prepared(config, weights, None, [], eos_ids, roundings)
     _check_files(options)
     tokenizer = load_tokenizer(folder)
     limits = Limits(
@@ -159,7 +184,11 @@ def _prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     requests = read_requests(options.prompts, tokenizer, limits)
     reserve = reserve_of(plan)
     fitting_batches(requests, reserve.batch, reserve.cache_tokens)  # raises where one never fits
-    return Prepared(config, weights, tokenizer, requests, eos_ids)
+    prepared = Prepared(config, weights, tokenizer, requests, eos_ids, roundings)
+    if options.check_quality:
+        most, positions = options.check_windows, plan.model.max_positions
+        prepared.windows = check_windows(options.check_text, tokenizer, positions, most)
+    return prepared
 
 
 def _check_model(plan: Plan, folder: Path) -> None:
@@ -200,11 +229,16 @@ def _work(plan: Plan, options: RunOptions, role: "Role") -> None:
     try:
         engine = _engine(plan, options, prepared, device, transport)
         if role.rank == 0:
-            _lead(engine, plan, options, prepared)
+            report, served = _lead(engine, plan, options, prepared)
+            dtype = engine.worker.stage.dtype
+            del engine  # its memory is wanted for the layers of the 16-bit model
+            _finish(report, served, options, prepared, dtype, device)
         else:
             engine.start_clock()
             engine.follow()
-            engine.measure()
+            engine.measure(_with_hashes(options))
+            if options.check_quality:
+                engine.follow_text()
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise InfeasibleError(
@@ -247,11 +281,18 @@ def _engine(
         device,
         Sampling(options.temperature, options.top_k, options.top_p, options.seed),
         prepared.eos_ids,
+        roundings=prepared.roundings,
     )
 
 
-def _lead(engine: Any, plan: Plan, options: RunOptions, prepared: Prepared) -> None:
-    """Rank 0: results, progress and the report."""
+def _with_hashes(options: RunOptions) -> bool:
+    return options.report is not None or options.json_path is not None
+
+
+def _lead(
+    engine: Any, plan: Plan, options: RunOptions, prepared: Prepared
+) -> "tuple[Report, Loss | None]":
+    """Rank 0: results, progress, the report, and the served weights' loss where that is checked."""
     from llmpq.models.family import TESTED
     from llmpq.runtime.prompts import ResultFile
 
@@ -260,6 +301,8 @@ def _lead(engine: Any, plan: Plan, options: RunOptions, prepared: Prepared) -> N
     out = console(options.quiet)
     if prepared.config.model_type not in TESTED:
         out.print(f"warning: pipelines of '{prepared.config.model_type}' models are not tested")
+    if note := prepared.weights.note(plan.precisions):
+        out.print(f"warning: {note}")
     if len(todo) < len(prepared.requests):
         out.print(f"resuming: {len(prepared.requests) - len(todo)} requests are already done")
     with progress(out, "requests", len(todo)) as shown, closing(results):
@@ -268,9 +311,37 @@ def _lead(engine: Any, plan: Plan, options: RunOptions, prepared: Prepared) -> N
         started = time.perf_counter()
         engine.lead(todo, prepared.pad_id, collector.note)
         total_s = time.perf_counter() - started
-        stages = engine.measure()
+        stages = engine.measure(_with_hashes(options))
     report = _report(plan, collector, total_s, engine.worker.prefill_s, stages)
-    _write_report(report, options, out)
+    if prepared.windows is None:
+        return report, None
+    with progress(out, "checking quality, windows", len(prepared.windows)) as shown:
+        return report, engine.lead_text(prepared.windows, shown.update)
+
+
+def _finish(
+    report: Report,
+    served: "Loss | None",
+    options: RunOptions,
+    prepared: Prepared,
+    dtype: Any,
+    device: Any,
+) -> None:
+    """Rank 0, when the others are done: the 16-bit model for comparison, and the report."""
+    from llmpq.cli.check_quality import compare, sixteen_bits, summary
+
+    out = console(options.quiet)
+    if served is None:
+        _write_report(report, options, out)
+        return
+    if options.report is not None:
+        write_json(options.report, report)  # whatever comes of the comparison
+    config, weights, windows = prepared.config, prepared.weights, prepared.windows
+    with progress(out, "16 bits for comparison, layers", config.num_hidden_layers) as shown:
+        base = sixteen_bits(config, weights, windows, dtype, device, shown.update)
+    quality = compare(report, served, base, options.check_text, windows.shape[1])
+    _write_report(report.model_copy(update={"quality": quality}), options, out)
+    out.print(summary(quality))
 
 
 @dataclass

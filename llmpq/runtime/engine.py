@@ -26,8 +26,11 @@ from llmpq.runtime.batching import (
     table_of,
 )
 from llmpq.runtime.checkpoint import Weights
+from llmpq.runtime.evaluate import TOKENS_AT_ONCE, Loss
 from llmpq.runtime.loader import load_stage
+from llmpq.runtime.pipeline_loss import PipelineLoss, gather_hashes
 from llmpq.runtime.rehearsal import MemoryAccount, MeteredTransport, Throttle, peak_bytes
+from llmpq.runtime.roundings import NEAREST, Roundings
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.stopwatch import TIME_COLUMNS, Stopwatch, measured_times
 from llmpq.runtime.transport import Transport
@@ -69,12 +72,13 @@ class Engine:
         eos_ids: frozenset[int] = frozenset(),
         reserve: Reserve | None = None,
         rehearse: bool = True,
+        roundings: Roundings = NEAREST,
     ) -> None:
         started = time.perf_counter()
         self.plan, self.transport = plan, transport
         self.reserve = reserve or reserve_of(plan)
         self.account, factor = _rehearsal(plan, transport.rank, rehearse)
-        stage = self._load(config, weights, dtype, device)
+        stage = self._load(config, weights, dtype, device, roundings)
         cache = KVCache(
             stage.layers.end - stage.layers.first, self.reserve.batch, self.reserve.cache_tokens
         )
@@ -115,12 +119,37 @@ class Engine:
         while (table := self._listen()).num_requests > 0:
             self.worker.run(table)
 
-    def measure(self) -> list[StageReport]:
-        """Every stage's times; all stages must call this."""
+    def measure(self, hashes: bool = False) -> list[StageReport]:
+        """Every stage's times, and with `hashes` those of its weights; all stages must call this.
+
+        Hashing reads all weights: seconds for a large stage.
+        """
         mine = (*self.worker.watch.values(), self._peak_bytes(), self.load_s, *self.account.parts)
         rows = self.transport.gather(torch.tensor(mine, dtype=torch.float64))
         measured = self._gather_measured()
-        return [_stage_report(rank, row.tolist(), measured[rank]) for rank, row in enumerate(rows)]
+        reports = [
+            _stage_report(rank, row.tolist(), measured[rank]) for rank, row in enumerate(rows)
+        ]
+        if not hashes:
+            return reports
+        every = gather_hashes(self.worker.stage, self.transport)
+        return [
+            report.model_copy(update={"weights_sha256": one})
+            for report, one in zip(reports, every, strict=True)
+        ]
+
+    def lead_text(self, windows: torch.Tensor, on_windows: Callable[[int], None]) -> Loss:
+        """First stage: the loss of `[n, W]` windows through the stages as they are loaded.
+
+        No more tokens at once than the plan's largest prefill, so that memory holds as it did.
+        """
+        planned = self.plan.prefill_micro_batch * self.reserve.prompt_tokens
+        pipeline = PipelineLoss(self.worker.stage, self.transport)
+        return pipeline.lead(windows, min(TOKENS_AT_ONCE, planned), on_windows)
+
+    def follow_text(self) -> Loss:
+        """Other stages: their part in that."""
+        return PipelineLoss(self.worker.stage, self.transport).follow()
 
     def _gather_measured(self) -> list[list[MeasuredTime]]:
         """Every stage's times by kind of call, through tables of equal size."""
@@ -154,7 +183,12 @@ class Engine:
             transport.send_hidden(message).wait()
 
     def _load(
-        self, config: Any, weights: Weights, dtype: torch.dtype, device: torch.device
+        self,
+        config: Any,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        roundings: Roundings,
     ) -> StageModel:
         stage = self.plan.stages[self.transport.rank]
         layers = LayerRange(stage.first_layer, stage.end_layer, self.plan.model.num_layers)
@@ -163,7 +197,8 @@ class Engine:
             self.account.weights = model.weight_bytes()
             self.account.check()
 
-        return load_stage(config, weights, layers, stage.precisions, dtype, device, on_tensor)
+        precisions = stage.precisions
+        return load_stage(config, weights, layers, precisions, dtype, device, on_tensor, roundings)
 
     @torch.inference_mode()
     def _warm_up(self) -> None:

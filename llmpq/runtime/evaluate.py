@@ -2,11 +2,13 @@
 
 Protocol: the text is tokenised as one, cut into windows of equal length without overlap (the last,
 shorter piece is dropped), and every token of a window but the first is predicted from those before.
-Perplexity is exp of the mean loss over all predicted tokens.
+Perplexity is exp of the mean loss over all predicted tokens. A window is as long as the model can
+see, 2,048 tokens at most, where nothing else is asked for: what GPTQ and most papers since report.
 """
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,15 @@ from torch.nn.functional import cross_entropy
 
 from llmpq.artifact import read_text
 from llmpq.errors import UserError
-from llmpq.models.stage_model import LayerRange, StageModel
+from llmpq.models.stage_model import LayerRange, RawTensor, StageModel
+from llmpq.quant import QuantizedLinear
 from llmpq.runtime.checkpoint import Weights
 from llmpq.runtime.loader import load_stage
+from llmpq.runtime.roundings import NEAREST, Roundings
 
-TOKENS_AT_ONCE = 2048  # of hidden states and logits held in memory
+LONGEST_WINDOW = 2048  # of the standard protocol
+TOKENS_AT_ONCE = 2048  # whose hidden states are held in memory
+LOGITS_AT_ONCE = 2**24  # numbers
 
 
 @dataclass(frozen=True)
@@ -41,17 +47,34 @@ class Loss:
         return math.exp(self.mean)
 
 
+def window_tokens(asked: int | None, max_positions: int) -> int:
+    """Tokens a window: what is asked for, else the model's positions, 2,048 at most.
+
+    Raises `UserError` where more is asked for than the model can see.
+    """
+    if asked is not None and asked > max_positions:
+        raise UserError(f"--window {asked}: the model has {max_positions} positions")
+    return asked or min(LONGEST_WINDOW, max_positions)
+
+
 def text_windows(
     path: Path, tokenizer: Any, window: int, max_windows: int | None = None
 ) -> torch.Tensor:
     """`[windows, window]` token ids of a text file."""
+    return windows_of(read_text(path), path, tokenizer, window, max_windows)
+
+
+def windows_of(
+    text: str, source: Path | str, tokenizer: Any, window: int, max_windows: int | None = None
+) -> torch.Tensor:
+    """`[windows, window]` token ids of a text. Raises `UserError` where it has not one window."""
     if tokenizer is None:
-        raise UserError(f"{path}: the model has no tokenizer, so text cannot be read")
-    token_ids = tokenizer.encode(read_text(path), verbose=False)
+        raise UserError(f"{source}: the model has no tokenizer, so text cannot be read")
+    token_ids = tokenizer.encode(text, verbose=False)
     count = len(token_ids) // window
     if count == 0:
         raise UserError(
-            f"{path}: holds {len(token_ids)} tokens, fewer than one window of {window}; "
+            f"{source}: holds {len(token_ids)} tokens, fewer than one window of {window}; "
             "use --window with a smaller number or a longer text"
         )
     count = min(count, max_windows or count)
@@ -65,11 +88,20 @@ def load_stages(
     precisions: Sequence[str],
     dtype: torch.dtype,
     device: torch.device,
+    roundings: Roundings = NEAREST,
 ) -> list[StageModel]:
     """The stages of a plan (or one stage of all layers) in this process."""
     total = config.num_hidden_layers
     return [
-        load_stage(config, weights, LayerRange(a, b, total), list(precisions[a:b]), dtype, device)
+        load_stage(
+            config,
+            weights,
+            LayerRange(a, b, total),
+            list(precisions[a:b]),
+            dtype,
+            device,
+            roundings=roundings,
+        )
         for a, b in cuts
     ]
 
@@ -85,16 +117,49 @@ def evaluate(
     total, count = 0.0, 0
     for start in range(0, len(windows), at_once):
         part = windows[start : start + at_once].to(stages[0].device)
-        total += _loss(stages, part)
+        hidden = stages[0].embed(part)
+        for stage in stages:
+            hidden = stage.run(hidden, attention_mask=None, position_ids=None, cache=None)
+        total += next_token_loss(stages[-1], hidden, part)
         count += part.shape[0] * (part.shape[1] - 1)
         on_windows(start + len(part))
     return Loss(total, count)
 
 
-def _loss(stages: Sequence[StageModel], token_ids: torch.Tensor) -> float:
-    hidden = stages[0].embed(token_ids)
-    for stage in stages:
-        hidden = stage.run(hidden, attention_mask=None, position_ids=None, cache=None)
-    logits = stages[-1].head(hidden[:, :-1]).float()
-    targets = token_ids[:, 1:]
-    return float(cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+def next_token_loss(last: StageModel, hidden: torch.Tensor, token_ids: torch.Tensor) -> float:
+    """Summed loss (nats) of the tokens `[b, W]`, but the first of each row, from the last stage's
+    hidden states `[b, W, H]`. Some tokens at a time: logits are the largest tensor there is.
+    """
+    states, targets = hidden[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten()
+    rows = max(1, LOGITS_AT_ONCE // last.config.vocab_size)
+    parts = zip(states.split(rows), targets.split(rows), strict=True)
+    return math.fsum(
+        float(cross_entropy(last.head(some).float(), wanted, reduction="sum"))
+        for some, wanted in parts
+    )
+
+
+def weights_hash(stage: StageModel) -> str:
+    """SHA-256 of a stage's weights as they are held: packed codes, scales, zeros, by name, layer
+    by layer. Equal where the same numbers are served; other devices and data types pack otherwise.
+    """
+    digest = hashlib.sha256()
+    for raw in stage.parameters_to_load():
+        for name, tensor in _held(raw):
+            digest.update(f"{raw.name} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _held(raw: RawTensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a module keeps of one tensor of the checkpoint."""
+    names: tuple[str, ...] = (raw.attribute,)
+    if isinstance(raw.module, QuantizedLinear) and raw.attribute == "weight":
+        names = raw.module.weight_buffers
+    held = ((name, getattr(raw.module, name)) for name in names)
+    yield from ((name, tensor) for name, tensor in held if tensor is not None)
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    plain = tensor.detach() if tensor.layout == torch.strided else tensor.to_dense()
+    return plain.cpu().contiguous().flatten().view(torch.uint8).numpy()

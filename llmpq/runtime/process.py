@@ -28,6 +28,7 @@ from llmpq.runtime.transport import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUPERVISED = "LLMPQ_SUPERVISED"  # set for workers whose parent reports how they ended
+RESUME = "finished requests are in the output, run again with --resume to do the others"
 GRACE_S = 3.0  # how long the others may take to notice that a worker has gone
 
 
@@ -95,10 +96,19 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def start_workers(arguments: Sequence[str], names: Sequence[str], module: str) -> int:
+def share_cores(role: Role, device: torch.device) -> None:
+    """Workers that compute on the same CPU take an equal part of its threads."""
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // role.local_size))
+
+
+def start_workers(
+    arguments: Sequence[str], names: Sequence[str], module: str, advice: str = RESUME
+) -> int:
     """Runs `python -m module ARGUMENTS` once a name, as workers; returns 0 or raises.
 
     When one worker fails the others are stopped. A worker's own exit code 2, 3 or 4 is kept.
+    `advice`: what to do where a worker was lost.
     """
     signal.signal(signal.SIGTERM, _exit_on_signal)
     port = _free_port()
@@ -113,7 +123,7 @@ def start_workers(arguments: Sequence[str], names: Sequence[str], module: str) -
     failed = [rank for rank, code in enumerate(codes) if code != 0]
     if not failed:
         return 0
-    raise _failure(codes, names)
+    raise _failure(codes, names, advice)
 
 
 def _start(
@@ -185,7 +195,7 @@ def _stop(workers: Sequence[subprocess.Popen[bytes]]) -> None:
             worker.wait()
 
 
-def _failure(codes: Sequence[int], names: Sequence[str]) -> Exception:
+def _failure(codes: Sequence[int], names: Sequence[str], advice: str) -> Exception:
     """The error that stands for all workers: what the user did, else what was lost."""
     for code, kind in ((2, UserError), (3, InfeasibleError)):
         if code in codes:
@@ -196,7 +206,4 @@ def _failure(codes: Sequence[int], names: Sequence[str]) -> Exception:
     rank = culprits[0] if culprits else next(r for r, code in enumerate(codes) if code != 0)
     code = codes[rank]
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return WorkerError(
-        f"worker {rank} ({names[rank]}) {how}; finished requests are in the output, "
-        "run again with --resume to do the others"
-    )
+    return WorkerError(f"worker {rank} ({names[rank]}) {how}; {advice}")

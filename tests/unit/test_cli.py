@@ -18,7 +18,10 @@ from llmpq.cli import export, plan, profile, run
 from llmpq.cli.main import COMMANDS
 from llmpq.cli.main import main as umbrella
 from llmpq.plan import load_plan
-from llmpq.profile_data import Profile, load_sensitivity
+from llmpq.profile_data import Profile, Sensitivity, load_sensitivity
+from llmpq.quantizer import Quantizer
+from llmpq.runtime.moments import MomentsFile, sha256_of, write_moments
+from llmpq.runtime.roundings import load_roundings
 
 MAINS = {
     "profile": profile.main,
@@ -144,22 +147,94 @@ def test_a_plan_is_made_from_profiles_for_a_rehearsed_cluster(profiles, tmp_path
     assert "spec sheets" not in result.stderr
 
 
-def test_sensitivity_of_the_shipped_model(tmp_path):
-    path = tmp_path / "sensitivity.json"
+def sensitivity(path: Path, *more) -> Sensitivity:
+    """What one window of the shipped text says of the shipped model."""
     result = call(
         profile.main,
-        *("sensitivity", "--max-windows", 1, "--precisions", "16,4,3"),
+        *("sensitivity", "--max-windows", 1, "--precisions", "16,4,3", *more),
         *("-o", path, "-q"),
     )
     assert result.exit_code == 0, (result.stderr, result.exception)
-    measured = load_sensitivity(path)
+    return load_sensitivity(path)
+
+
+def test_sensitivity_of_the_shipped_model(tmp_path):
+    measured = sensitivity(tmp_path / "sensitivity.json")
     assert measured.num_layers == 8 and measured.calibration.num_tokens == 256
     assert {(r.layer, r.precision) for r in measured.layers} == {
         (layer, p) for layer in range(8) for p in ("4", "3")
     }
     table = measured.table()
     assert sum(table["3"]) > sum(table["4"]) > 0
-    assert measured.fit.scale > 0
+    assert measured.fit.upper_scale >= measured.fit.scale > 0
+    assert measured.indicator == "measured" and measured.method == "fast"
+    assert measured.seconds > 0 and measured.peak_memory_bytes > 0
+
+
+def test_second_moments_are_kept_and_used_again(tmp_path):
+    path = tmp_path / "sensitivity.moments.safetensors"
+    first = sensitivity(tmp_path / "sensitivity.json", "--quantizer", "gptq")
+    assert first.quantizer.moments == path.name
+    assert first.quantizer.sha256 == sha256_of(path)
+    made = path.stat().st_mtime_ns
+    more = ("--quantizer", "gptq", "--moments", path)
+    again = sensitivity(tmp_path / "deeper" / "again.json", *more)
+    assert path.stat().st_mtime_ns == made
+    assert again.quantizer.moments == f"../{path.name}"
+    assert again.layers == first.layers
+    sensitivity(tmp_path / "again.json", *more, "--remake-moments", "--moment-tokens", 256)
+    assert path.stat().st_mtime_ns != made
+    assert MomentsFile(path).about["tokens"] == "256"
+
+
+def test_second_moments_of_another_model_are_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    write_moments(path, {}, {}, {"model": "another"})
+    result = call(profile.main, "sensitivity", "--moments", path, "-o", tmp_path / "s.json")
+    assert result.exit_code == 2
+    assert "another" in result.stderr and "--remake-moments" in result.stderr
+    result = call(profile.main, "sensitivity", "--moments", path, "--quantizer", "rtn")
+    assert result.exit_code == 2 and "take no second moments" in result.stderr
+
+
+@pytest.mark.parametrize("indicator", ["variance", "hessian", "random"])
+def test_other_indicators(tmp_path, indicator):
+    more = ("--indicator", indicator, "--quantizer", "rtn", "--apart")
+    found = sensitivity(tmp_path / "sensitivity.json", *more)
+    assert found.indicator == indicator and found.quantizer == Quantizer()
+    assert {r.part for r in found.layers} == {"layer", "attention", "ffn"}
+    assert len(found.layers) == 3 * 2 * 8 and found.fit.scale > 0
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_one_window_cannot_be_split(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little dog. The dog was happy. " * 3)
+    words = ("sensitivity", "--text", text, "--window", 32, "-o", tmp_path / "s.json", "-q")
+    result = call(profile.main, *words, "--quantizer", "gptq")
+    assert result.exit_code == 2 and "--quantizer rtn" in result.stderr
+    result = call(profile.main, *words, "--quantizer", "rtn", "--precisions", "16,4")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+
+
+def test_a_plan_finds_the_moments_of_its_sensitivity(tmp_path):
+    measured = sensitivity(tmp_path / "sensitivity.json", "--quantizer", "gptq")
+    workload = tmp_path / "workload.yaml"
+    sizes = {"prompt_tokens": 16, "new_tokens": 8, "num_requests": 8, "batch": 4}
+    workload.write_text(yaml.safe_dump(sizes))
+    cluster = tmp_path / "cluster.yaml"
+    nodes = [{"name": "a", "devices": [{"type": "t4-16g"}]}]
+    cluster.write_text(yaml.safe_dump({"nodes": nodes}))
+    result = call(
+        plan.main,
+        *("--cluster", cluster, "--workload", workload),
+        *("--sensitivity", tmp_path / "sensitivity.json", "-o", tmp_path / "plans" / "plan.json"),
+    )
+    assert result.exit_code == 0, result.stderr
+    made = load_plan(tmp_path / "plans" / "plan.json")
+    assert made.quantizer.sha256 == measured.quantizer.sha256
+    load_roundings(made.quantizer, base=tmp_path / "plans" / "plan.json")  # raises if not found
+    assert "gptq weights" in result.stderr
 
 
 def test_perplexities_as_json(tmp_path):

@@ -1,0 +1,216 @@
+"""Three ways to the same perplexity: stage after stage, through stage processes, layer by layer.
+
+`stage_by_stage` holds all stages in this process and can answer tasks too; `through_processes` is
+one worker's part where each stage has its process and hidden states travel by the runtime's own
+transport; `layer_by_layer` holds one layer at a time, for models larger than memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmpq.models.stage_model import LayerRange
+from llmpq.quantizer import Quantizer
+from llmpq.runtime.checkpoint import Checkpoint
+from llmpq.runtime.evaluate import Loss, evaluate, load_stages, weights_hash
+from llmpq.runtime.harness import Scorer, TaskScore, harness_model, run_tasks
+from llmpq.runtime.loader import load_stage
+from llmpq.runtime.pipeline_loss import PipelineLoss, gather_hashes
+from llmpq.runtime.roundings import Roundings, load_roundings
+from llmpq.runtime.streaming import stream
+from llmpq.runtime.transport import Transport
+
+Said = Callable[[int, str], None]  # how much is done, and of what
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a precision for every layer, cut into stages as a plan says."""
+
+    name: str
+    cuts: tuple[tuple[int, int], ...]
+    precisions: tuple[str, ...]
+    quantizer: Quantizer
+    plan: Path | None = None
+
+    def roundings(self, moments: Path | None) -> Roundings:
+        """How its weights are rounded; `moments`: a file in the place of the plan's own."""
+        override = moments if self.quantizer.method == "gptq" else None
+        return load_roundings(self.quantizer, override, self.plan)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where weights come from, and how they are held."""
+
+    config: Any
+    weights: Checkpoint
+    tokenizer: Any
+    max_positions: int
+    dtype: Any  # torch.dtype
+    device: Any  # torch.device
+    moments: Path | None
+    hashes: bool  # whether weights are hashed, which reads all of them
+
+
+@dataclass(frozen=True)
+class Row:
+    """A subject's loss on a text. `divergence`: from the 16-bit model, nats a token."""
+
+    subject: Subject
+    text: str
+    loss: Loss
+    weight_bytes: int | None = None
+    weights_sha256: tuple[str, ...] = ()  # one a stage, where asked for
+    divergence: float | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """lm-eval's tasks, loaded, and how many samples of each."""
+
+    tasks: Any
+    limit: int | None
+
+
+Windows = Mapping[str, Any]  # text -> [n, W] token ids
+
+
+def stage_by_stage(
+    model: Model, subjects: Sequence[Subject], windows: Windows, task: Task | None, said: Said
+) -> tuple[list[Row], list[tuple[Subject, TaskScore]]]:
+    """All stages in this process, one after the other."""
+    rows: list[Row] = []
+    scores: list[tuple[Subject, TaskScore]] = []
+    count = _Count(said)
+    for subject in subjects:
+        stages: list[Any] = []  # frees the last subject's before the next are loaded
+        stages = load_stages(
+            model.config,
+            model.weights,
+            subject.cuts,
+            subject.precisions,
+            model.dtype,
+            model.device,
+            subject.roundings(model.moments),
+        )
+        held = sum(stage.weight_bytes() for stage in stages)
+        hashes = tuple(map(weights_hash, stages)) if model.hashes else ()
+        for text, part in windows.items():
+            loss = evaluate(stages, part, count.of(subject.name))
+            rows.append(Row(subject, text, loss, held, hashes))
+        if task is not None:
+            scorer = Scorer(stages, model.max_positions)
+            said_of_task = count.answers(subject.name)
+            answering = harness_model(scorer, model.tokenizer, said_of_task)
+            found = run_tasks(task.tasks, answering, task.limit)
+            scores += [(subject, score) for score in found]
+    return rows, scores
+
+
+def through_processes(
+    model: Model,
+    subjects: Sequence[Subject],
+    texts: Sequence[str],
+    windows: Windows,
+    transport: Transport,
+    said: Said,
+) -> list[Row]:
+    """This process's stage of every subject. Only the first stage needs `windows`."""
+    rows: list[Row] = []
+    count = _Count(said)
+    for subject in subjects:
+        stage: Any = None  # frees the last subject's before the next is loaded
+        stage = _own_stage(model, subject, transport.rank)
+        pipeline = PipelineLoss(stage, transport)
+        held = sum(int(one) for one in transport.gather(_number(stage.weight_bytes())))
+        hashes = tuple(gather_hashes(stage, transport)) if model.hashes else ()
+        for text in texts:
+            first = transport.rank == 0
+            on_windows = count.of(subject.name)
+            loss = (
+                pipeline.lead(windows[text], on_windows=on_windows) if first else pipeline.follow()
+            )
+            rows.append(Row(subject, text, loss, held, hashes))
+    return rows
+
+
+def layer_by_layer(
+    model: Model, subjects: Sequence[Subject], windows: Windows, said: Said
+) -> list[Row]:
+    """Subjects that are rounded alike share a pass over the layers."""
+    found: dict[tuple[str, str], Row] = {}
+    count = _Count(said)
+    for group in _rounded_alike(subjects):
+        roundings = group[0].roundings(model.moments)
+        for text, part in windows.items():
+            streamed = stream(
+                model.config,
+                model.weights,
+                [subject.precisions for subject in group],
+                part,
+                model.dtype,
+                model.device,
+                roundings,
+                on_layer=count.of(text),
+            )
+            for subject, one in zip(group, streamed, strict=True):
+                row = Row(subject, text, one.loss, divergence=one.divergence)
+                found[subject.name, text] = row
+    return [found[subject.name, text] for subject in subjects for text in windows]
+
+
+def num_passes(subjects: Sequence[Subject], windows: Windows) -> int:
+    """How often `layer_by_layer` goes through the layers."""
+    return len(list(_rounded_alike(subjects))) * len(windows)
+
+
+def _rounded_alike(subjects: Sequence[Subject]) -> Iterator[list[Subject]]:
+    kinds: dict[tuple[Quantizer, Path | None], list[Subject]] = {}
+    for subject in subjects:
+        place = subject.plan.parent if subject.plan and subject.quantizer.moments else None
+        kinds.setdefault((subject.quantizer, place), []).append(subject)
+    yield from kinds.values()
+
+
+def _own_stage(model: Model, subject: Subject, rank: int) -> Any:
+    first, end = subject.cuts[rank]
+    return load_stage(
+        model.config,
+        model.weights,
+        LayerRange(first, end, len(subject.precisions)),
+        list(subject.precisions[first:end]),
+        model.dtype,
+        model.device,
+        roundings=subject.roundings(model.moments),
+    )
+
+
+def _number(value: int) -> Any:
+    import torch
+
+    return torch.tensor(value)
+
+
+class _Count:
+    """Adds up what several loops have done, each of which counts from 1."""
+
+    def __init__(self, said: Said) -> None:
+        self._said, self._done = said, 0
+
+    def of(self, what: str) -> Callable[[int], None]:
+        """To be called with how much of this loop is done."""
+        before = 0
+
+        def note(done: int) -> None:
+            nonlocal before
+            self._done += done - before
+            before = done
+            self._said(self._done, what)
+
+        return note
+
+    def answers(self, what: str) -> Callable[[int, int], None]:
+        """For answers to a task's requests, which are only said."""
+        return lambda done, total: self._said(self._done, f"{what}, tasks: {done} of {total}")
