@@ -1,9 +1,9 @@
 """Layer times at points that were not profiled, against measurements and the paper's regression.
 
 A model is profiled as a user would (`llmpq-profile layers`), within a budget. Then random points
-within its range and at its edges, none of them in the profile, are measured by the same timers,
-in rounds, for the same speed of the machine (llmpq.profiler.drift), and compared with what the planner would predict and with the regression of LLM-PQ
-(arXiv 2403.01136) fitted to the same rows.
+within its range and at its edges, none of them in the profile, are measured by the same timers, in
+rounds, for the same speed of the machine (llmpq.profiler.drift), and compared with what the
+planner would predict and with the regression of LLM-PQ (arXiv 2403.01136) fitted to the same rows.
 """
 
 import math
