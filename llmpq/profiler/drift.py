@@ -80,8 +80,8 @@ def _scaled_notes(ratios: np.ndarray) -> list[str]:
     if high - low <= 100 * TOLERANCE:
         return []
     return [
-        f"this machine's speed changed: a fixed computation took {low:+.0f} to {high:+.0f} % of its "
-        "median (10th to 90th percentile); times are given for the median"
+        f"this machine's speed changed: a fixed computation was {low:+.0f} to {high:+.0f} % from "
+        "its median (10th to 90th percentile); times are given for the median"
     ]
 
 
