@@ -140,7 +140,10 @@ def _job(flags: dict[str, Any]) -> _Job:
 def _windows(
     flags: dict[str, Any], text: Path, tokenizer: Any, max_positions: int
 ) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Windows of the text's first half, for second moments, and of its second half."""
+    """Windows of the text's first half, for second moments, and of its second half.
+
+    They are spread over their half: neighbours tell of one subject, and a text of many.
+    """
     from llmpq.runtime.evaluate import text_windows
 
     window = flags["window"] or min(256, max_positions)
@@ -149,14 +152,20 @@ def _windows(
     tokens = FAST_TOKENS if flags["method"] == "fast" else EXACT_TOKENS
     to_measure = flags["max_windows"] or max(1, tokens // window)
     to_fit = max(1, flags["moment_tokens"] // window)
-    windows = text_windows(text, tokenizer, window, 2 * max(to_measure, to_fit))
+    windows = text_windows(text, tokenizer, window)
     half = len(windows) // 2
     if half == 0 and _needs_inputs(flags):
         raise UserError(
             f"{text}: holds one window of {window} tokens; second moments need another: use a "
             "longer text, a smaller --window, or --quantizer rtn"
         )
-    return windows[:half][:to_fit], windows[half:][:to_measure]
+    return _spread(windows[:half], to_fit), _spread(windows[half:], to_measure)
+
+
+def _spread(windows: "torch.Tensor", count: int) -> "torch.Tensor":
+    """At most `count` of them, at equal distances."""
+    count = min(count, len(windows))
+    return windows[[index * len(windows) // count for index in range(count)]]
 
 
 def _needs_moments(flags: dict[str, Any]) -> bool:
