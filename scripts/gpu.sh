@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a machine with an NVIDIA GPU can tell: GPU tests, profiles, kernels, end to end.
 #
-#   OUT=./gpu-out scripts/gpu.sh [STEP..]      all steps, or those named: tests profile kernels fidelity endtoend
+#   OUT=./gpu-out scripts/gpu.sh [STEP..]      all steps, or those named: tests profile kernels fidelity quality endtoend
 #
 # Runs on the active Python (PYTHON, default python3), which must have torch with CUDA; nothing is
 # installed. A step that fails stops no other; each one's exit code is printed at the end and kept in
@@ -52,6 +52,9 @@ done
 step kernels kernels "$python" scripts/bench/kernels.py --json "$out/kernels.json"
 step fidelity fidelity "$python" scripts/bench/fidelity.py --only shapes memory --device cuda \
     --json "$out/fidelity.json"
+step quality sensitivity "$python" -m llmpq.cli.profile sensitivity --device cuda -o "$out/sensitivity.json"
+step quality perplexity "$python" -m llmpq.cli.eval --precisions 16,8,4,3 --quantizer gptq --window 256 \
+    --moments "$out/sensitivity.moments.safetensors" --device cuda --json "$out/perplexity.json"
 step endtoend endtoend "$python" scripts/bench/endtoend.py --device cuda --json "$out/endtoend.json"
 
 echo "== step, exit code, seconds"

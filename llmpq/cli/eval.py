@@ -117,6 +117,8 @@ def _check(flags: dict[str, Any], plans: list[tuple[Path, Plan]]) -> None:
     if flags["tasks"] and (flags["stream"] or flags["processes"]):
         way = "--stream" if flags["stream"] else "--processes"
         raise UserError(f"--tasks: needs all stages in this process; leave {way} out")
+    if flags["processes"] and flags["precisions"]:
+        raise UserError("--processes: is for plans; uniform precisions have a single stage")
     if flags["processes"] and flags["stream"]:
         raise UserError("give only one of --stream and --processes")
     if flags["quantizer"] and plans and not flags["precisions"]:

@@ -254,6 +254,7 @@ def check(result: Result, *parts: object) -> None:
         (["--tasks", ", "], ["names no task"]),
         (["--stream", "--processes"], ["only one of"]),
         (["--processes"], ["name a plan"]),
+        (["--processes", "--precisions", "8"], ["is for plans"]),
         (["--quantizer", "gptq"], ["needs --moments FILE", "llmpq-profile sensitivity"]),
         (["--quantizer", "mse", "--moments", "m"], ["rounded by gptq, but by mse"]),
         (["--moments", "/nowhere/m.safetensors"], ["/nowhere/m.safetensors: no such file"]),
