@@ -1,6 +1,7 @@
 """Fixtures and markers of all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,17 @@ def shared() -> Path:
     if folder is None:
         pytest.skip("no data folder: neither $LLMPQ_SHARED nor shared/ in or beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products: threads only wait for each other on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def shared_folder() -> Path | None:

@@ -71,14 +71,6 @@ class AdoptedLinear(QuantizedLinear):
         if weight.group_of is not None:
             self.group_of = weight.group_of.to(self.home)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Dequantise and multiply, chunk by chunk."""
-        return kernels.linear_by_chunks(x, self.out_features, self._weight_rows)
-
-    def dequantized_weight(self) -> Tensor:
-        """The weight `[out, in]`."""
-        return self._weight_rows(0, self.out_features)
-
     def _weight_rows(self, start: int, stop: int) -> Tensor:
         rows = slice(start, stop)
         codes = unpack(self.packed[rows], self.bits, self.in_features)

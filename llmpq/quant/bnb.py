@@ -68,12 +68,11 @@ class Nf4Linear(QuantizedLinear):
     def multiply(self, x: Tensor) -> Tensor:
         """Dequantise and multiply, chunk by chunk."""
         missing = self._padded - self.in_features
-        x = F.pad(x, (0, missing)) if missing else x
-        return kernels.linear_by_chunks(x, self.out_features, self._weight_rows)
+        return super().multiply(F.pad(x, (0, missing)) if missing else x)
 
     def dequantized_weight(self) -> Tensor:
         """The weight `[out, in]`."""
-        return self._weight_rows(0, self.out_features)[:, : self.in_features].contiguous()
+        return super().dequantized_weight()[:, : self.in_features].contiguous()
 
     @property
     def _padded(self) -> int:

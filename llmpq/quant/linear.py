@@ -123,11 +123,15 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def multiply(self, x: Tensor) -> Tensor:
-        """`x [M, in]`, contiguous, to `[M, out]` without the bias."""
-        raise NotImplementedError
+        """`x [M, in]`, contiguous, to `[M, out]` without the bias: dequantised chunk by chunk."""
+        return kernels.linear_by_chunks(x, self.out_features, self._weight_rows)
 
     def dequantized_weight(self) -> Tensor:
         """The weight `[out, in]` in the layer's dtype, as the stored codes stand for it."""
+        return self._weight_rows(0, self.out_features)
+
+    def _weight_rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the dequantised weight."""
         raise NotImplementedError
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -189,14 +193,6 @@ class GroupedLinear(GridLinear):
         self.packed[rows] = pack(codes, self.bits)
         self.scales[rows], self.zeros[rows] = scales, zeros
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Dequantise and multiply, chunk by chunk."""
-        return kernels.linear_by_chunks(x, self.out_features, self._weight_rows)
-
-    def dequantized_weight(self) -> Tensor:
-        """The weight `[out, in]`."""
-        return self._weight_rows(0, self.out_features)
-
     def _weight_rows(self, start: int, stop: int) -> Tensor:
         rows = slice(start, stop)
         codes = unpack(self.packed[rows], self.bits, self.in_features).contiguous()
@@ -227,11 +223,7 @@ class TiledLinear(GridLinear):
         """The int4 kernel for few rows, dequantised chunks for many."""
         if 0 < x.shape[0] <= kernels.INT4_MAX_ROWS:
             return kernels.int4_linear(x, self.tiles, self.bits, self.scale_and_zero)
-        return kernels.linear_by_chunks(x, self.out_features, self._weight_rows)
-
-    def dequantized_weight(self) -> Tensor:
-        """The weight `[out, in]`."""
-        return self._weight_rows(0, self.out_features)
+        return super().multiply(x)
 
     def _weight_rows(self, start: int, stop: int) -> Tensor:
         rows = slice(start, stop)
@@ -270,16 +262,12 @@ class RowLinear(GridLinear):
     def multiply(self, x: Tensor) -> Tensor:
         """The int8 kernel for few rows in bf16; else chunks, dequantised or scaled afterwards."""
         if self.dtype != torch.bfloat16:
-            return kernels.linear_by_chunks(x, self.out_features, self._weight_rows)
+            return super().multiply(x)
         suits = kernels.int8_kernel_suits(self.in_features, x.dtype, x.device)
         if suits and 0 < x.shape[0] <= kernels.INT8_MAX_ROWS:
             return kernels.int8_linear(x, self.codes, self.scales, self.zeros)
         out = kernels.linear_by_chunks(x, self.out_features, self._integer_rows)
         return out * self.scales
-
-    def dequantized_weight(self) -> Tensor:
-        """The weight `[out, in]`."""
-        return self._weight_rows(0, self.out_features)
 
     def _weight_rows(self, start: int, stop: int) -> Tensor:
         return self._integer_rows(start, stop).mul_(self.scales[start:stop, None].to(self.dtype))

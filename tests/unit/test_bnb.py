@@ -23,15 +23,7 @@ OPTIONAL = ("nf4", "8-bnb")
 SHAPES = [(64, 64), (100, 172), (256, 704), (7, 64), (130, 72)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_library = pytest.mark.skipif(not bnb.installed(), reason="no bitsandbytes here")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small products: threads only wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def filled(precision: str, weight: Tensor, dtype=torch.float32, bias: Tensor | None = None):

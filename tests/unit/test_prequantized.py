@@ -34,15 +34,7 @@ SIZES = {
 GPTQ_ONE = {3: None, 4: 0x11111111, 8: 0x01010101}
 needs_int4 = pytest.mark.skipif(not kernels.int4_tiles_work(), reason="no int4 kernel here")
 needs_w8a8 = pytest.mark.skipif(not kernels.token_int8_works(CPU), reason="no VNNI here")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small products: threads only wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # What the formats say, the slow way

@@ -19,15 +19,7 @@ SHAPES = [(64, 64), (100, 172), (256, 704), (704, 256), (96, 192), (7, 64), (130
 SCALE_ROUNDING = 2**-7  # how much bf16 may raise a scale
 needs_int4 = pytest.mark.skipif(not kernels.int4_tiles_work(), reason="no int4 kernel here")
 needs_w8a8 = pytest.mark.skipif(not kernels.token_int8_works(CPU), reason="no VNNI here")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small products: threads only wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:
