@@ -220,10 +220,9 @@ def prefill_bytes(
 ) -> int:
     """The peak of `requests` with prompts of `tokens`."""
     known = activations_of(spec)
-    met = known.prefill + (known.prefill_first if first else ())
-    met += known.prefill_last if last else ()
+    met = _met(known.prefill, known.prefill_first, known.prefill_last, first, last, single)
     batch = _MicroBatch(requests, tokens, tokens, kernels)
-    return _peak(spec, batch, _of_stage(met, single), precisions, at_end=first or last)
+    return _peak(spec, batch, met, precisions, at_end=first or last)
 
 
 def decode_bytes(
@@ -239,10 +238,9 @@ def decode_bytes(
 ) -> int:
     """The peak of `requests` with one new token each, which attends to `seen` tokens."""
     known = activations_of(spec)
-    met = known.decode + (known.decode_first if first else ())
-    met += known.decode_last if last else ()
+    met = _met(known.decode, known.decode_first, known.decode_last, first, last, single)
     batch = _MicroBatch(requests, 1, seen, kernels)
-    return _peak(spec, batch, _of_stage(met, single), precisions, at_end=first or last)
+    return _peak(spec, batch, met, precisions, at_end=first or last)
 
 
 def _projected_bytes(spec: ModelSpec, rows: int) -> int:
@@ -287,8 +285,17 @@ class _MicroBatch:
         return self.requests * self.tokens
 
 
-def _of_stage(moments: Iterable[Moment], single: bool) -> list[Moment]:
-    return [moment for moment in moments if not (single and moment.later)]
+def _met(
+    inside: tuple[Moment, ...],
+    at_first: tuple[Moment, ...],
+    at_last: tuple[Moment, ...],
+    first: bool,
+    last: bool,
+    single: bool,
+) -> list[Moment]:
+    """The moments of a phase that a stage meets."""
+    met = inside + (at_first if first else ()) + (at_last if last else ())
+    return [moment for moment in met if not (single and moment.later)]
 
 
 def _peak(

@@ -28,6 +28,7 @@ from llmpq.profile_data import LayerSensitivity
 from llmpq.runtime.checkpoint import Weights
 from llmpq.runtime.loader import load_stage
 from llmpq.runtime.roundings import NEAREST, Roundings
+from llmpq.runtime.streaming import Watch, stream
 
 Part = Literal["layer", "attention", "ffn"]
 POWER_STEPS, POWER_TOLERANCE = 500, 1e-6
@@ -59,6 +60,19 @@ class Subject:
             self.dtype,
             self.device,
             roundings=self.roundings,
+        )
+
+    def run(self, windows: Tensor, watch: Watch, on_layer: Callable[[int], None]) -> None:
+        """Watches the 16-bit model on `[n, W]` windows, one layer in memory at a time."""
+        stream(
+            self.config,
+            self.weights,
+            [],
+            windows,
+            self.dtype,
+            self.device,
+            watch=watch,
+            on_layer=on_layer,
         )
 
 

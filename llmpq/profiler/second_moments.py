@@ -10,7 +10,7 @@ from llmpq.model_spec import ModelSpec
 from llmpq.models.stage_model import StageModel
 from llmpq.profiler.indicators import Subject
 from llmpq.runtime.moments import MomentsFile, MomentsMeter, MomentsWriter, block_columns
-from llmpq.runtime.streaming import Watch, stream
+from llmpq.runtime.streaming import Watch
 
 
 def gather_moments(
@@ -36,16 +36,7 @@ def gather_moments(
             writer.add(key, moments)
         keys.update(meter.keys)
 
-    stream(
-        subject.config,
-        subject.weights,
-        [],
-        windows,
-        subject.dtype,
-        subject.device,
-        watch=watch,
-        on_layer=on_layer,
-    )
+    subject.run(windows, watch, on_layer)
     writer.close(keys, about)
     return MomentsFile(path)
 

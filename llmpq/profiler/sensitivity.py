@@ -100,16 +100,7 @@ def gather_input_variance(
 ) -> InputVariance:
     """Variance of every linear's inputs on `[n, W]` windows, at 16 bits."""
     variance = InputVariance()
-    stream(
-        subject.config,
-        subject.weights,
-        [],
-        windows,
-        subject.dtype,
-        subject.device,
-        watch=variance.watch,
-        on_layer=on_layer,
-    )
+    subject.run(windows, variance.watch, on_layer)
     return variance
 
 

@@ -72,7 +72,8 @@ def load_stage(
         packed = weights.packed(name, raw.shape)
         own = keep_codes(raw.module, packed) if packed else None
         if own is not None:
-            _exchange(stage, raw.module, own)
+            if own is not raw.module:
+                _exchange(stage, raw.module, own)
         else:
             tensor = packed.dequantized() if packed else weights.read(name, raw.shape)
             place(raw, tensor, dtype, device, roundings.of(name))
@@ -102,7 +103,7 @@ def place(
 
 
 def _exchange(stage: StageModel, old: nn.Module, new: nn.Module) -> None:
-    """Puts one linear in the place of another; both may be the same."""
+    """Puts one linear in the place of another."""
     path = next(path for path, module in stage.model.named_modules() if module is old)
     replace(stage.model, path, new)
 
