@@ -1,7 +1,6 @@
 """Times from spec sheets: monotone, within the sheet's limits, fewer bits faster, and labelled."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +24,6 @@ from llmpq.model_spec import load_model_spec
 from llmpq.precision import PRECISIONS, STANDARD
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLES = Path(os.environ.get("LLMPQ_GPU_TABLES", ROOT.parent / "shared" / "data" / "gpu"))
 LIBRARY = device_library()
 LLAMA = load_model_spec(str(ROOT / "configs" / "models" / "llama-3.1-8b.json"))
 OPT = load_model_spec(str(ROOT / "configs" / "models" / "opt-30b.json"))
@@ -154,11 +152,9 @@ def fit_script() -> ModuleType:
     return module
 
 
-@pytest.mark.shared
-@pytest.mark.skipif(not TABLES.is_dir(), reason=f"no tables of measured times at {TABLES}")
-def test_the_shipped_coefficients_are_what_the_tables_give() -> None:
+def test_the_shipped_coefficients_are_what_the_tables_give(shared: Path) -> None:
     fit = fit_script()
-    rows = fit.observations(TABLES)
+    rows = fit.observations(shared / "gpu")
     assert len({one.left_out_with for one in rows}) == efficiency().num_gpus
     assert all(one.time_s > 0 for one in rows)
     found = fit.fit(rows, fit.SHIPPED)
@@ -166,11 +162,9 @@ def test_the_shipped_coefficients_are_what_the_tables_give() -> None:
         assert found[name] == pytest.approx(value, rel=0.02), name
 
 
-@pytest.mark.shared
-@pytest.mark.skipif(not TABLES.is_dir(), reason=f"no tables of measured times at {TABLES}")
-def test_an_unseen_card_is_predicted_and_far_better_than_by_two_constants() -> None:
+def test_an_unseen_card_is_predicted_and_far_better_than_by_two_constants(shared: Path) -> None:
     fit = fit_script()
-    rows = [one for one in fit.observations(TABLES) if one.source != "aiconfigurator"]
+    rows = [one for one in fit.observations(shared / "gpu") if one.source != "aiconfigurator"]
     errors = {}
     for candidate in (fit.CANDIDATES[0], fit.SHIPPED):
         others = [one for one in rows if one.left_out_with != "v100"]
