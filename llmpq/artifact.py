@@ -8,6 +8,7 @@ temporary file beside the target first, so that a reader never sees half a file.
 import json
 import os
 import platform
+import re
 import reprlib
 import tempfile
 from datetime import UTC, datetime
@@ -21,6 +22,10 @@ from llmpq import __version__
 from llmpq.errors import UserError
 
 SCHEMA_VERSION: Final = 1
+MAX_DIGITS = 19
+# What makes a JSON text worth a second look: integers beyond 64 bits, halves of characters.
+_LONG_INTEGER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_FAULTS = 20  # a file with more is broken throughout; the first ones say how
 
 
@@ -67,21 +72,38 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path, kind: type[M]) -> M:
     """Reads and validates a JSON file."""
-    return validate(parse_json(path), kind, path)
+    value = validate(parse_json(path), kind, path)
+    if _HALF_CHARACTER.search(read_text(path)):
+        try:
+            value.model_dump_json()
+        except ValueError:
+            raise _half_character(path) from None
+    return value
+
+
+def _half_character(path: Path) -> UserError:
+    return UserError(f"{path}: a text holds half a character (a lone surrogate)")
 
 
 def parse_json(path: Path) -> Any:
     """The value in a JSON file; a syntax error is a `UserError` with its line."""
     text = read_text(path)
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_bounded_int if _LONG_INTEGER.search(text) else None)
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}"
         raise UserError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise UserError(f"{path}: not valid JSON: nested too deeply") from None
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # an integer too large
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def _bounded_int(text: str) -> int:
+    """Every count and size has 64 bits; products of larger ones overflow later, far from here."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"{text[:MAX_DIGITS]}... is an integer of {len(text)} digits")
+    return int(text)
 
 
 def read_yaml(path: Path, kind: type[M]) -> M:
@@ -105,6 +127,8 @@ def validate(data: Any, kind: type[M], path: Path) -> M:
         raise UserError(f"{path}: expected keys and values, found {_show(data)}")
     try:
         return kind.model_validate(data)
+    except UnicodeEncodeError:  # by a message that quotes it
+        raise _half_character(path) from None
     except ValidationError as error:
         root = _compose(path)
         lines = [_fault(path, root, data, fault, kind) for fault in error.errors()]

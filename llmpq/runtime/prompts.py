@@ -1,27 +1,53 @@
-"""prompts.jsonl in, out.jsonl out: one line a request, checked before anything is loaded."""
+"""prompts.jsonl in: checked whole before anything is loaded, then streamed, request by request.
 
-import fcntl
+The file is read twice. The first pass validates every line and keeps ids, lengths and a checksum
+of each line, but no prompt. The second makes one request at a time, as the engine asks for them,
+so tens of thousands of long prompts never lie in memory together. A line that changed in between
+ends the run with a message; lines that were added behind the last one wait for the next run.
+
+A line holds a text, token ids or, with `chat`, messages. The model's own chat template turns
+messages into tokens; it is rendered in transformers' sandbox and runs no code of its own.
+"""
+
 import json
-import os
+import reprlib
+import stat
+from array import array
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from zlib import crc32
 
-from llmpq.artifact import read_text
+from llmpq.artifact import MAX_FAULTS
 from llmpq.errors import UserError
-from llmpq.runtime.batching import Request
+from llmpq.runtime.request import Request
 
 KEYS = {"id", "prompt", "prompt_token_ids", "max_new_tokens"}
+WAYS = ("prompt", "prompt_token_ids", "messages")  # to give the prompt, one a line
+MAX_LINE_BYTES = 1 << 26  # a longer line is no prompt; and all of it would have to be in memory
 
 
 class Tokenizer(Protocol):
     """What is needed of a Hugging Face tokenizer."""
+
+    chat_template: Any
 
     def encode(self, text: str) -> list[int]:
         """Text to token ids."""
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         """Token ids to text."""
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        add_generation_prompt: bool,
+        tokenize: bool,
+        return_dict: bool,
+    ) -> list[int]:
+        """Messages to token ids."""
 
 
 @dataclass(frozen=True)
@@ -33,149 +59,242 @@ class Limits:
     vocab_size: int
 
 
-def read_requests(path: Path, tokenizer: Tokenizer | None, limits: Limits) -> list[Request]:
-    """All requests of a file; every broken line in one `UserError`."""
-    requests: list[Request] = []
+class PromptFile:
+    """A file of prompts that was checked: the ids and lengths of its requests, not their tokens."""
+
+    def __init__(self, path: Path, rules: "_Rules") -> None:
+        self.path = path
+        self.ids: list[str | int] = []
+        self.lengths: list[tuple[int, int]] = []  # (prompt tokens, new tokens), like the ids
+        self._rules = rules
+        self._checksums = array("I")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def stream(self, done: Container[str | int] = ()) -> Iterator[Request]:
+        """The requests whose ids are not in `done`, in the file's order, made one by one.
+
+        Raises `UserError` where a line is not the one that was checked.
+        """
+        count = 0
+        for line_number, line in _lines(self.path):
+            if count == len(self):
+                return
+            if crc32(line) != self._checksums[count]:
+                raise self._changed(f"{self.path}:{line_number}")
+            if self.ids[count] not in done:
+                yield self._rules.request(line, count)
+            count += 1
+        if count < len(self):
+            raise self._changed(str(self.path))
+
+    def _add(self, request: Request, line: bytes) -> None:
+        self.ids.append(request.id)
+        self.lengths.append((len(request.prompt), request.new_tokens))
+        self._checksums.append(crc32(line))
+
+    def _changed(self, where: str) -> UserError:
+        return UserError(
+            f"{where}: changed after it was checked, when the run started; finished requests are "
+            "safe, --resume goes on with the file as it is now"
+        )
+
+
+def check_prompts(
+    path: Path,
+    tokenizer: Tokenizer | None,
+    limits: Limits,
+    chat: bool = False,
+    on_line: Callable[[int], None] | None = None,
+) -> PromptFile:
+    """Checks every line of a file; `on_line` is called with the number of lines read so far.
+
+    Raises one `UserError` that lists every broken line (the first 20, and how many more).
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{path}: --chat: the model's tokenizer has no chat template; "
+            "use a chat model, or give whole prompts without --chat"
+        )
+    found = PromptFile(path, _Rules(tokenizer, limits, chat))
     faults: list[str] = []
+    num_faults = 0
+    for number, fault in _check(found, on_line):
+        num_faults += 1
+        if num_faults <= MAX_FAULTS:
+            faults.append(f"{path}:{number}: {fault}")
+    if num_faults > MAX_FAULTS:
+        faults.append(f"{path}: and {num_faults - MAX_FAULTS} more lines like these")
+    if faults:
+        raise UserError("\n".join(faults))
+    if not found:
+        raise UserError(f"{path}: holds no prompts")
+    return found
+
+
+def _check(found: PromptFile, on_line: Callable[[int], None] | None) -> Iterator[tuple[int, str]]:
+    """Adds every good line to `found`; the number and the fault of every other one."""
     seen: dict[str | int, int] = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # other breaks may be in texts
-        if not line.strip():
-            continue
+    for number, line in _lines(found.path):
         try:
-            request = _request(line, len(requests), tokenizer, limits)
+            request = found._rules.request(line, len(found))
             if request.id in seen:
                 raise ValueError(f"id {request.id!r} was used on line {seen[request.id]}")
+            seen[request.id] = number
+            found._add(request, line)
         except ValueError as error:
-            faults.append(f"{path}:{number}: {error}")
-            continue
-        seen[request.id] = number
-        requests.append(request)
-    if faults:
-        more = [f"{path}: and {len(faults) - 20} more lines like these"] if faults[20:] else []
-        raise UserError("\n".join(faults[:20] + more))
-    if not requests:
-        raise UserError(f"{path}: holds no prompts")
-    return requests
+            yield number, str(error)
+        if on_line is not None:
+            on_line(number)
 
 
-def _request(line: str, number: int, tokenizer: Tokenizer | None, limits: Limits) -> Request:
-    data = _parse(line)
-    token_ids = _token_ids(data, tokenizer, limits.vocab_size)
-    new_tokens = data.get("max_new_tokens", limits.new_tokens)
-    if not _is_int(new_tokens) or new_tokens < 1:
-        raise ValueError(f"'max_new_tokens' must be a positive integer, found {new_tokens!r}")
-    total = len(token_ids) + new_tokens
-    if total > limits.max_positions:
-        raise ValueError(
-            f"{len(token_ids)} prompt + {new_tokens} new tokens are more than "
-            f"the {limits.max_positions} positions of the model"
-        )
-    return Request(data["id"], number, tuple(token_ids), new_tokens)
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, without their break, and their numbers from 1.
 
-
-def _parse(line: str) -> dict[str, Any]:
+    Only line feeds end a line: other breaks may be in texts. Raises `UserError` for a file that
+    cannot be read (twice) or holds no lines.
+    """
     try:
-        data = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        _refuse_unless_regular(path)
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+                if len(line) == MAX_LINE_BYTES:
+                    raise UserError(
+                        f"{path}:{number}: more than {MAX_LINE_BYTES >> 20} MiB without a line "
+                        "break; prompts.jsonl has one request a line"
+                    )
+                if line.strip():
+                    yield number, line.rstrip(b"\r\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _refuse_unless_regular(path: Path) -> None:
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a directory, expected a file")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is no regular file; prompts are read twice, so save them to one")
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """How a line becomes a request; every fault of the line is a `ValueError`."""
+
+    tokenizer: Tokenizer | None
+    limits: Limits
+    chat: bool
+
+    def request(self, line: bytes, number: int) -> Request:
+        data = self._parse(line)
+        token_ids = self._token_ids(data)
+        new_tokens = data.get("max_new_tokens", self.limits.new_tokens)
+        if not _is_int(new_tokens) or new_tokens < 1:
+            raise ValueError(
+                f"'max_new_tokens' must be a positive integer, found {reprlib.repr(new_tokens)}"
+            )
+        most = self.limits.max_positions
+        if len(token_ids) + new_tokens > most:
+            raise ValueError(
+                f"{len(token_ids)} prompt + {new_tokens} new tokens are more than "
+                f"the {most} positions of the model"
+            )
+        return Request(data["id"], number, tuple(token_ids), new_tokens)
+
+    def _parse(self, line: bytes) -> dict[str, Any]:
+        data = _json(line)
+        if not isinstance(data, dict):
+            raise ValueError('expected {"id": ..., "prompt": ...}')
+        if "messages" in data and not self.chat:
+            raise ValueError("'messages' are for chat models: add --chat")
+        known = KEYS | {"messages"} if self.chat else KEYS
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"unknown key {_show(unknown[0])}; known: {', '.join(sorted(known))}")
+        if not (_is_int(data.get("id")) or isinstance(data.get("id"), str)):
+            raise ValueError("'id' must be a text or an integer")
+        _refuse_half_characters("'id'", str(data["id"]))
+        return data
+
+    def _token_ids(self, data: dict[str, Any]) -> list[int]:
+        ways = [name for name in WAYS if name in data]
+        if len(ways) != 1:
+            more = " or 'messages'" if self.chat else ""
+            raise ValueError(f"give either 'prompt' or 'prompt_token_ids'{more}")
+        given = data[ways[0]]
+        if ways[0] == "prompt_token_ids":
+            token_ids = given
+        elif ways[0] == "prompt":
+            token_ids = self._encode(_checked_text("'prompt'", given))
+        else:
+            token_ids = self._render(_checked_messages(given))
+        if not isinstance(token_ids, list) or not token_ids or not all(map(_is_int, token_ids)):
+            raise ValueError("the prompt must hold at least one token")
+        outside = next((t for t in token_ids if not 0 <= t < self.limits.vocab_size), None)
+        if outside is not None:
+            size = self.limits.vocab_size
+            raise ValueError(f"token {outside} is outside the vocabulary of {size}")
+        return token_ids
+
+    def _encode(self, text: str) -> list[int]:
+        if self.chat:
+            return self._render([{"role": "user", "content": text}])
+        if self.tokenizer is None:
+            raise ValueError("the model has no tokenizer; give 'prompt_token_ids'")
+        return self.tokenizer.encode(text)
+
+    def _render(self, messages: list[dict[str, str]]) -> list[int]:
+        assert self.tokenizer is not None
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # a template raises whatever its expressions raise
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"the model's chat template fails ({what})") from None
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError('expected {"id": ..., "prompt": ...}')
-    unknown = sorted(set(data) - KEYS)
-    if unknown:
-        raise ValueError(f"unknown key '{unknown[0]}'; known: {', '.join(sorted(KEYS))}")
-    if not (_is_int(data.get("id")) or isinstance(data.get("id"), str)):
-        raise ValueError("'id' must be a text or an integer")
-    if not _is_encodable(str(data["id"])):
-        raise ValueError("'id' holds half a character (a lone surrogate)")
-    return data
 
 
-def _is_encodable(text: str) -> bool:
+def _checked_messages(found: Any) -> list[dict[str, str]]:
+    if not isinstance(found, list) or not found:
+        raise ValueError("'messages' must be a list with at least one message")
+    for message in found:
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise ValueError('a message must be {"role": ..., "content": ...}')
+        for name, text in message.items():
+            _checked_text(f"'{name}' of a message", text)
+    return found
+
+
+def _checked_text(name: str, found: Any) -> str:
+    if not isinstance(found, str):
+        raise ValueError(f"{name} must be a text")
+    _refuse_half_characters(name, found)
+    return found
+
+
+def _refuse_half_characters(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        raise ValueError(f"{name} holds half a character (a lone surrogate)") from None
 
 
-def _token_ids(data: dict[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
-    if ("prompt" in data) == ("prompt_token_ids" in data):
-        raise ValueError("give either 'prompt' or 'prompt_token_ids'")
-    if "prompt" in data:
-        if not isinstance(data["prompt"], str):
-            raise ValueError("'prompt' must be a text")
-        if tokenizer is None:
-            raise ValueError("the model has no tokenizer; give 'prompt_token_ids'")
-        token_ids = tokenizer.encode(data["prompt"])
-    else:
-        token_ids = data["prompt_token_ids"]
-    if not isinstance(token_ids, list) or not token_ids or not all(map(_is_int, token_ids)):
-        raise ValueError("the prompt must hold at least one token")
-    outside = [t for t in token_ids if not 0 <= t < vocab_size]
-    if outside:
-        raise ValueError(f"token {outside[0]} is outside the vocabulary of {vocab_size}")
-    return token_ids
+def _show(text: str) -> str:
+    """Any text in a form that every terminal prints."""
+    return f"'{text}'" if text.isprintable() else ascii(text)
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-class ResultFile:
-    """out.jsonl, appended to as requests end. Opened for resuming, it drops a torn last line."""
-
-    def __init__(self, path: Path, resume: bool) -> None:
-        self.path = path
-        self.finished: set[str | int] = set()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path}: another run is writing to it") from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-        if resume:
-            self._keep_whole_lines()
-        else:
-            self._file.truncate(0)
-
-    def write(self, request: Request, token_ids: list[int], stopped: bool, text: str) -> None:
-        """One finished request."""
-        line = {
-            "id": request.id,
-            "text": text,
-            "token_ids": token_ids,
-            "num_prompt_tokens": len(request.prompt),
-            "num_new_tokens": len(token_ids),
-            "finish_reason": "stop" if stopped else "length",
-        }
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Everything to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def _keep_whole_lines(self) -> None:
-        """Reads finished ids; cuts off a last line that was not written to its end."""
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
-        for number, line in enumerate(lines, 1):
-            self.finished.add(_finished_id(line, f"{self.path}:{number}"))
-        if torn:
-            with self.path.open("rb+") as file:
-                file.truncate(sum(map(len, lines)))
-
-
-def _finished_id(line: bytes, where: str) -> str | int:
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError):
-        data = None
-    found: Any = data.get("id") if isinstance(data, dict) else None
-    if not (_is_int(found) or isinstance(found, str)):
-        raise UserError(f"{where}: not a result of llmpq-run, so --resume cannot go on from here")
-    return found  # type: ignore[no-any-return]

@@ -1,0 +1,162 @@
+"""A file that grows by whole records or not at all, and is replaced whole or not at all.
+
+Every record reaches the operating system before `append` returns, so that it outlives the process
+however that ends. Only `sync` makes it outlive the machine. A write that fails half-way (a full
+disk) is taken back, as far as the disk lets us.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from llmpq.errors import UserError, WorkerError
+
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # on some network file systems
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+
+
+class AppendFile:
+    """An open file, created where it is absent and locked against other runs.
+
+    Raises `UserError` where it cannot be opened or another process holds it, and `WorkerError`
+    where it cannot be written later.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = _open_locked(path)
+        except BlockingIOError:
+            raise UserError(f"{path}: another run is writing to it") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return os.fstat(self._handle).st_size
+
+    def append(self, record: bytes) -> None:
+        """All of `record` behind what is there, or nothing of it."""
+        with _told(self.path):
+            start = self.size
+            try:
+                _write_all(self._handle, record)
+            except BaseException:
+                with suppress(OSError):
+                    os.ftruncate(self._handle, start)
+                raise
+
+    def cut(self, size: int) -> None:
+        """Drops what lies behind the first `size` bytes."""
+        if size < self.size:
+            with _told(self.path):
+                os.ftruncate(self._handle, size)
+
+    def rewrite(self, records: Iterable[bytes]) -> None:
+        """Replaces all there is in one step, which a machine crash does not tear."""
+        new = self.path.with_name(f".{self.path.name}.new")
+        with _told(self.path):
+            handle = os.open(new, _FLAGS | os.O_TRUNC, stat.S_IMODE(os.fstat(self._handle).st_mode))
+            try:
+                _lock(handle)
+                for record in records:
+                    _write_all(handle, record)
+                os.fsync(handle)
+                os.replace(new, self.path)
+            except BaseException:
+                os.close(handle)
+                new.unlink(missing_ok=True)
+                raise
+            os.close(self._handle)
+            self._handle = handle
+        self.sync_name()
+
+    def move(self, target: Path) -> None:
+        """Gives what is there the name `target`, and starts again with an empty file."""
+        with _told(self.path):
+            os.replace(self.path, target)
+            handle = _open_locked(self.path)
+            os.close(self._handle)
+            self._handle = handle
+        self.sync_name()
+
+    def read(self) -> BinaryIO:
+        """What the file holds now; stays readable when it is rewritten."""
+        with _told(self.path):
+            return self.path.open("rb")
+
+    def sync(self) -> None:
+        """Everything to the disk itself."""
+        with _told(self.path):
+            os.fsync(self._handle)
+
+    def sync_name(self) -> None:
+        """The file's name too, where the file system can do that."""
+        with _told(self.path):
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, *UNSUPPORTED):
+                    raise
+            finally:
+                os.close(folder)
+
+    def close(self) -> None:
+        """Lets go of the file, and of its lock."""
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
+
+
+def _open_locked(path: Path) -> int:
+    """A locked handle of the file that has this name once it is locked, not of a replaced one."""
+    while True:
+        handle = os.open(path, _FLAGS, 0o666)
+        try:
+            _lock(handle)
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """An error of the operating system as a `WorkerError` that says what is safe."""
+    try:
+        yield
+    except OSError as error:
+        free = ""
+        with suppress(OSError):
+            free = f"; {shutil.disk_usage(path.parent).free >> 20} MiB free there"
+        raise WorkerError(
+            f"{path}: cannot be written ({error.strerror}{free}); "
+            "finished requests are safe, --resume continues"
+        ) from None

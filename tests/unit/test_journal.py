@@ -1,0 +1,420 @@
+"""out.jsonl and its journal: nothing that was finished is lost, nothing is there twice."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from contextlib import closing
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmpq.errors import UserError, WorkerError
+from llmpq.runtime import journal
+from llmpq.runtime.journal import Results
+from llmpq.runtime.request import Finished, Request
+
+RUN = {"model": "tiny", "seed": 0}
+
+
+def finished(name: str | int, *token_ids: int, error: str | None = None) -> Finished:
+    reason = "stop" if error is None else "error"
+    return Finished(Request(name, 0, (1, 2), 4), token_ids or (3, 2), reason, error)
+
+
+def write(path: Path, resume: bool, *names: str | int, run=RUN, fsync="never", text="é") -> Results:
+    """Writes results; their `finished` are the ids that were there before, and these."""
+    results = Results(path, resume, fsync, run)
+    with closing(results):
+        for name in names:
+            results.write(finished(name), text)
+    return results
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def ids(path: Path) -> list:
+    return [line["id"] for line in lines(path)]
+
+
+def logged(path: Path) -> list:
+    """The journal's ids; every checksum holds, and the header is first."""
+    found = []
+    for line in Path(f"{path}.journal").read_bytes().splitlines():
+        assert line[:9] == b"%08x " % crc32(line[9:])
+        found.append(json.loads(line[9:]))
+    assert found[0]["journal"] == 1
+    return [line["id"] for line in found[1:]]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "out.jsonl"
+
+
+def test_a_line_has_all_that_is_promised(path):
+    results = Results(path, False, "always", RUN)
+    with closing(results):
+        results.write(finished("a", 3, 4, 2), "é \u2028\n")
+        results.write(finished(7, error="it was \ud800 bad"), "\\\ud800")
+        assert results.finished == {"a", 7}
+    assert path.read_bytes().count(b"\n") == 2
+    first, second = [json.loads(line) for line in path.read_bytes().split(b"\n")[:2]]
+    assert first == {
+        "id": "a",
+        "text": "é \u2028\n",
+        "token_ids": [3, 4, 2],
+        "num_prompt_tokens": 2,
+        "num_new_tokens": 3,
+        "finish_reason": "stop",
+    }
+    assert (second["finish_reason"], second["error"]) == ("error", "it was \ud800 bad")
+    assert second["text"] == "\\\ud800"
+    resumed = write(path, True)
+    assert resumed.finished == {"a", 7} and resumed.notes == []
+
+
+@pytest.mark.parametrize("fsync", ["always", "interval", "never"])
+def test_a_resumed_run_appends(path, fsync):
+    assert write(path, True, "r0", "r1", fsync=fsync).finished == {"r0", "r1"}
+    results = write(path, True, "r2", fsync=fsync)
+    assert results.finished == {"r0", "r1", "r2"} and results.notes == []
+    assert ids(path) == logged(path) == ["r0", "r1", "r2"]
+
+
+def test_a_new_run_keeps_what_was_there_under_another_name(path):
+    write(path, False, "r0", "r1")
+    results = write(path, False, "r2")
+    assert ids(path) == logged(path) == ["r2"]
+    assert "out.jsonl.old" in results.notes[0] and len(results.notes) == 1
+    old = path.with_name("out.jsonl.old")
+    assert ids(old) == ["r0", "r1"]
+    # The pair that was moved can be taken up again.
+    for ending in ("", ".journal"):
+        Path(f"{path}{ending}.old").replace(f"{path}{ending}")
+    assert write(path, True).finished == {"r0", "r1"}
+
+
+def test_a_run_that_finished_nothing_moves_nothing(path):
+    write(path, False, "r0")
+    write(path, False)  # moves the first one
+    assert write(path, False).notes == []
+    assert ids(path.with_name("out.jsonl.old")) == ["r0"]
+
+
+def test_a_journal_whose_output_is_gone_is_kept_too(path):
+    write(path, False, "r0")
+    path.unlink()
+    write(path, False, "r1")
+    Path(f"{path}.journal.old").replace(f"{path}.journal")
+    path.unlink()
+    assert write(path, True).finished == {"r0"} and ids(path) == ["r0"]
+
+
+def test_either_file_is_cut_anywhere(path):
+    write(path, False, "r0", "r1", "r2")
+    files = {name: name.read_bytes() for name in (path, Path(f"{path}.journal"))}
+    for name, whole in files.items():
+        for cut in range(len(whole) + 1):
+            name.write_bytes(whole[:cut])
+            assert write(path, True).finished == {"r0", "r1", "r2"}, cut
+            for other, before in files.items():
+                assert other.read_bytes() == before, cut
+
+
+def test_without_a_journal_a_torn_line_alone_is_lost(path):
+    write(path, False, "r0", "r1", "r2")
+    whole = path.read_bytes()
+    ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        Path(f"{path}.journal").unlink()
+        num_whole = sum(end <= cut for end in ends)  # the line feed itself may be missing
+        expected = [f"r{i}" for i in range(num_whole)]
+        rest = [f"r{i}" for i in range(num_whole, 3)]
+        assert write(path, True, *rest).finished == {"r0", "r1", "r2"}
+        assert path.read_bytes() == whole, cut
+        assert logged(path) == [*expected, *rest]
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 5000, b"\0\n\0\n", b"\xff\xfe" * 99, b"\n\n{}\n{"])
+def test_garbage_at_the_ends_is_cut_off(path, damage):
+    write(path, False, "r0", "r1")
+    for name in (path, Path(f"{path}.journal")):
+        with name.open("ab") as file:
+            file.write(damage)
+    results = write(path, True, "r2")
+    assert ids(path) == logged(path) == ["r0", "r1", "r2"] and results.notes
+    assert write(path, True).notes == []
+
+
+def test_a_repeated_id_is_kept_once(path):
+    write(path, False, "r0", "r1")
+    Path(f"{path}.journal").unlink()
+    with path.open("a") as file:
+        again = lines(path)[0] | {"text": "later"}
+        file.write(json.dumps(again) + "\n" + json.dumps(again | {"id": "r2"}) + "\n")
+    results = write(path, True)
+    assert [(line["id"], line["text"]) for line in lines(path)] == [
+        ("r0", "é"),
+        ("r1", "é"),
+        ("r2", "later"),
+    ]
+    assert any("was there before dropped: 1" in note for note in results.notes)
+    assert logged(path) == ["r0", "r1", "r2"]
+
+
+def test_where_the_files_differ_the_journal_is_right(path):
+    write(path, False, "r0", "r1")
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"xy", 1))
+    results = write(path, True)
+    assert [line["text"] for line in lines(path)] == ["é", "é"]
+    assert any("differed" in note for note in results.notes)
+
+
+def test_broken_lines_in_the_middle_are_put_aside(path):
+    write(path, False, "r0", "r1")
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"my notes\n" + second[:-9] + b"\n" + second)
+    results = write(path, True, "r2")
+    assert ids(path) == ["r0", "r1", "r2"]
+    broken = path.with_name("out.jsonl.broken").read_bytes()
+    assert broken == b"my notes\n" + second[:-9] + b"\n"
+    assert any("out.jsonl.broken" in note for note in results.notes)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}\n", b'["id"]\n', b"5\n", b"\xff\xfe\n", b"notes", b"PK\3\4", b'{"id": "a"}\n']
+)
+def test_a_wrong_file_is_left_as_it_is(path, content):
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"out.jsonl:1: not a result of llmpq-run"):
+        Results(path, True, "never", RUN)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b'{"id": "r0", "te', b'{"i', b"\0\0\0"])
+def test_what_a_kill_before_the_first_result_leaves_is_fine(path, content):
+    path.parent.mkdir()
+    path.write_bytes(content)
+    write(path, True, "r0")
+    assert ids(path) == ["r0"]
+
+
+def test_another_model_is_refused_and_other_settings_are_told(path):
+    write(path, False, "r0")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="of model tiny, not of large; give another --output"):
+        Results(path, True, "never", RUN | {"model": "large"})
+    assert path.read_bytes() == before
+    results = write(path, True, run=RUN | {"seed": 5, "stages": (1, 2)})
+    assert results.notes == [
+        f"{path}: finished requests had other settings: seed was 0, is 5, "
+        "stages was None, is [1, 2]"
+    ]
+    assert write(path, True).notes == []  # what the first run was is not forgotten
+
+
+def test_a_run_that_finished_nothing_binds_no_model(path):
+    write(path, False)
+    assert write(path, True, "r0", run={"model": "large"}).notes == []
+    with pytest.raises(UserError, match="of model large"):
+        Results(path, True, "never", RUN)
+
+
+def test_a_damaged_header_is_said_and_replaced(path):
+    write(path, False, "r0")
+    log = Path(f"{path}.journal")
+    log.write_bytes(b"x" + log.read_bytes()[1:])
+    assert any("nothing says which settings" in note for note in write(path, True).notes)
+    assert write(path, True).notes == [] and logged(path) == ["r0"]
+
+
+def test_two_runs_cannot_write_one_output(path):
+    with closing(Results(path, False, "never", RUN)) as first:
+        for resume in (False, True):
+            with pytest.raises(UserError, match="another run is writing"):
+                Results(path, resume, "never", RUN)
+        first.write(finished("r0"), "")
+    # Mending replaces the file, and the lock goes with it.
+    with path.open("a") as file:
+        file.write("{\n" + path.read_text())
+    with (
+        closing(Results(path, True, "never", RUN)),
+        pytest.raises(UserError, match="another run is writing"),
+    ):
+        Results(path, True, "never", RUN)
+    assert write(path, True).finished == {"r0"}
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, message in {
+        "file/out.jsonl": "file/out.jsonl: cannot be written",
+        "loop": "loop: cannot be written",
+        "": "is a directory|cannot be written",
+        "pipe": "is no regular file",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            Results(tmp_path / name, False, "never", RUN)
+
+
+def test_a_link_stays_a_link(tmp_path, path):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    write(link, False, "r0", "r1")
+    path.write_bytes(path.read_bytes().replace(b"stop", b"stun", 1))
+    assert write(link, True).finished == {"r0", "r1"}
+    assert link.is_symlink() and sorted(ids(link)) == ["r0", "r1"]
+
+
+def test_the_policies_sync_as_often_as_they_say(path, monkeypatch):
+    counts = {}
+    sync = os.fsync
+    monkeypatch.setattr(journal, "SYNC_EVERY_S", 0.01)
+    for fsync in ("always", "interval", "never"):
+        calls = []
+        monkeypatch.setattr(
+            os, "fsync", lambda handle, calls=calls: (calls.append(1), sync(handle))
+        )
+        with closing(Results(path, False, fsync, RUN)) as results:
+            before = len(calls)
+            for i in range(5):
+                results.write(finished(i), "")
+            deadline = time.monotonic() + 60
+            while fsync == "interval" and len(calls) == before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            counts[fsync] = len(calls) - before
+    assert counts["always"] == 5 and counts["never"] == 0
+    assert counts["interval"] >= 1
+
+
+def test_a_sync_that_fails_in_the_background_ends_the_run(path, monkeypatch):
+    monkeypatch.setattr(journal, "SYNC_EVERY_S", 0.01)
+    results = Results(path, False, "interval", RUN)
+    with monkeypatch.context() as patched:
+
+        def fail(handle: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        patched.setattr(os, "fsync", fail)
+        with pytest.raises(WorkerError, match="Input/output error"):
+            for i in range(6000):
+                results.write(finished(i), "")
+                time.sleep(0.01)
+    results.close()
+
+
+def test_a_full_disk_tears_nothing(path):
+    """A limit on the file size: a write is cut short, then the next one fails."""
+    child = f"""
+        import resource, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_journal import RUN, Path, Results, closing, finished
+        results = Results(Path(sys.argv[1]), True, "never", RUN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+        with closing(results):
+            for i in range(50):
+                if str(i) not in results.finished:
+                    results.write(finished(str(i)), "text " * 9)
+                    print(i, flush=True)
+    """
+    acknowledged: list[str] = []
+    for limit in (800, 801, 1500, 2222, 3000):
+        done = run_child(child, path, limit)
+        assert done.returncode == 1 and "WorkerError" in done.stderr, done.stderr
+        assert "MiB free there" in done.stderr and "--resume continues" in done.stderr
+        acknowledged += done.stdout.split()
+        assert logged(path)[: len(acknowledged)] == acknowledged  # and no line is torn
+        assert ids(path) == acknowledged
+        assert path.read_bytes().endswith(b"\n")
+    assert len(acknowledged) > 10
+    before = write(path, True)
+    assert before.finished >= set(acknowledged) and ids(path) == logged(path)
+
+
+def run_child(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_nothing_acknowledged_is_lost_by_kills(path):
+    child = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_journal import RUN, Path, Results, finished
+        results = Results(Path(sys.argv[1]), True, "interval", RUN)
+        number = len(results.finished)
+        while True:
+            results.write(finished(number), "a text of some length " * (number % 50))
+            print(number, flush=True)
+            number += 1
+    """
+    chance, acknowledged = random.Random(0), set()
+    for _ in range(10):
+        command = [sys.executable, "-c", textwrap.dedent(child), str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(chance.randint(1, 300)):
+                acknowledged.add(int(process.stdout.readline()))
+            process.send_signal(signal.SIGKILL)
+            acknowledged |= set(map(int, process.stdout.read().split("\n")[:-1]))
+    assert len(acknowledged) > 100
+    results = write(path, True)
+    assert acknowledged <= results.finished
+    assert sorted(ids(path)) == sorted(logged(path)) == list(range(len(results.finished)))
+
+
+RESULT = st.tuples(st.text(max_size=3) | st.integers(0, 99), st.text(max_size=8), st.booleans())
+
+
+@st.composite
+def damaged(draw: st.DrawFn, size: int) -> tuple[int, list[tuple[int, int]]]:
+    """Where a file is cut, and its bytes that change to what."""
+    cut = draw(st.integers(0, size))
+    flips = st.tuples(st.integers(0, max(size - 1, 0)), st.integers(0, 255))
+    return (cut, []) if draw(st.booleans()) else (size, draw(st.lists(flips, max_size=6)))
+
+
+@settings(
+    deadline=None,
+    max_examples=200,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.data(), st.lists(RESULT, max_size=8, unique_by=lambda result: result[0]), st.booleans())
+def test_any_damage_to_one_file_loses_nothing(tmp_path, data, results, hits_journal):
+    path = Path(tempfile.mkdtemp(dir=tmp_path)) / "out.jsonl"
+    write(path, False)
+    for name, text, failed in results:
+        with closing(Results(path, True, "never", RUN)) as writer:
+            writer.write(finished(name, error="bad" if failed else None), text)
+    before = {line["id"]: line for line in map(json.loads, path.read_bytes().split(b"\n")[:-1])}
+    target = Path(f"{path}.journal") if hits_journal else path
+    content = bytearray(target.read_bytes())
+    cut, flips = data.draw(damaged(len(content)))
+    for place, value in flips:
+        content[place : place + 1] = [value]
+    target.write_bytes(content[:cut])
+
+    with closing(Results(path, True, "never", RUN)) as resumed:
+        pass
+    after = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    assert len({line["id"] for line in after}) == len(after) == len(resumed.finished)
+    kept = {line["id"]: line for line in after}
+    assert {name: kept.get(name) for name in before} == before
+    assert not write(path, True).notes
