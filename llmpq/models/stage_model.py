@@ -4,8 +4,11 @@
 (no memory), its parts at the other ends of the pipeline passed over. Its linears are llmpq's
 quantised ones. It holds no weights until `parameters_to_load` have been filled by a loader.
 
+A stage may be one shard of several that share every layer (`sharding`): then `embed`, `run` and
+`head` are called on all of them alike, and give the same on each.
+
 Shapes: B requests, S tokens, H hidden size, V vocabulary.
-Not covered: layers that keep other state than keys and values, encoders, tensor parallelism.
+Not covered: layers that keep other state than keys and values, encoders.
 """
 
 import copy
@@ -22,7 +25,24 @@ from transformers.cache_utils import Cache
 
 from llmpq.errors import UserError
 from llmpq.models.family import Family, family_of, find, replace
-from llmpq.quant import PlainLinear, QuantizedLinear, make_linear
+from llmpq.models.sharding import (
+    ALONE,
+    Shard,
+    ShardGroup,
+    Sharding,
+    embed_part,
+    join_logits,
+    sum_outputs,
+)
+from llmpq.quant import (
+    INPUTS,
+    PlainLinear,
+    QuantizedLinear,
+    Rounding,
+    TensorPart,
+    make_linear,
+    quantize,
+)
 
 # Factors that some families put on the embedded input (Granite, MiniCPM).
 INPUT_SCALES = ("embedding_multiplier", "scale_emb", "embedding_scale")
@@ -52,12 +72,18 @@ class LayerRange:
 
 @dataclass(frozen=True)
 class RawTensor:
-    """A tensor of the checkpoint and the place that wants it."""
+    """A tensor of the checkpoint and the place that wants it, or a part of it."""
 
     name: str  # in the whole model's checkpoint
     module: nn.Module
     attribute: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole tensor
+
+    def part(self, rounding: Rounding = quantize) -> TensorPart | None:
+        """The part that the place must be given, if weights are rounded so; None: all of it."""
+        if isinstance(self.module, PlainLinear | QuantizedLinear):
+            return self.module.part_to_read(self.attribute, rounding)
+        return _part_of(self.module)
 
 
 class _Nothing(nn.Module):
@@ -68,7 +94,11 @@ class _Nothing(nn.Module):
 
 
 class StageModel(nn.Module):
-    """Layers of a model at given precisions; `dtype` is that of activations and 16-bit weights."""
+    """Layers of a model at given precisions; `dtype` is that of activations and 16-bit weights.
+
+    `shard`: which of the devices that share the layers this is; `group` connects them, and is
+    needed to compute where there are several. Raises `UserError` where the model cannot be cut so.
+    """
 
     def __init__(
         self,
@@ -77,17 +107,23 @@ class StageModel(nn.Module):
         precisions: Sequence[LayerPrecision],
         dtype: torch.dtype,
         device: torch.device,
+        shard: Shard = ALONE,
+        group: ShardGroup | None = None,
     ) -> None:
         super().__init__()
         assert len(precisions) == layers.end - layers.first
+        assert group is None or (group.rank, group.size) == (shard.index, shard.count)
         self.layers, self.dtype, self.device = layers, dtype, device
         self.config = _stage_config(config, layers)
+        self.shard, self.group = shard, group
+        self._sharding = Sharding(self.config, shard)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
         self.family = family_of(model, self.config.model_type)
         self.model = model
         _materialise_buffers(model, device)
         _pass_over(model, self.family, layers)
+        self._cut_embedding()
         self._quantise(precisions)
         decoder = find(model, self.family.decoder)
         assert decoder is not None
@@ -125,10 +161,14 @@ class StageModel(nn.Module):
         return bool(self.config.tie_word_embeddings)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """`[B, S]` token ids to `[B, S, H]` (first stage only)."""
+        """`[B, S]` token ids to `[B, S, H]` (first stage only); shards get the first one's ids."""
         embedding = find(self._decoder[0], self.family.embedding)
         assert embedding is not None
-        return embedding(token_ids)
+        part = _part_of(embedding)
+        if part is None:
+            return embedding(token_ids)
+        assert self.group is not None
+        return embed_part(embedding, part, token_ids, self.group)
 
     def run(
         self,
@@ -154,7 +194,10 @@ class StageModel(nn.Module):
         """`[..., H]` to logits `[..., V]` (last stage only)."""
         head = find(self.model, self.family.head)
         assert head is not None
-        logits = head(hidden)
+        logits, part = head(hidden), _part_of(head)
+        if part is not None:
+            assert self.group is not None
+            logits = join_logits(logits, part, self.group)
         cap = getattr(self.config, "final_logit_softcapping", None)
         if cap:
             logits = torch.tanh(logits / cap) * cap
@@ -174,20 +217,46 @@ class StageModel(nn.Module):
             linears = [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
             for name, linear in linears:
                 own = precision if isinstance(precision, str) else precision(name)
-                replace(layer, name, self._linear(linear, own))
+                part = self._sharding.part(name, linear.out_features, linear.in_features)
+                self.put(layer, name, self._linear(linear, own, part))
+            self._sharding.tell_heads(layer)
         head = find(self.model, self.family.head)
         if isinstance(head, nn.Linear):
-            replace(self.model, self.family.head, self._linear(head, "16"))
+            part = self._sharding.vocabulary(head.out_features)
+            replace(self.model, self.family.head, self._linear(head, "16", part))
 
-    def _linear(self, like: nn.Linear, precision: str) -> nn.Module:
+    def put(self, within: nn.Module, path: str, linear: PlainLinear | QuantizedLinear) -> None:
+        """Puts a linear at a dotted path of a module; one cut by inputs gives the shards' sum."""
+        replace(within, path, linear)
+        if self.group is not None and linear.part is not None and linear.part.dim == INPUTS:
+            sum_outputs(linear, self.group)
+
+    def _linear(
+        self, like: nn.Linear, precision: str, part: TensorPart | None
+    ) -> PlainLinear | QuantizedLinear:
+        shape = (like.out_features, like.in_features)
+        out_features, in_features = part.of_shape(shape) if part else shape
+        added_elsewhere = part is not None and part.dim == INPUTS and not self.shard.leads
         return make_linear(
             precision,
-            like.in_features,
-            like.out_features,
-            bias=like.bias is not None,
+            in_features,
+            out_features,
+            bias=like.bias is not None and not added_elsewhere,
             dtype=self.dtype,
             device=self.device,
+            part=part,
         )
+
+    def _cut_embedding(self) -> None:
+        """Leaves the token embedding the rows that this shard holds."""
+        embedding = find(self.model, f"{self.family.decoder}.{self.family.embedding}")
+        if not isinstance(embedding, nn.Embedding):
+            return
+        part = self._sharding.vocabulary(embedding.num_embeddings)
+        if part is not None:
+            embedding.weight = nn.Parameter(part.of(embedding.weight), requires_grad=False)
+            embedding.num_embeddings, embedding.padding_idx = part.size, None
+            embedding.part = part  # type: ignore[assignment]
 
     def _checkpoint_name(self, name: str) -> str:
         if name == f"{self.family.head}.weight":
@@ -267,10 +336,18 @@ def _replace_if_there(model: nn.Module, path: str, new: nn.Module) -> None:
 
 
 def _raw_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What a loader must fill; a linear of llmpq's says so itself."""
+    """What a loader must fill, in the shapes of the whole; a linear of llmpq's says so itself."""
     if isinstance(module, PlainLinear | QuantizedLinear):
         return module.raw_shapes
-    return {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    part = _part_of(module)
+    own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    return {name: part.whole_shape(s) if part else s for name, s in own.items()}
+
+
+def _part_of(module: nn.Module) -> TensorPart | None:
+    """The part of a matrix that a module holds; None: all."""
+    part: TensorPart | None = getattr(module, "part", None)
+    return part
 
 
 def _held_bytes(module: nn.Module, seen: set[int]) -> int:

@@ -8,14 +8,18 @@ dtype and the number of rows, never on a clock, so the same input always gives t
 from llmpq.quant.adopted import AdoptedLinear, PackedWeight, keep_codes
 from llmpq.quant.linear import PlainLinear, QuantizedLinear
 from llmpq.quant.make import available_precisions, make_linear, why_unavailable
+from llmpq.quant.part import INPUTS, OUTPUTS, TensorPart
 from llmpq.quant.rounding import Rounding, quantize
 
 __all__ = [
+    "INPUTS",
+    "OUTPUTS",
     "AdoptedLinear",
     "PackedWeight",
     "PlainLinear",
     "QuantizedLinear",
     "Rounding",
+    "TensorPart",
     "available_precisions",
     "keep_codes",
     "make_linear",

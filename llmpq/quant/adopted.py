@@ -20,6 +20,7 @@ from llmpq.quant.linear import (
     TokenInt8Linear,
 )
 from llmpq.quant.packing import pack, padded_columns, unpack
+from llmpq.quant.part import INPUTS, TensorPart
 from llmpq.quant.rounding import BLOCK_WEIGHTS, SCALE_DTYPE
 
 
@@ -43,6 +44,26 @@ class PackedWeight:
             weight[rows] = _dequantize(self.codes[rows], *grids)
         return weight
 
+    def cut(self, part: TensorPart | None) -> "PackedWeight":
+        """What a part of the matrix holds of it; None: all."""
+        if part is None:
+            return self
+        codes = part.of(self.codes)
+        if part.dim != INPUTS:
+            scales, zeros = part.of(self.scales).clone(), part.of(self.zeros).clone()
+            return PackedWeight(self.bits, codes, scales, zeros, self.group_of)
+        used, group_of = self._groups()[part.start : part.stop].unique(return_inverse=True)
+        runs = torch.arange(part.size) * len(used) // part.size
+        plain = part.size % len(used) == 0 and torch.equal(group_of, runs)
+        grids = self.scales[:, used], self.zeros[:, used]
+        return PackedWeight(self.bits, codes, *grids, None if plain else group_of.int())
+
+    def _groups(self) -> Tensor:
+        """`[in]`, the group of each column."""
+        cols = self.codes.shape[1]
+        runs = torch.arange(cols) // (cols // self.scales.shape[1])
+        return runs if self.group_of is None else self.group_of
+
     @property
     def is_symmetric_by_row(self) -> bool:
         """8 bits with one scale a row, and every zero in the middle."""
@@ -61,7 +82,7 @@ class AdoptedLinear(QuantizedLinear):
 
     def __init__(self, like: GridLinear, weight: PackedWeight) -> None:
         sizes = like.in_features, like.out_features
-        super().__init__(*sizes, like.has_bias, like.dtype, like.home, like.bits)
+        super().__init__(*sizes, like.has_bias, like.dtype, like.home, like.bits, like.part)
         self.bias = like.bias
         row_bytes = padded_columns(self.in_features) // 8 * self.bits
         self.packed = self._empty(self.out_features, row_bytes, dtype=torch.uint8)
@@ -83,7 +104,9 @@ def keep_codes(layer: nn.Module, weight: PackedWeight) -> QuantizedLinear | None
 
     `layer` is empty, its bias apart. Other codes are needed where it has other bits, or a format
     that has no room for these grids (activations of 8 bits want one scale a row, and no zeros).
+    Where it holds a part of the matrix, it keeps that part.
     """
+    weight = weight.cut(layer.part) if isinstance(layer, QuantizedLinear) else weight
     if isinstance(layer, TokenInt8Linear):
         if not weight.is_symmetric_by_row:
             return None

@@ -19,6 +19,7 @@ from torch import Tensor
 from llmpq.precision import NF4_BLOCK
 from llmpq.quant import kernels
 from llmpq.quant.linear import QuantizedLinear
+from llmpq.quant.part import columns_of, input_part
 from llmpq.quant.rounding import Rounding, check_finite
 
 OUTLIER = 6.0  # the threshold of the LLM.int8 paper
@@ -54,8 +55,13 @@ class Nf4Linear(QuantizedLinear):
     scales: Tensor  # fp32 [out, in padded / 64], the largest weight of each block
 
     def store(self, weight: Tensor, rounding: Rounding) -> None:
-        """Round and pack some rows at a time."""
-        cols = self._padded
+        """Round and pack some rows at a time. A part of the inputs must hold whole blocks."""
+        cols, cut = self._padded, input_part(self.part)
+        if cut is not None and (cut.start % NF4_BLOCK or cut.size % NF4_BLOCK):
+            raise ValueError(
+                f"nf4 has a scale each {NF4_BLOCK} inputs; a part with inputs {cut.start} to "
+                f"{cut.stop} cuts through one"
+            )
         self.packed = self._empty(self.out_features, cols // 2, dtype=torch.uint8)
         self.scales = self._empty(self.out_features, cols // NF4_BLOCK, dtype=torch.float32)
         for rows in _parts(self.out_features, max(1, ROUNDED_WEIGHTS // cols)):
@@ -64,6 +70,10 @@ class Nf4Linear(QuantizedLinear):
             check_finite(scales)
             self.packed[rows] = codes.view(-1, cols // 2)
             self.scales[rows] = scales.view(-1, cols // NF4_BLOCK)
+
+    def rounds_alone(self, rounding: Rounding) -> bool:
+        """A part holds whole blocks."""
+        return True
 
     def multiply(self, x: Tensor) -> Tensor:
         """Dequantise and multiply, chunk by chunk."""
@@ -101,11 +111,11 @@ class LlmInt8Linear(QuantizedLinear):
         """Round some rows at a time."""
         self.codes = self._empty(self.out_features, self.in_features, dtype=torch.int8)
         self.scales = self._empty(self.out_features, dtype=torch.float32)
-        for rows in _parts(self.out_features, kernels.chunk_rows(self.in_features, self.home)):
+        for rows in _parts(self.out_features, kernels.chunk_rows(self.row_length, self.home)):
             raw = weight[rows].to(self.home, torch.float16)
             codes, scales, _ = _ops().int8_vectorwise_quant(raw)
             check_finite(scales)
-            self.codes[rows], self.scales[rows] = codes, scales
+            self.codes[rows], self.scales[rows] = columns_of(codes, self.part), scales
 
     def multiply(self, x: Tensor) -> Tensor:
         """fp32 `[M, out]`: exact integer sums, and what the large inputs add."""

@@ -11,10 +11,15 @@ Callers never ask how many bits a layer has: every class offers `swallow`, `weig
     RowLinear        8 bits, a scale and a zero a row
     TokenInt8Linear  8-bit weights and, as it multiplies, 8-bit activations
 
+A layer may hold a part of a matrix (`TensorPart`), with the codes and grids of the whole one; its
+sizes are its own. `part_to_read` says what it must be given: where grids or GPTQ look at more of a
+row than is kept, whole rows, which it cuts after rounding. 8-bit activations get the scale of their
+own part.
+
 Inference only: weights take no gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +27,26 @@ from torch import Tensor, nn
 from llmpq.precision import group_size
 from llmpq.quant import kernels
 from llmpq.quant.packing import pack, pad_columns, padded_columns, squeeze_nibbles, unpack
-from llmpq.quant.rounding import SCALE_DTYPE, Rounding, quantize, quantize_symmetric
+from llmpq.quant.part import (
+    TensorPart,
+    columns_of,
+    grids_of,
+    input_part,
+    part_group,
+    row_length,
+)
+from llmpq.quant.rounding import (
+    SCALE_DTYPE,
+    Rounding,
+    quantize,
+    quantize_mse,
+    quantize_symmetric,
+)
 
 # 8 bits: how much wider a scale may get to have its zero in the middle. With inputs that are never
 # negative, zeros merely near it doubled the error of the int8 kernel (1.7 % against 0.9 %).
 CENTRE_UP_TO = 1.5
+BY_GROUP = (quantize, quantize_mse)  # roundings that look at nothing but a group
 
 
 class PlainLinear(nn.Linear):
@@ -39,19 +59,24 @@ class PlainLinear(nn.Linear):
         bias: bool,
         dtype: torch.dtype,
         device: torch.device,
+        part: TensorPart | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
         self.requires_grad_(False)
-        self.home = device
+        self.home, self.part = device, part
 
     @property
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What it must swallow, by name."""
-        return _raw_shapes(self.out_features, self.in_features, self.bias is not None)
+        """What it must swallow, by name; of a part, the shapes of the whole."""
+        return _raw_shapes(self.out_features, self.in_features, self.bias is not None, self.part)
+
+    def part_to_read(self, name: str, rounding: Rounding = quantize) -> TensorPart | None:
+        """The part that it must be given of the whole "weight" or "bias"; None: all."""
+        return None if name == "bias" and input_part(self.part) else self.part
 
     def swallow(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
         """Copy the raw "weight" `[out, in]` or "bias" `[out]`."""
-        _check(name, tensor, self.raw_shapes.get(name))
+        _check(name, tensor, self.raw_shapes.get(name), self.part_to_read(name))
         own = tensor.detach().to(device=self.home, dtype=self.weight.dtype, copy=True)
         setattr(self, name, nn.Parameter(own.contiguous(), requires_grad=False))
 
@@ -79,21 +104,37 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         bits: int = 8,
+        part: TensorPart | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.dtype, self.home, self.has_bias = dtype, device, bias
+        self.dtype, self.home, self.has_bias, self.part = dtype, device, bias, part
         for name in (*self.weight_buffers, "bias"):
             self.register_buffer(name, None)
 
     @property
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What it must swallow, by name."""
-        return _raw_shapes(self.out_features, self.in_features, self.has_bias)
+        """What it must swallow, by name; of a part, the shapes of the whole."""
+        return _raw_shapes(self.out_features, self.in_features, self.has_bias, self.part)
+
+    @property
+    def row_length(self) -> int:
+        """Inputs of the whole matrix, which are rounded together."""
+        return row_length(self.in_features, self.part)
+
+    def part_to_read(self, name: str, rounding: Rounding = quantize) -> TensorPart | None:
+        """The part that it must be given of the whole "weight" or "bias"; None: all."""
+        if input_part(self.part) is None or (name == "weight" and self.rounds_alone(rounding)):
+            return self.part
+        return None
+
+    def rounds_alone(self, rounding: Rounding) -> bool:
+        """Whether a part of the inputs gets the codes of whole rows without the rest of them."""
+        return False
 
     def swallow(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
         """Take in the raw "weight" `[out, in]` (rounded and packed) or "bias" `[out]`."""
-        _check(name, tensor, self.raw_shapes.get(name))
+        _check(name, tensor, self.raw_shapes.get(name), self.part_to_read(name, rounding))
         if name == "bias":
             self.bias = tensor.detach().to(device=self.home, dtype=self.dtype, copy=True)
         else:
@@ -118,8 +159,17 @@ class QuantizedLinear(nn.Module):
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, bits={self.bits}, bias={self.has_bias}"
 
+    def packed_state(self) -> dict[str, Tensor]:
+        """The packed weight as plain tensors: what `restore` of a like layer takes."""
+        return {name: getattr(self, name) for name in self.weight_buffers}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a packed weight, in place of rounding it anew."""
+        for name in self.weight_buffers:
+            setattr(self, name, state[name].to(self.home, copy=True))
+
     def store(self, weight: Tensor, rounding: Rounding) -> None:
-        """Round, pack and keep the raw weight `[out, in]`."""
+        """Round, pack and keep the raw weight, in whole rows unless it `rounds_alone`."""
         raise NotImplementedError
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -139,7 +189,7 @@ class QuantizedLinear(nn.Module):
 
     def _chunks(self, at_least: int = 0) -> Iterator[slice]:
         """Output rows to pack at a time."""
-        step = max(at_least, kernels.chunk_rows(self.in_features, self.home))
+        step = max(at_least, kernels.chunk_rows(self.row_length, self.home))
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
 
@@ -151,11 +201,19 @@ class GridLinear(QuantizedLinear):
 
     def store(self, weight: Tensor, rounding: Rounding) -> None:
         """Round, pack and keep, some rows at a time; as many as `rounding` asks for, if it does."""
-        group = group_size(self.bits, self.in_features)
-        self.reserve(group)
+        group = group_size(self.bits, self.row_length)
+        part = None if self.rounds_alone(rounding) else self.part
+        self.reserve(part_group(group, self.part))
         for rows in self._chunks(getattr(rounding, "rows_at_once", 0)):
             raw = weight[rows].to(self.home)
-            self.keep(rows, *rounding(raw, self.bits, group, self.centre_up_to))
+            codes, *grids = rounding(raw, self.bits, group, self.centre_up_to)
+            scales, zeros = (grids_of(grid, group, part) for grid in grids)
+            self.keep(rows, columns_of(codes, part), scales, zeros)
+
+    def rounds_alone(self, rounding: Rounding) -> bool:
+        """Where every group of the whole lies inside the part or outside."""
+        group = group_size(self.bits, self.row_length)
+        return rounding in BY_GROUP and part_group(group, self.part) == group
 
     def adopt(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
         """Pack and keep codes uint8 `[out, in]` in their own grids, bf16 `[out, groups]`."""
@@ -291,12 +349,21 @@ class TokenInt8Linear(QuantizedLinear):
 
     def store(self, weight: Tensor, rounding: Rounding) -> None:
         """Round to nearest, whatever `rounding`, and hand over to the kernel's own packing."""
-        self.adopt(*quantize_symmetric(weight.to(self.home)))
+        codes, scales = quantize_symmetric(weight.to(self.home))
+        self.adopt(columns_of(codes, self.part), scales)
 
     def adopt(self, codes: Tensor, scales: Tensor) -> None:
         """Keep codes int8 `[out, in]` and their scales fp32 `[out]` as they are."""
         self.scales = scales.to(self.home)
         self.packed = torch.ops.onednn.qlinear_prepack(codes.to(self.home), None)
+
+    def packed_state(self) -> dict[str, Tensor]:
+        """Codes int8 `[out, in]` and scales: the kernel's own packing is made again."""
+        return {"codes": self.packed.to_dense().t().contiguous(), "scales": self.scales}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Hand the codes over to the kernel's own packing."""
+        self.adopt(state["codes"], state["scales"].clone())
 
     def multiply(self, x: Tensor) -> Tensor:
         """One kernel at any number of rows; a row's answer does not depend on the others."""
@@ -308,18 +375,25 @@ class TokenInt8Linear(QuantizedLinear):
         return (codes * self.scales[:, None]).to(self.dtype)
 
 
-def _raw_shapes(out_features: int, in_features: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"bias": (out_features,)} if has_bias else {}
-    return shapes | {"weight": (out_features, in_features)}
+def _raw_shapes(
+    out_features: int, in_features: int, has_bias: bool, part: TensorPart | None
+) -> dict[str, tuple[int, ...]]:
+    weight: tuple[int, ...] = (out_features, in_features)
+    weight = part.whole_shape(weight) if part else weight
+    shapes: dict[str, tuple[int, ...]] = {"bias": weight[:1]} if has_bias else {}
+    return shapes | {"weight": weight}
 
 
 def _tiles(rows: slice) -> slice:
     return slice(rows.start // kernels.TILE_ROWS, rows.stop // kernels.TILE_ROWS)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...] | None) -> None:
+def _check(
+    name: str, tensor: Tensor, shape: tuple[int, ...] | None, part: TensorPart | None
+) -> None:
     """Refuse a tensor that this layer has no place for."""
     if shape is None:
         raise ValueError(f"no place for {name!r}: a linear takes a weight, and a bias if built so")
+    shape = part.of_shape(shape) if part else shape
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the layer expects {shape}")

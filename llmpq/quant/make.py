@@ -12,6 +12,7 @@ from llmpq.quant.linear import (
     TiledLinear,
     TokenInt8Linear,
 )
+from llmpq.quant.part import TensorPart, part_group, row_length
 
 
 def available_precisions(
@@ -51,27 +52,30 @@ def make_linear(
     bias: bool,
     dtype: torch.dtype,
     device: torch.device,
+    part: TensorPart | None = None,
 ) -> PlainLinear | QuantizedLinear:
     """An empty linear layer that will hold its weight at `precision`.
 
+    With `part`, that of a larger matrix; `in_features` and `out_features` are the part's.
     Raises `ValueError` where this device cannot serve it, with what it can.
     """
     device = torch.device(device)
     if reason := why_unavailable(precision, device, dtype):
         raise ValueError(reason)
     if precision == "16":
-        return PlainLinear(in_features, out_features, bias, dtype, device)
+        return PlainLinear(in_features, out_features, bias, dtype, device, part)
     if precision in bnb.LAYERS:
-        return bnb.LAYERS[precision](in_features, out_features, bias, dtype, device)
+        return bnb.LAYERS[precision](in_features, out_features, bias, dtype, device, part=part)
     if precision == "8":
-        return RowLinear(in_features, out_features, bias, dtype, device)
+        return RowLinear(in_features, out_features, bias, dtype, device, part=part)
     if not PRECISIONS[precision].weight_only:
-        return TokenInt8Linear(in_features, out_features, bias, dtype, device)
+        return TokenInt8Linear(in_features, out_features, bias, dtype, device, part=part)
     bits = PRECISIONS[precision].weight_bits
+    group = part_group(group_size(bits, row_length(in_features, part)), part)
     tiled = (
         device.type == "cpu"
         and dtype == torch.bfloat16
-        and kernels.int4_tiles_suit(out_features, group_size(bits, in_features))
+        and kernels.int4_tiles_suit(out_features, group)
     )
     layer = TiledLinear if tiled else GroupedLinear
-    return layer(in_features, out_features, bias, dtype, device, bits)
+    return layer(in_features, out_features, bias, dtype, device, bits, part)

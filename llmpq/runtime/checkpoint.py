@@ -7,7 +7,9 @@ quantised already (`prequantized`) are handed out as codes, or dequantised.
 """
 
 import hashlib
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from llmpq.artifact import parse_json
 from llmpq.errors import UserError
-from llmpq.quant import PackedWeight
+from llmpq.quant import PackedWeight, TensorPart
 from llmpq.runtime.prequantized import packing_of
 
 SAFETENSORS = "model.safetensors"
@@ -29,6 +31,9 @@ class Weights(Protocol):
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor, in main memory, in whatever data type it is stored."""
+
+    def read_part(self, name: str, shape: tuple[int, ...], part: TensorPart) -> torch.Tensor:
+        """A part of a tensor, whose whole shape is `shape`."""
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
         """The codes of a weight `[out, in]` that is quantised already; None where it is not."""
@@ -49,6 +54,13 @@ class Checkpoint:
         packed = self.packed(name, shape)
         return self.tensor(name, shape) if packed is None else packed.dequantized()
 
+    def read_part(self, name: str, shape: tuple[int, ...], part: TensorPart) -> torch.Tensor:
+        """A part of a tensor; of a safetensors file no other bytes are read."""
+        packed = self.packed(name, shape)
+        if packed is not None:
+            return part.of(packed.dequantized())
+        return self.tensor(name, shape, part)
+
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
         """The codes of a weight `[out, in]` that is quantised already; None where it is not."""
         linear = name.removesuffix(".weight")
@@ -66,14 +78,46 @@ class Checkpoint:
             "layers at other precisions are dequantised, and rounded a second time below 16 bits"
         )
 
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """The tensor as it is stored; raises `UserError` where its shape is another."""
+    @property
+    def stamp(self) -> str:
+        """Another one when any file has changed, by path, size and times; reads none of them."""
+        paths = {self.folder / "config.json", *self._files.values()}
+        stats = [(path.resolve(), path.stat()) for path in sorted(paths) if path.is_file()]
+        seen = [f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for p, s in stats]
+        return hashlib.sha256("\n".join(seen).encode()).hexdigest()
+
+    def stored_bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        """Bytes that files hold of the tensor `name`, all parts of a quantised one included.
+
+        Reads headers only. Raises `UserError` where it is missing or its shape is another.
+        """
+        linear = name.removesuffix(".weight")
+        if self._packing is not None and linear != name and self._packing.holds(linear, self):
+            bias = {f"{alias}.bias" for alias in _aliases(linear)}
+            starts = tuple(f"{alias}." for alias in _aliases(linear))
+            parts = [n for n in self._files if n.startswith(starts) and n not in bias]
+            return sum(math.prod(self._size(part)) for part in parts)
         stored = self._resolve(name)
-        tensor = self._read(self._files[stored], stored)
-        if shape is not None and tuple(tensor.shape) != shape:
-            found, wanted = list(tensor.shape), list(shape)
-            raise self.fault(stored, f"has shape {found}, but config.json implies {wanted}")
+        *found, item = self._size(stored)
+        self._check(stored, tuple(found), shape)
+        return math.prod(found) * item
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...] | None = None, part: TensorPart | None = None
+    ) -> torch.Tensor:
+        """The tensor as it is stored, or a part; raises `UserError` where its shape is another."""
+        stored = self._resolve(name)
+        if part is not None:  # what is read does not show the shape
+            self._check(stored, self._size(stored)[:-1], shape)
+        tensor = self._read(self._files[stored], stored, part)
+        if part is None:
+            self._check(stored, tuple(tensor.shape), shape)
         return tensor
+
+    def _check(self, stored: str, found: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
+        if wanted is not None and found != wanted:
+            shapes = f"{list(found)}, but config.json implies {list(wanted)}"
+            raise self.fault(stored, f"has shape {shapes}")
 
     def fault(self, name: str, reason: str) -> UserError:
         """The error that names a tensor, its file and what is wrong with it."""
@@ -89,14 +133,25 @@ class Checkpoint:
                 return candidate
         raise UserError(f"{self.folder}: the checkpoint has no tensor '{name}'")
 
-    def _read(self, path: Path, name: str) -> torch.Tensor:
+    def _read(self, path: Path, name: str, part: TensorPart | None = None) -> torch.Tensor:
         if path.suffix == ".bin":
-            return self._bin_tensors[name]
-        try:
-            with safe_open(str(path), framework="pt", device="cpu") as file:
+            tensor = self._bin_tensors[name]
+            return tensor if part is None else part.of(tensor)
+        with _reading(path), safe_open(str(path), framework="pt", device="cpu") as file:
+            if part is None:
                 return file.get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from None
+            return file.get_slice(name)[part.index]
+
+    def _size(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored tensor, then the bytes of one value."""
+        path = self._files[name]
+        if path.suffix == ".bin":
+            tensor = self._bin_tensors[name]
+            return *tensor.shape, tensor.element_size()
+        with _reading(path), safe_open(str(path), framework="pt", device="cpu") as file:
+            shape = file.get_slice(name).get_shape()
+            some = file.get_slice(name)[:0] if shape else file.get_tensor(name)
+            return *shape, some.element_size()
 
     def _find_files(self) -> dict[str, Path]:
         for stem in (SAFETENSORS, BIN):
@@ -151,9 +206,21 @@ class RandomWeights:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         return torch.randn(shape, generator=generator).mul_(self.scale)
 
+    def read_part(self, name: str, shape: tuple[int, ...], part: TensorPart) -> torch.Tensor:
+        """A part of the tensor that `read` gives."""
+        return part.of(self.read(name, shape))
+
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
         """None of them is quantised."""
         return None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:

@@ -1,13 +1,15 @@
 """Fills a stage: read one tensor, quantise, place, free.
 
 Peak host memory is the stage's packed weights plus two of its largest tensors: the raw tensor
-just read and what quantising it takes. A test holds the loader to that. Rounding by GPTQ also
+just read and what quantising it takes. A test holds the loader to that. (One of several shards may
+need whole tensors of which it keeps a part: at 8 bits, by GPTQ.) Rounding by GPTQ also
 holds what it needs of the one input being worked on: with n inputs, two n x n matrices of fp32
 (twice that while it prepares), and 512 rows of the weight in fp64.
 """
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,19 @@ from torch import nn
 
 from llmpq.errors import UserError
 from llmpq.model_spec import config_path
-from llmpq.models.family import find, replace
+from llmpq.models.family import find
+from llmpq.models.sharding import ALONE, Shard, ShardGroup
 from llmpq.models.stage_model import LayerPrecision, LayerRange, RawTensor, StageModel
-from llmpq.quant import PlainLinear, QuantizedLinear, Rounding, keep_codes, quantize
+from llmpq.quant import (
+    PackedWeight,
+    PlainLinear,
+    QuantizedLinear,
+    Rounding,
+    keep_codes,
+    quantize,
+)
 from llmpq.runtime.checkpoint import Weights
+from llmpq.runtime.packed_cache import NO_CACHE, WeightCache
 from llmpq.runtime.roundings import NEAREST, Roundings
 
 
@@ -52,36 +63,61 @@ def load_stage(
     device: torch.device,
     on_tensor: Callable[[StageModel], None] | None = None,
     roundings: Roundings = NEAREST,
+    cache: WeightCache = NO_CACHE,
+    shard: Shard = ALONE,
+    group: ShardGroup | None = None,
 ) -> StageModel:
     """The stage with its weights in place. `on_tensor` is called after every tensor.
 
     `roundings` says how each weight is rounded. Weights that come quantised keep their codes where
-    the stage wants them at those bits.
+    the stage wants them at those bits. What `cache` holds is neither read nor rounded.
+    One of several shards holds the codes of the whole matrices, and reads no more than they take.
     """
-    try:
-        stage = StageModel(config, layers, precisions, dtype, device)
-    except ValueError as error:  # a precision that this device cannot serve
-        raise UserError(str(error)) from None
+    stage = empty_stage(config, layers, precisions, dtype, device, shard, group)
     roundings = copy(roundings)  # what it keeps from one weight for the next goes with this call
-    for raw in list(stage.parameters_to_load()):
-        name = raw.name
-        if _is_tied_head(stage, raw.module):
-            if layers.is_first:
-                continue  # shares the embedding's matrix, below
-            name = stage.embedding_name
+    for raw, name in raw_tensors(stage):
         packed = weights.packed(name, raw.shape)
         own = keep_codes(raw.module, packed) if packed else None
         if own is not None:
             if own is not raw.module:
                 _exchange(stage, raw.module, own)
         else:
-            tensor = packed.dequantized() if packed else weights.read(name, raw.shape)
-            place(raw, tensor, dtype, device, roundings.of(name))
+            rounding = roundings.of(name)
+            read = partial(_read, weights, name, raw, packed, rounding)
+            take = partial(place, raw, dtype=dtype, device=device, rounding=rounding)
+            cache.fill(raw, name, read, take)
         if on_tensor is not None:
             on_tensor(stage)
     if stage.head_is_tied and layers.is_first and layers.is_last:
         _tie(stage)
     return stage.eval()
+
+
+def empty_stage(
+    config: Any,
+    layers: LayerRange,
+    precisions: Sequence[LayerPrecision],
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard = ALONE,
+    group: ShardGroup | None = None,
+) -> StageModel:
+    """The stage without its weights. Raises `UserError` where it cannot be served here."""
+    try:
+        return StageModel(config, layers, precisions, dtype, device, shard, group)
+    except ValueError as error:  # a precision that this device cannot serve
+        raise UserError(str(error)) from None
+
+
+def raw_tensors(stage: StageModel) -> list[tuple[RawTensor, str]]:
+    """What a stage reads of a checkpoint, each with the checkpoint's name; shared matrices once."""
+    raws = [(raw, _is_tied_head(stage, raw.module)) for raw in stage.parameters_to_load()]
+    first = stage.layers.is_first  # holds the embedding's matrix, which a tied head shares
+    return [
+        (raw, stage.embedding_name if tied else raw.name)
+        for raw, tied in raws
+        if not tied or not first
+    ]
 
 
 def place(
@@ -102,10 +138,20 @@ def place(
     raw.module.register_parameter(raw.attribute, own)
 
 
-def _exchange(stage: StageModel, old: nn.Module, new: nn.Module) -> None:
+def _read(
+    weights: Weights, name: str, raw: RawTensor, packed: PackedWeight | None, rounding: Rounding
+) -> torch.Tensor:
+    """The tensor, or the part of it that is wanted."""
+    part = raw.part(rounding)
+    if packed is not None:
+        return part.of(packed.dequantized()) if part else packed.dequantized()
+    return weights.read_part(name, raw.shape, part) if part else weights.read(name, raw.shape)
+
+
+def _exchange(stage: StageModel, old: nn.Module, new: QuantizedLinear) -> None:
     """Puts one linear in the place of another."""
     path = next(path for path, module in stage.model.named_modules() if module is old)
-    replace(stage.model, path, new)
+    stage.put(stage.model, path, new)
 
 
 def _is_tied_head(stage: StageModel, module: nn.Module) -> bool:

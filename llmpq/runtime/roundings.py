@@ -108,6 +108,19 @@ def load_roundings(
     return GptqRoundings(file)
 
 
+def rounding_key(
+    quantizer: Quantizer, override: Path | None = None, base: Path | None = None
+) -> str:
+    """Tells apart quantisers that may find other codes: the method, and its moments' SHA-256.
+
+    Arguments and errors are those of `load_roundings`.
+    """
+    if quantizer.moments is None:
+        return quantizer.method
+    sha256 = quantizer.sha256 or sha256_of(override or _find(quantizer.moments, base))
+    return f"{quantizer.method} {sha256}"
+
+
 def _find(moments: str, base: Path | None) -> Path:
     named = Path(moments)
     places = [named] if base is None else [named, base.parent / named]

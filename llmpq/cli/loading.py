@@ -1,0 +1,89 @@
+"""What `llmpq-run` keeps and shows while weights load.
+
+Every stage says how far it is, as the slowest may be any of them: a line every few seconds, or a
+bar where there is only one.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from llmpq.cli.common import console
+from llmpq.cli.progress import Progress, progress
+from llmpq.cli.run_options import RunOptions
+from llmpq.plan import Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from llmpq.models.sharding import ShardGroup
+    from llmpq.models.stage_model import RawTensor
+    from llmpq.runtime.checkpoint import Checkpoint
+    from llmpq.runtime.packed_cache import PackedCache, WeightCache
+
+
+def open_cache(plan: Plan, options: RunOptions, weights: "Checkpoint") -> "PackedCache | None":
+    """The packed weights of --cache-dir; None without it. Raises `UserError` where it is no use."""
+    from llmpq.runtime.packed_cache import PackedCache
+    from llmpq.runtime.roundings import rounding_key
+
+    if options.cache_dir is None:
+        return None
+    rounding = rounding_key(plan.quantizer, options.moments, options.plan)
+    say = console(options.quiet).print
+    return PackedCache(
+        options.cache_dir,
+        weights.stamp,
+        rounding,
+        lambda line: say(f"warning: {line}", markup=False, soft_wrap=True),
+    )
+
+
+@contextmanager
+def shown_loading(
+    plan: Plan,
+    rank: int,
+    options: RunOptions,
+    cache: "PackedCache | None",
+    shares: "ShardGroup | None" = None,
+) -> "Iterator[WeightCache]":
+    """`cache`, or none, that shows how far it has filled the stage of `rank`.
+
+    Of workers that share the stage only the first one does.
+    """
+    from llmpq.runtime.packed_cache import NO_CACHE
+
+    stage, alone = plan.stages[rank], len(plan.stages) == 1
+    quiet = options.quiet or (shares is not None and shares.rank > 0)
+    what = "loading, layers" if alone else f"stage {rank}: loading, layers"
+    out = console(quiet) if alone else _lines(quiet)
+    with progress(out, what, stage.num_layers) as shown:
+        yield _Shown(cache or NO_CACHE, stage.first_layer, shown)
+
+
+def _lines(quiet: bool) -> "Console":
+    """Standard error without bars, which several processes cannot share."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet, highlight=False, force_terminal=False, width=120)
+
+
+class _Shown:
+    """Says which tensor is next before it is filled in."""
+
+    def __init__(self, inner: "WeightCache", first_layer: int, shown: Progress) -> None:
+        self._inner, self._first, self._shown, self._done = inner, first_layer, shown, 0
+
+    def fill(
+        self,
+        raw: "RawTensor",
+        name: str,
+        read: "Callable[[], Tensor]",
+        take: "Callable[[Tensor], None]",
+    ) -> None:
+        """As the cache does."""
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        self._done = numbers[0] - self._first if numbers else self._done
+        self._shown.update(self._done, name)
+        self._inner.fill(raw, name, read, take)

@@ -1,0 +1,114 @@
+"""How the shards of a stage add up what each has computed (`models.sharding.ShardGroup`).
+
+`DistributedShardGroup` goes through torch.distributed, `LocalShardGroup` connects threads of one
+process. In both, every shard gets the same bits of a sum, so that all shards go on alike.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmpq.errors import NeighbourLost, WorkerError
+from llmpq.models.sharding import ShardGroup
+from llmpq.runtime.transport import TIMEOUT
+
+LOCAL_TIMEOUT_S = TIMEOUT.total_seconds()
+
+
+class DistributedShardGroup:
+    """Processes of torch.distributed; `ranks` are those of its world, the first shard's first.
+
+    `device`: where tensors must be to travel (NCCL's card); None: wherever they are.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int], group: dist.ProcessGroup, device: torch.device | None = None
+    ) -> None:
+        self.rank, self.size = list(ranks).index(dist.get_rank()), len(ranks)
+        self._first, self._group, self._device = ranks[0], group, device
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of everyone's tensors, in place."""
+        self._travel(tensor, lambda t: dist.all_reduce(t, group=self._group))
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """The first shard's values into everyone's tensor."""
+        self._travel(tensor, lambda t: dist.broadcast(t, self._first, group=self._group))
+
+    def _travel(self, tensor: Tensor, exchange: Callable[[Tensor], object]) -> None:
+        sent = tensor.to(self._device or tensor.device).contiguous()
+        try:
+            exchange(sent)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise NeighbourLost(f"shard {self.rank}: another shard was lost ({reason})") from None
+        if sent is not tensor:
+            tensor.copy_(sent)
+
+
+def distributed_shard_group(
+    stages: Sequence[Sequence[int]], backend: str, device: torch.device
+) -> DistributedShardGroup | None:
+    """This process's group, of all those of a plan; None where its stage has one device.
+
+    `stages` holds the ranks of each stage, `device` is this process's. Every process of the world
+    must call it alike.
+    """
+    own = None
+    for ranks in stages:
+        if len(ranks) > 1:  # torch.distributed wants every process to make every group
+            group = dist.new_group(list(ranks), backend=backend, timeout=TIMEOUT)
+            if dist.get_rank() in ranks:
+                own = DistributedShardGroup(ranks, group, device if backend == "nccl" else None)
+    return own
+
+
+class LocalShardHub:
+    """What the threads of a `LocalShardGroup` share."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._slots: list[Tensor] = [torch.empty(0)] * size
+        self._barrier = threading.Barrier(size)
+
+    def groups(self) -> list[ShardGroup]:
+        """One for each shard."""
+        return [LocalShardGroup(rank, self) for rank in range(self.size)]
+
+    def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:
+        """Every shard's tensor, once all have come; none may be written to."""
+        self._slots[rank] = tensor
+        try:
+            self._barrier.wait(timeout=LOCAL_TIMEOUT_S)
+            everyone = list(self._slots)
+            self._barrier.wait(timeout=LOCAL_TIMEOUT_S)
+        except threading.BrokenBarrierError:
+            raise WorkerError(f"shard {rank}: another shard has stopped") from None
+        return everyone
+
+    def abort(self) -> None:
+        """Wakes everyone who waits, after a shard has failed."""
+        self._barrier.abort()
+
+
+class LocalShardGroup:
+    """Threads of this process. Sums are taken in the order of the shards."""
+
+    def __init__(self, rank: int, hub: LocalShardHub) -> None:
+        self.rank, self.size, self._hub = rank, hub.size, hub
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of everyone's tensors, in place."""
+        first, *others = self._hub.exchange(self.rank, tensor.clone())
+        tensor.copy_(first)
+        for other in others:
+            tensor.add_(other)
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """The first shard's values into everyone's tensor."""
+        tensor.copy_(self._hub.exchange(self.rank, tensor.clone())[0])
