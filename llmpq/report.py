@@ -44,6 +44,9 @@ class StageReport(Strict):
     cache_bytes: int | None = None
     activation_bytes: int | None = None
     buffer_bytes: int | None = None
+    busy_share: float | None = None  # of the run's time, computing
+    most_prefill_rows: int | None = None  # at once, since memory ran out; None: it never did
+    most_decode_rows: int | None = None
     weights_sha256: str | None = None  # of what was served; `llmpq-eval --json` says the same
 
 
@@ -65,7 +68,8 @@ class Quality(Strict):
 class Report(Strict):
     """report.json. `error_percent`: predicted total time against measured, positive if too long.
 
-    `prefill_s` is the time until the first stage has all first tokens, summed over batches.
+    Prefill and decoding overlap: `prefill_s` and `decode_s` are the run's time in the proportion
+    in which the busiest stage computed for them. `num_failed`: requests that failed alone.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -77,6 +81,7 @@ class Report(Strict):
     load_s: float
     num_requests: int
     num_new_tokens: int
+    num_failed: int = 0
     stages: list[StageReport]
     predicted: Predicted | None = None
     plan: Plan | None = None

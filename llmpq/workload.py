@@ -1,10 +1,10 @@
-"""What is to be generated: how many requests, how long, and how they fall into batches.
+"""What is to be generated: how many requests, how long, and the room that a run has for them.
 
 Lengths are a number, a range (`{min, max}`, spread evenly), a column of a trace file or a list.
-The runtime sorts requests by prompt length and runs them in batches of `batch`; `batches` is that
-same pure function, so that the planner prices the batches which will really run.
+`lanes` and `chunk_tokens` are asked by the runtime and by the planner alike.
 """
 
+import itertools
 import math
 import random
 import zlib
@@ -17,6 +17,10 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from llmpq.artifact import Strict, read_yaml
 from llmpq.errors import UserError
+from llmpq.schedule import LaneShape
+
+CLASSES = 5  # of requests by length
+LEAST_CHUNK_TOKENS = 64
 
 
 class MinMax(Strict):
@@ -79,7 +83,7 @@ class Workload(Strict):
 class Batch:
     """Requests that run together, padded to the longest prompt.
 
-    `requests` are positions in the list that was given to `batches`.
+    `requests` are positions in a list of them.
     """
 
     requests: tuple[int, ...]
@@ -106,39 +110,41 @@ def request_lengths(workload: Workload) -> list[tuple[int, int]]:
     return list(zip(prompts, new, strict=True))
 
 
-def batches(lengths: Sequence[tuple[int, int]], batch: int) -> list[Batch]:
-    """Cuts requests into batches of at most `batch`, longest prompts first."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i][0], -lengths[i][1], i))
-    groups = [tuple(order[i : i + batch]) for i in range(0, len(order), batch)]
-    return [_batch(group, lengths) for group in groups]
+def lanes(lengths: Sequence[tuple[int, int]], batch: int, rows: int) -> tuple[LaneShape, ...]:
+    """The KV cache of `batch` requests in flight, in lanes of at most `rows`.
 
-
-def fitting(batch: Batch, lengths: Sequence[tuple[int, int]], reserved: int) -> list[Batch]:
-    """A batch in halves until each needs at most `reserved` tokens of cache, or is one request."""
-    members = batch.requests
-    small = len(members) * (batch.prompt_tokens + batch.new_tokens) <= reserved
-    if small or len(members) == 1:
-        return [batch]
-    middle = len(members) // 2
-    halves = [_batch(half, lengths) for half in (members[:middle], members[middle:])]
-    return [part for half in halves for part in fitting(half, lengths, reserved)]
-
-
-def prefill_size(planned_size: int, prompt_tokens: int, planned_prompt_tokens: int) -> int:
-    """Prompts a prefill micro-batch: fewer where they are longer than the plan foresaw.
-
-    Attention's memory grows with the square of the length, so the size shrinks with it.
+    Lanes are as long as the requests that are served in them: classes of at most 1, 1/2, 1/4, ...
+    of the longest request, each with as many lanes as its share of all new tokens. The longest
+    class has one at least. Requests of a class without lanes go to longer ones.
     """
-    longer = max(1, -(-prompt_tokens // planned_prompt_tokens))
-    return max(1, planned_size // longer**2)
+    longest = max(prompt + new for prompt, new in lengths)
+    sizes = [rows] * (batch // rows) + ([batch % rows] if batch % rows else [])
+    shares = [0] * CLASSES
+    for prompt, new in lengths:
+        shares[min(CLASSES - 1, (longest // (prompt + new)).bit_length() - 1)] += new
+    ends = [len(sizes) * part / sum(shares) for part in itertools.accumulate(shares)]
+    ends[0] = max(1.0, ends[0])
+    classes = [next(k for k, end in enumerate(ends) if i + 0.5 <= end) for i in range(len(sizes))]
+    tokens = [-(-longest // 2**k) for k in range(CLASSES)]
+    return tuple(LaneShape(size, tokens[k]) for size, k in zip(sizes, classes, strict=True))
 
 
-def _batch(group: tuple[int, ...], lengths: Sequence[tuple[int, int]]) -> Batch:
-    return Batch(
-        requests=group,
-        prompt_tokens=max(lengths[i][0] for i in group),
-        new_tokens=max(lengths[i][1] for i in group),
-    )
+def lanes_within(
+    tokens: int, lengths: Sequence[tuple[int, int]], batch: int, rows: int
+) -> tuple[LaneShape, ...]:
+    """Lanes of as many requests, up to `batch`, as fit into so many tokens; of one at least."""
+    for count in range(batch, 1, -1):
+        shapes = lanes(lengths, count, min(rows, count))
+        if sum(shape.rows * shape.tokens for shape in shapes) <= tokens:
+            return shapes
+    return lanes(lengths, 1, 1)
+
+
+def chunk_tokens(lengths: Sequence[tuple[int, int]]) -> int:
+    """Tokens of a prompt that are computed at once: all, unless a few are far longer than most."""
+    prompts = [prompt for prompt, _ in lengths]
+    usual = 2 * math.ceil(sum(prompts) / len(prompts))
+    return min(max(prompts), max(LEAST_CHUNK_TOKENS, usual))
 
 
 def _expand(lengths: Lengths, count: int, seed: int) -> list[int]:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 SILENT_S = 2.0  # shorter work shows nothing
 LINE_EVERY_S = 5.0
+BAR_EVERY_S = 0.1
 
 
 class Progress:
@@ -20,6 +21,12 @@ class Progress:
         self._started = self._said = time.monotonic()
         self._bar: object | None = None
 
+    def is_due(self) -> bool:
+        """An update would be seen; asking first saves making its detail."""
+        now = time.monotonic()
+        every = BAR_EVERY_S if self._out.is_terminal else LINE_EVERY_S
+        return now - self._started >= SILENT_S and now - self._said > every
+
     def update(self, done: int, detail: str = "", total: int | None = None) -> None:
         """`done` of the total are finished; `total`: a new one, of a new phase."""
         self._total = self._total if total is None else total
@@ -27,10 +34,16 @@ class Progress:
         if now - self._started < SILENT_S:
             return
         if self._out.is_terminal:
+            self._said = now
             self._draw(done, detail)
         elif now - self._said > LINE_EVERY_S:
             self._said = now
-            self._out.print(f"{self._what}: {done}/{self._total} {detail}".rstrip())
+            left = (
+                f"about {(now - self._started) * (self._total / done - 1):.0f} s left"
+                if done
+                else ""
+            )
+            self._out.print(f"{self._what}: {done}/{self._total} {detail} {left}".rstrip())
 
     def close(self) -> None:
         """Ends the bar."""

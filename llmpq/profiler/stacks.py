@@ -138,7 +138,8 @@ class Bench:
 
 
 def _choose(stage: StageModel, hidden: torch.Tensor) -> torch.Tensor:
-    return choose(stage.head(hidden[:, -1]), Sampling(), list(range(len(hidden))), 0)
+    numbers = list(range(len(hidden)))
+    return choose(stage.head(hidden[:, -1]), Sampling(), numbers, numbers)
 
 
 class _Stack:

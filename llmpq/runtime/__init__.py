@@ -1,15 +1,19 @@
 """Runs a plan: every process loads only its layers, and the pipeline generates.
 
-The life of a batch of requests:
+The life of a request:
 
-1. The first stage reads prompts, sorts them by length and cuts them into batches (batching.py).
-2. It tells all stages the lengths of the batch: one fixed table, `broadcast` (transport.py).
-3. Prefill micro-batches of p prompts flow down the stages; each stage writes its slice of the
-   KV cache (worker.py).
+1. The first stage checks the prompts file and reads it again, line by line (prompts.py).
+2. The schedule gives the request a place in the KV cache and decides every job (llmpq.schedule,
+   leader.py).
+3. A job goes down the stages as a header (jobs.py) and hidden states (transport.py), received
+   ahead in a thread (inbox.py). Its prompt is computed, alone or with others; each stage stores
+   its part of the cache (worker.py, llmpq.models.lanes).
 4. The last stage computes logits for the last position alone and chooses tokens (sampler.py).
 5. Token ids alone go back to the first stage.
-6. Decode micro-batches of q requests circulate, all in flight at once, until each request has
-   met its end (EOS or its number of new tokens).
-7. A request's line is written as soon as it ends (prompts.py).
-8. After the last batch an empty table ends all stages; times are gathered into the report.
+6. Decode steps follow, all lanes in flight at once, until the request has met its end (EOS or its
+   number of new tokens). Its place is given to the next.
+7. Its line is written as soon as it ends, to a journal first (journal.py).
+8. After the last request all stages end; times are gathered into the report (engine.py).
+
+Workers watch each other meanwhile (monitor.py); how a process ends early is in ending.py.
 """

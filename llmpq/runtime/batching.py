@@ -1,6 +1,6 @@
-"""Which requests run together, and how a batch is cut into micro-batches. Pure functions.
+"""A batch that runs as one, its prompts padded on the left: for measuring, and for lm-eval's tasks.
 
-Not covered: refilling a slot whose request has ended; a batch runs until its last request ends.
+What `llmpq-run` does is decided by `llmpq.schedule`.
 """
 
 from collections.abc import Sequence
@@ -8,20 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from llmpq.errors import UserError
-from llmpq.workload import Batch, batches, fitting
+from llmpq.runtime.request import Request
+from llmpq.workload import Batch
 
 COLUMNS = 3  # prompt length, new tokens, number of the request
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt. `number` is its position in the prompts file."""
-
-    id: str | int
-    number: int
-    prompt: tuple[int, ...]
-    new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -51,27 +41,6 @@ class BatchTable:
         """`[end - start, count]` positions in each request's own text, 0 for padding."""
         padding = self.prompt_tokens - self.lengths[start:end, 0]
         return (torch.arange(past, past + count)[None, :] - padding[:, None]).clamp_(min=0)
-
-
-def micro_batches(num_requests: int, size: int) -> list[tuple[int, int]]:
-    """Slices of at most `size` requests; the last may be smaller."""
-    return [(i, min(i + size, num_requests)) for i in range(0, num_requests, size)]
-
-
-def fitting_batches(requests: Sequence[Request], batch: int, cache_tokens: int) -> list[Batch]:
-    """Batches that never hold more tokens than the plan reserved (`batch` x `cache_tokens`).
-
-    Prompts longer than planned run in smaller batches; one that fits in no batch is a `UserError`.
-    """
-    reserved = batch * cache_tokens
-    too_long = [r for r in requests if len(r.prompt) + r.new_tokens > reserved]
-    if too_long:
-        raise UserError(
-            f"request {too_long[0].id!r} needs {len(too_long[0].prompt)} + "
-            f"{too_long[0].new_tokens} tokens of cache; the plan reserves {reserved} in all"
-        )
-    lengths = [(len(r.prompt), r.new_tokens) for r in requests]
-    return [part for whole in batches(lengths, batch) for part in fitting(whole, lengths, reserved)]
 
 
 def table_of(batch: Batch, requests: Sequence[Request]) -> BatchTable:

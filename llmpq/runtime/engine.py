@@ -1,60 +1,79 @@
-"""One worker process from start to report: load the stage, run every batch, gather the times.
+"""One worker process from start to report: load the stage, do its jobs, gather the times.
 
-The first stage leads: it knows the requests and announces each batch to the others as a table of
-fixed form. `Engine` is the same for one stage or many, for processes or threads.
+The first stage leads: it reads the requests and decides every job (`Leader`, `llmpq.schedule`).
+`Engine` is the same for one stage or many, for processes or threads.
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from llmpq.models.kv_cache import KVCache
+from llmpq.models.lanes import LaneCache
+from llmpq.models.sharding import ALONE, Shard, ShardGroup
 from llmpq.models.stage_model import LayerRange, StageModel
 from llmpq.plan import Plan
 from llmpq.report import MeasuredTime, StageReport
-from llmpq.runtime.batching import (
-    COLUMNS,
-    BatchTable,
-    Request,
-    fitting_batches,
-    padded_ids,
-    table_of,
-)
 from llmpq.runtime.checkpoint import Weights
 from llmpq.runtime.evaluate import TOKENS_AT_ONCE, Loss
+from llmpq.runtime.jobs import headers_for, shape
+from llmpq.runtime.leader import Leader, Status
 from llmpq.runtime.loader import load_stage
+from llmpq.runtime.packed_cache import NO_CACHE, WeightCache
 from llmpq.runtime.pipeline_loss import PipelineLoss, gather_hashes
 from llmpq.runtime.rehearsal import MemoryAccount, MeteredTransport, Throttle, peak_bytes
+from llmpq.runtime.request import Finished, Request
 from llmpq.runtime.roundings import NEAREST, Roundings
 from llmpq.runtime.sampler import Sampling
-from llmpq.runtime.stopwatch import TIME_COLUMNS, Stopwatch, measured_times
+from llmpq.runtime.stopwatch import SPAN_COLUMNS, TIME_COLUMNS, Stopwatch, measured_times
 from llmpq.runtime.transport import Transport
 from llmpq.runtime.worker import Worker
-from llmpq.workload import batches, request_lengths
+from llmpq.schedule import Item, Job, LaneShape, Member, Schedule
+from llmpq.workload import chunk_tokens, lanes, lanes_within, request_lengths
 
 
 @dataclass(frozen=True)
 class Reserve:
-    """The largest batch that the plan made room for, in requests and tokens."""
+    """What the plan made room for: the cache's lanes, and tokens of a prompt computed at once."""
 
-    batch: int
-    prompt_tokens: int
-    cache_tokens: int
+    lanes: tuple[LaneShape, ...]
+    chunk_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the cache, in all."""
+        return sum(lane.rows * lane.tokens for lane in self.lanes)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request."""
+        return max(lane.tokens for lane in self.lanes)
 
 
 def reserve_of(plan: Plan) -> Reserve:
-    """Room for the longest batch of the plan's workload."""
-    planned = batches(request_lengths(plan.workload), plan.batch)
-    return Reserve(
-        batch=plan.batch,
-        prompt_tokens=max(b.prompt_tokens for b in planned),
-        cache_tokens=max(b.prompt_tokens + b.new_tokens for b in planned),
-    )
+    """Room for the plan's workload."""
+    lengths = request_lengths(plan.workload)
+    return Reserve(lanes(lengths, plan.batch, plan.decode_micro_batch), chunk_tokens(lengths))
+
+
+def lanes_for(plan: Plan, lengths: Sequence[tuple[int, int]]) -> tuple[LaneShape, ...]:
+    """The plan's lanes, or others of no more tokens where requests are longer than it foresaw.
+
+    Raises `ValueError` where one request alone needs more.
+    """
+    reserve = reserve_of(plan)
+    longest = max((prompt + new for prompt, new in lengths), default=0)
+    if longest <= reserve.longest:
+        return reserve.lanes
+    if longest > reserve.tokens:
+        raise ValueError(f"a request needs {longest} tokens; {reserve.tokens} are reserved in all")
+    return lanes_within(reserve.tokens, lengths, plan.batch, plan.decode_micro_batch)
 
 
 class Engine:
@@ -70,61 +89,83 @@ class Engine:
         device: torch.device,
         sampling: Sampling = Sampling(),
         eos_ids: frozenset[int] = frozenset(),
-        reserve: Reserve | None = None,
         rehearse: bool = True,
         roundings: Roundings = NEAREST,
+        packed: WeightCache = NO_CACHE,
+        group: ShardGroup | None = None,
+        loading: AbstractContextManager[object] | None = None,
     ) -> None:
+        """`group` connects the workers that share this stage. Weights are loaded in `loading`."""
         started = time.perf_counter()
-        self.plan, self.transport = plan, transport
-        self.reserve = reserve or reserve_of(plan)
+        self.plan, self.transport, self.eos_ids = plan, transport, eos_ids
+        self.reserve = reserve_of(plan)
         self.account, factor = _rehearsal(plan, transport.rank, rehearse)
-        stage = self._load(config, weights, dtype, device, roundings)
-        cache = KVCache(
-            stage.layers.end - stage.layers.first, self.reserve.batch, self.reserve.cache_tokens
-        )
+        with loading or nullcontext():
+            stage = self._load(config, weights, dtype, device, roundings, packed, group)
+        micro_batches = plan.prefill_micro_batch, plan.decode_micro_batch
         self.worker = Worker(
             stage=stage,
             transport=MeteredTransport(transport, self.account),
-            cache=cache,
+            cache=LaneCache(stage.layers.end - stage.layers.first, self.reserve.lanes),
             throttle=Throttle(factor, device),
-            prefill_micro_batch=plan.prefill_micro_batch,
-            decode_micro_batch=plan.decode_micro_batch,
-            planned_prompt_tokens=self.reserve.prompt_tokens,
             sampling=sampling,
-            eos_ids=eos_ids,
+            headers=headers_for(*micro_batches, len(plan.stages)),
         )
         self._warm_up()
         self.load_s = time.perf_counter() - started
 
     def lead(
         self,
-        requests: Sequence[Request],
-        pad_id: int,
-        on_token: Callable[[Request, int, bool], None],
+        requests: Iterable[Request],
+        lengths: Sequence[tuple[int, int]],
+        on_finished: Callable[[Finished], None],
+        on_status: Callable[[Status], None] = lambda _: None,
+        refill: bool = True,
+        chunk: int | None = None,
     ) -> None:
-        """First stage: runs all requests, then ends the other stages."""
-        for batch in fitting_batches(requests, self.reserve.batch, self.reserve.cache_tokens):
-            table = table_of(batch, requests)
-            self._announce(table)
-            members = [requests[i] for i in batch.requests]
+        """First stage: runs all requests, which are read as they are needed.
 
-            def report(index: int, token: int, last: bool, members: Any = members) -> None:
-                on_token(members[index], token, last)
+        `lengths` are the (prompt, new) tokens of all of them; `chunk`: tokens of a prompt that
+        are computed at once, where not as planned; without `refill`, batch after batch.
+        """
+        shapes = lanes_for(self.plan, lengths)
+        self._agree(shapes)
+        most = min(chunk or self.reserve.chunk_tokens, self.reserve.chunk_tokens)
 
-            self.worker.run(table, padded_ids(batch, requests, pad_id), report)
-        self._announce(BatchTable(torch.empty(0, COLUMNS, dtype=torch.int64), 0, 0))
+        def make_schedule(items: Iterator[Item]) -> Schedule:
+            rows, stages = self.plan.prefill_micro_batch, self.transport.size
+            return Schedule(shapes, rows, most, stages, items, refill)
+
+        leader = Leader(self.worker, make_schedule, requests, self.eos_ids, on_finished, on_status)
+        leader.run()
 
     def follow(self) -> None:
-        """Other stages: runs what the first announces until it ends."""
-        while (table := self._listen()).num_requests > 0:
-            self.worker.run(table)
+        """Other stages: does what the first decides, until it ends."""
+        self._agree(())
+        if self.worker.stage.shard.leads:
+            self.worker.follow()
+        else:
+            self.worker.assist()
+
+    def _agree(self, shapes: Sequence[LaneShape]) -> None:
+        """All stages cut their cache as the first one says."""
+        count = torch.tensor([len(shapes)])
+        self.transport.broadcast(count)
+        table = torch.tensor(shapes or [(0, 0)] * int(count), dtype=torch.int64)
+        self.transport.broadcast(table)
+        agreed = tuple(LaneShape(*row) for row in table.tolist())
+        if agreed != self.worker.cache.shapes:
+            num_layers = self.worker.stage.layers.end - self.worker.stage.layers.first
+            self.worker.cache = LaneCache(num_layers, agreed)
 
     def measure(self, hashes: bool = False) -> list[StageReport]:
         """Every stage's times, and with `hashes` those of its weights; all stages must call this.
 
         Hashing reads all weights: seconds for a large stage.
         """
-        mine = (*self.worker.watch.values(), self._peak_bytes(), self.load_s, *self.account.parts)
+        times = *self.worker.watch.values(), self._peak_bytes(), self.load_s
+        halved = (self.worker.most_rows.get(prefill, 0) for prefill in (True, False))
+        mine = (*times, *halved, *self.account.parts)
         rows = self.transport.gather(torch.tensor(mine, dtype=torch.float64))
         measured = self._gather_measured()
         reports = [
@@ -143,7 +184,7 @@ class Engine:
 
         No more tokens at once than the plan's largest prefill, so that memory holds as it did.
         """
-        planned = self.plan.prefill_micro_batch * self.reserve.prompt_tokens
+        planned = self.plan.prefill_micro_batch * self.reserve.chunk_tokens
         pipeline = PipelineLoss(self.worker.stage, self.transport)
         return pipeline.lead(windows, min(TOKENS_AT_ONCE, planned), on_windows)
 
@@ -152,13 +193,18 @@ class Engine:
         return PipelineLoss(self.worker.stage, self.transport).follow()
 
     def _gather_measured(self) -> list[list[MeasuredTime]]:
-        """Every stage's times by kind of call, through tables of equal size."""
-        table = self.worker.watch.table()
+        """Every stage's times by kind of call."""
+        tables = self._gather_tables(self.worker.watch.table(), TIME_COLUMNS)
+        return [measured_times(table) for table in tables]
+
+    def _gather_tables(self, table: list[list[float]], columns: int) -> list[list[list[float]]]:
+        """Every stage's table, through tables of equal size."""
+        table = table if self.worker.stage.shard.leads else []
         counts = [int(n) for n in self.transport.gather(torch.tensor(len(table)))]
-        padded = torch.zeros(1 + max(counts), TIME_COLUMNS, dtype=torch.float64)
-        padded[: len(table)] = torch.tensor(table, dtype=torch.float64).reshape(-1, TIME_COLUMNS)
+        padded = torch.zeros(1 + max(counts), columns, dtype=torch.float64)
+        padded[: len(table)] = torch.tensor(table, dtype=torch.float64).reshape(-1, columns)
         tables = self.transport.gather(padded)
-        return [measured_times(t[:n].tolist()) for t, n in zip(tables, counts, strict=True)]
+        return [t[:n].tolist() for t, n in zip(tables, counts, strict=True)]
 
     def _peak_bytes(self) -> int:
         """What a card's allocator counted; on a CPU what the worker accounts for."""
@@ -167,20 +213,38 @@ class Engine:
             return int(torch.cuda.max_memory_allocated(device))
         return self.account.total
 
-    def start_clock(self) -> None:
-        """Opens the links, waits for all stages, then forgets what loading and warming up took."""
+    def start_clock(self, trace: bool = False) -> None:
+        """Opens the links, waits for all stages, then forgets what loading and warming up took.
+
+        With `trace` every job's time is kept for `trace`.
+        """
         self._open_links()
         self.transport.gather(torch.zeros(1))
-        self.worker.watch = Stopwatch()
+        self.worker.watch = Stopwatch(spans=array("d") if trace else None)
 
     def _open_links(self) -> None:
-        """One small message down the stages: connections are made at first use."""
-        transport = self.transport
+        """Small messages round the stages: connections are made at first use."""
+        if not self.worker.stage.shard.leads:
+            return
+        transport, worker = self.transport, self.worker
         message = torch.zeros(16, dtype=torch.uint8, device=transport.message_device)
-        if not self.worker.is_first:
+        if not worker.is_first:
+            transport.receive_header(worker.headers.empty()).wait()
             transport.receive_hidden(message).wait()
-        if not self.worker.is_last:
+        if not worker.is_last:
+            transport.send_header(worker.headers.empty()).wait()
             transport.send_hidden(message).wait()
+        answer = torch.zeros(worker.answer_size(), dtype=torch.int32)
+        if worker.is_last and not worker.is_first:
+            transport.send_tokens(answer).wait()
+        elif worker.is_first and not worker.is_last:
+            transport.receive_tokens(answer).wait()
+
+    def trace(self) -> list[list[list[float]]]:
+        """Every stage's jobs as `SPAN_COLUMNS`; all stages must call this."""
+        spans = self.worker.watch.spans or array("d")
+        table = [list(spans[i : i + SPAN_COLUMNS]) for i in range(0, len(spans), SPAN_COLUMNS)]
+        return self._gather_tables(table, SPAN_COLUMNS)
 
     def _load(
         self,
@@ -189,6 +253,8 @@ class Engine:
         dtype: torch.dtype,
         device: torch.device,
         roundings: Roundings,
+        packed: WeightCache,
+        group: ShardGroup | None,
     ) -> StageModel:
         stage = self.plan.stages[self.transport.rank]
         layers = LayerRange(stage.first_layer, stage.end_layer, self.plan.model.num_layers)
@@ -197,58 +263,61 @@ class Engine:
             self.account.weights = model.weight_bytes()
             self.account.check()
 
-        precisions = stage.precisions
-        return load_stage(config, weights, layers, precisions, dtype, device, on_tensor, roundings)
+        return load_stage(
+            config,
+            weights,
+            layers,
+            stage.precisions,
+            dtype,
+            device,
+            on_tensor,
+            roundings,
+            packed,
+            ALONE if group is None else Shard(group.rank, group.size),
+            group,
+        )
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Runs both phases at their largest planned sizes, measuring what they take."""
-        plan, reserve = self.plan, self.reserve
-        prefill = (plan.prefill_micro_batch, reserve.prompt_tokens, 0)
-        decode = (plan.decode_micro_batch, 1, reserve.cache_tokens - 1)
-        lengths = torch.full((reserve.batch, COLUMNS), reserve.prompt_tokens)
-        lengths[0, 0] = max(1, reserve.prompt_tokens - 1)
-        table = BatchTable(lengths, reserve.prompt_tokens, 1)
+        """Does a job of each kind at its largest planned size, measuring what they take."""
+        device = self.worker.stage.device
         for attempt in ("first", "measured"):  # the first one makes the cache's buffers
-            device = self.worker.stage.device
-            peaks = [
-                peak_bytes(partial(self._try, table, *size), device) for size in (prefill, decode)
-            ]
+            peaks = [peak_bytes(partial(self._try, job), device) for job in self._largest_jobs()]
             self.account.cache = self.worker.cache.num_bytes
             self.account.activations = max(peaks) if attempt == "measured" else 0
             self.account.check()
 
-    def _try(self, table: BatchTable, rows: int, tokens: int, past: int) -> None:
-        """One micro-batch of this stage on invented input, unequal lengths included."""
+    def _largest_jobs(self) -> list[Job]:
+        """A prefill of unequal prompts, a chunk at the end of a long one, a decode step."""
+        longest, chunk = self.reserve.longest, self.reserve.chunk_tokens
+        lane = max(range(len(self.reserve.lanes)), key=lambda i: self.reserve.lanes[i].tokens)
+        rows = self.reserve.lanes[lane].rows
+        prompts = [max(1, chunk - 1), *[chunk] * (self.plan.prefill_micro_batch - 1)]
+        newcomers = tuple(Member(lane, i % rows, 0, n, i, 0) for i, n in enumerate(prompts))
+        prompt = max(prompt for prompt, _ in request_lengths(self.plan.workload))
+        ends = newcomers[0]._replace(prompt_tokens=prompt)
+        starts = [min(1, longest - 1), *[0] * (rows - 1)]
+        steps = tuple(Member(lane, i, start, 1, i, 1) for i, start in enumerate(starts))
+        return [
+            Job(True, newcomers, 0, max(prompts), len(prompts)),
+            Job(True, (ends,), prompt - min(chunk, prompt), prompt, 1),
+            Job(False, steps, 0, longest, rows),
+        ]
+
+    def _try(self, job: Job) -> None:
+        """One job of this stage on invented input."""
         stage, worker = self.worker.stage, self.worker
+        rows, tokens = shape(job)
         if worker.is_first:
-            hidden = stage.embed(torch.zeros(rows, tokens, dtype=torch.int64, device=stage.device))
-        else:
-            shape = (rows, tokens, stage.config.hidden_size)
-            hidden = torch.zeros(shape, dtype=stage.dtype, device=stage.device)
-        hidden = worker.forward(hidden, table, 0, rows, past)
-        if worker.is_last:
-            worker.choose(hidden, list(range(rows)), 0)
-
-    def _announce(self, table: BatchTable) -> None:
-        header = torch.tensor([table.num_requests, table.prompt_tokens, table.new_tokens])
-        self.transport.broadcast(header)
-        if table.num_requests:
-            self.transport.broadcast(table.lengths)
-
-    def _listen(self) -> BatchTable:
-        header = torch.zeros(3, dtype=torch.int64)
-        with self.worker.watch.idle():
-            self.transport.broadcast(header)
-        count, prompt_tokens, new_tokens = header.tolist()
-        lengths = torch.zeros(count, COLUMNS, dtype=torch.int64)
-        if count:
-            self.transport.broadcast(lengths)
-        return BatchTable(lengths, prompt_tokens, new_tokens)
+            ids = torch.zeros(rows, tokens, dtype=torch.int64, device=stage.device)
+            worker.compute(job, stage.embed(ids))
+            return
+        size = (rows, tokens, stage.config.hidden_size)
+        worker.compute(job, torch.zeros(size, dtype=stage.dtype, device=stage.device))
 
 
 def _stage_report(rank: int, values: list[float], measured: list[MeasuredTime]) -> StageReport:
-    prefill, decode, idle, comm, peak, load, *parts = values
+    prefill, decode, idle, comm, peak, load, prefill_rows, decode_rows, *parts = values
     weights, cache, activations, buffers = (int(part) for part in parts)
     return StageReport(
         rank=rank,
@@ -259,6 +328,8 @@ def _stage_report(rank: int, values: list[float], measured: list[MeasuredTime]) 
         peak_memory_bytes=int(peak),
         load_s=load,
         measured=measured,
+        most_prefill_rows=int(prefill_rows) or None,
+        most_decode_rows=int(decode_rows) or None,
         weights_bytes=weights,
         cache_bytes=cache,
         activation_bytes=activations,

@@ -18,8 +18,9 @@ import torch
 
 from llmpq.models.kv_cache import KVCache
 from llmpq.models.stage_model import StageModel
-from llmpq.runtime.batching import BatchTable, Request, padded_ids, table_of
+from llmpq.runtime.batching import BatchTable, padded_ids, table_of
 from llmpq.runtime.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE
+from llmpq.runtime.request import Request
 from llmpq.runtime.sampler import Sampling, choose
 from llmpq.workload import Batch
 
@@ -118,7 +119,8 @@ class Scorer:
         while live and past < longest + new_tokens - 1:
             logits = self._step(ids, table, caches, past)
             past += ids.shape[1]
-            tokens = choose(logits, sampling, [r.number for r in requests], past - longest).cpu()
+            numbers, position = [r.number for r in requests], past - longest
+            tokens = choose(logits, sampling, numbers, [position] * len(numbers)).cpu()
             for i in sorted(live):
                 answers[i].append(int(tokens[i]))
                 if ends(answers[i]):

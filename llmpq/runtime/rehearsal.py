@@ -9,7 +9,9 @@ Not counted: the process itself, its libraries, and what torch's kernels take in
 """
 
 import os
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -109,13 +111,25 @@ class MemoryAccount:
 
 
 class MeteredTransport:
-    """A transport that keeps an account of the hidden states under way, at their peak."""
+    """A transport that keeps an account of the hidden states under way, at their peak.
+
+    It is used by the thread that receives and the one that sends, at once.
+    """
 
     def __init__(self, inner: Transport, account: MemoryAccount) -> None:
         self._inner, self._account = inner, account
         self.rank, self.size = inner.rank, inner.size
         self.message_device = inner.message_device
-        self._meter = PeakMemory()
+        self._alive = 0
+        self._lock = threading.RLock()  # a buffer may be freed while another is counted
+
+    def send_header(self, tensor: torch.Tensor) -> Pending:
+        """To the next stage."""
+        return self._inner.send_header(tensor)
+
+    def receive_header(self, tensor: torch.Tensor) -> Pending:
+        """Into `tensor`, from the stage before."""
+        return self._inner.receive_header(tensor)
 
     def send_hidden(self, tensor: torch.Tensor) -> Pending:
         """To the next stage."""
@@ -144,10 +158,16 @@ class MeteredTransport:
         return self._inner.gather(tensor)
 
     def _note(self, buffer: torch.Tensor) -> None:
-        self._meter.note(buffer)
-        if self._meter.peak > self._account.buffers:
-            self._account.buffers = self._meter.peak
-            self._account.check()
+        storage = buffer.untyped_storage()
+        with self._lock:
+            self._alive += storage.nbytes()
+            self._account.buffers = max(self._account.buffers, self._alive)
+        weakref.finalize(storage, self._freed, storage.nbytes())
+        self._account.check()
+
+    def _freed(self, num_bytes: int) -> None:
+        with self._lock:
+            self._alive -= num_bytes
 
 
 def peak_bytes(compute: Callable[[], object], device: torch.device) -> int:

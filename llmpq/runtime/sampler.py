@@ -25,15 +25,19 @@ class Sampling:
 
 
 def choose(
-    logits: torch.Tensor, sampling: Sampling, requests: list[int], position: int
+    logits: torch.Tensor, sampling: Sampling, requests: list[int], positions: list[int]
 ) -> torch.Tensor:
-    """`[B, V]` logits to `[B]` token ids; `requests` are the numbers of the B requests."""
+    """`[B, V]` logits to `[B]` token ids.
+
+    `requests` are the numbers of the B requests, `positions` those of the tokens among their new
+    ones.
+    """
     if sampling.greedy:
         return logits.argmax(dim=-1)
     scaled = _cut(logits.float() / sampling.temperature, sampling)
     rows = [
         (row + _gumbel(row.shape[0], sampling.seed, request, position).to(row.device)).argmax()
-        for row, request in zip(scaled, requests, strict=True)
+        for row, request, position in zip(scaled, requests, positions, strict=True)
     ]
     return torch.stack(rows)
 

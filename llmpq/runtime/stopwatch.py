@@ -19,6 +19,7 @@ from llmpq.report import MeasuredTime
 MAX_KINDS = 160
 PAST_CLASS_TOKENS = 16
 TIME_COLUMNS = 6  # of a row of `Stopwatch.table`
+SPAN_COLUMNS = 5  # of `Stopwatch.spans`: is prefill, micro-batch, tokens, start, end
 
 
 class Call(NamedTuple):
@@ -45,10 +46,15 @@ class Stopwatch:
     idle_s: float = 0.0
     comm_s: float = 0.0
     calls: defaultdict[Call, "array[float]"] = field(default_factory=_no_calls)
+    spans: "array[float] | None" = None  # of every call, where a trace is wanted
+    started: float = field(default_factory=time.perf_counter)
 
     def busy(self, prefill: bool, micro_batch: int, tokens: int, seconds: float) -> None:
-        """Adds a call's time of computing."""
+        """Adds a call's time of computing, which has just ended."""
         self.calls[Call(prefill, micro_batch, tokens)].append(seconds)
+        if self.spans is not None:
+            end = time.perf_counter() - self.started
+            self.spans.extend((prefill, micro_batch, tokens, end - seconds, end))
         if prefill:
             self.busy_prefill_s += seconds
         else:
@@ -67,6 +73,11 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         self.comm_s += time.perf_counter() - start
+
+    @property
+    def busy_ms(self) -> int:
+        """Milliseconds of computing."""
+        return round(1000 * (self.busy_prefill_s + self.busy_decode_s))
 
     def values(self) -> tuple[float, ...]:
         """The four sums, in the order of the fields."""

@@ -1,28 +1,28 @@
-"""How stages talk: fixed-size tensors, point to point, never pickled objects.
+"""How stages talk: tensors of known size, point to point, never pickled objects.
 
 `Transport` is the seam. `DistributedTransport` goes through torch.distributed (gloo on CPUs, NCCL
 between cards of one process each, gloo through main memory where processes share a card);
 `LocalTransport` connects stages that are threads of one process, for tests and evaluation.
 
-A message of hidden states is one byte buffer: 16 bytes of header (micro-batch, data type), then the
-states. Its size follows from the schedule, so a receiver posts its buffer ahead.
+A job comes as a header of fixed size (`runtime.jobs`), then its hidden states as one byte buffer:
+16 bytes (a number, the data type) and the states, whose size the header tells.
 """
 
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from llmpq.errors import WorkerError
+from llmpq.errors import NeighbourLost, WorkerError
 
 HEADER_BYTES = 16  # the micro-batch and the place of the data type in DTYPES, as 64-bit integers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(days=1)  # loading may take hours; that a worker is lost, its monitor sees
 
 
 class Pending(Protocol):
@@ -33,11 +33,21 @@ class Pending(Protocol):
 
 
 class Transport(Protocol):
-    """Connects the stages 0 .. size-1. `message_device` is where hidden states travel from."""
+    """Connects the stages 0 .. size-1. `message_device` is where hidden states travel from.
+
+    Where several workers share a stage, its first one sends and receives; all of them take part in
+    `broadcast` and `gather`.
+    """
 
     rank: int
     size: int
     message_device: torch.device
+
+    def send_header(self, tensor: torch.Tensor) -> Pending:
+        """To the next stage, from main memory."""
+
+    def receive_header(self, tensor: torch.Tensor) -> Pending:
+        """Into `tensor`, from the stage before."""
 
     def send_hidden(self, tensor: torch.Tensor) -> Pending:
         """To the next stage."""
@@ -52,10 +62,10 @@ class Transport(Protocol):
         """On the first stage."""
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Rank 0's values into everyone's tensor."""
+        """The first stage's values into everyone's tensor."""
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Everyone's tensor, on every rank."""
+        """Every stage's tensor, on every worker."""
 
 
 def pack(index: int, hidden: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
@@ -68,7 +78,7 @@ def pack(index: int, hidden: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor
 
 
 def unpack(buffer: torch.Tensor, dtype: torch.dtype) -> int:
-    """Which micro-batch a message is about; its states must be of `dtype`."""
+    """The number of a message; its states must be of `dtype`."""
     index, kind = buffer[:HEADER_BYTES].view(torch.int64).tolist()
     if DTYPES[kind] != dtype:
         raise WorkerError(
@@ -92,21 +102,35 @@ def message_bytes(num_values: int, dtype: torch.dtype) -> int:
 
 
 class DistributedTransport:
-    """torch.distributed between processes; one process a stage."""
+    """torch.distributed between processes. `stages`: the ranks of each stage's workers."""
 
-    def __init__(self, backend: str, device: torch.device) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(
+        self, backend: str, device: torch.device, stages: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        worker = dist.get_rank()
+        stages = stages or [[rank] for rank in range(dist.get_world_size())]
+        self._firsts = [ranks[0] for ranks in stages]
+        self.rank = next(stage for stage, ranks in enumerate(stages) if worker in ranks)
+        self.size = len(stages)
         self.message_device = device if backend == "nccl" else torch.device("cpu")
         self._hidden = dist.new_group(backend=backend, timeout=TIMEOUT)
         self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
+    def send_header(self, tensor: torch.Tensor) -> Pending:
+        """To the next stage."""
+        return _start(dist.isend, tensor, self._firsts[self.rank + 1], self._control)
+
+    def receive_header(self, tensor: torch.Tensor) -> Pending:
+        """From the stage before."""
+        return _start(dist.irecv, tensor, self._firsts[self.rank - 1], self._control)
+
     def send_hidden(self, tensor: torch.Tensor) -> Pending:
         """To the next stage."""
-        return _start(dist.isend, tensor, self.rank + 1, self._hidden)
+        return _start(dist.isend, tensor, self._firsts[self.rank + 1], self._hidden)
 
     def receive_hidden(self, tensor: torch.Tensor) -> Pending:
         """From the stage before."""
-        return _start(dist.irecv, tensor, self.rank - 1, self._hidden)
+        return _start(dist.irecv, tensor, self._firsts[self.rank - 1], self._hidden)
 
     def send_tokens(self, tensor: torch.Tensor) -> Pending:
         """To the first stage."""
@@ -114,17 +138,17 @@ class DistributedTransport:
 
     def receive_tokens(self, tensor: torch.Tensor) -> Pending:
         """From the last stage."""
-        return _start(dist.irecv, tensor, self.size - 1, self._control)
+        return _start(dist.irecv, tensor, self._firsts[-1], self._control)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Rank 0's values into everyone's tensor."""
+        """The first stage's values into everyone's tensor."""
         _checked(lambda: dist.broadcast(tensor, 0, group=self._control))
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Everyone's tensor."""
-        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        """Every stage's tensor."""
+        gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
         _checked(lambda: dist.all_gather(gathered, tensor, group=self._control))
-        return gathered
+        return [gathered[rank] for rank in self._firsts]
 
 
 class LocalTransport:
@@ -132,8 +156,17 @@ class LocalTransport:
 
     message_device = torch.device("cpu")
 
-    def __init__(self, rank: int, hub: "LocalHub") -> None:
+    def __init__(self, rank: int, hub: "LocalHub", shard: int = 0) -> None:
         self.rank, self.size, self._hub = rank, hub.size, hub
+        self._worker = sum(hub.shards[:rank]) + shard
+
+    def send_header(self, tensor: torch.Tensor) -> Pending:
+        """To the next stage."""
+        return _QueuedSend(self._hub.headers[self.rank + 1], tensor)
+
+    def receive_header(self, tensor: torch.Tensor) -> Pending:
+        """From the stage before."""
+        return _QueuedReceive(self._hub.headers[self.rank], tensor)
 
     def send_hidden(self, tensor: torch.Tensor) -> Pending:
         """To the next stage."""
@@ -153,38 +186,40 @@ class LocalTransport:
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Rank 0's values into everyone's tensor."""
-        tensor.copy_(self._hub.exchange(self.rank, tensor.clone())[0])
+        tensor.copy_(self._hub.exchange(self._worker, tensor.clone())[0])
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Everyone's tensor."""
-        return self._hub.exchange(self.rank, tensor.clone())
+        """Every stage's tensor."""
+        return self._hub.exchange(self._worker, tensor.clone())
 
 
 class LocalHub:
-    """What the threads of a `LocalTransport` share."""
+    """What the threads of a `LocalTransport` share. `shards`: workers of each stage."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, shards: Sequence[int] | None = None) -> None:
         self.size = size
+        self.shards = list(shards or [1] * size)
+        self.headers = [_Channel() for _ in range(size)]
         self.hidden = [_Channel() for _ in range(size)]
         self.tokens = _Channel()
-        self._slots: list[torch.Tensor] = [torch.empty(0)] * size
-        self._barrier = threading.Barrier(size)
+        self._slots: list[torch.Tensor] = [torch.empty(0)] * sum(self.shards)
+        self._barrier = threading.Barrier(sum(self.shards))
 
-    def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor, once all have come."""
-        self._slots[rank] = tensor
+    def exchange(self, worker: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensor of every stage's first worker, once all workers have come."""
+        self._slots[worker] = tensor
         try:
             self._barrier.wait(timeout=600)
-            everyone = list(self._slots)
+            everyone = [self._slots[sum(self.shards[:stage])] for stage in range(self.size)]
             self._barrier.wait(timeout=600)
         except threading.BrokenBarrierError:
-            raise WorkerError(f"stage {rank}: another stage has stopped") from None
+            raise WorkerError(f"worker {worker}: another one has stopped") from None
         return everyone
 
     def abort(self) -> None:
         """Wakes everyone who waits, after a stage has failed."""
         self._barrier.abort()
-        for channel in (*self.hidden, self.tokens):
+        for channel in (*self.headers, *self.hidden, self.tokens):
             channel.put(None)
 
 
@@ -231,4 +266,4 @@ def _checked(action: Callable[[], Any]) -> Any:
     except RuntimeError as error:
         rank = dist.get_rank() if dist.is_initialized() else os.environ.get("RANK", "?")
         reason = str(error).splitlines()[0]
-        raise WorkerError(f"rank {rank}: a neighbouring worker was lost ({reason})") from None
+        raise NeighbourLost(f"rank {rank}: a neighbouring worker was lost ({reason})") from None

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from llmpq.model_spec import ASSETS, ModelSpec, load_model_spec
 from llmpq.models.tokenizer import load_tokenizer
 from llmpq.plan import Plan
-from llmpq.runtime.batching import Request
 from llmpq.runtime.local import generate_locally
+from llmpq.runtime.request import Request
 
 TINY_TALES = ASSETS / "tiny-tales"
 NUM_REQUESTS, MAX_PROMPT, MAX_NEW = 16, 24, 12
@@ -71,10 +71,12 @@ class TinyModel:
         """A plan whose stages end at the layers `ends`."""
         return hand_made_plan(self.spec, ends, precisions, batch, p, q, **more)
 
-    def generate(self, ends, precisions="16", dtype=torch.float32, sampling=None, **sizes):
+    def generate(
+        self, ends, precisions="16", dtype=torch.float32, sampling=None, how=None, **sizes
+    ):
         """Tokens by id from the pipeline with all stages in this process."""
         plan = self.plan(ends, precisions, **sizes)
-        more = {"sampling": sampling} if sampling else {}
+        more = (how or {}) | ({"sampling": sampling} if sampling else {})
         return generate_locally(
             plan, self.folder, self.requests, dtype, eos_ids=self.eos_ids, **more
         )

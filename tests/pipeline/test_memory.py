@@ -4,19 +4,21 @@ import pytest
 import torch
 from families import CPU, FAMILIES, hand_made_plan
 
-from llmpq.costs.memory import stage_memory
+from llmpq.costs.memory import layer_cache_bytes, run_sizes, stage_memory
 from llmpq.models.stage_model import load_config
 from llmpq.quant import available_precisions
 from llmpq.quant.kernels import int4_tiles_work
 from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.engine import Engine, reserve_of
 from llmpq.runtime.transport import LocalHub, LocalTransport
+from llmpq.workload import request_lengths
 
 # (batch, p, q, prompt, new)
 SHAPES = [(8, 1, 8, 24, 12), (16, 16, 16, 48, 4), (4, 2, 1, 100, 20), (6, 3, 6, 2, 30)]
-# Predicted activations are at most this many times the measured. A family's table holds what its
-# variants have alive: GPT-NeoX without parallel residuals has a state more, BLOOM a first stage.
-TIGHTEST = {"gpt_neox": 1.5, "bloom": 1.1, "qwen2": 1.15, "opt-projected": 1.15}
+# Predicted activations are at most this many times the measured: a family's table has a mask and
+# repeated keys at all times, which a prompt alone in its micro-batch does without; and what its
+# variants have alive (GPT-NeoX without parallel residuals).
+TIGHTEST = 1.25
 
 
 def kernels_here():
@@ -27,7 +29,9 @@ def kernels_here():
 def accounts(model, plan):
     """(what the engine accounts for, what the planner predicts) of every stage."""
     config, weights = load_config(model.folder), Checkpoint(model.folder)
-    hub, reserve = LocalHub(len(plan.stages)), reserve_of(plan)
+    hub, lengths = LocalHub(len(plan.stages)), request_lengths(plan.workload)
+    micro_batches = plan.prefill_micro_batch, plan.decode_micro_batch
+    sizes = run_sizes(lengths, plan.batch, *micro_batches, len(plan.stages))
     for rank, stage in enumerate(plan.stages):
         transport = LocalTransport(rank, hub)
         engine = Engine(plan, config, weights, transport, torch.bfloat16, CPU, rehearse=False)
@@ -36,11 +40,7 @@ def accounts(model, plan):
             stage.precisions,
             first=rank == 0,
             last=rank == len(plan.stages) - 1,
-            batch=reserve.batch,
-            cache_tokens=reserve.cache_tokens,
-            prefill_micro_batch=plan.prefill_micro_batch,
-            prompt_tokens=reserve.prompt_tokens,
-            decode_micro_batch=plan.decode_micro_batch,
+            sizes=sizes,
             kernels=kernels_here(),
         )
         yield engine.account, predicted
@@ -57,6 +57,12 @@ def plans(model, shapes=SHAPES):
             yield hand_made_plan(model.spec, ends, precision, **sizes)
 
 
+def shifting_bytes(plan):
+    """What no job of the warm-up does: columns of a layer's keys or values are copied."""
+    largest = max(lane.rows * lane.tokens for lane in reserve_of(plan).lanes)
+    return layer_cache_bytes(plan.model, largest) // 2
+
+
 @pytest.mark.parametrize("name", ["tiny-tales", *FAMILIES])
 def test_memory_is_what_the_planner_predicts(name, family_model, tiny_tales, record_property):
     model = tiny_tales if name == "tiny-tales" else family_model(name)
@@ -65,8 +71,9 @@ def test_memory_is_what_the_planner_predicts(name, family_model, tiny_tales, rec
         for held, predicted in accounts(model, plan):
             assert held.weights == predicted.weights
             assert held.cache == predicted.cache
-            ratios.append(held.activations / predicted.activations)
+            measured = max(held.activations, shifting_bytes(plan))
+            ratios.append(measured / predicted.activations)
     record_property("ratios", (min(ratios), max(ratios)))
     print(f"{name}: measured / predicted activations {min(ratios):.2f} .. {max(ratios):.2f}")
     assert max(ratios) <= 1
-    assert min(ratios) >= 1 / TIGHTEST.get(name, 1.11)
+    assert min(ratios) >= 1 / TIGHTEST

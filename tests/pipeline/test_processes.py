@@ -2,23 +2,18 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from families import TINY_TALES, TinyModel, hand_made_plan
-
-from llmpq.artifact import write_json
-from llmpq.model_spec import load_model_spec
+from jobs import RUN, TORCHRUN, Job, rank_of, run, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
-NEW = 20
 CONTRACT = {
     "tokens_per_s",
     "prefill_s",
@@ -30,47 +25,6 @@ CONTRACT = {
     "stages",
 }
 STAGE_KEYS = {"rank", "busy_prefill_s", "busy_decode_s", "idle_s", "comm_s", "peak_memory_bytes"}
-RUN = [sys.executable, "-m", "llmpq.run"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-
-
-class Job:
-    """Prompts, plans and results in one folder."""
-
-    def __init__(self, folder: Path, model: TinyModel) -> None:
-        self.folder, self.model = folder, model
-        self.prompts, self.output = folder / "in.jsonl", folder / "out.jsonl"
-        self.report = folder / "report.json"
-        lines = [
-            {"id": f"r{r.id}", "prompt_token_ids": list(r.prompt), "max_new_tokens": r.new_tokens}
-            for r in model.requests
-        ]
-        self.prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    def plan(self, ends, **more) -> Path:
-        """A plan's file. More new tokens are reserved than are asked for."""
-        spec = load_model_spec(str(TINY_TALES))
-        path = self.folder / f"plan{len(ends)}.json"
-        write_json(path, hand_made_plan(spec, ends, new=NEW, **more))
-        return path
-
-    def command(self, start: list[str], plan: Path, *more: str) -> list[str]:
-        files = ["--plan", plan, "--prompts", self.prompts, "--output", self.output]
-        return [*start, *map(str, files), "--report", str(self.report), *more]
-
-    def results(self) -> dict[str, list[int]]:
-        """Tokens by id; every id exactly once."""
-        lines = [json.loads(line) for line in self.output.read_text().splitlines()]
-        ids = [line["id"] for line in lines]
-        assert len(set(ids)) == len(ids)
-        return {line["id"]: line["token_ids"] for line in lines}
-
-
-@pytest.fixture(scope="module")
-def expected(tiny_tales) -> dict[str, list[int]]:
-    """One stage in this process, in the same data type."""
-    tokens = tiny_tales.generate([8], dtype=torch.bfloat16, new=NEW)
-    return {f"r{number}": ids for number, ids in tokens.items()}
 
 
 @pytest.fixture
@@ -78,9 +32,9 @@ def job(tmp_path, tiny_tales) -> Job:
     return Job(tmp_path, tiny_tales)
 
 
-def run(command: list[str], timeout: float = 90) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+@pytest.fixture
+def expected(job) -> dict[str, list[int]]:
+    return job.expected()
 
 
 def check_report(path: Path, num_stages: int, tokens: dict[str, list[int]]) -> None:
@@ -121,6 +75,7 @@ def test_the_command_starts_its_own_processes_and_resumes_a_torn_output(job, exp
     torn = data.index(b"token_ids", len(data) // 2)  # inside a line
     job.output.write_bytes(data[:torn])
     num_whole = data[:torn].count(b"\n")
+    job.output.with_name("out.jsonl.journal").unlink()  # else all comes from there
     again = run([*command, "--resume"])
     assert again.returncode == 0, again.stderr
     assert job.results() == expected
@@ -140,7 +95,11 @@ def test_a_killed_worker_is_named_and_the_run_resumes(job, expected):
     workers[1].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=15)
     assert process.returncode == 4, errors
-    assert "worker 1 (t4-16g on node0) was ended by SIGKILL" in errors
+    pid = workers[1].pid
+    assert (
+        f"worker 1 (t4-16g on node0, host {platform.node()}, pid {pid}) was ended by SIGKILL"
+        in errors
+    )
     assert "--resume" in errors and "Traceback" not in errors
     assert not any(worker.is_running() for worker in workers.values())
     assert 1 <= len(job.output.read_text().splitlines()) < len(expected)
@@ -171,7 +130,7 @@ def test_a_memory_cap_below_need_says_what_is_short(job):
     assert done.returncode == 3, done.stderr
     assert "MiB short" in done.stderr and "t4-16g on node0" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not job.output.exists()
+    assert not job.output.read_text()
 
 
 def test_torchrun_with_another_number_of_processes(job):
@@ -180,15 +139,3 @@ def test_torchrun_with_another_number_of_processes(job):
     assert "has 2 stages but torchrun started 1 processes" in done.stderr
     # torchrun itself ends with 1; the worker's own code is in its summary.
     assert "exitcode" in done.stderr and ": 2" in done.stderr
-
-
-def rank_of(process: psutil.Process) -> int:
-    return int(process.environ()["RANK"])
-
-
-def wait_until(condition, process: subprocess.Popen, timeout: float = 60) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < end, "the run has written nothing"
-        time.sleep(0.02)

@@ -1,10 +1,15 @@
-"""The pipeline generates the tokens that transformers itself generates, however it is cut."""
+"""The pipeline generates the tokens that transformers itself generates, however it is cut.
+
+In fp32 whatever shares a micro-batch. In bf16 sums depend on that in their last bits, so there
+batches are kept together (`refill` off), and the tokens of other cuts are the same.
+"""
 
 import pytest
 import torch
 from families import CPU, FAMILIES, MAX_NEW
 
 from llmpq.quant import available_precisions
+from llmpq.runtime.local import generate_locally
 from llmpq.runtime.sampler import Sampling
 
 CUTS = ([4], [1, 4], [1, 2, 3, 4])
@@ -14,6 +19,7 @@ MICRO_BATCHES = [
     {"batch": 7, "p": 2, "q": 3},  # batches of 7, 7 and 2
     {"batch": 1, "p": 1, "q": 1},
 ]
+TOGETHER = {"refill": False}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -35,7 +41,7 @@ def test_some_requests_meet_the_end_of_text(family_model, family):
 @every_family
 def test_bf16_tokens_do_not_depend_on_the_number_of_stages(family_model, family):
     model = family_model(family)
-    one, *others = (model.generate(ends, dtype=torch.bfloat16) for ends in CUTS)
+    one, *others = (model.generate(ends, dtype=torch.bfloat16, how=TOGETHER) for ends in CUTS)
     assert set(one) == {r.id for r in model.requests}
     assert others == [one, one]
 
@@ -44,7 +50,9 @@ def test_bf16_tokens_do_not_depend_on_the_number_of_stages(family_model, family)
 def test_mixed_precisions_give_the_same_tokens_for_one_and_three_stages(family_model, family):
     model = family_model(family)
     mixed = ["16", "8", "4", "3"]
-    one, three = (model.generate(ends, mixed, dtype=torch.bfloat16) for ends in ([4], [1, 3, 4]))
+    one, three = (
+        model.generate(ends, mixed, dtype=torch.bfloat16, how=TOGETHER) for ends in ([4], [1, 3, 4])
+    )
     assert one == three
 
 
@@ -54,7 +62,9 @@ def test_eight_bit_activations_give_the_same_tokens_for_one_and_three_stages(fam
         pytest.skip("8-w8a8 is not available on this CPU")
     model = family_model(family)
     mixed = ["8-w8a8", "16", "8-w8a8", "4"]
-    one, three = (model.generate(ends, mixed, dtype=torch.bfloat16) for ends in ([4], [1, 3, 4]))
+    one, three = (
+        model.generate(ends, mixed, dtype=torch.bfloat16, how=TOGETHER) for ends in ([4], [1, 3, 4])
+    )
     assert one == three
 
 
@@ -64,6 +74,14 @@ def test_fp32_tokens_do_not_depend_on_micro_batches(family_model, family, sizes)
     model = family_model(family)
     for ends in ([4], [2, 4]):
         assert model.generate(ends, **sizes) == model.expected, ends
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "mistral", "gemma2"])
+def test_fp32_tokens_do_not_depend_on_refill_or_chunks(family_model, family):
+    model = family_model(family)
+    for how in ({"refill": False}, {"chunk": 16}, {"chunk": 16, "refill": False}):
+        for ends in ([4], [1, 4]):
+            assert model.generate(ends, batch=6, p=3, q=2, how=how) == model.expected, (ends, how)
 
 
 @pytest.mark.parametrize("family", ["bloom", "llama", "mistral"])
@@ -88,6 +106,11 @@ def test_shared_models_generate_what_transformers_does(shared_model, name):
     last = model.num_layers
     for ends in ([last], [2, last], [1, 2, 4, last]):
         assert model.generate(ends, new=20) == model.expected, ends
+
+
+def test_no_requests_end_at_once(family_model):
+    model = family_model("llama")
+    assert generate_locally(model.plan([1, 4]), model.folder, []) == {}
 
 
 def test_prompts_longer_than_planned_run_in_smaller_batches(family_model):

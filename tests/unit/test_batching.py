@@ -1,55 +1,8 @@
-"""Batches: every request once, never above the reserve, padding on the left."""
+"""Batches that run as one are padded on the left."""
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from llmpq.errors import UserError
-from llmpq.runtime.batching import (
-    Request,
-    fitting_batches,
-    micro_batches,
-    padded_ids,
-    table_of,
-)
+from llmpq.runtime.batching import padded_ids, table_of
+from llmpq.runtime.request import Request
 from llmpq.workload import Batch
-
-
-def requests_of(lengths) -> list[Request]:
-    return [Request(f"r{i}", i, (1,) * s, n) for i, (s, n) in enumerate(lengths)]
-
-
-@given(
-    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=40),
-    batch=st.integers(1, 16),
-    cache_tokens=st.integers(1, 60),
-)
-def test_batches_hold_every_request_once_and_stay_within_the_reserve(lengths, batch, cache_tokens):
-    reserved = batch * cache_tokens
-    requests = requests_of(lengths)
-    if max(s + n for s, n in lengths) > reserved:
-        with pytest.raises(UserError, match="tokens of cache"):
-            fitting_batches(requests, batch, cache_tokens)
-        return
-    found = fitting_batches(requests, batch, cache_tokens)
-    assert sorted(i for b in found for i in b.requests) == list(range(len(requests)))
-    for b in found:
-        assert len(b.requests) <= batch
-        assert len(b.requests) * (b.prompt_tokens + b.new_tokens) <= reserved
-        assert b.prompt_tokens == max(lengths[i][0] for i in b.requests)
-        assert b.new_tokens == max(lengths[i][1] for i in b.requests)
-
-
-def test_batches_within_the_plan_are_not_cut():
-    found = fitting_batches(requests_of([(8, 4)] * 10), batch=4, cache_tokens=12)
-    assert [len(b.requests) for b in found] == [4, 4, 2]
-
-
-@given(count=st.integers(0, 50), size=st.integers(1, 20))
-def test_micro_batches_cover_all_in_order(count, size):
-    slices = micro_batches(count, size)
-    assert [i for start, end in slices for i in range(start, end)] == list(range(count))
-    assert all(0 < end - start <= size for start, end in slices)
 
 
 def test_padding_is_on_the_left_and_masked():

@@ -9,9 +9,9 @@ from llmpq.model_spec import ASSETS, load_model_spec
 from llmpq.models.stage_model import load_config
 from llmpq.plan import Plan
 from llmpq.report import StageReport
-from llmpq.runtime.batching import Request
 from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.engine import Engine
+from llmpq.runtime.request import Request
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 FOLDER = ASSETS / "tiny-tales"
@@ -64,7 +64,7 @@ def stages() -> list[StageReport]:
     def work(engine: Engine) -> None:
         engine.start_clock()
         if engine.transport.rank == 0:
-            engine.lead(requests, 0, lambda *_: None)
+            engine.lead(requests, [(n, NEW) for n in LENGTHS], lambda _: None)
         else:
             engine.follow()
         found[engine.transport.rank] = engine.measure()
@@ -83,7 +83,7 @@ def test_every_call_is_counted_once(stages):
         prefills = {
             (m.micro_batch, m.tokens): m.count for m in stage.measured if m.phase == "prefill"
         }
-        assert prefills == {(2, 9): 1, (1, 9): 1, (1, 5): 1}
+        assert prefills == {(2, 9): 1, (1, 8): 1, (1, 5): 1}
         decodes = [m for m in stage.measured if m.phase == "decode"]
         assert sum(m.count for m in decodes if m.micro_batch == 2) == NEW - 1
         assert sum(m.count for m in decodes if m.micro_batch == 1) == 2 * (NEW - 1)

@@ -9,12 +9,12 @@ LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
 
 def draws(sampling: Sampling, count: int, logits: torch.Tensor = LOGITS) -> torch.Tensor:
     """`count` draws, each for another request."""
-    return choose(logits.expand(count, -1), sampling, list(range(count)), 0)
+    return choose(logits.expand(count, -1), sampling, list(range(count)), [0] * count)
 
 
 def test_greedy_takes_the_most_likely_of_each_row():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
-    assert choose(logits, Sampling(), [0, 1], 9).tolist() == [1, 0]
+    assert choose(logits, Sampling(), [0, 1], [9, 9]).tolist() == [1, 0]
 
 
 def test_top_k_leaves_exactly_the_k_most_likely():
@@ -38,15 +38,15 @@ def test_top_k_and_top_p_cut_together():
 def test_a_draw_depends_on_seed_request_and_position_alone():
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     sampling = Sampling(1.5, seed=3)
-    whole = choose(logits, sampling, [4, 9, 2, 7, 1, 0], 5).tolist()
+    whole = choose(logits, sampling, [4, 9, 2, 7, 1, 0], [5] * 6).tolist()
     alone = [
-        choose(logits[i : i + 1], sampling, [number], 5).item()
+        choose(logits[i : i + 1], sampling, [number], [5]).item()
         for i, number in enumerate([4, 9, 2, 7, 1, 0])
     ]
     assert whole == alone
-    assert whole != choose(logits, Sampling(1.5, seed=4), [4, 9, 2, 7, 1, 0], 5).tolist()
-    assert whole != choose(logits, sampling, [4, 9, 2, 7, 1, 0], 6).tolist()
-    assert whole != choose(logits, sampling, [5, 8, 3, 6, 11, 12], 5).tolist()
+    assert whole != choose(logits, Sampling(1.5, seed=4), [4, 9, 2, 7, 1, 0], [5] * 6).tolist()
+    assert whole != choose(logits, sampling, [4, 9, 2, 7, 1, 0], [6] * 6).tolist()
+    assert whole != choose(logits, sampling, [5, 8, 3, 6, 11, 12], [5] * 6).tolist()
 
 
 def test_draws_follow_the_softmax_at_the_temperature():
@@ -59,7 +59,7 @@ def test_draws_follow_the_softmax_at_the_temperature():
 
 
 def test_positions_draw_independently():
-    rows = [choose(LOGITS, Sampling(1.0), [0], position).item() for position in range(2000)]
+    rows = [choose(LOGITS, Sampling(1.0), [0], [position]).item() for position in range(2000)]
     same = sum(a == b for a, b in zip(rows, rows[1:], strict=False)) / 1999
     expected = (LOGITS[0].softmax(0) ** 2).sum().item()
     assert abs(same - expected) < 0.05

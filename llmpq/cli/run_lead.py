@@ -1,0 +1,244 @@
+"""The leading worker's part of `llmpq-run`: results, progress, the trace and the report."""
+
+import time
+from collections import deque
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmpq.artifact import Provenance, write_json
+from llmpq.cli.common import console, emit
+from llmpq.cli.progress import Progress, progress
+from llmpq.cli.run_options import RunOptions
+from llmpq.plan import Plan
+from llmpq.report import Report, StageReport
+from llmpq.workload import request_lengths
+
+if TYPE_CHECKING:
+    from llmpq.cli.run_input import Prepared
+    from llmpq.runtime.evaluate import Loss
+    from llmpq.runtime.journal import Results
+    from llmpq.runtime.leader import Status
+    from llmpq.runtime.request import Finished
+
+NOW_S = 10.0  # what "now" means: the last so many seconds
+
+
+def with_hashes(options: RunOptions) -> bool:
+    """The weights' hashes are told in the report."""
+    return options.report is not None or options.json_path is not None
+
+
+def open_results(plan: Plan, options: RunOptions) -> "Results":
+    """The output, before anything is loaded: a restart must not take an older one for its own."""
+    from llmpq.runtime.journal import Results
+
+    return Results(options.output, options.resume, options.fsync, _identity(plan, options))
+
+
+def lead(
+    engine: Any, plan: Plan, options: RunOptions, prepared: "Prepared", results: "Results"
+) -> "tuple[Report, Loss | None]":
+    """Runs the requests; the report, and the served weights' loss where that is checked."""
+    assert prepared.prompts is not None
+    out = console(options.quiet)
+    _say_first(out, plan, prepared, results)
+    ids, finished = prepared.prompts.ids, results.finished
+    todo = [
+        n for n, name in zip(prepared.prompts.lengths, ids, strict=True) if name not in finished
+    ]
+    with progress(out, "requests", len(todo)) as shown, closing(results):
+        collector = _Collector(results, prepared, shown)
+        engine.start_clock(trace=options.trace is not None)
+        collector.started = time.perf_counter()
+        engine.lead(
+            prepared.prompts.stream(finished),
+            todo,
+            collector.finish,
+            collector.show,
+            options.refill,
+            options.prefill_chunk,
+        )
+        total_s = time.perf_counter() - collector.started
+        stages = engine.measure(with_hashes(options))
+    if options.trace is not None:
+        _write_trace(options.trace, plan, engine.trace())
+    report = _report(plan, collector, total_s, stages)
+    if prepared.windows is None:
+        return report, None
+    with progress(out, "checking quality, windows", len(prepared.windows)) as shown:
+        return report, engine.lead_text(prepared.windows, shown.update)
+
+
+def finish(
+    report: Report,
+    served: "Loss | None",
+    options: RunOptions,
+    prepared: "Prepared",
+    dtype: Any,
+    device: Any,
+) -> None:
+    """When the other stages are done: the 16-bit model for comparison, and the report."""
+    from llmpq.cli.check_quality import compare, sixteen_bits, summary
+
+    out = console(options.quiet)
+    if served is None:
+        _write_report(report, options, out)
+        return
+    if options.report is not None:
+        write_json(options.report, report)  # whatever comes of the comparison
+    config, weights, windows = prepared.config, prepared.weights, prepared.windows
+    with progress(out, "16 bits for comparison, layers", config.num_hidden_layers) as shown:
+        base = sixteen_bits(config, weights, windows, dtype, device, shown.update)
+    quality = compare(report, served, base, options.check_text, windows.shape[1])
+    _write_report(report.model_copy(update={"quality": quality}), options, out)
+    out.print(summary(quality))
+
+
+def _identity(plan: Plan, options: RunOptions) -> dict[str, object]:
+    """What results must have in common to lie in one file."""
+    return {
+        "model": f"{Path(plan.model.name).name} {plan.model.model_key}",
+        "precisions": ",".join(plan.precisions),
+        "quantizer": plan.quantizer.method,
+        "dtype": options.dtype,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "seed": options.seed,
+        "ignore_eos": options.ignore_eos,
+    }
+
+
+def _say_first(out: Any, plan: Plan, prepared: "Prepared", results: "Results") -> None:
+    from llmpq.models.family import TESTED
+
+    if prepared.config.model_type not in TESTED:
+        out.print(f"warning: pipelines of '{prepared.config.model_type}' models are not tested")
+    if note := prepared.weights.note(plan.precisions):
+        out.print(f"warning: {note}")
+    for note in results.notes:
+        out.print(note)
+    if results.finished:
+        out.print(f"resuming: {len(results.finished)} requests are already done")
+
+
+@dataclass
+class _Collector:
+    """Writes each request as it ends, and shows how far the run is."""
+
+    results: "Results"
+    prepared: "Prepared"
+    shown: Progress
+    num_done: int = 0
+    num_tokens: int = 0
+    num_failed: int = 0
+    started: float = 0.0
+    recent: "deque[tuple[float, int]]" = field(default_factory=deque)  # (seconds, tokens so far)
+
+    def finish(self, finished: "Finished") -> None:
+        """One more request has ended."""
+        tokenizer, tokens = self.prepared.tokenizer, list(finished.token_ids)
+        text = tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer else ""
+        self.results.write(finished, text)
+        self.num_done += 1
+        self.num_tokens += len(tokens)
+        self.num_failed += finished.reason == "error"
+
+    def show(self, status: "Status") -> None:
+        """Called after every job."""
+        now = time.perf_counter() - self.started
+        self.recent.append((now, status.num_tokens))
+        while now - self.recent[0][0] > NOW_S:
+            self.recent.popleft()
+        if self.shown.is_due():
+            self.shown.update(status.num_done, self._detail(status, now))
+
+    def _detail(self, status: "Status", now: float) -> str:
+        (since, before), mean = self.recent[0], status.num_tokens / now
+        current = (status.num_tokens - before) / (now - since) if now > since else mean
+        busy = " ".join(f"{ms / now / 10:.0f}" for ms in status.busy_ms)
+        cache = 100 * status.cache_tokens / status.cache_reserved
+        return (
+            f"({current:.0f} tokens/s now, {mean:.0f} mean; stages busy {busy} %; "
+            f"cache {cache:.0f} % used)"
+        )
+
+
+def _report(plan: Plan, collector: _Collector, total_s: float, stages: list[StageReport]) -> Report:
+    def busy_s(stage: StageReport) -> float:
+        return stage.busy_prefill_s + stage.busy_decode_s
+
+    busiest = max(stages, key=busy_s)
+    prefill_s = total_s * busiest.busy_prefill_s / (busy_s(busiest) or 1.0)
+    shares = [stage.model_copy(update={"busy_share": busy_s(stage) / total_s}) for stage in stages]
+    return Report(
+        tokens_per_s=collector.num_tokens / total_s,
+        prefill_s=prefill_s,
+        decode_s=total_s - prefill_s,
+        total_s=total_s,
+        load_s=max(stage.load_s for stage in stages),
+        num_requests=collector.num_done,
+        num_new_tokens=collector.num_tokens,
+        num_failed=collector.num_failed,
+        stages=shares,
+        predicted=plan.predicted,
+        plan=plan,
+        error_percent=_error_percent(plan, collector, total_s),
+        provenance=Provenance.here(),
+    )
+
+
+def _error_percent(plan: Plan, collector: _Collector, total_s: float) -> float | None:
+    """Of the predicted time; None where something else than the planned work was done."""
+    planned = request_lengths(plan.workload)
+    done = (collector.num_done, collector.num_tokens)
+    if plan.predicted is None or done != (len(planned), sum(new for _, new in planned)):
+        return None
+    return 100 * (plan.predicted.total_s / total_s - 1)
+
+
+def _write_report(report: Report, options: RunOptions, out: Any) -> None:
+    if options.report is not None:
+        write_json(options.report, report)
+    emit(report.model_dump_json(indent=1), options.json_path)
+    out.print(
+        f"{report.num_requests} requests, {report.num_new_tokens} new tokens in "
+        f"{report.total_s:.2f} s: {report.tokens_per_s:.1f} tokens/s"
+    )
+    if report.num_failed:
+        out.print(f"{report.num_failed} requests failed alone; the output says why")
+    for stage in report.stages:
+        _say_halved(stage, out)
+        if options.verbose:
+            out.print(stage.model_dump_json())
+    if report.predicted is not None:
+        out.print(
+            f"predicted {report.predicted.total_s:.2f} s, "
+            f"{report.predicted.tokens_per_s:.1f} tokens/s for the planned workload"
+        )
+
+
+def _say_halved(stage: StageReport, out: Any) -> None:
+    sizes = {"prefill": stage.most_prefill_rows, "decode": stage.most_decode_rows}
+    for phase, rows in sizes.items():
+        if rows is not None:
+            went_on = f"{phase} went on with {rows} requests at once"
+            out.print(f"stage {stage.rank} ran out of memory: {went_on}")
+
+
+def _write_trace(path: Path, plan: Plan, spans: list[list[list[float]]]) -> None:
+    """What every stage computed, as the simulator's trace shows what it expects."""
+    from llmpq.cli.trace_file import stage_names, write_events
+
+    events = list(stage_names(plan))
+    for rank, rows in enumerate(spans):
+        for prefill, micro_batch, tokens, start_s, end_s in rows:
+            kind = "prefill" if prefill else "decode"
+            name = f"{kind} {micro_batch:.0f} x {tokens:.0f}"
+            times = {"ts": 1e6 * start_s, "dur": 1e6 * (end_s - start_s)}
+            event = {"name": name, "cat": kind, "ph": "X", "pid": rank, "tid": 2 * rank} | times
+            sizes = {"requests": int(micro_batch), "tokens": int(tokens)}
+            events.append(event | {"args": sizes})
+    write_events(path, events)

@@ -1,0 +1,40 @@
+"""What the command line of `llmpq-run` can ask for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line asked for."""
+
+    plan: Path
+    prompts: Path
+    output: Path
+    report: Path | None
+    trace: Path | None
+    json_path: Path | None
+    model: str | None
+    moments: Path | None
+    cache_dir: Path | None
+    check_quality: bool
+    check_text: Path | None
+    check_windows: int | None
+    resume: bool
+    fsync: Literal["always", "interval", "never"]
+    chat: bool
+    refill: bool
+    prefill_chunk: int | None
+    dry_run: bool
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    ignore_eos: bool
+    device: str
+    dtype: str
+    quiet: bool
+    verbose: bool

@@ -1,0 +1,100 @@
+"""One worker's part of `llmpq-run`: input is checked, the stage loaded, the batch run, told."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from llmpq.cli.loading import shown_loading
+from llmpq.cli.run_input import Prepared, prepare
+from llmpq.cli.run_lead import finish, lead, open_results, with_hashes
+from llmpq.cli.run_options import RunOptions
+from llmpq.errors import InfeasibleError, UserError
+from llmpq.plan import Plan
+
+if TYPE_CHECKING:
+    from llmpq.models.sharding import ShardGroup
+    from llmpq.runtime.process import Role
+
+
+def work(plan: Plan, options: RunOptions, role: "Role") -> None:
+    """This process's part of the run."""
+    import torch
+
+    from llmpq.runtime.process import connect, disconnect
+
+    try:
+        prepared = prepare(plan, options, leads=role.rank == 0)
+    except UserError:
+        if role.local_rank == 0:
+            raise
+        sys.exit(UserError.exit_code)  # the first worker on this machine finds and says the same
+    results = open_results(plan, options) if role.rank == 0 else None
+    device = _claim_device(plan, options, role)
+    transport, group = connect(role, device, plan.ranks)
+    try:
+        engine = _engine(plan, options, prepared, device, transport, group)
+        if results is not None:
+            report, served = lead(engine, plan, options, prepared, results)
+            dtype = engine.worker.stage.dtype
+            del engine  # its memory is wanted for the layers of the 16-bit model
+            finish(report, served, options, prepared, dtype, device)
+        else:
+            engine.start_clock(trace=options.trace is not None)
+            engine.follow()
+            engine.measure(with_hashes(options))
+            if options.trace is not None:
+                engine.trace()
+            if options.check_quality:
+                engine.follow_text()
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise InfeasibleError(
+            f"stage {role.rank} ran out of memory on {device}: {reason}"
+        ) from None
+    finally:
+        disconnect()
+
+
+def _claim_device(plan: Plan, options: RunOptions, role: "Role") -> Any:
+    """The device of this process; a rehearsed one on the CPU has a core to itself."""
+    import torch
+
+    from llmpq.runtime.process import choose_device
+    from llmpq.runtime.rehearsal import own_core
+
+    rehearsed = bool(plan.cluster.rehearse)
+    auto_on_cpu = rehearsed and options.device == "auto"
+    device = choose_device("cpu" if auto_on_cpu else options.device, role)
+    if rehearsed and device.type == "cpu":
+        torch.set_num_threads(1)
+        own_core(role.rank, role.size)
+    return device
+
+
+def _engine(
+    plan: Plan,
+    options: RunOptions,
+    prepared: Prepared,
+    device: Any,
+    transport: Any,
+    group: "ShardGroup | None",
+) -> Any:
+    """This process's stage, its weights loaded."""
+    from llmpq.runtime.engine import Engine
+    from llmpq.runtime.process import choose_dtype
+    from llmpq.runtime.sampler import Sampling
+
+    dtype = choose_dtype(options.dtype, device, transport)
+    with shown_loading(plan, transport.rank, options, prepared.cache, group) as packed:
+        return Engine(
+            plan,
+            prepared.config,
+            prepared.weights,
+            transport,
+            dtype,
+            device,
+            Sampling(options.temperature, options.top_k, options.top_p, options.seed),
+            prepared.eos_ids,
+            roundings=prepared.roundings,
+            packed=packed,
+            group=group,
+        )

@@ -1,0 +1,40 @@
+"""Chrome traces (chrome://tracing, Perfetto): a process a stage, with its link as a thread."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmpq.plan import Plan
+
+Event = dict[str, Any]
+
+
+def stage_names(plan: "Plan") -> Iterator[Event]:
+    """What viewers call processes and threads, and their order."""
+    from llmpq.planner.bubbles import server_names
+
+    names = server_names(len(plan.stages))
+    for stage in plan.stages:
+        count = f"{stage.tensor_parallel} x " if stage.tensor_parallel > 1 else ""
+        layers = f"layers {stage.first_layer}-{stage.end_layer - 1}"
+        title = f"stage {stage.rank}: {count}{stage.devices[0]} on {stage.node} ({layers})"
+        yield _metadata("process_name", stage.rank, {"name": title})
+        yield _metadata("process_sort_index", stage.rank, {"sort_index": stage.rank})
+        for thread, name in ((0, title), (1, names[2 * stage.rank + 1])):
+            place = 2 * stage.rank + thread
+            yield _metadata("thread_name", stage.rank, {"name": name}, place)
+            yield _metadata("thread_sort_index", stage.rank, {"sort_index": place}, place)
+
+
+def write_events(path: Path, events: Sequence[Event]) -> None:
+    """Writes a trace file."""
+    from llmpq.artifact import write_text
+
+    write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
+
+
+def _metadata(name: str, pid: int, values: Event, tid: int | None = None) -> Event:
+    thread = {} if tid is None else {"tid": tid}
+    return {"name": name, "ph": "M", "pid": pid, "args": values} | thread

@@ -1,0 +1,152 @@
+"""The first stage's part of a run: which job is next, what came back, who has ended."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from llmpq.runtime.inbox import Inbox
+from llmpq.runtime.jobs import END
+from llmpq.runtime.request import Finished, Reason, Request
+from llmpq.runtime.worker import BROKEN, Worker
+from llmpq.schedule import Item, Job, Schedule
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is. `busy_ms`: what each stage has computed so far, as far as is known."""
+
+    num_done: int
+    num_tokens: int
+    busy_ms: tuple[int, ...]
+    cache_tokens: int
+    cache_reserved: int
+
+
+@dataclass
+class _Open:
+    """A request that has begun, or waits its turn."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+
+
+class Leader:
+    """Runs requests through the stages; `make_schedule` takes their lengths as they are read."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        make_schedule: Callable[[Iterator[Item]], Schedule],
+        requests: Iterable[Request],
+        eos_ids: frozenset[int],
+        on_finished: Callable[[Finished], None],
+        on_status: Callable[[Status], None] = lambda _: None,
+    ) -> None:
+        self.worker, self.eos_ids = worker, eos_ids
+        self.on_finished, self.on_status = on_finished, on_status
+        self._open: dict[int, _Open] = {}
+        self._schedule = make_schedule(self._items(requests))
+        self._inbox: Inbox[list[int]] | None = None
+        self._busy_ms: tuple[int, ...] = (0,) * worker.headers.num_stages
+        self.num_done = self.num_tokens = 0
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Until every request has ended; then ends the other stages."""
+        schedule = self._schedule
+        if not self.worker.is_last:
+            self._inbox = Inbox(self._receive)
+        while not schedule.is_done:
+            while self._inbox is not None and (answer := self._inbox.get_if_here()):
+                self._deliver(answer)
+            job = schedule.next()
+            if job is not None:
+                self._issue(job)
+            elif schedule.num_in_flight:
+                self._wait()
+        self.worker.end()
+        if self._inbox is not None:
+            self._inbox.get()
+
+    def _items(self, requests: Iterable[Request]) -> Iterator[Item]:
+        for request in requests:
+            self._open[request.number] = _Open(request)
+            yield Item(request.number, len(request.prompt), request.new_tokens)
+
+    def _issue(self, job: Job) -> None:
+        worker = self.worker
+        ids = self._token_ids(job).to(worker.stage.device)
+        result = worker.do(job, lambda: worker.stage.embed(ids))
+        if worker.is_last:
+            self._busy_ms = (worker.watch.busy_ms,)
+            self._note(result.tolist())
+            return
+        worker.hand_over(job, result, [worker.watch.busy_ms])
+
+    def _token_ids(self, job: Job) -> torch.Tensor:
+        """`[b, S]`: prompts padded on the left, or each row's last token."""
+        if not job.prefill:
+            ids = [0] * job.rows
+            for member in job.members:
+                ids[member.row] = self._open[member.number].tokens[-1]
+            return torch.tensor(ids)[:, None]
+        prompts = [self._open[member.number].request.prompt for member in job.members]
+        if job.begin or not job.chooses:  # a chunk
+            return torch.tensor([prompts[0][job.begin : job.end]])
+        return torch.tensor([[0] * (job.end - len(prompt)) + list(prompt) for prompt in prompts])
+
+    # ---- what comes back
+
+    def _receive(self) -> list[int] | None:
+        """The next message of tokens, in the inbox's thread."""
+        buffer = torch.zeros(self.worker.answer_size(), dtype=torch.int32)
+        self.worker.transport.receive_tokens(buffer).wait()
+        answer: list[int] = buffer.tolist()
+        return None if answer[0] == END else answer
+
+    def _wait(self) -> None:
+        assert self._inbox is not None
+        with self.worker.watch.idle():
+            answer = self._inbox.get()
+        assert answer is not None
+        self._deliver(answer)
+
+    def _deliver(self, answer: list[int]) -> None:
+        count = answer[0]
+        self._busy_ms = tuple(answer[-self.worker.headers.num_stages :])
+        self._note(answer[1 : 1 + count])
+
+    def _note(self, tokens: list[int]) -> None:
+        """The tokens of the oldest job."""
+        job = self._schedule.oldest
+        stops = [token in self.eos_ids or token == BROKEN for token in tokens]
+        ended = self._schedule.returned(stops)
+        for member, token, last in zip(job.members, tokens, ended, strict=job.chooses):
+            self._take(member.number, token, last)
+        self.on_status(self._status())
+
+    def _take(self, number: int, token: int, last: bool) -> None:
+        tokens = self._open[number].tokens
+        if token != BROKEN:
+            tokens.append(token)
+            self.num_tokens += 1
+        if not last:
+            return
+        request = self._open.pop(number).request
+        self.num_done += 1
+        reason: Reason = "stop" if token in self.eos_ids else "length"
+        error = None
+        if token == BROKEN:
+            reason = "error"
+            error = f"activations became NaN or infinite at new token {len(tokens)}"
+        self.on_finished(Finished(request, tuple(tokens), reason, error))
+
+    def _status(self) -> Status:
+        return Status(
+            self.num_done,
+            self.num_tokens,
+            self._busy_ms,
+            self._schedule.tokens_held,
+            self._schedule.tokens_reserved,
+        )
