@@ -4,6 +4,7 @@
     |- UserError          exit 2: a file, a flag or a value is wrong; nothing was started
     |- InfeasibleError    exit 3: the question was fine, no plan (or run) fits the machines
     `- WorkerError        exit 4: a worker process was lost or failed; finished requests are safe
+       `- NeighbourLost   the connection to another worker broke; who it was is not known yet
 
 Each holds the whole message, so that a command prints it and exits without a traceback.
 Programming mistakes stay `AssertionError`, `TypeError` and the like, with their traceback.
@@ -32,3 +33,7 @@ class WorkerError(LlmpqError):
     """A worker was lost or failed during a run."""
 
     exit_code = 4
+
+
+class NeighbourLost(WorkerError):
+    """The connection to another worker broke, as it does when that one has ended."""

@@ -166,6 +166,7 @@ def _warn(model: "Model", subjects: "list[Subject]", quiet: bool) -> None:
 
 def _start(flags: dict[str, Any], plans: list[tuple[Path, Plan]]) -> None:
     """Checks all input, then starts a process a stage."""
+    from llmpq.runtime.ending import AGAIN
     from llmpq.runtime.process import Role, start_workers
 
     _check_processes(plans)
@@ -174,7 +175,7 @@ def _start(flags: dict[str, Any], plans: list[tuple[Path, Plan]]) -> None:
     stages = plans[0][1].stages
     names = [f"{stage.devices[0]} on {stage.node}" for stage in stages]
     arguments = click.get_current_context().meta[ARGUMENTS]
-    start_workers(arguments, names, "llmpq.cli.eval", "nothing has been written, run it again")
+    start_workers(arguments, names, "llmpq.cli.eval", AGAIN)
 
 
 def _check_processes(plans: list[tuple[Path, Plan]], size: int | None = None) -> None:
@@ -197,11 +198,14 @@ def _check_processes(plans: list[tuple[Path, Plan]], size: int | None = None) ->
 
 def _work(flags: dict[str, Any], plans: list[tuple[Path, Plan]], role: "Role") -> None:
     """One worker among several; the first of a machine says what went wrong."""
-    from llmpq.runtime.process import SUPERVISED, disconnect, end_with_parent
+    from llmpq.runtime.ending import AGAIN, SUPERVISED
+    from llmpq.runtime.monitor import Monitor
+    from llmpq.runtime.process import disconnect, end_with_parent
 
     end_with_parent()
     try:
-        _work_on(flags, plans, role)
+        with Monitor(role.rank, role.size, f"rank {role.rank}", AGAIN):
+            _work_on(flags, plans, role)
     except UserError:
         if role.local_rank == 0:
             raise
@@ -227,7 +231,7 @@ def _work_on(flags: dict[str, Any], plans: list[tuple[Path, Plan]], role: "Role"
     model, subjects = _load(flags, plans, role)
     windows = _windows(flags, model) if role.rank == 0 else {}
     share_cores(role, model.device)
-    transport = connect(role, model.device)
+    transport, _ = connect(role, model.device)
     model = replace(model, dtype=choose_dtype(flags["dtype"], model.device, transport))
     quiet = flags["quiet"] or role.rank > 0
     _warn(model, subjects, quiet)

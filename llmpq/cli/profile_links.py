@@ -67,17 +67,15 @@ def _check(flags: dict[str, Any]) -> None:
 
 def _start_ranks(flags: dict[str, Any]) -> None:
     """Local processes, one a rank; how they ended."""
+    from llmpq.runtime.ending import AGAIN
     from llmpq.runtime.process import start_workers
 
     count = flags["ranks"] or _num_cards(flags["device"]) or DEFAULT_RANKS
     why = "" if flags["ranks"] else " (say --ranks N, or start with torchrun)"
     console(flags["quiet"]).print(f"measuring links between {count} processes here{why}")
     arguments = ["links", *click.get_current_context().meta[ARGUMENTS]]
-    try:
-        start_workers(arguments, [f"rank {rank}" for rank in range(count)], "llmpq.cli.profile")
-    except WorkerError as error:
-        what = str(error).partition(";")[0]
-        raise WorkerError(f"{what}; nothing was written, start again") from None
+    names = [f"rank {rank}" for rank in range(count)]
+    start_workers(arguments, names, "llmpq.cli.profile", AGAIN)
 
 
 def _num_cards(device: str) -> int:
@@ -90,7 +88,9 @@ def _num_cards(device: str) -> int:
 
 def _guarded(flags: dict[str, Any], role: "Role") -> None:
     """One rank among several; what went wrong is said once."""
-    from llmpq.runtime.process import SUPERVISED, end_with_parent
+    from llmpq.runtime.ending import AGAIN, SUPERVISED
+    from llmpq.runtime.monitor import Monitor
+    from llmpq.runtime.process import end_with_parent
 
     end_with_parent()
     if role.size < 2:
@@ -98,7 +98,8 @@ def _guarded(flags: dict[str, Any], role: "Role") -> None:
     if flags["ranks"] not in (None, role.size):
         raise UserError(f"--ranks {flags['ranks']}: torchrun started {role.size} processes")
     try:
-        _measure(flags, role)
+        with Monitor(role.rank, role.size, f"rank {role.rank}", AGAIN):
+            _measure(flags, role)
     except WorkerError:
         if SUPERVISED not in os.environ:
             raise
@@ -112,7 +113,7 @@ def _measure(flags: dict[str, Any], role: "Role") -> None:
     from llmpq.runtime.process import choose_device, connect, disconnect
 
     device = choose_device(flags["device"], role)
-    transport = connect(role, device)
+    transport, _ = connect(role, device)
     out = console(flags["quiet"] or role.rank > 0)
     sizes = CARD_SIZES if transport.message_device.type == "cuda" else CPU_SIZES
     visits = ROUNDS * role.size * (role.size - 1)

@@ -1,7 +1,8 @@
 """What a worker process is: its rank, its device, its data type, and how workers find each other.
 
 Under torchrun all of it comes from the environment. `start_workers` is the same for one machine
-without torchrun: it starts a process a stage, on the loopback interface only.
+without torchrun: it starts a process a stage, on the loopback interface only. It keeps the store
+through which they meet, so that it knows how they are, whichever of them ends.
 """
 
 import ctypes
@@ -11,13 +12,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from llmpq.errors import InfeasibleError, UserError, WorkerError
+from llmpq.errors import InfeasibleError, NeighbourLost, UserError, WorkerError
+from llmpq.models.sharding import ShardGroup
+from llmpq.runtime.ending import RESUME, SHOW_CURSOR, SUPERVISED, Ended, interruptible
+from llmpq.runtime.monitor import (
+    NO_SIGN,
+    PERIOD_S,
+    Board,
+    Verdict,
+    Watch,
+    open_board,
+    open_store,
+    process_state,
+)
+from llmpq.runtime.shard_group import distributed_shard_group
 from llmpq.runtime.transport import (
     TIMEOUT,
     DistributedTransport,
@@ -27,9 +41,10 @@ from llmpq.runtime.transport import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SUPERVISED = "LLMPQ_SUPERVISED"  # set for workers whose parent reports how they ended
-RESUME = "finished requests are in the output, run again with --resume to do the others"
-GRACE_S = 3.0  # how long the others may take to notice that a worker has gone
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun keeps the store; else rank 0 does
+# How long the others may go on when one has ended, by how it ended: where it says why, all may;
+# where it was ended by a signal, others that were too should be seen.
+GRACE_S, KILLED_GRACE_S = 3.0, 0.3
 
 
 @dataclass(frozen=True)
@@ -74,20 +89,30 @@ def choose_dtype(
     return torch.bfloat16 if all(bool(one) for one in everyone) else torch.float16
 
 
-def connect(role: Role, device: torch.device) -> Transport:
-    """Joins the other workers; alone, needs none. NCCL only where every worker has its own card."""
+def connect(
+    role: Role, device: torch.device, stages: Sequence[Sequence[int]] | None = None
+) -> tuple[Transport, ShardGroup | None]:
+    """Joins the other workers; alone, needs none. NCCL only where every worker has its own card.
+
+    `stages`: the ranks of each stage's workers; None: one each. Also gives what connects the
+    workers of this one's stage, where there are several.
+    """
     if role.size == 1:
-        return LocalTransport(0, LocalHub(1))
+        return LocalTransport(0, LocalHub(1)), None
     own_card = device.type == "cuda" and role.local_size <= torch.cuda.device_count()
     try:
-        dist.init_process_group("gloo", rank=role.rank, world_size=role.size, timeout=TIMEOUT)
+        is_kept = SUPERVISED in os.environ or os.environ.get(AGENT_STORE) == str(True)
+        store = open_store("group", role.size) if is_kept else None
+        dist.init_process_group("gloo", None, TIMEOUT, role.size, role.rank, store)
         everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(role.size)]
         dist.all_gather(everyone, torch.tensor([int(own_card)]))
-        return DistributedTransport("nccl" if all(map(bool, everyone)) else "gloo", device)
+        backend = "nccl" if all(map(bool, everyone)) else "gloo"
+        group = distributed_shard_group(stages or [], backend, device)
+        return DistributedTransport(backend, device, stages), group
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         message = f"rank {role.rank}: could not reach the other workers: {reason}"
-        raise WorkerError(message) from None
+        raise NeighbourLost(message) from None
 
 
 def disconnect() -> None:
@@ -102,44 +127,60 @@ def share_cores(role: Role, device: torch.device) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // role.local_size))
 
 
+class LostWorkers(WorkerError, Ended):
+    """Workers that were ended from outside, hung, or whose device broke; `ranks` names them."""
+
+    def __init__(self, what: str, advice: str, ranks: Sequence[int]) -> None:
+        super().__init__(f"{what}; {advice}")
+        self.what, self.ranks = what, tuple(ranks)
+
+
 def start_workers(
-    arguments: Sequence[str], names: Sequence[str], module: str, advice: str = RESUME
+    arguments: Sequence[str],
+    names: Sequence[str],
+    module: str,
+    advice: str = RESUME,
+    environment: Mapping[str, str] = {},
 ) -> int:
     """Runs `python -m module ARGUMENTS` once a name, as workers; returns 0 or raises.
 
-    When one worker fails the others are stopped. A worker's own exit code 2, 3 or 4 is kept.
-    `advice`: what to do where a worker was lost.
+    When one worker fails the others are stopped. A worker's own exit code 2 or 3 is kept; one that
+    is lost is a `LostWorkers`, Ctrl-C and SIGTERM are `Interrupted`. `advice`: what to do then.
     """
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    port = _free_port()
-    workers: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(len(names)):
-            workers.append(_start(rank, len(names), port, arguments, module))
-        codes = _wait(workers)
-    except BaseException:
-        _stop(workers)
-        raise
-    failed = [rank for rank, code in enumerate(codes) if code != 0]
-    if not failed:
-        return 0
-    raise _failure(codes, names, advice)
+    crew = _Crew(names, advice)
+    with interruptible(advice):
+        try:
+            for rank in range(len(names)):
+                crew.workers.append(_start(crew, rank, arguments, module, environment))
+            error = crew.watch()
+        finally:
+            crew.stop()
+    if error is not None:
+        raise error
+    return 0
 
 
 def _start(
-    rank: int, size: int, port: int, arguments: Sequence[str], module: str
+    crew: "_Crew", rank: int, arguments: Sequence[str], module: str, more: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
+    """Ctrl-C at a terminal goes to all processes: it is blocked there, as the parent ends them."""
+    size = str(len(crew.names))
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(crew.store.port),
         "GLOO_SOCKET_IFNAME": _loopback(),
-        SUPERVISED: "1",
+        SUPERVISED: str(os.getpid()),
+        **more,
     }
-    return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_parent() -> None:
@@ -148,13 +189,8 @@ def end_with_parent() -> None:
         return
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() == 1:  # it ended before the line above
+    if os.getppid() != int(os.environ[SUPERVISED]):  # it ended before the line above
         sys.exit(WorkerError.exit_code)
-
-
-def _exit_on_signal(number: int, frame: object) -> None:
-    """Ends the parent in order, so that its workers end too."""
-    sys.exit(128 + number)
 
 
 def _loopback() -> str:
@@ -162,48 +198,104 @@ def _loopback() -> str:
     return next((name for name in names if name in ("lo", "lo0")), names[0])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _local_store() -> dist.TCPStore:
+    """A store that only processes of this machine can reach."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port, handle = listener.getsockname()[1], listener.detach()
+    return dist.TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=handle
+    )
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes; once one worker has failed the others get a moment, then are stopped."""
-    deadline = None
-    first_failure: int | None = None
-    while any(worker.poll() is None for worker in workers):
-        for rank, worker in enumerate(workers):
-            if first_failure is None and worker.poll() not in (None, 0):
-                first_failure, deadline = rank, time.monotonic() + GRACE_S
-        if deadline is not None and time.monotonic() > deadline:
-            _stop(workers)
-        time.sleep(0.05)
-    return [int(worker.returncode) for worker in workers]
+@dataclass
+class _Crew:
+    """The workers that this process has started."""
 
+    names: Sequence[str]
+    advice: str
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    store: dist.TCPStore = field(default_factory=_local_store)
 
-def _stop(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    for worker in workers:
-        if worker.poll() is None:
-            worker.terminate()
-    deadline = time.monotonic() + GRACE_S
-    for worker in workers:
-        try:
-            worker.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    def watch(self) -> Exception | None:
+        """Returns when all have ended, or when the rest need not go on; what went wrong."""
+        board = open_board(len(self.names), self.store)
+        watch, next_look, deadline = Watch(len(self.names)), 0.0, float("inf")
+        silent: list[int] = []
+        while (now := time.monotonic()) < deadline and None in self._codes() and not silent:
+            if now >= next_look:
+                next_look = max(next_look, now - PERIOD_S) + PERIOD_S
+                silent = [rank for rank in watch.look(self._beats(board)) if self._is_there(rank)]
+            deadline = min(deadline, now + _grace_s(self._codes()))
+            time.sleep(0.05)
+        described = self._described(board)
+        return conclusion(self._codes(), silent, board.verdict(), described, self.advice)
+
+    def stop(self) -> None:
+        """Ends those that still run; what they have written is safe."""
+        for worker in self.workers:
             worker.kill()
+        for worker in self.workers:
             worker.wait()
+        if self.workers and sys.stderr.isatty():
+            sys.stderr.write(SHOW_CURSOR)
+
+    def _codes(self) -> list[int | None]:
+        return [worker.poll() for worker in self.workers]
+
+    def _is_there(self, rank: int) -> bool:
+        return self.workers[rank].poll() is None
+
+    def _beats(self, board: Board) -> list[int]:
+        """-1: stopped before its first beat."""
+        stopped = [process_state(worker.pid)[0] in ("T", "t") for worker in self.workers]
+        return [beat or -int(here) for beat, here in zip(board.beats(), stopped, strict=True)]
+
+    def _described(self, board: Board) -> list[str]:
+        found = [board.who(rank) for rank in range(len(self.names))]
+        names = [f"worker {rank} ({name})" for rank, name in enumerate(self.names)]
+        return [str(who or name) for who, name in zip(found, names, strict=True)]
 
 
-def _failure(codes: Sequence[int], names: Sequence[str], advice: str) -> Exception:
-    """The error that stands for all workers: what the user did, else what was lost."""
+def _grace_s(codes: Sequence[int | None]) -> float:
+    """How long to wait for the other workers, given the exit codes so far."""
+    if any(code is not None and code < 0 for code in codes):
+        return KILLED_GRACE_S
+    return GRACE_S if any(codes) else float("inf")
+
+
+def conclusion(
+    codes: Sequence[int | None],
+    silent: Sequence[int],
+    verdict: Verdict | None,
+    workers: Sequence[str],
+    advice: str,
+) -> Exception | None:
+    """The error that stands for all workers: what the user did, else who was lost or failed.
+
+    `codes`: None for those that still run; `silent`: those among them that hang.
+    """
     for code, kind in ((2, UserError), (3, InfeasibleError)):
         if code in codes:
-            rank = codes.index(code)
-            return kind(f"worker {rank} ({names[rank]}) stopped, see above")
-    # Workers that lost a neighbour end with 4 or by our SIGTERM; the culprit ended otherwise.
-    culprits = [r for r, code in enumerate(codes) if code not in (0, 4, -signal.SIGTERM)]
-    rank = culprits[0] if culprits else next(r for r, code in enumerate(codes) if code != 0)
-    code = codes[rank]
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return WorkerError(f"worker {rank} ({names[rank]}) {how}; {advice}")
+            return kind(f"{workers[codes.index(code)]} stopped, see above")
+    ended = {rank: -code for rank, code in enumerate(codes) if code is not None and code < 0}
+    if ended:
+        names = {rank: signal.Signals(number).name for rank, number in ended.items()}
+        what = "; ".join(f"{workers[rank]} was ended by {name}" for rank, name in names.items())
+        lost = LostWorkers(what, advice, tuple(ended))
+        if set(ended.values()) == {signal.SIGTERM}:  # as when a machine is to be given back
+            lost.exit_code = 128 + signal.SIGTERM
+        return lost
+    if verdict is not None:
+        what = "; ".join(f"{workers[rank]} {verdict.how}" for rank in verdict.ranks)
+        if verdict.device_lost:
+            return LostWorkers(what, advice, verdict.ranks)
+        return WorkerError(f"{what}; {advice}")
+    if silent:
+        what = "; ".join(f"{workers[rank]} was lost: {NO_SIGN}" for rank in silent)
+        return LostWorkers(what, advice, silent)
+    # Who ends with 4 has lost a neighbour; the culprit ended otherwise.
+    failed = [rank for rank, code in enumerate(codes) if code]
+    failed = [rank for rank in failed if codes[rank] != WorkerError.exit_code] or failed
+    if not failed:
+        return None
+    return WorkerError(f"{workers[failed[0]]} ended with code {codes[failed[0]]}; {advice}")
