@@ -19,9 +19,10 @@ import numpy as np
 from _common import Check, shared_data
 
 from llmpq.artifact import write_json
-from llmpq.costs.memory import StageMemory, cpu_kernels, stage_memory
+from llmpq.costs.memory import StageMemory, cpu_kernels, run_sizes, stage_memory
 from llmpq.model_spec import DEFAULT_MODEL, ModelSpec, load_model_spec
 from llmpq.plan import Plan
+from llmpq.workload import request_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 DEEPER_MODEL = (shared_data() or ROOT) / "models" / "tale-llama-11m"
@@ -138,17 +139,15 @@ def _llmpq_run(files: dict[str, Path], device: str) -> int:
 
 def predicted(plan: Plan, rank: int, device: str) -> StageMemory:
     """What the model says of a stage."""
-    prompt, new = int(plan.workload.prompt_tokens), int(plan.workload.new_tokens)  # type: ignore[arg-type]
+    lengths = request_lengths(plan.workload)
+    micro_batches = plan.prefill_micro_batch, plan.decode_micro_batch
+    sizes = run_sizes(lengths, plan.batch, *micro_batches, len(plan.stages))
     return stage_memory(
         plan.model,
         plan.stages[rank].precisions,
         first=rank == 0,
         last=rank == len(plan.stages) - 1,
-        batch=plan.batch,
-        cache_tokens=prompt + new,
-        prefill_micro_batch=plan.prefill_micro_batch,
-        prompt_tokens=prompt,
-        decode_micro_batch=plan.decode_micro_batch,
+        sizes=sizes,
         kernels=cpu_kernels() if device == "cpu" else "card",
     )
 

@@ -26,7 +26,7 @@ from _quality_common import (
 
 from llmpq.cluster import MIB, Cluster
 from llmpq.costs.latency import device_times
-from llmpq.costs.memory import stage_memory
+from llmpq.costs.memory import run_sizes, stage_memory
 from llmpq.costs.quality import QualityModel, measured_quality
 from llmpq.errors import InfeasibleError
 from llmpq.model_spec import ModelSpec
@@ -159,18 +159,14 @@ def random_cluster(rng: np.random.Generator, spec: ModelSpec) -> Cluster:
 def needed_mib(spec: ModelSpec, precision: str, num_stages: int) -> float:
     """Of all stages together, about: layers are shared out evenly."""
     per_stage = -(-spec.num_layers // num_stages)
-    tokens = JOB["prompt_tokens"] + JOB["new_tokens"]
+    sizes = run_sizes([(JOB["prompt_tokens"], JOB["new_tokens"])], JOB["batch"], 1, 1, num_stages)
     needs = [
         stage_memory(
             spec,
             [precision] * per_stage,
             first=rank == 0,
             last=rank == num_stages - 1,
-            batch=JOB["batch"],
-            cache_tokens=tokens,
-            prefill_micro_batch=1,
-            prompt_tokens=JOB["prompt_tokens"],
-            decode_micro_batch=1,
+            sizes=sizes,
         ).total
         for rank in range(num_stages)
     ]

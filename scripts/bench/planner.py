@@ -34,7 +34,7 @@ from llmpq.planner.fixes import fixes
 from llmpq.planner.instance import make_instance
 from llmpq.planner.planning import Options, make_plan, replan
 from llmpq.planner.problem import Problem
-from llmpq.planner.simulated import simulated_s
+from llmpq.planner.simulated import simulate
 from llmpq.planner.solver import Solver
 from llmpq.planner.value import objective
 from llmpq.workload import load_workload, request_lengths
@@ -279,7 +279,10 @@ def moves_checks(rows: list[dict[str, Any]]) -> list[Check]:
 
 
 def simulations(quick: bool) -> list[dict[str, Any]]:
-    """Predicted against simulated seconds: our plans, and the same with other micro-batches."""
+    """Closed form against simulated seconds: our plans, and those with other micro-batches.
+
+    Of as many requests as are in flight: what refilling changes is in the fidelity benchmark.
+    """
     rows = []
     for case in cases():
         problem = problem_of(case, case.thetas[1], uneven=True)
@@ -299,7 +302,7 @@ def simulations(quick: bool) -> list[dict[str, Any]]:
             )
             changed = replace(assignment, setting=setting)
             predicted = evaluate(problem, changed).total_s
-            simulated = simulated_s(problem, changed)
+            simulated = simulate(problem, changed).total_s
             rows.append(
                 {
                     "simulated": case.cluster,
