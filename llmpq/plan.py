@@ -2,10 +2,11 @@
 
 A plan is a frozen value, the same whether a person or the planner wrote it. It is validated when
 read: its stages cover the model's layers exactly, in order, and fit its own cluster; where several
-devices share a stage (tensor parallelism), the model can be cut so. Such plans can be priced;
-`refuse_shared_stages` is for commands that cannot run them yet.
+devices share a stage (tensor parallelism), the model can be cut so. `refuse_shared_stages` is for
+commands that cannot do with them yet.
 """
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,8 @@ from llmpq.plan_diff import Place, PlanDiff, changes, layer_ranges
 from llmpq.precision import PRECISIONS
 from llmpq.quantizer import Quantizer
 from llmpq.workload import Workload
+
+MAX_BATCH = 100_000  # requests in flight; a plan with more is a mistake
 
 
 class Stage(Strict):
@@ -96,6 +99,8 @@ class Predicted(Strict):
     """What the planner expects of the plan; `tokens_per_s` counts generated tokens only.
 
     `error_percent`: the expected error of `total_s`, as far as the slowest stages' times go.
+    `closed_form_s`: the total that `objective`, `lower_bound` and `gap` rest on, where `total_s`
+    and what follows from it were simulated.
     """
 
     total_s: float
@@ -109,7 +114,13 @@ class Predicted(Strict):
     gap: float
     planning_s: float
     error_percent: float | None = None
+    closed_form_s: float | None = None
     stages: list[PredictedStage]
+
+    @property
+    def priced_s(self) -> float:
+        """The total in closed form."""
+        return self.total_s if self.closed_form_s is None else self.closed_form_s
 
 
 class Baseline(Strict):
@@ -131,7 +142,7 @@ class Plan(Strict):
     workload: Workload
     cluster: Cluster
     method: str
-    batch: PositiveInt
+    batch: PositiveInt = Field(le=MAX_BATCH)
     prefill_micro_batch: PositiveInt
     decode_micro_batch: PositiveInt
     kv_precision: Literal["16"] = "16"
@@ -146,9 +157,20 @@ class Plan(Strict):
         """The precision of every layer of the model."""
         return [p for stage in self.stages for p in stage.precisions]
 
+    @property
+    def ranks(self) -> list[list[int]]:
+        """The ranks of each stage's workers, one a device."""
+        ends = list(itertools.accumulate(stage.tensor_parallel for stage in self.stages))
+        return [
+            list(range(end - stage.tensor_parallel, end))
+            for stage, end in zip(self.stages, ends, strict=True)
+        ]
+
     @model_validator(mode="after")
     def _check(self) -> "Plan":
         faults = [*self._layer_faults(), *self._device_faults(), *self._sharing_faults()]
+        if not self.model.linears:
+            faults.append("model.linears is empty, so its layers hold no weights")
         for name in ("prefill_micro_batch", "decode_micro_batch"):
             if getattr(self, name) > self.batch:
                 faults.append(f"{name} {getattr(self, name)} is above batch {self.batch}")
@@ -197,13 +219,13 @@ def load_plan(path: Path | str) -> Plan:
 
 
 def refuse_shared_stages(plan: Plan, path: Path) -> None:
-    """Raises `UserError` where several devices share a stage, which cannot run yet."""
+    """Raises `UserError` where several devices share a stage, which cannot be evaluated yet."""
     shared = [stage for stage in plan.stages if stage.tensor_parallel > 1]
     if shared:
         stages = ", ".join(f"stage {s.rank} ({s.tensor_parallel} devices)" for s in shared)
         raise UserError(
-            f"{path}: stages of several devices cannot run yet: {stages}; "
-            "plan with --tensor-parallel off"
+            f"{path}: the quality of stages of several devices cannot be measured yet: {stages}; "
+            "their weights are those of one device, so evaluate a plan with the same precisions"
         )
 
 

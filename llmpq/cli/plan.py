@@ -83,7 +83,7 @@ class FiniteRange(click.FloatRange):
     "--tensor-parallel",
     default="off",
     metavar="[off|auto|N]",
-    help="Stages of several devices of a node, at most N; llmpq-run cannot run them yet",
+    help="Stages of several devices of a node, at most N; not yet measured on cards",
 )
 @click.option(
     "--frontier", is_flag=True, help="Throughput against quality loss, as a table and a PNG"

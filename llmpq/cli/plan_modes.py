@@ -41,7 +41,13 @@ def quick_replan(
 
     time_limit = min(limit, arguments.time_limit)
     gap = max(arguments.gap, REPLAN_GAP) if like else arguments.gap
-    options = Options(gap=gap, time_limit_s=time_limit, compare=False, solver=arguments.solver)
+    options = Options(
+        gap=gap,
+        time_limit_s=time_limit,
+        compare=False,
+        simulate=like is None,
+        solver=arguments.solver,
+    )
     return lambda problem: replan(problem, options, like)
 
 
@@ -171,6 +177,7 @@ def evaluate_plan(arguments: Arguments, path: Path, trace: Path | None = None) -
     from llmpq.planner.accuracy import with_accuracy
     from llmpq.planner.evaluate import evaluate, shortages, to_assignment
     from llmpq.planner.planning import Planned
+    from llmpq.planner.simulated import with_run
 
     start = time.monotonic()
     filed = load_plan(path)
@@ -178,7 +185,8 @@ def evaluate_plan(arguments: Arguments, path: Path, trace: Path | None = None) -
     _check_evaluable(problem, filed, path)
     plan = _in_flight(filed, len(problem.lengths))
     assignment = to_assignment(plan, problem.cluster)
-    predicted = with_accuracy(problem, assignment, evaluate(problem, assignment))
+    predicted = with_run(problem, assignment, evaluate(problem, assignment))
+    predicted = with_accuracy(problem, assignment, predicted)
     predicted = predicted.model_copy(update={"planning_s": time.monotonic() - start})
     priced = plan.model_copy(
         update={

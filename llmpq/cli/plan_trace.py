@@ -4,12 +4,12 @@
 The file is in the Chrome trace event format (chrome://tracing, Perfetto): a process a stage, in it
 a thread for the stage and one for the link after it, a complete event for every job.
 
-Heavy modules are imported inside functions, so that `--help` is quick. Not covered: batches beyond
-the first ones where a run has more jobs than a viewer bears; a line says how many there are.
+Heavy modules are imported inside functions, so that `--help` is quick. Not covered: jobs beyond
+the first ones where a run has more than a viewer bears; a line says how many there are.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,14 @@ from llmpq.cli.progress import progress
 from llmpq.errors import UserError
 
 if TYPE_CHECKING:
+    from llmpq.costs.simulate import Played
     from llmpq.plan import Plan
     from llmpq.planner.bubbles import Bubble
     from llmpq.planner.problem import Assignment, Problem
-    from llmpq.planner.simulated import BatchRun, Shape, Totals
 
 MAX_EVENTS = 200_000  # more is slow to load in a viewer
 MAX_SPANS = 50_000_000  # 16 bytes each
+MAX_JOBS = 1_000_000  # some 40 seconds
 MICROSECONDS = 1e6
 Event = dict[str, Any]
 
@@ -43,64 +44,55 @@ def show_run(
     """
     from llmpq.planner.bubbles import find_bubbles
     from llmpq.planner.evaluate import to_assignment
-    from llmpq.planner.simulated import run_shapes, totals
     from llmpq.planner.timeline_view import print_timeline
-    from llmpq.workload import request_lengths
 
-    assignment = to_assignment(filed, problem.cluster)
-    shapes = run_shapes(problem, assignment, request_lengths(filed.workload))
-    _check_size(shapes, 2 * len(plan.stages))
-    batches = _play(arguments, problem, assignment, shapes)
-    whole, bubbles = totals(batches), find_bubbles(batches)
+    played = _play(arguments, problem, to_assignment(filed, problem.cluster), filed)
+    bubbles = find_bubbles(played)
     out = console(arguments.quiet)
-    print_timeline(out, batches[0], whole, bubbles)
+    print_timeline(out, played, bubbles)
     if path is not None:
-        out.print(f"trace: {write_trace(path, plan, batches)}", markup=False)
-    values = figures(whole, bubbles, plan)
+        out.print(f"trace: {write_trace(path, plan, played)}", markup=False)
+    values = figures(played, bubbles, plan)
     difference = values["closed_form_difference_percent"]
-    out.print(f"simulated: {whole.total_s:.2f} s; the closed form is {difference:+.2f} % off")
+    out.print(f"simulated: {played.total_s:.2f} s; the closed form is {difference:+.2f} % off")
     return values
 
 
-def _check_size(shapes: "Sequence[Shape]", num_servers: int) -> None:
-    from llmpq.planner.simulated import num_spans
-
-    count = num_spans(shapes, num_servers)
-    if count > MAX_SPANS:
-        raise UserError(
-            f"a run of {len(shapes)} batches has {count} jobs to simulate, {MAX_SPANS} at most; "
-            f"give --workload with about {MAX_SPANS / count:.0%} of the requests"
-        )
-
-
 def _play(
-    arguments: Arguments,
-    problem: "Problem",
-    assignment: "Assignment",
-    shapes: "Sequence[Shape]",
-) -> "list[BatchRun]":
-    from llmpq.planner.simulated import run
+    arguments: Arguments, problem: "Problem", assignment: "Assignment", filed: "Plan"
+) -> "Played":
+    from llmpq.planner.simulated import least_jobs, simulate
+    from llmpq.workload import request_lengths
 
-    batches = []
-    with progress(console(arguments.quiet), "simulating", len(shapes)) as bar:
-        for batch in run(problem, assignment, shapes):
-            batches.append(batch)
-            bar.update(len(batches), "batches")
-    return batches
+    count = least_jobs(problem, assignment.setting)
+    most = min(MAX_JOBS, MAX_SPANS // (2 * len(assignment.stages)))
+    if count > most:
+        raise UserError(
+            f"a run of {len(problem.lengths)} requests has {count} jobs to simulate, {most} at "
+            f"most; give --workload with about {most / count:.0%} of the requests"
+        )
+    planned = request_lengths(filed.workload)
+    with progress(console(arguments.quiet), "simulating", len(problem.lengths)) as bar:
+
+        def told(num_ended: int) -> None:
+            if bar.is_due():
+                bar.update(num_ended, "requests")
+
+        return simulate(problem, assignment, planned, told=told)
 
 
-def figures(whole: "Totals", bubbles: "Sequence[Bubble]", plan: "Plan") -> dict[str, Any]:
+def figures(played: "Played", bubbles: "list[Bubble]", plan: "Plan") -> dict[str, Any]:
     """A simulated run for programs."""
     from llmpq.planner.bubbles import describe, server_names
 
     assert plan.predicted is not None
     names = server_names(len(plan.stages))
     return {
-        "num_batches": whole.num_batches,
-        "total_s": whole.total_s,
-        "prefill_s": whole.prefill_s,
-        "decode_s": whole.decode_s,
-        "busy_percent": [100 * float(busy) / whole.total_s for busy in whole.busy_s[::2]],
+        "num_jobs": len(played.jobs),
+        "total_s": played.total_s,
+        "prefill_s": played.prefill_s,
+        "decode_s": played.decode_s,
+        "busy_percent": [100 * float(busy) / played.total_s for busy in played.busy_s[::2]],
         "bubbles": [
             {
                 "stage": bubble.stage,
@@ -112,43 +104,22 @@ def figures(whole: "Totals", bubbles: "Sequence[Bubble]", plan: "Plan") -> dict[
             }
             for bubble in bubbles
         ],
-        "closed_form_difference_percent": 100 * (plan.predicted.total_s / whole.total_s - 1),
+        "closed_form_difference_percent": 100 * (plan.predicted.priced_s / played.total_s - 1),
     }
 
 
 # ---- the trace file
 
 
-def write_trace(path: Path, plan: "Plan", batches: "Sequence[BatchRun]") -> str:
-    """Writes the first batches, as many as a viewer bears; returns what the file holds."""
+def write_trace(path: Path, plan: "Plan", played: "Played") -> str:
+    """Writes the first jobs, as many as a viewer bears; returns what the file holds."""
     from llmpq.artifact import write_text
 
-    count, jobs = _part(batches, 2 * len(plan.stages))
-    events = list(_names(plan))
-    for batch in batches[:count]:
-        events += _events(batch, jobs)
+    count = len(played.jobs)
+    most = min(count, max(1, MAX_EVENTS // (2 * len(plan.stages))))
+    events = [*_names(plan), *_events(played, most)]
     write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
-    return _content(path, batches, count, jobs)
-
-
-def _part(batches: "Sequence[BatchRun]", num_servers: int) -> tuple[int, int]:
-    """(batches, jobs of each server in a batch) that are written."""
-    count = events = 0
-    for batch in batches:
-        events += len(batch.played.jobs) * num_servers
-        if events > MAX_EVENTS:
-            break
-        count += 1
-    if count == 0:
-        return 1, max(1, MAX_EVENTS // num_servers)
-    return count, max(len(batch.played.jobs) for batch in batches[:count])
-
-
-def _content(path: Path, batches: "Sequence[BatchRun]", count: int, jobs: int) -> str:
-    last = f"-{count - 1}" if count > 1 else ""
-    text = f"{path}, batch{'es' if last else ''} 0{last} of {len(batches)}"
-    cut = len(batches[0].played.jobs) > jobs
-    return f"{text}, the first {jobs} of its micro-batches and steps" if cut else text
+    return f"{path}, {f'all {count}' if most == count else f'the first {most} of {count}'} jobs"
 
 
 def _names(plan: "Plan") -> Iterator[Event]:
@@ -173,26 +144,21 @@ def _metadata(name: str, pid: int, values: Event, tid: int | None = None) -> Eve
     return {"name": name, "ph": "M", "pid": pid, "args": values} | thread
 
 
-def _events(batch: "BatchRun", most: int) -> Iterator[Event]:
-    """A complete event for every job of the batch, `most` at most, that takes a server any time."""
-    jobs, shape, played = batch.played.jobs, batch.shape, batch.played
-    starts = ((batch.start_s + played.start_s[:most]) * MICROSECONDS).tolist()
+def _events(played: "Played", most: int) -> Iterator[Event]:
+    """A complete event for each of the first jobs on every server that it takes any time."""
+    jobs = played.jobs
+    starts = (played.start_s[:most] * MICROSECONDS).tolist()
     lengths = ((played.end_s - played.start_s)[:most] * MICROSECONDS).tolist()
-    pairs = zip(jobs.micro_batch[:most].tolist(), jobs.step[:most].tolist(), strict=True)
-    for (micro_batch, step), begins, takes in zip(pairs, starts, lengths, strict=True):
-        sizes = shape.decode_sizes if step else shape.prefill_sizes
+    columns = (jobs.micro_batch, jobs.step, jobs.requests, jobs.tokens, jobs.past)
+    rows = zip(*(column[:most].tolist() for column in columns), strict=True)
+    for values, begins, takes in zip(rows, starts, lengths, strict=True):
+        micro_batch, step = values[:2]
         name = f"decode {micro_batch} step {step}" if step else f"prefill {micro_batch}"
-        values = {
-            "batch": batch.number,
-            "micro_batch": micro_batch,
-            "step": step,
-            "requests": sizes[micro_batch],
-            "tokens": sizes[micro_batch] * (1 if step else shape.prompt_tokens),
-            "past": shape.prompt_tokens + step - 1 if step else 0,
-        }
         category = "decode" if step else "prefill"
+        names = ("micro_batch", "step", "requests", "tokens", "past")
+        args = dict(zip(names, values, strict=True))
         for server, (ts, dur) in enumerate(zip(begins, takes, strict=True)):
             if dur > 0:
                 place = {"pid": server // 2, "tid": server}
                 event = {"name": name, "cat": category, "ph": "X", "ts": ts, "dur": dur}
-                yield event | place | {"args": values}
+                yield event | place | {"args": args}

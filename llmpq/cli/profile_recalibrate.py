@@ -310,12 +310,13 @@ def _run_row(request: Request, results: Sequence[TypeResult], run: Run) -> dict[
 
 def _predicted_s(request: Request, run: Run, times: "dict[str, LayerTimes]") -> float | None:
     """A run's total time at these times; None where some of its devices have none."""
-    from llmpq.planner.evaluate import evaluate, to_assignment
+    from llmpq.planner.evaluate import to_assignment
+    from llmpq.planner.simulated import run_s
 
     if not {stage.devices[0] for stage in run.plan.stages} <= set(times):
         return None
     problem = _problem(request, run.plan, run.plan.cluster, times)
-    return evaluate(problem, to_assignment(run.plan, run.plan.cluster)).total_s
+    return run_s(problem, to_assignment(run.plan, run.plan.cluster))
 
 
 def _notes(request: Request, results: Sequence[TypeResult]) -> list[str]:
@@ -470,6 +471,7 @@ def _replanned(request: Request, results: Sequence[TypeResult], out: "Console") 
     from llmpq.cli.progress import progress
     from llmpq.planner.evaluate import evaluate, to_assignment
     from llmpq.planner.planning import Options, replan
+    from llmpq.planner.simulated import with_run
 
     plan = request.runs[-1].plan
     profiles = [result.profile for result in results if result.profile]
@@ -478,7 +480,8 @@ def _replanned(request: Request, results: Sequence[TypeResult], out: "Console") 
     problem = replace(problem, budget=problem.quality.budget(percent))
     try:
         assignment = to_assignment(plan, request.cluster)
-        now = plan.model_copy(update={"predicted": evaluate(problem, assignment)})
+        predicted = with_run(problem, assignment, evaluate(problem, assignment))
+        now = plan.model_copy(update={"predicted": predicted})
     except ValueError:
         now = None  # the cluster at hand has not its devices
     try:

@@ -15,6 +15,7 @@ from llmpq.model_spec import ModelSpec
 VALUE_BYTES = 2  # of an activation
 TOKEN_BYTES = 8
 LOGIT_BYTES = 4
+HEADER_NUMBERS = 16, 6  # of a job, and of each of its requests
 
 Tokens = Any  # a number of tokens, or a numpy array of them
 Seconds = Any  # a float, or a numpy array like the tokens asked for
@@ -25,6 +26,12 @@ def activation_message_bytes(spec: ModelSpec, num_tokens: Tokens) -> Tokens:
     return num_tokens * spec.hidden_size * VALUE_BYTES
 
 
+def header_bytes(requests: int) -> int:
+    """What says which job comes: numbers of it, and of each of its requests."""
+    of_job, of_request = HEADER_NUMBERS
+    return TOKEN_BYTES * (of_job + of_request * requests)
+
+
 def message_s(cluster: Cluster, node: str, other: str, num_bytes: Tokens) -> Seconds:
     """Time of one message from a device on `node` to one on `other`."""
     return cluster.link_between(node, other).seconds(num_bytes)
@@ -33,14 +40,15 @@ def message_s(cluster: Cluster, node: str, other: str, num_bytes: Tokens) -> Sec
 def prefill_s(
     cluster: Cluster, node: str, other: str, spec: ModelSpec, requests: int, prompt_tokens: Tokens
 ) -> Seconds:
-    """Hand-over of a prefill micro-batch to the next stage."""
-    num_bytes = activation_message_bytes(spec, requests * prompt_tokens)
+    """Hand-over of a prefill micro-batch to the next stage, the job's header before it."""
+    num_bytes = activation_message_bytes(spec, requests * prompt_tokens) + header_bytes(requests)
     return message_s(cluster, node, other, num_bytes)
 
 
 def decode_s(cluster: Cluster, node: str, other: str, spec: ModelSpec, requests: int) -> Seconds:
-    """Hand-over of a decode micro-batch to the next stage."""
-    return message_s(cluster, node, other, activation_message_bytes(spec, requests))
+    """Hand-over of a decode micro-batch to the next stage, the job's header before it."""
+    num_bytes = activation_message_bytes(spec, requests) + header_bytes(requests)
+    return message_s(cluster, node, other, num_bytes)
 
 
 def tokens_back_s(cluster: Cluster, node: str, other: str, requests: int) -> Seconds:

@@ -1,10 +1,11 @@
 """Memory of a stage in bytes: weights, cache, activations, message buffers.
 
-Weights and cache add up layer by layer, each a product of named factors. Activations are those of
-the largest micro-batch of either phase. Their peak is the greatest of a family's moments: what was
-alive at once when `llmpq.models.count` ran the family's own modules without weights
-(assets/activations.json), as products of sizes. To a moment at which a linear computes comes what
-that takes for itself, by its precision and number of rows: a packed matrix is unpacked in parts.
+Weights and cache add up layer by layer, each a product of named factors; the cache has all lanes'
+tokens. Activations are those of the largest micro-batch of either phase, a chunk that ends the
+longest prompt included. Their peak is the greatest of a family's moments: what was alive at once
+when `llmpq.models.count` ran the family's own modules without weights (assets/activations.json), as
+products of sizes. To a moment at which a linear computes comes what that takes for itself, by its
+precision and number of rows: a packed matrix is unpacked in parts.
 Buffers are the messages between stages that are alive at once.
 A stage that is rehearsed runs on a CPU, where kernels and parts differ from a card's (`Kernels`).
 Not covered: the framework's own context, which `Device.memory_bytes` leaves out already and a CPU
@@ -20,8 +21,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from llmpq import workload
 from llmpq.model_spec import ALL_HEADS, ASSETS, Activations, Linear, ModelSpec, Moment
 from llmpq.precision import NF4_BLOCK, PRECISIONS, group_size
+from llmpq.schedule import LaneShape
 
 # How a device multiplies by packed weights. A card unpacks large parts; a CPU parts of about its
 # cache's size, and one with AVX-512 has a kernel that reads tiles of 3 and 4 bits besides.
@@ -46,6 +49,7 @@ GRID_BYTES_READ = 8 + 8 + 4 + 4
 GRID_BYTES_HELD = 8 + 4 + 1 + 2
 LARGE_COLUMNS = 64  # of LLM.int8: columns with large inputs, multiplied at a time
 HEADER_BYTES = 16  # of a message
+TOKEN_BYTES = 8
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
@@ -65,50 +69,67 @@ class StageMemory:
         return self.weights + self.cache + self.activations + self.buffers
 
 
+@dataclass(frozen=True)
+class RunSizes:
+    """What the memory of a run depends on.
+
+    `prompt_tokens`: the longest prompt; `chunk_tokens`: how much of one is computed at once.
+    """
+
+    lanes: tuple[LaneShape, ...]
+    prefill_micro_batch: int
+    prompt_tokens: int
+    chunk_tokens: int
+    num_stages: int
+
+    @property
+    def largest(self) -> LaneShape:
+        """The rows of the largest decode micro-batch, and the most tokens that it may see."""
+        return LaneShape(*(max(sizes) for sizes in zip(*self.lanes, strict=True)))
+
+
+def run_sizes(
+    lengths: Sequence[tuple[int, int]],
+    batch: int,
+    prefill_micro_batch: int,
+    decode_micro_batch: int,
+    num_stages: int,
+) -> RunSizes:
+    """Those of requests of such (prompt, new) tokens, `batch` of them in flight."""
+    return RunSizes(
+        lanes=workload.lanes(lengths, batch, decode_micro_batch),
+        prefill_micro_batch=prefill_micro_batch,
+        prompt_tokens=max(prompt for prompt, _ in lengths),
+        chunk_tokens=workload.chunk_tokens(lengths),
+        num_stages=num_stages,
+    )
+
+
 def stage_memory(
     spec: ModelSpec,
     precisions: Sequence[str],
     *,
     first: bool,
     last: bool,
-    batch: int,
-    cache_tokens: int,
-    prefill_micro_batch: int,
-    prompt_tokens: int,
-    decode_micro_batch: int,
+    sizes: RunSizes,
     kernels: Kernels = "card",
     context: int = 0,
 ) -> StageMemory:
-    """Memory of a stage whose layers have `precisions`; `first` and `last` say what else it holds.
-
-    `cache_tokens`: the longest padded prompt with its new tokens; `prompt_tokens`: the longest
-    padded prompt.
-    """
+    """Memory of a stage with layers at `precisions`; `first` and `last` say what else it holds."""
     layers = sum(layer_weight_bytes(spec, p) for p in precisions)
     return StageMemory(
         weights=layers + end_weight_bytes(spec, first=first, last=last),
-        cache=len(precisions) * layer_cache_bytes(spec, batch, cache_tokens),
+        cache=len(precisions) * layer_cache_bytes(spec, cache_tokens(sizes.lanes)),
         activations=activation_bytes(
             spec,
+            sizes,
             first=first,
             last=last,
-            cache_tokens=cache_tokens,
-            prefill_micro_batch=prefill_micro_batch,
-            prompt_tokens=prompt_tokens,
-            decode_micro_batch=decode_micro_batch,
             precisions=frozenset(precisions),
             single=len(precisions) == 1,
             kernels=kernels,
         ),
-        buffers=buffer_bytes(
-            spec,
-            first=first,
-            last=last,
-            batch=batch,
-            prefill_micro_batch=prefill_micro_batch,
-            prompt_tokens=prompt_tokens,
-            decode_micro_batch=decode_micro_batch,
-        ),
+        buffers=buffer_bytes(spec, sizes, first=first, last=last),
         context=context,
     )
 
@@ -134,12 +155,17 @@ def layer_weight_bytes(spec: ModelSpec, precision: str) -> int:
     return linears + HALF * spec.layer_other_params
 
 
-def layer_cache_bytes(spec: ModelSpec, batch: int, cache_tokens: int) -> int:
-    """Keys and values of all requests in flight, for one layer.
+def cache_tokens(lanes: Iterable[LaneShape]) -> int:
+    """Places for tokens that lanes have."""
+    return sum(lane.rows * lane.tokens for lane in lanes)
+
+
+def layer_cache_bytes(spec: ModelSpec, cache_tokens: int) -> int:
+    """Keys and values of so many tokens, for one layer.
 
     A sliding window cuts nothing off: the runtime keeps every token and hides it by the mask.
     """
-    return batch * cache_tokens * spec.kv_values_per_token * HALF
+    return cache_tokens * spec.kv_values_per_token * HALF
 
 
 def end_weight_bytes(spec: ModelSpec, *, first: bool, last: bool) -> int:
@@ -154,29 +180,17 @@ def end_weight_bytes(spec: ModelSpec, *, first: bool, last: bool) -> int:
 # ---- messages
 
 
-def buffer_bytes(
-    spec: ModelSpec,
-    *,
-    first: bool,
-    last: bool,
-    batch: int,
-    prefill_micro_batch: int,
-    prompt_tokens: int,
-    decode_micro_batch: int,
-) -> int:
-    """Messages alive at once: those coming in, and a round of those that were sent.
+def buffer_bytes(spec: ModelSpec, sizes: RunSizes, *, first: bool, last: bool) -> int:
+    """Messages alive at once where all that is under way waits at one stage.
 
-    A receiver holds the message it computes on, the next, and for a moment the one before.
+    Those are a prefill more than there are stages, and a decode step of each lane. Sent ones are
+    kept until as many others are. What was computed on last stays until the next one is asked for.
     """
     value = spec.hidden_size * HALF
-    whole, rest = divmod(batch, prefill_micro_batch)
-    rows = [prefill_micro_batch] * whole + [rest] * bool(rest)
-    prefill = [HEADER_BYTES + n * prompt_tokens * value for n in rows]
-    decode = HEADER_BYTES + min(decode_micro_batch, batch) * value
-    incoming = sum([*prefill[:3], decode, decode, decode][:3])
-    rounds = -(-batch // decode_micro_batch)
-    sent = sum(prefill) + (rounds + 1) * decode
-    return (0 if first else incoming) + (0 if last else sent)
+    prefill = HEADER_BYTES + sizes.prefill_micro_batch * sizes.chunk_tokens * value
+    decode = sum(HEADER_BYTES + lane.rows * value for lane in sizes.lanes)
+    sent = (sizes.num_stages + 1) * prefill + decode
+    return (0 if first else sent + prefill) + (0 if last else sent)
 
 
 # ---- activations
@@ -184,13 +198,10 @@ def buffer_bytes(
 
 def activation_bytes(
     spec: ModelSpec,
+    sizes: RunSizes,
     *,
     first: bool,
     last: bool,
-    cache_tokens: int,
-    prefill_micro_batch: int,
-    prompt_tokens: int,
-    decode_micro_batch: int,
     precisions: Collection[str] = ("16",),
     single: bool = False,
     kernels: Kernels = "card",
@@ -201,9 +212,10 @@ def activation_bytes(
     """
     stage: dict[str, Any] = {"first": first, "last": last, "precisions": precisions}
     stage |= {"single": single, "kernels": kernels}
+    chunk, prompt = sizes.chunk_tokens, sizes.prompt_tokens
     return max(
-        prefill_bytes(spec, prefill_micro_batch, prompt_tokens, **stage),
-        decode_bytes(spec, decode_micro_batch, cache_tokens, **stage),
+        prefill_bytes(spec, sizes.prefill_micro_batch, chunk, prompt, **stage),
+        decode_bytes(spec, *sizes.largest, **stage),
     )
 
 
@@ -211,6 +223,7 @@ def prefill_bytes(
     spec: ModelSpec,
     requests: int,
     tokens: int,
+    longest: int | None = None,
     *,
     first: bool,
     last: bool,
@@ -218,11 +231,13 @@ def prefill_bytes(
     single: bool = False,
     kernels: Kernels = "card",
 ) -> int:
-    """The peak of `requests` with prompts of `tokens`."""
+    """The peak of `requests` with prompts of `tokens`, or of so many that end a `longest` one."""
     known = activations_of(spec)
     met = _met(known.prefill, known.prefill_first, known.prefill_last, first, last, single)
-    batch = _MicroBatch(requests, tokens, tokens, kernels)
-    return _peak(spec, batch, met, precisions, at_end=first or last)
+    jobs = [_MicroBatch(requests, tokens, tokens, kernels)]
+    if longest is not None and longest > tokens:
+        jobs.append(_MicroBatch(1, tokens, longest, kernels))
+    return max(_peak(spec, job, met, precisions, first, last) for job in jobs)
 
 
 def decode_bytes(
@@ -236,11 +251,15 @@ def decode_bytes(
     single: bool = False,
     kernels: Kernels = "card",
 ) -> int:
-    """The peak of `requests` with one new token each, which attends to `seen` tokens."""
+    """The peak of `requests` with one new token each, which attends to `seen` tokens.
+
+    Or of shifting the keys or values of a layer in the cache, before a step.
+    """
     known = activations_of(spec)
     met = _met(known.decode, known.decode_first, known.decode_last, first, last, single)
     batch = _MicroBatch(requests, 1, seen, kernels)
-    return _peak(spec, batch, met, precisions, at_end=first or last)
+    shifted = layer_cache_bytes(spec, requests * seen) // 2
+    return max(shifted, _peak(spec, batch, met, precisions, first, last))
 
 
 def _projected_bytes(spec: ModelSpec, rows: int) -> int:
@@ -303,8 +322,8 @@ def _peak(
     batch: _MicroBatch,
     moments: Iterable[Moment],
     precisions: Collection[str],
-    *,
-    at_end: bool,
+    first: bool,
+    last: bool,
 ) -> int:
     sizes = _sizes(spec, batch)
     own: dict[tuple[str, bool], float] = {}
@@ -314,7 +333,8 @@ def _peak(
         if op not in own:
             own[op] = _op_bytes(spec, batch, *op, precisions)
         most = max(most, own[op] + _live_bytes(moment, sizes))
-    return math.ceil(most) + (_projected_bytes(spec, batch.rows) if at_end else 0)
+    ids = TOKEN_BYTES * batch.rows if first else 0
+    return math.ceil(most) + ids + (_projected_bytes(spec, batch.rows) if first or last else 0)
 
 
 def _sizes(spec: ModelSpec, batch: _MicroBatch) -> dict[str, int]:
@@ -332,10 +352,12 @@ def _sizes(spec: ModelSpec, batch: _MicroBatch) -> dict[str, int]:
 
 
 def _live_bytes(moment: Moment, sizes: dict[str, int]) -> float:
+    """A second "tokens" in a product of the prefill are those that are seen."""
     total = 0.0
     for product, factor in moment.num_bytes.items():
-        for name in product.split("*") if product else ():
-            factor *= sizes[name]
+        names = product.split("*") if product else []
+        for place, name in enumerate(names):
+            factor *= sizes["seen" if name == "tokens" in names[:place] else name]
         total += factor
     return total
 

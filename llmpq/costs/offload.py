@@ -20,6 +20,7 @@ import numpy as np
 from llmpq.costs import memory
 from llmpq.costs.links import Seconds
 from llmpq.model_spec import ModelSpec
+from llmpq.schedule import LaneShape
 
 Share = Any  # a float from 0 to 1, or a numpy array of them
 
@@ -61,27 +62,21 @@ def offload_memory(
     prompt_tokens: int,
     kernels: memory.Kernels = "card",
 ) -> OffloadMemory:
-    """Memory of a block of `batch` requests; lengths as in `memory.stage_memory`."""
+    """Memory of a block of `batch` requests; prompts padded to the longest."""
     layers = spec.num_layers
     weights = memory.layer_weight_bytes(spec, precision)
+    lanes = (LaneShape(micro_batch, cache_tokens),)
+    sizes = memory.RunSizes(lanes, micro_batch, prompt_tokens, prompt_tokens, num_stages=1)
     activations = memory.activation_bytes(
-        spec,
-        first=True,
-        last=True,
-        cache_tokens=cache_tokens,
-        prefill_micro_batch=micro_batch,
-        prompt_tokens=prompt_tokens,
-        decode_micro_batch=micro_batch,
-        precisions=(precision,),
-        kernels=kernels,
+        spec, sizes, first=True, last=True, precisions=(precision,), kernels=kernels
     )
     ends = memory.end_weight_bytes(spec, first=True, last=True)
     return OffloadMemory(
         always=ends + activations,
         weights=layers * weights,
-        cache=layers * memory.layer_cache_bytes(spec, batch, cache_tokens),
+        cache=layers * memory.layer_cache_bytes(spec, batch * cache_tokens),
         weights_buffer=min(layers, BUFFERED_LAYERS) * weights,
-        cache_buffer=memory.layer_cache_bytes(spec, micro_batch, cache_tokens),
+        cache_buffer=memory.layer_cache_bytes(spec, micro_batch * cache_tokens),
     )
 
 

@@ -176,6 +176,7 @@ def link_s(plan: Plan, measured: Sequence[StageCalls]) -> float:
             num_bytes = links.TOKEN_BYTES * calls.micro_batch
         else:
             num_bytes = links.activation_message_bytes(plan.model, tokens)
+            num_bytes += links.header_bytes(calls.micro_batch)
         total += calls.count * float(links.message_s(plan.cluster, here, there, num_bytes))
     return total
 

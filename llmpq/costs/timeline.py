@@ -12,15 +12,23 @@ the kinds of chains; each is linear in the actors' times and in maxima over acto
 Arrays are [actors, batches]: `once` is an actor's time for one (the first, largest) micro-batch,
 `every` its time for all of them; what that leaves for the last one may be less than `once`.
 
-Against `costs.simulate`: the prefill is always exact. The total is exact for micro-batches of one
-size and steps of one length, whatever the times, counts and number of steps. With a smaller last
-micro-batch it is never above, and exact in 99 % of random cases; 0.2 % short at most where that one
-takes half the time of the others or more, 1.6 % elsewhere: chains that change actors again and
-again within a step are left out. Steps that grow with the cache are priced at their mean past
-s + (n - 2) / 2 (the first of n tokens comes from the prefill): exact while one chain stays the
-longest, else short: by 1 % at most for 0.1 % a step; 1.4 % for 0.3 % (3 % with slow links).
-Not covered: requests that end before their batch does, the announcement of a batch, links that wait
-for their receiver's buffer; and what `costs.simulate` does not cover.
+Against this schedule, played job by job: the prefill is always exact. The total is exact for
+micro-batches of one size and steps of one length, whatever the times, counts and number of steps.
+With a smaller last micro-batch it is never above, and exact in 99 % of random cases; 0.2 % short at
+most where that one takes half the time of the others or more, 1.6 % elsewhere: chains that change
+actors again and again within a step are left out. Steps that grow with the cache are priced at
+their mean past s + (n - 2) / 2 (the first of n tokens comes from the prefill): exact while one
+chain stays the longest, else short: by 1 % at most for 0.1 % a step; 1.4 % for 0.3 % (3 % with slow
+links).
+
+A run refills the places of ended requests (`costs.simulate`), and a batch stands for a wave of
+typical requests. On 180 random plans of 1 to 4 stages the closed form was off by, in the median
+(worst): 0.8 % (25 %) for equal lengths, 4 % (44 %) for lengths within 50 % of their mean, 9 %
+(117 %) for exponential ones. It is too low where few lanes have to fill many stages, as every
+prefill of newcomers then holds up decoding, and prefills are smaller than planned; too high where
+most of the requests are in flight at once and a few outlast the others. So it ranks plans; what is
+predicted of one is simulated.
+Not covered: what `costs.simulate` does not cover.
 """
 
 from dataclasses import dataclass

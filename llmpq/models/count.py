@@ -34,9 +34,10 @@ from transformers import AutoConfig
 from llmpq.errors import UserError
 from llmpq.model_spec import ALL_HEADS, Activations, Linear, ModelSpec, Moment
 from llmpq.models.family import find
-from llmpq.models.kv_cache import KVCache
+from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import PlainLinear
+from llmpq.schedule import Job, LaneShape, Member
 
 META = torch.device("meta")
 NUM_LAYERS = 7  # as many as it takes to meet every kind of layer of a family
@@ -63,7 +64,9 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for storage in storages(args):  # what comes from outside was there before
-            self._known.add(storage._cdata)
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                weakref.finalize(storage, self._known.discard, storage._cdata)
         result = func(*args, **(kwargs or {}))
         self.note(result)
         return result
@@ -158,7 +161,7 @@ class Shape:
 def snapshots(config: Any, layers: LayerRange, shape: Shape) -> list[Snapshot]:
     """What is alive while a stage runs one micro-batch, as the runtime's warm-up does."""
     stage = StageModel(config, layers, ["16"] * (layers.end - layers.first), torch.bfloat16, META)
-    cache = KVCache(layers.end - layers.first, shape.requests, shape.seen)
+    cache = LaneCache(layers.end - layers.first, [LaneShape(shape.requests, shape.seen)])
     watch = LiveTensors()
     with torch.inference_mode():
         with LiveTensors():
@@ -170,24 +173,29 @@ def snapshots(config: Any, layers: LayerRange, shape: Shape) -> list[Snapshot]:
     return watch.snapshots
 
 
-def _run(stage: StageModel, cache: KVCache, shape: Shape) -> None:
+def _run(stage: StageModel, cache: LaneCache, shape: Shape) -> None:
+    """What a worker does with a job; the mask and what it is given stay alive to the end."""
     requests, tokens = shape.requests, shape.tokens
     if stage.layers.is_first:
-        hidden = stage.embed(_integers(requests, tokens))
+        given = stage.embed(_integers(requests, tokens))  # ids are counted in `costs.memory`
     else:
         size = (requests, tokens, stage.config.hidden_size)
-        hidden = torch.empty(size, dtype=stage.dtype, device=META)
-    hidden = _through_layers(stage, cache, hidden, shape)
+        given = torch.empty(size, dtype=stage.dtype, device=META)
+    mask = _integers(requests, shape.seen)
+    view = cache.view(_job(shape), 0, requests)
+    hidden = stage.run(given, mask, _integers(requests, tokens), view)
     if stage.layers.is_last:
-        stage.head(hidden[:, -1]).argmax(dim=-1)
+        logits = stage.head(hidden[:, -1])
+        logits.argmax(dim=-1)
+        torch.isfinite(logits).all(dim=-1)
 
 
-def _through_layers(
-    stage: StageModel, cache: KVCache, hidden: torch.Tensor, shape: Shape
-) -> torch.Tensor:
-    mask = _integers(shape.requests, shape.seen)
-    view = cache.view(0, shape.requests, shape.seen - shape.tokens)
-    return stage.run(hidden, mask, _integers(shape.requests, shape.tokens), view)
+def _job(shape: Shape) -> Job:
+    """A decode step of all rows; a prefill without members: storing its states takes no memory."""
+    if shape.tokens == shape.seen:
+        return Job(True, (), 0, shape.tokens, shape.requests)
+    members = tuple(Member(0, row, 0, 1, row, 1) for row in range(shape.requests))
+    return Job(False, members, 0, shape.seen, shape.requests)
 
 
 def _integers(*shape: int) -> torch.Tensor:
@@ -464,10 +472,11 @@ def _linears(layer: nn.Module) -> tuple[Linear, ...]:
 
 def _heads(config: Any, stage: StageModel) -> dict[str, Any]:
     """Heads and feed-forward width; key-value heads as the cache was really filled."""
-    cache = KVCache(2, 1, 1)
+    num_layers, seen = 2, 2
+    cache = LaneCache(num_layers, [LaneShape(1, seen)])
     with torch.inference_mode(), LiveTensors():
-        _run(stage, cache, Shape(1, 1, 1))
-    held = cache.num_bytes // (2 * 2 * torch.bfloat16.itemsize)
+        _run(stage, cache, Shape(1, 1, seen))
+    held = cache.num_bytes // (num_layers * 2 * seen * torch.bfloat16.itemsize)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads, rest = divmod(held, head_dim)

@@ -1,9 +1,8 @@
 """Where the stages of a simulated run are idle, and why: bubbles by name.
 
 Every idle moment of a stage has one cause, so causes add up to the idle time:
-  - between batches: it cannot begin yet, the batch is still being announced;
-  - filling: no micro-batch of the batch has come yet;
-  - draining: its last job of the batch is done, others still work;
+  - filling: no micro-batch has come yet;
+  - draining: its last job is done, others still work;
   - else it waits for a job that is late. Going back up the row from where the job is missing, the
     first server at which it had to queue is what it is behind: a stage or a link. A job that
     queued nowhere since it set out is late because its tokens came back late, so the way goes on
@@ -13,20 +12,17 @@ Every idle moment of a stage has one cause, so causes add up to the idle time:
 Not covered: what a bubble costs. Without it, the next slowest server would take its place.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal
 
 import numpy as np
 
 from llmpq.costs.simulate import Played
-from llmpq.planner.simulated import BatchRun
 
-Cause = Literal["between batches", "filling", "draining", "loop", "prefill", "behind"]
-FIXED: tuple[Cause, ...] = ("between batches", "filling", "draining", "loop")
-BETWEEN, FILLING, DRAINING, LOOP = range(len(FIXED))
+Cause = Literal["filling", "draining", "loop", "prefill", "behind"]
+FIXED: tuple[Cause, ...] = ("filling", "draining", "loop")
+FILLING, DRAINING, LOOP = range(len(FIXED))
 QUEUED_NOWHERE = -1
 SHORTEST = 1e-9  # of the run; less is rounding
 
@@ -35,7 +31,7 @@ SHORTEST = 1e-9  # of the run; less is rounding
 class Bubble:
     """A stage's idle time of one cause. `server`: which one it waits for, where that is known.
 
-    `micro_batch`: of the loop, the decode micro-batch that was waited for the longest.
+    `micro_batch`: of the loop, the lane whose tokens were waited for the longest.
     """
 
     stage: int
@@ -46,21 +42,13 @@ class Bubble:
     percent: float  # of the run
 
 
-def find_bubbles(batches: Iterable[BatchRun]) -> list[Bubble]:
+def find_bubbles(played: Played) -> list[Bubble]:
     """Of every stage and cause, those of a stage together, the longest first."""
-    idle: dict[tuple[int, int], float] = defaultdict(float)
-    loops: dict[tuple[int, int], float] = defaultdict(float)
-    total = 0.0
-    for played, alike in groupby(batches, key=lambda batch: batch.played):
-        count = len(list(alike))
-        codes, gaps = _codes(played), _gaps(played)
-        _add(idle, _idle(played, codes, gaps), count)
-        _add(loops, _loops(played, codes, gaps), count)
-        total += count * played.total_s
+    codes, gaps = _codes(played), _gaps(played)
+    idle, loops = _idle(played, codes, gaps), _loops(played, codes, gaps)
     found = [
-        _bubble(stage, code, seconds, total, loops)
-        for (stage, code), seconds in idle.items()
-        if seconds > SHORTEST * total
+        _bubble(int(stage), int(code), float(idle[stage, code]), played.total_s, loops[stage])
+        for stage, code in zip(*(idle > SHORTEST * played.total_s).nonzero(), strict=True)
     ]
     return sorted(found, key=lambda bubble: (bubble.stage, -bubble.idle_s))
 
@@ -98,9 +86,8 @@ def remedy(cause: Cause, server: int | None, names: Sequence[str]) -> str:
         return f"{name} is the slowest{phase}: fewer layers or fewer bits there"
     return {
         "loop": "more micro-batches in flight: a larger batch or smaller decode micro-batches",
-        "filling": "smaller prefill micro-batches, or fewer and larger batches",
-        "draining": "requests of like length in a batch, or fewer and larger batches",
-        "between batches": "fewer and larger batches",
+        "filling": "smaller prefill micro-batches, or more requests",
+        "draining": "more requests",
     }[cause]
 
 
@@ -112,45 +99,33 @@ def server_names(num_stages: int) -> list[str]:
     return [*names[:-1], f"way back {num_stages - 1} -> 0"]
 
 
-def _bubble(
-    stage: int, code: int, seconds: float, total: float, loops: Mapping[tuple[int, int], float]
-) -> Bubble:
+def _bubble(stage: int, code: int, seconds: float, total: float, loops: np.ndarray) -> Bubble:
     percent = 100 * seconds / total
     if code >= len(FIXED):
         server, prefill = divmod(code - len(FIXED), 2)
         return Bubble(stage, "prefill" if prefill else "behind", server, None, seconds, percent)
-    mine = {i: waited for (rank, i), waited in loops.items() if rank == stage}
-    longest = max(mine, key=lambda i: mine[i]) if code == LOOP else None
+    longest = int(loops.argmax()) if code == LOOP and loops.any() else None
     return Bubble(stage, FIXED[code], None, longest, seconds, percent)
 
 
-# ---- one batch: gaps before jobs, and a code of what each gap waits for
+# ---- gaps before jobs, and a code of what each gap waits for
 
 
 def _idle(played: Played, codes: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    """[stages, codes] idle seconds of a batch: FIXED, then 2 server (+ 1 for the prefill)."""
+    """[stages, codes] idle seconds: FIXED, then 2 server (+ 1 for the prefill)."""
     servers = played.start_s.shape[1]
     idle = np.zeros((servers // 2, len(FIXED) + 2 * servers))
     for stage, at in enumerate(range(0, servers, 2)):
         idle[stage] = np.bincount(codes[:, stage], gaps[:, stage], minlength=idle.shape[1])
-        between = min(float(played.ready_s[at]), float(played.start_s[0, at]))
-        idle[stage, BETWEEN] += between
-        idle[stage, FILLING] -= between
         idle[stage, DRAINING] += played.total_s - played.end_s[-1, at]
     return idle
 
 
 def _loops(played: Played, codes: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    """[stages, decode micro-batches]: seconds that their tokens were waited for."""
-    waits = np.where(codes == LOOP, gaps, 0.0)
-    micro_batch = played.jobs.micro_batch
-    return np.array([np.bincount(micro_batch, waits[:, j]) for j in range(waits.shape[1])])
-
-
-def _add(sums: dict[tuple[int, int], float], table: np.ndarray, count: int) -> None:
-    """Adds `count` times what is not 0 in a table."""
-    for row, column in zip(*table.nonzero(), strict=True):
-        sums[int(row), int(column)] += count * float(table[row, column])
+    """[stages, lanes]: seconds that their decode steps were waited for."""
+    decode = played.jobs.step > 0
+    waits, lane = np.where(codes == LOOP, gaps, 0.0)[decode], played.jobs.micro_batch[decode]
+    return np.array([np.bincount(lane, column, minlength=1) for column in waits.T])
 
 
 def _gaps(played: Played) -> np.ndarray:

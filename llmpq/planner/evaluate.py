@@ -1,7 +1,8 @@
 """The one price of a plan: every method's plans, and hand-written ones, are compared by it.
 
-Exact for each batch of the workload (see `costs.timeline`), the smaller last micro-batch and the
-smaller last batch included. Also turns assignments into plans and plans into assignments.
+In closed form (see `costs.timeline`), for waves of typical requests (`Problem.groups`); the smaller
+last micro-batch and wave are included. What is predicted of a plan that was found is simulated
+(`simulated.with_run`). Also turns assignments into plans and plans into assignments.
 """
 
 from collections.abc import Sequence
@@ -67,11 +68,7 @@ def memory_of(problem: Problem, assignment: Assignment, rank: int) -> StageMemor
         assignment.stages[rank],
         first=rank == 0,
         last=rank == len(assignment.stages) - 1,
-        batch=setting.batch,
-        cache_tokens=problem.cache_tokens(setting.batch),
-        prefill_micro_batch=setting.prefill_micro_batch,
-        prompt_tokens=problem.max_prompt_tokens,
-        decode_micro_batch=setting.decode_micro_batch,
+        sizes=problem.run_sizes(setting),
         kernels=kernels_of(problem, setting.places[rank].type),
     )
 

@@ -138,8 +138,10 @@ def _held_by(problem: Problem, setting: Setting, rank: int) -> int:
 
 def _room(problem: Problem, setting: Setting, rank: int) -> int:
     """Bytes that layers may take on each device of a place, beside ends and activations."""
-    first, last = rank == 0, rank == len(setting.places) - 1
-    return int(capacity(problem, setting.sizes, setting.places[rank], first, last)[0, 0])
+    count = len(setting.places)
+    ends = rank == 0, rank == count - 1
+    room = capacity(problem, setting.sizes, setting.places[rank], *ends, num_stages=count)
+    return int(room[0, 0])
 
 
 def _least_layer(problem: Problem, setting: Setting, rank: int) -> tuple[str, int, int]:
@@ -149,12 +151,13 @@ def _least_layer(problem: Problem, setting: Setting, rank: int) -> tuple[str, in
 
 def _option_bytes(problem: Problem, setting: Setting, rank: int) -> list[tuple[str, int, int]]:
     """What `_least_layer` says of one precision, of all that a place offers."""
-    place, batch = setting.places[rank], setting.batch
+    place = setting.places[rank]
     first, last = rank == 0, rank == len(setting.places) - 1
 
     def compute() -> list[tuple[str, int, int]]:
         spec = problem.shard(place)
-        cache = memory.layer_cache_bytes(spec, batch, problem.cache_tokens(batch))
+        lanes = problem.lanes(setting.batch, setting.decode_micro_batch)
+        cache = memory.layer_cache_bytes(spec, memory.cache_tokens(lanes))
         unpacked = int(unpacked_bytes(problem, setting.sizes, place, first, last)[0, 0])
         offered = problem.times[place.type].precisions
         return [

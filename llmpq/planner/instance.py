@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 
@@ -157,12 +158,16 @@ def make_instance(problem: Problem, setting: Setting) -> Instance:
     places, sizes = setting.places, setting.sizes
     last = len(places) - 1
     fixed = [fixed_costs(problem, sizes, p, j == 0, j == last) for j, p in enumerate(places)]
-    room = [capacity(problem, sizes, p, j == 0, j == last)[0, 0] for j, p in enumerate(places)]
+    ends = [(j == 0, j == last) for j in range(len(places))]
+    room = [
+        capacity(problem, sizes, place, *end, num_stages=len(places))[0, 0]
+        for place, end in zip(places, ends, strict=True)
+    ]
     return Instance(
         layer=stack([layer_costs(problem, sizes, place).map(_first) for place in places]),
         fixed=stack([costs.map(_first) for costs in fixed]),
         link=stack([c.map(_first) for c in link_costs(problem, sizes, [p.node for p in places])]),
-        layer_bytes=np.stack([layer_bytes(problem, setting.batch, place) for place in places]),
+        layer_bytes=np.stack([layer_bytes(problem, sizes, place) for place in places]),
         capacity=np.array(room),
         unpacked_bytes=np.array(
             [
@@ -191,11 +196,14 @@ def _first(array: np.ndarray) -> np.ndarray:
     return np.asarray(array[0])
 
 
-def capacity(problem: Problem, sizes: Sizes, place: Place, first: bool, last: bool) -> np.ndarray:
+def capacity(
+    problem: Problem, sizes: Sizes, place: Place, first: bool, last: bool, num_stages: int
+) -> np.ndarray:
     """[P, Q]: bytes that layers may take on each device, beside ends, activations, messages."""
     room = _room_beside_messages(problem, sizes, place, first, last)
-    key = ("messages", place.tensor_parallel, first, last, sizes)
-    return np.asarray(room - problem.once(key, lambda: _messages(problem, sizes, first, last)))
+    key = ("messages", first, last, num_stages, sizes)
+    taken = problem.once(key, lambda: _messages(problem, sizes, first, last, num_stages))
+    return np.asarray(room - taken)
 
 
 def most_room(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:
@@ -211,23 +219,19 @@ def _room_beside_messages(
     return np.asarray(place.memory_bytes - taken)
 
 
-def _messages(problem: Problem, sizes: Sizes, first: bool, last: bool) -> np.ndarray:
+def _messages(
+    problem: Problem, sizes: Sizes, first: bool, last: bool, num_stages: int
+) -> np.ndarray:
     """[P, Q]: messages are as wide as the model on every device."""
+    places = (Place("", "", 0),) * num_stages
+    settings = [[Setting(places, sizes.batch, p, q) for q in sizes.decode] for p in sizes.prefill]
     return np.array(
         [
             [
-                memory.buffer_bytes(
-                    problem.spec,
-                    first=first,
-                    last=last,
-                    batch=sizes.batch,
-                    prefill_micro_batch=p,
-                    prompt_tokens=problem.max_prompt_tokens,
-                    decode_micro_batch=q,
-                )
-                for q in sizes.decode
+                memory.buffer_bytes(problem.spec, problem.run_sizes(one), first=first, last=last)
+                for one in row
             ]
-            for p in sizes.prefill
+            for row in settings
         ],
         dtype=float,
     )
@@ -243,18 +247,15 @@ def _activations(
 ) -> np.ndarray:
     """[P, Q]: the larger peak of both phases, of a stage with layers at `precisions`."""
     spec, kernels = problem.shard(place), kernels_of(problem, place.type)
-    seen = problem.cache_tokens(sizes.batch), problem.max_prompt_tokens
-    key = ("activations", place.tensor_parallel, kernels, first, last, precisions, seen)
+    key = ("activations", place.tensor_parallel, kernels, first, last, precisions)
+    stage: dict[str, Any] = {"first": first, "last": last, "precisions": precisions}
 
     def prefill(requests: int) -> int:
-        return memory.prefill_bytes(
-            spec, requests, seen[1], first=first, last=last, precisions=precisions, kernels=kernels
-        )
+        tokens = problem.chunk_tokens, problem.max_prompt_tokens
+        return memory.prefill_bytes(spec, requests, *tokens, kernels=kernels, **stage)
 
     def decode(requests: int) -> int:
-        return memory.decode_bytes(
-            spec, requests, seen[0], first=first, last=last, precisions=precisions, kernels=kernels
-        )
+        return memory.decode_bytes(spec, requests, problem.max_tokens, kernels=kernels, **stage)
 
     return np.maximum.outer(
         [problem.once((*key, "prefill", p), partial(prefill, p)) for p in sizes.prefill],
@@ -262,16 +263,16 @@ def _activations(
     ).astype(float)
 
 
-def layer_bytes(problem: Problem, batch: int, place: Place) -> np.ndarray:
-    """[B]: what a layer takes on each device of a place, its cache included."""
+def layer_bytes(problem: Problem, sizes: Sizes, place: Place) -> np.ndarray:
+    """[B]: what a layer takes on each device of a place, with the least cache of all `sizes`."""
 
     def compute() -> np.ndarray:
         spec = problem.shard(place)
-        cache = memory.layer_cache_bytes(spec, batch, problem.cache_tokens(batch))
+        tokens = min(memory.cache_tokens(problem.lanes(sizes.batch, q)) for q in sizes.decode)
         weights = [memory.layer_weight_bytes(spec, p) for p in problem.precisions]
-        return np.array(weights, dtype=float) + cache
+        return np.array(weights, dtype=float) + memory.layer_cache_bytes(spec, tokens)
 
-    return problem.once(("bytes", batch, place.tensor_parallel), compute)
+    return problem.once(("bytes", sizes.batch, sizes.decode, place.tensor_parallel), compute)
 
 
 def unpacked_bytes(

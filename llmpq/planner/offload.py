@@ -132,7 +132,7 @@ def _memory(problem: Problem, block: _Block) -> OffloadMemory:
         block.precision,
         batch=block.batch,
         micro_batch=block.micro_batch,
-        cache_tokens=problem.cache_tokens(block.batch),
+        cache_tokens=problem.max_tokens,
         prompt_tokens=problem.max_prompt_tokens,
         kernels=kernels_of(problem, block.device.type),
     )
@@ -193,7 +193,7 @@ def _step_s(
 
 def _cache_bytes(problem: Problem, group: BatchGroup) -> int:
     """One layer's cache of one token of every request."""
-    return memory.layer_cache_bytes(problem.spec, group.num_requests, 1)
+    return memory.layer_cache_bytes(problem.spec, group.num_requests)
 
 
 # ---- what came of it

@@ -8,11 +8,11 @@ They get the same space as our own search: its orders, batches and micro-batches
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmpq.errors import InfeasibleError
-from llmpq.plan import Baseline, Plan
+from llmpq.plan import Baseline, Plan, Predicted
 from llmpq.planner.baselines import BASELINES, Outcome, run_baselines
 from llmpq.planner.evaluate import bounded, evaluate, shortages, to_plan
 from llmpq.planner.evaluate import to_assignment as to_assignment_of
@@ -20,6 +20,7 @@ from llmpq.planner.heuristic import heuristic
 from llmpq.planner.offload import OffloadPlan, flexgen
 from llmpq.planner.problem import OVER, Assignment, Problem
 from llmpq.planner.search import Progress, Search, Space, make_space, search
+from llmpq.planner.simulated import with_run
 from llmpq.planner.solver import Solver, make_solver
 from llmpq.planner.value import to_assignment
 
@@ -37,12 +38,13 @@ LOOSE = (
 
 @dataclass(frozen=True)
 class Options:
-    """How to search. `compare`: the other methods too."""
+    """How to search. `compare`: the other methods too. `simulate`: plans' runs, not only prices."""
 
     method: str = "auto"
     gap: float = 0.005
     time_limit_s: float = 60.0
     compare: bool = True
+    simulate: bool = True
     solver: Literal["highs", "gurobi"] = "highs"
     progress: Callable[[Progress], None] = lambda _: None
 
@@ -82,8 +84,7 @@ def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan
     found = _searched(run, space, _still_fits(problem, like) if like else None)
     if found.assignment is None or found.predicted is None:
         raise InfeasibleError("no plan fits")
-    predicted = bounded(found.predicted, found.lower_bound, run.seconds)
-    return to_plan(problem, found.assignment, options.method, predicted)
+    return _made(run, found.assignment, found.predicted, found.lower_bound, options.method)
 
 
 @dataclass(frozen=True)
@@ -149,16 +150,23 @@ def _by_moves(run: _Run, space: Space) -> Plan | None:
         return None
     pairs = space.pairs()
     bound = pairs[0][0] if pairs and not space.num_left_out else 0.0
-    predicted = bounded(evaluate(run.problem, found), bound, run.seconds)
-    return to_plan(run.problem, found, "heuristic", predicted)
+    return _made(run, found, evaluate(run.problem, found), bound, "heuristic")
+
+
+def _made(
+    run: _Run, assignment: Assignment, predicted: Predicted, bound: float, method: str
+) -> Plan:
+    predicted = bounded(predicted, bound, run.seconds)
+    if run.options.simulate:
+        predicted = with_run(run.problem, assignment, predicted)
+    return to_plan(run.problem, assignment, method, predicted)
 
 
 def _plan_of(run: _Run, found: Search | None, offered: Sequence[str]) -> Plan:
-    problem, options = run.problem, run.options
     assert found is not None
     if found.assignment is not None and found.predicted is not None:
-        predicted = bounded(found.predicted, found.lower_bound, run.seconds)
-        return to_plan(problem, found.assignment, options.method, predicted)
+        method = run.options.method
+        return _made(run, found.assignment, found.predicted, found.lower_bound, method)
     raise _no_plan(run, found, offered)
 
 
@@ -189,7 +197,15 @@ def _outcomes(run: _Run, space: Space, methods: Sequence[str]) -> list[Outcome]:
     now = time.monotonic()
     until = min(run.by(1.0, LEAST_S), now + max(OTHERS_S, 3 * run.seconds))
     found = run_baselines(run.problem, settings, until, methods, smallest, told)
-    return [*found, _offloaded(flexgen(run.problem))]
+    return [*(_played(run, outcome) for outcome in found), _offloaded(flexgen(run.problem))]
+
+
+def _played(run: _Run, outcome: Outcome) -> Outcome:
+    """With its run simulated as that of our own plan."""
+    if outcome.assignment is None or outcome.predicted is None or not run.options.simulate:
+        return outcome
+    predicted = with_run(run.problem, outcome.assignment, outcome.predicted)
+    return replace(outcome, predicted=predicted)
 
 
 def _offloaded(plan: OffloadPlan | None) -> Outcome:

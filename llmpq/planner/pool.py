@@ -99,7 +99,7 @@ def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
         offered=np.isfinite(layer.prefill_once[0]),
         layer=layer.map(finite),
         fixed=fixed,
-        ends=() if alone else tuple(_end(problem, sizes, places, last) for last in (False, True)),
+        ends=() if alone else tuple(_end(problem, sizes, mix, places, k) for k in (False, True)),
         link_sum=link_sum,
         least_rest=np.maximum(link_most.prefill_rest, least_rest),
         least_pace=np.maximum(link_most.later_every, least_pace),
@@ -146,21 +146,23 @@ def _stack(costs: list[Costs]) -> Costs:
     return combined(costs, np.stack, axis=1)
 
 
-def _end(problem: Problem, sizes: Sizes, places: list[Place], last: bool) -> End:
-    each = [_end_at(problem, sizes, place, last) for place in places]
+def _end(problem: Problem, sizes: Sizes, mix: Mix, places: list[Place], last: bool) -> End:
+    each = [_end_at(problem, sizes, place, last, num_stages(mix)) for place in places]
     return End(_stack([costs for costs, _ in each]), np.stack([taken for _, taken in each], -1))
 
 
-def _end_at(problem: Problem, sizes: Sizes, place: Place, last: bool) -> tuple[Costs, np.ndarray]:
+def _end_at(
+    problem: Problem, sizes: Sizes, place: Place, last: bool, num_stages: int
+) -> tuple[Costs, np.ndarray]:
     """What an end adds to a stage in the middle: costs [P | Q], bytes [P, Q]."""
 
     def compute() -> tuple[Costs, np.ndarray]:
         middle = fixed_costs(problem, sizes, place, False, False).map(np.negative)
         added = combined([fixed_costs(problem, sizes, place, not last, last), middle], np.sum)
         room = most_room(problem, sizes, place, False)
-        return added, room - capacity(problem, sizes, place, not last, last)
+        return added, room - capacity(problem, sizes, place, not last, last, num_stages)
 
-    return problem.once(("end", kind_of(problem, place), last, sizes), compute)
+    return problem.once(("end", kind_of(problem, place), last, num_stages, sizes), compute)
 
 
 def _links(problem: Problem, sizes: Sizes, mix: Mix) -> tuple[Costs, Costs]:
@@ -180,7 +182,7 @@ def _links(problem: Problem, sizes: Sizes, mix: Mix) -> tuple[Costs, Costs]:
 
 def _least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:
     """[B]: a packed layer takes its share of the unpacked matrix of as many as fit at most."""
-    held = layer_bytes(problem, sizes.batch, place)
+    held = layer_bytes(problem, sizes, place)
     packed = np.array([is_packed(p) for p in problem.precisions])
     unpacked = _least_unpacked(problem, sizes, place, alone)
     room = most_room(problem, sizes, place, alone).max() - unpacked

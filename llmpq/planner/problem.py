@@ -2,7 +2,8 @@
 
 A `Setting` fixes everything but which stage holds which layers at which precisions; an
 `Assignment` fixes that too. A `Problem` is model, machines, workload, times and the price of
-quality; the workload's batches of equal size come as one `BatchGroup` with arrays over lengths.
+quality; for pricing, a workload is waves of typical requests, as many as are in flight: those of
+equal size come as one `BatchGroup`.
 
 An actor is a stage or the link after it. Its `Work` says how long a micro-batch takes it in both
 phases. All prices of plans rest on these works: the exact one (`evaluate`), the arrays that the
@@ -23,12 +24,14 @@ from llmpq.cluster import Cluster
 from llmpq.costs import links
 from llmpq.costs.latency import LayerTimes
 from llmpq.costs.links import Seconds
+from llmpq.costs.memory import RunSizes
 from llmpq.costs.quality import QualityModel
 from llmpq.costs.shards import tensor_parallel_times
 from llmpq.costs.timeline import mean_past
 from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Profile
-from llmpq.workload import Workload, batches
+from llmpq.schedule import PADDED, LaneShape
+from llmpq.workload import Workload, chunk_tokens, lanes
 
 OVER = 1 + 1e-9  # rounding of sums of sensitivities and bytes: so far a limit may be overstepped
 
@@ -85,16 +88,16 @@ class Assignment:
 
 @dataclass(frozen=True)
 class BatchGroup:
-    """The workload's batches of one number of requests; arrays over distinct lengths."""
+    """Waves of so many typical requests each; arrays over distinct lengths."""
 
     num_requests: int
     prompt_tokens: np.ndarray
     new_tokens: np.ndarray
-    num_batches: np.ndarray  # how many batches have these lengths
+    num_batches: np.ndarray  # how many waves have these lengths
 
     @property
     def num_steps(self) -> np.ndarray:
-        """Decode steps of a batch; its first token comes from the prefill."""
+        """Decode steps of a wave; its first token comes from the prefill."""
         return self.new_tokens - 1
 
     @property
@@ -140,13 +143,33 @@ class Problem:
         return sum(new for _, new in self.lengths)
 
     def groups(self, batch: int) -> list[BatchGroup]:
-        """The batches that will run, by number of requests."""
+        """The waves that a run is priced by, by number of requests: see `_groups`."""
         return self.once(("groups", batch), lambda: _groups(self.lengths, batch))
 
-    def cache_tokens(self, batch: int) -> int:
-        """The longest padded prompt with its batch's new tokens."""
-        groups = self.groups(batch)
-        return max(int((g.prompt_tokens + g.new_tokens).max()) for g in groups)
+    @property
+    def max_tokens(self) -> int:
+        """Of the longest request, prompt and new tokens."""
+        return self.once("most", lambda: max(prompt + new for prompt, new in self.lengths))
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a prompt that are computed at once, at most."""
+        return self.once("chunk", lambda: chunk_tokens(self.lengths))
+
+    def lanes(self, batch: int, decode_micro_batch: int) -> tuple[LaneShape, ...]:
+        """The KV cache of a run."""
+        key = ("lanes", batch, decode_micro_batch)
+        return self.once(key, lambda: lanes(self.lengths, batch, decode_micro_batch))
+
+    def run_sizes(self, setting: Setting) -> RunSizes:
+        """What the memory of a run depends on."""
+        return RunSizes(
+            lanes=self.lanes(setting.batch, setting.decode_micro_batch),
+            prefill_micro_batch=setting.prefill_micro_batch,
+            prompt_tokens=self.max_prompt_tokens,
+            chunk_tokens=self.chunk_tokens,
+            num_stages=len(setting.places),
+        )
 
     def shard(self, place: Place) -> ModelSpec:
         """What one device of a place holds of the model."""
@@ -167,16 +190,38 @@ class Problem:
 
 
 def _groups(lengths: Lengths, batch: int) -> list[BatchGroup]:
-    counts: dict[int, Counter[tuple[int, int]]] = {}
-    for one in batches(lengths, batch):
-        group = counts.setdefault(len(one.requests), Counter())
-        group[one.prompt_tokens, one.new_tokens] += 1
-    return [_group(size, counter) for size, counter in counts.items()]
+    """As many requests as are in flight, again and again, then those that are left.
+
+    A run refills the places of ended requests, so a wave of typical requests takes what they do in
+    the mean: their prompt, padded to others like it, and their number of steps. Requests with the
+    longest outputs begin first. Where the longest one of all outlasts the others, places stay free
+    meanwhile: those steps count half, as they are taken with half of the places in the mean. Equal
+    requests are what they are.
+    """
+    steps = np.sort(np.array([new for _, new in lengths]) - 1)[::-1]
+    waves, rest = divmod(len(lengths), batch)
+    prompt = _padded_prompt(lengths)
+    groups = []
+    if waves:
+        mean = float(steps[: waves * batch].mean())
+        groups.append(_group(batch, prompt, max(mean, (mean + steps[0] / waves) / 2), waves))
+    if rest:
+        groups.append(_group(rest, prompt, float(steps[waves * batch]), 1))
+    return groups
 
 
-def _group(num_requests: int, counter: Counter[tuple[int, int]]) -> BatchGroup:
-    lengths = np.array(list(counter), dtype=float)
-    return BatchGroup(num_requests, lengths[:, 0], lengths[:, 1], np.array(list(counter.values())))
+def _padded_prompt(lengths: Lengths) -> float:
+    """Mean prompt, padded as in micro-batches of like prompts."""
+    total, like = 0, 0
+    for prompt, count in sorted(Counter(prompt for prompt, _ in lengths).items(), reverse=True):
+        like = prompt if prompt * PADDED < like or not like else like
+        total += count * like
+    return total / len(lengths)
+
+
+def _group(num_requests: int, prompt_tokens: float, steps: float, count: int) -> BatchGroup:
+    arrays = np.array([prompt_tokens]), np.array([steps + 1]), np.array([count])
+    return BatchGroup(num_requests, *arrays)
 
 
 # ---- the time of one actor (a stage or a link) for one batch
@@ -248,7 +293,7 @@ def _hand_over(problem: Problem, node: str, other: str) -> Work:
 
 
 def _way_back(problem: Problem, nodes: Sequence[str]) -> Work:
-    """Nothing where one stage is first and last."""
+    """Nothing where one stage is first and last; in the prefill it hardly counts (`simulated`)."""
     if len(nodes) == 1:
         return Work(lambda size, tokens: 0.0 * tokens, lambda size, past: 0.0 * past)
     ends = nodes[-1], nodes[0]

@@ -1,7 +1,7 @@
-"""A simulated run as text: who works when in the first batch, and why stages are idle.
+"""A simulated run as text: who works when, and why stages are idle.
 
 A row a stage, and a link where it is busy for more than a fifth of the shown time. Below the whole
-batch a few decode steps from its middle, by micro-batch. Only renders; decides nothing.
+run a few decode steps of each lane from its middle. Only renders; decides nothing.
 """
 
 from collections.abc import Sequence
@@ -14,34 +14,29 @@ from rich.text import Text
 
 from llmpq.costs.simulate import Played
 from llmpq.planner.bubbles import Bubble, by_cause, describe, remedy, server_names
-from llmpq.planner.simulated import BatchRun, Totals
 
 PREFILL, SOME_PREFILL, DECODE, SOME_DECODE, WAITING = "#+=-."
 LEGEND = "# prefill, = decode, + and - for part of the time, . waiting"
 MOSTLY, HARDLY = 0.6, 0.1  # shares of a cell's time
 BUSY_LINK = 0.2  # share of the shown time
-ZOOM_STEPS = 3
+ZOOM_STEPS = 3  # of each lane
 BUSY_WIDTH = 7  # " 100 % "
 MIN_CELLS, MAX_CELLS = 20, 240
 SHOWN_PERCENT = 0.05  # of a stage's time; smaller bubbles are not listed
 
 
-def print_timeline(
-    console: Console, first: BatchRun, totals: Totals, bubbles: Sequence[Bubble]
-) -> None:
-    """The first batch, some of its decode steps, and the bubbles of the whole run."""
-    names = server_names(len(totals.busy_s) // 2)
-    whole = (0.0, first.played.total_s)
-    title = f"batch 0 of {totals.num_batches}, {first.played.total_s:.3g} s ({LEGEND})"
-    _print_rows(console, title, _rows(first.played, names, whole, _cells(console, names)))
-    zoom = _middle_steps(first.played)
-    if zoom is not None:
-        step, window = zoom
-        title = f"from decode step {step} on, {1e3 * (window[1] - window[0]):.3g} ms"
-        title += " (last digit of the micro-batch, . waiting)"
-        rows = _digit_rows(first.played, names, window, _cells(console, names))
-        _print_rows(console, title, rows)
-    _print_bubbles(console, totals, bubbles, names)
+def print_timeline(console: Console, played: Played, bubbles: Sequence[Bubble]) -> None:
+    """The whole run, some of its decode steps, and its bubbles."""
+    names = server_names(len(played.busy_s) // 2)
+    whole, cells = (0.0, played.total_s), _cells(console, names)
+    title = f"the whole run, {played.total_s:.3g} s ({LEGEND})"
+    _print_rows(console, title, _rows(played, names, whole, cells))
+    window = _middle_steps(played)
+    if window is not None:
+        title = f"from its middle, {1e3 * (window[1] - window[0]):.3g} ms"
+        title += " (last digit of a decode step's lane, # prefill, . waiting)"
+        _print_rows(console, title, _digit_rows(played, names, window, cells))
+    _print_bubbles(console, played, bubbles, names)
 
 
 def _cells(console: Console, names: Sequence[str]) -> int:
@@ -95,17 +90,15 @@ def _shares(start: np.ndarray, end: np.ndarray, edges: np.ndarray) -> np.ndarray
     return np.diff(np.interp(edges, times, worked)) / np.diff(edges)
 
 
-def _middle_steps(played: Played) -> tuple[int, tuple[float, float]] | None:
-    """(first step, window) of some decode steps in the middle of a batch, if it has enough."""
-    last = int(played.jobs.step.max())
-    if last <= ZOOM_STEPS:
+def _middle_steps(played: Played) -> tuple[float, float] | None:
+    """Seconds in which the first stage does some decode steps in the middle of the run."""
+    steps = np.flatnonzero(played.jobs.step > 0)
+    count = ZOOM_STEPS * len(np.unique(played.jobs.micro_batch[steps]))
+    if len(steps) <= count:
         return None
-    first = (last - ZOOM_STEPS) // 2 + 1
-    start, end = (
-        float(played.start_s[int(np.argmax(played.jobs.step == step)), 0])
-        for step in (first, first + ZOOM_STEPS)
-    )
-    return (first, (start, end)) if end > start else None
+    first = (len(steps) - count) // 2
+    start, end = (float(played.start_s[steps[i], 0]) for i in (first, first + count))
+    return (start, end) if end > start else None
 
 
 def _digit_rows(
@@ -120,27 +113,32 @@ def _digit_rows(
         if server % 2 == 0 or busy > BUSY_LINK:
             at = np.searchsorted(start, middles, side="right") - 1
             digits = (
-                str(played.jobs.micro_batch[i] % 10) if i >= 0 and end[i] > middle else WAITING
+                _digit(played, i) if i >= 0 and end[i] > middle else WAITING
                 for i, middle in zip(at, middles, strict=True)
             )
             rows.append((name, busy, "".join(digits)))
     return rows
 
 
+def _digit(played: Played, job: int) -> str:
+    return str(played.jobs.micro_batch[job] % 10) if played.jobs.step[job] else PREFILL
+
+
 def _print_bubbles(
-    console: Console, totals: Totals, bubbles: Sequence[Bubble], names: Sequence[str]
+    console: Console, played: Played, bubbles: Sequence[Bubble], names: Sequence[str]
 ) -> None:
-    count = f"{totals.num_batches} batches" if totals.num_batches > 1 else "one batch"
+    count = f"{int((played.jobs.step == 0).sum())} prefills"
+    count += f" and {int((played.jobs.step > 0).sum())} decode steps"
     table = Table(title=f"the whole run: {count}", title_justify="left")
     table.add_column("stage", overflow="fold")
     table.add_column("busy", justify="right")
     table.add_column("idle, by what it waits for, in % of the run", overflow="fold")
-    for stage, busy in enumerate(totals.busy_s[::2]):
+    for stage, busy in enumerate(played.busy_s[::2]):
         mine = [b for b in bubbles if b.stage == stage and b.percent >= SHOWN_PERCENT]
         texts = [
             f"{b.percent:.1f} {describe(b.cause, b.server, names, b.micro_batch)}" for b in mine
         ]
-        share = f"{100 * busy / totals.total_s:.1f} %"
+        share = f"{100 * busy / played.total_s:.1f} %"
         table.add_row(names[2 * stage], share, escape("; ".join(texts) or "-"))
     console.print(table)
     console.print(escape(largest(bubbles, names)), highlight=False)

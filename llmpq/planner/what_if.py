@@ -69,7 +69,7 @@ def changes(problem: Problem, plan: Plan) -> Iterator[tuple[str, Problem]]:
     """Every change that is asked about, in words, with its problem."""
     yield from _more_quality_loss(problem)
     if problem.max_tensor_parallel == 1 and _has_equal_devices(problem.cluster):
-        text = "stages of several devices (--tensor-parallel auto; llmpq-run cannot run them yet)"
+        text = "stages of several devices (--tensor-parallel auto)"
         yield text, replace(problem, max_tensor_parallel=MAX_TENSOR_PARALLEL, _known={})
     for node, device_type in _first_of_each_type(problem.cluster):
         yield f"one more {device_type} on {node}", with_device(problem, device_type)
@@ -83,7 +83,7 @@ def _compare(text: str, plan: Plan, changed: Plan) -> Change:
     before, after = plan.predicted, changed.predicted
     if before is None or after is None:
         raise ValueError("a plan without a prediction cannot be compared")
-    gain = max(0.0, after.tokens_per_s - before.tokens_per_s)
+    gain = before.tokens_per_s * max(0.0, before.priced_s / after.priced_s - 1)
     return Change(
         text=text,
         tokens_per_s=before.tokens_per_s + gain,
@@ -96,9 +96,9 @@ def _compare(text: str, plan: Plan, changed: Plan) -> Change:
 
 def _most_percent(before: Predicted, after: Predicted) -> float:
     """By the bound of the changed problem, where that is of seconds alone."""
-    if after.lower_bound <= 0 or after.objective != after.total_s:
+    if after.lower_bound <= 0 or after.objective != after.priced_s:
         return math.inf
-    return max(0.0, 100 * (before.total_s / after.lower_bound - 1))
+    return max(0.0, 100 * (before.priced_s / after.lower_bound - 1))
 
 
 def _open_gain(tokens_per_s: float, gap: float) -> float:

@@ -1,6 +1,7 @@
 """Costs: latency from profiles and spec sheets, memory by hand, quality, the pipeline's time."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from llmpq.cluster import Cluster, Link
 from llmpq.costs import links, memory
 from llmpq.costs.fits import fit
 from llmpq.costs.latency import LayerTimes, device_times, measured_times, spec_sheet_times
-from llmpq.costs.memory import stage_memory
+from llmpq.costs.memory import RunSizes, stage_memory
 from llmpq.costs.quality import measured_quality, prior_quality
 from llmpq.costs.shards import tensor_parallel_times
 from llmpq.costs.spec_sheet import LAUNCH_S, efficiency
@@ -19,6 +20,7 @@ from llmpq.devices import device_library
 from llmpq.errors import UserError
 from llmpq.model_spec import ModelSpec, spec_from_config
 from llmpq.profile_data import Phase, Profile, ProfiledDevice, ProfileRow, Sensitivity
+from llmpq.schedule import LaneShape
 
 H, F, HEADS, KV, DIM, VOCAB, LAYERS = 64, 160, 4, 2, 16, 100, 3
 CONFIG: dict[str, Any] = {
@@ -359,27 +361,28 @@ HAND_COUNTS = {
     "bloom": (FUSED + 2 * H * F, 4 * H + 4 * H + F + H, VOCAB * H + 2 * H, 2 * H),
     "gpt_neox": (FUSED + 2 * H * F, 4 * H + 4 * H + F + H, VOCAB * H, 2 * H),
 }
-SIZES = {
-    "batch": 8,
-    "cache_tokens": 40,
-    "prefill_micro_batch": 2,
-    "prompt_tokens": 30,
-    "decode_micro_batch": 4,
-}
+SIZES = RunSizes(
+    lanes=(LaneShape(4, 40), LaneShape(4, 20)),
+    prefill_micro_batch=2,
+    prompt_tokens=30,
+    chunk_tokens=30,
+    num_stages=3,
+)
 
 
 @pytest.mark.parametrize("family", HAND_COUNTS)
 def test_weights_and_cache_of_every_family_by_hand(family: str) -> None:
     linears, other, embedding, final = HAND_COUNTS[family]
     spec = make_spec(family)
-    middle = stage_memory(spec, ["16"] * 2, first=False, last=False, **SIZES)
+    middle = stage_memory(spec, ["16"] * 2, first=False, last=False, sizes=SIZES)
     assert middle.weights == 2 * 2 * (linears + other)
-    first = stage_memory(spec, ["16"], first=True, last=False, **SIZES)
+    first = stage_memory(spec, ["16"], first=True, last=False, sizes=SIZES)
     assert first.weights == 2 * (linears + other + embedding)
-    last = stage_memory(spec, ["16"], first=False, last=True, **SIZES)
+    last = stage_memory(spec, ["16"], first=False, last=True, sizes=SIZES)
     assert last.weights == 2 * (linears + other + final + VOCAB * H)
     heads = HEADS if family in ALL_HEADS else KV
-    assert middle.cache == 2 * 8 * 40 * (2 * heads * DIM) * 2  # layers, requests, tokens, K V, half
+    # layers, requests x tokens, K V, half
+    assert middle.cache == 2 * (4 * 40 + 4 * 20) * (2 * heads * DIM) * 2
 
 
 @pytest.mark.parametrize("family", HAND_COUNTS)
@@ -402,9 +405,10 @@ def test_layer_bytes_fall_with_the_precision_and_hold_scales() -> None:
 
 
 def act(spec: ModelSpec, precisions: list[str], **changes: Any) -> int:
-    """Activations of a stage in the middle."""
-    sizes = {"first": False, "last": False, **SIZES, **changes}
-    return stage_memory(spec, precisions, **sizes).activations
+    """Activations of a stage in the middle; `changes` of its sizes, or of where it is."""
+    sizes = {name: changes.pop(name) for name in set(changes) & set(RunSizes.__dataclass_fields__)}
+    where = {"first": False, "last": False, "sizes": replace(SIZES, **sizes), **changes}
+    return stage_memory(spec, precisions, **where).activations
 
 
 # A stage of LLaMA's layers in prefill, b requests of s tokens: mask and positions in 64-bit
@@ -426,14 +430,15 @@ def test_activations_hold_the_logits_and_what_is_unpacked() -> None:
     more = act(large, ["16"], last=True) - 4 * 10**6 * 2 * 2
     assert 0 < more < act(large, ["16"]), "scaled logits beside the head's"
     wide = spec_from_config(CONFIG | {"model_type": "llama", "intermediate_size": 2**16}, name="m")
-    sizes = {"prompt_tokens": 2, "cache_tokens": 4, "prefill_micro_batch": 1}
+    sizes = {"prompt_tokens": 2, "chunk_tokens": 2, "prefill_micro_batch": 1}
+    sizes["lanes"] = (LaneShape(4, 4),)
     plain, packed = act(wide, ["16"], **sizes), act(wide, ["16", "4"], **sizes)
     assert packed - plain > 2 * 2**16 * H
     assert act(wide, ["16", "4"], **sizes, kernels="cpu") < packed, "smaller parts on a CPU"
 
 
 def test_eager_scores_are_held() -> None:
-    long = {"prompt_tokens": 3000, "cache_tokens": 3001}
+    long = {"prompt_tokens": 3000, "chunk_tokens": 3000}
     scores = 2 * HEADS * 3000 * 3000
     assert act(make_spec("bloom"), ["16"], **long) > 8 * scores > act(SPEC, ["16"], **long)
 
@@ -444,11 +449,11 @@ def test_one_device_of_a_shared_stage_by_hand(degree: int, kv_heads: int) -> Non
     shard = SPEC.shard(degree)
     heads, ffn, vocab = HEADS // degree, F // degree, VOCAB // degree
     linears = 2 * heads * DIM * H + 2 * kv_heads * DIM * H + 3 * H * ffn
-    last = stage_memory(shard, ["16"] * 2, first=False, last=True, **SIZES)
+    last = stage_memory(shard, ["16"] * 2, first=False, last=True, sizes=SIZES)
     assert last.weights == 2 * (2 * (linears + 2 * H) + H + vocab * H)
-    assert last.cache == 2 * 8 * 40 * (2 * kv_heads * DIM) * 2
+    assert last.cache == 2 * (4 * 40 + 4 * 20) * (2 * kv_heads * DIM) * 2
     assert act(shard, ["16"] * 2) <= act(SPEC, ["16"] * 2)
-    first = stage_memory(shard, ["4"], first=True, last=False, **SIZES)
+    first = stage_memory(shard, ["4"], first=True, last=False, sizes=SIZES)
     assert first.weights == memory.layer_weight_bytes(shard, "4") + 2 * vocab * H
     opt = make_spec("opt")
     ends = memory.end_weight_bytes(opt.shard(2), first=True, last=False)
@@ -456,7 +461,8 @@ def test_one_device_of_a_shared_stage_by_hand(degree: int, kv_heads: int) -> Non
 
 
 def test_activations_are_of_the_larger_phase() -> None:
-    short = {"prompt_tokens": 1, "prefill_micro_batch": 1, "decode_micro_batch": 8}
+    short = {"prompt_tokens": 1, "chunk_tokens": 1, "prefill_micro_batch": 1}
+    short["lanes"] = (LaneShape(8, 40),)
     where = {"first": True, "last": False}
     decode = memory.decode_bytes(SPEC, 8, 40, **where)
     assert act(SPEC, ["16"] * 2, **short, first=True) == decode
@@ -464,20 +470,37 @@ def test_activations_are_of_the_larger_phase() -> None:
 
 
 def test_messages_by_hand() -> None:
-    """Batches of 8 in four prompts of two and two steps of four, 16 bytes of header each."""
+    """Three stages: four prefills of two prompts, and two lanes' steps; 16 bytes of header each.
+
+    One prefill more where messages come in.
+    """
     prompt, step = 16 + 2 * 30 * H * 2, 16 + 4 * H * 2
-    whole = {k: v for k, v in SIZES.items() if k != "cache_tokens"}
-    sent, received = 4 * prompt + 3 * step, 3 * prompt
+    waiting = 4 * prompt + 2 * step
     for first, last, held in (
         (True, True, 0),
-        (True, False, sent),
-        (False, False, sent + received),
-        (False, True, received),
+        (True, False, waiting),
+        (False, False, 2 * waiting + prompt),
+        (False, True, waiting + prompt),
     ):
-        assert memory.buffer_bytes(SPEC, first=first, last=last, **whole) == held
-    stage = stage_memory(SPEC, ["16"], first=False, last=True, **SIZES, context=99)
-    assert (stage.buffers, stage.context) == (received, 99)
+        assert memory.buffer_bytes(SPEC, SIZES, first=first, last=last) == held
+    stage = stage_memory(SPEC, ["16"], first=False, last=True, sizes=SIZES, context=99)
+    assert (stage.buffers, stage.context) == (waiting + prompt, 99)
     assert stage.total == stage.weights + stage.cache + stage.activations + stage.buffers
+
+
+def test_the_end_of_a_long_prompt_attends_to_all_of_it() -> None:
+    """Two prompts of 30, or the last 30 tokens of one of 3,000."""
+    bloom, longer = make_spec("bloom"), {"prompt_tokens": 3000}
+    scores = 2 * HEADS * 30 * 3000
+    assert act(bloom, ["16"], **longer) - act(bloom, ["16"]) > 2 * scores
+    assert act(bloom, ["16"], **longer) < act(bloom, ["16"], **longer, chunk_tokens=3000) / 50
+
+
+def test_columns_are_copied_to_be_shifted() -> None:
+    """Keys or values of a layer, of the largest lane."""
+    few = {"prompt_tokens": 1, "chunk_tokens": 1, "prefill_micro_batch": 1}
+    long = act(SPEC, ["16"], **few, lanes=(LaneShape(4, 10**6), LaneShape(4, 10)))
+    assert long >= 4 * 10**6 * KV * DIM * 2
 
 
 # ---- links and quality
@@ -491,10 +514,13 @@ def test_links_inside_and_between_nodes() -> None:
     cluster = Cluster.model_validate(
         {"nodes": nodes, "link": {"bandwidth_gbs": 1, "latency_us": 10}}
     )
-    num_bytes = 4 * 30 * H * 2
+    header = 8 * (16 + 6 * 4)  # goes before the states
+    num_bytes = 4 * 30 * H * 2 + header
     assert links.prefill_s(cluster, "a", "a", SPEC, 4, 30) == pytest.approx(1e-6 + num_bytes / 2e9)
     assert links.prefill_s(cluster, "a", "b", SPEC, 4, 30) == pytest.approx(1e-5 + num_bytes / 1e9)
-    assert links.decode_s(cluster, "a", "b", SPEC, 4) == pytest.approx(1e-5 + 4 * H * 2 / 1e9)
+    assert links.decode_s(cluster, "a", "b", SPEC, 4) == pytest.approx(
+        1e-5 + (4 * H * 2 + header) / 1e9
+    )
     assert links.tokens_back_s(cluster, "b", "a", 4) == pytest.approx(1e-5 + 32 / 1e9)
 
 

@@ -24,6 +24,7 @@ from llmpq.quant import available_precisions, kernels, make_linear  # noqa: E402
 from llmpq.quant.linear import TiledLinear  # noqa: E402
 from llmpq.runtime.rehearsal import peak_bytes  # noqa: E402
 from llmpq.runtime.transport import HEADER_BYTES  # noqa: E402
+from llmpq.schedule import LaneShape  # noqa: E402
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -148,9 +149,9 @@ def test_an_unlisted_family_is_counted(model_type: str, tmp_path: Path) -> None:
     assert (spec.num_kv_heads, spec.head_dim, spec.guessed) == (2, 16, False)
     assert spec.activations is not None
     assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
-    sizes = {"first": True, "last": True, "batch": 4, "cache_tokens": 40}
-    more = {"prefill_micro_batch": 2, "prompt_tokens": 30, "decode_micro_batch": 4}
-    assert memory.stage_memory(spec, ["16", "4"], **sizes, **more).activations > 2 * 30 * 64 * 2
+    sizes = memory.RunSizes((LaneShape(4, 40),), 2, 30, 30, num_stages=1)
+    held = memory.stage_memory(spec, ["16", "4"], first=True, last=True, sizes=sizes)
+    assert held.activations > 2 * 30 * 64 * 2
 
 
 def test_the_count_is_kept_and_a_broken_one_ignored(

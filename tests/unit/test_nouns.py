@@ -19,7 +19,7 @@ from llmpq.model_spec import config_path, load_model_spec, spec_from_config
 from llmpq.plan import Plan, Stage, load_plan, refuse_shared_stages
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.profile_data import Profile, load_profiles, load_sensitivity
-from llmpq.workload import Workload, batches, load_workload, request_lengths
+from llmpq.workload import Workload, load_workload, request_lengths
 
 MODEL = {
     "model_type": "llama",
@@ -297,13 +297,6 @@ def test_damaged_compressed_trace(tmp_path: Path) -> None:
             traced(tmp_path, damaged, "t.csv.gz")
 
 
-def test_batches_hold_each_request_once_longest_first() -> None:
-    lengths = [(3, 1), (9, 2), (5, 7), (9, 4), (1, 1)]
-    found = batches(lengths, 2)
-    assert [b.requests for b in found] == [(3, 1), (2, 0), (4,)]
-    assert [(b.prompt_tokens, b.new_tokens) for b in found] == [(9, 4), (5, 7), (1, 1)]
-
-
 # -- plan ---------------------------------------------------------------------------------------
 
 
@@ -384,7 +377,7 @@ def test_a_stage_of_several_devices(tmp_path: Path) -> None:
     path.write_text(json.dumps(shared_plan()))
     plan = load_plan(path)
     assert plan.stages[0].tensor_parallel == 2 and plan.precisions == ["8"] * 4
-    with pytest.raises(UserError, match=r"stage 0 \(2 devices\); plan with --tensor-parallel off"):
+    with pytest.raises(UserError, match=r"stage 0 \(2 devices\); their weights"):
         refuse_shared_stages(plan, path)
 
 

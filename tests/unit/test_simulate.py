@@ -1,160 +1,199 @@
-"""The recurrence that plays a batch, against a queue of events and against bare constraints.
+"""The recurrence that plays a run, against a queue of events; what every run must hold to.
 
-`events` is a simulation in the plainest form: servers that take the next job that came, one end
-after another. `relaxed` knows no order of time at all: it raises starts until no constraint is
-broken. Both share no code with the recurrence.
+`Events` is a simulation in the plainest form: servers that take the next job that came, one end
+after another. It shares no code with the recurrence but the schedule that both ask.
 """
 
 import heapq
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmpq.costs.simulate import Batch, schedule, simulate
-from llmpq.costs.timeline import wait_counts
+from llmpq.costs.simulate import Played, Seconds, play
+from llmpq.schedule import Item, Job, Schedule
+from llmpq.workload import chunk_tokens, lanes
 
-Job = tuple[int, int]  # step (0: prefill), micro-batch
-
-
-def seconds(batch: Batch, server: int, job: Job) -> float:
-    step, i = job
-    return float(batch.decode[server, i, step - 1] if step else batch.prefill[server, i])
+Lengths = Sequence[tuple[int, int]]
 
 
-def events(batch: Batch) -> dict[tuple[int, Job], tuple[float, float]]:
-    """(server, job) to (start, end); first come, first served."""
-    servers, num_prefills = batch.prefill.shape
-    ready = np.zeros(servers) if batch.ready is None else batch.ready
-    queues: list[deque[Job]] = [deque() for _ in range(servers)]
-    heap: list[tuple[float, int, str, int, Job | None]] = []
-    working, spans = [False] * servers, {}
-    count = 0
+class Case:
+    """A random run: requests, sizes, and seconds that depend on phase, rows and columns."""
 
-    def push(time: float, what: str, server: int, job: Job | None) -> None:
-        nonlocal count
-        heapq.heappush(heap, (time, count, what, server, job))
-        count += 1
+    def __init__(self, seed: int, whole: bool = False, equal: bool = False) -> None:
+        rng = np.random.default_rng(seed)
+        count = int(rng.integers(1, 40))
+        most = rng.integers(1, [60, 25])
+        self.lengths = [tuple(map(int, rng.integers(1, most + 1))) for _ in range(count)]
+        if equal:
+            self.lengths = self.lengths[:1] * count
+        self.num_stages = int(rng.integers(1, 5))
+        self.batch = int(rng.integers(1, min(count, 12) + 1))
+        self.sizes = tuple(int(n) for n in rng.integers(1, self.batch + 1, 2))
+        self.fixed = rng.integers(0, 5, (2, 2 * self.num_stages)) * 1.0
+        self.fixed[:, ::2] += 1  # stages always take time
+        self.growing = rng.integers(0, 3, (2, 2 * self.num_stages)) * (1.0 if whole else 0.01)
 
-    def go_on(server: int, now: float) -> None:
-        if not working[server] and queues[server] and now >= ready[server]:
-            job = queues[server].popleft()
-            working[server] = True
-            spans[server, job] = now, now + seconds(batch, server, job)
-            push(spans[server, job][1], "end", server, job)
+    def schedule(self, refill: bool = True) -> Schedule:
+        prefill, decode = self.sizes
+        items = [Item(i, *lengths) for i, lengths in enumerate(self.lengths)]
+        shapes = lanes(self.lengths, self.batch, decode)
+        most = chunk_tokens(self.lengths)
+        return Schedule(shapes, prefill, most, self.num_stages, iter(items), refill)
 
-    for server in range(servers):
-        push(float(ready[server]), "ready", server, None)
-    for i in range(num_prefills):
-        push(0.0, "come", 0, (0, i))
-    while heap:
-        now, _, what, server, job = heapq.heappop(heap)
-        if what == "come":
-            queues[server].append(job)
-        elif what == "end":
-            working[server] = False
-            for follower in following(batch, server, job):
-                push(now, "come", (server + 1) % servers, follower)
-        go_on(server, now)
-    return spans
+    def seconds(self, job: Job) -> list[float]:
+        size = job.rows * (job.end - job.begin)
+        return list((self.fixed + size * self.growing)[int(job.prefill)])
+
+    def play(self, refill: bool = True) -> Played:
+        return play(self.schedule(refill), self.seconds, 2 * self.num_stages)
 
 
-def following(batch: Batch, server: int, job: Job) -> list[Job]:
-    """What the end of a job at a server lets the next server have."""
-    step, i = job
-    if server < batch.prefill.shape[0] - 1:
-        return [job]
-    if step:
-        return [(step + 1, i)] if step < batch.num_steps[i] else []
-    return [(1, k) for k, w in enumerate(batch.waits) if w == i + 1 and batch.num_steps[k]]
+class Events:
+    """First come, first served. `spans`: (job, server) to (start, end)."""
 
+    def __init__(self, schedule: Schedule, seconds: Seconds, num_servers: int) -> None:
+        self.schedule, self.seconds, self.last = schedule, seconds, num_servers - 1
+        self.queues: list[deque[int]] = [deque() for _ in range(num_servers)]
+        self.works = [False] * num_servers
+        self.needed: list[Sequence[float]] = []
+        self.spans: dict[tuple[int, int], tuple[float, float]] = {}
+        self.heap: list[tuple[float, int, int]] = []  # ends of jobs at servers
+        self.go_on(0.0)
+        while self.heap:
+            now = self.heap[0][0]
+            while self.heap and self.heap[0][0] == now:
+                self.ended(*heapq.heappop(self.heap))
+            self.go_on(now)
 
-def relaxed(batch: Batch) -> np.ndarray:
-    """Ends [jobs, servers] of the schedule by raising starts until every constraint holds."""
-    jobs = schedule(batch.prefill.shape[1], batch.waits, batch.num_steps)
-    servers = batch.prefill.shape[0]
-    order = [(int(s), int(i)) for s, i in zip(jobs.step, jobs.micro_batch, strict=True)]
-    needed = np.array([[seconds(batch, a, job) for a in range(servers)] for job in order])
-    ready = np.zeros(servers) if batch.ready is None else batch.ready
-    start = np.tile(ready, (len(order), 1))
-    while True:
-        end, before = start + needed, start.copy()
-        start[1:] = np.maximum(start[1:], end[:-1])
-        start[:, 1:] = np.maximum(start[:, 1:], end[:, :-1])
-        late = jobs.parent >= 0
-        start[late, 0] = np.maximum(start[late, 0], end[jobs.parent[late], -1])
-        for link in range(1, servers - 1, 2):  # its receiver took the message before, or is there
-            taken = np.concatenate([[ready[link + 1]], start[:-1, link + 1]])
-            start[:, link] = np.maximum(start[:, link], taken)
-        if (start == before).all():
-            return start + needed
+    def ended(self, now: float, server: int, job: int) -> None:
+        self.works[server] = False
+        if server == self.last:
+            self.schedule.returned((False,) * len(self.schedule.oldest.members))
+        else:
+            self.queues[server + 1].append(job)
+            self.take(server + 1, now)
+        self.take(server, now)
 
+    def go_on(self, now: float) -> None:
+        """The first stage decides once all that happens now has happened."""
+        if self.works[0] or (job := self.schedule.next()) is None:
+            return
+        self.queues[0].append(len(self.needed))
+        self.needed.append(self.seconds(job))
+        self.take(0, now)
 
-@st.composite
-def batches(draw: st.DrawFn) -> Batch:
-    """1 .. 4 stages; whole, fractional and zero seconds; requests that end early."""
-    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
-    servers = 2 * draw(st.integers(1, 4))
-    num_requests = draw(st.integers(1, 12))
-    sizes = draw(st.integers(1, num_requests)), draw(st.integers(1, num_requests))
-    waits = wait_counts(num_requests, *sizes)
-    most = draw(st.integers(0, 6))
-    steps = tuple(int(n) for n in rng.integers(0, most + 1, len(waits)))
-    whole = draw(st.booleans())
-
-    def times(*shape: int) -> np.ndarray:
-        found = rng.integers(0, 5, shape) if whole else rng.uniform(0, 3, shape)
-        return np.asarray(found, dtype=float)
-
-    ready = times(servers) if draw(st.booleans()) else None
-    prefill, decode = times(servers, waits[-1]), times(servers, len(waits), max(most, 1))
-    return Batch(prefill, decode, waits, steps, ready)
+    def take(self, server: int, now: float) -> None:
+        if self.works[server] or not self.queues[server]:
+            return
+        job = self.queues[server].popleft()
+        self.works[server] = True
+        self.spans[job, server] = now, now + self.needed[job][server]
+        heapq.heappush(self.heap, (self.spans[job, server][1], server, job))
 
 
 @settings(max_examples=300, deadline=None)
-@given(batches())
-def test_the_recurrence_gives_what_a_queue_of_events_gives(batch: Batch) -> None:
-    played, spans = simulate(batch), events(batch)
+@given(st.integers(0, 10**6), st.booleans(), st.booleans())
+def test_the_recurrence_gives_what_a_queue_of_events_gives(
+    seed: int, whole: bool, refill: bool
+) -> None:
+    case = Case(seed, whole)
+    played = case.play(refill)
+    spans = Events(case.schedule(refill), case.seconds, 2 * case.num_stages).spans
     assert played.start_s.size == len(spans)
-    for k, (step, i) in enumerate(zip(played.jobs.step, played.jobs.micro_batch, strict=True)):
-        for server in range(played.start_s.shape[1]):
-            mine = played.start_s[k, server], played.end_s[k, server]
-            assert mine == pytest.approx(spans[server, (int(step), int(i))], abs=1e-9)
+    for (job, server), (start, end) in spans.items():
+        mine = played.start_s[job, server], played.end_s[job, server]
+        assert mine == pytest.approx((start, end), abs=1e-9)
     assert played.total_s == pytest.approx(max(end for _, end in spans.values()), abs=1e-9)
 
 
-@settings(max_examples=150, deadline=None)
-@given(batches())
-def test_links_wait_for_the_one_buffer_of_their_receiver(batch: Batch) -> None:
-    fields = batch.prefill, batch.decode, batch.waits, batch.steps, batch.ready
-    played = simulate(Batch(*fields, one_ahead=True))
-    assert played.end_s == pytest.approx(relaxed(batch), abs=1e-9)
-    assert (played.end_s >= simulate(batch).end_s - 1e-9).all()
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_every_request_gets_its_tokens_once(seed: int, refill: bool) -> None:
+    case = Case(seed)
+    got: Counter[int] = Counter()
+    computed: Counter[int] = Counter()
+    ended: list[int] = []
+
+    def seconds(job: Job) -> list[float]:
+        for member in job.members:
+            got[member.number] += job.chooses
+            if job.prefill:
+                computed[member.number] += min(job.end, member.prompt_tokens) - job.begin
+        return case.seconds(job)
+
+    played = play(case.schedule(refill), seconds, 2 * case.num_stages, ended.append)
+    assert [got[i] for i in range(len(case.lengths))] == [new for _, new in case.lengths]
+    assert [computed[i] for i in range(len(case.lengths))] == [prompt for prompt, _ in case.lengths]
+    assert ended == sorted(ended) and len(ended) == len(played.jobs)
+    assert int(played.jobs.requests[played.jobs.step > 0].sum()) == sum(
+        new - 1 for _, new in case.lengths
+    )
 
 
-def test_a_message_waits_until_its_receiver_has_begun_with_the_one_before() -> None:
-    # Three prefills; the stages take 1 and 5 s, the link 2 s: it could deliver at 3, 5 and 7.
-    prefill = np.array([[1.0] * 3, [2.0] * 3, [5.0] * 3, [0.0] * 3])
-    batch = Batch(prefill, np.zeros((4, 1, 1)), (3,), (0,), one_ahead=True)
-    played = simulate(batch)
-    assert played.start_s[:, 2].tolist() == [3, 8, 13]
-    assert played.start_s[:, 1].tolist() == [1, 3, 8]
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6))
+def test_servers_do_one_job_at_a_time_and_in_one_order(seed: int) -> None:
+    case = Case(seed)
+    played = case.play()
+    assert (played.start_s[1:] >= played.end_s[:-1]).all()
+    assert (played.start_s[:, 1:] >= played.end_s[:, :-1]).all()
+    waits = played.jobs.parent >= 0
+    back = played.end_s[played.jobs.parent[waits], -1]
+    assert (played.start_s[waits, 0] >= back).all()
+    assert played.total_s >= played.busy_s.max()
+    assert played.prefill_s + played.decode_s == pytest.approx(played.total_s)
+    assert 0 <= played.prefill_s <= played.total_s
 
 
-def test_a_micro_batch_whose_requests_are_done_takes_no_more_steps() -> None:
-    jobs = schedule(2, (1, 2, 2), (2, 0, 1))
-    pairs = list(zip(jobs.step.tolist(), jobs.micro_batch.tolist(), strict=True))
-    assert pairs == [(0, 0), (0, 1), (1, 0), (1, 2), (2, 0)]
-    assert jobs.parent.tolist() == [-1, -1, 0, 1, 2]
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6))
+def test_one_stage_is_never_idle(seed: int) -> None:
+    case = Case(seed)
+    case.num_stages, case.fixed, case.growing = 1, case.fixed[:, :2], case.growing[:, :2]
+    case.fixed[:, 1] = case.growing[:, 1] = 0.0
+    played = case.play()
+    assert played.total_s == pytest.approx(played.busy_s[0])
 
 
-def test_steps_and_ready_times_must_fit() -> None:
-    prefill, decode = np.ones((2, 1)), np.ones((2, 1, 3))
-    with pytest.raises(ValueError, match="steps"):
-        Batch(prefill, decode, (1,), steps=(4,))
-    with pytest.raises(ValueError, match="steps"):
-        Batch(prefill, decode, (1,), steps=(1, 1))
-    with pytest.raises(ValueError, match="ready"):
-        Batch(prefill, decode, (1,), ready=np.zeros(3))
+# Two stages and a link of 2, 1 and 3 s, 1 s back; one prefill, then steps of 1, 1, 2 and 1 s.
+#              stage 0   link   stage 1   back
+#   prefill      0-2     2-3      3-6     6-7
+#   step 1       7-8     8-9      9-11   11-12
+#   step 2      12-13   13-14    14-16   16-17
+def test_one_request_on_paper() -> None:
+    schedule = Schedule(lanes([(4, 3)], 1, 1), 1, 4, 2, iter([Item(0, 4, 3)]))
+    played = play(schedule, lambda job: (2, 1, 3, 1) if job.prefill else (1, 1, 2, 1), 4)
+    assert played.start_s.tolist() == [[0, 2, 3, 6], [7, 8, 9, 11], [12, 13, 14, 16]]
+    assert played.total_s == 17 and played.busy_s.tolist() == [4, 3, 7, 3]
+    assert played.prefill_s == pytest.approx(17 * 3 / 7) and played.busy_share == 7 / 14
+    jobs = played.jobs
+    assert (jobs.step.tolist(), jobs.parent.tolist()) == ([0, 1, 2], [-1, 0, 1])
+    assert (jobs.tokens.tolist(), jobs.past.tolist()) == ([4, 1, 1], [0, 4, 5])
+
+
+def test_a_faster_stage_hardly_ever_makes_a_run_slower() -> None:
+    """Never would be wrong: earlier tokens may start a half-empty prefill or step."""
+    ratios = []
+    for seed in range(200):
+        case, server = Case(seed), 2 * (seed % 4)
+        before = case.play().total_s
+        case.fixed[:, server % (2 * case.num_stages)] *= 0.7
+        ratios.append(case.play().total_s / before)
+    found = np.array(ratios)
+    assert found.mean() < 0.95 and np.mean(found > 1 + 1e-9) < 0.05 and found.max() < 1.15
+
+
+def test_refilling_places_saves_time_where_lengths_differ() -> None:
+    cases = [case for case in map(Case, range(200)) if len(case.lengths) >= 2 * case.batch]
+    ratios = np.array([case.play().total_s / case.play(refill=False).total_s for case in cases])
+    assert np.median(ratios) < 0.9 and np.mean(ratios > 1 + 1e-9) < 0.1
+
+
+def test_refilling_changes_little_where_lengths_are_equal() -> None:
+    cases = [Case(seed, equal=True) for seed in range(200)]
+    ratios = np.array([case.play().total_s / case.play(refill=False).total_s for case in cases])
+    assert np.median(ratios) == pytest.approx(1, abs=0.03) and ratios.max() < 1.25

@@ -1,7 +1,8 @@
-"""The simulated run of a plan: the runtime's own order, its batches, and idle time by cause."""
+"""The simulated run of a plan: the runtime's own jobs, its closed form, and idle time by cause."""
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,23 +11,15 @@ import pytest
 from llmpq.cluster import Cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
-from llmpq.costs.simulate import Batch, Played, simulate
+from llmpq.costs.simulate import Played, play
 from llmpq.errors import UserError
 from llmpq.model_spec import ASSETS, DEFAULT_MODEL, load_model_spec
 from llmpq.planner.bubbles import by_cause, describe, find_bubbles, remedy, server_names
 from llmpq.planner.evaluate import evaluate, to_plan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting
-from llmpq.planner.simulated import (
-    BatchRun,
-    Shape,
-    num_spans,
-    run,
-    run_batches,
-    run_shapes,
-    simulated_s,
-    totals,
-)
-from llmpq.workload import Workload, prefill_size, request_lengths
+from llmpq.planner.simulated import least_jobs, make_schedule, simulate, with_run
+from llmpq.schedule import Item, LaneShape, Schedule
+from llmpq.workload import Workload, load_workload, request_lengths
 
 Lengths = Sequence[tuple[int, int]]
 
@@ -59,135 +52,173 @@ def assign(problem: Problem, batch: int, prefill: int, decode: int) -> Assignmen
     return Assignment(Setting(places, batch, prefill, decode), stages)
 
 
-def play(
-    problem: Problem, assignment: Assignment, planned: Lengths | None = None
-) -> list[BatchRun]:
-    return list(run(problem, assignment, run_shapes(problem, assignment, planned)))
-
-
 def random_lengths(seed: int, count: int, prompt: int, new: int) -> list[tuple[int, int]]:
     rng = np.random.default_rng(seed)
     return [(int(rng.integers(1, prompt + 1)), int(rng.integers(1, new + 1))) for _ in range(count)]
 
 
-# ---- the runtime's order
+# ---- the runtime's jobs
 
-SIZES = [(8, 4, 2), (5, 2, 3)]
+LENGTHS = [(9, 7)] * 3 + [(5, 2), (8, 1), (1, 9), (90, 3), (3, 6), (7, 7), (2, 2), (6, 9)]
 
 
-@pytest.mark.parametrize(("batch", "prefill", "decode"), SIZES)
-def test_every_stage_does_the_jobs_that_it_does_in_the_runtime(
-    monkeypatch: pytest.MonkeyPatch, batch: int, prefill: int, decode: int
+@pytest.mark.parametrize("sizes", [(8, 4, 2), (5, 2, 3), (1, 1, 1)])
+@pytest.mark.parametrize("refill", [True, False])
+def test_one_stage_does_the_jobs_that_it_does_in_the_runtime(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], refill: bool
 ) -> None:
-    planned = [(9, 7)] * 14
-    lengths = [*random_lengths(batch, 13, 9, 9), (17, 8)]  # some are longer than planned
-    problem = make_problem(lengths, ["t4-16g", "v100-32g", "t4-16g"])
-    assignment = assign(problem, batch, prefill, decode)
-    batches = play(problem, assignment, planned)
-    simulated = [
-        [one.played.order(2 * rank) for one in batches] for rank in range(len(assignment.stages))
-    ]
-    assert simulated == runtime_order(monkeypatch, assignment, planned, lengths)
-    assert len(batches) > len(lengths) / batch  # a batch that was too long was cut
-    assert len({steps for one in batches for steps in one.shape.steps}) > 2
+    """Its jobs do not depend on times."""
+    problem = make_problem(LENGTHS, ["t4-16g"])
+    assignment = assign(problem, *sizes)
+    jobs = simulate(problem, assignment, refill=refill).jobs
+    simulated = zip(jobs.step == 0, jobs.requests, jobs.tokens, jobs.past, strict=True)
+    assert list(simulated) == runtime_jobs(monkeypatch, problem, assignment, refill)
+    assert (jobs.past[jobs.step == 0] > 0).any(), "the long prompt comes in chunks"
 
 
-def runtime_order(
-    monkeypatch: pytest.MonkeyPatch, assignment: Assignment, planned: Lengths, lengths: Lengths
-) -> list[list[list[tuple[int, int]]]]:
-    """[stages][batches] of (step, micro-batch), as the stages computed them."""
+def runtime_jobs(
+    monkeypatch: pytest.MonkeyPatch, problem: Problem, assignment: Assignment, refill: bool
+) -> list[tuple[bool, int, int, int]]:
+    """Of each job: whether it is a prefill, its requests, tokens of each, tokens before them."""
     torch = pytest.importorskip("torch")
-    from llmpq.runtime import worker
-    from llmpq.runtime.batching import Request
     from llmpq.runtime.local import generate_locally
+    from llmpq.runtime.request import Request
+    from llmpq.runtime.worker import Worker
 
-    problem = make_problem(planned, [p.type for p in assignment.setting.places])
     plan = to_plan(problem, assignment, "hand-made", evaluate(problem, assignment))
-    seen: dict[int, list[tuple[Any, list[tuple[int, int]]]]] = {
-        rank: [] for rank in range(len(plan.stages))
-    }
-    compute = worker._BatchRun._compute
+    seen = []
+    do = Worker.do
 
-    def note(self: Any, source: Any, start: int, end: int, past: int, *rest: Any) -> None:
-        runs = seen[self.worker.transport.rank]
-        if not runs or runs[-1][0] is not self:
-            runs.append((self, []))
-        parts = self.decodes if past else self.prefills
-        step = past - self.table.prompt_tokens + 1 if past else 0
-        runs[-1][1].append((step, parts.index((start, end))))
-        compute(self, source, start, end, past, *rest)
+    def note(worker: Any, job: Any, *rest: Any) -> Any:
+        seen.append(job)
+        return do(worker, job, *rest)
 
-    monkeypatch.setattr(worker._BatchRun, "_compute", note)
+    monkeypatch.setattr(Worker, "do", note)
+    lengths = problem.lengths
     requests = [Request(i, i, (3,) * prompt, new) for i, (prompt, new) in enumerate(lengths)]
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the stages are threads themselves
-    tokens = generate_locally(plan, ASSETS / DEFAULT_MODEL, requests)
+    torch.set_num_threads(1)
+    tokens = generate_locally(plan, ASSETS / DEFAULT_MODEL, requests, refill=refill)
     torch.set_num_threads(before)
     assert [len(tokens[i]) for i in range(len(lengths))] == [new for _, new in lengths]
-    return [[jobs for _, jobs in seen[rank]] for rank in seen]
+    return [
+        (True, len(job.members), job.end - job.begin, job.begin)
+        if job.prefill
+        else (False, len(job.members), 1, job.end - job.begin - 1)
+        for job in seen
+    ]
 
 
-def test_batches_and_micro_batches_are_cut_as_the_runtime_cuts_them() -> None:
-    batching = pytest.importorskip("llmpq.runtime.batching")
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        planned = random_lengths(seed, 6, 12, 6)
-        lengths = random_lengths(seed + 1, int(rng.integers(1, 30)), 40, 12)
-        problem, batch = make_problem(lengths, ["t4-16g"]), int(rng.integers(1, 9))
-        assignment = assign(problem, batch, batch, batch)
-        requests = [batching.Request(i, i, (1,) * s, n) for i, (s, n) in enumerate(lengths)]
-        cache = max(b.prompt_tokens + b.new_tokens for b in batching.batches(planned, batch))
-        try:
-            expected = batching.fitting_batches(requests, batch, cache)
-        except UserError:
-            continue
-        found = run_batches(problem, assignment, planned)
-        assert [b.requests for b in found] == [b.requests for b in expected]
+def test_requests_longer_than_planned_get_longer_lanes_of_no_more_tokens() -> None:
+    problem, planned = make_problem([(9, 7)] * 8 + [(20, 12)], ["t4-16g"]), [(9, 7)] * 8
+    setting = assign(problem, 4, 2, 2).setting
+    shapes = make_schedule(problem, setting, planned).shapes
+    assert max(shape.tokens for shape in shapes) == 32
+    assert sum(shape.rows * shape.tokens for shape in shapes) <= 4 * 16
+    longest = make_problem([(60, 12)], ["t4-16g"])
+    with pytest.raises(UserError, match="72 tokens of cache; the plan reserves 64"):
+        make_schedule(longest, setting, planned)
 
 
-def test_longer_prompts_run_in_smaller_micro_batches() -> None:
-    sizes = [(8, 10, 10), (8, 11, 10), (8, 31, 10), (3, 5, 10), (64, 30, 10)]
-    assert [prefill_size(*size) for size in sizes] == [8, 2, 1, 3, 7]
+def test_a_trace_keeps_the_prompt_and_the_output_of_a_request_together(tmp_path: Path) -> None:
+    rows = [(60, 1), (1, 50), (30, 30), (2, 2)]
+    text = "ContextTokens,GeneratedTokens\n" + "".join(f"{a},{b}\n" for a, b in rows)
+    (tmp_path / "trace.csv").write_text(text)
+    columns = {"prompt_tokens": "ContextTokens", "new_tokens": "GeneratedTokens"}
+    asked = {k: f"{{trace: trace.csv, column: {v}}}" for k, v in columns.items()}
+    lines = [f"{key}: {value}" for key, value in {**asked, "num_requests": "8"}.items()]
+    (tmp_path / "w.yaml").write_text("\n".join(lines))
+    lengths = request_lengths(load_workload(tmp_path / "w.yaml"))
+    assert lengths == rows * 2
+    problem = make_problem(lengths, ["t4-16g", "v100-32g"])
+    items = list(make_schedule(problem, assign(problem, 4, 2, 2).setting).source)
+    assert [(item.prompt_tokens, item.new_tokens) for item in items] == lengths
+    played = simulate(problem, assign(problem, 4, 2, 2))
+    decode = played.jobs.step > 0
+    assert int(played.jobs.requests[decode].sum()) == sum(new - 1 for _, new in lengths)
+    assert int(played.jobs.past.max()) <= 62 - 1
 
 
-# ---- the whole run
+# ---- seconds
 
 
-def test_batches_follow_each_other_and_alike_ones_are_played_once() -> None:
-    problem = make_problem([(16, 5)] * 30 + [(8, 3)] * 4, ["t4-16g", "v100-32g"])
-    assignment = assign(problem, 8, 4, 2)
-    batches = play(problem, assignment)
-    assert [b.number for b in batches] == list(range(5))
-    assert all(b.start_s == a.end_s for a, b in pairwise(batches))
-    assert batches[1].played is batches[2].played  # the first one has no end to wait for
-    whole = totals(batches)
-    assert whole.total_s == batches[-1].end_s == whole.prefill_s + whole.decode_s
-    shapes = run_shapes(problem, assignment)
-    assert num_spans(shapes, 4) == sum(b.played.start_s.size for b in (*batches[:2], *batches[3:]))
+def test_a_chunk_takes_what_the_longer_prompt_takes_more_and_a_call() -> None:
+    problem = make_problem([(10, 2)] * 9 + [(400, 2)], ["t4-16g", "t4-16g"])
+    assignment = assign(problem, 1, 1, 1)
+    played = simulate(problem, assignment)
+    chunks = np.flatnonzero((played.jobs.step == 0) & (played.jobs.requests == 1))
+    chunks = chunks[np.cumsum(played.jobs.past[chunks] > 0) > 0]
+    chunks = np.concatenate([[chunks[0] - 1], chunks[played.jobs.past[chunks] > 0]])
+    assert int(played.jobs.tokens[chunks].sum()) == 400
+    whole = make_problem([(400, 2)], ["t4-16g", "t4-16g"])
+    alone = simulate(whole, assign(whole, 1, 1, 1))
+    seconds = (played.end_s - played.start_s)[chunks]
+    once = (alone.end_s - alone.start_s)[0]
+    call = simulate(make_problem([(1, 2)], ["t4-16g"] * 2), assign(whole, 1, 1, 1))
+    call_s = (call.end_s - call.start_s)[0]
+    expected = once[0] + (len(chunks) - 1) * call_s[0]
+    assert seconds[:, 0].sum() == pytest.approx(expected, rel=0.02)
 
 
 def test_a_run_of_equal_requests_takes_what_the_closed_form_says() -> None:
+    """One wave; on one stage any number of waves, but for caches that lanes pad."""
     problem = make_problem([(16, 9)] * 8, ["t4-16g", "v100-32g"])
     assignment = assign(problem, 8, 2, 2)
     closed = evaluate(problem, assignment).total_s
-    assert simulated_s(problem, assignment) == pytest.approx(closed, rel=2e-3)
-    assert totals(play(problem, assignment)).total_s == pytest.approx(closed, rel=2e-3)
+    assert simulate(problem, assignment).total_s == pytest.approx(closed, rel=5e-3)
+    alone = make_problem([(16, 9)] * 24, ["t4-16g"])
+    assignment = assign(alone, 8, 4, 4)
+    closed = evaluate(alone, assignment).total_s
+    assert simulate(alone, assignment, refill=False).total_s == pytest.approx(closed, rel=1e-3)
 
 
-def test_requests_that_end_early_save_time_that_the_closed_form_does_not_see() -> None:
-    problem = make_problem([(16, 40)] + [(16, 2)] * 7, ["t4-16g", "v100-32g"])
-    assignment = assign(problem, 8, 4, 1)
-    assert totals(play(problem, assignment)).total_s < 0.8 * simulated_s(problem, assignment)
+def random_plan(seed: int, equal: bool) -> tuple[Problem, Assignment]:
+    """1 to 4 stages, several waves of requests."""
+    rng = np.random.default_rng(seed)
+    types = [str(t) for t in rng.choice(["t4-16g", "v100-32g", "a100-40g"], rng.integers(1, 5))]
+    batch = int(rng.choice([8, 16, 32]))
+    decode, prefill = (min(batch, int(n)) for n in (rng.choice([2, 4, 8]), rng.choice([1, 2, 4])))
+    count = batch * int(rng.integers(3, 8))
+    lengths = random_lengths(seed, count, 100, 60)
+    problem = make_problem([(50, 30)] * count if equal else lengths, types)
+    return problem, assign(problem, batch, prefill, decode)
 
 
-def test_later_batches_wait_for_the_end_of_the_last_and_their_announcement() -> None:
-    problem = make_problem([(16, 4)] * 8, ["t4-16g", "v100-32g", "t4-16g"])
-    first, later = play(problem, assign(problem, 4, 2, 2))[:2]
-    ready = first.played.ready_s, later.played.ready_s
-    assert ready[0][0] == ready[1][0] == 0 and (ready[1] >= ready[0]).all()
-    # Two broadcasts of 24 and 96 bytes; the second stage is one hop away, the third two.
-    one = 2 * 30e-6 + 120 / 0.05e9
-    assert ready[0][[2, 4]] == pytest.approx([one, 2 * one])
+@pytest.mark.parametrize(("equal", "median", "worst"), [(True, 0.03, 0.15), (False, 0.1, 0.4)])
+def test_the_closed_form_is_near_the_simulated_run(
+    equal: bool, median: float, worst: float
+) -> None:
+    plans = [random_plan(seed, equal) for seed in range(60)]
+    ratios = [evaluate(*plan).total_s / simulate(*plan).total_s for plan in plans]
+    errors = np.abs(np.array(ratios) - 1)
+    assert np.median(errors) < median and errors.max() < worst
+
+
+def test_requests_that_end_early_make_room_for_others() -> None:
+    problem = make_problem(random_lengths(1, 96, 30, 60), ["t4-16g", "v100-32g"])
+    assignment = assign(problem, 8, 2, 2)
+    played = simulate(problem, assignment)
+    assert played.total_s < 0.9 * simulate(problem, assignment, refill=False).total_s
+
+
+def test_predictions_are_of_the_simulated_run() -> None:
+    problem, assignment = random_plan(1, equal=False)
+    closed = evaluate(problem, assignment)
+    found, played = with_run(problem, assignment, closed), simulate(problem, assignment)
+    assert (found.total_s, found.prefill_s) == (played.total_s, pytest.approx(played.prefill_s))
+    assert found.prefill_s + found.decode_s == pytest.approx(found.total_s)
+    assert found.tokens_per_s == pytest.approx(problem.num_new_tokens / played.total_s)
+    assert found.closed_form_s == found.priced_s == closed.total_s == closed.priced_s
+    assert found.objective == closed.objective and closed.closed_form_s is None
+
+
+def test_of_a_long_run_a_sample_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(random_lengths(5, 1600, 100, 60), ["t4-16g", "v100-32g"])
+    assignment = assign(problem, 16, 2, 4)
+    whole, closed = simulate(problem, assignment), evaluate(problem, assignment)
+    assert least_jobs(problem, assignment.setting) <= len(whole.jobs)
+    assert with_run(problem, assignment, closed).total_s != whole.total_s
+    assert with_run(problem, assignment, closed).total_s == pytest.approx(whole.total_s, rel=0.02)
 
 
 # ---- bubbles
@@ -197,41 +228,40 @@ def test_later_batches_wait_for_the_end_of_the_last_and_their_announcement() -> 
 def test_causes_add_up_to_the_idle_time(seed: int) -> None:
     rng = np.random.default_rng(seed)
     types = [str(t) for t in rng.choice(["t4-16g", "v100-32g", "a100-40g"], rng.integers(1, 6))]
-    problem = make_problem(random_lengths(seed, int(rng.integers(1, 40)), 60, 12), types)
+    problem = make_problem(random_lengths(seed, int(rng.integers(9, 40)), 60, 12), types)
     sizes = [int(n) for n in rng.integers(1, 9, 2)]
-    batches = play(problem, assign(problem, int(rng.integers(max(sizes), 17)), *sizes))
-    whole, bubbles = totals(batches), find_bubbles(batches)
-    for stage, busy in enumerate(whole.busy_s[::2]):
+    played = simulate(problem, assign(problem, int(rng.integers(max(sizes), 17)), *sizes))
+    bubbles = find_bubbles(played)
+    for stage, busy in enumerate(played.busy_s[::2]):
         mine = [b for b in bubbles if b.stage == stage]
         assert all(b.idle_s > 0 for b in mine)
         assert len({(b.cause, b.server) for b in mine}) == len(mine)
-        assert sum(b.idle_s for b in mine) == pytest.approx(whole.total_s - busy, abs=1e-9)
-        percent = 100 * (1 - busy / whole.total_s)
-        assert sum(b.percent for b in mine) == pytest.approx(percent, abs=1e-6)
+        assert sum(b.idle_s for b in mine) == pytest.approx(played.total_s - busy, abs=1e-8)
+        percent = 100 * (1 - busy / played.total_s)
+        assert sum(b.percent for b in mine) == pytest.approx(percent, abs=1e-5)
     shares = [percent for _, _, percent in by_cause(bubbles, len(types))]
-    idle = 100 * (1 - whole.busy_s[::2].sum() / whole.total_s / len(types))
-    assert sum(shares) == pytest.approx(idle, abs=1e-6) and shares == sorted(shares)[::-1]
+    idle = 100 * (1 - played.busy_s[::2].sum() / played.total_s / len(types))
+    assert sum(shares) == pytest.approx(idle, abs=1e-5) and shares == sorted(shares)[::-1]
 
 
 def causes(played: Played) -> dict[tuple[int, str], float]:
-    """(stage, words) to idle seconds, of one batch."""
+    """(stage, words) to idle seconds."""
     names = server_names(played.start_s.shape[1] // 2)
-    shape = Shape((1,), (1,), 1, (1,), True)
     return {
         (b.stage, describe(b.cause, b.server, names, b.micro_batch)): b.idle_s
-        for b in find_bubbles([BatchRun(0, shape, 0.0, played)])
+        for b in find_bubbles(played)
     }
 
 
-def batch_of(prefill: Sequence[float], decode: Sequence[float], count: int, steps: int) -> Played:
-    """`count` equal micro-batches in both phases."""
-    seconds = np.multiply.outer(np.array(decode, dtype=float), np.ones((count, steps)))
-    waits = tuple(range(1, count + 1))
-    return simulate(Batch(np.outer(prefill, np.ones(count)), seconds, waits))
+def run_of(prefill: Sequence[float], decode: Sequence[float], count: int, steps: int) -> Played:
+    """`count` equal requests at once, each its own micro-batch in both phases."""
+    items = iter([Item(i, 4, 1 + steps) for i in range(count)])
+    schedule = Schedule((LaneShape(1, 5 + steps),) * count, 1, 4, len(prefill) // 2, items)
+    return play(schedule, lambda job: prefill if job.prefill else decode, len(prefill))
 
 
 def test_one_micro_batch_waits_for_the_loop() -> None:
-    found = causes(batch_of((1, 0, 1, 0), (1, 0, 1, 0), count=1, steps=4))
+    found = causes(run_of((1, 0, 1, 0), (1, 0, 1, 0), count=1, steps=4))
     assert found == {
         (0, "loop: tokens of micro-batch 0 not back yet"): 4,
         (0, "draining"): 1,
@@ -242,7 +272,7 @@ def test_one_micro_batch_waits_for_the_loop() -> None:
 
 
 def test_a_slow_stage_is_named_by_those_behind_it() -> None:
-    found = causes(batch_of((1, 0, 3, 0, 1, 0), (1, 0, 3, 0, 1, 0), count=4, steps=6))
+    found = causes(run_of((1, 0, 3, 0, 1, 0), (1, 0, 3, 0, 1, 0), count=4, steps=6))
     assert {words for stage, words in found if stage == 1} == {"filling", "draining"}
     behind = found[2, "behind stage 1"]
     assert behind == max(found.values())
@@ -250,15 +280,8 @@ def test_a_slow_stage_is_named_by_those_behind_it() -> None:
 
 
 def test_a_slow_link_is_named() -> None:
-    found = causes(batch_of((1, 4, 1, 0), (1, 4, 1, 0), count=4, steps=6))
+    found = causes(run_of((1, 4, 1, 0), (1, 4, 1, 0), count=4, steps=6))
     assert found[1, "link 0 -> 1"] == max(s for (stage, _), s in found.items() if stage == 1)
-
-
-def test_a_stage_that_cannot_begin_yet_is_between_batches() -> None:
-    prefill, decode = np.array([[1.0], [0.0], [1.0], [0.0]]), np.ones((4, 1, 1))
-    ready = np.array([0.0, 0.0, 4.0, 0.0])
-    found = causes(simulate(Batch(prefill, decode, (1,), (0,), ready)))
-    assert found == {(0, "draining"): 4, (1, "between batches"): 4}
 
 
 def test_remedies_name_what_to_change() -> None:

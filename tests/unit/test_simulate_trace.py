@@ -10,26 +10,26 @@ import numpy as np
 import pytest
 from rich.console import Console
 from test_planner import files, run
-from test_simulate_run import assign, make_problem, play, random_lengths
+from test_simulate_run import assign, make_problem, random_lengths
 
 from llmpq.cli import plan_trace
+from llmpq.costs.simulate import Played
 from llmpq.plan import Plan, load_plan
 from llmpq.planner.bubbles import find_bubbles
 from llmpq.planner.evaluate import evaluate, to_plan
-from llmpq.planner.simulated import BatchRun, totals
+from llmpq.planner.simulated import simulate
 from llmpq.planner.timeline_view import print_timeline
 
 __all__ = ["files"]  # a fixture
 
 
-def example(num_requests: int = 21) -> tuple[Plan, list[BatchRun]]:
+def example(num_requests: int = 21) -> tuple[Plan, Played]:
     """A plan of three stages and its run, of requests of unequal lengths."""
-    problem = make_problem(
-        random_lengths(3, num_requests, 40, 12), ["t4-16g", "v100-32g", "a100-40g"]
-    )
+    lengths = [*random_lengths(3, num_requests, 40, 12), (90, 3)]
+    problem = make_problem(lengths, ["t4-16g", "v100-32g", "a100-40g"])
     assignment = assign(problem, 8, 3, 2)
     plan = to_plan(problem, assignment, "hand-made", evaluate(problem, assignment))
-    return plan, play(problem, assignment)
+    return plan, simulate(problem, assignment)
 
 
 def events_of(path: Path) -> list[dict[str, Any]]:
@@ -39,69 +39,65 @@ def events_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_trace_holds_every_job_once_and_no_two_at_a_time(tmp_path: Path) -> None:
-    plan, batches = example()
-    said = plan_trace.write_trace(tmp_path / "t.json", plan, batches)
-    assert said.endswith("batches 0-2 of 3")
+    plan, played = example()
+    said = plan_trace.write_trace(tmp_path / "t.json", plan, played)
+    assert said.endswith(f"all {len(played.jobs)} jobs")
     events = [e for e in events_of(tmp_path / "t.json") if e["ph"] == "X"]
     by_thread: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for event in events:
         by_thread[event["tid"]].append(event)
-    busy = totals(batches).busy_s
-    for server, seconds in enumerate(busy):
+    for server, seconds in enumerate(played.busy_s):
         mine = sorted(by_thread[server], key=lambda e: e["ts"])
         assert sum(e["dur"] for e in mine) == pytest.approx(1e6 * seconds)
         ends = np.array([e["ts"] + e["dur"] for e in mine])
         assert (np.array([e["ts"] for e in mine])[1:] >= ends[:-1] - 1e-6 * ends[:-1]).all()
         assert {e["pid"] for e in mine} == {server // 2}
-        named = [(e["args"]["batch"], e["name"]) for e in mine]
-        assert len(set(named)) == len(named)
-    assert max(e["ts"] + e["dur"] for e in events) == pytest.approx(1e6 * batches[-1].end_s)
+        assert len({e["name"] for e in mine}) == len(mine) == len(played.jobs)
+    assert max(e["ts"] + e["dur"] for e in events) == pytest.approx(1e6 * played.total_s)
 
 
 def test_events_say_what_they_are_of(tmp_path: Path) -> None:
-    plan, batches = example()
-    plan_trace.write_trace(tmp_path / "t.json", plan, batches)
+    plan, played = example()
+    plan_trace.write_trace(tmp_path / "t.json", plan, played)
     events = events_of(tmp_path / "t.json")
     threads = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert threads[0] == "stage 0: t4-16g on n (layers 0-1)"
     assert threads[1] == "link 0 -> 1" and threads[5] == "way back 2 -> 0"
-    shape = batches[0].shape
-    found = {(e["tid"], e["name"]): e["args"] for e in events if e["ph"] == "X"}
-    prompt = batches[-1].shape.prompt_tokens
-    assert found[0, "decode 0 step 1"]["past"] == prompt  # of the last batch
-    first = next(e for e in events if e["ph"] == "X" and e["name"] == "prefill 0")["args"]
-    tokens = shape.prefill_sizes[0] * shape.prompt_tokens
-    expected = {"batch": 0, "micro_batch": 0, "step": 0, "requests": shape.prefill_sizes[0]}
-    assert first == expected | {"tokens": tokens, "past": 0}
+    first = next(e for e in events if e["ph"] == "X")
+    jobs = played.jobs
+    expected = {"micro_batch": 0, "step": 0, "requests": int(jobs.requests[0]), "past": 0}
+    assert first["name"] == "prefill 0"
+    assert first["args"] == expected | {"tokens": int(jobs.tokens[0])}
+    decode = [e for e in events if e.get("cat") == "decode" and e["tid"] == 0]
+    assert [e["args"]["past"] for e in decode] == jobs.past[jobs.step > 0].tolist()
+    assert {e["args"]["tokens"] for e in decode} == {1} and "decode 0 step 1" in {
+        e["name"] for e in decode
+    }
+    chunks = [e["args"] for e in events if e.get("cat") == "prefill" and e["args"]["past"]]
+    assert chunks, "the end of the long prompt"
 
 
 def test_long_runs_are_cut_to_what_a_viewer_bears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, batches = example()
-    sizes = [len(b.played.jobs) * 6 for b in batches]
-    monkeypatch.setattr(plan_trace, "MAX_EVENTS", sizes[0] + sizes[1])
-    assert "batches 0-1 of 3" in plan_trace.write_trace(tmp_path / "t.json", plan, batches)
-    numbers = {e["args"]["batch"] for e in events_of(tmp_path / "t.json") if e["ph"] == "X"}
-    assert numbers == {0, 1}
+    plan, played = example()
     monkeypatch.setattr(plan_trace, "MAX_EVENTS", 60)
-    said = plan_trace.write_trace(tmp_path / "t.json", plan, batches)
-    assert "batch 0 of 3, the first 10 of" in said
+    said = plan_trace.write_trace(tmp_path / "t.json", plan, played)
+    assert f"the first 10 of {len(played.jobs)} jobs" in said
     assert sum(e["ph"] == "X" for e in events_of(tmp_path / "t.json")) <= 60
 
 
 @pytest.mark.parametrize("width", [60, 120])
 def test_the_timeline_has_a_row_a_stage_as_wide_as_the_console(width: int) -> None:
-    _, batches = example()
+    _, played = example()
     text = io.StringIO()
-    whole, bubbles = totals(batches), find_bubbles(batches)
-    print_timeline(Console(file=text, width=width), batches[0], whole, bubbles)
+    print_timeline(Console(file=text, width=width), played, find_bubbles(played))
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     rows = [line for line in lines if line.startswith("stage 0") and " %  " in line]
-    assert len(rows) == 2  # the batch and the zoom
-    assert rows[0].split("%  ")[1][0] == "#" and rows[0].rstrip()[-1] == "."
-    assert set(rows[1].split("%  ")[1]) <= set("0123456789.")
+    assert len(rows) == 2  # the whole run and the zoom
+    assert rows[0].split("%  ")[1][0] == "#" and rows[0].rstrip()[-1] in ".-"
+    assert set(rows[1].split("%  ")[1]) <= set("0123456789.#")
     assert lines[-1] == lines[-1].strip() and "largest: " in text.getvalue()
 
 
@@ -123,7 +119,7 @@ def test_evaluate_writes_a_trace_and_shows_a_timeline(files: Path) -> None:
     asked = ["--evaluate", str(output), "--trace", str(trace), "--json", str(values)]
     result = run(files, *asked)
     assert result.exit_code == 0, result.output
-    assert "largest: " in result.output and f"trace: {trace}, batch" in result.output
+    assert "largest: " in result.output and f"trace: {trace}, all" in result.output
     assert events_of(trace)
     found = json.loads(values.read_text())
     simulated, predicted = found["simulated"], found["predicted"]
@@ -132,7 +128,8 @@ def test_evaluate_writes_a_trace_and_shows_a_timeline(files: Path) -> None:
     idle = sum(b["percent"] for b in simulated["bubbles"])
     assert idle + sum(simulated["busy_percent"]) == pytest.approx(100 * stages)
     assert simulated["total_s"] == pytest.approx(simulated["prefill_s"] + simulated["decode_s"])
-    off = 100 * (predicted["total_s"] / simulated["total_s"] - 1)
+    assert predicted["total_s"] == pytest.approx(simulated["total_s"])
+    off = 100 * (predicted["closed_form_s"] / simulated["total_s"] - 1)
     assert simulated["closed_form_difference_percent"] == pytest.approx(off)
 
 

@@ -25,7 +25,8 @@ def texts(problem: Problem, plan: Plan) -> list[str]:
 def faked(plan: Plan, tokens_per_s: float, gap: float = 0.0) -> Plan:
     """The same plan with another speed."""
     assert plan.predicted is not None
-    figures = {"tokens_per_s": tokens_per_s, "gap": gap}
+    total = 1000 / tokens_per_s
+    figures = {"tokens_per_s": tokens_per_s, "total_s": total, "closed_form_s": None, "gap": gap}
     return plan.model_copy(update={"predicted": plan.predicted.model_copy(update=figures)})
 
 
@@ -144,7 +145,7 @@ def test_a_gain_within_the_gap_is_marked() -> None:
     for speed, within in ((90.0, True), (111.0, True), (112.0, False)):
         found = w.what_if(problem, plan, lambda _, s=speed: faked(plan, s), NEVER)
         assert {change.within_gap for change in found} == {within}
-        assert {change.gain for change in found} == {max(0.0, speed - 100)}
+        assert {round(change.gain, 9) for change in found} == {max(0.0, speed - 100)}
     unknown = faked(plan, 100.0, gap=1.0)
     assert w.what_if(problem, unknown, lambda _: faked(plan, 1e6), NEVER)[0].within_gap
 
