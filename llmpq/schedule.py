@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-WINDOW = 4096  # requests that are looked at ahead of their turn
+WINDOW = 100_000  # requests that are looked at ahead of their turn
 NEAR = 64  # of them, how many are looked at for a prompt of like length
 PADDED = 1.25  # a prefill micro-batch is at most so much longer than its prompts
 LEAST_CHUNK = 16

@@ -45,16 +45,15 @@ def lead(
     out = console(options.quiet)
     _say_first(out, plan, prepared, results)
     ids, finished = prepared.prompts.ids, results.finished
-    todo = [
-        n for n, name in zip(prepared.prompts.lengths, ids, strict=True) if name not in finished
-    ]
+    every = enumerate(zip(ids, prepared.prompts.lengths, strict=True))
+    todo = {number: both for number, (name, both) in every if name not in finished}
     with progress(out, "requests", len(todo)) as shown, closing(results):
         collector = _Collector(results, prepared, shown)
         engine.start_clock(trace=options.trace is not None)
         collector.started = time.perf_counter()
         engine.lead(
-            prepared.prompts.stream(finished),
             todo,
+            prepared.prompts.request,
             collector.finish,
             collector.show,
             options.refill,

@@ -7,7 +7,7 @@ The first stage leads: it reads the requests and decides every job (`Leader`, `l
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -116,28 +116,25 @@ class Engine:
 
     def lead(
         self,
-        requests: Iterable[Request],
-        lengths: Sequence[tuple[int, int]],
+        lengths: Mapping[int, tuple[int, int]],
+        fetch: Callable[[int], Request],
         on_finished: Callable[[Finished], None],
         on_status: Callable[[Status], None] = lambda _: None,
         refill: bool = True,
         chunk: int | None = None,
     ) -> None:
-        """First stage: runs all requests, which are read as they are needed.
+        """First stage: runs all requests, each fetched by its number when its turn has come.
 
-        `lengths` are the (prompt, new) tokens of all of them; `chunk`: tokens of a prompt that
-        are computed at once, where not as planned; without `refill`, batch after batch.
+        `lengths` are their (prompt, new) tokens by number; `chunk`: tokens of a prompt that are
+        computed at once, where not as planned; without `refill`, batch after batch.
         """
-        shapes = lanes_for(self.plan, lengths)
+        shapes = lanes_for(self.plan, list(lengths.values()))
         self._agree(shapes)
         most = min(chunk or self.reserve.chunk_tokens, self.reserve.chunk_tokens)
-
-        def make_schedule(items: Iterator[Item]) -> Schedule:
-            rows, stages = self.plan.prefill_micro_batch, self.transport.size
-            return Schedule(shapes, rows, most, stages, items, refill)
-
-        leader = Leader(self.worker, make_schedule, requests, self.eos_ids, on_finished, on_status)
-        leader.run()
+        items = (Item(number, *both) for number, both in lengths.items())
+        rows, stages = self.plan.prefill_micro_batch, self.transport.size
+        schedule = Schedule(shapes, rows, most, stages, items, refill)
+        Leader(self.worker, schedule, fetch, self.eos_ids, on_finished, on_status).run()
 
     def follow(self) -> None:
         """Other stages: does what the first decides, until it ends."""

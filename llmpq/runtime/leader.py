@@ -1,6 +1,6 @@
 """The first stage's part of a run: which job is next, what came back, who has ended."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +9,7 @@ from llmpq.runtime.inbox import Inbox
 from llmpq.runtime.jobs import END
 from llmpq.runtime.request import Finished, Reason, Request
 from llmpq.runtime.worker import BROKEN, Worker
-from llmpq.schedule import Item, Job, Schedule
+from llmpq.schedule import Job, Schedule
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class Status:
 
 @dataclass
 class _Open:
-    """A request that has begun, or waits its turn."""
+    """A request that has begun."""
 
     request: Request
     tokens: list[int] = field(default_factory=list)
 
 
 class Leader:
-    """Runs requests through the stages; `make_schedule` takes their lengths as they are read."""
+    """Runs requests through the stages. `fetch` reads one by its number when its turn has come."""
 
     def __init__(
         self,
         worker: Worker,
-        make_schedule: Callable[[Iterator[Item]], Schedule],
-        requests: Iterable[Request],
+        schedule: Schedule,
+        fetch: Callable[[int], Request],
         eos_ids: frozenset[int],
         on_finished: Callable[[Finished], None],
         on_status: Callable[[Status], None] = lambda _: None,
@@ -46,7 +46,7 @@ class Leader:
         self.worker, self.eos_ids = worker, eos_ids
         self.on_finished, self.on_status = on_finished, on_status
         self._open: dict[int, _Open] = {}
-        self._schedule = make_schedule(self._items(requests))
+        self._schedule, self._fetch = schedule, fetch
         self._inbox: Inbox[list[int]] | None = None
         self._busy_ms: tuple[int, ...] = (0,) * worker.headers.num_stages
         self.num_done = self.num_tokens = 0
@@ -69,13 +69,11 @@ class Leader:
         if self._inbox is not None:
             self._inbox.get()
 
-    def _items(self, requests: Iterable[Request]) -> Iterator[Item]:
-        for request in requests:
-            self._open[request.number] = _Open(request)
-            yield Item(request.number, len(request.prompt), request.new_tokens)
-
     def _issue(self, job: Job) -> None:
         worker = self.worker
+        for member in job.members:
+            if member.number not in self._open:
+                self._open[member.number] = _Open(self._fetch(member.number))
         ids = self._token_ids(job).to(worker.stage.device)
         result = worker.do(job, lambda: worker.stage.embed(ids))
         if worker.is_last:

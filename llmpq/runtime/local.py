@@ -32,7 +32,8 @@ def generate_locally(
 ) -> dict[str | int, list[int]]:
     """The new tokens of every request, by its id. The plan's rehearsal is not played."""
     crew = _Crew(plan)
-    lengths = [(len(request.prompt), request.new_tokens) for request in requests]
+    lengths = {request.number: (len(request.prompt), request.new_tokens) for request in requests}
+    fetch = {request.number: request for request in requests}.__getitem__
     tokens: dict[str | int, list[int]] = {}
 
     def keep(finished: Finished) -> None:
@@ -42,7 +43,7 @@ def generate_locally(
     def work(place: _Place) -> None:
         engine = crew.engine(place, folder, dtype, sampling, eos_ids)
         if place == (0, 0):
-            engine.lead(requests, lengths, keep, refill=refill, chunk=chunk)
+            engine.lead(lengths, fetch, keep, refill=refill, chunk=chunk)
         else:
             engine.follow()
 

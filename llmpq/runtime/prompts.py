@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
 from llmpq.artifact import MAX_FAULTS
@@ -67,32 +67,41 @@ class PromptFile:
         self.ids: list[str | int] = []
         self.lengths: list[tuple[int, int]] = []  # (prompt tokens, new tokens), like the ids
         self._rules = rules
-        self._checksums = array("I")
+        self._checksums, self._line_numbers = array("I"), array("Q")
+        self._offsets = array("Q")
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def stream(self, done: Container[str | int] = ()) -> Iterator[Request]:
-        """The requests whose ids are not in `done`, in the file's order, made one by one.
+    def request(self, number: int) -> Request:
+        """The request at this position, read from the file now.
 
-        Raises `UserError` where a line is not the one that was checked.
+        Raises `UserError` where its line is not the one that was checked.
         """
-        count = 0
-        for line_number, line in _lines(self.path):
-            if count == len(self):
-                return
-            if crc32(line) != self._checksums[count]:
-                raise self._changed(f"{self.path}:{line_number}")
-            if self.ids[count] not in done:
-                yield self._rules.request(line, count)
-            count += 1
-        if count < len(self):
-            raise self._changed(str(self.path))
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offsets[number])
+                line = file.readline(MAX_LINE_BYTES).rstrip(b"\r\n")
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no such file") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if crc32(line) != self._checksums[number]:
+            raise self._changed(f"{self.path}:{self._line_numbers[number]}")
+        return self._rules.request(line, number)
 
-    def _add(self, request: Request, line: bytes) -> None:
+    def stream(self, done: Container[str | int] = ()) -> Iterator[Request]:
+        """The requests whose ids are not in `done`, in the file's order, made one by one."""
+        for number, name in enumerate(self.ids):
+            if name not in done:
+                yield self.request(number)
+
+    def _add(self, request: Request, line: "_Line") -> None:
         self.ids.append(request.id)
         self.lengths.append((len(request.prompt), request.new_tokens))
-        self._checksums.append(crc32(line))
+        self._checksums.append(crc32(line.text))
+        self._offsets.append(line.offset)
+        self._line_numbers.append(line.number)
 
     def _changed(self, where: str) -> UserError:
         return UserError(
@@ -136,21 +145,29 @@ def check_prompts(
 def _check(found: PromptFile, on_line: Callable[[int], None] | None) -> Iterator[tuple[int, str]]:
     """Adds every good line to `found`; the number and the fault of every other one."""
     seen: dict[str | int, int] = {}
-    for number, line in _lines(found.path):
+    for line in _lines(found.path):
         try:
-            request = found._rules.request(line, len(found))
+            request = found._rules.request(line.text, len(found))
             if request.id in seen:
                 raise ValueError(f"id {request.id!r} was used on line {seen[request.id]}")
-            seen[request.id] = number
+            seen[request.id] = line.number
             found._add(request, line)
         except ValueError as error:
-            yield number, str(error)
+            yield line.number, str(error)
         if on_line is not None:
-            on_line(number)
+            on_line(line.number)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, without their break, and their numbers from 1.
+class _Line(NamedTuple):
+    """A line without its break; `number` counts from 1, `offset` in bytes."""
+
+    number: int
+    offset: int
+    text: bytes
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    """Lines that are not blank.
 
     Only line feeds end a line: other breaks may be in texts. Raises `UserError` for a file that
     cannot be read (twice) or holds no lines.
@@ -158,6 +175,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         _refuse_unless_regular(path)
         with path.open("rb") as file:
+            offset = 0
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
                 if len(line) == MAX_LINE_BYTES:
                     raise UserError(
@@ -165,7 +183,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                         "break; prompts.jsonl has one request a line"
                     )
                 if line.strip():
-                    yield number, line.rstrip(b"\r\n")
+                    yield _Line(number, offset, line.rstrip(b"\r\n"))
+                offset += len(line)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

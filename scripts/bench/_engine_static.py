@@ -229,12 +229,12 @@ def where_time_goes(
     plan = hand_plan(settings.model(MODEL), requests, sizes)
     folder, transport = settings.model(MODEL), LocalTransport(0, LocalHub(1))
     engine = Engine(plan, load_config(folder), Checkpoint(folder), transport, DTYPE, CPU)
-    lengths = [(len(request.prompt), request.new_tokens) for request in requests]
+    lengths = {number: (len(r.prompt), r.new_tokens) for number, r in enumerate(requests)}
     start = time.perf_counter()
-    engine.lead(requests, lengths, lambda _: None)
+    engine.lead(lengths, requests.__getitem__, lambda _: None)
     seconds = time.perf_counter() - start
     with profile(activities=[ProfilerActivity.CPU]) as watched:
-        engine.lead(requests, lengths, lambda _: None)
+        engine.lead(lengths, requests.__getitem__, lambda _: None)
     times = {"linears": 0.0, "attention": 0.0, "other operators": 0.0}
     for event in watched.key_averages():
         times[kind_of(event.key)] += event.self_cpu_time_total / 1e6

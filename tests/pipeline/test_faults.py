@@ -43,11 +43,12 @@ def run(engines, requests) -> tuple[dict[int, Finished], list]:
     """Finished requests by id, and the stages' reports."""
     finished: dict[int, Finished] = {}
     reports = []
-    lengths = [(len(r.prompt), r.new_tokens) for r in requests]
+    lengths = {r.number: (len(r.prompt), r.new_tokens) for r in requests}
+    fetch = {r.number: r for r in requests}.__getitem__
 
     def work(engine):
         if engine.transport.rank == 0:
-            engine.lead(requests, lengths, lambda f: finished.update({f.request.id: f}))
+            engine.lead(lengths, fetch, lambda f: finished.update({f.request.id: f}))
         else:
             engine.follow()
         reports.append(engine.measure())
@@ -118,4 +119,4 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(family_model):
     with engines(model, [4], batch=4, p=2, q=2) as (engine,):
         engine.worker.stage.run = SmallMemory(engine.worker.stage, 0, RuntimeError("shape"))
         with pytest.raises(RuntimeError, match="shape"):
-            engine.lead(model.requests, [(24, 12)], lambda _: None)
+            engine.lead({0: (24, 12)}, model.requests.__getitem__, lambda _: None)

@@ -165,7 +165,7 @@ def test_numbers_stay_the_same_when_some_are_done(tmp_path):
     [
         ([LINE, "{"], r"in.jsonl:2: changed after it was checked"),
         ([LINE, '{"id": "b", "prompt_token_ids": [3]}'], r"in.jsonl:2: changed after"),
-        ([LINE], r"in.jsonl: changed after"),
+        ([LINE], r"in.jsonl:2: changed after"),
     ],
 )
 def test_a_file_that_changes_after_the_check_ends_the_run(tmp_path, after, message):

@@ -64,7 +64,8 @@ def stages() -> list[StageReport]:
     def work(engine: Engine) -> None:
         engine.start_clock()
         if engine.transport.rank == 0:
-            engine.lead(requests, [(n, NEW) for n in LENGTHS], lambda _: None)
+            lengths = {i: (n, NEW) for i, n in enumerate(LENGTHS)}
+            engine.lead(lengths, requests.__getitem__, lambda _: None)
         else:
             engine.follow()
         found[engine.transport.rank] = engine.measure()
