@@ -34,7 +34,7 @@ from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.stopwatch import SPAN_COLUMNS, TIME_COLUMNS, Stopwatch, measured_times
 from llmpq.runtime.transport import Transport
 from llmpq.runtime.worker import Worker
-from llmpq.schedule import Item, Job, LaneShape, Member, Schedule
+from llmpq.schedule import Item, Job, LaneShape, Member, Schedule, Shift
 from llmpq.workload import chunk_tokens, lanes, lanes_within, request_lengths
 
 
@@ -298,12 +298,13 @@ class Engine:
         return [
             Job(True, newcomers, 0, max(prompts), len(prompts)),
             Job(True, (ends,), prompt - min(chunk, prompt), prompt, 1),
-            Job(False, steps, 0, longest, rows),
+            Job(False, steps, 0, longest, rows, shifts=(Shift(lane, 1, longest, -1),)),
         ]
 
     def _try(self, job: Job) -> None:
         """One job of this stage on invented input."""
         stage, worker = self.worker.stage, self.worker
+        worker.cache.rearrange(job)
         rows, tokens = shape(job)
         if worker.is_first:
             ids = torch.zeros(rows, tokens, dtype=torch.int64, device=stage.device)
