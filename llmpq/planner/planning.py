@@ -20,8 +20,8 @@ from llmpq.planner.heuristic import heuristic
 from llmpq.planner.offload import OffloadPlan, flexgen
 from llmpq.planner.problem import OVER, Assignment, Problem
 from llmpq.planner.search import Progress, Search, Space, make_space, search
-from llmpq.planner.simulated import with_run
 from llmpq.planner.solver import Solver, make_solver
+from llmpq.planner.tuning import tuned
 from llmpq.planner.value import to_assignment
 
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
@@ -158,7 +158,11 @@ def _made(
 ) -> Plan:
     predicted = bounded(predicted, bound, run.seconds)
     if run.options.simulate:
-        predicted = with_run(run.problem, assignment, predicted)
+        assignment, predicted = tuned(
+            run.problem,
+            assignment,
+            lambda other: bounded(evaluate(run.problem, other), bound, run.seconds),
+        )
     return to_plan(run.problem, assignment, method, predicted)
 
 
@@ -204,8 +208,10 @@ def _played(run: _Run, outcome: Outcome) -> Outcome:
     """With its run simulated as that of our own plan."""
     if outcome.assignment is None or outcome.predicted is None or not run.options.simulate:
         return outcome
-    predicted = with_run(run.problem, outcome.assignment, outcome.predicted)
-    return replace(outcome, predicted=predicted)
+    assignment, predicted = tuned(
+        run.problem, outcome.assignment, lambda other: evaluate(run.problem, other)
+    )
+    return replace(outcome, assignment=assignment, predicted=predicted)
 
 
 def _offloaded(plan: OffloadPlan | None) -> Outcome:

@@ -26,9 +26,14 @@ MOST_JOBS = 10_000  # that a prediction plays; of more requests a sample
 LEAST_WAVES = 8  # that a sample has, so that its tail does not outweigh the rest
 
 
-def with_run(problem: Problem, assignment: Assignment, predicted: Predicted) -> Predicted:
-    """The same prediction with the total, its parts and tokens/s of the simulated run."""
-    sample = _sample(problem, assignment.setting)
+def with_run(
+    problem: Problem, assignment: Assignment, predicted: Predicted, most_jobs: int = MOST_JOBS
+) -> Predicted:
+    """The same prediction with the total, its parts and tokens/s of the simulated run.
+
+    Of runs of about `most_jobs` and more a sample is played.
+    """
+    sample = _sample(problem, assignment.setting, most_jobs)
     window = -(-WINDOW * len(sample.lengths) // len(problem.lengths))  # looks as far ahead
     played = simulate(sample, assignment, problem.lengths, window=window)
     total = played.total_s
@@ -40,14 +45,14 @@ def with_run(problem: Problem, assignment: Assignment, predicted: Predicted) -> 
     return predicted.model_copy(update=update | speed)
 
 
-def run_s(problem: Problem, assignment: Assignment) -> float:
+def run_s(problem: Problem, assignment: Assignment, most_jobs: int = MOST_JOBS) -> float:
     """Seconds of the whole run, as predictions have them."""
-    return with_run(problem, assignment, evaluate(problem, assignment)).total_s
+    return with_run(problem, assignment, evaluate(problem, assignment), most_jobs).total_s
 
 
-def _sample(problem: Problem, setting: Setting) -> Problem:
+def _sample(problem: Problem, setting: Setting, most_jobs: int) -> Problem:
     """As many of the requests, of all lengths, as can be played in a moment."""
-    share = MOST_JOBS / max(1, least_jobs(problem, setting))
+    share = most_jobs / max(1, least_jobs(problem, setting))
     count = max(int(share * len(problem.lengths)), LEAST_WAVES * setting.batch)
     if count >= len(problem.lengths):
         return problem

@@ -18,6 +18,7 @@ from llmpq.planner.bubbles import by_cause, describe, find_bubbles, remedy, serv
 from llmpq.planner.evaluate import evaluate, to_plan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting
 from llmpq.planner.simulated import least_jobs, make_schedule, simulate, with_run
+from llmpq.planner.tuning import tuned
 from llmpq.schedule import Item, LaneShape, Schedule
 from llmpq.workload import Workload, load_workload, request_lengths
 
@@ -210,6 +211,27 @@ def test_predictions_are_of_the_simulated_run() -> None:
     assert found.tokens_per_s == pytest.approx(problem.num_new_tokens / played.total_s)
     assert found.closed_form_s == found.priced_s == closed.total_s == closed.priced_s
     assert found.objective == closed.objective and closed.closed_form_s is None
+
+
+def test_tuning_micro_batches_never_makes_a_run_longer_and_often_shorter() -> None:
+    gains = []
+    for seed in range(6):
+        problem = make_problem(random_lengths(seed, 150, 100, 120), ["t4-16g"] * 3)
+        plan = assign(problem, 24, 2, 12)  # two lanes for three stages
+        found, predicted = tuned(problem, plan, lambda other: evaluate(problem, other))
+        assert (found.stages, found.setting.batch) == (plan.stages, 24)
+        assert predicted == with_run(problem, found, evaluate(problem, found))
+        gains.append(with_run(problem, plan, evaluate(problem, plan)).total_s / predicted.total_s)
+    print(gains)
+    assert min(gains) >= 1 and max(gains) > 1.1
+
+
+def test_runs_that_are_as_priced_keep_their_micro_batches() -> None:
+    problem = make_problem([(16, 32)] * 32, ["t4-16g"] * 2)
+    assignment = assign(problem, 32, 4, 8)
+    found, predicted = tuned(problem, assignment, lambda other: evaluate(problem, other))
+    assert found is assignment
+    assert predicted.total_s < 1.05 * predicted.priced_s
 
 
 def test_of_a_long_run_a_sample_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
