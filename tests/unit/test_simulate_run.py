@@ -1,6 +1,7 @@
 """The simulated run of a plan: the runtime's own jobs, its closed form, and idle time by cause."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,7 @@ def test_tuning_micro_batches_never_makes_a_run_longer_and_often_shorter() -> No
     for seed in range(6):
         problem = make_problem(random_lengths(seed, 150, 100, 120), ["t4-16g"] * 3)
         plan = assign(problem, 24, 2, 12)  # two lanes for three stages
-        found, predicted = tuned(problem, plan, lambda other: evaluate(problem, other))
+        found, predicted = tuned(problem, plan, partial(evaluate, problem))
         assert (found.stages, found.setting.batch) == (plan.stages, 24)
         assert predicted == with_run(problem, found, evaluate(problem, found))
         gains.append(with_run(problem, plan, evaluate(problem, plan)).total_s / predicted.total_s)
@@ -229,7 +230,7 @@ def test_tuning_micro_batches_never_makes_a_run_longer_and_often_shorter() -> No
 def test_runs_that_are_as_priced_keep_their_micro_batches() -> None:
     problem = make_problem([(16, 32)] * 32, ["t4-16g"] * 2)
     assignment = assign(problem, 32, 4, 8)
-    found, predicted = tuned(problem, assignment, lambda other: evaluate(problem, other))
+    found, predicted = tuned(problem, assignment, partial(evaluate, problem))
     assert found is assignment
     assert predicted.total_s < 1.05 * predicted.priced_s
 
