@@ -16,7 +16,7 @@ from llmpq.model_spec import load_model_spec
 NEW = 20
 RUN = [sys.executable, "-m", "llmpq.run"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-SLOW = {"rehearse": {"t4-16g": {"slowdown": 20, "memory_mib": 1000}}}
+SLOW = {"rehearse": {"t4-16g": {"slowdown": 10, "memory_mib": 1000}}}
 
 
 class Job:

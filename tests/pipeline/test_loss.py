@@ -93,8 +93,8 @@ def check_advice(errors: str, count: int = 1) -> None:
 # ---- without torchrun
 
 
-@pytest.mark.parametrize("ranks", [(0,), (0, 1)])
-def test_killed_workers_are_named(job, ranks):
+def test_killed_workers_are_named(job):
+    ranks = (0, 1)
     run = Started(job, RUN)
     pids = {rank: worker.pid for rank, worker in run.workers().items()}
     code, errors = run.lose(signal.SIGKILL, *ranks)
@@ -105,9 +105,8 @@ def test_killed_workers_are_named(job, ranks):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("loading", [True, False])
-def test_a_worker_that_hangs_is_named(job, loading):
-    run = Started(job, RUN, loading=loading)
+def test_a_worker_that_hangs_is_named(job):
+    run = Started(job, RUN)
     code, errors = run.lose(signal.SIGSTOP, 1)
     assert code == 4
     assert "worker 1 (t4-16g on node0" in errors and "no sign of life for 6 s" in errors
@@ -126,9 +125,7 @@ def test_a_worker_is_killed_while_it_loads_and_the_run_starts_again(job, expecte
     assert job.results() == expected
 
 
-@pytest.mark.parametrize(
-    ("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
-)
+@pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_signals_end_a_run_with_its_workers(job, number, to_group):
     run = Started(job, RUN)
     send = os.killpg if to_group else os.kill
