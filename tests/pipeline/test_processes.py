@@ -1,17 +1,14 @@
 """Real processes: under torchrun, started by the command itself, killed, resumed, too small."""
 
 import json
-import os
-import platform
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
-from jobs import RUN, TORCHRUN, Job, rank_of, run, wait_until
+from jobs import RUN, TORCHRUN, Job, run, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 CONTRACT = {
@@ -80,34 +77,6 @@ def test_the_command_starts_its_own_processes_and_resumes_a_torn_output(job, exp
     assert again.returncode == 0, again.stderr
     assert job.results() == expected
     assert json.loads(job.report.read_text())["num_requests"] == len(expected) - num_whole
-
-
-def test_a_killed_worker_is_named_and_the_run_resumes(job, expected):
-    slow = {"rehearse": {"t4-16g": {"slowdown": 8, "memory_mib": 1000}}}
-    plan = job.plan([2, 5, 8], batch=4, p=2, q=2, cluster=slow)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        job.command(RUN, plan), stderr=subprocess.PIPE, text=True, env=environment
-    )
-    wait_until(lambda: job.output.exists() and job.output.read_text().count("\n") >= 1, process)
-    workers = {rank_of(child): child for child in psutil.Process(process.pid).children()}
-    assert set(workers) == {0, 1, 2}
-    workers[1].send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=15)
-    assert process.returncode == 4, errors
-    pid = workers[1].pid
-    assert (
-        f"worker 1 (t4-16g on node0, host {platform.node()}, pid {pid}) was ended by SIGKILL"
-        in errors
-    )
-    assert "--resume" in errors and "Traceback" not in errors
-    assert not any(worker.is_running() for worker in workers.values())
-    assert 1 <= len(job.output.read_text().splitlines()) < len(expected)
-
-    fast = job.plan([2, 5, 8], batch=4, p=2, q=2)
-    done = run([*job.command(RUN, fast), "--resume"])
-    assert done.returncode == 0, done.stderr
-    assert set(job.results()) == set(expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers follow their parent on Linux only")

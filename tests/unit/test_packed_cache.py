@@ -439,7 +439,7 @@ def test_other_quantisers_give_other_weights(model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
-@pytest.mark.parametrize("precision", ["8", "3"])
+@pytest.mark.parametrize("precision", ["3"])
 def test_memory_peaks_no_higher_than_without(tmp_path, precision):
     """Neither while weights are packed and kept, nor while they are found again."""
     for name in ("large", "small"):
