@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # On CPUs torch keeps kernels by shape, 1024 in each of two caches: over hours of unequal lengths
 # that is more than a hundred MiB.
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-KERNELS_KEPT = "128"
+KERNELS_KEPT = "16"
 
 
 @click.command(cls=Command)
