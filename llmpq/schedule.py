@@ -20,7 +20,7 @@ Not covered: taking a request out before it ends; sharing the cache of equal pro
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -41,6 +41,11 @@ class LaneShape(NamedTuple):
 
     rows: int
     tokens: int
+
+
+def cache_tokens(lanes: Iterable[LaneShape]) -> int:
+    """Places for tokens that lanes have."""
+    return sum(lane.rows * lane.tokens for lane in lanes)
 
 
 class Item(NamedTuple):
@@ -263,7 +268,7 @@ class Schedule:
     @property
     def tokens_reserved(self) -> int:
         """Tokens that the lanes have."""
-        return sum(shape.rows * shape.tokens for shape in self.shapes)
+        return cache_tokens(self.shapes)
 
     # ---- requests that wait
 

@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from llmpq.artifact import Strict, read_yaml
 from llmpq.errors import UserError
-from llmpq.schedule import LaneShape
+from llmpq.schedule import LaneShape, cache_tokens
 
 CLASSES = 5  # of requests by length
 LEAST_CHUNK_TOKENS = 64
@@ -129,13 +129,31 @@ def lanes(lengths: Sequence[tuple[int, int]], batch: int, rows: int) -> tuple[La
     return tuple(LaneShape(size, tokens[k]) for size, k in zip(sizes, classes, strict=True))
 
 
+def lanes_for(
+    lengths: Sequence[tuple[int, int]], planned: Sequence[LaneShape], batch: int, rows: int
+) -> tuple[LaneShape, ...]:
+    """The planned lanes, or others of no more tokens where requests are longer than foreseen.
+
+    Raises `UserError` where one request alone needs more.
+    """
+    longest = max((prompt + new for prompt, new in lengths), default=0)
+    reserved = cache_tokens(planned)
+    if longest <= max(lane.tokens for lane in planned):
+        return tuple(planned)
+    if longest > reserved:
+        raise UserError(
+            f"a request needs {longest} tokens of cache; the plan reserves {reserved} in all"
+        )
+    return lanes_within(reserved, lengths, batch, rows)
+
+
 def lanes_within(
     tokens: int, lengths: Sequence[tuple[int, int]], batch: int, rows: int
 ) -> tuple[LaneShape, ...]:
     """Lanes of as many requests, up to `batch`, as fit into so many tokens; of one at least."""
     for count in range(batch, 1, -1):
         shapes = lanes(lengths, count, min(rows, count))
-        if sum(shape.rows * shape.tokens for shape in shapes) <= tokens:
+        if cache_tokens(shapes) <= tokens:
             return shapes
     return lanes(lengths, 1, 1)
 

@@ -16,9 +16,9 @@ from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict
 from llmpq.cli.common import console, emit
 from llmpq.cli.run_options import RunOptions
 from llmpq.cluster import GIB, MIB
-from llmpq.costs.memory import RunSizes, StageMemory, cpu_kernels, stage_memory
+from llmpq.costs.memory import StageMemory, cpu_kernels, run_sizes, stage_memory
 from llmpq.plan import Plan, Predicted
-from llmpq.workload import chunk_tokens, lanes, request_lengths
+from llmpq.workload import request_lengths
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,13 +119,12 @@ def compressed(precisions: Sequence[str]) -> str:
 def memory_of(plan: Plan, rank: int) -> StageMemory:
     """What each device of a stage holds, as the planner counts it."""
     stage = plan.stages[rank]
-    lengths = request_lengths(plan.workload)
-    sizes = RunSizes(
-        lanes=lanes(lengths, plan.batch, plan.decode_micro_batch),
-        prefill_micro_batch=plan.prefill_micro_batch,
-        prompt_tokens=max(prompt for prompt, _ in lengths),
-        chunk_tokens=chunk_tokens(lengths),
-        num_stages=len(plan.stages),
+    sizes = run_sizes(
+        request_lengths(plan.workload),
+        plan.batch,
+        plan.prefill_micro_batch,
+        plan.decode_micro_batch,
+        len(plan.stages),
     )
     return stage_memory(
         plan.model.shard(stage.tensor_parallel),
@@ -266,11 +265,13 @@ def _memory_table(stages: Sequence[StagePreview]) -> "Table":
     """One row a stage: what each of its devices holds."""
     from rich.markup import escape
 
+    from llmpq.planner.report import empty_table
+
     unit, size = _unit(max(stage.total_bytes for stage in stages))
-    table = _table(
-        f"memory, {unit}",
+    table = empty_table(
         ["rank", "node", "device", "layers", "precisions"],
         ["weights", "KV cache", "activations", "messages", "total", "of"],
+        f"memory, {unit}",
     )
     for stage in stages:
         count = f"{len(stage.devices)} x " if len(stage.devices) > 1 else ""
@@ -296,12 +297,14 @@ def _memory_table(stages: Sequence[StagePreview]) -> "Table":
 
 def _loading_table(stages: Sequence[StagePreview]) -> "Table":
     """One row a stage: what is read, and what a micro-batch takes."""
+    from llmpq.planner.report import empty_table
+
     unit, size = _unit(max(stage.checkpoint_read_bytes for stage in stages))
-    table = _table(
-        "loading and times of a micro-batch",
+    table = empty_table(
         ["rank"],
         [f"from checkpoint, {unit}", f"from cache, {unit}", "packed before"]
         + ["prefill ms", "decode step ms"],
+        "loading and times of a micro-batch",
     )
     for stage in stages:
         table.add_row(
@@ -321,15 +324,3 @@ def _ms(seconds: float | None) -> str:
 
 def _unit(num_bytes: int) -> tuple[str, int]:
     return ("GiB", GIB) if num_bytes >= GIB else ("MiB", MIB)
-
-
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> "Table":
-    """An empty table; columns of text at the left, of numbers at the right."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for heading in left:
-        table.add_column(heading, overflow="fold")
-    for heading in right:
-        table.add_column(heading, justify="right")
-    return table

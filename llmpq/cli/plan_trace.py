@@ -8,7 +8,6 @@ Heavy modules are imported inside functions, so that `--help` is quick. Not cove
 the first ones where a run has more than a viewer bears; a line says how many there are.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llmpq.cli.common import console
 from llmpq.cli.plan_inputs import Arguments
 from llmpq.cli.progress import progress
+from llmpq.cli.trace_file import Event, call, stage_names, write_events
 from llmpq.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ MAX_EVENTS = 200_000  # more is slow to load in a viewer
 MAX_SPANS = 50_000_000  # 16 bytes each
 MAX_JOBS = 1_000_000  # some 40 seconds
 MICROSECONDS = 1e6
-Event = dict[str, Any]
 
 
 def show_run(
@@ -113,35 +112,10 @@ def figures(played: "Played", bubbles: "list[Bubble]", plan: "Plan") -> dict[str
 
 def write_trace(path: Path, plan: "Plan", played: "Played") -> str:
     """Writes the first jobs, as many as a viewer bears; returns what the file holds."""
-    from llmpq.artifact import write_text
-
     count = len(played.jobs)
     most = min(count, max(1, MAX_EVENTS // (2 * len(plan.stages))))
-    events = [*_names(plan), *_events(played, most)]
-    write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
+    write_events(path, [*stage_names(plan), *_events(played, most)])
     return f"{path}, {f'all {count}' if most == count else f'the first {most} of {count}'} jobs"
-
-
-def _names(plan: "Plan") -> Iterator[Event]:
-    """What viewers call processes and threads, and their order."""
-    from llmpq.planner.bubbles import server_names
-
-    names = server_names(len(plan.stages))
-    for stage in plan.stages:
-        count = f"{stage.tensor_parallel} x " if stage.tensor_parallel > 1 else ""
-        layers = f"layers {stage.first_layer}-{stage.end_layer - 1}"
-        title = f"stage {stage.rank}: {count}{stage.devices[0]} on {stage.node} ({layers})"
-        yield _metadata("process_name", stage.rank, {"name": title})
-        yield _metadata("process_sort_index", stage.rank, {"sort_index": stage.rank})
-        for thread, name in ((0, title), (1, names[2 * stage.rank + 1])):
-            place = 2 * stage.rank + thread
-            yield _metadata("thread_name", stage.rank, {"name": name}, place)
-            yield _metadata("thread_sort_index", stage.rank, {"sort_index": place}, place)
-
-
-def _metadata(name: str, pid: int, values: Event, tid: int | None = None) -> Event:
-    thread = {} if tid is None else {"tid": tid}
-    return {"name": name, "ph": "M", "pid": pid, "args": values} | thread
 
 
 def _events(played: "Played", most: int) -> Iterator[Event]:
@@ -159,6 +133,4 @@ def _events(played: "Played", most: int) -> Iterator[Event]:
         args = dict(zip(names, values, strict=True))
         for server, (ts, dur) in enumerate(zip(begins, takes, strict=True)):
             if dur > 0:
-                place = {"pid": server // 2, "tid": server}
-                event = {"name": name, "cat": category, "ph": "X", "ts": ts, "dur": dur}
-                yield event | place | {"args": args}
+                yield call(server // 2, category, name, ts, dur, args, on_link=server % 2)

@@ -229,15 +229,14 @@ def _say_halved(stage: StageReport, out: Any) -> None:
 
 def _write_trace(path: Path, plan: Plan, spans: list[list[list[float]]]) -> None:
     """What every stage computed, as the simulator's trace shows what it expects."""
-    from llmpq.cli.trace_file import stage_names, write_events
+    from llmpq.cli.trace_file import call, stage_names, write_events
 
     events = list(stage_names(plan))
     for rank, rows in enumerate(spans):
         for prefill, micro_batch, tokens, start_s, end_s in rows:
             kind = "prefill" if prefill else "decode"
             name = f"{kind} {micro_batch:.0f} x {tokens:.0f}"
-            times = {"ts": 1e6 * start_s, "dur": 1e6 * (end_s - start_s)}
-            event = {"name": name, "cat": kind, "ph": "X", "pid": rank, "tid": 2 * rank} | times
             sizes = {"requests": int(micro_batch), "tokens": int(tokens)}
-            events.append(event | {"args": sizes})
+            times = 1e6 * start_s, 1e6 * (end_s - start_s)
+            events.append(call(rank, kind, name, *times, sizes))
     write_events(path, events)

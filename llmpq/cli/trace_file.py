@@ -28,6 +28,21 @@ def stage_names(plan: "Plan") -> Iterator[Event]:
             yield _metadata("thread_sort_index", stage.rank, {"sort_index": place}, place)
 
 
+def call(
+    stage: int,
+    kind: str,
+    name: str,
+    start_us: float,
+    length_us: float,
+    args: Event,
+    on_link: int = 0,
+) -> Event:
+    """Something that a stage, or the link after it, does; `kind` is its phase."""
+    place = {"pid": stage, "tid": 2 * stage + on_link}
+    event = {"name": name, "cat": kind, "ph": "X", "ts": start_us, "dur": length_us}
+    return event | place | {"args": args}
+
+
 def write_events(path: Path, events: Sequence[Event]) -> None:
     """Writes a trace file."""
     from llmpq.artifact import write_text

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from llmpq import workload
 from llmpq.model_spec import ALL_HEADS, ASSETS, Activations, Linear, ModelSpec, Moment
 from llmpq.precision import NF4_BLOCK, PRECISIONS, group_size
-from llmpq.schedule import LaneShape
+from llmpq.schedule import LaneShape, cache_tokens
 
 # How a device multiplies by packed weights. A card unpacks large parts; a CPU parts of about its
 # cache's size, and one with AVX-512 has a kernel that reads tiles of 3 and 4 bits besides.
@@ -153,11 +153,6 @@ def layer_weight_bytes(spec: ModelSpec, precision: str) -> int:
     held = PRECISIONS[precision]
     linears = sum(held.weight_bytes(op.out_features, op.in_features) for op in spec.linears)
     return linears + HALF * spec.layer_other_params
-
-
-def cache_tokens(lanes: Iterable[LaneShape]) -> int:
-    """Places for tokens that lanes have."""
-    return sum(lane.rows * lane.tokens for lane in lanes)
 
 
 def layer_cache_bytes(spec: ModelSpec, cache_tokens: int) -> int:

@@ -24,6 +24,7 @@ from llmpq.planner.instance import capacity, unpacked_bytes
 from llmpq.planner.layouts import Mix, canonical, ends, mixes
 from llmpq.planner.problem import OVER, Problem, Setting
 from llmpq.planner.search import batch_options
+from llmpq.schedule import cache_tokens
 
 NUM_PRICED = 16  # settings, of those with most room, that are looked at closely
 
@@ -157,7 +158,7 @@ def _option_bytes(problem: Problem, setting: Setting, rank: int) -> list[tuple[s
     def compute() -> list[tuple[str, int, int]]:
         spec = problem.shard(place)
         lanes = problem.lanes(setting.batch, setting.decode_micro_batch)
-        cache = memory.layer_cache_bytes(spec, memory.cache_tokens(lanes))
+        cache = memory.layer_cache_bytes(spec, cache_tokens(lanes))
         unpacked = int(unpacked_bytes(problem, setting.sizes, place, first, last)[0, 0])
         offered = problem.times[place.type].precisions
         return [

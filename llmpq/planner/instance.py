@@ -33,6 +33,7 @@ from llmpq.planner.problem import (
     hop_works,
     layer_work,
 )
+from llmpq.schedule import cache_tokens
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def layer_bytes(problem: Problem, sizes: Sizes, place: Place) -> np.ndarray:
 
     def compute() -> np.ndarray:
         spec = problem.shard(place)
-        tokens = min(memory.cache_tokens(problem.lanes(sizes.batch, q)) for q in sizes.decode)
+        tokens = min(cache_tokens(problem.lanes(sizes.batch, q)) for q in sizes.decode)
         weights = [memory.layer_weight_bytes(spec, p) for p in problem.precisions]
         return np.array(weights, dtype=float) + memory.layer_cache_bytes(spec, tokens)
 

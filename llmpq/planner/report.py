@@ -46,7 +46,7 @@ def print_outcomes(console: Console, plan: Plan, outcomes: Sequence[Outcome]) ->
     """The baselines beside the plan, and why each loses or cannot run."""
     predicted = plan.predicted
     assert predicted is not None
-    table = _table(["method"], ["tokens/s", "quality loss"], "beside other methods")
+    table = empty_table(["method"], ["tokens/s", "quality loss"], "beside other methods")
     table.add_column("why", overflow="fold")
     table.add_row(f"[bold]{plan.method}[/]", *_figures(predicted), "this plan")
     for outcome in [o for o in outcomes if o.method != plan.method]:
@@ -59,7 +59,7 @@ def print_changes(console: Console, plan: Plan, changes: Sequence[Change]) -> No
     """What would make the plan faster, and what would not."""
     predicted = plan.predicted
     assert predicted is not None
-    table = _table(["change"], ["tokens/s", "gain"], "what would change it")
+    table = empty_table(["change"], ["tokens/s", "gain"], "what would change it")
     for change in changes:
         table.add_row(escape(change.text), f"{change.tokens_per_s:.1f}", _gain(change, predicted))
     console.print(table)
@@ -82,7 +82,7 @@ def print_comparison(console: Console, rows: Sequence[Row]) -> None:
     priced = any(price is not None for _, _, price in rows)
     headings = ["tokens/s", "quality loss", "gap"]
     headings += ["price/h", "tokens per unit of money"] if priced else []
-    table = _table(["cluster"], headings, "the same work on each cluster")
+    table = empty_table(["cluster"], headings, "the same work on each cluster")
     table.add_column("", overflow="fold")
     for name, plan, price in sorted(rows, key=lambda row: -_speed(row[1])):
         money = _money_cells(plan, price) if priced else []
@@ -177,7 +177,7 @@ def _title(plan: Plan) -> str:
 
 def _stage_table(plan: Plan, predicted: Predicted) -> Table:
     """What every stage holds; of a stage of several devices, memory is of each."""
-    table = _table(["rank", "device", "node", "layers", "layers at bits", "memory"], ["free"])
+    table = empty_table(["rank", "device", "node", "layers", "layers at bits", "memory"], ["free"])
     for stage, figures in zip(plan.stages, predicted.stages, strict=True):
         table.add_row(*_stage_cells(stage), _memory_cell(figures), _free(figures))
     return table
@@ -185,7 +185,7 @@ def _stage_table(plan: Plan, predicted: Predicted) -> Table:
 
 def _time_table(plan: Plan, predicted: Predicted) -> Table:
     """Every stage's time for a micro-batch, how far off it may be, its share of the slowest."""
-    table = _table(["rank", "device"], ["prefill ms", "+-", "", "decode ms", "+-", ""])
+    table = empty_table(["rank", "device"], ["prefill ms", "+-", "", "decode ms", "+-", ""])
     table.add_column("source")
     prefill = _time_cells([s.prefill_s for s in predicted.stages])
     decode = _time_cells([s.decode_step_s for s in predicted.stages])
@@ -202,7 +202,7 @@ def _error(percent: float | None) -> str:
     return "" if percent is None else f"{percent:.0f} %"
 
 
-def _table(left: Sequence[str], right: Sequence[str], title: str | None = None) -> Table:
+def empty_table(left: Sequence[str], right: Sequence[str], title: str | None = None) -> Table:
     """An empty table; columns of text at the left, of numbers at the right."""
     table = Table(title=title, title_justify="left")
     for heading in left:

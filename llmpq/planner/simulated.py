@@ -11,14 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from llmpq.costs.memory import cache_tokens
 from llmpq.costs.simulate import Played, play
-from llmpq.errors import UserError
 from llmpq.plan import Predicted
 from llmpq.planner.evaluate import actor_works, evaluate
 from llmpq.planner.problem import Assignment, Problem, Setting, Work
-from llmpq.schedule import WINDOW, Item, Job, LaneShape, Schedule
-from llmpq.workload import chunk_tokens, lanes, lanes_within
+from llmpq.schedule import WINDOW, Item, Job, Schedule
+from llmpq.workload import chunk_tokens, lanes, lanes_for
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request
 BLOCK = 256  # columns whose times are computed at once
@@ -90,9 +88,9 @@ def make_schedule(
     window: int = WINDOW,
 ) -> Schedule:
     """The runtime's schedule of the workload's requests."""
-    foreseen = planned or problem.lengths
+    foreseen, sizes = planned or problem.lengths, (setting.batch, setting.decode_micro_batch)
     return Schedule(
-        _lanes(problem, setting, foreseen),
+        lanes_for(problem.lengths, lanes(foreseen, *sizes), *sizes),
         setting.prefill_micro_batch,
         chunk_tokens(foreseen),
         len(setting.places),
@@ -100,20 +98,6 @@ def make_schedule(
         refill=refill,
         window=window,
     )
-
-
-def _lanes(problem: Problem, setting: Setting, planned: Lengths) -> tuple[LaneShape, ...]:
-    """The plan's lanes, or others of no more tokens where requests are longer than it foresaw."""
-    sizes = setting.batch, setting.decode_micro_batch
-    shapes = lanes(planned, *sizes)
-    if problem.max_tokens <= max(shape.tokens for shape in shapes):
-        return shapes
-    if problem.max_tokens > cache_tokens(shapes):
-        raise UserError(
-            f"a request needs {problem.max_tokens} tokens of cache; "
-            f"the plan reserves {cache_tokens(shapes)} in all"
-        )
-    return lanes_within(cache_tokens(shapes), problem.lengths, *sizes)
 
 
 def least_jobs(problem: Problem, setting: Setting) -> int:

@@ -22,25 +22,31 @@ class BatchTable:
     prompt_tokens: int
     new_tokens: int
 
-    @property
-    def num_requests(self) -> int:
-        """Requests in this batch; 0 ends the run."""
-        return self.lengths.shape[0]
-
     def mask(self, start: int, end: int, total: int) -> torch.Tensor | None:
         """`[end - start, total]`, 1 for real tokens; None where nothing is padded.
 
         Prompts are padded on the left to `prompt_tokens`; generated tokens follow.
         """
-        padding = self.prompt_tokens - self.lengths[start:end, 0]
-        if not bool(padding.any()):
-            return None
-        return (torch.arange(total)[None, :] >= padding[:, None]).long()
+        return padding_mask(self._padding(start, end), total)
 
     def positions(self, start: int, end: int, past: int, count: int) -> torch.Tensor:
         """`[end - start, count]` positions in each request's own text, 0 for padding."""
-        padding = self.prompt_tokens - self.lengths[start:end, 0]
-        return (torch.arange(past, past + count)[None, :] - padding[:, None]).clamp_(min=0)
+        return padded_positions(self._padding(start, end), past, past + count)
+
+    def _padding(self, start: int, end: int) -> torch.Tensor:
+        return self.prompt_tokens - self.lengths[start:end, 0]
+
+
+def padding_mask(padding: torch.Tensor, total: int) -> torch.Tensor | None:
+    """`[b, total]`, 0 for the first `padding` `[b]` columns of each row; None where none are."""
+    if not bool(padding.any()):
+        return None
+    return (torch.arange(total)[None, :] >= padding[:, None]).long()
+
+
+def padded_positions(padding: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    """`[b, end - first]` positions of columns in each row's own text, 0 for padding."""
+    return (torch.arange(first, end)[None, :] - padding[:, None]).clamp_(min=0)
 
 
 def table_of(batch: Batch, requests: Sequence[Request]) -> BatchTable:

@@ -34,8 +34,8 @@ from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.stopwatch import SPAN_COLUMNS, TIME_COLUMNS, Stopwatch, measured_times
 from llmpq.runtime.transport import Transport
 from llmpq.runtime.worker import Worker
-from llmpq.schedule import Item, Job, LaneShape, Member, Schedule, Shift
-from llmpq.workload import chunk_tokens, lanes, lanes_within, request_lengths
+from llmpq.schedule import Item, Job, LaneShape, Member, Schedule, Shift, cache_tokens
+from llmpq.workload import chunk_tokens, lanes, lanes_for, request_lengths
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Reserve:
     @property
     def tokens(self) -> int:
         """Of the cache, in all."""
-        return sum(lane.rows * lane.tokens for lane in self.lanes)
+        return cache_tokens(self.lanes)
 
     @property
     def longest(self) -> int:
@@ -60,20 +60,6 @@ def reserve_of(plan: Plan) -> Reserve:
     """Room for the plan's workload."""
     lengths = request_lengths(plan.workload)
     return Reserve(lanes(lengths, plan.batch, plan.decode_micro_batch), chunk_tokens(lengths))
-
-
-def lanes_for(plan: Plan, lengths: Sequence[tuple[int, int]]) -> tuple[LaneShape, ...]:
-    """The plan's lanes, or others of no more tokens where requests are longer than it foresaw.
-
-    Raises `ValueError` where one request alone needs more.
-    """
-    reserve = reserve_of(plan)
-    longest = max((prompt + new for prompt, new in lengths), default=0)
-    if longest <= reserve.longest:
-        return reserve.lanes
-    if longest > reserve.tokens:
-        raise ValueError(f"a request needs {longest} tokens; {reserve.tokens} are reserved in all")
-    return lanes_within(reserve.tokens, lengths, plan.batch, plan.decode_micro_batch)
 
 
 class Engine:
@@ -128,11 +114,13 @@ class Engine:
         `lengths` are their (prompt, new) tokens by number; `chunk`: tokens of a prompt that are
         computed at once, where not as planned; without `refill`, batch after batch.
         """
-        shapes = lanes_for(self.plan, list(lengths.values()))
+        plan = self.plan
+        sizes = plan.batch, plan.decode_micro_batch
+        shapes = lanes_for(list(lengths.values()), self.reserve.lanes, *sizes)
         self._agree(shapes)
         most = min(chunk or self.reserve.chunk_tokens, self.reserve.chunk_tokens)
         items = (Item(number, *both) for number, both in lengths.items())
-        rows, stages = self.plan.prefill_micro_batch, self.transport.size
+        rows, stages = plan.prefill_micro_batch, self.transport.size
         schedule = Schedule(shapes, rows, most, stages, items, refill)
         Leader(self.worker, schedule, fetch, self.eos_ids, on_finished, on_status).run()
 

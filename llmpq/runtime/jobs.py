@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmpq.runtime.batching import padded_positions, padding_mask
 from llmpq.schedule import Job, Member, Move, Shift
 
 FIXED = 9  # numbers in front of the tables
@@ -83,27 +84,23 @@ def shape(job: Job) -> tuple[int, int]:
 def mask(job: Job, first: int, end: int) -> torch.Tensor | None:
     """`[b, seen]` of rows `first` to `end`, 1 for real tokens; None where nothing is padded."""
     seen = job.end if job.prefill else job.end - job.begin
-    padding = torch.tensor(_padding(job)[first:end])
-    if not bool(padding.any()):
-        return None
-    return (torch.arange(seen)[None, :] >= padding[:, None]).long()
+    return padding_mask(_padding(job, first, end), seen)
 
 
 def positions(job: Job, first: int, end: int) -> torch.Tensor:
     """`[b, S]` positions in each request's own text, 0 for padding."""
-    padding = torch.tensor(_padding(job)[first:end])[:, None]
+    padding = _padding(job, first, end)
     if job.prefill:
-        columns = torch.arange(job.begin, job.end)
-    else:
-        columns = torch.tensor([job.end - job.begin - 1])
-    return (columns[None, :] - padding).clamp_(min=0)
+        return padded_positions(padding, job.begin, job.end)
+    seen = job.end - job.begin
+    return padded_positions(padding, seen - 1, seen)
 
 
-def _padding(job: Job) -> list[int]:
-    """Columns that each row does not see; a row of a lane that takes no part sees its last."""
+def _padding(job: Job, first: int, end: int) -> torch.Tensor:
+    """`[b]` columns that each row does not see; one that takes no part sees its last alone."""
     if job.prefill:
-        return [max(0, job.end - member.prompt_tokens) for member in job.members]
+        return torch.tensor([max(0, job.end - m.prompt_tokens) for m in job.members[first:end]])
     padding = [job.end - job.begin - 1] * job.rows
     for member in job.members:
         padding[member.row] = member.start - job.begin
-    return padding
+    return torch.tensor(padding[first:end])

@@ -209,7 +209,7 @@ class Worker:
             ]
         try:
             return [self._rows(job, hidden[first:end], first, end)]
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             out_of_memory = isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error)
             if not out_of_memory or end - first == 1 or self.stage.group is not None:
                 raise  # shards must make the same calls

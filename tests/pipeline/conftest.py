@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from families import TINY_TALES, TinyModel, save, trained
+from jobs import Job
 
 from llmpq.model_spec import ASSETS
 
@@ -53,3 +54,15 @@ def shared_model(shared, stories) -> Callable[[str], TinyModel]:
         return trained(folder, stories[16:28])
 
     return cache(make)
+
+
+@pytest.fixture
+def job(tmp_path, tiny_tales) -> Job:
+    """Prompts for the shipped model, for real processes."""
+    return Job(tmp_path, tiny_tales)
+
+
+@pytest.fixture
+def expected(job) -> dict[str, list[int]]:
+    """The tokens of its requests."""
+    return job.expected()

@@ -25,16 +25,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def job(tmp_path, tiny_tales) -> Job:
-    return Job(tmp_path, tiny_tales)
-
-
-@pytest.fixture
-def expected(job) -> dict[str, list[int]]:
-    return job.expected()
-
-
 class Started:
     """A run on slow devices that has begun to write (or only to load)."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from jobs import RUN, TORCHRUN, Job, run, wait_until
+from jobs import RUN, TORCHRUN, run, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 CONTRACT = {
@@ -22,16 +22,6 @@ CONTRACT = {
     "stages",
 }
 STAGE_KEYS = {"rank", "busy_prefill_s", "busy_decode_s", "idle_s", "comm_s", "peak_memory_bytes"}
-
-
-@pytest.fixture
-def job(tmp_path, tiny_tales) -> Job:
-    return Job(tmp_path, tiny_tales)
-
-
-@pytest.fixture
-def expected(job) -> dict[str, list[int]]:
-    return job.expected()
 
 
 def check_report(path: Path, num_stages: int, tokens: dict[str, list[int]]) -> None:
