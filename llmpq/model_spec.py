@@ -249,9 +249,10 @@ def _counted_spec(config: dict[str, Any], path: Path) -> ModelSpec | None:
 
 
 def _fingerprint(config: dict[str, Any]) -> str:
-    """Of the configuration, and of what counts it."""
+    """Of the configuration and of what counts it, which changes the table that ships too."""
     versions = [version(name) for name in COUNTED_WITH]
-    text = json.dumps([config, versions, __version__], sort_keys=True)
+    table = hashlib.sha256((ASSETS / "activations.json").read_bytes()).hexdigest()
+    text = json.dumps([config, versions, __version__, table], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -47,6 +47,8 @@ class StageReport(Strict):
     busy_share: float | None = None  # of the run's time, computing
     most_prefill_rows: int | None = None  # at once, since memory ran out; None: it never did
     most_decode_rows: int | None = None
+    num_graphs: int | None = None  # CUDA graphs that decode steps were captured in
+    graph_bytes: int | None = None  # that these keep
     weights_sha256: str | None = None  # of what was served; `llmpq-eval --json` says the same
 
 

@@ -1,15 +1,15 @@
 """Which job a pipeline does next: continuous batching as pure decisions.
 
-Requests live in lanes. A lane is `rows` places in the KV cache of `tokens` columns each, and takes
-its decode steps as one micro-batch. All its rows write a step's token at the same column, so that
-their prompts end side by side and are padded on the left, as a batch of transformers is. A place
-whose request has ended is given to the next one at once: its prompt is computed (in a prefill
-micro-batch that may serve several lanes, long prompts in chunks) to end where the lane will be when
-it joins. When the columns run out, what is alive is shifted to the front.
+Requests live in lanes. A lane is `rows` slots of the KV cache with room for `tokens` tokens each,
+and takes its decode steps as one micro-batch. A request's tokens lie in its slot from column 0 on,
+so that every row has its own length and rows do not depend on each other. A slot whose request has
+ended is given to the next one at once: its prompt is computed in a prefill micro-batch, which may
+serve several lanes (long prompts go in chunks), and it joins the lane's next decode step.
 
-    columns   0  1  2  3  4  5  6  7          A lane about to write column 6. Row 1 was free and
-    row 0        a  a  a  b  b  .             has got the prompt c, which joins at column 7, while
-    row 1                 c  c  c  .          row 0 takes its step at column 6 meanwhile.
+    columns   0  1  2  3  4  5  6  7          Row 0 is about to store its token at column 5, row 2
+    row 0     a  a  a  a  a  .                at column 7; a step attends to 8 columns and hides
+    row 1     .                               from each row what lies beyond its own length. Row 1
+    row 2     b  b  b  b  b  b  b  .          is free: it computes what nobody reads.
 
 Every stage does all jobs in one order, so a job may rely on all that were given out before it.
 `Schedule` is told only of tokens that came back to the first stage. It knows no times, tensors or
@@ -37,14 +37,14 @@ def padded_width(tokens: int) -> int:
 
 
 class LaneShape(NamedTuple):
-    """Places of a lane, and columns of each."""
+    """Slots of a lane, and how many tokens each has room for."""
 
     rows: int
     tokens: int
 
 
 def cache_tokens(lanes: Iterable[LaneShape]) -> int:
-    """Places for tokens that lanes have."""
+    """Tokens that the slots of all lanes have room for."""
     return sum(lane.rows * lane.tokens for lane in lanes)
 
 
@@ -57,35 +57,27 @@ class Item(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Columns it needs."""
+        """Columns that its slot must have. The last new token is chosen, but never stored."""
         return self.prompt_tokens + self.new_tokens
 
 
 class Member(NamedTuple):
-    """A row of a job. `start`: the column of its prompt's first token.
-
-    `position`: which of its new tokens is chosen, 0 the first.
-    """
+    """A row of a job. `position`: which of its new tokens the job chooses, 0 the first."""
 
     lane: int
     row: int
-    start: int
     prompt_tokens: int
     number: int
     position: int
 
-
-class Shift(NamedTuple):
-    """Columns `first` to `end` of a whole lane go `by` columns to the right (or left)."""
-
-    lane: int
-    first: int
-    end: int
-    by: int
+    @property
+    def column(self) -> int:
+        """Where a decode step stores its token, which is the token's place in the text."""
+        return self.prompt_tokens + self.position - 1
 
 
 class Move(NamedTuple):
-    """A row's columns up to `end` are copied to another row of its lane."""
+    """A slot's first `end` columns are copied to another slot of its lane."""
 
     lane: int
     source: int
@@ -95,12 +87,12 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """One micro-batch's way through all stages; `shifts`, then `moves`, come before it.
+    """One micro-batch's way through all stages; `moves` come before it.
 
-    A prefill computes tokens `begin` to `end` of its members' prompts, padded on the left; a chunk
-    that does not end a prompt chooses no tokens (`chooses`). A decode step
-    computes one token of each of its lane's first `rows` rows at column `end` - 1, seeing columns
-    from `begin` on; only members store what they compute.
+    A prefill computes tokens `begin` to `end` of its members' prompts, shorter ones padded on the
+    right; a chunk that does not end a prompt chooses no tokens (`chooses`). A decode step computes
+    one token of each of its lane's first `rows` rows, which attend to at most `end` columns
+    (`begin` is 0); only what members compute is kept.
     """
 
     prefill: bool
@@ -109,7 +101,6 @@ class Job:
     end: int
     rows: int
     chooses: bool = True
-    shifts: tuple[Shift, ...] = ()
     moves: tuple[Move, ...] = ()
 
     @property
@@ -120,60 +111,55 @@ class Job:
 
 @dataclass(eq=False)
 class _Row:
-    """A request in its place."""
+    """A request in its slot."""
 
     item: Item
     lane: "_Lane"
-    place: int
-    start: int
-    join: int  # the column at which it takes its first decode step
-    num_new: int = 0
-    computed: int = 0  # tokens of its prompt, given out
+    slot: int
+    join: int  # the step of its lane that is its first
+    computed: int = 0  # tokens of its prompt that were given out
+    num_given: int = 0  # new tokens whose jobs were given out
+    num_new: int = 0  # new tokens that are back
+    has_ended: bool = False
 
     @property
-    def is_live(self) -> bool:
-        """Its first token is back."""
-        return self.num_new > 0
+    def stored(self) -> int:
+        """Columns of its slot that are filled once every job given out so far is done."""
+        return self.computed + max(0, self.num_given - 1)
+
+    def is_ready(self, ahead: int) -> bool:
+        """Fewer than `ahead` of its tokens are under way, its first one at least."""
+        return 0 < self.num_given < self.num_new + ahead
 
 
 @dataclass(eq=False)
 class _Lane:
-    """Rows that take their steps together. `column`: where the next one writes."""
+    """Rows that take their steps together."""
 
     index: int
     shape: LaneShape
     rows: list[_Row | None]
-    column: int = 0
-    in_flight: bool = False
-    used: set[int] = field(default_factory=set)  # places that stay free until the batch has ended
+    step: int = 0  # the next one
+    num_steps: int = 0  # that are under way
+    used: set[int] = field(default_factory=set)  # slots that stay free until the batch has ended
 
     def occupied(self) -> list[_Row]:
         return [row for row in self.rows if row is not None]
 
-    def free_rows(self) -> list[int]:
+    def free_slots(self) -> list[int]:
         return [i for i, row in enumerate(self.rows) if row is None and i not in self.used]
 
     def due(self) -> list[_Row]:
-        """Rows that take part in the next step, back or not; skips columns nobody waits for."""
-        rows = self.occupied()
+        """Rows that take part in the next step, ready or not; skips steps that nobody takes."""
+        rows = [row for row in self.occupied() if row.num_given < row.item.new_tokens]
         if rows:
-            self.column = max(self.column, min(row.join for row in rows))
-        return [row for row in rows if row.join <= self.column]
+            self.step = max(self.step, min(row.join for row in rows))
+        return [row for row in rows if row.join <= self.step]
 
-    def is_ready(self) -> bool:
+    def is_ready(self, ahead: int) -> bool:
         """A step can be given out."""
-        due = [] if self.in_flight else self.due()
-        return bool(due) and all(row.is_live for row in due)
-
-    def shift(self, by: int) -> Shift | None:
-        """Everything to the right; what no stage has seen yet need not be moved there."""
-        seen = [row for row in self.occupied() if row.computed]
-        first = min((row.start for row in seen), default=0)
-        end = max([self.column, *(row.join for row in seen)])
-        for row in self.occupied():
-            row.start, row.join = row.start + by, row.join + by
-        self.column += by
-        return Shift(self.index, first, end, by) if seen and by else None
+        due = [] if self.num_steps >= ahead else self.due()
+        return bool(due) and all(row.is_ready(ahead) for row in due)
 
 
 @dataclass
@@ -181,9 +167,11 @@ class Schedule:
     """Gives out jobs until every request of `source` has ended.
 
     `prefill_rows`: prompts of a prefill micro-batch; `chunk_tokens`: its tokens a prompt at most.
-    `num_stages` bounds how many prefills are under way. Without `refill`, places are filled only
+    `num_stages` bounds how many prefills are under way. Without `refill`, slots are filled only
     when all requests have ended. Requests are taken longest output first, as far as is looked
-    ahead, so that the last ones to end are short. Raises `ValueError` for one that fits no lane.
+    ahead, so that the last ones to end are short. With `ahead` of 2, a lane's next step may be
+    given out before the tokens of its last one are back; a request that then turns out to have
+    stopped has computed one token in vain. Raises `ValueError` for one that fits no lane.
     """
 
     shapes: Sequence[LaneShape]
@@ -193,6 +181,7 @@ class Schedule:
     source: Iterator[Item]
     refill: bool = True
     window: int = WINDOW
+    ahead: int = 1
     _lanes: list[_Lane] = field(init=False)
     _waiting: dict[int, list[tuple[tuple[int, ...], Item]]] = field(init=False)
     _flight: deque[tuple[Job, tuple[_Row, ...]]] = field(init=False, default_factory=deque)
@@ -230,13 +219,13 @@ class Schedule:
     def returned(self, stops: Sequence[bool]) -> tuple[bool, ...]:
         """The oldest job is back; `stops`: of each member, whether it must end with this token.
 
-        Tells which of them have ended.
+        Tells which of them have ended with it.
         """
         job, rows = self._flight.popleft()
         if job.prefill:
             self._num_prefills -= 1
         else:
-            self._lanes[job.lane].in_flight = False
+            self._lanes[job.lane].num_steps -= 1
         if not job.chooses:
             return (False,) * len(rows)
         return tuple(self._note(row, stop) for row, stop in zip(rows, stops, strict=True))
@@ -262,8 +251,7 @@ class Schedule:
     @property
     def tokens_held(self) -> int:
         """Tokens that requests hold in the cache, of those that the lanes have."""
-        rows = [row for lane in self._lanes for row in lane.occupied()]
-        return sum(min(row.computed, row.item.prompt_tokens) + row.num_new for row in rows)
+        return sum(row.stored for lane in self._lanes for row in lane.occupied())
 
     @property
     def tokens_reserved(self) -> int:
@@ -291,7 +279,7 @@ class Schedule:
         return -first, -second, item.number
 
     def _take(self, tokens: int, like: int | None) -> Item | None:
-        """The first that a lane of so many columns can hold, of about `like` prompt tokens."""
+        """The first that a slot of so many columns can hold, of about `like` prompt tokens."""
         for size in sorted((t for t in self._waiting if t <= tokens), reverse=True):
             waiting = self._waiting[size]
             for place, (_, item) in enumerate(waiting[: NEAR if like else 1]):
@@ -304,26 +292,25 @@ class Schedule:
     # ---- prefill
 
     def _prefill(self, has_ready: bool) -> Job | None:
-        """Newcomers for free places: as many as a micro-batch takes, or what there is."""
+        """Newcomers for free slots: as many as a micro-batch takes, or what there is."""
         if not self._num_waiting or not (self.refill or self._filling):
             return None
-        free = sum(len(lane.free_rows()) for lane in self._lanes)
+        free = sum(len(lane.free_slots()) for lane in self._lanes)
         patient = has_ready and self._steps < len(self._lanes)
         if not free or (patient and free < min(self.prefill_rows, self._num_waiting)):
             return None
-        rows, shifts = self._newcomers()
+        rows = self._newcomers()
         if not rows:
             return None
         if rows[0].item.prompt_tokens > self.chunk_tokens:
             self._chunked += rows
-            return self._next_chunk(shifts)
+            return self._next_chunk()
         longest = max(row.item.prompt_tokens for row in rows)
         width = min(self.chunk_tokens, padded_width(longest))
         for row in rows:
             row.computed = row.item.prompt_tokens
         self._steps = 0
-        members = tuple(self._member(row) for row in rows)
-        return Job(True, members, 0, width, len(rows), shifts=tuple(shifts))
+        return Job(True, tuple(map(self._member, rows)), 0, width, len(rows))
 
     def _open_batch(self) -> None:
         """Without refill, a new batch begins when all requests of the last one have ended."""
@@ -332,86 +319,70 @@ class Schedule:
             for lane in self._lanes:
                 lane.used.clear()
 
-    def _newcomers(self) -> tuple[list[_Row], list[Shift]]:
-        """Requests in their new places: one that goes in chunks, or some of like length."""
+    def _newcomers(self) -> list[_Row]:
+        """Requests in their new slots: one that goes in chunks, or some of like length."""
         rows: list[_Row] = []
-        shifts: list[Shift] = []
         like: int | None = None
         for lane in sorted(self._lanes, key=lambda lane: (lane.shape.tokens, lane.index)):
-            for place in lane.free_rows():
+            for slot in lane.free_slots():
                 if len(rows) == self.prefill_rows:
-                    return rows, shifts
+                    return rows
                 item = self._take(lane.shape.tokens, like)
                 if item is None:
                     break
                 like = like or item.prompt_tokens
-                shifts += self._settle(item, lane, place, rows)
+                rows.append(self._settle(item, lane, slot))
                 if item.prompt_tokens > self.chunk_tokens:
-                    return rows, shifts
-        return rows, shifts
+                    return rows
+        return rows
 
-    def _settle(self, item: Item, lane: _Lane, place: int, rows: list[_Row]) -> list[Shift]:
-        """Puts a request into a place of a lane, whose columns may have to shift for it."""
-        # The others step meanwhile; without refill they wait until all have come.
-        late = int(self.refill and any(row.is_live for row in lane.occupied()))
-        if not lane.occupied() and not lane.used:
-            lane.column = item.prompt_tokens
-        by = 0
-        if not item.prompt_tokens <= lane.column + late <= lane.shape.tokens:
-            starts = [row.start for row in lane.occupied()]
-            span = lane.column - min(starts, default=lane.column)
-            by = max(span, item.prompt_tokens - late) - lane.column
-        shift = lane.shift(by) if by else None
-        join = lane.column + late
-        row = _Row(item, lane, place, start=join - item.prompt_tokens, join=join)
-        lane.rows[place] = row
-        rows.append(row)
-        return [shift] if shift else []
+    def _settle(self, item: Item, lane: _Lane, slot: int) -> _Row:
+        """Puts a request into a slot. Rows that are live take one more step without it meanwhile.
 
-    def _next_chunk(self, shifts: Sequence[Shift] = ()) -> Job:
+        Without refill they wait until all have come.
+        """
+        late = self.refill and any(row.num_new > 0 for row in lane.occupied())
+        row = _Row(item, lane, slot, join=lane.step + late)
+        lane.rows[slot] = row
+        return row
+
+    def _next_chunk(self) -> Job:
         row = self._chunked[0]
         total, begin = row.item.prompt_tokens, row.computed
-        most = (
-            self.prefill_rows * self.chunk_tokens**2 // total
-        )  # what attention was given room for
+        # As many tokens as attention was given room for.
+        most = self.prefill_rows * self.chunk_tokens**2 // total
         end = min(total, begin + max(LEAST_CHUNK, min(self.chunk_tokens, most)))
         row.computed = end
         if end == total:
             self._chunked.popleft()
         self._steps = 0
-        member = self._member(row)
-        return Job(True, (member,), begin, end, 1, chooses=end == total, shifts=tuple(shifts))
+        return Job(True, (self._member(row),), begin, end, 1, chooses=end == total)
 
     # ---- decode
 
     def _ready_lanes(self) -> list[_Lane]:
         """In the order of their turns."""
         turns = self._lanes[self._turn :] + self._lanes[: self._turn]
-        return [lane for lane in turns if lane.is_ready()]
+        return [lane for lane in turns if lane.is_ready(self.ahead)]
 
     def _step(self, lane: _Lane) -> Job:
         """The next token of a lane's requests."""
         moves = [] if self._num_waiting and self.refill else self._close_ranks(lane)
-        due = lane.due()
-        shifts = []
-        if lane.column == lane.shape.tokens:
-            shifts = [lane.shift(-min(row.start for row in lane.occupied()))]
-        column = lane.column
-        members = tuple(self._member(row) for row in due)
-        lane.column, lane.in_flight = column + 1, True
+        members = tuple(self._member(row) for row in lane.due())
+        seen = 1 + max(member.column for member in members)
+        lane.step, lane.num_steps = lane.step + 1, lane.num_steps + 1
         self._steps += 1
         return Job(
             prefill=False,
             members=members,
-            begin=min(row.start for row in due),
-            end=column + 1,
+            begin=0,
+            end=min(padded_width(seen), lane.shape.tokens),
             rows=1 + max(member.row for member in members),
-            shifts=tuple(shift for shift in shifts if shift),
             moves=tuple(moves),
         )
 
     def _close_ranks(self, lane: _Lane) -> list[Move]:
-        """Moves the last requests into places that stay free, so that steps get shorter."""
+        """Moves the last requests into slots that stay free, so that steps have fewer rows."""
         moves = []
         count = len(lane.occupied())
         behind = [i for i, row in enumerate(lane.rows) if row is not None and i >= count]
@@ -419,28 +390,34 @@ class Schedule:
         for source, target in zip(behind, free, strict=True):
             row = lane.rows[source]
             assert row is not None
-            moves.append(Move(lane.index, source, target, max(lane.column, row.join)))
-            lane.rows[target], lane.rows[source], row.place = row, None, target
+            moves.append(Move(lane.index, source, target, row.stored))
+            lane.rows[target], lane.rows[source], row.slot = row, None, target
         return moves
 
     # ---- both
 
     def _member(self, row: _Row) -> Member:
         item, lane = row.item, row.lane.index
-        return Member(lane, row.place, row.start, item.prompt_tokens, item.number, row.num_new)
+        return Member(lane, row.slot, item.prompt_tokens, item.number, row.num_given)
 
     def _give_out(self, job: Job) -> Job:
-        rows = tuple(self._lanes[member.lane].rows[member.row] for member in job.members)
+        rows = [self._lanes[member.lane].rows[member.row] for member in job.members]
+        members = tuple(row for row in rows if row is not None)
+        if job.chooses:
+            for row in members:
+                row.num_given += 1
         self._num_prefills += job.prefill
-        self._flight.append((job, tuple(row for row in rows if row is not None)))
+        self._flight.append((job, members))
         return job
 
     def _note(self, row: _Row, stop: bool) -> bool:
-        """One more token of a request; its place is free if that was the last."""
+        """One more token of a request; its slot is free if that was the last."""
+        if row.has_ended:
+            return False
         row.num_new += 1
-        ended = stop or row.num_new >= row.item.new_tokens
-        if ended:
-            row.lane.rows[row.place] = None
+        row.has_ended = stop or row.num_new >= row.item.new_tokens
+        if row.has_ended:
+            row.lane.rows[row.slot] = None
             if not self.refill:
-                row.lane.used.add(row.place)
-        return ended
+                row.lane.used.add(row.slot)
+        return row.has_ended

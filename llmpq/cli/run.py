@@ -63,6 +63,9 @@ KERNELS_KEPT = "16"
     type=click.IntRange(min=16),
     help="Tokens of a prompt computed at once; default: as planned.",
 )
+@click.option(
+    "--graphs/--no-graphs", default=True, help="On a card, run decode steps as CUDA graphs."
+)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0: greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="0: all tokens.")

@@ -28,6 +28,7 @@ class RunOptions:
     chat: bool
     refill: bool
     prefill_chunk: int | None
+    graphs: bool
     dry_run: bool
     temperature: float
     top_p: float

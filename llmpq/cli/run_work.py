@@ -97,4 +97,5 @@ def _engine(
             roundings=prepared.roundings,
             packed=packed,
             group=group,
+            graphs=options.graphs,
         )

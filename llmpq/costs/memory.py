@@ -50,6 +50,7 @@ GRID_BYTES_HELD = 8 + 4 + 1 + 2
 LARGE_COLUMNS = 64  # of LLM.int8: columns with large inputs, multiplied at a time
 HEADER_BYTES = 16  # of a message
 TOKEN_BYTES = 8
+STEP_NUMBERS = 5  # for each row of a decode step: where it stands, what it is
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
@@ -203,15 +204,28 @@ def activation_bytes(
 ) -> int:
     """The peak of the larger of the two phases, in a stage with layers at `precisions`.
 
+    What decode steps keep beside it is included (`step_bytes`).
     `single`: the stage has just one layer, whose input is the stage's.
     """
     stage: dict[str, Any] = {"first": first, "last": last, "precisions": precisions}
     stage |= {"single": single, "kernels": kernels}
     chunk, prompt = sizes.chunk_tokens, sizes.prompt_tokens
-    return max(
+    return step_bytes(spec, sizes.lanes, first=first, last=last) + max(
         prefill_bytes(spec, sizes.prefill_micro_batch, chunk, prompt, **stage),
         decode_bytes(spec, *sizes.largest, **stage),
     )
+
+
+def step_bytes(spec: ModelSpec, lanes: Iterable[LaneShape], *, first: bool, last: bool) -> int:
+    """Buffers of decode steps that stay: numbers, the last tokens, states that come in and go out.
+
+    As `llmpq.runtime.steps` makes them; those that a stage does not need have one value.
+    """
+    counts = [lane.rows for lane in lanes]
+    rows, in_flight = max(counts), sum(counts)
+    states = HALF * rows * spec.hidden_size
+    numbers = TOKEN_BYTES * (STEP_NUMBERS * rows + in_flight) + SINGLE * rows
+    return numbers + (HALF if first else states) + (HALF if last else states)
 
 
 def prefill_bytes(
@@ -246,15 +260,11 @@ def decode_bytes(
     single: bool = False,
     kernels: Kernels = "card",
 ) -> int:
-    """The peak of `requests` with one new token each, which attends to `seen` tokens.
-
-    Or of shifting the keys or values of a layer in the cache, before a step.
-    """
+    """The peak of `requests` with one new token each, which attends to `seen` tokens."""
     known = activations_of(spec)
     met = _met(known.decode, known.decode_first, known.decode_last, first, last, single)
     batch = _MicroBatch(requests, 1, seen, kernels)
-    shifted = layer_cache_bytes(spec, requests * seen) // 2
-    return max(shifted, _peak(spec, batch, met, precisions, first, last))
+    return _peak(spec, batch, met, precisions, first, last)
 
 
 def _projected_bytes(spec: ModelSpec, rows: int) -> int:
@@ -347,8 +357,13 @@ def _sizes(spec: ModelSpec, batch: _MicroBatch) -> dict[str, int]:
 
 
 def _live_bytes(moment: Moment, sizes: dict[str, int]) -> float:
-    """A second "tokens" in a product of the prefill are those that are seen."""
-    total = 0.0
+    """A second "tokens" in a product of the prefill are those that are seen.
+
+    A chunk has a mask, of a byte for each token that one might see, where whole prompts need none.
+    """
+    is_chunk = sizes["seen"] > sizes["tokens"] > 1
+    masked = any(product.count("tokens") > 1 for product in moment.num_bytes)
+    total = float(sizes["tokens"] * sizes["seen"]) if is_chunk and not masked else 0.0
     for product, factor in moment.num_bytes.items():
         names = product.split("*") if product else []
         for place, name in enumerate(names):
@@ -374,11 +389,16 @@ def _op_bytes(
 
 
 def _attention_bytes(spec: ModelSpec, batch: _MicroBatch) -> int:
-    """Fused attention. On a card: the mask as 16-bit numbers, again in aligned rows, and sums."""
+    """Fused attention. On a card: the mask as 16-bit numbers, again in aligned rows, and sums.
+
+    The rows of a mask are a chunk's tokens, or in a decode step the query heads of a key head.
+    """
     output = batch.rows * spec.num_heads * spec.head_dim * HALF
     if batch.kernels != "card":
         return output
-    mask = batch.rows * (batch.seen + batch.seen + 16) * HALF
+    group = spec.num_heads // spec.num_kv_heads
+    mask_rows = batch.requests * group if batch.tokens == 1 else batch.tokens
+    mask = mask_rows * (batch.seen + batch.seen + 16) * HALF
     return output + mask + batch.rows * spec.num_heads * SINGLE
 
 

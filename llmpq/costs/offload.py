@@ -65,7 +65,7 @@ def offload_memory(
     """Memory of a block of `batch` requests; prompts padded to the longest."""
     layers = spec.num_layers
     weights = memory.layer_weight_bytes(spec, precision)
-    lanes = (LaneShape(micro_batch, cache_tokens),)
+    lanes = (LaneShape(micro_batch, cache_tokens),) * -(-batch // micro_batch)
     sizes = memory.RunSizes(lanes, micro_batch, prompt_tokens, prompt_tokens, num_stages=1)
     activations = memory.activation_bytes(
         spec, sizes, first=True, last=True, precisions=(precision,), kernels=kernels

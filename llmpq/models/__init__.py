@@ -3,5 +3,7 @@
 family.py       where each family keeps its embedding, layers, final norm and head
 stage_model.py  some consecutive layers of a model as a module that runs alone
 sharding.py     how several devices share the layers of a stage
-kv_cache.py     keys and values of a whole batch, preallocated, and slices of it
+lanes.py        keys and values of requests in slots, as transformers' cache
+attention.py    attention over slots and its masks, as transformers looks them up
+count.py        what a model holds and has alive, counted on its own modules
 """

@@ -34,10 +34,10 @@ from transformers import AutoConfig
 from llmpq.errors import UserError
 from llmpq.model_spec import ALL_HEADS, Activations, Linear, ModelSpec, Moment
 from llmpq.models.family import find
-from llmpq.models.lanes import LaneCache
+from llmpq.models.lanes import LaneCache, Stored
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import PlainLinear
-from llmpq.schedule import Job, LaneShape, Member
+from llmpq.schedule import LaneShape
 
 META = torch.device("meta")
 NUM_LAYERS = 7  # as many as it takes to meet every kind of layer of a family
@@ -174,28 +174,24 @@ def snapshots(config: Any, layers: LayerRange, shape: Shape) -> list[Snapshot]:
 
 
 def _run(stage: StageModel, cache: LaneCache, shape: Shape) -> None:
-    """What a worker does with a job; the mask and what it is given stay alive to the end."""
+    """What a worker does with a job; what it is given stays alive to the end."""
     requests, tokens = shape.requests, shape.tokens
     if stage.layers.is_first:
         given = stage.embed(_integers(requests, tokens))  # ids are counted in `costs.memory`
     else:
         size = (requests, tokens, stage.config.hidden_size)
         given = torch.empty(size, dtype=stage.dtype, device=META)
-    mask = _integers(requests, shape.seen)
-    view = cache.view(_job(shape), 0, requests)
-    hidden = stage.run(given, mask, _integers(requests, tokens), view)
+    columns, positions = _integers(requests), _integers(requests, tokens)
+    if tokens == shape.seen:
+        every = _integers(requests * tokens)  # as good as: one prompt is a little shorter
+        view = cache.prompts(Stored(every, every.clone(), every.clone()), 0)
+    else:
+        view = cache.step(0, range(requests), shape.seen, columns, columns)
+    hidden = stage.run(given, positions, view)
     if stage.layers.is_last:
         logits = stage.head(hidden[:, -1])
         logits.argmax(dim=-1)
         torch.isfinite(logits).all(dim=-1)
-
-
-def _job(shape: Shape) -> Job:
-    """A decode step of all rows; a prefill without members: storing its states takes no memory."""
-    if shape.tokens == shape.seen:
-        return Job(True, (), 0, shape.tokens, shape.requests)
-    members = tuple(Member(0, row, 0, 1, row, 1) for row in range(shape.requests))
-    return Job(False, members, 0, shape.seen, shape.requests)
 
 
 def _integers(*shape: int) -> torch.Tensor:

@@ -1,19 +1,43 @@
-"""Keys and values of one stage in lanes, seen by transformers as a `Cache`.
+"""Keys and values of one stage in slots, seen by transformers as a `Cache`.
 
-Shapes: R rows of a lane, H key/value heads, T columns, D size of a head. A layer's buffers of a
-lane are `[R, H, T, D]`; a decode step works on views of them. Which columns a job writes and sees
-is said by `llmpq.schedule`; a row's columns before its prompt hold zeros or what was finite.
+Shapes: R rows of a lane, H key/value heads, T columns of its slots, D size of a head. A layer keeps
+the slots of all lanes one after another in `[tokens, H, D]`, so that a job stores what it computes
+by one indexed copy, whichever lanes its members are in. A decode step attends to a view
+`[R, H, width, D]` of its lane. Which columns a job writes and sees is said by `llmpq.schedule`.
+
+Rows that take no part in a step write to the last column of their slot: no request ever stores
+anything there, as its last new token is chosen but not computed with.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from llmpq.schedule import Job, LaneShape, Member
+from llmpq.schedule import Job, LaneShape, cache_tokens
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values
+Pair = tuple[Tensor, Tensor]  # keys and values
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a prefill's states `[b, S]` go: those at (`rows`, `places`) to `target` tokens.
+
+    All are `[n]`; without `rows` and `places` all states are stored, row after row.
+    """
+
+    target: Tensor
+    rows: Tensor | None = None
+    places: Tensor | None = None
+
+    def taken(self, states: Tensor) -> Tensor:
+        """Those of `[b, H, S, D]` that are stored, as `[n, H, D]`."""
+        tokens = states.transpose(1, 2)
+        return tokens.flatten(0, 1) if self.rows is None else tokens[self.rows, self.places]
 
 
 class LaneCache:
@@ -25,51 +49,108 @@ class LaneCache:
     def __init__(self, num_layers: int, shapes: Sequence[LaneShape]) -> None:
         self.shapes = tuple(shapes)
         self._num_layers = num_layers
-        self._lanes: list[list[Pair]] = [[] for _ in range(num_layers)]
+        sizes = [shape.rows * shape.tokens for shape in self.shapes]
+        self._first_tokens = [0, *accumulate(sizes)]
+        self.first_rows = [0, *accumulate(shape.rows for shape in self.shapes)]
+        self._buffers: list[Pair | None] = [None] * num_layers
 
     @property
     def num_bytes(self) -> int:
         """Bytes held now."""
-        pairs = [pair for lanes in self._lanes for pair in lanes]
-        return sum(tensor.nbytes for pair in pairs for tensor in pair)
+        return sum(tensor.nbytes for pair in self._buffers if pair for tensor in pair)
 
     def rearrange(self, job: Job) -> None:
-        """What comes before a job: columns shift, rows move."""
-        for lane, first, end, by in job.shifts:
-            for buffer in self._buffers(lane):
-                buffer[:, :, first + by : end + by] = buffer[:, :, first:end].clone()
+        """What comes before a job: slots are copied, and those of new requests are cleared.
+
+        What an earlier request left must be finite: NaN would reach through a mask.
+        """
         for lane, source, target, end in job.moves:
-            for buffer in self._buffers(lane):
-                buffer[target, :, :end] = buffer[source, :, :end]
+            for buffer in self._filled:
+                slots = self._slots(buffer, lane)
+                slots[target, :end] = slots[source, :end]
+        if job.prefill and job.begin == 0:
+            for lane in {member.lane for member in job.members}:
+                rows = torch.tensor([m.row for m in job.members if m.lane == lane])
+                for buffer in self._filled:
+                    rows = rows.to(buffer.device)
+                    self._slots(buffer, lane).index_fill_(0, rows, 0)
 
-    def view(self, job: Job, first: int, end: int) -> Cache:
-        """For the job's members `first` to `end`, or in a decode step its lane's rows."""
-        layers = range(self._num_layers)
-        if not job.prefill:
-            rows = [member.row for member in job.members if first <= member.row < end]
-            return Cache(layers=[_Step(self, i, job, (first, end), rows) for i in layers])
-        members = job.members[first:end]
-        return Cache(layers=[_Prompts(self, i, job, members) for i in layers])
+    def prefill(self, job: Job, first: int, end: int, device: torch.device) -> Cache:
+        """For the job's members `first` to `end`."""
+        members, width = job.members[first:end], job.end - job.begin
+        counts = torch.tensor([min(job.end, m.prompt_tokens) - job.begin for m in members])
+        starts = torch.tensor([self._token(m.lane, m.row) + job.begin for m in members])
+        rows = torch.arange(len(members)).repeat_interleave(counts)
+        places = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+        target = (starts[rows] + places).to(device)
+        if len(rows) == len(members) * width:
+            stored = Stored(target)
+        else:
+            stored = Stored(target, rows.to(device), places.to(device))
+        seen = (int(starts[0]) - job.begin, job.end) if job.begin else None
+        return self.prompts(stored, job.begin, seen)
 
-    def pair(self, layer: int, lane: int, like: torch.Tensor) -> Pair:
-        """Keys and values `[R, H, T, D]` of a lane; `like` is `[..., H, t, D]`."""
-        if not self._lanes[layer]:
-            heads, size = like.shape[1], like.shape[3]
-            self._lanes[layer] = [
-                (
-                    like.new_zeros(shape.rows, heads, shape.tokens, size),
-                    like.new_zeros(shape.rows, heads, shape.tokens, size),
-                )
-                for shape in self.shapes
-            ]
-        return self._lanes[layer][lane]
+    def prompts(self, stored: Stored, begin: int, seen: tuple[int, int] | None = None) -> Cache:
+        """For tokens from `begin` on; those of a chunk also see `seen` (first, count) tokens."""
+        layers = [_Prefill(self, i, stored, begin, seen) for i in range(self._num_layers)]
+        return StageCache(layers, begin)
 
-    def _buffers(self, lane: int) -> list[torch.Tensor]:
-        return [buffer for lanes in self._lanes if lanes for buffer in lanes[lane]]
+    def step(self, lane: int, rows: range, width: int, columns: Tensor, tokens: Tensor) -> Cache:
+        """For some rows of a lane that attend to `width` columns.
+
+        `columns` `[rows]`: where each stands in its text; `tokens` `[rows]`: where in the buffers
+        it stores what it computes, as `step_tokens` says.
+        """
+        layers = [_Step(self, i, lane, rows, width, tokens) for i in range(self._num_layers)]
+        return StageCache(layers, columns)
+
+    def step_tokens(self, job: Job, rows: int) -> list[int]:
+        """The token of the buffers that each of the first `rows` of a job's lane writes."""
+        tokens = [self._token(job.lane, row + 1) - 1 for row in range(rows)]
+        for member in job.members:
+            tokens[member.row] = self._token(job.lane, member.row) + member.column
+        return tokens
+
+    def pair(self, layer: int, like: Tensor) -> Pair:
+        """Keys and values `[tokens, H, D]` of a layer; `like` is `[..., H, t, D]`."""
+        pair = self._buffers[layer]
+        if pair is None:
+            size = cache_tokens(self.shapes), like.shape[1], like.shape[3]
+            pair = self._buffers[layer] = like.new_zeros(size), like.new_zeros(size)
+        return pair
+
+    def view(self, buffer: Tensor, lane: int, rows: range, width: int) -> Tensor:
+        """`[rows, H, width, D]` of a lane."""
+        return self._slots(buffer, lane)[rows.start : rows.stop, :width].transpose(1, 2)
+
+    @property
+    def _filled(self) -> list[Tensor]:
+        return [buffer for pair in self._buffers if pair for buffer in pair]
+
+    def _slots(self, buffer: Tensor, lane: int) -> Tensor:
+        """`[R, T, H, D]` of a lane."""
+        shape, first = self.shapes[lane], self._first_tokens[lane]
+        return buffer[first : first + shape.rows * shape.tokens].unflatten(0, shape)
+
+    def _token(self, lane: int, row: int) -> int:
+        """The first token of a slot in the buffers."""
+        return self._first_tokens[lane] + row * self.shapes[lane].tokens
+
+
+class StageCache(Cache):
+    """What transformers sees of the cache in one job. `offset`: the column of the query tokens."""
+
+    def __init__(self, layers: list[Any], offset: int | Tensor) -> None:
+        super().__init__(layers=layers)
+        self._offset = offset
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """One column for all rows, or `[R]` of each."""
+        return self._offset
 
 
 class _Layer(CacheLayerMixin):
-    """One layer of a job; `past` tokens are stored already."""
+    """One layer of a job; `past` columns are stored already, as far as transformers knows."""
 
     is_sliding = False  # windows are applied by the mask; every token stays stored
 
@@ -86,63 +167,45 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return max(shape.tokens for shape in self.cache.shapes)
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
 
 
-class _Prompts(_Layer):
-    """Whole prompts, padded on the left, or a chunk of one."""
+class _Prefill(_Layer):
+    """Whole prompts, padded on the right, or a chunk of one, which sees `seen` tokens."""
 
-    def __init__(self, cache: LaneCache, layer: int, job: Job, members: Sequence[Member]) -> None:
-        super().__init__(cache, layer, job.begin)
-        self.job, self.members = job, members
+    def __init__(
+        self,
+        cache: LaneCache,
+        layer: int,
+        stored: Stored,
+        past: int,
+        seen: tuple[int, int] | None,
+    ) -> None:
+        super().__init__(cache, layer, past)
+        self.stored, self.seen = stored, seen
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> Any:
-        for index, member in enumerate(self.members):
-            pair = self.cache.pair(self.layer, member.lane, key_states)
-            for buffer, states in zip(pair, (key_states, value_states), strict=True):
-                self._store(buffer[member.row], member, states[index])
-        if not self.past:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        pair = self.cache.pair(self.layer, key_states)
+        for buffer, states in zip(pair, (key_states, value_states), strict=True):
+            buffer.index_copy_(0, self.stored.target, self.stored.taken(states))
+        if self.seen is None:
             return key_states, value_states
-        (member,) = self.members
-        seen = slice(member.start, member.start + self.job.end)
-        pair = self.cache.pair(self.layer, member.lane, key_states)
-        return tuple(buffer[member.row : member.row + 1, :, seen] for buffer in pair)
-
-    def _store(self, row: torch.Tensor, member: Member, states: torch.Tensor) -> None:
-        """`states` `[H, t, D]`: the last of them are the member's own."""
-        count = min(states.shape[1], member.prompt_tokens)
-        first = member.start + self.job.begin
-        if not self.past:
-            row.zero_()  # whatever an earlier request left: NaN would reach through a mask
-        row[:, first : first + count] = states[:, states.shape[1] - count :]
+        first, count = self.seen
+        return tuple(buffer[first : first + count].transpose(0, 1)[None] for buffer in pair)
 
 
 class _Step(_Layer):
-    """One token of each of a lane's rows; members store theirs."""
+    """One token of some of a lane's rows."""
 
     def __init__(
-        self, cache: LaneCache, layer: int, job: Job, rows: tuple[int, int], members: list[int]
+        self, cache: LaneCache, layer: int, lane: int, rows: range, width: int, tokens: Tensor
     ) -> None:
-        super().__init__(cache, layer, job.end - job.begin - 1)
-        self.job, self.rows, self.members = job, rows, members
+        super().__init__(cache, layer, width - 1)
+        self.lane, self.rows, self.width, self.tokens = lane, rows, width, tokens
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> Any:
-        pair = self.cache.pair(self.layer, self.job.lane, key_states)
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        pair = self.cache.pair(self.layer, key_states)
         for buffer, states in zip(pair, (key_states, value_states), strict=True):
-            self._store(buffer, states)
-        first, end = self.rows
-        return tuple(buffer[first:end, :, self.job.begin : self.job.end] for buffer in pair)
-
-    def _store(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
-        """`states` `[rows, H, 1, D]`."""
-        (first, end), column = self.rows, self.job.end - 1
-        if len(self.members) == end - first:
-            buffer[first:end, :, column] = states[:, :, 0]
-        else:
-            own = [row - first for row in self.members]
-            buffer[self.members, :, column] = states[own, :, 0]
+            buffer.index_copy_(0, self.tokens, states[:, :, 0])
+        return tuple(self.cache.view(buffer, self.lane, self.rows, self.width) for buffer in pair)

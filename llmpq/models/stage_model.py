@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache
 
 from llmpq.errors import UserError
+from llmpq.models.attention import implementation_for
 from llmpq.models.family import Family, family_of, find, replace
 from llmpq.models.sharding import (
     ALONE,
@@ -118,7 +119,9 @@ class StageModel(nn.Module):
         self.shard, self.group = shard, group
         self._sharding = Sharding(self.config, shard)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+            model = AutoModelForCausalLM.from_config(
+                self.config, dtype=dtype, attn_implementation=_attention_of(self.config)
+            ).eval()
         self.family = family_of(model, self.config.model_type)
         self.model = model
         _materialise_buffers(model, device)
@@ -173,17 +176,16 @@ class StageModel(nn.Module):
     def run(
         self,
         hidden: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """`[B, S, H]` through this stage's layers (and the final norm on the last stage).
 
-        `attention_mask` is `[B, past + S]`, 1 for real tokens; None where there is no padding.
+        Rows are padded on the right, where attention does not look. `position_ids` `[B, S]` are
+        places in each row's text; None: from 0 on.
         """
         output = self._decoder[0](
             inputs_embeds=hidden,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -280,6 +282,12 @@ def load_config(model: Path) -> Any:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: transformers cannot use this configuration: {reason}") from None
     return config.get_text_config(decoder=True)
+
+
+def _attention_of(config: Any) -> str:
+    """The attention that this model's class looks up; one without a class is refused later."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if model_class is None else implementation_for(model_class)
 
 
 def _stage_config(config: Any, layers: LayerRange) -> Any:

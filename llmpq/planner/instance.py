@@ -246,7 +246,10 @@ def _activations(
     last: bool,
     precisions: tuple[str, ...],
 ) -> np.ndarray:
-    """[P, Q]: the larger peak of both phases, of a stage with layers at `precisions`."""
+    """[P, Q]: the larger peak of both phases, of a stage with layers at `precisions`.
+
+    And what decode steps keep beside it.
+    """
     spec, kernels = problem.shard(place), kernels_of(problem, place.type)
     key = ("activations", place.tensor_parallel, kernels, first, last, precisions)
     stage: dict[str, Any] = {"first": first, "last": last, "precisions": precisions}
@@ -258,10 +261,15 @@ def _activations(
     def decode(requests: int) -> int:
         return memory.decode_bytes(spec, requests, problem.max_tokens, kernels=kernels, **stage)
 
-    return np.maximum.outer(
+    def kept(requests: int) -> int:
+        lanes = problem.lanes(sizes.batch, requests)
+        return memory.step_bytes(spec, lanes, first=first, last=last)
+
+    peaks = np.maximum.outer(
         [problem.once((*key, "prefill", p), partial(prefill, p)) for p in sizes.prefill],
         [problem.once((*key, "decode", q), partial(decode, q)) for q in sizes.decode],
-    ).astype(float)
+    )
+    return np.asarray(peaks + np.array([kept(q) for q in sizes.decode], dtype=float))
 
 
 def layer_bytes(problem: Problem, sizes: Sizes, place: Place) -> np.ndarray:

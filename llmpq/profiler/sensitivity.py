@@ -178,7 +178,7 @@ def _whole(
 
 def _log_probabilities(model: StageModel, token_ids: Tensor) -> Tensor:
     """`[b, W]` to fp32 `[b (W - 1), V]`."""
-    hidden = model.run(model.embed(token_ids), attention_mask=None, position_ids=None, cache=None)
+    hidden = model.run(model.embed(token_ids))
     return model.head(hidden[:, :-1].flatten(0, 1)).float().log_softmax(-1)
 
 

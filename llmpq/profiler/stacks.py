@@ -2,7 +2,8 @@
 
 A `Probe` is one cell made ready on the device: its inputs, its cache, and one call of `depth`
 layers (0: what a call of a stage costs beside its layers: masks, positions, messages' copies).
-Inputs are padded as real batches are. Weights are random: times do not depend on their values.
+The calls are those that `llmpq-run` makes, with its cache, attention, kernels and CUDA graphs, on
+prompts of unequal lengths. Weights are random: times do not depend on their values.
 """
 
 from collections.abc import Callable
@@ -14,15 +15,16 @@ from torch import nn
 
 from llmpq.models.count import with_layers
 from llmpq.models.family import find, replace
-from llmpq.models.kv_cache import KVCache
+from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import LayerRange, StageModel
 from llmpq.profile_data import Candidate
 from llmpq.profiler.timer import Timer
-from llmpq.runtime.batching import COLUMNS, BatchTable
 from llmpq.runtime.checkpoint import RandomWeights
 from llmpq.runtime.loader import load_stage
 from llmpq.runtime.rehearsal import peak_bytes
-from llmpq.runtime.sampler import Sampling, choose
+from llmpq.runtime.sampler import Sampling
+from llmpq.runtime.steps import DecodeSteps, choose_tokens, prefill
+from llmpq.schedule import Job, LaneShape, Member
 
 # How long a stage of a pipeline rests between calls: prefills follow each other closely, a decode
 # micro-batch comes back only after it has been round all stages.
@@ -100,9 +102,8 @@ class Bench:
         layered = cell.phase == phase
         past = cell.tokens if phase == "decode" else 0
         tokens = 1 if phase == "decode" else cell.tokens
-        stack = self._stacks[cell.precision]
-        states = partial(self._states, cell.micro_batch)
-        compute = stack.computation(states(tokens), states(1), past)
+        states = self._states(cell.micro_batch, tokens)
+        compute = self._stacks[cell.precision].computation(states, past)
         max_depth = self.depth if layered else 0
         return Probe(compute, self._timer, self._device, PAUSE_S[phase], max_depth)
 
@@ -123,7 +124,9 @@ class Bench:
     def _end(self, cell: Candidate) -> Callable[[int], object]:
         if cell.phase == "head":
             hidden = self._states(cell.micro_batch, 1)
-            return lambda _: _choose(self._ends, hidden)
+            numbers = torch.arange(len(hidden), device=self._device)
+            inputs = hidden[:, 0], Sampling(), numbers, numbers
+            return lambda _: choose_tokens(self._ends, *inputs)
         shape = (cell.micro_batch, cell.tokens)
         ids = torch.zeros(shape, dtype=torch.int64, device=self._device)
         return lambda _: self._ends.embed(ids)
@@ -137,11 +140,6 @@ class Bench:
         return load_stage(config, RandomWeights(), layers, precisions, self._dtype, self._device)
 
 
-def _choose(stage: StageModel, hidden: torch.Tensor) -> torch.Tensor:
-    numbers = list(range(len(hidden)))
-    return choose(stage.head(hidden[:, -1]), Sampling(), numbers, numbers)
-
-
 class _Stack:
     """Equal layers, of which the first few can be run alone."""
 
@@ -153,31 +151,33 @@ class _Stack:
         self._layers = list(layers)
         self._depth = depth
 
-    def computation(
-        self, hidden: torch.Tensor, one_token: torch.Tensor, past: int
-    ) -> Callable[[int], object]:
-        """A call of some layers on `hidden` `[B, S, H]`, a micro-batch with unequal prompts."""
-        rows, tokens = hidden.shape[:2]
-        length = past or tokens
-        lengths = torch.full((rows, COLUMNS), length)
-        lengths[0, 0] = max(1, length - 1)
-        table = BatchTable(lengths, length, 1)
-        cache = KVCache(self._depth, rows, past + tokens)
-        self._call(self._depth, one_token, table, cache, past + tokens - 1)  # makes its buffers
-        return lambda depth: self._call(depth, hidden, table, cache, past)
+    def computation(self, hidden: torch.Tensor, past: int) -> Callable[[int], object]:
+        """A call of some layers on `hidden` `[B, S, H]`: with `past` tokens stored a decode step.
 
-    def _call(
-        self, depth: int, hidden: torch.Tensor, table: BatchTable, cache: KVCache, past: int
-    ) -> torch.Tensor:
+        Prompts are unequal. Of a decode step each depth has its own static buffers and graph.
+        """
         rows, tokens = hidden.shape[:2]
+        lengths = [max(1, (past or tokens) - (row == 0)) for row in range(rows)]
+        cache = LaneCache(self._depth, [LaneShape(rows, past + tokens + 1)])
+        if not past:
+            members = tuple(Member(0, row, n, row, 0) for row, n in enumerate(lengths))
+            job = Job(True, members, 0, tokens, rows)
+            return lambda depth: self._prefill(depth, cache, job, hidden)
+        members = tuple(Member(0, row, n, row, 1) for row, n in enumerate(lengths))
+        job, steps = Job(False, members, 0, past + 1, rows), {}
+
+        def step(depth: int) -> object:
+            self._use(depth)
+            if depth not in steps:
+                steps[depth] = DecodeSteps(self.stage, cache, Sampling())
+            return steps[depth].run(job, hidden, 0, rows)
+
+        return step
+
+    def _prefill(self, depth: int, cache: LaneCache, job: Job, hidden: torch.Tensor) -> object:
         self._use(depth)
-        mask = table.mask(0, rows, past + tokens)
-        return self.stage.run(
-            hidden,
-            None if mask is None else mask.to(self.stage.device),
-            table.positions(0, rows, past, tokens).to(self.stage.device),
-            cache.view(0, rows, past),
-        )
+        cache.rearrange(job)
+        return prefill(self.stage, cache, job, hidden, 0, job.rows)
 
     def _use(self, depth: int) -> None:
         replace(self.stage.model, self._path, nn.ModuleList(self._layers[:depth]))

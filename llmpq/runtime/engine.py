@@ -7,7 +7,7 @@ The first stage leads: it reads the requests and decides every job (`Leader`, `l
 import math
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from llmpq.plan import Plan
 from llmpq.report import MeasuredTime, StageReport
 from llmpq.runtime.checkpoint import Weights
 from llmpq.runtime.evaluate import TOKENS_AT_ONCE, Loss
-from llmpq.runtime.jobs import headers_for, shape
+from llmpq.runtime.jobs import headers_for
 from llmpq.runtime.leader import Leader, Status
 from llmpq.runtime.loader import load_stage
 from llmpq.runtime.packed_cache import NO_CACHE, WeightCache
@@ -31,10 +31,11 @@ from llmpq.runtime.rehearsal import MemoryAccount, MeteredTransport, Throttle, p
 from llmpq.runtime.request import Finished, Request
 from llmpq.runtime.roundings import NEAREST, Roundings
 from llmpq.runtime.sampler import Sampling
+from llmpq.runtime.steps import graph_width
 from llmpq.runtime.stopwatch import SPAN_COLUMNS, TIME_COLUMNS, Stopwatch, measured_times
 from llmpq.runtime.transport import Transport
 from llmpq.runtime.worker import Worker
-from llmpq.schedule import Item, Job, LaneShape, Member, Schedule, Shift, cache_tokens
+from llmpq.schedule import Item, Job, LaneShape, Member, Schedule, cache_tokens
 from llmpq.workload import chunk_tokens, lanes, lanes_for, request_lengths
 
 
@@ -80,8 +81,12 @@ class Engine:
         packed: WeightCache = NO_CACHE,
         group: ShardGroup | None = None,
         loading: AbstractContextManager[object] | None = None,
+        graphs: bool = True,
     ) -> None:
-        """`group` connects the workers that share this stage. Weights are loaded in `loading`."""
+        """`group` connects the workers that share this stage. Weights are loaded in `loading`.
+
+        `graphs`: decode steps are captured in CUDA graphs where that is possible.
+        """
         started = time.perf_counter()
         self.plan, self.transport, self.eos_ids = plan, transport, eos_ids
         self.reserve = reserve_of(plan)
@@ -96,6 +101,7 @@ class Engine:
             throttle=Throttle(factor, device),
             sampling=sampling,
             headers=headers_for(*micro_batches, len(plan.stages)),
+            graphs=graphs,
         )
         self._warm_up()
         self.load_s = time.perf_counter() - started
@@ -121,7 +127,8 @@ class Engine:
         most = min(chunk or self.reserve.chunk_tokens, self.reserve.chunk_tokens)
         items = (Item(number, *both) for number, both in lengths.items())
         rows, stages = plan.prefill_micro_batch, self.transport.size
-        schedule = Schedule(shapes, rows, most, stages, items, refill)
+        ahead = _steps_ahead(self.worker.stage.device, stages)
+        schedule = Schedule(shapes, rows, most, stages, items, refill, ahead=ahead)
         Leader(self.worker, schedule, fetch, self.eos_ids, on_finished, on_status).run()
 
     def follow(self) -> None:
@@ -141,7 +148,16 @@ class Engine:
         agreed = tuple(LaneShape(*row) for row in table.tolist())
         if agreed != self.worker.cache.shapes:
             num_layers = self.worker.stage.layers.end - self.worker.stage.layers.first
-            self.worker.cache = LaneCache(num_layers, agreed)
+            self.worker.use_cache(LaneCache(num_layers, agreed))
+
+    def graphs_note(self) -> str | None:
+        """How this stage runs decode steps on a card, and why if not in CUDA graphs."""
+        graphs = self.worker.steps.graphs
+        if self.worker.stage.device.type != "cuda":
+            return None
+        if graphs.wanted:
+            return f"decode steps run as CUDA graphs, {len(graphs.captured)} captured so far"
+        return f"decode steps run without CUDA graphs: {graphs.why_not}"
 
     def measure(self, hashes: bool = False) -> list[StageReport]:
         """Every stage's times, and with `hashes` those of its weights; all stages must call this.
@@ -150,7 +166,9 @@ class Engine:
         """
         times = *self.worker.watch.values(), self._peak_bytes(), self.load_s
         halved = (self.worker.most_rows.get(prefill, 0) for prefill in (True, False))
-        mine = (*times, *halved, *self.account.parts)
+        graphs = self.worker.steps.graphs
+        captured = len(graphs.captured), graphs.num_bytes
+        mine = (*times, *halved, *captured, *self.account.parts)
         rows = self.transport.gather(torch.tensor(mine, dtype=torch.float64))
         measured = self._gather_measured()
         reports = [
@@ -264,13 +282,30 @@ class Engine:
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Does a job of each kind at its largest planned size, measuring what they take."""
+        """Does a job of each kind at its largest planned size, measuring what they take.
+
+        Then steps of the other sizes that the plan's requests will ask for, to be captured.
+        """
         device = self.worker.stage.device
         for attempt in ("first", "measured"):  # the first one makes the cache's buffers
             peaks = [peak_bytes(partial(self._try, job), device) for job in self._largest_jobs()]
             self.account.cache = self.worker.cache.num_bytes
-            self.account.activations = max(peaks) if attempt == "measured" else 0
+            held = self.worker.steps.num_bytes
+            self.account.activations = held + (max(peaks) if attempt == "measured" else 0)
             self.account.check()
+        if self.worker.steps.graphs.wanted:
+            for job in self._planned_steps():
+                self._try(job)
+
+    def _planned_steps(self) -> Iterator[Job]:
+        """Steps of whole lanes at every width from the shortest prompt on, widest first."""
+        shortest = min(prompt for prompt, _ in request_lengths(self.plan.workload))
+        for lane, shape in enumerate(self.reserve.lanes):
+            starts = range(min(shortest + 1, shape.tokens), shape.tokens + 1)
+            for width in sorted({graph_width(n, shape) for n in starts}, reverse=True):
+                rows = range(shape.rows)
+                members = tuple(Member(lane, row, width - 1, row, 1) for row in rows)
+                yield Job(False, members, 0, width, shape.rows)
 
     def _largest_jobs(self) -> list[Job]:
         """A prefill of unequal prompts, a chunk at the end of a long one, a decode step."""
@@ -278,32 +313,33 @@ class Engine:
         lane = max(range(len(self.reserve.lanes)), key=lambda i: self.reserve.lanes[i].tokens)
         rows = self.reserve.lanes[lane].rows
         prompts = [max(1, chunk - 1), *[chunk] * (self.plan.prefill_micro_batch - 1)]
-        newcomers = tuple(Member(lane, i % rows, 0, n, i, 0) for i, n in enumerate(prompts))
+        newcomers = tuple(Member(lane, i % rows, n, i, 0) for i, n in enumerate(prompts))
         prompt = max(prompt for prompt, _ in request_lengths(self.plan.workload))
         ends = newcomers[0]._replace(prompt_tokens=prompt)
-        starts = [min(1, longest - 1), *[0] * (rows - 1)]
-        steps = tuple(Member(lane, i, start, 1, i, 1) for i, start in enumerate(starts))
+        steps = tuple(Member(lane, row, longest - 1, row, 1) for row in range(rows))
         return [
             Job(True, newcomers, 0, max(prompts), len(prompts)),
             Job(True, (ends,), prompt - min(chunk, prompt), prompt, 1),
-            Job(False, steps, 0, longest, rows, shifts=(Shift(lane, 1, longest, -1),)),
+            Job(False, steps, 0, longest, rows),
         ]
 
     def _try(self, job: Job) -> None:
         """One job of this stage on invented input."""
         stage, worker = self.worker.stage, self.worker
         worker.cache.rearrange(job)
-        rows, tokens = shape(job)
-        if worker.is_first:
-            ids = torch.zeros(rows, tokens, dtype=torch.int64, device=stage.device)
-            worker.compute(job, stage.embed(ids))
-            return
-        size = (rows, tokens, stage.config.hidden_size)
-        worker.compute(job, torch.zeros(size, dtype=stage.dtype, device=stage.device))
+        worker.steps.rearrange(job)
+        shape, kind = worker.given_shape(job), worker.given_kind()
+        worker.compute(job, torch.zeros(shape, dtype=kind, device=stage.device))
+
+
+def _steps_ahead(device: torch.device, num_stages: int) -> int:
+    """Steps of a lane that may be under way: a card that works alone need not wait for tokens."""
+    return 2 if device.type == "cuda" and num_stages == 1 else 1
 
 
 def _stage_report(rank: int, values: list[float], measured: list[MeasuredTime]) -> StageReport:
-    prefill, decode, idle, comm, peak, load, prefill_rows, decode_rows, *parts = values
+    prefill, decode, idle, comm, peak, load, prefill_rows, decode_rows, *rest = values
+    num_graphs, graph_bytes, *parts = rest
     weights, cache, activations, buffers = (int(part) for part in parts)
     return StageReport(
         rank=rank,
@@ -316,6 +352,8 @@ def _stage_report(rank: int, values: list[float], measured: list[MeasuredTime]) 
         measured=measured,
         most_prefill_rows=int(prefill_rows) or None,
         most_decode_rows=int(decode_rows) or None,
+        num_graphs=int(num_graphs) or None,
+        graph_bytes=int(graph_bytes) or None,
         weights_bytes=weights,
         cache_bytes=cache,
         activation_bytes=activations,

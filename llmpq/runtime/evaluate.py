@@ -119,7 +119,7 @@ def evaluate(
         part = windows[start : start + at_once].to(stages[0].device)
         hidden = stages[0].embed(part)
         for stage in stages:
-            hidden = stage.run(hidden, attention_mask=None, position_ids=None, cache=None)
+            hidden = stage.run(hidden)
         total += next_token_loss(stages[-1], hidden, part)
         count += part.shape[0] * (part.shape[1] - 1)
         on_windows(start + len(part))

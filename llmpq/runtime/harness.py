@@ -1,8 +1,8 @@
 """Zero-shot and few-shot tasks of lm-eval, answered by the stages of a plan in this process.
 
-`Scorer` scores and continues token ids, batched; requests of like length share a batch. Prompts to
-be scored are padded on the right, where causal attention never looks; prompts to be continued on
-the left, masked. `harness_model` is the face that lm-eval knows, `run_tasks` runs it.
+`Scorer` scores and continues token ids, batched; requests of like length share a batch, padded on
+the right, where causal attention never looks. `harness_model` is the face that lm-eval knows,
+`run_tasks` runs it.
 
 lm-eval is an optional library and imported only when it is used.
 Shapes: b prompts of a batch, S padded length, H hidden size, V vocabulary.
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from llmpq.models.kv_cache import KVCache
+from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import StageModel
-from llmpq.runtime.batching import BatchTable, padded_ids, table_of
 from llmpq.runtime.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from llmpq.runtime.request import Request
-from llmpq.runtime.sampler import Sampling, choose
-from llmpq.workload import Batch
+from llmpq.runtime.sampler import Sampling
+from llmpq.runtime.steps import BROKEN, DecodeSteps, first_tokens, prefill
+from llmpq.schedule import Job, LaneShape, Member
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 BOOTSTRAPS = 1000  # for the standard errors of metrics that have no formula
@@ -87,11 +87,9 @@ class Scorer:
 
     def _hidden(self, inputs: Sequence[Sequence[int]]) -> torch.Tensor:
         """`[b, S, H]` after every token of `b` inputs, padded on the right."""
-        longest = max(map(len, inputs))
-        rows = [[*ids, *[0] * (longest - len(ids))] for ids in inputs]
-        hidden = self.stages[0].embed(torch.tensor(rows, device=self.stages[0].device))
+        hidden = self.stages[0].embed(_padded(inputs).to(self.stages[0].device))
         for stage in self.stages:
-            hidden = stage.run(hidden, attention_mask=None, position_ids=None, cache=None)
+            hidden = stage.run(hidden)
         return hidden
 
     def _score(self, states: torch.Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
@@ -108,41 +106,58 @@ class Scorer:
     def _continue(
         self, requests: list[Request], sampling: Sampling, ends: Callable[[list[int]], bool]
     ) -> list[list[int]]:
-        """New tokens of each request of one batch."""
-        longest, new_tokens = max(len(r.prompt) for r in requests), requests[0].new_tokens
-        batch = Batch(tuple(range(len(requests))), longest, new_tokens)
-        table = table_of(batch, requests)
-        caches = self._caches(len(requests), longest + new_tokens)
-        ids, past = padded_ids(batch, requests, 0), 0
+        """New tokens of each request of one batch; none after logits that are not finite."""
+        new_tokens = requests[0].new_tokens
+        lane = LaneShape(len(requests), max(len(r.prompt) for r in requests) + new_tokens)
+        caches = [LaneCache(s.layers.end - s.layers.first, [lane]) for s in self.stages]
+        steps = [DecodeSteps(*pair, sampling) for pair in zip(self.stages, caches, strict=True)]
         answers: list[list[int]] = [[] for _ in requests]
         live = set(range(len(requests)))
-        while live and past < longest + new_tokens - 1:
-            logits = self._step(ids, table, caches, past)
-            past += ids.shape[1]
-            numbers, position = [r.number for r in requests], past - longest
-            tokens = choose(logits, sampling, numbers, [position] * len(numbers)).cpu()
+        for position in range(new_tokens):
+            members = tuple(_member(row, requests[row], position) for row in sorted(live))
+            if position == 0:
+                tokens = self._first(requests, members, steps)
+            else:
+                end = 1 + max(member.column for member in members)
+                job, given = Job(False, members, 0, end, len(requests)), tokens.clamp(min=0)
+                for step in steps:
+                    given = step.run(job, given, 0, job.rows)
+                tokens = given
+            found = tokens.tolist()
             for i in sorted(live):
-                answers[i].append(int(tokens[i]))
-                if ends(answers[i]):
+                token = found[i]
+                if token != BROKEN:
+                    answers[i].append(token)
+                if token == BROKEN or ends(answers[i]):
                     live.remove(i)
-            ids = tokens[:, None]
+            if not live:
+                break
         return answers
 
-    def _caches(self, batch: int, tokens: int) -> list[KVCache]:
-        return [KVCache(s.layers.end - s.layers.first, batch, tokens) for s in self.stages]
-
-    def _step(
-        self, ids: torch.Tensor, table: BatchTable, caches: list[KVCache], past: int
+    def _first(
+        self, requests: Sequence[Request], members: tuple[Member, ...], steps: Sequence[DecodeSteps]
     ) -> torch.Tensor:
-        """`[b, V]` after the last of `ids` `[b, t]`, with `past` tokens in the caches."""
-        device, (batch, count) = self.stages[0].device, ids.shape
-        mask = table.mask(0, batch, past + count)
-        mask = None if mask is None else mask.to(device)
-        positions = table.positions(0, batch, past, count).to(device)
-        hidden = self.stages[0].embed(ids.to(device))
-        for stage, cache in zip(self.stages, caches, strict=True):
-            hidden = stage.run(hidden, mask, positions, cache.view(0, batch, past))
-        return self.stages[-1].head(hidden[:, -1]).float()
+        """`[b]` tokens after the prompts, whose states are then in the caches."""
+        prompts = _padded([request.prompt for request in requests])
+        job = Job(True, members, 0, prompts.shape[1], len(requests))
+        hidden = prompts.to(self.stages[0].device)
+        for step in steps:
+            hidden = prefill(step.stage, step.cache, job, hidden, 0, job.rows)
+        last = steps[-1]
+        ids, chosen = first_tokens(last.stage, hidden, job, members, last.sampling)
+        if last.keeps_ids:
+            last.keep(members, ids)
+        return chosen
+
+
+def _padded(inputs: Sequence[Sequence[int]]) -> torch.Tensor:
+    """`[b, S]` token ids, padded on the right."""
+    longest = max(map(len, inputs))
+    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in inputs])
+
+
+def _member(row: int, request: Request, position: int) -> Member:
+    return Member(0, row, len(request.prompt), request.number, position)
 
 
 def harness_model(

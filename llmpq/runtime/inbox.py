@@ -28,6 +28,10 @@ class Inbox(Generic[T]):
         """The next one if it has come."""
         return None if self._come.empty() else self._checked(self._come.get())
 
+    def fail(self, error: BaseException) -> None:
+        """Raises an error where the computation asks next, or waits already."""
+        self._come.put(error)
+
     def _checked(self, item: T | BaseException | None) -> T | None:
         if isinstance(item, BaseException):
             raise item

@@ -1,5 +1,6 @@
 """The first stage's part of a run: which job is next, what came back, who has ended."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -7,8 +8,10 @@ import torch
 
 from llmpq.runtime.inbox import Inbox
 from llmpq.runtime.jobs import END
+from llmpq.runtime.outbox import Outbox
 from llmpq.runtime.request import Finished, Reason, Request
-from llmpq.runtime.worker import BROKEN, Worker
+from llmpq.runtime.steps import BROKEN
+from llmpq.runtime.worker import Result, Worker
 from llmpq.schedule import Job, Schedule
 
 
@@ -47,7 +50,9 @@ class Leader:
         self.on_finished, self.on_status = on_finished, on_status
         self._open: dict[int, _Open] = {}
         self._schedule, self._fetch = schedule, fetch
+        self._results: deque[Result] = deque()  # of a stage alone, not looked at yet
         self._inbox: Inbox[list[int]] | None = None
+        self._outbox: Outbox | None = None
         self._busy_ms: tuple[int, ...] = (0,) * worker.headers.num_stages
         self.num_done = self.num_tokens = 0
 
@@ -57,15 +62,15 @@ class Leader:
         schedule = self._schedule
         if not self.worker.is_last:
             self._inbox = Inbox(self._receive)
+            self._outbox = Outbox(self._inbox.fail)
         while not schedule.is_done:
-            while self._inbox is not None and (answer := self._inbox.get_if_here()):
-                self._deliver(answer)
+            self._deliver_what_is_here()
             job = schedule.next()
             if job is not None:
                 self._issue(job)
             elif schedule.num_in_flight:
                 self._wait()
-        self.worker.end()
+        self.worker.end(self._outbox)
         if self._inbox is not None:
             self._inbox.get()
 
@@ -74,25 +79,27 @@ class Leader:
         for member in job.members:
             if member.number not in self._open:
                 self._open[member.number] = _Open(self._fetch(member.number))
-        ids = self._token_ids(job).to(worker.stage.device)
-        result = worker.do(job, lambda: worker.stage.embed(ids))
-        if worker.is_last:
-            self._busy_ms = (worker.watch.busy_ms,)
-            self._note(result.tolist())
-            return
-        worker.hand_over(job, result, [worker.watch.busy_ms])
+        ids = self._token_ids(job)
+        result = worker.do(job, None if ids is None else ids.to(worker.stage.device))
+        if self._outbox is None:
+            self._results.append(result)
+        else:
+            worker.hand_over(self._outbox, job, result, [worker.watch.busy_ms])
 
-    def _token_ids(self, job: Job) -> torch.Tensor:
-        """`[b, S]`: prompts padded on the left, or each row's last token."""
+    def _token_ids(self, job: Job) -> torch.Tensor | None:
+        """`[b, S]`: prompts padded on the right, or `[b]` each row's last token, unless kept."""
         if not job.prefill:
-            ids = [0] * job.rows
+            if self.worker.steps.keeps_ids:
+                return None
+            last = [0] * job.rows
             for member in job.members:
-                ids[member.row] = self._open[member.number].tokens[-1]
-            return torch.tensor(ids)[:, None]
-        prompts = [self._open[member.number].request.prompt for member in job.members]
-        if job.begin or not job.chooses:  # a chunk
-            return torch.tensor([prompts[0][job.begin : job.end]])
-        return torch.tensor([[0] * (job.end - len(prompt)) + list(prompt) for prompt in prompts])
+                last[member.row] = self._open[member.number].tokens[-1]
+            return torch.tensor(last)
+        ids = torch.zeros(job.rows, job.end - job.begin, dtype=torch.int64)
+        for row, member in zip(ids, job.members, strict=True):
+            prompt = self._open[member.number].request.prompt[job.begin : job.end]
+            row[: len(prompt)] = torch.tensor(prompt)
+        return ids
 
     # ---- what comes back
 
@@ -103,12 +110,27 @@ class Leader:
         answer: list[int] = buffer.tolist()
         return None if answer[0] == END else answer
 
+    def _deliver_what_is_here(self) -> None:
+        while self._results and self._results[0].is_here:
+            self._deliver_result()
+        while self._inbox is not None and (answer := self._inbox.get_if_here()):
+            self._deliver(answer)
+
     def _wait(self) -> None:
-        assert self._inbox is not None
         with self.worker.watch.idle():
-            answer = self._inbox.get()
-        assert answer is not None
-        self._deliver(answer)
+            if self._inbox is None:
+                self._results[0].wait()
+            else:
+                answer = self._inbox.get()
+        if self._inbox is None:
+            self._deliver_result()
+        else:
+            assert answer is not None
+            self._deliver(answer)
+
+    def _deliver_result(self) -> None:
+        self._busy_ms = (self.worker.watch.busy_ms,)
+        self._note(self._results.popleft().wait().tolist())
 
     def _deliver(self, answer: list[int]) -> None:
         count = answer[0]
@@ -116,12 +138,13 @@ class Leader:
         self._note(answer[1 : 1 + count])
 
     def _note(self, tokens: list[int]) -> None:
-        """The tokens of the oldest job."""
+        """The tokens of the oldest job; a request that had stopped before it takes no more."""
         job = self._schedule.oldest
         stops = [token in self.eos_ids or token == BROKEN for token in tokens]
         ended = self._schedule.returned(stops)
         for member, token, last in zip(job.members, tokens, ended, strict=job.chooses):
-            self._take(member.number, token, last)
+            if member.number in self._open:
+                self._take(member.number, token, last)
         self.on_status(self._status())
 
     def _take(self, number: int, token: int, last: bool) -> None:

@@ -59,7 +59,7 @@ class PipelineLoss:
             hidden = self._states(part, incoming)
             if index + 1 < len(parts):
                 incoming = self._post(parts[index + 1])
-            hidden = self.stage.run(hidden, attention_mask=None, position_ids=None, cache=None)
+            hidden = self.stage.run(hidden)
             if self._is_last:
                 total += next_token_loss(self.stage, hidden, part.to(self.stage.device))
             else:

@@ -12,9 +12,10 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,17 +27,27 @@ from llmpq.runtime.transport import Pending, Transport
 T = TypeVar("T")
 
 
+Note = Callable[[float, float], None]  # seconds that a computation took, and since it ended
+
+
 class Throttle:
-    """Runs computations as a device `factor` times slower would."""
+    """Runs computations as a device `factor` times slower would, and times them.
+
+    A card that plays none but itself is not waited for: its own clock tells, later, what each
+    computation took. Until `settle` a few of the last ones may not have been told.
+    """
 
     def __init__(self, factor: float, device: torch.device) -> None:
         self.factor = factor
         self._on_cpu = device.type == "cpu"
         self._device = device
         self._owed_s = 0.0
+        self._running: deque[tuple[Any, Any, Note]] = deque()
 
-    def run(self, compute: Callable[[], T]) -> tuple[T, float]:
-        """The result, and the seconds that passed, the wait included."""
+    def run(self, compute: Callable[[], T], note: Note) -> T:
+        """The result; `note` hears the seconds it took, the wait included."""
+        if not self._on_cpu and self.factor == 1:
+            return self._start(compute, note)
         start, cpu_start = time.perf_counter(), time.thread_time()
         result = compute()
         if not self._on_cpu:
@@ -45,7 +56,33 @@ class Throttle:
         if self.factor > 1:
             busy = time.thread_time() - cpu_start if self._on_cpu else elapsed
             self._wait(busy * self.factor - elapsed)
-        return result, time.perf_counter() - start
+        note(time.perf_counter() - start, 0.0)
+        return result
+
+    def settle(self) -> None:
+        """Waits until all that was started has been told."""
+        while self._running:
+            self._tell_oldest()
+
+    def _start(self, compute: Callable[[], T], note: Note) -> T:
+        """Starts a computation between two events of the card."""
+        while self._running and self._running[0][1].query():
+            self._tell_oldest()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self._device)
+        start.record(stream)
+        result = compute()
+        end.record(stream)
+        self._running.append((start, end, note))
+        return result
+
+    def _tell_oldest(self) -> None:
+        start, end, note = self._running.popleft()
+        end.synchronize()
+        now = torch.cuda.Event(enable_timing=True)
+        now.record(torch.cuda.Stream(self._device))  # not behind what is still computing
+        now.synchronize()
+        note(start.elapsed_time(end) / 1000, end.elapsed_time(now) / 1000)
 
     def _wait(self, seconds: float) -> None:
         self._owed_s += seconds

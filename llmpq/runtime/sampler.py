@@ -1,12 +1,19 @@
-"""Chooses the next token from logits.
+"""Chooses the next token from logits, on the device that computed them.
 
-Sampling draws from a generator that is seeded by (seed, request, position) alone, so the draw does
-not depend on which others share its micro-batch (the logits may, in their last bits).
+Sampling draws by noise that is a function of (seed, request, position, token) alone, so that the
+draw does not depend on which others share its micro-batch (the logits may, in their last bits), nor
+on the device. Nothing here waits for a device or looks at values, so a CUDA graph may hold it.
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea and Flood, 2014): its increment and two multipliers, as signed numbers.
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+SHIFTS = (30, 27, 31)
 
 
 @dataclass(frozen=True)
@@ -24,25 +31,19 @@ class Sampling:
         return self.temperature == 0
 
 
-def choose(
-    logits: torch.Tensor, sampling: Sampling, requests: list[int], positions: list[int]
-) -> torch.Tensor:
+def choose(logits: Tensor, sampling: Sampling, requests: Tensor, positions: Tensor) -> Tensor:
     """`[B, V]` logits to `[B]` token ids.
 
-    `requests` are the numbers of the B requests, `positions` those of the tokens among their new
-    ones.
+    `requests` `[B]` are the numbers of the requests, `positions` `[B]` those of the tokens among
+    their new ones, both int64.
     """
     if sampling.greedy:
         return logits.argmax(dim=-1)
     scaled = _cut(logits.float() / sampling.temperature, sampling)
-    rows = [
-        (row + _gumbel(row.shape[0], sampling.seed, request, position).to(row.device)).argmax()
-        for row, request, position in zip(scaled, requests, positions, strict=True)
-    ]
-    return torch.stack(rows)
+    return (scaled + _gumbel(scaled.shape[1], sampling.seed, requests, positions)).argmax(dim=-1)
 
 
-def _cut(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def _cut(logits: Tensor, sampling: Sampling) -> Tensor:
     """Sets what top-k and top-p exclude to minus infinity."""
     if 0 < sampling.top_k < logits.shape[-1]:
         threshold = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
@@ -57,9 +58,24 @@ def _cut(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return logits
 
 
-def _gumbel(size: int, seed: int, request: int, position: int) -> torch.Tensor:
-    """Noise whose arg-max with the logits is a draw from their softmax."""
-    mixed = (seed * 1_000_003 + request) * 1_000_003 + position
-    generator = torch.Generator().manual_seed(mixed % (2**63))
-    uniform = torch.rand(size, generator=generator).clamp_(1e-20, 1 - 1e-7)
-    return -torch.log(-torch.log(uniform))
+def _gumbel(size: int, seed: int, requests: Tensor, positions: Tensor) -> Tensor:
+    """`[B, size]` noise whose arg-max with the logits is a draw from their softmax."""
+    tokens = torch.arange(size, device=requests.device)
+    seeded = _mixed(torch.full_like(requests, _signed(seed)))
+    start = _mixed(_mixed(seeded + requests) + positions)
+    bits = _mixed(start[:, None] + tokens * GOLDEN)
+    uniform = (((bits >> 12) & (2**52 - 1)).double() + 0.5) * 2.0**-52  # neither 0 nor 1
+    return -torch.log(-torch.log(uniform)).float()
+
+
+def _mixed(state: Tensor) -> Tensor:
+    """SplitMix64's output after this state; int64 products wrap, and shifts are made logical."""
+    state = state + GOLDEN
+    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
+        state = (state ^ ((state >> shift) & (2 ** (64 - shift) - 1))) * multiplier
+    return state
+
+
+def _signed(number: int) -> int:
+    """The low 64 bits of a number, as int64 holds them."""
+    return (number + 2**63) % 2**64 - 2**63

@@ -49,11 +49,13 @@ class Stopwatch:
     spans: "array[float] | None" = None  # of every call, where a trace is wanted
     started: float = field(default_factory=time.perf_counter)
 
-    def busy(self, prefill: bool, micro_batch: int, tokens: int, seconds: float) -> None:
-        """Adds a call's time of computing, which has just ended."""
+    def busy(
+        self, prefill: bool, micro_batch: int, tokens: int, seconds: float, ago: float = 0.0
+    ) -> None:
+        """Adds a call's time of computing, which has ended `ago` seconds before."""
         self.calls[Call(prefill, micro_batch, tokens)].append(seconds)
         if self.spans is not None:
-            end = time.perf_counter() - self.started
+            end = time.perf_counter() - self.started - ago
             self.spans.extend((prefill, micro_batch, tokens, end - seconds, end))
         if prefill:
             self.busy_prefill_s += seconds

@@ -141,7 +141,7 @@ def _pass(stage: StageModel, states: _States, prefix: Prefix, pieces: Sequence[T
             hidden = stage.embed(piece.to(stage.device))
         else:
             hidden = states.load(prefix[:-1], number, stage.device)
-        hidden = stage.run(hidden, attention_mask=None, position_ids=None, cache=None)
+        hidden = stage.run(hidden)
         if stage.layers.is_last:
             hidden = hidden[:, :-1].flatten(0, 1)
         states.save(prefix, number, hidden)

@@ -69,11 +69,14 @@ class Transport(Protocol):
 
 
 def pack(index: int, hidden: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """Writes header and states into a byte buffer that may be longer."""
+    """Writes header and states into a byte buffer that may be longer.
+
+    From a card to main memory this does not wait; an event recorded now tells when it has happened.
+    """
     payload = hidden.contiguous().view(torch.uint8).flatten()
     header = torch.tensor([index, DTYPES.index(hidden.dtype)])
     buffer[:HEADER_BYTES] = header.view(torch.uint8).to(buffer.device)
-    buffer[HEADER_BYTES : HEADER_BYTES + payload.numel()] = payload
+    buffer[HEADER_BYTES : HEADER_BYTES + payload.numel()].copy_(payload, non_blocking=True)
     return buffer
 
 

@@ -2,8 +2,9 @@
 
 The first stage embeds tokens; the last chooses tokens, which go back to the first; stages between
 pass hidden states on. All stages do all jobs in one order, which the headers of messages tell, so
-they need no other control. Messages are received ahead in a thread (`Inbox`) and sent without
-waiting, so that transfers overlap with computing.
+they need no other control. Messages are received ahead in a thread (`Inbox`) and sent in another
+one (`Outbox`), which waits for results, so that the next job is started meanwhile: on a card, jobs
+follow each other without the program waiting for it.
 
 Where memory runs out, a micro-batch is cut in halves on the stage where it did, which the others
 do not notice, and later ones are cut alike from the start.
@@ -12,24 +13,50 @@ Shapes: b rows of the micro-batch, S tokens of each, H hidden size, V vocabulary
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 
 import torch
 
 from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import StageModel
 from llmpq.runtime.inbox import Inbox
-from llmpq.runtime.jobs import END, Headers, mask, positions, shape
+from llmpq.runtime.jobs import END, Headers, shape
+from llmpq.runtime.outbox import Outbox
 from llmpq.runtime.rehearsal import Throttle
-from llmpq.runtime.sampler import Sampling, choose
+from llmpq.runtime.sampler import Sampling
+from llmpq.runtime.steps import DecodeSteps, first_tokens, prefill
 from llmpq.runtime.stopwatch import Stopwatch
 from llmpq.runtime.transport import Pending, Transport, message_bytes, pack, payload, unpack
 from llmpq.schedule import Job
 
-BROKEN = -1  # in place of a token: the logits are not finite
 NO_MEMORY = "can't allocate memory"  # what torch's allocator for main memory says
+Message = tuple[Job, list[int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job gave: a message to send, or tokens in main memory or on the way there.
+
+    `copied`: when it has come, where that is not at once. `rows`: which of its rows are meant.
+    """
+
+    tensor: torch.Tensor
+    copied: "torch.cuda.Event | None" = None
+    rows: Sequence[int] | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Reading it does not wait."""
+        return self.copied is None or self.copied.query()
+
+    def wait(self) -> torch.Tensor:
+        """The tensor, complete."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.tensor if self.rows is None else self.tensor[list(self.rows)]
 
 
 @dataclass
@@ -42,6 +69,7 @@ class Worker:
     throttle: Throttle
     sampling: Sampling
     headers: Headers
+    graphs: bool = True
     watch: Stopwatch = field(default_factory=Stopwatch)
     most_rows: dict[bool, int] = field(default_factory=dict)  # by phase, since memory ran out
     _sends: deque[tuple[bool, tuple[Pending, ...]]] = field(default_factory=deque)
@@ -56,6 +84,16 @@ class Worker:
         """Chooses tokens."""
         return self.transport.rank == self.transport.size - 1
 
+    @cached_property
+    def steps(self) -> DecodeSteps:
+        """The decode steps that fill the cache."""
+        return DecodeSteps(self.stage, self.cache, self.sampling, self.graphs)
+
+    def use_cache(self, cache: LaneCache) -> None:
+        """Takes another cache in place of this one."""
+        self.cache = cache
+        self.__dict__.pop("steps", None)
+
     @torch.inference_mode()
     def assist(self) -> None:
         """A stage's workers after the first: compute what the first shares, hand nothing over."""
@@ -68,73 +106,94 @@ class Worker:
             read = self.headers.read(header)
             if read is None:
                 return
-            states = torch.empty(0)
+            job = read[0]
+            given = torch.zeros(
+                self.given_shape(job), dtype=self.given_kind(), device=self.stage.device
+            )
             if not self.is_first:
-                device, dtype = self.stage.device, self.stage.dtype
-                states = torch.empty(self._states_shape(read[0]), dtype=dtype, device=device)
                 with self.watch.idle():
-                    group.broadcast(states)
-            self.run(read[0], partial(self._given, read[0], states))
+                    group.broadcast(given)
+            self.run(job, given)
+            self.throttle.settle()
 
     @torch.inference_mode()
     def follow(self) -> None:
         """Stages after the first: does what messages ask for, until they end."""
-        inbox = Inbox(self._receive)
+        inbox: Inbox[Message] = Inbox(self._receive)
+        outbox = Outbox(inbox.fail)
         while True:
             with self.watch.idle():
                 message = inbox.get()
             if message is None:
                 break
             job, busy_ms, buffer = message
-            states = payload(buffer, self._states_shape(job), self.stage.dtype)
-            result = self.do(job, partial(states.to, self.stage.device))
-            self.hand_over(job, result, [*busy_ms, self.watch.busy_ms])
-        self.end()
+            states = payload(buffer, self.given_shape(job), self.stage.dtype)
+            result = self.do(job, states.to(self.stage.device, non_blocking=True))
+            self.hand_over(outbox, job, result, [*busy_ms, self.watch.busy_ms])
+        self.end(outbox)
 
-    def do(self, job: Job, source: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The job's `[b, S, H]`, or on the last stage int32 `[members]` tokens in main memory.
+    def do(self, job: Job, given: torch.Tensor | None) -> Result:
+        """The job's `[b, S, H]`, or on the last stage int32 `[members]` tokens.
 
-        `source` gives the `[b, S, H]` that come in.
+        `given`: the `[b, S, H]` that come in; at the first stage ids `[b, S]` of prompts, or `[b]`
+        of a step's tokens, which a stage alone needs not be given.
         """
         group = self.stage.group
         if group is not None:
             group.broadcast(self.headers.write(job, []))
             if not self.is_first:
-                states = source().contiguous()
-                group.broadcast(states)
-                return self.run(job, lambda: states)
-        return self.run(job, source)
+                assert given is not None
+                given = given.contiguous()
+                group.broadcast(given)
+        return self.run(job, given)
 
-    def run(self, job: Job, source: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def run(self, job: Job, given: torch.Tensor | None) -> Result:
         """The same without telling others."""
         self.cache.rearrange(job)
-        result, seconds = self.throttle.run(lambda: self.compute(job, source()))
-        self.watch.busy(job.prefill, job.rows, job.end - job.begin - (not job.prefill), seconds)
-        return result
+        self.steps.rearrange(job)
+        tokens = job.end - job.begin - (not job.prefill)
 
-    def hand_over(self, job: Job, result: torch.Tensor, busy_ms: list[int]) -> None:
-        """To the next stage, or from the last to the first."""
-        with self.watch.communicating():
-            if self.is_last:
-                self._sent(job, self.transport.send_tokens(self._answer(result, busy_ms)))
-                return
-            header = self.transport.send_header(self.headers.write(job, busy_ms))
-            buffer = self._buffer(result.numel())
-            states = result if buffer.is_pinned() else result.to(buffer.device)
-            self._sent(job, header, self.transport.send_hidden(pack(0, states, buffer)))
+        def note(seconds: float, ago: float) -> None:
+            self.watch.busy(job.prefill, job.rows, tokens, seconds, ago)
 
-    def end(self) -> None:
+        result = self.throttle.run(lambda: self.compute(job, given), note)
+        return self._tokens(job, result) if self.is_last else self._message(result)
+
+    def hand_over(self, outbox: Outbox, job: Job, result: Result, busy_ms: list[int]) -> None:
+        """To the next stage, or from the last to the first, as soon as the result is there."""
+
+        def send() -> None:
+            tensor = result.wait()
+            with self.watch.communicating():
+                if self.is_last:
+                    pending = [self.transport.send_tokens(self._answer(tensor, busy_ms))]
+                else:
+                    header = self.headers.write(job, busy_ms)
+                    pending = [self.transport.send_header(header)]
+                    with self._apart():
+                        pending.append(self.transport.send_hidden(tensor))
+                self._sent(job, *pending)
+
+        outbox.put(send)
+
+    def end(self, outbox: Outbox | None) -> None:
         """Tells the next stage that nothing follows; waits until all is sent."""
+        self.throttle.settle()
         with self.watch.idle():
             if self.stage.group is not None:
                 self.stage.group.broadcast(self.headers.empty())
-            if not self.is_last:
-                self.transport.send_header(self.headers.empty()).wait()
-            elif not self.is_first:
-                answer = torch.full((self.answer_size(),), END, dtype=torch.int32)
-                self.transport.send_tokens(answer).wait()
-            while self._sends:
-                self._wait_for_oldest()
+            if outbox is not None:
+                outbox.put(self._send_end)
+                outbox.close()
+
+    def _send_end(self) -> None:
+        if not self.is_last:
+            self.transport.send_header(self.headers.empty()).wait()
+        elif not self.is_first:
+            answer = torch.full((self.answer_size(),), END, dtype=torch.int32)
+            self.transport.send_tokens(answer).wait()
+        while self._sends:
+            self._wait_for_oldest()
 
     def answer_size(self) -> int:
         """Numbers of a message of tokens: how many, they, and every stage's milliseconds."""
@@ -142,20 +201,28 @@ class Worker:
 
     # ---- messages
 
-    def _receive(self) -> tuple[Job, list[int], torch.Tensor] | None:
+    def _receive(self) -> Message | None:
         """The next job and its states, in the inbox's thread."""
         header = self.headers.empty()
         self.transport.receive_header(header).wait()
         read = self.headers.read(header)
         if read is None:
             return None
-        rows, tokens, hidden = self._states_shape(read[0])
-        buffer = self._buffer(rows * tokens * hidden)
-        self.transport.receive_hidden(buffer).wait()
-        if buffer.is_cuda:  # NCCL's wait holds back the stream, not this thread
-            torch.cuda.current_stream(buffer.device).synchronize()
+        rows, tokens, hidden = self.given_shape(read[0])
+        with self._apart():
+            buffer = self._buffer(rows * tokens * hidden)
+            self.transport.receive_hidden(buffer).wait()
+            if buffer.is_cuda:  # NCCL's wait holds back the stream, not this thread
+                torch.cuda.current_stream(buffer.device).synchronize()
+                buffer.record_stream(torch.cuda.default_stream(buffer.device))
         unpack(buffer, self.stage.dtype)
         return *read, buffer
+
+    def _apart(self) -> AbstractContextManager[object]:
+        """Messages on a card use a stream of their own, so that no job holds them back."""
+        if self.transport.message_device.type != "cuda":
+            return nullcontext()
+        return torch.cuda.stream(torch.cuda.Stream(self.transport.message_device))
 
     def _buffer(self, num_values: int) -> torch.Tensor:
         """For a message; pinned where it goes from a card through main memory."""
@@ -163,6 +230,26 @@ class Worker:
         num_bytes = message_bytes(num_values, self.stage.dtype)
         pinned = self.stage.device.type == "cuda" and device.type == "cpu"
         return torch.empty(num_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+
+    def _message(self, states: torch.Tensor) -> Result:
+        """A buffer with the states, which the next job may overwrite where they are."""
+        buffer = self._buffer(states.numel())
+        return Result(pack(0, states, buffer), self._recorded())
+
+    def _tokens(self, job: Job, chosen: torch.Tensor) -> Result:
+        """The members' tokens of a job, in main memory; none where it chooses none."""
+        rows = None if job.prefill else [member.row for member in job.members]
+        if not chosen.is_cuda:
+            return Result(chosen if rows is None else chosen[rows])
+        here = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
+        return Result(here.copy_(chosen, non_blocking=True), self._recorded(), rows)
+
+    def _recorded(self) -> "torch.cuda.Event | None":
+        if self.stage.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.stage.device))
+        return event
 
     def _answer(self, tokens: torch.Tensor, busy_ms: list[int]) -> torch.Tensor:
         answer = torch.zeros(self.answer_size(), dtype=torch.int32)
@@ -182,33 +269,40 @@ class Worker:
         for pending in self._sends.popleft()[1]:
             pending.wait()
 
-    def _given(self, job: Job, states: torch.Tensor) -> torch.Tensor:
-        """What comes into a stage's other workers: the first stage's embed what its first does."""
+    def given_shape(self, job: Job) -> tuple[int, ...]:
+        """What a stage is given: states, or the first one tokens."""
+        rows, tokens = shape(job)
         if not self.is_first:
-            return states
-        return self.stage.embed(torch.zeros(shape(job), dtype=torch.int64, device=states.device))
+            return rows, tokens, self.stage.config.hidden_size
+        return (rows, tokens) if job.prefill else (rows,)
 
-    def _states_shape(self, job: Job) -> tuple[int, int, int]:
-        return *shape(job), self.stage.config.hidden_size
+    def given_kind(self) -> torch.dtype:
+        """The data type of that."""
+        return torch.int64 if self.is_first else self.stage.dtype
 
     # ---- computing
 
-    def compute(self, job: Job, hidden: torch.Tensor) -> torch.Tensor:
-        """From `[b, S, H]` to what `do` gives."""
-        parts = self._in_parts(job, hidden, 0, job.rows)
+    def compute(self, job: Job, given: torch.Tensor | None) -> torch.Tensor:
+        """What `do` gives, on the device; a later step may overwrite it there.
+
+        The last stage's tokens are those of all rows of a step, and of the members of a prefill.
+        """
+        parts = self._in_parts(job, given, 0, job.rows)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _in_parts(self, job: Job, hidden: torch.Tensor, first: int, end: int) -> list[torch.Tensor]:
+    def _in_parts(
+        self, job: Job, given: torch.Tensor | None, first: int, end: int
+    ) -> list[torch.Tensor]:
         """Rows `first` to `end`, in as many parts as memory asks for."""
         most = self.most_rows.get(job.prefill, end - first)
         if end - first > most:
             middle = first + most
             return [
-                *self._in_parts(job, hidden, first, middle),
-                *self._in_parts(job, hidden, middle, end),
+                *self._in_parts(job, given, first, middle),
+                *self._in_parts(job, given, middle, end),
             ]
         try:
-            return [self._rows(job, hidden[first:end], first, end)]
+            return [self._rows(job, given, first, end)]
         except RuntimeError as error:
             out_of_memory = isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error)
             if not out_of_memory or end - first == 1 or self.stage.group is not None:
@@ -216,31 +310,19 @@ class Worker:
         self.most_rows[job.prefill] = -(-(end - first) // 2)
         if self.stage.device.type == "cuda":
             torch.cuda.empty_cache()
-        return self._in_parts(job, hidden, first, end)
+        return self._in_parts(job, given, first, end)
 
-    def _rows(self, job: Job, hidden: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        device = self.stage.device
-        padded = mask(job, first, end)
-        hidden = self.stage.run(
-            hidden,
-            None if padded is None else padded.to(device),
-            positions(job, first, end).to(device),
-            self.cache.view(job, first, end),
-        )
-        return self._choose(job, hidden, first, end) if self.is_last else hidden
-
-    def _choose(self, job: Job, hidden: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        """The tokens of the members among rows `first` to `end`, in their order."""
-        members = job.members[first:end]
-        rows = list(range(end - first))
+    def _rows(self, job: Job, given: torch.Tensor | None, first: int, end: int) -> torch.Tensor:
         if not job.prefill:
-            members = tuple(m for m in job.members if first <= m.row < end)
-            rows = [member.row - first for member in members]
-        if not job.chooses or not rows:
-            return torch.empty(0, dtype=torch.int32)
-        states = hidden[:, -1] if len(rows) == len(hidden) else hidden[rows, -1]
-        logits = self.stage.head(states)
-        numbers = [member.number for member in members]
-        tokens = choose(logits, self.sampling, numbers, [m.position for m in members])
-        finite = torch.isfinite(logits).all(dim=-1)
-        return tokens.masked_fill(~finite, BROKEN).to(torch.int32).cpu()
+            return self.steps.run(job, given, first, end)
+        assert given is not None
+        hidden = prefill(self.stage, self.cache, job, given, first, end)
+        if not self.is_last:
+            return hidden
+        if not job.chooses:
+            return torch.empty(0, dtype=torch.int32, device=hidden.device)
+        members = job.members[first:end]
+        ids, chosen = first_tokens(self.stage, hidden, job, members, self.sampling)
+        if self.steps.keeps_ids:
+            self.steps.keep(members, ids)
+        return chosen

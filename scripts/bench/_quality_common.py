@@ -208,7 +208,7 @@ def logits_of(stage: StageModel) -> Logits:
     """What a whole model says."""
 
     def logits(token_ids: torch.Tensor) -> torch.Tensor:
-        hidden = stage.run(stage.embed(token_ids), None, None, None)
+        hidden = stage.run(stage.embed(token_ids))
         return stage.head(hidden)
 
     return logits

@@ -215,7 +215,7 @@ def _load_all(subject: Subject, path: Path) -> int:
             stage = load_stage(
                 subject.config, weights, place, [precision], DTYPE, CPU, roundings=roundings
             )
-            hidden = stage.run(hidden, None, None, None)
+            hidden = stage.run(hidden)
         stage.head(hidden).log_softmax(-1)
     return effort.peak_memory_bytes
 

@@ -88,7 +88,7 @@ def gptq_from(settings: Settings, subject: Subject, windows: torch.Tensor) -> Qu
     stage = subject.stage("16")
     with torch.inference_mode(), MomentsMeter(stage) as meter:
         for part in windows.split(AT_ONCE):
-            stage.run(stage.embed(part), None, None, None)
+            stage.run(stage.embed(part))
     write_moments(path, meter.moments(), meter.keys, {"model": subject.name})
     return Quantizer(method="gptq", moments=str(path), sha256=sha256_of(path))
 

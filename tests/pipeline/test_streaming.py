@@ -49,7 +49,7 @@ def whole(folder, precisions, **more):
 
 @torch.inference_mode()
 def log_probabilities(stage, windows):
-    hidden = stage.run(stage.embed(windows), None, None, None)
+    hidden = stage.run(stage.embed(windows))
     return stage.head(hidden[:, :-1]).float().log_softmax(-1).flatten(0, 1)
 
 

@@ -144,7 +144,7 @@ def alone(three, context, continuation):
     """Log-likelihood of a continuation, its input neither padded nor cut."""
     hidden = three[0].embed(torch.tensor([[*context, *continuation][:-1]]))
     for stage in three:
-        hidden = stage.run(hidden, None, None, None)
+        hidden = stage.run(hidden)
     logs = three[-1].head(hidden)[0].float().log_softmax(-1)[-len(continuation) :]
     return sum(float(row[token]) for row, token in zip(logs, continuation, strict=True))
 

@@ -2,9 +2,16 @@
 
 import torch
 
-from llmpq.runtime.sampler import Sampling, choose
+from llmpq.runtime import sampler
+from llmpq.runtime.sampler import Sampling
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
+
+
+def choose(
+    logits: torch.Tensor, sampling: Sampling, requests: list[int], positions: list[int]
+) -> torch.Tensor:
+    return sampler.choose(logits, sampling, torch.tensor(requests), torch.tensor(positions))
 
 
 def draws(sampling: Sampling, count: int, logits: torch.Tensor = LOGITS) -> torch.Tensor:

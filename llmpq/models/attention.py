@@ -1,0 +1,161 @@
+"""Attention and its masks, as transformers' own models call them in a stage.
+
+transformers looks both up by a name in the configuration. A stage's layers find `attend` under
+`DISPATCHED`; models that compute attention themselves (BLOOM) get masks to add, under `ADDITIVE`.
+What a job hides from each row follows from where its query tokens stand, which the cache says
+(`Cache.get_query_offset`): one number in a prefill, a tensor with a column for each row in a decode
+step. transformers composes the rest (sliding windows, chunks of attention) from its own functions.
+
+Shapes: R rows, G query heads for each of H key/value heads, S new tokens, T columns, D head size.
+Not covered: attention sinks and learned position biases; a family that passes them is refused.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from llmpq.models import triton_attention
+
+DISPATCHED, ADDITIVE = "llmpq", "llmpq_additive"
+# What a family may hand to attention beyond what `attend` computes with.
+NOT_SUPPORTED = ("s_aux", "position_bias", "sinks")
+GROUPED_CAPABILITY = (8, 0)  # from here on CUDA's fused kernels take fewer key than query heads
+
+MaskFunction = Callable[[Any, Any, Any, Any], Any]
+
+
+def implementation_for(model_class: type[PreTrainedModel]) -> str:
+    """The name under which a class of models finds its masks, and `attend` if it looks for it."""
+    return DISPATCHED if model_class._supports_attention_backend else ADDITIVE
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """`query` `[R, G * H, S, D]` over `key`, `value` `[R, H, T, D]` to `[R, S, G * H, D]`.
+
+    `attention_mask` `[R or 1, 1, S, T]` is True where a query sees a key; None is causal, S = T.
+    """
+    if unknown := [name for name in NOT_SUPPORTED if others.get(name) is not None]:
+        raise NotImplementedError(f"{type(module).__name__} passes {unknown[0]} to attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.shape[2] == 1 and attention_mask is not None:
+        output = _decode(query, key, value, attention_mask, scale, softcap)
+    elif softcap is not None:
+        output = _explicit(query, key, value, attention_mask, scale, softcap)
+    else:
+        output = _prefill(query, key, value, attention_mask, scale)
+    return output.transpose(1, 2), None
+
+
+def _decode(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """One query token of each row, `[R, G * H, 1, D]`: the G heads of a key head as G tokens."""
+    if triton_attention.available(query.device):
+        return triton_attention.decode_attention(query, key, value, mask, scale, softcap)
+    rows, heads, _, size = query.shape
+    grouped = query.view(rows, key.shape[1], heads // key.shape[1], size)
+    mask = mask.expand(-1, -1, grouped.shape[2], -1)
+    if softcap is not None:
+        output = _explicit(grouped, key, value, mask, scale, softcap)
+    else:
+        output = F.scaled_dot_product_attention(grouped, key, value, mask, scale=scale)
+    return output.reshape(rows, heads, 1, size)
+
+
+def _prefill(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Many query tokens, `[R, G * H, S, D]`."""
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and not _takes_groups(query.device):
+        key, value = (_repeated(states, query.shape[1]) for states in (key, value))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def _explicit(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Scores capped by `softcap * tanh(score / softcap)` (Gemma 2), which no fused kernel does."""
+    key, value = (_repeated(states, query.shape[1]) for states in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is None:
+        mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value)
+
+
+def _repeated(states: Tensor, heads: int) -> Tensor:
+    """Keys or values `[R, H, T, D]`, each head as often as query heads use it."""
+    if states.shape[1] == heads:
+        return states
+    return states.repeat_interleave(heads // states.shape[1], dim=1)
+
+
+def _takes_groups(device: torch.device) -> bool:
+    """Whether fused attention serves grouped heads without repeating them, and fast."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_capability(device) >= GROUPED_CAPABILITY
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int = 0,
+    mask_function: MaskFunction = lambda *_: True,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor | None:
+    """`[R or 1, 1, S, T]`, True where a query sees a key; None where that is plainly causal.
+
+    `q_offset`: the column of the first query token, or `[R]` of each row's. `local_size`: columns
+    that a query sees at most. Padding needs no mask: it stands behind what it could disturb.
+    """
+    assert attention_mask is None, "stages pad on the right and pass no padding masks"
+    within = local_size is None or kv_length <= local_size
+    if allow_is_causal_skip and isinstance(q_offset, int) and q_offset == 0 and within:
+        return None
+    first = q_offset.view(-1, 1, 1, 1) if isinstance(q_offset, Tensor) else q_offset
+    rows = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
+    heads = torch.zeros((), dtype=torch.int64, device=device)
+    queries = torch.arange(q_length, device=device).view(1, 1, -1, 1) + first
+    keys = torch.arange(kv_length, device=device).view(1, 1, 1, -1) + kv_offset
+    mask: Tensor = mask_function(rows, heads, queries, keys)
+    return mask
+
+
+def make_additive_mask(*, dtype: torch.dtype, **inputs: Any) -> Tensor:
+    """The same as numbers of `dtype` to add to scores: 0, or the least where a key is hidden."""
+    mask = make_mask(**inputs | {"allow_is_causal_skip": False})
+    assert mask is not None
+    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
+    return torch.where(mask, torch.zeros_like(hidden), hidden)
+
+
+for _name, _make in ((DISPATCHED, make_mask), (ADDITIVE, make_additive_mask)):
+    AttentionInterface.register(_name, attend)
+    AttentionMaskInterface.register(_name, _make)

@@ -1,0 +1,238 @@
+"""What a stage computes in a job: a prefill, or a decode step that a CUDA graph can hold.
+
+A decode step is one function of static buffers (`_compute`): it reads a table of numbers and the
+states that came in, and writes the states or tokens that go out. Nothing in it waits for the
+device, looks at values or has a shape that depends on them. On a card it is captured in a CUDA
+graph for each (lane, rows, width) that is met, rows and widths rounded up to few (`graph_rows`,
+`graph_width`); elsewhere, and where capturing fails, the same function is called as it is. The
+tokens that a stage with embedding and head has chosen last stay on the device for its next step.
+
+Shapes: b rows of a step, H hidden size; `width`: columns that attention looks at.
+Not covered: stages that several devices share are not captured, as they talk to each other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmpq.models.lanes import LaneCache
+from llmpq.models.stage_model import StageModel
+from llmpq.runtime.sampler import Sampling, choose
+from llmpq.schedule import Job, LaneShape, Member
+
+BROKEN = -1  # in place of a token: the logits are not finite
+COLUMNS, TOKENS, REQUESTS, POSITIONS, IDS = range(5)  # rows of the table of numbers
+LEAST_WIDTH = 64  # of a captured step
+
+Key = tuple[int, int, int]  # lane, rows, width
+
+
+def graph_rows(rows: int, shape: LaneShape) -> int:
+    """Rows that a captured step computes: a power of two, or the whole lane."""
+    return min(shape.rows, 1 << (rows - 1).bit_length())
+
+
+def graph_width(width: int, shape: LaneShape) -> int:
+    """Columns that a captured step attends to: a power of two or three quarters of one."""
+    width = max(width, LEAST_WIDTH)
+    power = 1 << (width - 1).bit_length()
+    return min(shape.tokens, power * 3 // 4 if width <= power * 3 // 4 else power)
+
+
+@dataclass
+class Graphs:
+    """Captured steps by what they depend on. `why_not`: the reason where none are made."""
+
+    why_not: str | None
+    captured: dict[Key, "torch.cuda.CUDAGraph"] = field(default_factory=dict)
+    num_bytes: int = 0  # that the captured steps keep
+
+    @property
+    def wanted(self) -> bool:
+        """Steps are captured."""
+        return self.why_not is None
+
+
+def prefill(
+    stage: StageModel, cache: LaneCache, job: Job, given: Tensor, first: int, end: int
+) -> Tensor:
+    """Members `first` to `end` of a prefill, to `[b, S, H]`.
+
+    `given`: the whole job's states `[b, S, H]`, or token ids `[b, S]` at the first stage.
+    """
+    hidden = stage.embed(given[first:end]) if stage.layers.is_first else given[first:end]
+    positions = torch.arange(job.begin, job.end, device=stage.device).expand(end - first, -1)
+    return stage.run(hidden, positions, cache.prefill(job, first, end, stage.device))
+
+
+class DecodeSteps:
+    """The decode steps of a stage that fill a cache; `graphs` False: none are captured."""
+
+    def __init__(
+        self, stage: StageModel, cache: LaneCache, sampling: Sampling, graphs: bool = True
+    ) -> None:
+        self.stage, self.cache, self.sampling = stage, cache, sampling
+        self.graphs = Graphs(_why_no_graphs(stage, graphs))
+        device, rows = stage.device, max(shape.rows for shape in cache.shapes)
+        self.is_first, self.is_last = stage.layers.is_first, stage.layers.is_last
+        self._numbers = torch.zeros(5, rows, dtype=torch.int64, device=device)
+        self._ids = torch.zeros(cache.first_rows[-1], dtype=torch.int64, device=device)
+        size = (rows, 1, stage.config.hidden_size)
+        self._states, self._output = (
+            torch.zeros(size if used else (), dtype=stage.dtype, device=device)
+            for used in (not self.is_first, not self.is_last)
+        )
+        self._chosen = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._pool = torch.cuda.graph_pool_handle() if self.graphs.wanted else None
+
+    @property
+    def keeps_ids(self) -> bool:
+        """Tokens are chosen and embedded here, so that none need to come from outside."""
+        return self.is_first and self.is_last
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the static buffers."""
+        held = (self._numbers, self._ids, self._states, self._output, self._chosen)
+        return sum(tensor.nbytes for tensor in held)
+
+    def keep(self, members: Sequence[Member], ids: Tensor) -> None:
+        """The tokens `[members]` that a prefill has chosen, for the steps that follow."""
+        rows = [self.cache.first_rows[member.lane] + member.row for member in members]
+        self._ids[_on(torch.tensor(rows), ids.device)] = ids
+
+    def rearrange(self, job: Job) -> None:
+        """What comes before a job: rows that move take their tokens along."""
+        for lane, source, target, _ in job.moves:
+            first = self.cache.first_rows[lane]
+            self._ids[first + target] = self._ids[first + source]
+
+    def run(self, job: Job, given: Tensor | None, first: int, end: int) -> Tensor:
+        """Rows `first` to `end` of a step, to `[b, 1, H]`, or int32 `[b]` tokens at the last stage.
+
+        `given`: the whole step's states `[b, 1, H]`, or `[b]` token ids at the first stage unless
+        it `keeps_ids`. What is returned is overwritten by the next step.
+        """
+        shape = self.cache.shapes[job.lane]
+        rows, width = job.rows, job.end
+        if _rounds_up(self.stage.device):
+            rows, width = graph_rows(rows, shape), graph_width(width, shape)
+        self._fill(job, rows, given)
+        if (first, end) != (0, job.rows):
+            return self._compute(job.lane, range(first, end), width)
+        self._run(job.lane, rows, width)
+        return (self._chosen if self.is_last else self._output)[:end]
+
+    # ---- one step
+
+    def _fill(self, job: Job, rows: int, given: Tensor | None) -> None:
+        """Puts a step's inputs into the static buffers, without waiting."""
+        numbers = torch.zeros(4, rows, dtype=torch.int64)
+        for member in job.members:
+            numbers[COLUMNS, member.row] = member.column
+            numbers[REQUESTS, member.row] = member.number
+            numbers[POSITIONS, member.row] = member.position
+        numbers[TOKENS] = torch.tensor(self.cache.step_tokens(job, rows))
+        self._numbers[:4, :rows] = _on(numbers, self.stage.device)
+        if not self.is_first:
+            assert given is not None
+            self._states[: job.rows].copy_(given, non_blocking=True)
+        elif given is not None:
+            self._numbers[IDS, : job.rows].copy_(given, non_blocking=True)
+
+    def _compute(self, lane: int, rows: range, width: int) -> Tensor:
+        """Some rows of a lane from the static buffers to them; see `run`."""
+        span = slice(rows.start, rows.stop)
+        numbers = self._numbers[:, span]
+        first = self.cache.first_rows[lane]
+        own_ids = self._ids[first + rows.start : first + rows.stop]
+        if self.is_first:
+            hidden = self.stage.embed((own_ids if self.keeps_ids else numbers[IDS])[:, None])
+        else:
+            hidden = self._states[span]
+        view = self.cache.step(lane, rows, width, numbers[COLUMNS], numbers[TOKENS])
+        hidden = self.stage.run(hidden, numbers[COLUMNS][:, None], view)
+        if not self.is_last:
+            self._output[span].copy_(hidden)
+            return self._output[span]
+        ids, chosen = choose_tokens(
+            self.stage, hidden[:, 0], self.sampling, numbers[REQUESTS], numbers[POSITIONS]
+        )
+        if self.keeps_ids:
+            # Rows that take no part have position 0. Their next token may be waiting here.
+            own_ids.copy_(torch.where(numbers[POSITIONS] > 0, ids, own_ids))
+        self._chosen[span].copy_(chosen)
+        return self._chosen[span]
+
+    # ---- graphs
+
+    def _run(self, lane: int, rows: int, width: int) -> None:
+        graph = self.graphs.captured.get((lane, rows, width))
+        if graph is not None:
+            graph.replay()
+            return
+        self._compute(lane, range(rows), width)
+        if self.graphs.wanted:
+            self._capture(lane, rows, width)
+
+    def _capture(self, lane: int, rows: int, width: int) -> None:
+        """Captures a step that has just run, for the next ones alike; capturing computes nothing.
+
+        Other threads may use the device meanwhile, to receive messages.
+        """
+        device, graph = self.stage.device, torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_reserved(device)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._compute(lane, range(rows), width)
+        except RuntimeError as error:
+            self.graphs.why_not = f"capturing failed: {str(error).splitlines()[0]}"
+            self.graphs.captured.clear()
+            return
+        self.graphs.num_bytes += torch.cuda.memory_reserved(device) - before
+        self.graphs.captured[lane, rows, width] = graph
+
+
+def first_tokens(
+    stage: StageModel, hidden: Tensor, job: Job, members: Sequence[Member], sampling: Sampling
+) -> tuple[Tensor, Tensor]:
+    """What `choose_tokens` gives after a prefill's `[b, S, H]` of these members."""
+    rows = torch.arange(len(members), device=hidden.device)
+    ends = torch.tensor([member.prompt_tokens - job.begin for member in members])
+    numbers = _on(torch.tensor([member.number for member in members]), hidden.device)
+    states = hidden[rows, _on(ends - 1, hidden.device)]
+    return choose_tokens(stage, states, sampling, numbers, torch.zeros_like(numbers))
+
+
+def choose_tokens(
+    stage: StageModel, states: Tensor, sampling: Sampling, requests: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """From `[b, H]` to the tokens int64 `[b]`, and int32 `[b]` with `BROKEN` where logits are not
+    finite."""
+    logits = stage.head(states)
+    ids = choose(logits, sampling, requests, positions)
+    finite = torch.isfinite(logits).all(dim=-1)
+    return ids, ids.masked_fill(~finite, BROKEN).to(torch.int32)
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same values on a device; a card copies from pinned memory while the program goes on."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _rounds_up(device: torch.device) -> bool:
+    """Whether steps have few sizes, captured or not, so that both compute the same."""
+    return device.type == "cuda"
+
+
+def _why_no_graphs(stage: StageModel, wanted: bool) -> str | None:
+    if not wanted:
+        return "switched off"
+    if stage.device.type != "cuda":
+        return f"there are none on a {stage.device.type}"
+    return None if stage.group is None else "several devices share the stage"
