@@ -85,12 +85,12 @@ def expand_nibbles(packed: Tensor, bits: int) -> Tensor:
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes `[rows, cols]` to int32 words `[rows, bits * ceil(cols / 32)]`; zeros fill up."""
     missing = -codes.shape[1] % CODES_IN_WORDS
-    stream = torch.nn.functional.pad(codes, (0, missing)) if missing else codes.contiguous()
+    stream = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
     if bits == 4:
         stream = stream[:, ::2] | (stream[:, 1::2] << 4)
     elif bits == 3:
         stream = _pack_threes(stream)
-    return stream.view(torch.int32)
+    return stream.flatten().view(torch.int32).view(len(codes), -1)
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
