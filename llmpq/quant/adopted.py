@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmpq.quant import kernels
+from llmpq.quant.humming import HummingLinear
 from llmpq.quant.linear import (
     GridLinear,
     QuantizedLinear,
@@ -123,6 +124,8 @@ def keep_codes(layer: nn.Module, weight: PackedWeight) -> QuantizedLinear | None
 
 def _holds_exactly(layer: GridLinear, weight: PackedWeight) -> bool:
     """Whether the layer's own format keeps these grids, and computes as they were meant."""
+    if isinstance(layer, HummingLinear):
+        return weight.group_of is None and layer.adopts(weight.scales)
     if weight.group_of is not None or not weight.scales.dtype == layer.dtype == SCALE_DTYPE:
         return False
     group = layer.in_features // weight.scales.shape[1]
@@ -136,6 +139,4 @@ def _dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor |
     """`(code - zero) * scale` in the type of the scales, where only the product rounds."""
     if group_of is not None:
         scales, zeros = scales[:, group_of], zeros[:, group_of]
-    grouped = codes.to(scales.dtype).reshape(*scales.shape, -1)
-    steps = grouped.sub_(zeros.to(scales.dtype)[..., None])
-    return steps.mul_(scales[..., None]).view(codes.shape)
+    return kernels.dequantize_bytes(codes, scales, zeros)

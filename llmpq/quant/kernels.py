@@ -81,6 +81,16 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype)
     return weight.mul_(scales.to(dtype)[..., None]).view(rows, cols)
 
 
+def dequantize_bytes(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """`(code - zero) * scale`, `[rows, in]` in the dtype of the scales, from codes of up to 8 bits.
+
+    `scales` and `zeros` are `[rows, groups]`. The difference is exact, so only the product rounds.
+    """
+    grouped = codes.to(scales.dtype).reshape(*scales.shape, -1)
+    steps = grouped.sub_(zeros.to(scales.dtype)[..., None])
+    return steps.mul_(scales[..., None]).view(codes.shape)
+
+
 def tile_nibbles(codes: Tensor) -> Tensor:
     """uint8 codes `[out, in]` to the int4 kernel's tiles `[out / 64, in * 32]`.
 

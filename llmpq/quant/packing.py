@@ -8,6 +8,9 @@ contiguous runs. The second step does not care how the nibbles were ordered, whi
 with a layout of their own (`kernels.tile_nibbles`) store 3 bits too.
 
 Columns are padded with zero codes to a multiple of 8, so a row takes `bits * ceil(cols / 8)` bytes.
+
+Checkpoints of other tools and the kernels of humming want *words* instead (`pack_words`): the bits
+of all codes of a row one after the other, lowest first, in int32, where a code may cross two words.
 """
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 
 LOW_TWO_BITS = 0x33  # of both nibbles of a byte
 THIRD_BIT = 0x44
+CODES_IN_WORDS = 32  # fill whole words at any number of bits
 
 
 def padded_columns(cols: int) -> int:
@@ -76,3 +80,42 @@ def expand_nibbles(packed: Tensor, bits: int) -> Tensor:
     for part, moved in ((a, thirds << 2), (b, thirds << 1), (c, thirds), (d, thirds >> 1)):
         part |= moved & (THIRD_BIT * ones)
     return nibbles
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes `[rows, cols]` to int32 words `[rows, bits * ceil(cols / 32)]`; zeros fill up."""
+    missing = -codes.shape[1] % CODES_IN_WORDS
+    stream = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
+    if bits == 4:
+        stream = stream[:, ::2] | (stream[:, 1::2] << 4)
+    elif bits == 3:
+        stream = _pack_threes(stream)
+    return stream.flatten().view(torch.int32).view(len(codes), -1)
+
+
+def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """The codes uint8 `[rows, count]` in int32 words `[rows, at least bits * count / 32]`."""
+    stream = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        stream = torch.stack((stream & 15, stream >> 4), dim=-1).flatten(1)
+    elif bits == 3:
+        stream = _unpack_threes(torch.nn.functional.pad(stream, (0, -stream.shape[1] % 3)))
+    return stream[:, :count].contiguous()
+
+
+def _pack_threes(codes: Tensor) -> Tensor:
+    """Three bytes of every eight codes of 3 bits; what shifts out of a byte is in the next."""
+    a, b, c, d, e, f, g, h = codes.unflatten(1, (-1, 8)).unbind(-1)
+    first, second = a | (b << 3) | (c << 6), (c >> 2) | (d << 1) | (e << 4) | (f << 7)
+    return torch.stack((first, second, (f >> 1) | (g << 2) | (h << 5)), dim=-1).flatten(1)
+
+
+def _unpack_threes(stream: Tensor) -> Tensor:
+    """The eight codes of 3 bits in every three bytes."""
+    first, second, third = stream.unflatten(1, (-1, 3)).unbind(-1)
+    crossing = (first >> 6) | ((second & 1) << 2), (second >> 7) | ((third & 3) << 1)
+    codes = (
+        *(first & 7, (first >> 3) & 7, crossing[0], (second >> 1) & 7),
+        *((second >> 4) & 7, crossing[1], (third >> 2) & 7, third >> 5),
+    )
+    return torch.stack(codes, dim=-1).flatten(1)

@@ -25,11 +25,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from llmpq.artifact import parse_json
 from llmpq.errors import UserError
 from llmpq.quant import PackedWeight
+from llmpq.quant.packing import unpack_words
 
 BITS = (3, 4, 8)
 WHAT_LOADS = (
@@ -37,7 +37,6 @@ WHAT_LOADS = (
     "3, 4 or 8 bits), or weights that are not quantised"
 )
 ONE_A_CODE = {4: 0x11111111, 8: 0x01010101}  # a word with each of its codes one up
-ROWS_AT_ONCE = 64  # of codes of 3 bits, 32 bits each on the way
 DENSE_SINCE = (0, 18)  # compressed-tensors: codes of 3 bits run on across words
 
 
@@ -225,24 +224,6 @@ class CompressedTensors:
         shifts = range(0, per_word * bits, bits)
         codes = torch.stack([((words >> s) & (2**bits - 1)).to(torch.uint8) for s in shifts], -1)
         return codes.flatten(1)[:, :count].contiguous()
-
-
-def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
-    """The codes uint8 `[rows, count]` in int32 `[rows, words]`, running on across words."""
-    stream = words.contiguous().view(torch.uint8)
-    if bits == 4:
-        stream = torch.stack((stream & 15, stream >> 4), dim=-1).flatten(1)
-    elif bits == 3:
-        stream = torch.cat([_unpack_threes(part) for part in stream.split(ROWS_AT_ONCE)])
-    return stream[:, :count].contiguous()
-
-
-def _unpack_threes(stream: Tensor) -> Tensor:
-    """Eight codes of 3 bits from every three bytes."""
-    threes = pad(stream, (0, -stream.shape[1] % 3)).unflatten(1, (-1, 3)).to(torch.int32)
-    eights = threes[..., 0] | (threes[..., 1] << 8) | (threes[..., 2] << 16)
-    codes = [((eights >> shift) & 7).to(torch.uint8) for shift in range(0, 24, 3)]
-    return torch.stack(codes, dim=-1).flatten(1)
 
 
 def _int8_codes(linear: str, bits: int, shape: tuple[int, ...], tensors: Tensors) -> Tensor:

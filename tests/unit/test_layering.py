@@ -41,7 +41,7 @@ NOUNS = _names(
 )
 PLAIN = "pydantic yaml "
 TORCH = "torch transformers safetensors tokenizers numpy "
-KERNELS = "bitsandbytes gptqmodel triton huggingface_hub accelerate "
+KERNELS = "bitsandbytes gptqmodel triton humming huggingface_hub accelerate "
 
 CAKE = [
     Part("0", "nouns", _names(""), _names(PLAIN), _names("pandas huggingface_hub")),

@@ -15,10 +15,10 @@ from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import AdoptedLinear, QuantizedLinear, available_precisions, kernels, make_linear
 from llmpq.quant.linear import GridLinear, RowLinear, TiledLinear
+from llmpq.quant.packing import pack_words, unpack_words
 from llmpq.runtime.checkpoint import Checkpoint, RandomWeights
 from llmpq.runtime.evaluate import evaluate
 from llmpq.runtime.loader import load_stage
-from llmpq.runtime.prequantized import unpack_words
 
 CPU = torch.device("cpu")
 LAYERS = 2
@@ -211,6 +211,14 @@ def assert_taken_over(written: Written, precision: str, dtype: torch.dtype) -> S
 def test_words_are_unpacked(bits, count):
     codes = torch.randint(0, 2**bits, (5, count), dtype=torch.uint8)
     assert torch.equal(unpack_words(words_of(codes, bits), bits, count), codes)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("count", [1, 31, 32, 100, 704])
+def test_words_are_packed(bits, count):
+    codes = torch.randint(0, 2**bits, (5, count), dtype=torch.uint8)
+    whole = torch.nn.functional.pad(codes, (0, -count % 32))
+    assert torch.equal(pack_words(codes, bits), words_of(whole, bits))
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])

@@ -1,0 +1,263 @@
+"""The kernels of humming-kernels: which of them a plan needs, compiling them, and the calls.
+
+humming compiles a kernel for each shape, number of bits and tile with NVRTC on first use, seconds
+each, and keeps it on disk. A worker therefore compiles what its plan needs while it loads:
+`kernels_needed` names the kernels, `compile_all` puts them on disk, `launch_table` registers those
+of one shape. Row counts share kernels by a ladder (`row_ladder`): on an H100 humming's own choice
+changes every 8 rows, 33 kernels a shape at 4 bits, of which the ladder up to 4096 rows needs 13.
+
+Written for one release (`humming_support.VERSION`), whose internals are called: tile heuristics,
+the transform into the kernels' layout, and the launch of a registered kernel. It is imported inside
+functions, as that takes a second and needs triton. Not covered: mixtures of experts, activations
+of 8 bits (docs/gpu-kernels.md says why).
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmpq.quant.humming_support import library
+
+ROW_GROUP = 0  # one scale a row
+OUT_TILE, IN_TILE = 256, 128  # its docs/config.md pads shapes to these
+ALIGNED = 8  # sizes that its own padding takes: rows of 16 bytes
+NUM_LOCKS = 2048  # int32, by which the parts of a split sum take turns; as in its own layer
+MOST_ROWS = 1 << 30
+MOST_COMPILERS = 16  # at once: NVRTC 13.0 took 412 MiB of memory a kernel
+LIBRARY_PATH = "LD_LIBRARY_PATH"
+
+Tuning = Mapping[str, Any]  # tile and pipeline of a kernel, and how many multiprocessors to use
+
+
+@dataclass(frozen=True)
+class KernelShape:
+    """What a kernel is compiled for beside its tile: the sizes and number formats of a linear.
+
+    `group` inputs share a scale and a zero, `ROW_GROUP`: all. Sizes are multiples of `ALIGNED`.
+    """
+
+    out_features: int
+    in_features: int
+    bits: int
+    group: int
+    dtype: torch.dtype  # of activations, scales and answers
+    batch_invariant: bool = False
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Outputs and inputs, filled up to whole tiles."""
+        return round_up(self.out_features, OUT_TILE), round_up(self.in_features, IN_TILE)
+
+    @property
+    def num_groups(self) -> int:
+        """Scales of a padded row."""
+        return 1 if self.group == ROW_GROUP else self.padded[1] // self.group
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel to compile: a shape, and what of its tuning goes into the code, as JSON."""
+
+    shape: KernelShape
+    tuning: str
+
+
+Choose = Callable[[KernelShape, int], Tuning]  # the best tuning for so many rows
+
+
+def keep_kernels_in(folder: Path) -> None:
+    """Has humming keep its kernels under this folder instead of ~/.humming.
+
+    By the variables HUMMING_CACHE_DIR and HUMMING_TMP_DIR, which a user may also set, and which
+    processes started from here inherit. humming reads them when it first compiles.
+    """
+    os.environ.setdefault("HUMMING_CACHE_DIR", str(folder / "humming"))
+    os.environ.setdefault("HUMMING_TMP_DIR", str(folder / "humming" / "tmp"))
+
+
+# Which kernels
+
+
+def row_ladder(most_rows: int) -> tuple[int, ...]:
+    """Row counts to choose kernels for: 8, 12, 16, 24, 32, 48, 64, ... until `most_rows` fit.
+
+    Rows between two rungs take the kernel of the higher one; from 9 on they fill 2/3 of its tile.
+    """
+    rungs = [8]
+    while rungs[-1] < most_rows:
+        is_power = rungs[-1].bit_count() == 1
+        rungs.append(rungs[-1] * 3 // 2 if is_power else rungs[-1] * 4 // 3)
+    return tuple(rungs)
+
+
+def kernels_needed(
+    shapes: Iterable[KernelShape], rows: Sequence[int], choose: Choose
+) -> list[Kernel]:
+    """The kernels, each once, that serve these shapes at these row counts (`row_ladder`)."""
+    return list(
+        dict.fromkeys(
+            Kernel(shape, _compiled_part(choose(shape, count)))
+            for shape in dict.fromkeys(shapes)
+            for count in rows
+        )
+    )
+
+
+def chooser(device: torch.device) -> Choose:
+    """humming's own choice of tiles for this card."""
+
+    def choose(shape: KernelShape, rows: int) -> Tuning:
+        lib = library()
+        with torch.cuda.device(device):
+            return dict(
+                lib.tune.get_heuristics_config(
+                    _layer_config(shape), shape_m=rows, use_batch_invariant=shape.batch_invariant
+                )
+            )
+
+    return choose
+
+
+def compile_all(
+    kernels: Sequence[Kernel],
+    device: torch.device,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[Kernel, str]:
+    """Compile kernels into humming's folder, as many at once as CPUs (and `MOST_COMPILERS`) allow.
+
+    Those that are there already take no time, and two processes that want the same one wait for
+    each other. `on_done(done, total)` is called after each. Returns why some could not be made.
+    """
+    failed: dict[Kernel, str] = {}
+    # Threads, as NVRTC runs in processes of its own.
+    workers = min(MOST_COMPILERS, library().utils.cpu.get_available_cpu_count())
+    with _compiling(device), ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(_compile, kernel, device): kernel for kernel in kernels}
+        try:
+            for done, future in enumerate(as_completed(waiting), start=1):
+                if error := future.exception():
+                    failed[waiting[future]] = f"{type(error).__name__}: {error}"
+                on_done(done, len(waiting))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return failed
+
+
+# Calls
+
+
+def launch_table(
+    shape: KernelShape, rows: Sequence[int], choose: Choose, device: torch.device
+) -> Tensor:
+    """Which kernel serves how many rows, registered for launching: int64 `[4 * ranges]` on the CPU.
+
+    Four numbers a range: rows above, rows up to, kernel, multiprocessors. The last range is open.
+    Compiles what `compile_all` has not; raises as that fails.
+    """
+    ends = [*rows[:-1], MOST_ROWS]
+    ranges = [
+        (above, end, choose(shape, count))
+        for above, end, count in zip([0, *ends], ends, rows, strict=False)
+    ]
+    with _compiling(device):
+        layer = _layer_config(shape).to_str()
+        table = library().kernel.humming.HummingKernel.prepare_kernels(
+            layer, json.dumps(_compute_config(shape)), json.dumps(ranges), device
+        )
+    return table
+
+
+def to_kernel_layout(
+    shape: KernelShape, words: Tensor, scales: Tensor, zeros: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight as the kernels read it, from what `humming.padded_tensors` gives; on a card."""
+    tensors = {"weight": words, "weight_scale": scales, "zero_point": zeros}
+    with _compiling(words.device):
+        made = library().transform.transform_humming_tensors(
+            _layer_config(shape), tensors, already_padded=True
+        )
+    return made["weight"], made["weight_scale"], made["zero_point"]
+
+
+def launch(
+    table: Tensor, x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, locks: Tensor
+) -> Tensor:
+    """`x [M, in]` times the weight in the kernels' layout, `[M, out]`; waits for nothing."""
+    from humming.ops import launch_kernel
+
+    return launch_kernel(
+        configs=table,
+        inputs=x,
+        weight=words,
+        weight_scale=scales,
+        zero_point=zeros,
+        locks=locks,
+    )
+
+
+def round_up(size: int, step: int) -> int:
+    """`size` rounded up to a multiple of `step`."""
+    return -(-size // step) * step
+
+
+def _layer_config(shape: KernelShape) -> Any:
+    """humming's `LayerConfig`, for the current device."""
+    lib = library()
+    (outputs, inputs), value = shape.padded, lib.dtypes.DataType.from_torch_dtype(shape.dtype)
+    return lib.config.LayerConfig(
+        shape_n=outputs,
+        shape_k=inputs,
+        pad_shape_n=outputs - shape.out_features,
+        pad_shape_k=inputs - shape.in_features,
+        a_dtype=value,
+        b_dtype=lib.dtypes.DataType.from_str(f"uint{shape.bits}"),
+        c_dtype=value,
+        bs_dtype=value,
+        weight_scale_group_size=shape.group,
+        has_zero_point=True,
+    )
+
+
+def _compute_config(shape: KernelShape) -> dict[str, Any]:
+    return {"gemm_type": "dense", "use_batch_invariant": shape.batch_invariant}
+
+
+def _compiled_part(tuning: Tuning) -> str:
+    """What of a tuning the code depends on."""
+    return json.dumps({key: tuning[key] for key in sorted(tuning) if key != "num_sms"})
+
+
+@contextmanager
+def _compiling(device: torch.device) -> Iterator[None]:
+    """Around what may compile, which prints its errors to standard output, for a report.
+
+    NVRTC from a package does not find its other half (libnvrtc-builtins) beside itself.
+    """
+    nvrtc, before = library().utils.nvrtc, os.environ.get(LIBRARY_PATH)
+    with suppress(RuntimeError):  # there is none: who compiles will say so
+        beside = str(Path(nvrtc.get_nvrtc_library_path()).parent)
+        os.environ[LIBRARY_PATH] = os.pathsep.join(filter(None, (beside, before)))
+    try:
+        with redirect_stdout(sys.stderr), torch.cuda.device(device):
+            yield
+    finally:
+        if before is None:
+            os.environ.pop(LIBRARY_PATH, None)
+        else:
+            os.environ[LIBRARY_PATH] = before
+
+
+def _compile(kernel: Kernel, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        layer = json.loads(_layer_config(kernel.shape).to_str())
+        config = layer | _compute_config(kernel.shape) | json.loads(kernel.tuning)
+        library().kernel.humming.HummingKernel(**config)
