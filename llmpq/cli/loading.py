@@ -4,6 +4,7 @@ Every stage says how far it is, as the slowest may be any of them: a line every 
 bar where there is only one.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from llmpq.models.stage_model import RawTensor
     from llmpq.runtime.checkpoint import Checkpoint
     from llmpq.runtime.packed_cache import PackedCache, WeightCache
+
+COMPILING_EVERY_S = 2.0
 
 
 def open_cache(plan: Plan, options: RunOptions, weights: "Checkpoint") -> "PackedCache | None":
@@ -60,6 +63,19 @@ def shown_loading(
     out = console(quiet) if alone else _lines(quiet)
     with progress(out, what, stage.num_layers) as shown:
         yield _Shown(cache or NO_CACHE, stage.first_layer, shown)
+
+
+def shown_compiling(rank: int, options: RunOptions) -> Callable[[int, int], None]:
+    """Says every few seconds how many kernels of a stage are compiled."""
+    out, last_s = _lines(options.quiet), [time.monotonic()]
+
+    def tell(done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - last_s[0] >= COMPILING_EVERY_S:
+            last_s[0] = now
+            out.print(f"stage {rank}: compiled {done} of {total} kernels")
+
+    return tell
 
 
 def _lines(quiet: bool) -> "Console":

@@ -66,6 +66,9 @@ KERNELS_KEPT = "16"
 @click.option(
     "--graphs/--no-graphs", default=True, help="On a card, run decode steps as CUDA graphs."
 )
+@click.option(
+    "--batch-invariant", is_flag=True, help="No token depends on its micro-batch; may be slower."
+)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0: greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="0: all tokens.")

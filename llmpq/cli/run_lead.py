@@ -44,8 +44,8 @@ def lead(
     assert prepared.prompts is not None
     out = console(options.quiet)
     _say_first(out, plan, prepared, results)
-    if note := engine.graphs_note():
-        out.print(note)
+    for note in filter(None, [engine.graphs_note(), *engine.kernel_notes]):
+        out.print(note, markup=False)
     ids, finished = prepared.prompts.ids, results.finished
     every = enumerate(zip(ids, prepared.prompts.lengths, strict=True))
     todo = {number: both for number, (name, both) in every if name not in finished}

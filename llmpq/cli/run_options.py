@@ -29,6 +29,7 @@ class RunOptions:
     refill: bool
     prefill_chunk: int | None
     graphs: bool
+    batch_invariant: bool
     dry_run: bool
     temperature: float
     top_p: float

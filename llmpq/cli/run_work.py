@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
-from llmpq.cli.loading import shown_loading
+from llmpq.cli.loading import shown_compiling, shown_loading
 from llmpq.cli.run_input import Prepared, prepare
 from llmpq.cli.run_lead import finish, lead, open_results, with_hashes
 from llmpq.cli.run_options import RunOptions
@@ -79,11 +79,14 @@ def _engine(
     group: "ShardGroup | None",
 ) -> Any:
     """This process's stage, its weights loaded."""
+    from llmpq.quant.humming_jit import keep_kernels_in
     from llmpq.runtime.engine import Engine
     from llmpq.runtime.process import choose_dtype
     from llmpq.runtime.sampler import Sampling
 
     dtype = choose_dtype(options.dtype, device, transport)
+    if options.cache_dir is not None:
+        keep_kernels_in(options.cache_dir)
     with shown_loading(plan, transport.rank, options, prepared.cache, group) as packed:
         return Engine(
             plan,
@@ -98,4 +101,6 @@ def _engine(
             packed=packed,
             group=group,
             graphs=options.graphs,
+            batch_invariant=options.batch_invariant,
+            on_compiled=shown_compiling(transport.rank, options),
         )

@@ -23,6 +23,7 @@ from llmpq.report import MeasuredTime, StageReport
 from llmpq.runtime.checkpoint import Weights
 from llmpq.runtime.evaluate import TOKENS_AT_ONCE, Loss
 from llmpq.runtime.jobs import headers_for
+from llmpq.runtime.kernels import OnCompiled, prepare_kernels
 from llmpq.runtime.leader import Leader, Status
 from llmpq.runtime.loader import load_stage
 from llmpq.runtime.packed_cache import NO_CACHE, WeightCache
@@ -50,6 +51,11 @@ class Reserve:
     def tokens(self) -> int:
         """Of the cache, in all."""
         return cache_tokens(self.lanes)
+
+    @property
+    def rows(self) -> int:
+        """Of the largest decode step."""
+        return max(lane.rows for lane in self.lanes)
 
     @property
     def longest(self) -> int:
@@ -82,10 +88,13 @@ class Engine:
         group: ShardGroup | None = None,
         loading: AbstractContextManager[object] | None = None,
         graphs: bool = True,
+        batch_invariant: bool = False,
+        on_compiled: OnCompiled = lambda *_: None,
     ) -> None:
         """`group` connects the workers that share this stage. Weights are loaded in `loading`.
 
         `graphs`: decode steps are captured in CUDA graphs where that is possible.
+        `batch_invariant`: kernels that could make a token depend on its micro-batch do not.
         """
         started = time.perf_counter()
         self.plan, self.transport, self.eos_ids = plan, transport, eos_ids
@@ -93,6 +102,8 @@ class Engine:
         self.account, factor = _rehearsal(plan, transport.rank, rehearse)
         with loading or nullcontext():
             stage = self._load(config, weights, dtype, device, roundings, packed, group)
+        most_rows = max(plan.prefill_micro_batch * self.reserve.chunk_tokens, self.reserve.rows)
+        self.kernel_notes = prepare_kernels(stage, most_rows, batch_invariant, on_compiled)
         micro_batches = plan.prefill_micro_batch, plan.decode_micro_batch
         self.worker = Worker(
             stage=stage,

@@ -46,8 +46,12 @@ def measured(block: int | None = None):
     with MomentsMeter(stage, block) as meter:
         for rows in (3, 1):
             hidden = torch.randn(rows, 100, 192, generator=generator)
-            stage.run(hidden, )
-    stage.run(hidden, )  # not seen any more
+            stage.run(
+                hidden,
+            )
+    stage.run(
+        hidden,
+    )  # not seen any more
     return meter, torch.cat(inputs[:2])
 
 
