@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from llmpq.artifact import Strict, read_yaml
 from llmpq.devices import device_library
+from llmpq.machine import LIBRARIES, parse_capability, served_libraries
 
 GIB = 1024**3
 MIB = 1024**2
@@ -32,12 +33,17 @@ class Link(Strict):
 
 
 class DeviceGroup(Strict):
-    """`count` equal devices of a node. `price_per_hour`: of each, in any one currency."""
+    """`count` equal devices of a node. `price_per_hour`: of each, in any one currency.
+
+    `kernels`: libraries of kernels that are installed there, of "humming" and "triton"; without
+    the key, what `llmpq[gpu]` installs is there, as far as it serves the device.
+    """
 
     type: str
     count: PositiveInt = Field(default=1, le=4096)
     memory_gib: float | None = Field(default=None, gt=0, le=MAX_MEMORY_GIB)
     price_per_hour: float | None = Field(default=None, gt=0)
+    kernels: list[str] | None = None
 
 
 class Node(Strict):
@@ -86,6 +92,7 @@ class Cluster(Strict):
             f"{name} is rehearsed: memory_gib does not hold for it, give rehearse.{name}.memory_mib"
             for name in sorted(self._rehearsed_with_memory())
         ]
+        faults += self._kernel_faults() if not unknown else []
         names = [node.name for node in self.nodes]
         if len(set(names)) < len(names):
             faults.append(f"node names must differ, found {', '.join(names)}")
@@ -93,9 +100,45 @@ class Cluster(Strict):
             raise ValueError("; ".join(faults))
         return self
 
+    @property
+    def _groups(self) -> list[DeviceGroup]:
+        return [group for node in self.nodes for group in node.devices]
+
     def _rehearsed_with_memory(self) -> set[str]:
-        groups = [group for node in self.nodes for group in node.devices]
-        return {g.type for g in groups if g.type in self.rehearse and g.memory_gib is not None}
+        return {
+            g.type for g in self._groups if g.type in self.rehearse and g.memory_gib is not None
+        }
+
+    def _kernel_faults(self) -> list[str]:
+        """Kernels that there are not, that do not serve a type, or that differ within one."""
+        faults = []
+        for name in dict.fromkeys(group.type for group in self._groups):
+            given = [group.kernels for group in self._groups if group.type == name]
+            if any(kernels != given[0] for kernels in given[1:]):
+                faults.append(
+                    f"{name}: its groups name different kernels; a type has the same everywhere: "
+                    "give each of its groups the same list"
+                )
+            elif given[0] is not None:
+                faults += self._faults_of(name, given[0])
+        return faults
+
+    def _faults_of(self, name: str, kernels: list[str]) -> list[str]:
+        if name in self.rehearse:
+            return [f"{name} is rehearsed on a CPU: kernels does not hold for it, leave it out"]
+        capability = device_library()[name].compute_capability
+        served = served_libraries(parse_capability(capability))
+        return [
+            f"{name}: kernels names {kernel!r}, which {_why_no_library(kernel, capability)}; use "
+            f"[{', '.join(lib for lib in LIBRARIES if lib in served)}] or a part of it"
+            for kernel in kernels
+            if kernel not in served
+        ]
+
+    def kernels_of(self, device_type: str) -> list[str] | None:
+        """The libraries of kernels that the file names for a type; None: it says nothing."""
+        own = (group.kernels for group in self._groups if group.type == device_type)
+        return next(own, None)
 
     def devices(self) -> list["Device"]:
         """Every device, node by node."""
@@ -137,6 +180,13 @@ class Device:
 def load_cluster(path: Path) -> Cluster:
     """Reads cluster.yaml."""
     return read_yaml(path, Cluster)
+
+
+def _why_no_library(name: str, capability: str) -> str:
+    if name not in LIBRARIES:
+        return "is no library of kernels"
+    least = ".".join(map(str, LIBRARIES[name]))
+    return f"needs compute capability {least} (this device: {capability or 'none'})"
 
 
 def _unknown_type(name: str, known: set[str]) -> str:

@@ -11,7 +11,8 @@ weighing the same. A model is judged by leaving one GPU out: fit on the others, 
 
 The sources differ in what they time, which nuisance coefficients take up: the seconds a kernel
 takes to start and drain, a whole layer's overhead in the Helix tables, and how long the requests
-were in them. None of these describes a GPU. Not covered: activations in 8 bits, fp8, CPUs.
+were in them. None of these describes a GPU. Not covered: CPUs, and fewer bits than 16, whose
+kernels differ from engine to engine: those of llmpq are in `llmpq.kernel_table`.
 """
 
 import argparse
@@ -25,7 +26,6 @@ import yaml
 
 from llmpq.costs.spec_sheet import EFFICIENCY_PATH, kernel_s, reached_peak
 from llmpq.devices import DeviceType, device_library
-from llmpq.precision import PRECISIONS
 
 Array = np.ndarray
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "gpu"
@@ -34,7 +34,6 @@ DECODE_ROWS = (1, 8, 16, 32, 64, 128, 256)
 PREFILL_ROWS = (128, 256, 512, 1024, 2048, 4096, 8192)
 MAX_ROUNDING = 0.05  # rows whose rounding may be a larger share of the time are left out
 LEAST_SHARE = 0.92  # of the time that peak and bandwidth allow: faster is impossible
-RATIO_TOLERANCE = 0.10  # of single unaveraged runs
 # The library's name of each table's GPU, and the GPU that is left out with it.
 NAMES = {
     ("helix", "a100"): "a100-40g",
@@ -52,8 +51,6 @@ NAMES = {
     ("llmservingsim", "A6000"): "a6000-48g",
 }
 SYSTEMS = ("a100_sxm", "h100_sxm", "l40s")
-# Our precisions as the tables name them. No table holds 3 bits: they count as 4 bits' shares.
-TABLE_PRECISIONS = {"8": "int8_wo", "8-w8a8": "sq", "4": "int4_wo"}
 SOURCES = (
     "Helix (layer times of LLaMA-30B and -70B on A100-40, V100, L4, T4)",
     "Vidur, Microsoft (operators of several models on A100, A40, H100)",
@@ -136,7 +133,6 @@ class Observation:
     past_bytes: float = 0.0  # per past token, where the past is not known
     elementwise_bytes: float = 0.0
     eager: bool = False  # elementwise operators run one by one
-    precision: str = "16"
 
     @property
     def left_out_with(self) -> str:
@@ -581,111 +577,6 @@ def levenberg_marquardt(
     return x
 
 
-# ---- other precisions, as ratios to 16 bits
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Seconds of a layer's matrices at a precision, over those at 16 bits, and how it was timed."""
-
-    gpu: str
-    precision: str
-    phase: str
-    shape: Shape
-    rows: int
-    ratio: float
-
-
-def ratios(data: Path) -> list[Ratio]:
-    """Of the A100 and the L40S. One run each: where 16 bits would be slower at many rows, no row.
-
-    A weight-only product does the arithmetic of 16 bits, so at 1024 rows and more it cannot be
-    faster by more than the runs scatter.
-    """
-    found = []
-    for system in ("a100_sxm", "l40s"):
-        base = gemm_table(data, system, "bfloat16")
-        for precision, dtype in TABLE_PRECISIONS.items():
-            tables = gemm_table(data, system, dtype)
-            for phase, counts in (("decode", DECODE_ROWS), ("prefill", PREFILL_ROWS)):
-                for shape, m in ((shape, m) for shape in SHAPES for m in counts):
-                    own = sum(gemm_s(tables, m, n, k) for n, k in shape.matrices)
-                    ratio = own / sum(gemm_s(base, m, n, k) for n, k in shape.matrices)
-                    impossible = m >= 1024 and ratio < 1 - RATIO_TOLERANCE
-                    if np.isfinite(ratio) and not (
-                        impossible and PRECISIONS[precision].weight_only
-                    ):
-                        name = NAMES["aiconfigurator", system]
-                        found.append(Ratio(name, precision, phase, shape, m, ratio))
-    return found
-
-
-def predicted_ratio(
-    one: Ratio, c: Coefficients, peak: float, bandwidth: float, extra: float
-) -> float:
-    """By the same formula as `Table.predict`; `extra` us a kernel of single runs' own."""
-    device, held = device_library()[one.gpu], PRECISIONS[one.precision]
-    flops = device.fp16_tflops * 1e12 * reached_peak(device, c)
-    integer = 1.0 if held.weight_only else (device.int8_tops or 0.0) / device.fp16_tflops
-    reached = device.bandwidth_gbs * 1e9 * c["linear_bandwidth"]
-    n, k = np.array(one.shape.matrices, dtype=float).T
-    operations, values = 2 * one.rows * n * k, 2.0 * one.rows * (n + k)
-    stored = np.array([held.weight_bytes(int(a), int(b)) for a, b in one.shape.matrices])
-    own = kernel_s(
-        operations, stored + values, flops * integer * peak, reached * bandwidth, c["sharpness"]
-    )
-    base = kernel_s(operations, 2 * n * k + values, flops, reached, c["sharpness"])
-    start = c["kernel_us"] / 1e6
-    return float((own + start + extra / 1e6).sum() / (base + start).sum())
-
-
-def fit_precision(rows: Sequence[Ratio], c: Coefficients) -> tuple[float, float, float]:
-    """Shares of peak and bandwidth beside those of 16 bits, and the runs' extra microseconds."""
-    measured = np.log([one.ratio for one in rows])
-
-    def residuals(x: Array) -> Array:
-        values = np.exp(x)
-        found = np.log([predicted_ratio(one, c, *values) for one in rows]) - measured
-        return np.append(found, 30.0 * max(0.0, values[0] - 1) + 30.0 * max(0.0, values[1] - 1))
-
-    x = levenberg_marquardt(
-        residuals, lambda r: np.ones(len(r)), np.log([0.9, 0.9, 2.0]), rounds=15
-    )
-    return tuple(np.exp(x).tolist())
-
-
-def precision_shares(
-    rows: Sequence[Ratio], c: Coefficients
-) -> dict[str, tuple[float, float, float]]:
-    """By precision."""
-    names = dict.fromkeys(one.precision for one in rows)
-    return {name: fit_precision([o for o in rows if o.precision == name], c) for name in names}
-
-
-def left_out_ratio_errors(rows: Sequence[Observation], found: Sequence[Ratio]) -> list[dict]:
-    """One row per (left-out GPU, precision, phase): the ratio's error, fitted on the other."""
-    out = []
-    for gpu in sorted({one.gpu for one in found}):
-        c = fit([o for o in rows if o.left_out_with != gpu.split("-")[0]], SHIPPED)
-        shares = precision_shares([one for one in found if one.gpu != gpu], c)
-        for precision, phase in ((p, phase) for p in shares for phase in PHASES):
-            own = [o for o in found if (o.gpu, o.precision, o.phase) == (gpu, precision, phase)]
-            errors = [predicted_ratio(o, c, *shares[precision]) / o.ratio - 1 for o in own]
-            if own:
-                out.append(
-                    {
-                        "gpu": gpu.split("-")[0],
-                        "precision": precision,
-                        "phase": phase,
-                        "median": float(np.median(np.abs(errors))),
-                        "mean": float(np.mean(np.abs(errors))),
-                        "signed": float(np.median(errors)),
-                        "n": len(own),
-                    }
-                )
-    return out
-
-
 # ---- leaving one GPU out
 
 
@@ -759,27 +650,14 @@ def mean_of_gpus(rows: Sequence[dict], phase: str) -> float:
     return round(float(np.mean([row["mean"] for row in rows if row["phase"] == phase])), 3)
 
 
-def document(rows: Sequence[Observation], found: Sequence[Ratio]) -> dict:
+def document(rows: Sequence[Observation]) -> dict:
     """What `efficiency.yaml` holds."""
     c = fit(rows, SHIPPED)
     per_gpu = summary(left_out_errors(rows, SHIPPED))
-    shares = {"16": (1.0, 1.0, 0.0)} | precision_shares(found, c)
-    shares["3"] = shares["4"]
-    of_ratios = left_out_ratio_errors(rows, found)
-    known = {name: [r for r in of_ratios if r["precision"] == name] for name in shares}
-    known["3"] = known["4"]
     return {
         "sources": list(SOURCES),
         "num_gpus": len({o.left_out_with for o in rows}),
         "coefficients": {name: round(c[name], 4) for name in START if "helix" not in name},
-        "precisions": {
-            name: {
-                "peak": round(min(1.0, peak), 3),
-                "bandwidth": round(min(1.0, bandwidth), 3),
-                "errors": {p: mean_of_gpus(known[name], p) if known[name] else 0.0 for p in PHASES},
-            }
-            for name, (peak, bandwidth, _) in shares.items()
-        },
         "errors": {phase: mean_of_gpus(per_gpu, phase) for phase in PHASES},
     }
 
@@ -792,7 +670,7 @@ def main() -> None:
     given = parser.parse_args()
     if not given.data.is_dir():
         parser.error(f"no folder {given.data}: name the one with the tables, --data FOLDER")
-    rows, found = observations(given.data), ratios(given.data)
+    rows = observations(given.data)
     for candidate in CANDIDATES:
         per_gpu = summary(left_out_errors(rows, candidate))
         fitted = fit(rows, candidate)
@@ -800,8 +678,7 @@ def main() -> None:
         print("  ", {name: round(fitted[name], 3) for name in candidate.free()})
         if candidate in (CANDIDATES[0], SHIPPED):
             print(*(f"   {row}" for row in per_gpu), sep="\n")
-    print(*left_out_ratio_errors(rows, found), sep="\n")
-    shipped = document(rows, found)
+    shipped = document(rows)
     print(yaml.safe_dump(shipped, sort_keys=False))
     if given.write:
         header = "# Made by scripts/fit_efficiency.py; idea and errors: docs/device-library.md.\n"

@@ -16,7 +16,8 @@ from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict
 from llmpq.cli.common import console, emit
 from llmpq.cli.run_options import RunOptions
 from llmpq.cluster import GIB, MIB
-from llmpq.costs.memory import StageMemory, cpu_kernels, run_sizes, stage_memory
+from llmpq.costs.latency import machine_of
+from llmpq.costs.memory import StageMemory, run_sizes, stage_memory
 from llmpq.plan import Plan, Predicted
 from llmpq.workload import request_lengths
 
@@ -132,7 +133,7 @@ def memory_of(plan: Plan, rank: int) -> StageMemory:
         first=rank == 0,
         last=rank == len(plan.stages) - 1,
         sizes=sizes,
-        kernels=cpu_kernels() if stage.devices[0] in plan.cluster.rehearse else "card",
+        machine=machine_of(plan.cluster, stage.devices[0]),
     )
 
 

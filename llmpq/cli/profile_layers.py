@@ -21,6 +21,7 @@ from llmpq.cli.run import DTYPE_NAMES
 from llmpq.errors import UserError
 from llmpq.model_spec import DEFAULT_MODEL, ModelSpec, load_model_spec
 from llmpq.profile_data import Profile, ProfiledDevice, ProfileRow
+from llmpq.serving import switch_rows
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +140,7 @@ def _profiler(
     from llmpq.profiler.resume import Identity, PartialFile
     from llmpq.profiler.stacks import Bench, stack_depth
 
-    grid = _grid(flags, spec.max_positions, target)
+    grid = _grid(flags, spec, target)
     depth = stack_depth(2 * spec.layer_params)
     config = load_config(config_path(flags["model"]))
     identity = Identity(
@@ -255,10 +256,12 @@ def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
-def _grid(flags: dict[str, Any], max_positions: int, target: Target) -> "Grid | Ranges":
+def _grid(flags: dict[str, Any], spec: ModelSpec, target: Target) -> "Grid | Ranges":
     """The lists as they are; or ranges, from the least of a list to its greatest."""
     from llmpq.profiler.grid import Grid, Ranges, Span
+    from llmpq.quant import machine_here
 
+    max_positions = spec.max_positions
     _check_lengths(flags, max_positions)
     precisions = _precisions(flags, target)
     adaptive = flags["grid"] == "auto" or not (flags["grid"] or any(flags[n] for n in LISTS))
@@ -271,10 +274,12 @@ def _grid(flags: dict[str, Any], max_positions: int, target: Target) -> "Grid | 
     if not adaptive:
         return Grid(precisions, **lists)
     ends = {name: (min(values), max(values)) for name, values in lists.items()}
+    matrices = [(op.out_features, op.in_features) for op in spec.linears]
     return Ranges(
         precisions,
         Span(ends["prefill_micro_batches"], ends["prompt_tokens"]),
         Span(ends["decode_micro_batches"], ends["past_tokens"]),
+        switch_rows(machine_here(target.device, target.dtype), precisions, matrices),
     )
 
 

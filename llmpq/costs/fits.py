@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmpq.costs.links import Seconds, Tokens
+from llmpq.kernel_table import MAX_ROWS
 from llmpq.profile_data import Candidate, ChosenModel, ProfileRow
 
 Features = Callable[[Any, Any], tuple[Any, ...]]
@@ -42,7 +43,6 @@ OCTAVE = np.log(2.0)
 NEAR = 1.0  # octaves: so near a measured row, a point lies "between measured ones"
 REWEIGHTINGS = 2
 RIDGE = 1e-9
-STEPS = (16, 64)  # rows at which kernels are known to change
 KNEES = tuple(2.0**power for power in range(1, 13))  # rows
 
 
@@ -512,7 +512,7 @@ PLAIN: dict[str, Recipe] = {
     LINES: _lines,
     NON_NEGATIVE: _non_negative,
     "pieces": _pieces,
-    **{f"pieces, switch at {rows} rows": _switch(rows) for rows in STEPS},
+    **{f"pieces, switch at {rows} rows": _switch(rows) for rows in MAX_ROWS},
 }
 RECIPES = PLAIN | {name + CORRECTED: _corrected(recipe) for name, recipe in PLAIN.items()}
 

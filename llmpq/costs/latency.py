@@ -18,6 +18,7 @@ from llmpq.costs.links import Seconds, Tokens
 from llmpq.costs.spec_sheet import provenance, rooflines
 from llmpq.devices import DeviceType, device_library
 from llmpq.errors import UserError
+from llmpq.machine import TORCH_CARD, Machine, card, host_cpu, sheet_cpu
 from llmpq.model_spec import ModelSpec
 from llmpq.precision import PRECISIONS, STANDARD
 from llmpq.profile_data import ChosenModel, MemoryRow, Profile, ProfiledDevice, ProfileRow
@@ -39,15 +40,15 @@ class TimeModel(Protocol):
 class LayerTimes:
     """Times of one decoder layer, the embedding, the head and a stage's call on a device type.
 
-    `models` is by (precision, phase); phases that do not depend on the precision have "". `on_cpu`:
-    a CPU does the computing, in a rehearsal for instance.
+    `models` is by (precision, phase); phases that do not depend on the precision have "".
+    `machine`: what does the computing, as kernels see it; in a rehearsal this machine's CPU.
     """
 
     models: Mapping[tuple[str, str], TimeModel]
     precisions: tuple[str, ...]
     provenance: str
     measured: bool = True
-    on_cpu: bool = False
+    machine: Machine = TORCH_CARD
     factor: float = 1.0
 
     def prefill_s(self, precision: str, micro_batch: int, prompt_tokens: Tokens) -> Seconds:
@@ -102,7 +103,7 @@ def device_times(
     """
     if found := profiled(cluster, device_type, spec, profiles):
         times = measured_times(found.rows, f"measured on {found.name}", found.models)
-        times = replace(times, on_cpu=found.device.num_threads is not None)
+        times = replace(times, machine=_profiled_machine(cluster, device_type, found.device))
         return times if found.slowdown is None else _slowed(times, found.slowdown)
     if device_type in cluster.rehearse:
         raise UserError(
@@ -110,11 +111,38 @@ def device_times(
             f"{spec.model_key} with one thread; make it with 'llmpq-profile layers --model "
             f"{spec.name} --threads 1 -o DIR/cpu.json' and plan with '--profiles DIR'"
         )
-    times = spec_sheet_times(device_library()[device_type], spec)
+    machine = machine_of(cluster, device_type)
+    times = spec_sheet_times(device_library()[device_type], spec, machine)
     if any(p.device.type == device_type for p in profiles):
         why = f"; its profile holds no rows of {spec.model_key}"
         times = replace(times, provenance=times.provenance + why)
     return times
+
+
+def machine_of(cluster: Cluster, device_type: str) -> Machine:
+    """A device type as kernels see it: what its cluster says is installed, else `llmpq[gpu]`.
+
+    A rehearsed type is played by this machine's CPU.
+    """
+    if device_type in cluster.rehearse:
+        return host_cpu()
+    return device_machine(device_library()[device_type], cluster.kernels_of(device_type))
+
+
+def device_machine(device: DeviceType, libraries: Iterable[str] | None = None) -> Machine:
+    """A device of the library with these libraries of kernels; None: those of `llmpq[gpu]`."""
+    if device.kind == "cpu":
+        return sheet_cpu(device.compute_capability)
+    return card(device.compute_capability, libraries)
+
+
+def _profiled_machine(cluster: Cluster, device_type: str, device: ProfiledDevice) -> Machine:
+    """What computed the rows of a profile, or plays the device that they were scaled for."""
+    if device.num_threads is not None:
+        return host_cpu()
+    if device_type in cluster.rehearse:
+        return card(device.compute_capability or "")
+    return machine_of(cluster, device_type)
 
 
 @dataclass(frozen=True)
@@ -152,11 +180,15 @@ def measured_times(
     return LayerTimes(fits, precisions, f"{source}; {_quality_of(fits)}")
 
 
-def spec_sheet_times(device: DeviceType, spec: ModelSpec) -> LayerTimes:
-    """A roofline: max(operations / reached peak, bytes / reached bandwidth) + launch."""
+def spec_sheet_times(
+    device: DeviceType, spec: ModelSpec, machine: Machine | None = None
+) -> LayerTimes:
+    """A roofline of every kernel, and its launches, on `machine`; None: with `llmpq[gpu]`."""
+    machine = machine or device_machine(device)
     precisions = tuple(name for name in STANDARD if PRECISIONS[name].weight_only)
     source = f"{SPEC_SHEET}; {provenance(device)}"
-    return LayerTimes(rooflines(device, spec, precisions), precisions, source, measured=False)
+    models = rooflines(device, spec, precisions, machine)
+    return LayerTimes(models, precisions, source, measured=False, machine=machine)
 
 
 def rows_of(profiles: Sequence[Profile], spec: ModelSpec) -> list[ProfileRow]:

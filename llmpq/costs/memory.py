@@ -5,9 +5,11 @@ tokens. Activations are those of the largest micro-batch of either phase, a chun
 longest prompt included. Their peak is the greatest of a family's moments: what was alive at once
 when `llmpq.models.count` ran the family's own modules without weights (assets/activations.json), as
 products of sizes. To a moment at which a linear computes comes what that takes for itself, by its
-precision and number of rows: a packed matrix is unpacked in parts.
+kernel and number of rows (`llmpq.kernel_table`): some unpack a matrix in parts.
+A card's decode steps are CUDA graphs: what they compute in is theirs for the whole run, and lies
+beside what a prefill takes, with what the graphs hold themselves. Elsewhere the larger phase
+counts.
 Buffers are the messages between stages that are alive at once.
-A stage that is rehearsed runs on a CPU, where kernels and parts differ from a card's (`Kernels`).
 Not covered: the framework's own context, which `Device.memory_bytes` leaves out already and a CPU
 worker's account does not hold; temporaries inside torch's kernels; sampling by top-k or top-p,
 which takes some 40 bytes a logit.
@@ -18,40 +20,22 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
 
 from llmpq import workload
+from llmpq.kernel import GRAPH_BYTES, graph_lengths
+from llmpq.kernel_table import kernel_for
+from llmpq.machine import TORCH_CARD, Machine
 from llmpq.model_spec import ALL_HEADS, ASSETS, Activations, Linear, ModelSpec, Moment
-from llmpq.precision import NF4_BLOCK, PRECISIONS, group_size
+from llmpq.precision import PRECISIONS, group_size
 from llmpq.schedule import LaneShape, cache_tokens
+from llmpq.workspace import HALF, SINGLE, Product
 
-# How a device multiplies by packed weights. A card unpacks large parts; a CPU parts of about its
-# cache's size, and one with AVX-512 has a kernel that reads tiles of 3 and 4 bits besides.
-Kernels = Literal["card", "cpu", "cpu-tiles"]
-
-HALF = 2  # bytes of a 16-bit value
-SINGLE = 4
-DOUBLE = 8
-# A matrix is unpacked some rows at a time: about this many weights at once.
-UNPACKED_WEIGHTS = 2**25
-UNPACKED_WEIGHTS_CPU = 2**20
-TILE_ROWS = 64  # parts are whole multiples of so many output rows
-# 3 and 4 bits in tiles: a kernel that reads packed weights, for so many rows at most. It takes
-# 3 bits expanded to 4, so many weights at a time.
-PACKED_ROWS = 64
-PACKED_GROUPS = (32, 64, 128, 256)
-EXPANDED_WEIGHTS = 2**22
-PACKED_ROWS_8 = 16  # likewise 8 bits, where rows are a multiple of so many weights long
-PACKED_STEP_8 = 16
-# A grid's scale and zero while they are read, and beside an unpacked part.
-GRID_BYTES_READ = 8 + 8 + 4 + 4
-GRID_BYTES_HELD = 8 + 4 + 1 + 2
-LARGE_COLUMNS = 64  # of LLM.int8: columns with large inputs, multiplied at a time
 HEADER_BYTES = 16  # of a message
 TOKEN_BYTES = 8
 STEP_NUMBERS = 5  # for each row of a decode step: where it stands, what it is
-AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +97,7 @@ def stage_memory(
     first: bool,
     last: bool,
     sizes: RunSizes,
-    kernels: Kernels = "card",
+    machine: Machine = TORCH_CARD,
     context: int = 0,
 ) -> StageMemory:
     """Memory of a stage with layers at `precisions`; `first` and `last` say what else it holds."""
@@ -128,22 +112,11 @@ def stage_memory(
             last=last,
             precisions=frozenset(precisions),
             single=len(precisions) == 1,
-            kernels=kernels,
+            machine=machine,
         ),
         buffers=buffer_bytes(spec, sizes, first=first, last=last),
         context=context,
     )
-
-
-@lru_cache(maxsize=1)
-def cpu_kernels(cpu_info: Path = Path("/proc/cpuinfo")) -> Kernels:
-    """Those of this machine's CPU, which plays the devices that are rehearsed."""
-    try:
-        text = cpu_info.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "cpu"
-    flags = set(next((s for s in text.splitlines() if s.startswith("flags")), "").split())
-    return "cpu-tiles" if flags >= AVX512 else "cpu"
 
 
 # ---- weights and cache
@@ -200,20 +173,40 @@ def activation_bytes(
     last: bool,
     precisions: Collection[str] = ("16",),
     single: bool = False,
-    kernels: Kernels = "card",
+    machine: Machine = TORCH_CARD,
 ) -> int:
-    """The peak of the larger of the two phases, in a stage with layers at `precisions`.
+    """The peak of both phases (`of_both_phases`), in a stage with layers at `precisions`.
 
     What decode steps keep beside it is included (`step_bytes`).
     `single`: the stage has just one layer, whose input is the stage's.
     """
     stage: dict[str, Any] = {"first": first, "last": last, "precisions": precisions}
-    stage |= {"single": single, "kernels": kernels}
+    stage |= {"single": single, "machine": machine}
     chunk, prompt = sizes.chunk_tokens, sizes.prompt_tokens
-    return step_bytes(spec, sizes.lanes, first=first, last=last) + max(
-        prefill_bytes(spec, sizes.prefill_micro_batch, chunk, prompt, **stage),
-        decode_bytes(spec, *sizes.largest, **stage),
-    )
+    prefill = prefill_bytes(spec, sizes.prefill_micro_batch, chunk, prompt, **stage)
+    decode = decode_bytes(spec, *sizes.largest, **stage) + graph_bytes(sizes.lanes, machine)
+    kept = step_bytes(spec, sizes.lanes, first=first, last=last)
+    return kept + int(of_both_phases(prefill, decode, machine))
+
+
+def of_both_phases(prefill: Any, decode: Any, machine: Machine) -> Any:
+    """Bytes of prefill and decode together, numbers or arrays.
+
+    CUDA graphs keep what decode steps compute in; else both phases use the same memory in turn.
+    """
+    return prefill + decode if has_graphs(machine) else np.maximum(prefill, decode)
+
+
+def has_graphs(machine: Machine) -> bool:
+    """Whether decode steps run as CUDA graphs."""
+    return machine.is_card and machine.graphs
+
+
+def graph_bytes(lanes: Iterable[LaneShape], machine: Machine) -> int:
+    """What the graphs themselves hold: one for each lane and attended length."""
+    if not has_graphs(machine):
+        return 0
+    return GRAPH_BYTES * sum(len(graph_lengths(lane.tokens)) for lane in lanes)
 
 
 def step_bytes(spec: ModelSpec, lanes: Iterable[LaneShape], *, first: bool, last: bool) -> int:
@@ -238,14 +231,14 @@ def prefill_bytes(
     last: bool,
     precisions: Collection[str] = ("16",),
     single: bool = False,
-    kernels: Kernels = "card",
+    machine: Machine = TORCH_CARD,
 ) -> int:
     """The peak of `requests` with prompts of `tokens`, or of so many that end a `longest` one."""
     known = activations_of(spec)
     met = _met(known.prefill, known.prefill_first, known.prefill_last, first, last, single)
-    jobs = [_MicroBatch(requests, tokens, tokens, kernels)]
+    jobs = [_MicroBatch(requests, tokens, tokens, machine)]
     if longest is not None and longest > tokens:
-        jobs.append(_MicroBatch(1, tokens, longest, kernels))
+        jobs.append(_MicroBatch(1, tokens, longest, machine))
     return max(_peak(spec, job, met, precisions, first, last) for job in jobs)
 
 
@@ -258,12 +251,12 @@ def decode_bytes(
     last: bool,
     precisions: Collection[str] = ("16",),
     single: bool = False,
-    kernels: Kernels = "card",
+    machine: Machine = TORCH_CARD,
 ) -> int:
     """The peak of `requests` with one new token each, which attends to `seen` tokens."""
     known = activations_of(spec)
     met = _met(known.decode, known.decode_first, known.decode_last, first, last, single)
-    batch = _MicroBatch(requests, 1, seen, kernels)
+    batch = _MicroBatch(requests, 1, seen, machine)
     return _peak(spec, batch, met, precisions, first, last)
 
 
@@ -301,7 +294,7 @@ class _MicroBatch:
     requests: int
     tokens: int
     seen: int
-    kernels: Kernels
+    machine: Machine
 
     @property
     def rows(self) -> int:
@@ -382,7 +375,7 @@ def _op_bytes(
         return _attention_bytes(spec, batch)
     matrices = [linear for linear in spec.linears if linear.name == op]
     return max(
-        linear_bytes(p, linear, batch.rows, biased=biased, kernels=batch.kernels)
+        linear_bytes(p, linear, batch.rows, biased=biased, machine=batch.machine)
         for p in precisions
         for linear in matrices
     )
@@ -394,7 +387,7 @@ def _attention_bytes(spec: ModelSpec, batch: _MicroBatch) -> int:
     The rows of a mask are a chunk's tokens, or in a decode step the query heads of a key head.
     """
     output = batch.rows * spec.num_heads * spec.head_dim * HALF
-    if batch.kernels != "card":
+    if not batch.machine.is_card:
         return output
     group = spec.num_heads // spec.num_kv_heads
     mask_rows = batch.requests * group if batch.tokens == 1 else batch.tokens
@@ -405,104 +398,12 @@ def _attention_bytes(spec: ModelSpec, batch: _MicroBatch) -> int:
 # ---- linears
 
 
-def linear_bytes(precision: str, op: Linear, rows: int, *, biased: bool, kernels: Kernels) -> int:
-    """What a linear takes while it multiplies `rows`, its output included: see llmpq.quant."""
-    output = HALF * rows * op.out_features
-    if precision == "16":
-        return output
-    if precision == "8-bnb":
-        return _llm_int8_bytes(op, rows, biased=biased)
-    if not PRECISIONS[precision].weight_only:
-        return _token_int8_bytes(op, rows, biased=biased)
-    return max(_kernel_bytes(precision, op, rows, kernels), 2 * output if biased else 0)
+def linear_bytes(precision: str, op: Linear, rows: int, *, biased: bool, machine: Machine) -> int:
+    """What a linear takes while it multiplies `rows`, its output included, by the kernel's count.
 
-
-def _kernel_bytes(precision: str, op: Linear, rows: int, kernels: Kernels) -> int:
-    held = PRECISIONS[precision]
-    if precision == "nf4":
-        return _nf4_bytes(op, rows, kernels)
-    if held.weight_bits == 8:
-        return _eight_bit_bytes(op, rows, kernels)
-    group = group_size(held.weight_bits, op.in_features)
-    tiled = kernels == "cpu-tiles" and op.out_features % TILE_ROWS == 0 and group in PACKED_GROUPS
-    if tiled and rows <= PACKED_ROWS:
-        return _packed_kernel_bytes(op, rows, held.weight_bits, group)
-    return _by_parts(op, rows, kernels, _grouped_bytes(held.weight_bits, group, tiled))
-
-
-def _packed_kernel_bytes(op: Linear, rows: int, bits: int, group: int) -> int:
-    """The kernel reads 4 bits as they are; 3 bits are expanded to 4 before."""
-    output = HALF * rows * op.out_features
-    if bits == 4:
-        return output
-    part = _part_rows(EXPANDED_WEIGHTS, op.in_features)
-    if part >= op.out_features:
-        weights = op.out_features * op.in_features
-        return max(weights, weights // 2 + output)
-    grids = 2 * HALF * part * op.in_features // group
-    return max(output + part * op.in_features + grids, 2 * output)
-
-
-def _grouped_bytes(bits: int, group: int, tiled: bool) -> float:
-    """Bytes for each weight of a part while it is unpacked: code, value, grid.
-
-    Tiles are expanded to 4 bits, set in order, and only then told from their zeros.
+    Raises `UserError` where no kernel of the machine serves the precision.
     """
-    if not tiled:
-        return 3 + 1 / group
-    nibbles = 0.5 if bits == 3 else 0.0
-    return nibbles + max(1.5 + GRID_BYTES_READ / group, 3 + GRID_BYTES_HELD / group)
-
-
-def _eight_bit_bytes(op: Linear, rows: int, kernels: Kernels) -> int:
-    """Few rows: a kernel, and the zeros put back in 32 bits. Else parts, and the scaled copy."""
-    out, padded = op.out_features, -(-op.in_features // 8) * 8
-    if kernels != "card" and rows <= PACKED_ROWS_8 and padded % PACKED_STEP_8 == 0:
-        inputs = HALF * rows * padded + SINGLE * rows
-        return inputs + out * max(14 * rows, 6 * rows + 12)
-    return max(_by_parts(op, rows, kernels, HALF), 2 * HALF * rows * out)
-
-
-def _token_int8_bytes(op: Linear, rows: int, *, biased: bool) -> int:
-    """Inputs in 32 bits, divided and rounded; 32-bit results; those, and the output beside them."""
-    scales, result = SINGLE * rows, SINGLE * rows * op.out_features
-    quantising = 3 * SINGLE * rows * op.in_features
-    multiplying = rows * op.in_features + result + SINGLE * op.out_features
-    closing = result + (SINGLE if biased else HALF) * rows * op.out_features
-    return max(quantising + scales, multiplying + scales, closing)
-
-
-def _llm_int8_bytes(op: Linear, rows: int, *, biased: bool) -> int:
-    """Inputs quantised in 32 bits; 32-bit sums; large inputs apart, multiplied in 64 bits."""
-    inputs, outputs = rows * op.in_features, rows * op.out_features
-    large = (1 + 1 + HALF) * inputs  # a mask, codes, and the large ones by themselves
-    columns = DOUBLE * op.in_features
-    columns += LARGE_COLUMNS * ((DOUBLE + 1) * op.out_features + (DOUBLE + HALF) * rows)
-    return max(
-        11 * inputs + SINGLE * rows,
-        2 * inputs + 2 * SINGLE * outputs,
-        large + (SINGLE + DOUBLE) * outputs + columns,
-        (2 * SINGLE if biased else SINGLE + HALF) * outputs,
-    )
-
-
-def _nf4_bytes(op: Linear, rows: int, kernels: Kernels) -> int:
-    """Parts in 16 bits; where blocks do not divide a row, it and the inputs are padded."""
-    padded = -(-op.in_features // NF4_BLOCK) * NF4_BLOCK
-    inputs = HALF * rows * padded if padded != op.in_features else 0
-    whole = op.model_copy(update={"in_features": padded})
-    return inputs + _by_parts(whole, rows, kernels, HALF)
-
-
-def _by_parts(op: Linear, rows: int, kernels: Kernels, bytes_a_weight: float) -> int:
-    """Some output rows of the matrix unpacked at a time, then multiplied in 16 bits."""
-    at_once = UNPACKED_WEIGHTS if kernels == "card" else UNPACKED_WEIGHTS_CPU
-    part = min(_part_rows(at_once, op.in_features), op.out_features)
-    weights = part * op.in_features
-    unpacking, multiplying = bytes_a_weight * weights, HALF * weights + HALF * rows * part
-    collected = HALF * rows * op.out_features if part < op.out_features else 0
-    return math.ceil(collected + max(unpacking, multiplying))
-
-
-def _part_rows(weights: int, in_features: int) -> int:
-    return max(1, weights // in_features // TILE_ROWS) * TILE_ROWS
+    group = group_size(PRECISIONS[precision].weight_bits, op.in_features)
+    shape = op.out_features, op.in_features, group
+    kernel = kernel_for(machine, precision, *shape, rows)
+    return kernel.workspace_bytes(Product(*shape, rows, biased))

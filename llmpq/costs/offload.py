@@ -12,13 +12,14 @@ Bytes are linear in the shares. Not covered: disks, attention computed on the ho
 activations kept on the host, latencies of transfers, how much memory the host has.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from llmpq.costs import memory
 from llmpq.costs.links import Seconds
+from llmpq.machine import TORCH_CARD, Machine
 from llmpq.model_spec import ModelSpec
 from llmpq.schedule import LaneShape
 
@@ -60,15 +61,16 @@ def offload_memory(
     micro_batch: int,
     cache_tokens: int,
     prompt_tokens: int,
-    kernels: memory.Kernels = "card",
+    machine: Machine = TORCH_CARD,
 ) -> OffloadMemory:
     """Memory of a block of `batch` requests; prompts padded to the longest."""
     layers = spec.num_layers
     weights = memory.layer_weight_bytes(spec, precision)
     lanes = (LaneShape(micro_batch, cache_tokens),) * -(-batch // micro_batch)
     sizes = memory.RunSizes(lanes, micro_batch, prompt_tokens, prompt_tokens, num_stages=1)
+    machine = replace(machine, graphs=False)  # weights come and go between the layers of a step
     activations = memory.activation_bytes(
-        spec, sizes, first=True, last=True, precisions=(precision,), kernels=kernels
+        spec, sizes, first=True, last=True, precisions=(precision,), machine=machine
     )
     ends = memory.end_weight_bytes(spec, first=True, last=True)
     return OffloadMemory(

@@ -15,11 +15,20 @@ import numpy as np
 from llmpq.cluster import Cluster, Link
 from llmpq.costs import links
 from llmpq.costs.fits import Accuracy, grouped
-from llmpq.costs.latency import LayerTimes, TimeModel, device_times, measured_times, rows_of
+from llmpq.costs.latency import (
+    LayerTimes,
+    TimeModel,
+    device_times,
+    machine_of,
+    measured_times,
+    rows_of,
+)
 from llmpq.costs.links import Seconds, Tokens
-from llmpq.costs.spec_sheet import STARTS_S, Roofline, rooflines
+from llmpq.costs.spec_sheet import Roofline, rooflines
 from llmpq.devices import DeviceType, device_library
 from llmpq.errors import UserError
+from llmpq.kernel import LAYER_LAUNCHES, START_S
+from llmpq.machine import Machine
 from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Profile, ProfileRow
 
@@ -96,7 +105,9 @@ def _shard_times(
     if rows_of(own, shard) or not rows:
         return device_times(cluster, device_type, shard, profiles)
     whole = measured_times(rows, f"whole layers measured on {own[0].device.name}")
-    models = _cut_models(whole, rows, device_library()[device_type], spec, shard)
+    machine = machine_of(cluster, device_type)
+    models = _cut_models(whole, rows, device_library()[device_type], machine, (spec, shard))
+    whole = replace(whole, machine=machine)
     note = f"; one of {degree} parts by the spec sheet, no shard was measured"
     return replace(whole, models=models, provenance=whole.provenance + note)
 
@@ -105,12 +116,14 @@ def _cut_models(
     whole: LayerTimes,
     rows: Sequence[ProfileRow],
     device: DeviceType,
-    spec: ModelSpec,
-    shard: ModelSpec,
+    machine: Machine,
+    specs: tuple[ModelSpec, ModelSpec],
 ) -> dict[tuple[str, str], TimeModel]:
-    """A shard's times by (precision, phase); what no roofline covers, each device does in full."""
-    before = rooflines(device, spec, whole.precisions)
-    after = rooflines(device, shard, whole.precisions)
+    """A shard's times by (precision, phase); what no roofline covers, each device does in full.
+
+    `specs`: of the whole model and of the shard.
+    """
+    before, after = (rooflines(device, spec, whole.precisions, machine) for spec in specs)
     overheads = _overheads_s(grouped(rows), before)
     return {
         key: CutTime(model, overheads[key[1]], before[key], after[key]) if key in before else model
@@ -157,4 +170,4 @@ def _overheads_s(
             shortest = min(rows[key], key=lambda row: row.time_ms)
             busy_s = float(roofline.busy_s(shortest.micro_batch, shortest.tokens))
             beyond[key[1]].append(shortest.time_ms / 1000 - busy_s)
-    return {phase: max(STARTS_S, min(seconds)) for phase, seconds in beyond.items()}
+    return {phase: max(LAYER_LAUNCHES * START_S, min(seconds)) for phase, seconds in beyond.items()}

@@ -2,16 +2,19 @@
 
 Each matrix of the layer takes the larger of its arithmetic at the peak that products reach and its
 bytes at the bandwidth that they reach; attention likewise with its own shares, and norms and
-activations by their bytes. A layer's calls cost a fixed overhead on top. The shares are few, the
-same for all devices, and fitted to tables of times of ten NVIDIA GPUs (`assets/efficiency.yaml`,
-made by `scripts/fit_efficiency.py`); `error` says how far off a GPU is that the fit has not seen.
+activations by their bytes. What a plain 16-bit product reaches is few shares, the same for all
+devices, fitted to tables of times of ten NVIDIA GPUs (`assets/efficiency.yaml`, made by
+`scripts/fit_efficiency.py`); `error` says how far off a GPU is that the fit has not seen. Below 16
+bits the kernel that will serve is priced, by `llmpq.kernel_table`: it may read packed weights, or
+unpack them first. On a card a layer's launches come on top: between the kernels of a decode step
+that is a CUDA graph, or beside the computing of a prefill, which is as slow as the slower of both.
 
 Lengths may be numpy arrays; times are seconds. Not covered: the scores that eager attention writes
-to memory, CPUs, Apple's and AMD's devices other than by the same formula (no table held them), and
-kernels less tuned than the tables' (a 4-bit product that unpacks its weights first).
+to memory, what a stage's call costs beside its layers; CPUs, Apple's and AMD's devices other than
+by the same formula (no table held them).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,40 +22,33 @@ from typing import Any
 
 import numpy as np
 
+from llmpq import kernel_table
 from llmpq.artifact import Strict, read_yaml
 from llmpq.costs.fits import Accuracy
 from llmpq.costs.links import Seconds, Tokens
 from llmpq.devices import DeviceType
-from llmpq.model_spec import ModelSpec
-from llmpq.precision import PRECISIONS
+from llmpq.kernel import (
+    CPU_LAYER_S,
+    EAGER_LAUNCH_S,
+    HEAD_LAUNCHES,
+    LAYER_LAUNCHES,
+    START_S,
+    Kernel,
+)
+from llmpq.machine import Machine, parse_capability
+from llmpq.model_spec import Linear, ModelSpec
+from llmpq.precision import PRECISIONS, group_size
 
 EFFICIENCY_PATH = Path(__file__).parents[1] / "assets" / "efficiency.yaml"
 USUAL_WATTS = 300.0  # of a board whose sheet does not say
-# What a layer's kernels take to start and to drain: 12 of them, 3.4 us each (`kernel_us`).
-STARTS_S = 40e-6
-# That, and an engine's calls: whole layers took 0.15 ms longer in one than their kernels did. Only
-# one source of the fit shows it, and software changes it: hence one round figure.
-LAUNCH_S = 200e-6
-
-
-class Share(Strict):
-    """What products at one precision reach, as a share of what they reach at 16 bits.
-
-    `errors`: by phase, of these ratios on a GPU that their fit had not seen.
-    """
-
-    peak: float
-    bandwidth: float
-    errors: dict[str, float]
 
 
 class Efficiency(Strict):
-    """What kernels reach of spec sheets: `assets/efficiency.yaml`."""
+    """What 16-bit kernels reach of spec sheets: `assets/efficiency.yaml`."""
 
     sources: list[str]
     num_gpus: int
     coefficients: dict[str, float]
-    precisions: dict[str, Share]
     errors: dict[str, float]  # by phase: mean over left-out GPUs of the mean relative error
 
 
@@ -62,17 +58,30 @@ def efficiency() -> Efficiency:
     return read_yaml(EFFICIENCY_PATH, Efficiency)
 
 
-def error(device: DeviceType, phase: str, precision: str = "16") -> float | None:
-    """Mean relative error on a GPU that the fit has not seen; None where it has seen none alike."""
+def error(device: DeviceType, phase: str, kernels: Iterable[Kernel] = ()) -> float | None:
+    """Mean relative error on a GPU that the fit has not seen; None where it has seen none alike.
+
+    With `kernels`, of times that rest on these: their own errors come on top, and nothing is known
+    of kernels that were not measured on a card of this capability.
+    """
     if not _is_covered(device):
         return None
-    return efficiency().errors[phase] + efficiency().precisions[precision].errors[phase]
+    errors = [_kernel_error(kernel, device) for kernel in kernels]
+    known = [one for one in errors if one is not None]
+    return efficiency().errors[phase] + max(known, default=0.0) if known == errors else None
+
+
+def _kernel_error(kernel: Kernel, device: DeviceType) -> float | None:
+    """Beyond that of a plain product."""
+    if kernel.layout == "plain":
+        return 0.0
+    measured = kernel.efficiency.measured_on == parse_capability(device.compute_capability)
+    return kernel.efficiency.error if measured else None
 
 
 def _is_covered(device: DeviceType) -> bool:
     """All devices of the fit were NVIDIA's, with tensor cores (capability 7.0 and above)."""
-    major = device.compute_capability.partition(".")[0]
-    return major.isdigit() and int(major) >= 7
+    return parse_capability(device.compute_capability) >= (7, 0)
 
 
 def provenance(device: DeviceType) -> str:
@@ -116,15 +125,33 @@ Busy = Callable[[int, Tokens], Seconds]
 
 
 @dataclass(frozen=True)
+class Launches:
+    """What a call's launches add to the computing of its kernels.
+
+    `starts_s`: gaps between kernels that are ready. `eager_s`: what the host takes to launch them
+    one by one, while the device computes; 0 for a CUDA graph.
+    """
+
+    starts_s: float
+    eager_s: float = 0.0
+
+    def with_busy(self, busy_s: Any, sharpness: float) -> Any:
+        """Seconds of a call whose kernels take `busy_s`."""
+        return rounded_maximum(busy_s + self.starts_s, self.eager_s, sharpness)
+
+
+@dataclass(frozen=True)
 class Roofline:
     """One phase at one precision on one device: what its kernels take, and the launches."""
 
     busy: Busy
     error: float | None
+    launches: Launches
 
     def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
         """By whichever of arithmetic and memory is the limit, kernel by kernel."""
-        return self.busy_s(micro_batch, tokens) + LAUNCH_S
+        sharpness = efficiency().coefficients["sharpness"]
+        return self.launches.with_busy(self.busy_s(micro_batch, tokens), sharpness)
 
     def accuracy(self, micro_batch: int, tokens: float) -> Accuracy:
         """The same everywhere: how far off devices were that were left out of the fit."""
@@ -136,27 +163,78 @@ class Roofline:
 
 
 def rooflines(
-    device: DeviceType, spec: ModelSpec, precisions: Iterable[str]
+    device: DeviceType, spec: ModelSpec, precisions: Iterable[str], machine: Machine
 ) -> dict[tuple[str, str], Roofline]:
-    """By (precision, phase): layers in both phases, embedding and head."""
+    """By (precision, phase): layers in both phases, embedding and head.
+
+    `machine`: the device as kernels see it. Precisions that none of its kernels serves are left
+    out.
+    """
     speed = _speed(device)
+    lookup, (_, head) = _launches(machine, 1)[0], _launches(machine, HEAD_LAUNCHES)
     found = {
-        ("", "embedding"): Roofline(_embedding(spec, speed), error(device, "prefill")),
-        ("", "head"): Roofline(_head(spec, speed), error(device, "decode")),
+        ("", "embedding"): Roofline(_embedding(spec, speed), error(device, "prefill"), lookup),
+        ("", "head"): Roofline(_head(spec, speed), error(device, "decode"), head),
     }
     for precision in precisions:
-        tokens_s = _tokens_s(device, spec, precision, speed)
-        prefill, decode = _prefill(spec, speed, tokens_s), _decode(spec, speed, tokens_s)
-        found[precision, "prefill"] = Roofline(prefill, error(device, "prefill", precision))
-        found[precision, "decode"] = Roofline(decode, error(device, "decode", precision))
+        if kernel_table.serves(machine, precision):
+            found |= _layer_rooflines(device, spec, precision, machine)
+    return found
+
+
+def _layer_rooflines(
+    device: DeviceType, spec: ModelSpec, precision: str, machine: Machine
+) -> dict[tuple[str, str], Roofline]:
+    """Both phases of a layer at one precision."""
+    speed = _speed(device)
+    groups = _by_kernels(machine, spec, precision)
+    tokens_s = _tokens_s(spec, groups, speed)
+    kernels = [kernel for group in groups for kernel in group]
+    launched = LAYER_LAUNCHES + sum(
+        kernels[-1].num_launches(op.out_features, op.in_features)
+        for kernels, ops in groups.items()
+        for op in ops
+    )
+    eager, graph = _launches(machine, launched)
+    busy = _prefill(spec, speed, tokens_s), _decode(spec, speed, tokens_s)
+    return {
+        (precision, phase): Roofline(one, error(device, phase, kernels), launches)
+        for phase, one, launches in zip(("prefill", "decode"), busy, (eager, graph), strict=True)
+    }
+
+
+def _launches(machine: Machine, count: int) -> tuple[Launches, Launches]:
+    """Of a prefill, which is eager, and of a decode step."""
+    if not machine.is_card:
+        return Launches(CPU_LAYER_S), Launches(CPU_LAYER_S)
+    eager = Launches(count * START_S, count * EAGER_LAUNCH_S)
+    return eager, Launches(count * START_S) if machine.graphs else eager
+
+
+KernelGroups = Mapping[tuple[Kernel, ...], Sequence[Linear]]
+
+
+def _by_kernels(machine: Machine, spec: ModelSpec, precision: str) -> KernelGroups:
+    """A layer's matrices by the kernels that multiply by them."""
+    bits = PRECISIONS[precision].weight_bits
+    found: dict[tuple[Kernel, ...], list[Linear]] = {}
+    for op in spec.linears:
+        shape = op.out_features, op.in_features, group_size(bits, op.in_features)
+        found.setdefault(kernel_table.choices(machine, precision, *shape), []).append(op)
     return found
 
 
 @dataclass(frozen=True)
 class _Speed:
-    """What kernels at 16 bits reach on one device: operations and bytes a second."""
+    """What kernels reach on one device: operations and bytes a second.
+
+    `vector_flops` is the peak of arithmetic without tensor cores; others are what 16-bit kernels
+    reach. `integer_flops` is at 8 bits; without such a rate, that of 16.
+    """
 
     linear_flops: float
+    integer_flops: float
+    vector_flops: float
     attention_flops: float
     linear_bandwidth: float
     attention_bandwidth: float
@@ -168,8 +246,11 @@ class _Speed:
 def _speed(device: DeviceType) -> _Speed:
     c = efficiency().coefficients
     peak, bandwidth = device.fp16_tflops * 1e12, device.bandwidth_gbs * 1e9
+    reached = reached_peak(device, c)
     return _Speed(
-        linear_flops=peak * reached_peak(device, c),
+        linear_flops=peak * reached,
+        integer_flops=(device.int8_tops or device.fp16_tflops) * 1e12 * reached,
+        vector_flops=(device.fp32_tflops or device.fp16_tflops) * 1e12,
         attention_flops=peak * reached_peak(device, c, "attention_peak"),
         linear_bandwidth=bandwidth * c["linear_bandwidth"],
         attention_bandwidth=bandwidth * c["attention_bandwidth"],
@@ -179,25 +260,64 @@ def _speed(device: DeviceType) -> _Speed:
     )
 
 
-def _tokens_s(
-    device: DeviceType, spec: ModelSpec, precision: str, speed: _Speed
-) -> Callable[[Any], Any]:
+def _tokens_s(spec: ModelSpec, groups: KernelGroups, speed: _Speed) -> Callable[[Any], Any]:
     """Seconds of all that is done token by token: matrices, norms, activations."""
-    held, share = PRECISIONS[precision], efficiency().precisions[precision]
-    integer = 1.0 if held.weight_only else (device.int8_tops or 0.0) / device.fp16_tflops
-    sizes = [(op.out_features, op.in_features) for op in spec.linears]
-    flops = speed.linear_flops * share.peak * (integer or 1.0)  # without int8: as at 16 bits
-    bandwidth = speed.linear_bandwidth * share.bandwidth
-    compute_s = np.array([2.0 * n * k / flops for n, k in sizes])
-    weights_s = np.array([held.weight_bytes(n, k) / bandwidth for n, k in sizes])
-    values_s = np.array([2.0 * (n + k) / bandwidth for n, k in sizes])
+    products = [_products_s(kernels, ops, speed) for kernels, ops in groups.items()]
     others_s = _elementwise_bytes(spec) / speed.eager_bandwidth
     norms_s = 2.0 * spec.layer_other_params / speed.eager_bandwidth
 
     def seconds(num_tokens: Any) -> Any:
-        m = np.asarray(num_tokens, dtype=float)[..., None]
-        each = rounded_maximum(m * compute_s, weights_s + m * values_s, speed.sharpness)
-        return each.sum(axis=-1) + others_s * m[..., 0] + norms_s
+        m = np.asarray(num_tokens, dtype=float)
+        return sum(product(m) for product in products) + others_s * m + norms_s
+
+    return seconds
+
+
+def _products_s(
+    kernels: Sequence[Kernel], ops: Sequence[Linear], speed: _Speed
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Seconds of some matrices, by the kernel for each number of rows."""
+    each = [product_s(kernel, ops, speed) for kernel in kernels]
+    limits = [kernel.max_rows for kernel in kernels[:-1]]
+
+    def seconds(rows: np.ndarray) -> np.ndarray:
+        total = each[-1](rows)
+        for limit, kernel_s in reversed(list(zip(limits, each[:-1], strict=True))):
+            total = np.where(rows <= limit, kernel_s(rows), total)
+        return total
+
+    return seconds
+
+
+def product_s(
+    kernel: Kernel, ops: Sequence[Linear], speed: _Speed
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Seconds of one kernel on some matrices, one after the other, by rows.
+
+    Passes that unpack a weight come before the product, which then reads it at 16 bits.
+    """
+    reached = kernel.efficiency
+    n, k = np.array([(op.out_features, op.in_features) for op in ops], dtype=float).T
+    sizes = [(op.out_features, op.in_features) for op in ops]
+    weights_s = np.array([kernel.weight_bytes(*size) for size in sizes]) / speed.linear_bandwidth
+    values_s = 2.0 * (n + k) / speed.linear_bandwidth
+    unpacked = sum(kernel.unpacked_bytes(*size) for size in sizes)
+    share = kernel.unpacking.bandwidth if kernel.unpacking else 1.0
+    before_s = unpacked / (speed.linear_bandwidth * share)
+    rate = {
+        "tensor": speed.linear_flops,
+        "int8": speed.integer_flops,
+        "vector": speed.vector_flops,
+    }[reached.arithmetic]
+    at, shares = np.array(reached.peak, dtype=float).T
+
+    def seconds(rows: np.ndarray) -> np.ndarray:
+        flops = rate * np.interp(np.log(np.maximum(rows, 1)), np.log(at), shares)
+        m, flops = rows[..., None], np.asarray(flops)[..., None]
+        compute_s = (2.0 * m + reached.unpack_operations) * n * k / flops
+        passes = np.ceil(m / reached.pass_rows) if reached.pass_rows else 1.0
+        memory_s = (passes * weights_s + m * values_s) / reached.bandwidth
+        return rounded_maximum(compute_s, memory_s, speed.sharpness).sum(axis=-1) + before_s
 
     return seconds
 

@@ -16,7 +16,6 @@ from llmpq.costs.memory import StageMemory, stage_memory
 from llmpq.costs.timeline import PhaseTimes, batch_s, split, wait_counts
 from llmpq.plan import Plan, Predicted, PredictedStage, Stage
 from llmpq.planner.accuracy import with_accuracy
-from llmpq.planner.instance import kernels_of
 from llmpq.planner.problem import (
     Assignment,
     BatchGroup,
@@ -69,7 +68,7 @@ def memory_of(problem: Problem, assignment: Assignment, rank: int) -> StageMemor
         first=rank == 0,
         last=rank == len(assignment.stages) - 1,
         sizes=problem.run_sizes(setting),
-        kernels=kernels_of(problem, setting.places[rank].type),
+        machine=problem.times[setting.places[rank].type].machine,
     )
 
 

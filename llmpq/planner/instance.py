@@ -246,30 +246,37 @@ def _activations(
     last: bool,
     precisions: tuple[str, ...],
 ) -> np.ndarray:
-    """[P, Q]: the larger peak of both phases, of a stage with layers at `precisions`.
+    """[P, Q]: the peak of both phases, of a stage with layers at `precisions`.
 
     And what decode steps keep beside it.
     """
-    spec, kernels = problem.shard(place), kernels_of(problem, place.type)
-    key = ("activations", place.tensor_parallel, kernels, first, last, precisions)
+    spec, machine = problem.shard(place), problem.times[place.type].machine
+    key = ("activations", place.tensor_parallel, machine, first, last, precisions)
     stage: dict[str, Any] = {"first": first, "last": last, "precisions": precisions}
+    stage["machine"] = machine
 
     def prefill(requests: int) -> int:
         tokens = problem.chunk_tokens, problem.max_prompt_tokens
-        return memory.prefill_bytes(spec, requests, *tokens, kernels=kernels, **stage)
+        return memory.prefill_bytes(spec, requests, *tokens, **stage)
 
     def decode(requests: int) -> int:
-        return memory.decode_bytes(spec, requests, problem.max_tokens, kernels=kernels, **stage)
+        return memory.decode_bytes(spec, requests, problem.max_tokens, **stage)
 
     def kept(requests: int) -> int:
         lanes = problem.lanes(sizes.batch, requests)
         return memory.step_bytes(spec, lanes, first=first, last=last)
 
-    peaks = np.maximum.outer(
-        [problem.once((*key, "prefill", p), partial(prefill, p)) for p in sizes.prefill],
-        [problem.once((*key, "decode", q), partial(decode, q)) for q in sizes.decode],
+    def graphs(requests: int) -> int:
+        return memory.graph_bytes(problem.lanes(sizes.batch, requests), machine)
+
+    prefills = [problem.once((*key, "prefill", p), partial(prefill, p)) for p in sizes.prefill]
+    decodes = [
+        problem.once((*key, "decode", q), partial(decode, q)) + graphs(q) for q in sizes.decode
+    ]
+    both = memory.of_both_phases(
+        np.array(prefills, dtype=float)[:, None], np.array(decodes, dtype=float), machine
     )
-    return np.asarray(peaks + np.array([kept(q) for q in sizes.decode], dtype=float))
+    return np.asarray(both + np.array([kept(q) for q in sizes.decode], dtype=float))
 
 
 def layer_bytes(problem: Problem, sizes: Sizes, place: Place) -> np.ndarray:
@@ -291,15 +298,11 @@ def unpacked_bytes(
 
     A plan whose stage has none of that precision takes less (`evaluate.memory_of`).
     """
-    packed = tuple(p for p in problem.precisions if memory.is_packed(p))
+    offered = problem.times[place.type].precisions
+    packed = tuple(p for p in problem.precisions if p in offered and memory.is_packed(p))
     plain = _activations(problem, sizes, place, first, last, ("16",))
     more = _activations(problem, sizes, place, first, last, packed) if packed else plain
     return np.maximum(more - plain, 0.0)
-
-
-def kernels_of(problem: Problem, device_type: str) -> memory.Kernels:
-    """Those of this machine's CPU where one does the computing, as in rehearsals."""
-    return memory.cpu_kernels() if problem.times[device_type].on_cpu else "card"
 
 
 def omega_of(problem: Problem) -> np.ndarray:

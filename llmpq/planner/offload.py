@@ -22,7 +22,6 @@ from llmpq.costs import memory
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
 from llmpq.devices import device_library
 from llmpq.planner.evaluate import once_and_every
-from llmpq.planner.instance import kernels_of
 from llmpq.planner.problem import OVER, BatchGroup, Problem, fixed_work, layer_work
 from llmpq.planner.search import batch_options, micro_batch_options
 
@@ -134,7 +133,7 @@ def _memory(problem: Problem, block: _Block) -> OffloadMemory:
         micro_batch=block.micro_batch,
         cache_tokens=problem.max_tokens,
         prompt_tokens=problem.max_prompt_tokens,
-        kernels=kernels_of(problem, block.device.type),
+        machine=problem.times[block.device.type].machine,
     )
 
 

@@ -12,14 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llmpq.profile_data import Candidate, Phase, ProfileRow
-from llmpq.quant.kernels import INT4_MAX_ROWS, INT8_MAX_ROWS
 
 LAYER_PHASES: tuple[Phase, ...] = ("prefill", "decode")
 STAGE_PHASE: dict[Phase, Phase] = {"prefill": "stage_prefill", "decode": "stage_decode"}
 ENDS = ("embedding", "head")
 NUM_END_SHAPES = 6  # of the embedding, and of the head
-# Rows at which a CPU's kernels change: the last of one, the first of the next.
-SWITCHES = tuple(rows + step for rows in (INT8_MAX_ROWS, INT4_MAX_ROWS) for step in (0, 1))
 
 Choose = Callable[[Sequence[ProfileRow], Sequence[Candidate], int], list[Candidate]]
 Pairs = list[tuple[int, int]]  # (micro-batch, tokens)
@@ -32,16 +29,16 @@ class Span:
     micro_batches: tuple[int, int]
     tokens: tuple[int, int]
 
-    def start(self, phase: Phase) -> Pairs:
-        """A few pairs to begin with, small ones first."""
+    def start(self, phase: Phase, switches: Sequence[int] = ()) -> Pairs:
+        """A few pairs to begin with, small ones first; some with `switches` rows."""
         (few, many), (short, long) = self.micro_batches, self.tokens
         middle = _middle(few, many), _middle(short, long)
         pairs = {(b, t) for b in (few, many) for t in (short, long)} | {middle}
         pairs |= {(few, middle[1]), (many, middle[1]), (middle[0], short)}
         if phase == "prefill":
-            pairs |= {(few, rows // few) for rows in SWITCHES if short <= rows // few <= long}
+            pairs |= {(few, rows // few) for rows in switches if short <= rows // few <= long}
         else:
-            pairs |= {(rows, middle[1]) for rows in SWITCHES if few <= rows <= many}
+            pairs |= {(rows, middle[1]) for rows in switches if few <= rows <= many}
         return sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair))
 
     def dense(self) -> Pairs:
@@ -51,15 +48,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Ranges:
-    """Choose cells within these spans as the measurements come in."""
+    """Choose cells within these spans as the measurements come in.
+
+    `switches`: numbers of rows at which kernels change (`llmpq.serving.switch_rows`).
+    """
 
     precisions: tuple[str, ...]
     prefill: Span
     decode: Span
+    switches: tuple[int, ...] = ()
 
     def start(self, phase: Phase) -> Pairs:
         """Where to begin."""
-        return self._span(phase).start(phase)
+        return self._span(phase).start(phase, self.switches)
 
     def dense(self, phase: Phase) -> Pairs:
         """What may be added."""

@@ -6,7 +6,8 @@ dtype and the number of rows, never on a clock, so the same input always gives t
 """
 
 from llmpq.quant.adopted import AdoptedLinear, PackedWeight, keep_codes
-from llmpq.quant.linear import PlainLinear, QuantizedLinear
+from llmpq.quant.base import PlainLinear, QuantizedLinear
+from llmpq.quant.here import machine_here
 from llmpq.quant.make import available_precisions, make_linear, why_unavailable
 from llmpq.quant.part import INPUTS, OUTPUTS, TensorPart
 from llmpq.quant.rounding import Rounding, quantize
@@ -22,6 +23,7 @@ __all__ = [
     "TensorPart",
     "available_precisions",
     "keep_codes",
+    "machine_here",
     "make_linear",
     "quantize",
     "why_unavailable",

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmpq.kernel_table import choices
 from llmpq.quant import kernels
+from llmpq.quant.base import GridLinear, QuantizedLinear
+from llmpq.quant.here import machine_here
 from llmpq.quant.humming import HummingLinear
 from llmpq.quant.linear import (
-    GridLinear,
-    QuantizedLinear,
     RowLinear,
     TiledLinear,
     TokenInt8Linear,
@@ -130,7 +131,9 @@ def _holds_exactly(layer: GridLinear, weight: PackedWeight) -> bool:
         return False
     group = layer.in_features // weight.scales.shape[1]
     if isinstance(layer, TiledLinear):
-        suits = kernels.int4_tiles_suit(layer.out_features, group)
+        shape = layer.out_features, layer.in_features, group
+        machine = machine_here(layer.home, layer.dtype)
+        suits = bool(choices(machine, str(layer.bits), *shape, layout=layer.layout))
         return suits and bool((weight.scales > 0).all())  # its zeros are kept times the scales
     return isinstance(layer, RowLinear) and group == layer.in_features
 

@@ -7,9 +7,7 @@ Both are for plans that ask for them by name ("nf4", "8-bnb"). Weights are round
 rounds them, whatever rounding is asked for.
 """
 
-import logging
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from llmpq.precision import NF4_BLOCK
 from llmpq.quant import kernels
-from llmpq.quant.linear import QuantizedLinear
+from llmpq.quant.base import QuantizedLinear
 from llmpq.quant.part import columns_of, input_part
 from llmpq.quant.rounding import Rounding, check_finite
 
@@ -26,31 +24,13 @@ OUTLIER = 6.0  # the threshold of the LLM.int8 paper
 OUTLIER_COLUMNS = 64  # columns with outliers multiplied at a time
 # Weights rounded to 4 bits at a time: bitsandbytes compares each with all 16 levels.
 ROUNDED_WEIGHTS = 2**16
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def precisions(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """Those that bitsandbytes serves here, none where it is not installed."""
-    known = torch.device(device).type in ("cpu", "cuda", "meta") and dtype in DTYPES
-    return tuple(LAYERS) if known and installed() else ()
-
-
-@lru_cache(maxsize=1)
-def installed() -> bool:
-    """Whether bitsandbytes is here and imports, tried once."""
-    # On CPUs it warns that a package is missing which we do not use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        import bitsandbytes.functional  # noqa: F401
-    except Exception:  # builds for another system fail in ways of their own
-        return False
-    return True
 
 
 class Nf4Linear(QuantizedLinear):
     """4 bits, `level[code] * scale`; rows are padded with zeros to whole blocks of 64."""
 
     weight_buffers = ("packed", "scales")
+    layout = "nf4"
     packed: Tensor  # uint8 [out, in padded / 2]
     scales: Tensor  # fp32 [out, in padded / 64], the largest weight of each block
 
@@ -104,6 +84,7 @@ class LlmInt8Linear(QuantizedLinear):
     """
 
     weight_buffers = ("codes", "scales")
+    layout = "8-bnb"
     codes: Tensor  # int8 [out, in]
     scales: Tensor  # fp32 [out], the largest weight of each row
 
@@ -140,9 +121,6 @@ class LlmInt8Linear(QuantizedLinear):
         for part in columns.split(OUTLIER_COLUMNS):
             out.addmm_(x[:, part].double(), self.codes[:, part].double().t())
         return out.mul_(self.scales / 127)
-
-
-LAYERS: dict[str, type[QuantizedLinear]] = {"nf4": Nf4Linear, "8-bnb": LlmInt8Linear}
 
 
 def _parts(total: int, step: int) -> Iterator[slice]:

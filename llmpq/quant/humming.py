@@ -23,9 +23,10 @@ from torch import Tensor
 
 from llmpq.precision import group_size
 from llmpq.quant import humming_jit, kernels
+from llmpq.quant.base import GridLinear
 from llmpq.quant.humming_jit import ALIGNED, ROW_GROUP, KernelShape, round_up
 from llmpq.quant.humming_support import GROUPS
-from llmpq.quant.linear import CENTRE_UP_TO, GridLinear
+from llmpq.quant.linear import CENTRE_UP_TO
 from llmpq.quant.packing import CODES_IN_WORDS, pack_words, unpack_words
 from llmpq.quant.part import TensorPart, part_group, row_length
 from llmpq.quant.rounding import SCALE_DTYPE
@@ -63,6 +64,7 @@ class HummingLinear(GridLinear):
     """
 
     weight_buffers = ("words", "scales", "zeros")
+    layout = "humming"
     # Before it is served; afterwards they are in the kernels' layout.
     words: Tensor  # int32 [out, bits * ceil(in / 32)]
     scales: Tensor  # bf16 [out, groups]; of adopted codes the layer's dtype
@@ -120,7 +122,7 @@ class HummingLinear(GridLinear):
     def multiply(self, x: Tensor) -> Tensor:
         """The kernel for this many rows; it can be captured in a CUDA graph after a first call."""
         if self._served is None:
-            return super().multiply(x)
+            return kernels.linear_by_chunks(x, self.out_features, self.torch_rows)
         if not x.shape[0]:
             return x.new_empty(0, self.out_features)
         shape, table, locks = self._served.shape, self._served.table, self._served.locks
@@ -134,7 +136,7 @@ class HummingLinear(GridLinear):
     def dequantized_weight(self) -> Tensor:
         """The weight `[out, in]`; of a served layer what its kernel makes of the identity."""
         if self._served is None:
-            return super().dequantized_weight()
+            return self.torch_rows(0, self.out_features)
         weight = self._empty(self.out_features, self.in_features, dtype=self.dtype)
         for start in range(0, self.in_features, READ_BACK_ROWS):
             columns = slice(start, min(start + READ_BACK_ROWS, self.in_features))
@@ -177,7 +179,8 @@ class HummingLinear(GridLinear):
         self.scales = self._empty(self.out_features, groups, dtype=scale_dtype)
         self.zeros = self._empty(self.out_features, groups, dtype=torch.uint8)
 
-    def _weight_rows(self, start: int, stop: int) -> Tensor:
+    def torch_rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the dequantized weight, by torch's operators; before it is served."""
         rows = slice(start, stop)
         codes = unpack_words(self.words[rows], self.bits, self.in_features)
         return kernels.dequantize_bytes(codes, self.scales[rows].to(self.dtype), self.zeros[rows])

@@ -1,4 +1,4 @@
-"""Ways to multiply `x [M, in]` by a packed weight, and which one to use for how many rows.
+"""Ways to multiply `x [M, in]` by a packed weight, with torch alone.
 
 Everywhere: dequantise some output rows at a time and call `linear` (`linear_by_chunks`); the
 temporary stays near the cache, and no layer needs room for its whole weight in 16 bits. On a CPU in
@@ -8,9 +8,9 @@ bf16 two kernels of torch read packed weights directly and win while rows are fe
 - int8: reads one signed byte a weight; the zero is put back as a rank-1 term.
 A third one multiplies int8 activations (a scale a token) with int8 weights, at any M.
 
-The choice is a fixed number of rows for each kernel, so equal inputs give equal bits in every
-process. Layouts are not documented by torch: `int4_tiles_work` checks ours once against the
-kernel itself, and layers keep to plain nibbles where it does not hold.
+Which one serves how many rows is a fixed number (`llmpq.kernel_table`), so equal inputs give equal
+bits in every process. Layouts are not documented by torch: `int4_tiles_work` checks ours once
+against the kernel itself, and layers keep to plain nibbles where it does not hold.
 """
 
 from collections.abc import Callable
@@ -20,24 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmpq.quant.packing import expand_nibbles, padded_columns
+from llmpq import workspace
+from llmpq.quant.packing import expand_nibbles
+from llmpq.workspace import TILE_ROWS
 
-# Rows up to which the packed kernels are used. Speed against bf16 linear, kernel / chunks, one
-# thread of an AVX-512 CPU, by M (out x in):
-#   4 bits 2048x5504: 3.7/0.2 at 1, 1.2/0.2 at 8, 0.45/0.26 at 32, 0.44/0.40 at 64, 0.46/0.59 at 128
-#   4 bits  256x704:  1.4/0.3 at 1, 1.1/0.3 at 8, 0.69/0.35 at 32, 0.54/0.40 at 64, 0.45/0.49 at 128
-#   3 bits 2048x5504: 1.3/0.2 at 1, 0.7/0.2 at 8, 0.40/0.25 at 32, 0.45/0.44 at 64, 0.35/0.49 at 128
-#   8 bits 2048x5504: 2.7/0.4 at 1, 1.1/0.4 at 8, 0.52/0.44 at 16, 0.42/0.47 at 32
-#   8 bits  256x704:  0.8/0.5 at 1, 0.6/0.6 at 8, 0.57/0.57 at 16, 0.48/0.61 at 32
-INT4_MAX_ROWS = 64
-INT8_MAX_ROWS = 16
-
-TILE_ROWS = 64  # output rows of a tile of the int4 kernel
-INT4_GROUPS = (32, 64, 128, 256)  # group sizes it knows
-INT8_COLUMN_STEP = 16  # the int8 kernel reads past the end of rows that are no multiple of this
-CHUNK_WEIGHTS = 2**20  # weights dequantised at a time on a CPU
-EXPAND_WEIGHTS = 2**22  # 3-bit weights expanded to nibbles at a time: 1.3x faster than 2**20
-DEVICE_CHUNK_WEIGHTS = 2**25  # and elsewhere, where every launch costs
 NIBBLE_MIDDLE = 8  # the int4 kernel computes (code - 8) * scale + zero_point
 BYTE_MIDDLE = 128
 ACTIVATION_ZERO = 128  # uint8 activations: int8 ones take a reference path 1000 times slower
@@ -45,14 +31,9 @@ ACTIVATION_ZERO = 128  # uint8 activations: int8 ones take a reference path 1000
 
 def chunk_rows(in_features: int, device: torch.device) -> int:
     """Output rows to dequantise at a time: near the size of the cache on a CPU."""
-    return _whole_tiles(
-        CHUNK_WEIGHTS if device.type == "cpu" else DEVICE_CHUNK_WEIGHTS, in_features
-    )
-
-
-def _whole_tiles(weights: int, in_features: int) -> int:
-    """Output rows that hold about so many weights, a multiple of a tile's."""
-    return max(1, weights // in_features // TILE_ROWS) * TILE_ROWS
+    on_cpu = device.type == "cpu"
+    weights = workspace.CPU_PART_WEIGHTS if on_cpu else workspace.CARD_PART_WEIGHTS
+    return workspace.part_rows(weights, in_features)
 
 
 def linear_by_chunks(
@@ -126,7 +107,9 @@ def int4_linear(x: Tensor, tiles: Tensor, bits: int, scale_and_zero: Tensor) -> 
     """`x [M, in]` times tiles `[out / 64, in * 8 * bits]`, in bf16, without dequantising."""
     groups, out_features, _ = scale_and_zero.shape
     group = x.shape[1] // groups
-    step = out_features if bits == 4 else _whole_tiles(EXPAND_WEIGHTS, x.shape[1])
+    step = out_features
+    if bits < 4:
+        step = workspace.part_rows(workspace.EXPANDED_WEIGHTS, x.shape[1])
     parts = [
         torch.ops.aten._weight_int4pack_mm_for_cpu(
             x,
@@ -139,11 +122,6 @@ def int4_linear(x: Tensor, tiles: Tensor, bits: int, scale_and_zero: Tensor) -> 
         for start in range(0, out_features, step)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def int4_tiles_suit(out_features: int, group: int) -> bool:
-    """Whether the int4 kernel serves this shape on this machine."""
-    return out_features % TILE_ROWS == 0 and group in INT4_GROUPS and int4_tiles_work()
 
 
 @lru_cache(maxsize=1)
@@ -173,19 +151,9 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tens
     return (out.float() - total * (scales.float() * zeros.float())).to(x.dtype)
 
 
-def int8_kernel_suits(in_features: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch's int8 kernel serves this row length safely and fast."""
-    aligned = padded_columns(in_features) % INT8_COLUMN_STEP == 0
-    return device.type == "cpu" and dtype == torch.bfloat16 and aligned
-
-
-def token_int8_works(device: torch.device) -> bool:
-    """Whether int8 activations are fast here: a CPU with int8 dot products (VNNI)."""
-    return (
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and torch.cpu._is_vnni_supported()
-    )
+def vnni_works() -> bool:
+    """Whether int8 activations are fast on this CPU: it has int8 dot products (VNNI)."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:

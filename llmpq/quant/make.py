@@ -1,18 +1,33 @@
 """Which precisions a device offers, and the empty layer for each."""
 
+from importlib import import_module
+
 import torch
 
+from llmpq.kernel import Layout
+from llmpq.kernel_table import choices, serves
 from llmpq.precision import PRECISIONS, STANDARD, group_size
-from llmpq.quant import bnb, kernels
+from llmpq.quant import bnb
+from llmpq.quant.base import GridLinear, PlainLinear, QuantizedLinear
+from llmpq.quant.here import has_bitsandbytes, machine_here
 from llmpq.quant.linear import (
     GroupedLinear,
-    PlainLinear,
-    QuantizedLinear,
     RowLinear,
     TiledLinear,
     TokenInt8Linear,
 )
 from llmpq.quant.part import TensorPart, part_group, row_length
+
+# The class for each way to store a weight; humming's is imported where it is needed.
+LAYERS: dict[Layout, type[QuantizedLinear]] = {
+    "grouped": GroupedLinear,
+    "tiled": TiledLinear,
+    "rows": RowLinear,
+    "token int8": TokenInt8Linear,
+    "nf4": bnb.Nf4Linear,
+    "8-bnb": bnb.LlmInt8Linear,
+}
+HUMMING_LAYER = "llmpq.quant.humming", "HummingLinear"
 
 
 def available_precisions(
@@ -24,10 +39,8 @@ def available_precisions(
     """
     if not dtype.is_floating_point:
         return ()
-    device = torch.device(device)
-    token_int8 = kernels.token_int8_works(device)
-    standard = tuple(p for p in STANDARD if PRECISIONS[p].weight_only or token_int8)
-    return standard + (bnb.precisions(device, dtype) if optional else ())
+    machine = machine_here(device, dtype, optional)
+    return tuple(p for p in (PRECISIONS if optional else STANDARD) if serves(machine, p))
 
 
 def why_unavailable(precision: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -36,7 +49,7 @@ def why_unavailable(precision: str, device: torch.device, dtype: torch.dtype) ->
     offered = available_precisions(device, dtype, optional=library is not None)
     if precision in offered:
         return None
-    if library is not None and not bnb.installed():
+    if library is not None and not has_bitsandbytes():
         return f"precision {precision!r} needs {library}: pip install 'llmpq[bnb]'"
     return (
         f"precision {precision!r} is not available for {dtype} on {torch.device(device).type}: "
@@ -64,18 +77,31 @@ def make_linear(
         raise ValueError(reason)
     if precision == "16":
         return PlainLinear(in_features, out_features, bias, dtype, device, part)
-    if precision in bnb.LAYERS:
-        return bnb.LAYERS[precision](in_features, out_features, bias, dtype, device, part=part)
-    if precision == "8":
-        return RowLinear(in_features, out_features, bias, dtype, device, part=part)
-    if not PRECISIONS[precision].weight_only:
-        return TokenInt8Linear(in_features, out_features, bias, dtype, device, part=part)
+    layer = layer_class(precision, in_features, out_features, dtype, device, part)
+    if not issubclass(layer, GridLinear):
+        return layer(in_features, out_features, bias, dtype, device, part=part)
     bits = PRECISIONS[precision].weight_bits
-    group = part_group(group_size(bits, row_length(in_features, part)), part)
-    tiled = (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and kernels.int4_tiles_suit(out_features, group)
-    )
-    layer = TiledLinear if tiled else GroupedLinear
     return layer(in_features, out_features, bias, dtype, device, bits, part)
+
+
+def layer_class(
+    precision: str,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    part: TensorPart | None = None,
+) -> type[QuantizedLinear]:
+    """The class that stores such a weight as the best kernel of this device reads it."""
+    group = part_group(
+        group_size(PRECISIONS[precision].weight_bits, row_length(in_features, part)), part
+    )
+    machine = machine_here(device, dtype, PRECISIONS[precision].library is not None)
+    layout = choices(machine, precision, out_features, in_features, group)[0].layout
+    return _humming_layer() if layout == "humming" else LAYERS[layout]
+
+
+def _humming_layer() -> type[QuantizedLinear]:
+    module, name = HUMMING_LAYER
+    found: type[QuantizedLinear] = getattr(import_module(module), name)
+    return found

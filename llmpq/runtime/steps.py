@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llmpq.kernel import graph_lengths
 from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import StageModel
 from llmpq.runtime.sampler import Sampling, choose
@@ -24,7 +25,6 @@ from llmpq.schedule import Job, LaneShape, Member
 
 BROKEN = -1  # in place of a token: the logits are not finite
 COLUMNS, TOKENS, REQUESTS, POSITIONS, IDS = range(5)  # rows of the table of numbers
-LEAST_WIDTH = 64  # of a captured step
 
 Key = tuple[int, int, int]  # lane, rows, width
 
@@ -35,10 +35,8 @@ def graph_rows(rows: int, shape: LaneShape) -> int:
 
 
 def graph_width(width: int, shape: LaneShape) -> int:
-    """Columns that a captured step attends to: a power of two or three quarters of one."""
-    width = max(width, LEAST_WIDTH)
-    power = 1 << (width - 1).bit_length()
-    return min(shape.tokens, power * 3 // 4 if width <= power * 3 // 4 else power)
+    """Columns that a captured step attends to: the next of `graph_lengths`."""
+    return next(length for length in graph_lengths(shape.tokens) if width <= length)
 
 
 @dataclass

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from _common import Check, shared_data
 
 from llmpq.artifact import write_json
-from llmpq.costs.memory import StageMemory, cpu_kernels, run_sizes, stage_memory
+from llmpq.costs.memory import StageMemory, run_sizes, stage_memory
 from llmpq.model_spec import DEFAULT_MODEL, ModelSpec, load_model_spec
 from llmpq.plan import Plan
+from llmpq.quant import machine_here
 from llmpq.workload import request_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,7 +150,7 @@ def predicted(plan: Plan, rank: int, device: str) -> StageMemory:
         first=rank == 0,
         last=rank == len(plan.stages) - 1,
         sizes=sizes,
-        kernels=cpu_kernels() if device == "cpu" else "card",
+        machine=machine_here(torch.device(device), torch.bfloat16),
     )
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from llmpq.quant import available_precisions, make_linear
 from llmpq.quant import kernels as quant_kernels
-from llmpq.quant.linear import PlainLinear, QuantizedLinear
+from llmpq.quant.base import PlainLinear, QuantizedLinear
 
 DTYPE, DEVICE = torch.bfloat16, torch.device("cpu")
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)

@@ -6,8 +6,7 @@ from families import CPU, FAMILIES, hand_made_plan
 
 from llmpq.costs.memory import run_sizes, stage_memory
 from llmpq.models.stage_model import load_config
-from llmpq.quant import available_precisions
-from llmpq.quant.kernels import int4_tiles_work
+from llmpq.quant import available_precisions, machine_here
 from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.transport import LocalHub, LocalTransport
@@ -18,11 +17,6 @@ SHAPES = [(8, 1, 8, 24, 12), (16, 16, 16, 48, 4), (4, 2, 1, 100, 20), (6, 3, 6, 
 # Predicted activations are at most this many times the measured: a family's table has what any of
 # its variants has alive (masks of sliding windows, GPT-NeoX without parallel residuals).
 TIGHTEST = 1.25
-
-
-def kernels_here():
-    """What this machine's torch really does."""
-    return "cpu-tiles" if int4_tiles_work() else "cpu"
 
 
 def accounts(model, plan):
@@ -40,7 +34,7 @@ def accounts(model, plan):
             first=rank == 0,
             last=rank == len(plan.stages) - 1,
             sizes=sizes,
-            kernels=kernels_here(),
+            machine=machine_here(CPU, torch.bfloat16),
         )
         yield engine.account, predicted
 

@@ -9,6 +9,7 @@ from families import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llmpq import kernel
 from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.runtime import engine, steps
@@ -24,7 +25,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 def as_on_a_card(monkeypatch):
     """Steps of few sizes, and a stage alone starts one before the tokens of the last are back."""
     monkeypatch.setattr(steps, "_rounds_up", lambda device: True)
-    monkeypatch.setattr(steps, "LEAST_WIDTH", 4)
+    monkeypatch.setattr(kernel, "LEAST_GRAPH_TOKENS", 4)
     monkeypatch.setattr(engine, "_steps_ahead", lambda device, stages: 2 if stages == 1 else 1)
 
 
@@ -49,7 +50,7 @@ def test_few_sizes_hold_all():
     rows = {graph_rows(rows, shape) for rows in range(1, 25)}
     widths = {graph_width(width, shape) for width in range(1, 701)}
     assert rows == {1, 2, 4, 8, 16, 24}
-    assert widths == {64, 96, 128, 192, 256, 384, 512, 700}
+    assert widths == {256, 384, 512, 700}
     assert all(width <= graph_width(width, shape) for width in range(1, 701))
     assert all(count <= graph_rows(count, shape) for count in range(1, 25))
 

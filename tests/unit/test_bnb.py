@@ -12,17 +12,18 @@ from llmpq.costs import memory
 from llmpq.costs.latency import measured_times, spec_sheet_times
 from llmpq.costs.quality import prior_quality
 from llmpq.devices import device_library
+from llmpq.machine import INT4_TILES, cpu
 from llmpq.model_spec import Linear, load_model_spec
 from llmpq.precision import NF4_BLOCK, PRECISIONS, STANDARD
 from llmpq.profile_data import ProfileRow
-from llmpq.quant import available_precisions, bnb, make_linear, why_unavailable
+from llmpq.quant import available_precisions, here, make_linear, why_unavailable
 from llmpq.runtime.rehearsal import peak_bytes
 
 CPU = torch.device("cpu")
 OPTIONAL = ("nf4", "8-bnb")
 SHAPES = [(64, 64), (100, 172), (256, 704), (7, 64), (130, 72)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_library = pytest.mark.skipif(not bnb.installed(), reason="no bitsandbytes here")
+needs_library = pytest.mark.skipif(not here.has_bitsandbytes(), reason="no bitsandbytes here")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -160,7 +161,9 @@ def test_a_linear_takes_no_more_than_is_predicted(shape, biased):
             with torch.inference_mode():
                 layer(x)
                 measured = peak_bytes(lambda layer=layer, x=x: layer(x), CPU)
-            predicted = memory.linear_bytes(precision, op, rows, biased=biased, kernels="cpu-tiles")
+            predicted = memory.linear_bytes(
+                precision, op, rows, biased=biased, machine=cpu({INT4_TILES})
+            )
             assert measured <= predicted <= 1.15 * measured, (precision, rows)
 
 
@@ -188,7 +191,7 @@ def test_they_are_there_for_those_who_ask(dtype):
 @pytest.mark.parametrize("precision", OPTIONAL)
 def test_without_the_library_it_is_named(precision, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    bnb.installed.cache_clear()
+    here.has_bitsandbytes.cache_clear()
     try:
         assert available_precisions(CPU, torch.bfloat16, optional=True) == available_precisions(
             CPU, torch.bfloat16
@@ -199,7 +202,7 @@ def test_without_the_library_it_is_named(precision, monkeypatch):
         result = CliRunner().invoke(profile, ["layers", "--precisions", precision])
         assert result.exit_code == 2 and f"'{precision}' needs bitsandbytes" in result.output
     finally:
-        bnb.installed.cache_clear()
+        here.has_bitsandbytes.cache_clear()
 
 
 def test_plans_use_what_was_profiled_only_where_it_is_asked_for():

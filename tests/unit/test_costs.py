@@ -13,11 +13,13 @@ from llmpq.costs.fits import fit
 from llmpq.costs.latency import LayerTimes, device_times, measured_times, spec_sheet_times
 from llmpq.costs.memory import RunSizes, stage_memory
 from llmpq.costs.quality import measured_quality, prior_quality
-from llmpq.costs.shards import tensor_parallel_times
-from llmpq.costs.spec_sheet import LAUNCH_S, efficiency
+from llmpq.costs.shards import WithExchange, tensor_parallel_times
+from llmpq.costs.spec_sheet import Roofline, efficiency
 from llmpq.costs.timeline import Split, mean_past, split
 from llmpq.devices import device_library
 from llmpq.errors import UserError
+from llmpq.kernel import GRAPH_BYTES, HEAD_LAUNCHES, LAYER_LAUNCHES, START_S, graph_lengths
+from llmpq.machine import TORCH_CARD, cpu
 from llmpq.model_spec import ModelSpec, spec_from_config
 from llmpq.profile_data import Phase, Profile, ProfiledDevice, ProfileRow, Sensitivity
 from llmpq.schedule import LaneShape
@@ -163,7 +165,8 @@ def test_the_spec_sheet_is_a_roofline() -> None:
     assert float(times.prefill_s("16", 16, 1024)) > compute
     assert float(times.prefill_s("16", 16, 1024)) < 2.0 * compute
     read = 2 * weights / (0.8 * device.bandwidth_gbs * 1e9)
-    assert float(times.decode_s("16", 1, 0)) - LAUNCH_S == pytest.approx(read, rel=0.1)
+    starts_s = (LAYER_LAUNCHES + len(spec.linears)) * START_S
+    assert float(times.decode_s("16", 1, 0)) - starts_s == pytest.approx(read, rel=0.1)
     assert times.decode_s("4", 1, 0) < times.decode_s("8", 1, 0) < times.decode_s("16", 1, 0)
     assert times.provenance.startswith("spec sheet, not measured") and not times.measured
 
@@ -249,14 +252,18 @@ def test_a_shard_of_the_spec_sheet_is_a_part_of_it_and_two_all_reduces(degree: i
     """Norms are each device's own: they read and write 16 hidden states a token."""
     one, shared = shared_times(WIDE, 1, []), shared_times(WIDE, degree, [])
     norm_bandwidth = 900e9 * efficiency().coefficients["eager_bandwidth"]
-    for whole, part, tokens in (
-        (one.prefill_s("16", 8, 512), shared.prefill_s("16", 8, 512), 8 * 512),
-        (one.decode_s("4", 16, 600), shared.decode_s("4", 16, 600), 16),
+    for precision, phase, sizes, tokens in (
+        ("16", "prefill", (8, 512), 8 * 512),
+        ("4", "decode", (16, 600), 16),
     ):
-        computed = float(part) - layer_exchange_s(WIDE, degree, tokens) - LAUNCH_S
+        whole, part = one.models[precision, phase], shared.models[precision, phase]
+        assert isinstance(whole, Roofline) and isinstance(part, WithExchange)
+        assert isinstance(part.compute, Roofline)
+        exchange = float(part.seconds(*sizes) - part.compute.seconds(*sizes))
+        assert exchange == pytest.approx(layer_exchange_s(WIDE, degree, tokens))
         norms = 16 * WIDE.hidden_size * tokens / norm_bandwidth
-        divided = (float(whole) - LAUNCH_S - norms) / degree
-        assert computed == pytest.approx(divided + norms, rel=0.05)
+        divided = (float(whole.busy_s(*sizes)) - norms) / degree
+        assert float(part.compute.busy_s(*sizes)) == pytest.approx(divided + norms, rel=0.05)
     assert f"; {degree} devices a stage, all-reduce over the link of n" in shared.provenance
 
 
@@ -266,7 +273,8 @@ def test_embedding_and_head_of_a_shared_stage() -> None:
     exchange = layer_exchange_s(WIDE, 4, 200) / 2
     assert float(four.embedding_s(2, 100)) == pytest.approx(looked_up + exchange)
     best = 3 * (5e-6 + 16 * 12 / 10e9)
-    part = (float(one.head_s(16)) - LAUNCH_S) / 4 + LAUNCH_S
+    launches_s = HEAD_LAUNCHES * START_S
+    part = (float(one.head_s(16)) - launches_s) / 4 + launches_s
     assert float(four.head_s(16)) == pytest.approx(part + best)
     assert float(four.stage_prefill_s(2, 9)) == 0.0
 
@@ -296,13 +304,14 @@ def test_a_profile_of_the_shard_is_what_counts() -> None:
 
 def slow_profile(excess_ms: dict[str, float]) -> Profile:
     """Of WIDE on a v100: its roofline, and a constant by precision."""
-    sheet = shared_times(WIDE, 1, [])
+    sheet = shared_times(WIDE, 1, []).models
     rows = []
     for precision, excess in excess_ms.items():
         for batch, tokens in ((1, 16), (1, 64), (8, 16), (8, 512)):
             for phase in ("prefill", "decode"):
-                seconds = float(getattr(sheet, f"{phase}_s")(precision, batch, tokens)) - LAUNCH_S
-                ms = 1e3 * seconds + excess
+                roofline = sheet[precision, phase]
+                assert isinstance(roofline, Roofline)
+                ms = 1e3 * float(roofline.busy_s(batch, tokens)) + excess
                 made = row(phase, batch, tokens, ms, precision)  # type: ignore[arg-type]
                 rows.append(made.model_copy(update={"model_key": WIDE.model_key}))
     device = ProfiledDevice(name="test", type="v100-32g", memory_bytes=1)
@@ -347,6 +356,7 @@ def test_a_rehearsed_stage_of_several_devices_has_no_price() -> None:
 
 # ---- memory
 
+EAGER_CARD = replace(TORCH_CARD, graphs=False)
 # Weights of the linears, and of norms and biases, of one layer; norm after the last layer.
 GATED = H * 64 + 2 * (32 * H) + 64 * H + 3 * H * F
 FUSED = 3 * H * H + H * H
@@ -407,7 +417,8 @@ def test_layer_bytes_fall_with_the_precision_and_hold_scales() -> None:
 def act(spec: ModelSpec, precisions: list[str], **changes: Any) -> int:
     """Activations of a stage in the middle; `changes` of its sizes, or of where it is."""
     sizes = {name: changes.pop(name) for name in set(changes) & set(RunSizes.__dataclass_fields__)}
-    where = {"first": False, "last": False, "sizes": replace(SIZES, **sizes), **changes}
+    where = {"first": False, "last": False, "sizes": replace(SIZES, **sizes)}
+    where |= {"machine": EAGER_CARD, **changes}
     return stage_memory(spec, precisions, **where).activations
 
 
@@ -437,7 +448,7 @@ def test_activations_hold_the_logits_and_what_is_unpacked() -> None:
     sizes["lanes"] = (LaneShape(4, 4),)
     plain, packed = act(wide, ["16"], **sizes), act(wide, ["16", "4"], **sizes)
     assert packed - plain > 2 * 2**16 * H
-    assert act(wide, ["16", "4"], **sizes, kernels="cpu") < packed, "smaller parts on a CPU"
+    assert act(wide, ["16", "4"], **sizes, machine=cpu(())) < packed, "smaller parts on a CPU"
 
 
 def test_eager_scores_are_held() -> None:
@@ -471,6 +482,17 @@ def test_activations_are_of_the_larger_phase() -> None:
     kept = memory.step_bytes(SPEC, short["lanes"], first=True, last=False)
     assert act(SPEC, ["16"] * 2, **short, first=True) == kept + decode
     assert decode > memory.prefill_bytes(SPEC, 1, 1, **where)
+
+
+def test_graphs_keep_what_decode_steps_compute_in() -> None:
+    """Both phases lie beside each other, with what a graph of each shape and length holds."""
+    decode = memory.decode_bytes(SPEC, 4, 40, first=False, last=False)
+    eager, graphs = act(SPEC, ["16"] * 2), act(SPEC, ["16"] * 2, machine=TORCH_CARD)
+    assert graphs == eager + decode + 2 * GRAPH_BYTES
+    long = {"lanes": (LaneShape(4, 1000), LaneShape(4, 1000), LaneShape(2, 1000))}
+    assert graph_lengths(1000) == (256, 384, 512, 768, 1000)
+    assert memory.graph_bytes(long["lanes"], TORCH_CARD) == 3 * 5 * GRAPH_BYTES
+    assert memory.graph_bytes(long["lanes"], cpu(())) == 0
 
 
 def test_messages_by_hand() -> None:

@@ -125,7 +125,7 @@ def test_a_part_holds_its_part_of_the_weight(bits, dim, cut):
 def test_many_chunks_match_one(monkeypatch):
     weight = random_weight(320, 256)
     whole = filled(3, weight)
-    monkeypatch.setattr("llmpq.quant.kernels.CHUNK_WEIGHTS", 64 * 256)
+    monkeypatch.setattr("llmpq.workspace.CPU_PART_WEIGHTS", 64 * 256)
     assert torch.equal(filled(3, weight).words, whole.words)
 
 

@@ -17,10 +17,11 @@ from transformers import AutoConfig  # noqa: E402
 
 from llmpq import model_spec  # noqa: E402
 from llmpq.costs import memory  # noqa: E402
+from llmpq.machine import INT4_TILES, VNNI, Machine, cpu, host_cpu  # noqa: E402
 from llmpq.model_spec import ASSETS, Linear, ModelSpec, load_model_spec  # noqa: E402
 from llmpq.models import count  # noqa: E402
 from llmpq.models.stage_model import LayerRange, StageModel, load_config  # noqa: E402
-from llmpq.quant import available_precisions, kernels, make_linear  # noqa: E402
+from llmpq.quant import available_precisions, machine_here, make_linear  # noqa: E402
 from llmpq.quant.linear import TiledLinear  # noqa: E402
 from llmpq.runtime.rehearsal import peak_bytes  # noqa: E402
 from llmpq.runtime.transport import HEADER_BYTES  # noqa: E402
@@ -49,24 +50,14 @@ def folder_of(model_type: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_constants_are_the_kernels() -> None:
-    assert memory.UNPACKED_WEIGHTS == kernels.DEVICE_CHUNK_WEIGHTS
-    assert memory.UNPACKED_WEIGHTS_CPU == kernels.CHUNK_WEIGHTS
-    assert memory.EXPANDED_WEIGHTS == kernels.EXPAND_WEIGHTS
-    assert memory.TILE_ROWS == kernels.TILE_ROWS
-    assert (memory.PACKED_ROWS, memory.PACKED_GROUPS) == (
-        kernels.INT4_MAX_ROWS,
-        kernels.INT4_GROUPS,
-    )
-    assert memory.PACKED_ROWS_8 == kernels.INT8_MAX_ROWS
-    assert memory.PACKED_STEP_8 == kernels.INT8_COLUMN_STEP
+def test_messages_have_the_headers_that_are_counted() -> None:
     assert memory.HEADER_BYTES == HEADER_BYTES
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (704, 256), (256, 704), (97, 64), (2304, 512)])
 def test_a_linear_takes_what_is_predicted(shape: tuple[int, int]) -> None:
     out, cols = shape
-    here = "cpu-tiles" if kernels.int4_tiles_work() else "cpu"
+    here = machine_here(CPU, torch.bfloat16)
     for precision, biased in product(available_precisions(CPU, torch.bfloat16), (False, True)):
         layer = make_linear(precision, cols, out, bias=biased, dtype=torch.bfloat16, device=CPU)
         fill(layer, out, cols, biased)
@@ -79,7 +70,7 @@ def test_tiles_that_are_taken_apart_take_what_is_predicted(bits: int) -> None:
     layer = TiledLinear(704, 256, False, torch.bfloat16, CPU, bits)
     fill(layer, 256, 704, False)
     for rows in (65, 300):
-        check(layer, str(bits), rows, False, "cpu-tiles")
+        check(layer, str(bits), rows, False, cpu({INT4_TILES}))
 
 
 def fill(layer: Any, out: int, cols: int, biased: bool) -> None:
@@ -88,24 +79,26 @@ def fill(layer: Any, out: int, cols: int, biased: bool) -> None:
         layer.swallow("bias", torch.randn(out))
 
 
-def check(layer: Any, precision: str, rows: int, biased: bool, here: memory.Kernels) -> None:
+def check(layer: Any, precision: str, rows: int, biased: bool, here: Machine) -> None:
     x = torch.randn(1, rows, layer.in_features).to(torch.bfloat16)
     with torch.inference_mode():
         layer(x)
         measured = peak_bytes(lambda: layer(x), CPU)
     op = Linear(name="x", out_features=layer.out_features, in_features=layer.in_features)
-    predicted = memory.linear_bytes(precision, op, rows, biased=biased, kernels=here)
+    predicted = memory.linear_bytes(precision, op, rows, biased=biased, machine=here)
     assert measured <= predicted <= 1.05 * measured, (precision, rows, biased)
 
 
 def test_the_cpu_is_known(tmp_path: Path) -> None:
     info = tmp_path / "cpuinfo"
     info.write_text("flags\t\t: fpu avx512f avx512bw avx512dq avx512vl\n")
-    assert memory.cpu_kernels(info) == "cpu-tiles"
+    assert host_cpu(info) == cpu({INT4_TILES})
+    info.write_text("flags\t\t: fpu avx512f avx512bw avx512dq avx512vl avx512_vnni\n")
+    assert host_cpu(info) == cpu({INT4_TILES, VNNI})
     other = tmp_path / "other"
     other.write_text("flags\t\t: fpu avx2\n")
-    assert memory.cpu_kernels(other) == "cpu"
-    assert memory.cpu_kernels(tmp_path / "none") == "cpu"
+    assert host_cpu(other) == cpu(())
+    assert host_cpu(tmp_path / "none") == cpu(())
 
 
 def test_the_table_that_ships_is_the_count() -> None:
@@ -132,7 +125,7 @@ def test_a_familys_table_is_the_count_of_a_model(model_type: str, tmp_path: Path
             for s in count.snapshots(whole, layers, shape)
         ]
         plain = max(size for snapshot, size in met if not snapshot.op)
-        predicted = memory.prefill_bytes(spec, 3, 20, first=first, last=last, kernels="cpu")
+        predicted = memory.prefill_bytes(spec, 3, 20, first=first, last=last, machine=cpu(()))
         assert plain <= predicted <= 1.03 * plain
 
 

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import AdoptedLinear, QuantizedLinear, available_precisions, kernels, make_linear
-from llmpq.quant.linear import GridLinear, RowLinear, TiledLinear
+from llmpq.quant.base import GridLinear
+from llmpq.quant.linear import RowLinear, TiledLinear
 from llmpq.quant.packing import pack_words, unpack_words
 from llmpq.runtime.checkpoint import Checkpoint, RandomWeights
 from llmpq.runtime.evaluate import evaluate
@@ -33,7 +34,7 @@ SIZES = {
 }
 GPTQ_ONE = {3: None, 4: 0x11111111, 8: 0x01010101}
 needs_int4 = pytest.mark.skipif(not kernels.int4_tiles_work(), reason="no int4 kernel here")
-needs_w8a8 = pytest.mark.skipif(not kernels.token_int8_works(CPU), reason="no VNNI here")
+needs_w8a8 = pytest.mark.skipif(not kernels.vnni_works(), reason="no VNNI here")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -22,7 +22,7 @@ from llmpq.profiler.sampling import estimate, interval_rank, is_outlier
 PRECISIONS = ("16", "4")
 FIXED_MS = {"prefill": 2.0, "decode": 1.0}
 PAUSE_MS = 5.0
-RANGES = Ranges(PRECISIONS, Span((1, 8), (8, 512)), Span((1, 32), (8, 512)))
+RANGES = Ranges(PRECISIONS, Span((1, 8), (8, 512)), Span((1, 32), (8, 512)), (16, 17, 64, 65))
 GRID = Grid(PRECISIONS, (1, 2), (1, 4), (8, 16), (8, 24))
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmpq import kernel_table, workspace
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.quant import available_precisions, kernels, make_linear, quantize
 from llmpq.quant.linear import GroupedLinear, RowLinear, TiledLinear
@@ -18,7 +19,7 @@ BELOW_16 = ("8", "4", "3")
 SHAPES = [(64, 64), (100, 172), (256, 704), (704, 256), (96, 192), (7, 64), (130, 72)]
 SCALE_ROUNDING = 2**-7  # how much bf16 may raise a scale
 needs_int4 = pytest.mark.skipif(not kernels.int4_tiles_work(), reason="no int4 kernel here")
-needs_w8a8 = pytest.mark.skipif(not kernels.token_int8_works(CPU), reason="no VNNI here")
+needs_w8a8 = pytest.mark.skipif(not kernels.vnni_works(), reason="no VNNI here")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -224,8 +225,8 @@ def test_many_chunks_match_one(monkeypatch):
         for dtype in (torch.float32, torch.bfloat16):
             whole = filled(precision, weight, dtype)
             small = 128 * 256
-            monkeypatch.setattr(kernels, "CHUNK_WEIGHTS", small)
-            monkeypatch.setattr(kernels, "EXPAND_WEIGHTS", small)
+            monkeypatch.setattr(workspace, "CPU_PART_WEIGHTS", small)
+            monkeypatch.setattr(workspace, "EXPANDED_WEIGHTS", small)
             parts = filled(precision, weight, dtype)
             assert torch.equal(parts.dequantized_weight(), whole.dequantized_weight())
             in_parts = [parts(rows.to(dtype)) for rows in (x[:2], x)]
@@ -271,10 +272,10 @@ def test_int8_kernel_is_accurate_on_inputs_that_are_never_negative():
 
 def test_int8_kernel_is_never_given_rows_it_overruns():
     """torch's kernel reads (and can crash) past rows that are no multiple of 16."""
-    assert kernels.int8_kernel_suits(704, torch.bfloat16, CPU)
-    assert kernels.int8_kernel_suits(172, torch.bfloat16, CPU)  # padded to 176
-    assert not kernels.int8_kernel_suits(72, torch.bfloat16, CPU)
-    assert isinstance(filled("8", random_weight(8, 72), torch.bfloat16), RowLinear)
+    for in_features, suits in ((704, True), (172, True), (72, False)):  # 172 are padded to 176
+        layer = filled("8", random_weight(8, in_features), torch.bfloat16)
+        assert isinstance(layer, RowLinear)
+        assert (layer.kernel(1) == kernel_table.INT8_READ) == suits
 
 
 @needs_w8a8

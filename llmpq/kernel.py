@@ -1,0 +1,209 @@
+"""One kernel that multiplies by a layer's weights: where it serves, what it moves, what it reaches.
+
+How fast a kernel is, is said relative to a plain 16-bit product on the same device
+(`Efficiency`), because those were fitted on many GPUs (docs/device-library.md). Each figure names
+its source: a measurement with card and date, or "estimate" and why. Here are also the costs that
+all kernels share: what a launch takes, with and without CUDA graphs, and what graphs hold.
+
+Not covered: which kernels there are (`llmpq.kernel_table`), and attention.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from llmpq.machine import (
+    BFLOAT16_CAPABILITY,
+    BITSANDBYTES_EXTRA,
+    GPU_EXTRA,
+    LIBRARIES,
+    Capability,
+    Kind,
+    Machine,
+)
+from llmpq.precision import PRECISIONS
+from llmpq.workspace import HALF, Product, num_parts
+
+# How a weight is stored; each has a layer class in `llmpq.quant`.
+Layout = Literal["plain", "grouped", "tiled", "rows", "token int8", "humming", "nf4", "8-bnb"]
+HALVES = ("bfloat16", "float16")
+RUN = 16  # the depth of a tensor core's product
+DTYPES = (*HALVES, "float32", "float64")
+
+# ---- what it costs to launch a kernel on a card
+
+# A decoder layer of LLaMA's launches 33 kernels beside its 7 linears (counted in transformers
+# 5.23), and took 1.0 ms in eager torch at 16 bits, whatever the shape (H200, 2026-11-27).
+LAYER_LAUNCHES = 33
+HEAD_LAUNCHES = 10  # the last norm, the head, the choice of tokens
+EAGER_LAUNCH_S = 25e-6
+# From one kernel's end to the next one's start where a CUDA graph, or a queue that is full, feeds
+# the card: 9.34 ms a step of 32 such layers (H200, 2026-11-27), of which bytes explain 5 to 6.
+START_S = 2.5e-6
+# What a layer's calls cost on a CPU, where nothing runs beside them.
+CPU_LAYER_S = 200e-6
+
+# ---- what CUDA graphs take
+
+# Of each graph: estimate. vLLM reported 6 MiB a graph for 16 layers (its pull request 11349);
+# a layer of ours launches more than twice as many kernels.
+GRAPH_BYTES = 16 * 2**20
+LEAST_GRAPH_TOKENS = 256
+
+
+def graph_lengths(most_tokens: int) -> tuple[int, ...]:
+    """The numbers of attended tokens that decode steps are captured for: each step takes the next.
+
+    Powers of two and the middles between them, from 256 on; the last is `most_tokens` itself.
+    """
+    lengths, size = [], LEAST_GRAPH_TOKENS
+    while size < most_tokens:
+        lengths += [n for n in (size, size * 3 // 2) if n < most_tokens]
+        size *= 2
+    return (*lengths, most_tokens)
+
+
+# ---- one kernel
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What a kernel reaches, as shares of what a plain 16-bit product reaches on the same device.
+
+    `bandwidth`: while it reads the weight as it is stored. `peak`: of the arithmetic, at numbers of
+    rows; between them by the logarithm of rows, the outer ones beyond. `arithmetic`: "tensor" is
+    the device's 16-bit rate, "int8" its integer rate; "vector" is its fp32 rate, of which `peak` is
+    a plain share, and every weight costs `unpack_operations` besides. `measured_on`: the
+    capability; None is an estimate. `pass_rows`: the weight is read again for each so many rows;
+    0: once. `error`: mean relative error against those measurements.
+    """
+
+    source: str
+    bandwidth: float = 1.0
+    peak: tuple[tuple[int, float], ...] = ((1, 1.0),)
+    measured_on: Capability | None = None
+    error: float | None = None
+    arithmetic: Literal["tensor", "vector", "int8"] = "tensor"
+    unpack_operations: float = 0.0
+    pass_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Unpacking:
+    """Passes that write a weight in 16 bits, part by part, before a plain product reads it.
+
+    `bytes_a_weight`: read and written by the passes, at `bandwidth` of a plain product's.
+    `launches`: kernels for each part of `part_weights` weights, the product included.
+    """
+
+    part_weights: int
+    bytes_a_weight: float
+    bandwidth: float
+    launches: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to multiply by weights of one precision, and where it serves.
+
+    `capability` and `below` bound the compute capability, `groups` the weights a scale (None: any),
+    `whole_rows` allows one scale a row besides. Sizes of the weight (outputs, inputs) are at least
+    `least`, and multiples of `out_step` and, after padding to 8, of `in_step`. `streams`: a packed
+    row is cut into so many, and each must hold whole runs of `RUN` codes with one scale; 0: it need
+    not. `max_rows`: of the input; None: any number.
+    """
+
+    name: str
+    layout: Layout
+    precision: str
+    kind: Kind
+    efficiency: Efficiency
+    workspace_bytes: Callable[[Product], int]
+    max_rows: int | None = None
+    dtypes: tuple[str, ...] = DTYPES
+    capability: Capability = (0, 0)
+    below: Capability | None = None
+    library: str | None = None
+    feature: str | None = None
+    groups: tuple[int, ...] | None = None
+    whole_rows: bool = False
+    least: tuple[int, int] = (1, 1)
+    streams: int = 0
+    out_step: int = 1
+    in_step: int = 1
+    launches: int = 1
+    unpacking: Unpacking | None = None
+
+    def why_not(
+        self, machine: Machine, out_features: int, in_features: int, group: int
+    ) -> str | None:
+        """Why it does not serve this matrix on this machine; None where it does."""
+        return self.why_not_here(machine) or self._why_not_shape(out_features, in_features, group)
+
+    def why_not_here(self, machine: Machine) -> str | None:
+        """Why it serves no matrix on this machine; None where it serves some."""
+        if self.kind != machine.kind:
+            return f"{self.name} runs on {self.kind} devices"
+        if not self.covers(machine):
+            return f"{self.name} needs compute capability {_span(self.capability, self.below)}"
+        if self.library is not None and self.library not in machine.libraries:
+            extra = GPU_EXTRA if self.library in LIBRARIES else BITSANDBYTES_EXTRA
+            return f"{self.library} is not installed (pip install '{extra}')"
+        if self.feature is not None and self.feature not in machine.features:
+            return f"{self.name}: the CPU has no {self.feature}"
+        old = self.library in LIBRARIES and machine.capability < BFLOAT16_CAPABILITY
+        if machine.dtype not in self.dtypes or (old and machine.dtype == "bfloat16"):
+            return f"{self.name} does not compute in {machine.dtype} here"
+        return None
+
+    def covers(self, machine: Machine) -> bool:
+        """Whether it is for this compute capability; CPUs have none."""
+        below = self.below or (99, 0)
+        return not machine.is_card or self.capability <= machine.capability < below
+
+    def _why_not_shape(self, out_features: int, in_features: int, group: int) -> str | None:
+        whole = self.whole_rows and group == in_features
+        if self.groups is not None and group not in self.groups and not whole:
+            return f"{self.name} has no groups of {group} weights"
+        if out_features < self.least[0] or in_features < self.least[1]:
+            return f"{self.name}: {out_features} x {in_features} is below {self.least}"
+        if out_features % self.out_step:
+            return f"{self.name}: {out_features} outputs are no multiple of {self.out_step}"
+        if -(-in_features // 8) * 8 % self.in_step:
+            return f"{self.name}: {in_features} inputs are no multiple of {self.in_step}"
+        if self.streams and group != in_features:
+            stream = -(-in_features // 8) * 8 // self.streams
+            if math.gcd(stream, group) % RUN:
+                return (
+                    f"{self.name}: rows of {in_features} weights, {group} a scale, do not suit it"
+                )
+        return None
+
+    def weight_bytes(self, out_features: int, in_features: int) -> int:
+        """What the product reads of the weight: as stored, or unpacked before."""
+        held = PRECISIONS["16" if self.unpacking else self.precision]
+        return held.weight_bytes(out_features, in_features)
+
+    def unpacked_bytes(self, out_features: int, in_features: int) -> float:
+        """What the passes before the product read and write."""
+        weights = out_features * in_features
+        return weights * self.unpacking.bytes_a_weight if self.unpacking else 0.0
+
+    def moved_bytes(self, out_features: int, in_features: int, rows: int) -> float:
+        """Everything that a call reads and writes."""
+        weight = self.weight_bytes(out_features, in_features)
+        values = HALF * rows * (out_features + in_features)
+        return weight + self.unpacked_bytes(out_features, in_features) + values
+
+    def num_launches(self, out_features: int, in_features: int) -> int:
+        """Kernels that a call launches on a card."""
+        if self.unpacking is None:
+            return self.launches
+        parts = num_parts(self.unpacking.part_weights, out_features, in_features)
+        return self.launches - 1 + parts * self.unpacking.launches
+
+
+def _span(least: Capability, below: Capability | None) -> str:
+    text = f"{least[0]}.{least[1]}"
+    return text + (f" up to below {below[0]}.{below[1]}" if below else " or above")

@@ -1,0 +1,342 @@
+"""Which kernel multiplies by a layer's weights: one table for everybody.
+
+A linear layer asks it which kernel to call for how many rows, the planner which kernel a device
+will call and what that costs, the profiler at which numbers of rows kernels change. `choices` gives
+the kernels of one matrix on one `Machine`: the first kernel of `TABLE` that serves decides how the
+weight is stored (its layout), and others of the same layout take over above its `max_rows`. Equal
+inputs always meet the same kernel, whatever a clock says.
+
+Not covered: how many seconds that makes (`llmpq.costs.spec_sheet`), and attention.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any, get_args
+
+from llmpq import workspace
+from llmpq.errors import UserError
+from llmpq.kernel import HALVES, Efficiency, Kernel, Layout, Unpacking
+from llmpq.machine import (
+    BITSANDBYTES,
+    HUMMING,
+    INT4_TILES,
+    LIBRARIES,
+    TRITON,
+    VNNI,
+    Kind,
+    Machine,
+)
+from llmpq.precision import PRECISIONS
+from llmpq.workspace import CARD_PART_WEIGHTS, CPU_PART_WEIGHTS, STREAMS, TILE_ROWS, Product
+
+# Names that layers go by.
+FEW_ROWS, FUSED_UNPACKING = "Triton few-row multiply", "Triton unpacking + cuBLAS"
+INT4_READ, INT8_READ = "int4 tiles", "int8 rows"
+
+# What all others are relative to.
+PLAIN = Efficiency("fitted on ten GPUs, docs/device-library.md", measured_on=(7, 0), error=0.0)
+
+# ---- humming (cards)
+
+# bf16, groups of 128, medians of timings with a flushed cache, less three starts of 2.5 us each.
+H100 = "measured on an H100 80GB, 2026-11-27, humming-kernels 0.1.19, 28672 x 8192"
+HUMMING_EFFICIENCY = {
+    "8": Efficiency(H100, 0.93, ((64, 0.62), (256, 0.755), (2048, 0.84)), (9, 0), 0.04),
+    "4": Efficiency(H100, 0.855, ((64, 0.58), (256, 0.85), (2048, 0.97)), (9, 0), 0.04),
+    "3": Efficiency(H100, 0.735, ((64, 0.55), (256, 0.78), (2048, 0.96)), (9, 0), 0.04),
+}
+# A call takes 6 us more than cuBLAS's in a graph and 67 us more in eager torch, as much as two more
+# launches (H200, 2026-11-27, steps of 32 layers of LLaMA-8B).
+HUMMING_LAUNCHES = 3
+HUMMING_GROUPS = (32, 64, 128, 256)  # and whole rows
+HUMMING_LEAST = (64, 32)  # outputs, inputs
+
+# ---- kernels of our own in Triton (cards): none of these was measured yet
+
+TRITON_TENSOR = (
+    "estimate: Triton kernels that torch's compiler writes reach 0.77 and 0.62 of a plain product's"
+    " bandwidth at 8 and 4 bits (gpt-fast, A100), again for each 16 rows; half of humming's peak"
+)
+TRITON_VECTOR = (
+    "estimate: bytes as above 8.0; half of the fp32 rate, as Triton has no tensor-core products"
+    " below 8.0, and four multiply-adds to unpack a weight"
+)
+TRITON_BANDWIDTH = {"8": 0.77, "4": 0.62, "3": 0.55}
+TENSOR_CORES = (8, 0)  # the least capability at which Triton multiplies on them
+# Rows up to which reading packed weights is faster than unpacking them, by these estimates.
+TENSOR_MAX_ROWS, VECTOR_MAX_ROWS = 64, 16
+UNPACK_OPERATIONS = 8.0
+TENSOR_PASS_ROWS = 16  # it reads the weight again for each so many rows
+FUSED = "estimate: one pass over the weight, as fast as the fused elementwise kernels of the fit"
+FUSED_BANDWIDTH = 0.9
+FUSED_BYTES = {"8": 3.0, "4": 2.53, "3": 2.41}  # code and grid read, 16 bits written
+
+# ---- torch's operators alone (cards)
+
+TORCH = "measured on an H100 80GB, 2026-11-27, torch 2.11, 1 to 2,048 rows"
+# Bytes that the operators of `llmpq.quant` read and write for a weight; what they reach of a plain
+# product's bandwidth; and how many they are for each part.
+TORCH_PASSES = {"8": (7.0, 0.42, 4), "4": (13.0, 0.48, 10), "3": (18.0, 0.5, 24)}
+TORCH_PASSES_SCALED = (11.0, 0.42, 5)  # 8 bits in other dtypes than bf16, which scale the weight
+TORCH_ERROR = 0.1
+
+# ---- CPUs
+
+EPYC = "measured on two cores of an AMD EPYC (AVX-512), torch 2.13, against bf16 linear"
+# Rows up to which the packed kernels are used. Speed against bf16 linear, kernel / chunks, one
+# thread of an AVX-512 CPU, by M (out x in):
+#   4 bits 2048x5504: 3.7/0.2 at 1, 1.2/0.2 at 8, 0.45/0.26 at 32, 0.44/0.40 at 64, 0.46/0.59 at 128
+#   4 bits  256x704:  1.4/0.3 at 1, 1.1/0.3 at 8, 0.69/0.35 at 32, 0.54/0.40 at 64, 0.45/0.49 at 128
+#   3 bits 2048x5504: 1.3/0.2 at 1, 0.7/0.2 at 8, 0.40/0.25 at 32, 0.45/0.44 at 64, 0.35/0.49 at 128
+#   8 bits 2048x5504: 2.7/0.4 at 1, 1.1/0.4 at 8, 0.52/0.44 at 16, 0.42/0.47 at 32
+#   8 bits  256x704:  0.8/0.5 at 1, 0.6/0.6 at 8, 0.57/0.57 at 16, 0.48/0.61 at 32
+INT4_MAX_ROWS = 64
+INT8_MAX_ROWS = 16
+INT4_GROUPS = (32, 64, 128, 256)  # that torch's int4 kernel knows
+INT8_COLUMN_STEP = 16  # torch's int8 kernel reads past the end of rows that are no multiple of this
+# Shares that give these speeds on larger matrices with two threads. bf16 linear itself reaches a
+# third of the bandwidth, which the packed kernels exceed.
+TILES = {"4": Efficiency(EPYC, 1.19, ((1, 0.45),)), "3": Efficiency(EPYC, 0.27, ((1, 0.45),))}
+INT8_ROWS = Efficiency(EPYC, 1.19, ((1, 0.28),))
+TOKEN_INT8 = Efficiency(EPYC, 1.19, ((1, 0.75),), arithmetic="int8")
+# Unpacking a part in the cache takes as long as reading the weight in 16 bits.
+CPU_UNPACKING = Unpacking(CPU_PART_WEIGHTS, 2.0, 1.0, launches=1)
+UNPACKED = Efficiency(EPYC)
+
+# ---- bitsandbytes
+
+LIKE_FUSED = "estimate: its fused unpacking is taken for ours; not measured"
+LIKE_INT8 = (
+    "estimate: half of a plain product's arithmetic, inputs quantized by torch; not measured"
+)
+NF4_UNPACKING = Unpacking(CARD_PART_WEIGHTS, 2.56, FUSED_BANDWIDTH, launches=2)
+LLM_INT8 = Efficiency(LIKE_INT8, 0.8, ((1, 0.5),))
+LLM_INT8_LAUNCHES = 15
+
+
+def _card(precision: str) -> Iterator[Kernel]:
+    """The kernels of a card at 8, 4 or 3 bits, those to prefer first."""
+    yield Kernel(
+        name="humming",
+        layout="humming",
+        precision=precision,
+        kind="cuda",
+        efficiency=HUMMING_EFFICIENCY[precision],
+        workspace_bytes=workspace.padded_read,
+        dtypes=HALVES,
+        capability=LIBRARIES[HUMMING],
+        library=HUMMING,
+        groups=HUMMING_GROUPS,
+        whole_rows=True,
+        least=HUMMING_LEAST,
+        launches=HUMMING_LAUNCHES,
+    )
+    yield from (_few_rows(precision, vector) for vector in (False, True))
+    yield Kernel(
+        name=FUSED_UNPACKING,
+        layout=_stored(precision),
+        precision=precision,
+        kind="cuda",
+        efficiency=Efficiency(FUSED),
+        workspace_bytes=workspace.fused_parts,
+        dtypes=HALVES,
+        capability=LIBRARIES[TRITON],
+        library=TRITON,
+        unpacking=Unpacking(CARD_PART_WEIGHTS, FUSED_BYTES[precision], FUSED_BANDWIDTH, 2),
+    )
+    yield from _torch_alone(precision)
+
+
+def _few_rows(precision: str, vector: bool) -> Kernel:
+    """Our multiply by packed weights: on tensor cores, or (`vector`) on cards before them."""
+    bits, bandwidth = int(precision), TRITON_BANDWIDTH[precision]
+    tensor = Efficiency(TRITON_TENSOR, bandwidth, ((64, 0.29),), pass_rows=TENSOR_PASS_ROWS)
+    plain = Efficiency(
+        TRITON_VECTOR,
+        bandwidth,
+        ((1, 0.5),),
+        arithmetic="vector",
+        unpack_operations=UNPACK_OPERATIONS,
+    )
+    chunks = partial(workspace.vector_chunks if vector else workspace.tensor_chunks, bits=bits)
+    return Kernel(
+        name=FEW_ROWS,
+        layout=_stored(precision),
+        precision=precision,
+        kind="cuda",
+        efficiency=plain if vector else tensor,
+        workspace_bytes=partial(workspace.chunked_sums, chunks=chunks),
+        max_rows=VECTOR_MAX_ROWS if vector else TENSOR_MAX_ROWS,
+        dtypes=HALVES,
+        capability=LIBRARIES[TRITON] if vector else TENSOR_CORES,
+        below=TENSOR_CORES if vector else None,
+        library=TRITON,
+        streams=STREAMS[bits],
+        launches=2,
+    )
+
+
+def _torch_alone(precision: str) -> Iterator[Kernel]:
+    """What any card can do. 8 bits: the output is scaled in bf16, else the weight is."""
+    kernel: dict[str, Any] = {
+        "name": "torch unpacking + cuBLAS",
+        "layout": _stored(precision),
+        "precision": precision,
+        "kind": "cuda",
+        "efficiency": Efficiency(TORCH, measured_on=(9, 0), error=TORCH_ERROR),
+    }
+    passes = Unpacking(CARD_PART_WEIGHTS, *TORCH_PASSES[precision])
+    if precision != "8":
+        parts = partial(workspace.grouped_parts, part_weights=CARD_PART_WEIGHTS)
+        yield Kernel(**kernel, workspace_bytes=parts, unpacking=passes)
+        return
+    rows = partial(workspace.rows_parts, part_weights=CARD_PART_WEIGHTS)
+    yield Kernel(**kernel, workspace_bytes=rows, unpacking=passes, dtypes=("bfloat16",))
+    scaled = Unpacking(CARD_PART_WEIGHTS, *TORCH_PASSES_SCALED)
+    yield Kernel(**kernel, workspace_bytes=workspace.fused_parts, unpacking=scaled)
+
+
+def _stored(precision: str) -> Layout:
+    return "rows" if precision == "8" else "grouped"
+
+
+def _cpu_grouped(precision: str) -> Iterator[Kernel]:
+    """The kernels of a CPU at 4 or 3 bits."""
+    bits = int(precision)
+    tiles: dict[str, Any] = {
+        "layout": "tiled",
+        "precision": precision,
+        "kind": "cpu",
+        "dtypes": ("bfloat16",),
+        "feature": INT4_TILES,
+        "groups": INT4_GROUPS,
+        "out_step": TILE_ROWS,
+    }
+    read, parts = (partial(f, bits=bits) for f in (workspace.tiled_read, workspace.tiled_parts))
+    few: dict[str, Any] = {"efficiency": TILES[precision], "max_rows": INT4_MAX_ROWS}
+    yield Kernel(INT4_READ, **tiles, **few, workspace_bytes=read)
+    many: dict[str, Any] = {"efficiency": UNPACKED, "unpacking": CPU_UNPACKING}
+    yield Kernel("unpacking + linear", **tiles, **many, workspace_bytes=parts)
+    plain = partial(workspace.grouped_parts, part_weights=CPU_PART_WEIGHTS)
+    yield _cpu_unpacking("grouped", precision, plain)
+
+
+def _cpu_eight() -> Iterator[Kernel]:
+    """The kernels of a CPU at 8 bits."""
+    yield Kernel(
+        name=INT8_READ,
+        layout="rows",
+        precision="8",
+        kind="cpu",
+        efficiency=INT8_ROWS,
+        workspace_bytes=workspace.rows_read,
+        max_rows=INT8_MAX_ROWS,
+        dtypes=("bfloat16",),
+        in_step=INT8_COLUMN_STEP,
+    )
+    parts = partial(workspace.rows_parts, part_weights=CPU_PART_WEIGHTS)
+    yield _cpu_unpacking("rows", "8", parts)
+    yield Kernel(
+        name="token int8",
+        layout="token int8",
+        precision="8-w8a8",
+        kind="cpu",
+        efficiency=TOKEN_INT8,
+        workspace_bytes=workspace.token_int8,
+        feature=VNNI,
+    )
+
+
+def _cpu_unpacking(layout: Layout, precision: str, parts: Callable[[Product], int]) -> Kernel:
+    return Kernel(
+        "unpacking + linear", layout, precision, "cpu", UNPACKED, parts, unpacking=CPU_UNPACKING
+    )
+
+
+def _bitsandbytes(kind: Kind) -> Iterator[Kernel]:
+    """The precisions that are asked for by name."""
+    is_card = kind == "cuda"
+    unpacking = NF4_UNPACKING if is_card else CPU_UNPACKING
+    parts = partial(workspace.nf4_parts, part_weights=unpacking.part_weights)
+    nf4: dict[str, Any] = {
+        "efficiency": Efficiency(LIKE_FUSED),
+        "workspace_bytes": parts,
+        "unpacking": unpacking,
+    }
+    eight: dict[str, Any] = {"efficiency": LLM_INT8, "workspace_bytes": workspace.llm_int8}
+    where: dict[str, Any] = {"kind": kind, "library": BITSANDBYTES}
+    where["dtypes"] = (*HALVES, "float32")
+    yield Kernel("bitsandbytes nf4", "nf4", "nf4", **where, **nf4)
+    yield Kernel("LLM.int8", "8-bnb", "8-bnb", **where, **eight, launches=LLM_INT8_LAUNCHES)
+
+
+TABLE: tuple[Kernel, ...] = (
+    Kernel("cuBLAS", "plain", "16", "cuda", PLAIN, workspace.output_alone),
+    *(kernel for precision in ("8", "4", "3") for kernel in _card(precision)),
+    Kernel("linear", "plain", "16", "cpu", PLAIN, workspace.output_alone),
+    *_cpu_eight(),
+    *(kernel for precision in ("4", "3") for kernel in _cpu_grouped(precision)),
+    *(kernel for kind in get_args(Kind) for kernel in _bitsandbytes(kind)),
+)
+
+# All numbers of rows at which some kernel hands over to another.
+MAX_ROWS = tuple(sorted({kernel.max_rows for kernel in TABLE if kernel.max_rows is not None}))
+
+
+# ---- the choice
+
+
+@lru_cache(maxsize=4096)
+def choices(
+    machine: Machine,
+    precision: str,
+    out_features: int,
+    in_features: int,
+    group: int,
+    layout: Layout | None = None,
+) -> tuple[Kernel, ...]:
+    """The kernels of one matrix in the order of their numbers of rows; none where none serves.
+
+    `group`: weights of a row that share a scale. `layout`: how the weight is stored already; None:
+    as the preferred kernel reads it. The last one takes any number of rows.
+    """
+    shape = out_features, in_features, group
+    serving = [k for k in kernels_of(machine, precision) if k.why_not(machine, *shape) is None]
+    stored = layout or (serving[0].layout if serving else None)
+    found: list[Kernel] = []
+    for kernel in serving:
+        if kernel.layout == stored:
+            found.append(kernel)
+            if kernel.max_rows is None:
+                break
+    return tuple(found)
+
+
+def by_rows(kernels: Sequence[Kernel], rows: int) -> Kernel:
+    """The one of `choices` for so many rows."""
+    return next(k for k in kernels if k.max_rows is None or rows <= k.max_rows)
+
+
+def kernel_for(
+    machine: Machine, precision: str, out_features: int, in_features: int, group: int, rows: int
+) -> Kernel:
+    """The kernel that multiplies `[rows, in]` by a weight `[out, in]` on this machine.
+
+    Raises `UserError` where none serves the precision.
+    """
+    kernels = choices(machine, precision, out_features, in_features, group)
+    if not kernels:
+        others = ", ".join(name for name in PRECISIONS if serves(machine, name))
+        what = "a card" if machine.is_card else "a CPU"
+        raise UserError(f"precision {precision!r} has no kernel on {what} like this: use {others}")
+    return by_rows(kernels, rows)
+
+
+def serves(machine: Machine, precision: str) -> bool:
+    """Whether some kernel serves a precision, whatever the shape of the weight."""
+    return any(kernel.why_not_here(machine) is None for kernel in kernels_of(machine, precision))
+
+
+def kernels_of(machine: Machine, precision: str) -> list[Kernel]:
+    """Those of a precision for a kind of device, the preferred ones first."""
+    return [k for k in TABLE if (k.kind, k.precision) == (machine.kind, precision)]

@@ -1,0 +1,299 @@
+"""What the linear layers share, whatever way they store a weight.
+
+A layer is built empty. `swallow("weight", tensor)` rounds and packs the raw weight, some rows at a
+time, so the raw tensor may be freed afterwards and nothing near a second copy of it ever exists.
+Callers never ask how many bits a layer has: every class offers `swallow`, `weight_bytes`,
+`dequantized_weight` and `forward`, and the checkpoint loop has no `if`.
+
+    PlainLinear      16 bits
+    QuantizedLinear  fewer: bias, checks, shapes, bytes
+    GridLinear       of these, `(code - zero) * scale`, and which kernel multiplies how many rows
+
+A layer may hold a part of a matrix (`TensorPart`), with the codes and grids of the whole one; its
+sizes are its own. `part_to_read` says what it must be given: where grids or GPTQ look at more of a
+row than is kept, whole rows, which it cuts after rounding.
+
+Inference only: weights take no gradient.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmpq.kernel import Kernel, Layout
+from llmpq.kernel_table import FEW_ROWS, FUSED_UNPACKING, by_rows, choices
+from llmpq.precision import group_size
+from llmpq.quant import kernels
+from llmpq.quant.here import TRITON_MODULE, machine_here
+from llmpq.quant.part import (
+    TensorPart,
+    columns_of,
+    grids_of,
+    input_part,
+    part_group,
+    row_length,
+)
+from llmpq.quant.rounding import (
+    Rounding,
+    quantize,
+    quantize_mse,
+)
+
+# 8 bits: how much wider a scale may get to have its zero in the middle. With inputs that are never
+# negative, zeros merely near it doubled the error of the int8 kernel (1.7 % against 0.9 %).
+CENTRE_UP_TO = 1.5
+BY_GROUP = (quantize, quantize_mse)  # roundings that look at nothing but a group
+
+
+class PlainLinear(nn.Linear):
+    """16 bits: `nn.Linear` whose weight arrives later."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        part: TensorPart | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
+        self.requires_grad_(False)
+        self.home, self.part = device, part
+
+    @property
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What it must swallow, by name; of a part, the shapes of the whole."""
+        return _raw_shapes(self.out_features, self.in_features, self.bias is not None, self.part)
+
+    def part_to_read(self, name: str, rounding: Rounding = quantize) -> TensorPart | None:
+        """The part that it must be given of the whole "weight" or "bias"; None: all."""
+        return None if name == "bias" and input_part(self.part) else self.part
+
+    def swallow(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
+        """Copy the raw "weight" `[out, in]` or "bias" `[out]`."""
+        _check(name, tensor, self.raw_shapes.get(name), self.part_to_read(name))
+        own = tensor.detach().to(device=self.home, dtype=self.weight.dtype, copy=True)
+        setattr(self, name, nn.Parameter(own.contiguous(), requires_grad=False))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes held for the weight; 0 until it is swallowed."""
+        return 0 if self.weight.is_meta else self.weight.nbytes
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight `[out, in]`."""
+        return self.weight
+
+
+class QuantizedLinear(nn.Module):
+    """What all quantised layers share: bias, checks, shapes, bytes."""
+
+    weight_buffers: tuple[str, ...]  # the names of the buffers that hold the weight
+    layout: Layout  # by which the kernel table knows how it stores a weight
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        bits: int = 8,
+        part: TensorPart | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.dtype, self.home, self.has_bias, self.part = dtype, device, bias, part
+        for name in (*self.weight_buffers, "bias"):
+            self.register_buffer(name, None)
+
+    @property
+    def raw_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What it must swallow, by name; of a part, the shapes of the whole."""
+        return _raw_shapes(self.out_features, self.in_features, self.has_bias, self.part)
+
+    @property
+    def row_length(self) -> int:
+        """Inputs of the whole matrix, which are rounded together."""
+        return row_length(self.in_features, self.part)
+
+    def part_to_read(self, name: str, rounding: Rounding = quantize) -> TensorPart | None:
+        """The part that it must be given of the whole "weight" or "bias"; None: all."""
+        if input_part(self.part) is None or (name == "weight" and self.rounds_alone(rounding)):
+            return self.part
+        return None
+
+    def rounds_alone(self, rounding: Rounding) -> bool:
+        """Whether a part of the inputs gets the codes of whole rows without the rest of them."""
+        return False
+
+    def swallow(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
+        """Take in the raw "weight" `[out, in]` (rounded and packed) or "bias" `[out]`."""
+        _check(name, tensor, self.raw_shapes.get(name), self.part_to_read(name, rounding))
+        if name == "bias":
+            self.bias = tensor.detach().to(device=self.home, dtype=self.dtype, copy=True)
+        else:
+            with torch.no_grad():
+                self.store(tensor.detach(), rounding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., in]` to `[..., out]`."""
+        out = self.multiply(x.reshape(-1, self.in_features).contiguous())
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes held for the weight: packed codes, scales and zeros; 0 until it is swallowed."""
+        held = (getattr(self, name) for name in self.weight_buffers)
+        return sum(buffer.nbytes for buffer in held if buffer is not None)
+
+    def extra_repr(self) -> str:
+        """Shape, bits and bias, as `nn.Linear` prints them."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bits={self.bits}, bias={self.has_bias}"
+
+    def packed_state(self) -> dict[str, Tensor]:
+        """The packed weight as plain tensors: what `restore` of a like layer takes."""
+        return {name: getattr(self, name) for name in self.weight_buffers}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a packed weight, in place of rounding it anew."""
+        for name in self.weight_buffers:
+            setattr(self, name, state[name].to(self.home, copy=True))
+
+    def store(self, weight: Tensor, rounding: Rounding) -> None:
+        """Round, pack and keep the raw weight, in whole rows unless it `rounds_alone`."""
+        raise NotImplementedError
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`x [M, in]`, contiguous, to `[M, out]` without the bias: dequantised chunk by chunk."""
+        return kernels.linear_by_chunks(x, self.out_features, self._weight_rows)
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight `[out, in]` in the layer's dtype, as the stored codes stand for it."""
+        return self._weight_rows(0, self.out_features)
+
+    def _weight_rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the dequantised weight."""
+        raise NotImplementedError
+
+    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=self.home)
+
+    def _chunks(self, at_least: int = 0) -> Iterator[slice]:
+        """Output rows to pack at a time."""
+        step = max(at_least, kernels.chunk_rows(self.row_length, self.home))
+        for start in range(0, self.out_features, step):
+            yield slice(start, min(start + step, self.out_features))
+
+
+class GridLinear(QuantizedLinear):
+    """What layers share whose weights are `(code - zero) * scale`, a scale and a zero a group.
+
+    On a card, `triton_kernels` reads or unpacks the layers that name their tensors in
+    `triton_weight`, where the table says so.
+    """
+
+    centre_up_to = 1.0  # how much wider a scale may get to have its zero in the middle
+
+    @cached_property
+    def table_kernels(self) -> tuple[Kernel, ...]:
+        """Those that multiply by this weight, once it is there, by rising numbers of rows."""
+        machine = machine_here(self.home, self.dtype)
+        shape = self.out_features, self.in_features, self.group
+        return choices(machine, str(self.bits), *shape, layout=self.layout)
+
+    @property
+    def group(self) -> int:
+        """How many weights of a row share a scale."""
+        return part_group(group_size(self.bits, self.row_length), self.part)
+
+    @property
+    def triton_weight(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Packed codes, scales and zeros, where Triton kernels read them; None: they do not."""
+        return None
+
+    def kernel(self, rows: int) -> str:
+        """The name of the kernel that multiplies so many rows."""
+        return by_rows(self.table_kernels, rows).name
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """A few rows by the packed weight, where a kernel does; else unpacked part by part."""
+        weight = self.triton_weight
+        if weight is not None and len(x) and self.kernel(len(x)) == FEW_ROWS:
+            return _triton().multiply_few_rows(x, *weight, self.bits)
+        return super().multiply(x)
+
+    def _weight_rows(self, start: int, stop: int) -> Tensor:
+        weight = self.triton_weight
+        if weight is None or self.table_kernels[-1].name != FUSED_UNPACKING:
+            return self.torch_rows(start, stop)
+        sizes = self.bits, self.in_features, self.dtype
+        return _triton().dequantize(*weight, *sizes, rows=slice(start, stop))
+
+    def torch_rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the dequantised weight, by torch's operators."""
+        raise NotImplementedError
+
+    def store(self, weight: Tensor, rounding: Rounding) -> None:
+        """Round, pack and keep, some rows at a time; as many as `rounding` asks for, if it does."""
+        group = group_size(self.bits, self.row_length)
+        part = None if self.rounds_alone(rounding) else self.part
+        self.reserve(part_group(group, self.part))
+        for rows in self._chunks(getattr(rounding, "rows_at_once", 0)):
+            raw = weight[rows].to(self.home)
+            codes, *grids = rounding(raw, self.bits, group, self.centre_up_to)
+            scales, zeros = (grids_of(grid, group, part) for grid in grids)
+            self.keep(rows, columns_of(codes, part), scales, zeros)
+
+    def rounds_alone(self, rounding: Rounding) -> bool:
+        """Where every group of the whole lies inside the part or outside."""
+        group = group_size(self.bits, self.row_length)
+        return rounding in BY_GROUP and part_group(group, self.part) == group
+
+    def adopt(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        """Pack and keep codes uint8 `[out, in]` in their own grids, bf16 `[out, groups]`."""
+        self.reserve(self.in_features // scales.shape[1])
+        for rows in self._chunks():
+            self.keep(rows, *(t[rows].to(self.home) for t in (codes, scales, zeros)))
+
+    def reserve(self, group: int) -> None:
+        """Make room for the weight, `group` weights of a row to a scale."""
+        raise NotImplementedError
+
+    def keep(self, rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        """Pack and keep some rows: codes uint8 `[rows, in]`, grids `[rows, groups]`."""
+        raise NotImplementedError
+
+
+def _raw_shapes(
+    out_features: int, in_features: int, has_bias: bool, part: TensorPart | None
+) -> dict[str, tuple[int, ...]]:
+    weight: tuple[int, ...] = (out_features, in_features)
+    weight = part.whole_shape(weight) if part else weight
+    shapes: dict[str, tuple[int, ...]] = {"bias": weight[:1]} if has_bias else {}
+    return shapes | {"weight": weight}
+
+
+def _triton() -> Any:
+    """Our Triton kernels, which are there where the table names them."""
+    return import_module(TRITON_MODULE)
+
+
+def _check(
+    name: str, tensor: Tensor, shape: tuple[int, ...] | None, part: TensorPart | None
+) -> None:
+    """Refuse a tensor that this layer has no place for."""
+    if shape is None:
+        raise ValueError(f"no place for {name!r}: a linear takes a weight, and a bias if built so")
+    shape = part.of_shape(shape) if part else shape
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the layer expects {shape}")

@@ -1,0 +1,72 @@
+"""This process's devices as kernels see them: the `Machine` that the kernel table is asked with.
+
+The layers that use an optional library import it; here it is only looked for. bitsandbytes is
+imported, as its builds for other systems are there and fail.
+"""
+
+import logging
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from llmpq.machine import BITSANDBYTES, HUMMING, INT4_TILES, TRITON, VNNI, Machine
+from llmpq.quant import kernels
+
+# Modules of this package that come with an optional library, by the library's name.
+HUMMING_MODULE = "llmpq.quant.humming_support"
+TRITON_MODULE = "llmpq.quant.triton_kernels"
+
+
+def machine_here(device: torch.device, dtype: torch.dtype, optional: bool = False) -> Machine:
+    """A device of this process with activations of `dtype`.
+
+    `optional`: look for bitsandbytes too, which takes a second.
+    """
+    device, name = torch.device(device), str(dtype).removeprefix("torch.")
+    libraries = {BITSANDBYTES} if optional and has_bitsandbytes() else set()
+    if device.type != "cpu":  # a card, or "meta", where sizes are counted alone
+        capability = (0, 0)
+        if device.type == "cuda" and _has_card():
+            capability = torch.cuda.get_device_capability(device)
+            libraries |= _on(device)
+        return Machine("cuda", name, capability, libraries=frozenset(libraries))
+    abilities = {INT4_TILES: kernels.int4_tiles_work(), VNNI: kernels.vnni_works()}
+    features = frozenset(name for name, is_there in abilities.items() if is_there)
+    return Machine("cpu", name, features=features, libraries=frozenset(libraries))
+
+
+@lru_cache(maxsize=1)
+def has_bitsandbytes() -> bool:
+    """Whether bitsandbytes is here and imports, tried once."""
+    # On CPUs it warns that a package is missing which we do not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes.functional  # noqa: F401
+    except Exception:  # builds for another system fail in ways of their own
+        return False
+    return True
+
+
+def _has_card() -> bool:
+    return torch.version.cuda is not None and torch.cuda.is_available()
+
+
+def _on(device: torch.device) -> set[str]:
+    """The libraries of kernels that are installed and run on this card."""
+    found = set()
+    humming, triton = _module(HUMMING_MODULE), _module(TRITON_MODULE)
+    if humming is not None and humming.why_not_here(device) is None:
+        found.add(HUMMING)
+    if triton is not None and triton.available(device):
+        found.add(TRITON)
+    return found
+
+
+def _module(name: str) -> Any:
+    """A module of llmpq, or None where it is not part of this release."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        return None

@@ -1,0 +1,207 @@
+"""Bytes that one product of a linear layer takes for itself, its output included.
+
+A `Product` is `x [rows, in]` times a weight `[out, in]`. Each function here counts what one way of
+computing it holds at its peak, as `llmpq.quant` allocates it; `llmpq.kernel_table` says which
+kernel computes how. Weights that are stored in fewer bits are unpacked some output rows at a time,
+a part: `part_rows` is the rule that both the layers and these counts follow.
+
+Not covered: the weight and the input themselves, and temporaries inside a library's own kernels.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from llmpq.precision import NF4_BLOCK
+
+HALF = 2  # bytes of a 16-bit value
+SINGLE = 4
+DOUBLE = 8
+
+TILE_ROWS = 64  # output rows of a tile of the CPU's int4 kernel; parts are whole tiles
+CPU_PART_WEIGHTS = 2**20  # weights unpacked at a time on a CPU: near the size of its cache
+CARD_PART_WEIGHTS = 2**25  # and on a card, where every launch costs
+EXPANDED_WEIGHTS = 2**22  # 3-bit weights expanded to nibbles at a time: 1.3x faster than 2**20
+# A grid's scale and zero while they are read from tiles, and beside an unpacked part.
+GRID_BYTES_READ = 8 + 8 + 4 + 4
+GRID_BYTES_HELD = 8 + 4 + 1 + 2
+PADDED = 8  # humming: multiples to which inputs and outputs are padded
+# Our Triton multiply, as `llmpq.quant.triton_kernels` cuts the inputs into chunks: streams that a
+# packed row consists of; bytes of a stream in a chunk without tensor cores; with them, bytes of a
+# stream and outputs in a tile, tiles of all programs and tiles in a chunk, both at least.
+STREAMS = {8: 1, 4: 2, 3: 8}
+VECTOR_CHUNK_BYTES = {8: 512, 4: 256, 3: 128}
+TENSOR_TILES = {8: (128, 128), 4: (64, 128), 3: (32, 64)}
+TENSOR_PROGRAMS, TENSOR_LEAST_BLOCKS = 512, 4
+LARGE_COLUMNS = 64  # of LLM.int8: columns with large inputs, multiplied at a time
+
+
+@dataclass(frozen=True)
+class Product:
+    """`x [rows, in]` times `[out, in]`, a scale each `group` weights of a row; then a bias."""
+
+    out_features: int
+    in_features: int
+    group: int
+    rows: int
+    biased: bool = False
+
+    @property
+    def output_bytes(self) -> int:
+        """In 16 bits."""
+        return HALF * self.rows * self.out_features
+
+
+def part_rows(weights: int, in_features: int) -> int:
+    """Output rows that hold about so many weights, in whole tiles."""
+    return max(1, weights // in_features // TILE_ROWS) * TILE_ROWS
+
+
+def num_parts(weights: int, out_features: int, in_features: int) -> int:
+    """Parts of about so many weights that a matrix is cut into."""
+    return -(-out_features // part_rows(weights, in_features))
+
+
+def output_alone(product: Product) -> int:
+    """The kernel reads the weight as it is stored, and adds the bias itself."""
+    return product.output_bytes
+
+
+def _with_bias(num_bytes: float, product: Product) -> int:
+    """A bias that torch adds afterwards: the sum lies beside the output."""
+    return math.ceil(max(num_bytes, 2 * product.output_bytes if product.biased else 0))
+
+
+def packed_read(product: Product) -> int:
+    """A kernel that reads the packed weight."""
+    return _with_bias(product.output_bytes, product)
+
+
+def padded_read(product: Product) -> int:
+    """humming: inputs and outputs are padded to multiples of `PADDED` where they are none."""
+    out, cols = _up(product.out_features, PADDED), _up(product.in_features, PADDED)
+    inputs = HALF * product.rows * cols if cols != product.in_features else 0
+    padded = HALF * product.rows * out if out != product.out_features else 0
+    return _with_bias(inputs + padded + product.output_bytes, product)
+
+
+def chunked_sums(product: Product, chunks: Callable[[Product], int]) -> int:
+    """Our Triton multiply: 32-bit sums of every chunk of the inputs, which are then added up."""
+    partial = SINGLE * chunks(product) * product.rows * product.out_features
+    return _with_bias(partial + product.output_bytes, product)
+
+
+def vector_chunks(product: Product, bits: int) -> int:
+    """Chunks of the inputs of the multiply without tensor cores."""
+    return -(-_stream(product.in_features, bits) // VECTOR_CHUNK_BYTES[bits])
+
+
+def tensor_chunks(product: Product, bits: int) -> int:
+    """Chunks of the inputs of the multiply on tensor cores: more where outputs are few."""
+    width, outputs = TENSOR_TILES[bits]
+    stream = _stream(product.in_features, bits)
+    if product.group < product.in_features:
+        common = math.gcd(stream, product.group)
+        width = min(width, common & -common)  # a tile has one scale an output
+    blocks = -(-stream // width)
+    wanted = -(-TENSOR_PROGRAMS // -(-product.out_features // outputs))
+    chunk = -(-blocks // min(wanted, -(-blocks // TENSOR_LEAST_BLOCKS)))
+    return -(-blocks // chunk)
+
+
+def _stream(in_features: int, bits: int) -> int:
+    """Bytes between the codes that share a byte of a packed row."""
+    return _up(in_features, 8) // STREAMS[bits]
+
+
+def grouped_parts(product: Product, part_weights: int) -> int:
+    """Plain nibbles: code, value and grid of every weight of a part."""
+    return _with_bias(_by_parts(product, part_weights, 3 + 1 / product.group), product)
+
+
+def fused_parts(product: Product) -> int:
+    """A part in 16 bits, written by one kernel of a card."""
+    return _with_bias(_by_parts(product, CARD_PART_WEIGHTS, HALF), product)
+
+
+def tiled_parts(product: Product, bits: int) -> int:
+    """Tiles are expanded to 4 bits, set in order, and only then told from their zeros."""
+    nibbles = 0.5 if bits == 3 else 0.0
+    read, held = GRID_BYTES_READ / product.group, GRID_BYTES_HELD / product.group
+    bytes_a_weight = nibbles + max(1.5 + read, 3 + held)
+    return _with_bias(_by_parts(product, CPU_PART_WEIGHTS, bytes_a_weight), product)
+
+
+def tiled_read(product: Product, bits: int) -> int:
+    """torch's int4 kernel reads 4 bits as they are; 3 bits are expanded to 4 before."""
+    if bits == 4:
+        return packed_read(product)
+    part = part_rows(EXPANDED_WEIGHTS, product.in_features)
+    if part >= product.out_features:
+        weights = product.out_features * product.in_features
+        return _with_bias(max(weights, weights // 2 + product.output_bytes), product)
+    expanded = part * product.in_features
+    grids = 2 * HALF * expanded // product.group
+    held = max(product.output_bytes + expanded + grids, 2 * product.output_bytes)
+    return _with_bias(held, product)
+
+
+def rows_read(product: Product) -> int:
+    """torch's int8 kernel; zeros are put back in 32 bits."""
+    rows, out, padded = product.rows, product.out_features, _up(product.in_features, 8)
+    inputs = HALF * rows * padded + SINGLE * rows
+    return _with_bias(inputs + out * max(14 * rows, 6 * rows + 12), product)
+
+
+def rows_parts(product: Product, part_weights: int) -> int:
+    """Integers of a part in 16 bits; then the whole output, and its scaled copy."""
+    held = max(_by_parts(product, part_weights, HALF), 2 * product.output_bytes)
+    return _with_bias(held, product)
+
+
+def token_int8(product: Product) -> int:
+    """Inputs in 32 bits, divided and rounded; 32-bit results; those, and the output beside them."""
+    rows, outputs = product.rows, product.rows * product.out_features
+    scales, result = SINGLE * rows, SINGLE * outputs
+    quantizing = 3 * SINGLE * rows * product.in_features
+    multiplying = rows * product.in_features + result + SINGLE * product.out_features
+    closing = result + (SINGLE if product.biased else HALF) * outputs
+    return max(quantizing + scales, multiplying + scales, closing)
+
+
+def llm_int8(product: Product) -> int:
+    """Inputs quantized in 32 bits; 32-bit sums; large inputs apart, multiplied in 64 bits."""
+    inputs, outputs = product.rows * product.in_features, product.rows * product.out_features
+    large = (1 + 1 + HALF) * inputs  # a mask, codes, and the large ones by themselves
+    columns = DOUBLE * product.in_features
+    columns += LARGE_COLUMNS * (
+        (DOUBLE + 1) * product.out_features + (DOUBLE + HALF) * product.rows
+    )
+    return max(
+        11 * inputs + SINGLE * product.rows,
+        2 * inputs + 2 * SINGLE * outputs,
+        large + (SINGLE + DOUBLE) * outputs + columns,
+        (2 * SINGLE if product.biased else SINGLE + HALF) * outputs,
+    )
+
+
+def nf4_parts(product: Product, part_weights: int) -> int:
+    """Parts in 16 bits; where blocks do not divide a row, it and the inputs are padded."""
+    padded = _up(product.in_features, NF4_BLOCK)
+    inputs = HALF * product.rows * padded if padded != product.in_features else 0
+    whole = replace(product, in_features=padded)
+    return _with_bias(inputs + _by_parts(whole, part_weights, HALF), product)
+
+
+def _by_parts(product: Product, part_weights: int, bytes_a_weight: float) -> float:
+    """Some output rows of the weight unpacked at a time, then multiplied in 16 bits."""
+    part = min(part_rows(part_weights, product.in_features), product.out_features)
+    weights = part * product.in_features
+    unpacking = bytes_a_weight * weights
+    multiplying = HALF * weights + HALF * product.rows * part
+    collected = product.output_bytes if part < product.out_features else 0
+    return collected + max(unpacking, multiplying)
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step
