@@ -11,6 +11,7 @@ Not covered: attention sinks and learned position biases; a family that passes t
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from llmpq.models import triton_attention
+from llmpq.quant.triton_kernels import available
 
 DISPATCHED, ADDITIVE = "llmpq", "llmpq_additive"
 # What a family may hand to attention beyond what `attend` computes with.
@@ -64,7 +66,7 @@ def _decode(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
     """One query token of each row, `[R, G * H, 1, D]`: the G heads of a key head as G tokens."""
-    if triton_attention.available(query.device):
+    if _has_kernel(query.device) and triton_attention.supports(query, key):
         return triton_attention.decode_attention(query, key, value, mask, scale, softcap)
     rows, heads, _, size = query.shape
     grouped = query.view(rows, key.shape[1], heads // key.shape[1], size)
@@ -110,6 +112,13 @@ def _repeated(states: Tensor, heads: int) -> Tensor:
     return states.repeat_interleave(heads // states.shape[1], dim=1)
 
 
+@lru_cache
+def _has_kernel(device: torch.device) -> bool:
+    """Whether this device has the kernel that reads slots row by row, each to its own length."""
+    return device.type == "cuda" and available(device)
+
+
+@lru_cache
 def _takes_groups(device: torch.device) -> bool:
     """Whether fused attention serves grouped heads without repeating them, and fast."""
     if device.type != "cuda":

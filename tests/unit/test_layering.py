@@ -83,6 +83,9 @@ PARTS = {part.name: part for part in CAKE}
 MORE_THIRD_PARTY = {
     "llmpq.planner.report": _names("rich click"),
     "llmpq.planner.timeline_view": _names("rich"),
+    # Triton's decorators wrap whole functions: these are imported when a kernel is launched.
+    "llmpq.quant.triton_source": _names("triton"),
+    "llmpq.models.attention_source": _names("triton"),
 }
 # Modules that may import only these of another part.
 ONLY = {("llmpq.run", "cli"): _names("llmpq.cli.run")}
