@@ -153,7 +153,8 @@ def _profiler(
     partial = PartialFile(target.output.with_name(f"{target.output.name}.partial"), identity)
     if not flags["resume"]:
         partial.remove()
-    bench = Bench(config, grid.precisions, depth, target.dtype, target.device)
+    place = target.dtype, target.device
+    bench = Bench(config, grid.precisions, depth, *place, grid.most_rows)
     left_s = flags["budget_s"] - (time.monotonic() - start_s)
     budget_s = max(MIN_MEASURING * flags["budget_s"], left_s)
     scales = target.device.type == "cpu"

@@ -66,6 +66,12 @@ class Ranges:
         """What may be added."""
         return self._span(phase).dense()
 
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest product of a linear."""
+        (_, prompts), (_, tokens) = self.prefill.micro_batches, self.prefill.tokens
+        return max(prompts * tokens, self.decode.micro_batches[1])
+
     def _span(self, phase: Phase) -> Span:
         return self.prefill if phase == "prefill" else self.decode
 
@@ -91,6 +97,12 @@ class Grid:
     def dense(self, phase: Phase) -> Pairs:
         """Nothing is added."""
         return []
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest product of a linear."""
+        prompts = max(self.prefill_micro_batches) * max(self.prompt_tokens)
+        return max(prompts, *self.decode_micro_batches)
 
 
 def layer_cells(precisions: Sequence[str], phase: Phase, pairs: Pairs) -> list[Candidate]:

@@ -65,6 +65,7 @@ class Workbench(Protocol):
     """What can be timed: see `stacks.Bench`."""
 
     depth: int
+    notes: list[str]
 
     def open(self, cell: Candidate) -> OpenedCell:
         """Makes a cell ready."""
@@ -308,7 +309,12 @@ class LayerProfiler:
 
     def notes(self) -> list[str]:
         """What a reader of the rows must know: drift, outliers, cut shapes, wide intervals."""
-        return [*self.watch.notes(), *self._cut_notes(), *self._sample_notes()]
+        return [
+            *self.bench.notes,
+            *self.watch.notes(),
+            *self._cut_notes(),
+            *self._sample_notes(),
+        ]
 
     def _cut_notes(self) -> list[str]:
         return [

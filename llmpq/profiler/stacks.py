@@ -20,6 +20,7 @@ from llmpq.models.stage_model import LayerRange, StageModel
 from llmpq.profile_data import Candidate
 from llmpq.profiler.timer import Timer
 from llmpq.runtime.checkpoint import RandomWeights
+from llmpq.runtime.kernels import prepare_kernels
 from llmpq.runtime.loader import load_stage
 from llmpq.runtime.rehearsal import peak_bytes
 from llmpq.runtime.sampler import Sampling
@@ -74,7 +75,10 @@ class Probe:
 
 
 class Bench:
-    """Layers at every precision on one device, and the embedding and the head."""
+    """Layers at every precision on one device, and the embedding and the head.
+
+    `most_rows`: of the products of linears that will be timed, for which kernels are compiled.
+    """
 
     def __init__(
         self,
@@ -83,9 +87,11 @@ class Bench:
         depth: int,
         dtype: torch.dtype,
         device: torch.device,
+        most_rows: int,
     ) -> None:
         self._config, self.depth = config, depth
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._most_rows = dtype, device, most_rows
+        self.notes: list[str] = []  # on linears that slower kernels serve
         self._timer = Timer(device)
         self._square = torch.ones(REFERENCE_SIZE, REFERENCE_SIZE, device=device)
         self._refer()  # warms up
@@ -136,8 +142,10 @@ class Bench:
         return torch.randn(shape, dtype=torch.float32, device=self._device).to(self._dtype)
 
     def _load(self, layers: LayerRange, precisions: list[str]) -> StageModel:
-        config = with_layers(self._config, layers.total)
-        return load_stage(config, RandomWeights(), layers, precisions, self._dtype, self._device)
+        config, place = with_layers(self._config, layers.total), (self._dtype, self._device)
+        stage = load_stage(config, RandomWeights(), layers, precisions, *place)
+        self.notes += prepare_kernels(stage, self._most_rows)
+        return stage
 
 
 class _Stack:

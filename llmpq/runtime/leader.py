@@ -10,7 +10,7 @@ from llmpq.runtime.inbox import Inbox
 from llmpq.runtime.jobs import END
 from llmpq.runtime.outbox import Outbox
 from llmpq.runtime.request import Finished, Reason, Request
-from llmpq.runtime.steps import BROKEN
+from llmpq.runtime.steps import BROKEN, on_device
 from llmpq.runtime.worker import Result, Worker
 from llmpq.schedule import Job, Schedule
 
@@ -80,7 +80,7 @@ class Leader:
             if member.number not in self._open:
                 self._open[member.number] = _Open(self._fetch(member.number))
         ids = self._token_ids(job)
-        result = worker.do(job, None if ids is None else ids.to(worker.stage.device))
+        result = worker.do(job, None if ids is None else on_device(ids, worker.stage.device))
         if self._outbox is None:
             self._results.append(result)
         else:

@@ -99,7 +99,7 @@ class DecodeSteps:
     def keep(self, members: Sequence[Member], ids: Tensor) -> None:
         """The tokens `[members]` that a prefill has chosen, for the steps that follow."""
         rows = [self.cache.first_rows[member.lane] + member.row for member in members]
-        self._ids[_on(torch.tensor(rows), ids.device)] = ids
+        self._ids[on_device(torch.tensor(rows), ids.device)] = ids
 
     def rearrange(self, job: Job) -> None:
         """What comes before a job: rows that move take their tokens along."""
@@ -133,7 +133,7 @@ class DecodeSteps:
             numbers[REQUESTS, member.row] = member.number
             numbers[POSITIONS, member.row] = member.position
         numbers[TOKENS] = torch.tensor(self.cache.step_tokens(job, rows))
-        self._numbers[:4, :rows] = _on(numbers, self.stage.device)
+        self._numbers[:4, :rows] = on_device(numbers, self.stage.device)
         if not self.is_first:
             assert given is not None
             self._states[: job.rows].copy_(given, non_blocking=True)
@@ -200,8 +200,8 @@ def first_tokens(
     """What `choose_tokens` gives after a prefill's `[b, S, H]` of these members."""
     rows = torch.arange(len(members), device=hidden.device)
     ends = torch.tensor([member.prompt_tokens - job.begin for member in members])
-    numbers = _on(torch.tensor([member.number for member in members]), hidden.device)
-    states = hidden[rows, _on(ends - 1, hidden.device)]
+    numbers = on_device(torch.tensor([member.number for member in members]), hidden.device)
+    states = hidden[rows, on_device(ends - 1, hidden.device)]
     return choose_tokens(stage, states, sampling, numbers, torch.zeros_like(numbers))
 
 
@@ -216,7 +216,7 @@ def choose_tokens(
     return ids, ids.masked_fill(~finite, BROKEN).to(torch.int32)
 
 
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The same values on a device; a card copies from pinned memory while the program goes on."""
     if device.type != "cuda":
         return tensor.to(device)

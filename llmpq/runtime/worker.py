@@ -163,6 +163,7 @@ class Worker:
         """To the next stage, or from the last to the first, as soon as the result is there."""
 
         def send() -> None:
+            self._be_on_device()
             tensor = result.wait()
             with self.watch.communicating():
                 if self.is_last:
@@ -203,6 +204,7 @@ class Worker:
 
     def _receive(self) -> Message | None:
         """The next job and its states, in the inbox's thread."""
+        self._be_on_device()
         header = self.headers.empty()
         self.transport.receive_header(header).wait()
         read = self.headers.read(header)
@@ -217,6 +219,11 @@ class Worker:
                 buffer.record_stream(torch.cuda.default_stream(buffer.device))
         unpack(buffer, self.stage.dtype)
         return *read, buffer
+
+    def _be_on_device(self) -> None:
+        """A thread begins on the first card, and would take memory there."""
+        if self.stage.device.type == "cuda":
+            torch.cuda.set_device(self.stage.device)
 
     def _apart(self) -> AbstractContextManager[object]:
         """Messages on a card use a stream of their own, so that no job holds them back."""

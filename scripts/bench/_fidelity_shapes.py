@@ -223,9 +223,10 @@ def _measure(
     spec = load_model_spec(model)
     precisions = tuple(p for p in PRECISIONS if p in {point.precision for point in points})
     layer_bytes = 2 * spec.layer_params
-    bench = Bench(
-        load_config(config_path(model)), precisions, stack_depth(layer_bytes), dtype, where
-    )
+    config, depth = load_config(config_path(model)), stack_depth(layer_bytes)
+    per_request = {point: 1 if point.phase == "decode" else point.tokens for point in points}
+    most_rows = max(point.micro_batch * tokens for point, tokens in per_request.items())
+    bench = Bench(config, precisions, depth, dtype, where, most_rows)
     cells = Cells(precisions[0])
     for point in points:
         stage = point._replace(precision=precisions[0], phase=STAGE_PHASE[point.phase])

@@ -41,6 +41,7 @@ class FakeMachine:
     slow: tuple[float, float] = (0.0, 0.0)  # seconds between which all takes 1.5 times as long
     dies_after: float = math.inf  # calls
     depth: int = 4
+    notes: list[str] = field(default_factory=list)
     now_s: float = 0.0
     num_calls: int = 0
     opened: list[Candidate] = field(default_factory=list)
