@@ -44,12 +44,15 @@ def shared_folder() -> Path | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the users of `shared`, and skips GPU tests where there is no GPU."""
+    """Marks the users of `shared`, and skips GPU tests where there is no GPU.
+
+    LLMPQ_GPU_TESTS=cpu runs them on a CPU all the same, which tries out the tests themselves.
+    """
     for item in items:
         if "shared" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.shared)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu and not has_gpu():
+    if on_gpu and os.environ.get("LLMPQ_GPU_TESTS") != "cpu" and not has_gpu():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 

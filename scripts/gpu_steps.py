@@ -1,0 +1,245 @@
+"""One step of `scripts/gpu.sh` in its own process: imports, waits for its turn, measures, writes.
+
+`gpu_parts.py` starts it, writes to its standard input how many seconds it should take, and ends it
+if it takes longer. Each result is written as soon as it is there, so that a step that is ended
+leaves what it had. On a CPU all sizes are small: that tries out the steps and measures no card.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# What takes long to import is imported here, before the step's turn has come.
+import gpu_cluster
+import pytest
+import torch
+from _kernels_linears import Subject, layer_shapes, time_linears
+from _kernels_place import Deadline, Place, Timer, find_place, measure_ceilings
+from _kernels_serving import (
+    LLAMA_8B,
+    TINY,
+    Traffic,
+    command,
+    device_type,
+    error_percent,
+    generate_with_transformers,
+    plan_for,
+    priced,
+    serve,
+)
+
+from llmpq.artifact import write_text
+from llmpq.cli.profile_layers import layers as profile_command
+from llmpq.plan import Plan
+
+ROOT = Path(__file__).resolve().parents[1]
+LLAMA_70B = str(ROOT / "configs/models/llama-3.3-70b.json")
+PRECISIONS = ("16", "4", "8", "3")  # the most wanted first
+SERVED_AGAIN = ("16", "4")  # by part 2, where part 1 is not at hand
+SERVE_S = 12.0  # what one more precision takes at least
+PROFILE_S = {"cuda": 60, "cpu": 10}
+
+
+@dataclass
+class Step:
+    """A step under way: where, until when, what it has found."""
+
+    name: str
+    place: Place
+    out: Path
+    scratch: Path
+    deadline: Deadline
+    found: dict[str, Any] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What is served."""
+        return LLAMA_8B if self.place.on_card else TINY
+
+    def write(self) -> None:
+        """OUT/NAME.json, over what it held before."""
+        data = {"device": self.place.name, "failures": self.failures} | self.found
+        write_text(self.out / f"{self.name}.json", json.dumps(data, indent=1) + "\n")
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """One more row, written at once and told in a line."""
+        self.found.setdefault("rows", []).append(row)
+        self.write()
+        told = {k: v for k, v in row.items() if k not in ("kind", "plan")}
+        print(row["kind"], " ".join(f"{k}={_short(v)}" for k, v in told.items()), flush=True)
+
+    def attempt(self, what: str, act: Callable[[], object]) -> None:
+        """Does it; a failure is noted, and stops nothing else."""
+        try:
+            act()
+        except (Exception, SystemExit) as error:
+            words = " ".join(str(error).split())[-500:]
+            self.failures.append(f"{what}: {type(error).__name__}: {words}")
+            print(f"FAILED {self.failures[-1]}", flush=True)
+            self.write()
+        self.place.free()
+
+    def earlier(self, name: str) -> list[dict[str, Any]]:
+        """The rows that a step before this one wrote, on the same device."""
+        path = self.out / f"{name}.json"
+        data = json.loads(path.read_text()) if path.is_file() else {}
+        return data.get("rows", []) if data.get("device") == self.place.name else []
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---- part 1
+
+
+def kernels(step: Step) -> None:
+    """Linears of a layer of Llama-3.3-70B at every precision and number of rows."""
+    timer = Timer(step.place)
+    ceilings = measure_ceilings(timer)
+    step.found["ceilings"] = asdict(ceilings)
+    tiny = Subject(layer_shapes(TINY.model)[:1], rows=(1, 8, 64))
+    subject = Subject(layer_shapes(LLAMA_70B)) if step.place.on_card else tiny
+    step.found["complete"] = time_linears(timer, subject, ceilings, step.deadline, step.keep)
+
+
+def serving(step: Step) -> None:
+    """The model at four precisions, planned from the spec sheet, and transformers' `generate`."""
+    ceilings = measure_ceilings(Timer(step.place))
+    step.found["ceilings"] = asdict(ceilings)
+    kind = step.found["device_type"] = device_type(step.place)
+
+    def one(precision: str) -> None:
+        plan = plan_for(step.traffic, precision, kind, step.scratch)
+        step.keep(serve(step.traffic, plan, step.place, ceilings))
+
+    def compare() -> None:
+        step.keep(generate_with_transformers(step.traffic, step.place))
+
+    for precision in PRECISIONS:
+        if step.deadline.allows(SERVE_S):
+            step.attempt(f"{precision} bits", partial(one, precision))
+        if precision == "16":
+            step.attempt("transformers", compare)
+
+
+def tests(step: Step) -> None:
+    """The tests that need a card, in this process; each outcome is kept as it comes."""
+    if not step.place.on_card:
+        os.environ["LLMPQ_GPU_TESTS"] = "cpu"
+    words = ["-q", "-p", "no:cacheprovider", "-m", "gpu", str(ROOT / "tests" / "gpu")]
+    code = pytest.main(words, plugins=[_Outcomes(step)])
+    if code != pytest.ExitCode.OK:
+        step.failures.append(f"pytest: {pytest.ExitCode(code).name}")
+    step.write()
+
+
+class _Outcomes:
+    """A plugin of pytest: notes outcomes, and begins no test when time is over."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Of each part of a test: what is not a mere set-up that went well is kept."""
+        if report.when == "call" or report.outcome != "passed":
+            row = {"kind": "test", "name": report.nodeid, "outcome": report.outcome}
+            row["seconds"] = report.duration
+            if report.failed:
+                row["why"] = str(report.longrepr)[-2000:]
+            self._step.keep(row)
+
+    def pytest_runtest_logfinish(self) -> None:
+        """Between tests."""
+        if not self._step.deadline.allows():
+            raise pytest.exit.Exception("out of time", returncode=1)
+
+
+# ---- part 2
+
+
+def predictions(step: Step) -> None:
+    """A profile of the model's layers, and what it predicts of the runs."""
+    kind = step.found["device_type"] = device_type(step.place)
+    device = step.place.device.type
+    words = ["--model", step.traffic.model, "--device", device, "--type", kind]
+    words += ["--budget-s", PROFILE_S[device], "-o", step.out / "profile.json", "--fresh"]
+    words += [] if step.place.on_card else gpu_cluster.TINY_GRID
+    command(profile_command, *words, "-q")
+    profiles = gpu_cluster.profiles_as(kind, step.out / "profile.json", step.scratch)
+    served = [row for row in step.earlier("serving") if row["kind"] == "serving"]
+    if not served:
+        served = _served_again(step, kind, profiles)
+    for row in served:
+        what = f"predicting {row['precision']} bits"
+        step.attempt(what, partial(_predict, step, row, profiles))
+
+
+def _served_again(step: Step, kind: str, profiles: Path) -> list[dict[str, Any]]:
+    """Runs to compare with, where part 1 is not at hand: with plans from the profile."""
+    ceilings = measure_ceilings(Timer(step.place))
+    served: list[dict[str, Any]] = []
+
+    def one(precision: str) -> None:
+        plan = plan_for(step.traffic, precision, kind, step.scratch, profiles)
+        served.append(serve(step.traffic, plan, step.place, ceilings))
+
+    for precision in SERVED_AGAIN:
+        if step.deadline.allows(SERVE_S):
+            step.attempt(f"{precision} bits", partial(one, precision))
+    return served
+
+
+def _predict(step: Step, row: dict[str, Any], profiles: Path) -> None:
+    plan = priced(Plan.model_validate(row["plan"]), profiles, step.scratch)
+    assert plan.predicted is not None
+    step.keep(
+        {
+            "kind": "prediction",
+            "precision": row["precision"],
+            "measured_tokens_per_s": row["tokens_per_s"],
+            "predicted_tokens_per_s": plan.predicted.tokens_per_s,
+            "error_percent": error_percent(plan, row["total_s"]),
+        }
+    )
+
+
+def cluster(step: Step) -> None:
+    """A mixed cluster of processes that share the device: llmpq's plan and other methods'."""
+    gpu_cluster.rehearse(step)
+
+
+STEPS: dict[str, Callable[[Step], None]] = {
+    act.__name__: act for act in (kernels, serving, tests, predictions, cluster)
+}
+
+
+def main() -> int:
+    """The exit code: 0 if nothing failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", choices=STEPS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
+    options = parser.parse_args()
+    turn = sys.stdin.readline()
+    if not turn:  # whoever waited for this step is gone
+        return 1
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    deadline = Deadline.after(float(turn))
+    place = find_place(options.device)
+    step = Step(options.name, place, options.out, options.scratch, deadline)
+    STEPS[options.name](step)
+    return int(bool(step.failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
