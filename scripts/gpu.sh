@@ -21,7 +21,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [[ $# -gt 0 ]] || { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 2; }
 out="${OUT:-./gpu-out}"
 mkdir -p "$out"
-export PYTHONPATH="$root:$root/scripts:$root/scripts/bench${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 # everything here is made of random weights
 "${PYTHON:-python3}" "$root/scripts/gpu_parts.py" --out "$out" "$@" 2>&1 | tee -a "$out/log.txt"
 exit "${PIPESTATUS[0]}"

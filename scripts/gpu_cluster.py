@@ -20,15 +20,14 @@ import torch
 import yaml
 from _engine_common import write_prompts
 from _kernels_place import Place
+from _kernels_predictions import profiles_as
 from _kernels_serving import LLAMA_8B, TINY, Traffic
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from llmpq.artifact import read_json, write_json
 from llmpq.cluster import MIB
 from llmpq.model_spec import load_model_spec
 from llmpq.models.stage_model import load_config
-from llmpq.profile_data import Profile
 
 if TYPE_CHECKING:
     from gpu_steps import Step
@@ -42,11 +41,6 @@ LINK = {"bandwidth_gbs": 1.0, "latency_us": 800}  # gloo through main memory
 MAX_LOSS = "2"  # percent of perplexity, by the built-in prior
 NUM_LAYERS = 12
 SHARD_BYTES = 4e9
-# A grid for the small model on a CPU, as for `llmpq-profile layers`.
-TINY_GRID = [
-    *("--threads", "1", "--prefill-micro-batches", "1,4", "--decode-micro-batches", "1,4"),
-    *("--prompt-tokens", "8,48", "--past-tokens", "8,96"),
-]
 
 
 def rehearse(step: "Step") -> None:
@@ -97,16 +91,6 @@ def prepare(place: Place, profile: Path, folder: Path) -> argparse.Namespace:
         profiles=profiles,
         max_quality_loss=MAX_LOSS,
     )
-
-
-def profiles_as(device_type: str, path: Path, folder: Path) -> Path:
-    """A folder with the profile as that of another type of device."""
-    profile = read_json(path, Profile)
-    renamed = profile.device.model_copy(update={"type": device_type})
-    where = folder / f"profiles-{device_type}"
-    where.mkdir(exist_ok=True)
-    write_json(where / "device.json", profile.model_copy(update={"device": renamed}))
-    return where
 
 
 def _traffic(place: Place, folder: Path) -> Traffic:

@@ -41,10 +41,13 @@ class Slot:
 
 
 PARTS = {
-    "1": (Slot("kernels", 60, 110), Slot("serving", 80, 130), Slot("tests", 50, 140)),
-    "2": (Slot("predictions", 110, 160), Slot("cluster", 100, 180)),
+    "1": (Slot("kernels", 50, 85), Slot("serving", 95, 135), Slot("tests", 70, 140)),
+    "2": (Slot("predictions", 120, 160), Slot("cluster", 100, 180)),
 }
 STEPS = {slot.name: slot for slots in PARTS.values() for slot in slots}
+WRITES = {name: [f"{name}.json"] for name in STEPS} | {
+    "predictions": ["predictions.json", "profile.json"]
+}
 
 
 @dataclass(frozen=True)
@@ -129,10 +132,15 @@ def run_steps(
 
 
 def write_run(path: Path, found: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
-    """run.json: the environment, and each step's last outcome, those of earlier calls included."""
+    """run.json: the environment, and each step's last outcome.
+
+    Outcomes of earlier calls stay where they were of the same card; else they are left out.
+    """
     before: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        before = json.loads(path.read_text())["steps"]
+        old = json.loads(path.read_text())
+        if all(old["environment"][key] == found[key] for key in ("device", "card", "cpu")):
+            before = old["steps"]
     steps = before | {outcome.name: asdict(outcome) for outcome in outcomes}
     path.write_text(json.dumps({"environment": found, "steps": steps}, indent=1) + "\n")
 
@@ -153,32 +161,39 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("words", nargs="+", metavar="PART|STEP")
     options = parser.parse_args()
-    until = time.monotonic() + float(os.environ.get("TOTAL_S", TOTAL_S))
-    device = os.environ.get("DEVICE", "cuda")
     try:
         slots = slots_of(options.words)
     except ValueError as error:
         print(error)
         return 2
     scratch = scratch_folder()
-    steps = [StepProcess(slot.name, options.out, scratch, device) for slot in slots]
+    try:
+        outcomes = run_here(slots, options.out, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    for outcome in outcomes:
+        code = "-" if outcome.code is None else outcome.code
+        print(f"{outcome.name}: exit {code}, {outcome.seconds:.0f} s {outcome.note}".rstrip())
+    return int(any(outcome.code != 0 for outcome in outcomes)) if outcomes else 2
+
+
+def run_here(slots: Sequence[Slot], out: Path, scratch: Path) -> list[Outcome]:
+    """Says what is here and runs the steps; none where something needed lacks."""
+    until = time.monotonic() + float(os.environ.get("TOTAL_S", TOTAL_S))
+    device = os.environ.get("DEVICE", "cuda")
+    steps = [StepProcess(slot.name, out, scratch, device) for slot in slots]
     try:
         found = environment(device)
         print(describe(found), flush=True)
         if faults := missing(found):
             print("\n".join(faults))
-            return 2
-        outcomes = run_steps(
-            slots, steps, until, lambda o: write_run(options.out / "run.json", found, o)
-        )
+            return []
+        for path in (out / file for slot in slots for file in WRITES[slot.name]):
+            path.unlink(missing_ok=True)  # of an earlier call, which this one stands for
+        return run_steps(slots, steps, until, lambda o: write_run(out / "run.json", found, o))
     finally:
         for step in steps:
             step.end()
-        shutil.rmtree(scratch, ignore_errors=True)
-    for outcome in outcomes:
-        code = "-" if outcome.code is None else outcome.code
-        print(f"{outcome.name}: exit {code}, {outcome.seconds:.0f} s {outcome.note}".rstrip())
-    return int(any(outcome.code != 0 for outcome in outcomes))
 
 
 if __name__ == "__main__":

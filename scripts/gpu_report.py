@@ -25,19 +25,18 @@ from _kernels_checks import (  # noqa: E402
     NO_CARD,
     NOT_MEASURED,
     linear_checks,
-    of_kind,
     prediction_checks,
     serving_checks,
     token_checks,
 )
+from _kernels_tables import Sheet, sheets  # noqa: E402
 
 RESULTS = ("kernels", "serving", "tests", "predictions", "cluster")
 TOKEN_TESTS = {  # a word in the names of the tests that tell
-    "several processes on the card": "share_the_card",
+    "one process and several on the card": "share_the_card",
     "captured graphs and single launches": "test_graphs",
     "llmpq-run and transformers": "tokens_of_transformers",
 }
-GIB = 1024**3
 DEFAULT_FOLDER = ROOT / "docs" / "gpu"
 
 
@@ -70,7 +69,8 @@ def main() -> int:
 def gather(out: Path) -> dict[str, Any]:
     """All results of a folder in one value. Raises `OSError` where run.json is missing."""
     run = json.loads((out / "run.json").read_text())
-    found = {name: _read(out / f"{name}.json") for name in RESULTS}
+    steps = run["steps"]  # what lies there of others is of another call, or another card
+    found = {name: _read(out / f"{name}.json" if name in steps else None) for name in RESULTS}
     rows = {name: [_without_plan(row) for row in data["rows"]] for name, data in found.items()}
     card = (run["environment"]["card"] or {}).get("name")
     return {
@@ -78,7 +78,7 @@ def gather(out: Path) -> dict[str, Any]:
         "kind": "gpu-report",
         "environment": run["environment"],
         "device_type": found["serving"].get("device_type"),
-        "steps": run["steps"],
+        "steps": steps,
         "failures": {name: data["failures"] for name, data in found.items() if data["failures"]},
         "ceilings": found["kernels"].get("ceilings") or found["serving"].get("ceilings"),
         "checks": [asdict(check) for check in checks_of(rows, card)],
@@ -109,8 +109,8 @@ def _equal_tokens(tests: Sequence[dict[str, Any]]) -> dict[str, bool | None]:
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
-    data = json.loads(path.read_text()) if path.is_file() else {}
+def _read(path: Path | None) -> dict[str, Any]:
+    data = json.loads(path.read_text()) if path and path.is_file() else {}
     return {"rows": [], "failures": []} | data
 
 
@@ -132,14 +132,11 @@ def file_name(report: dict[str, Any]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """For people: one section a kind of result, empty ones left out."""
+    rows = [row for name in RESULTS for row in report[name]]
     sections = [
         _head(report),
         _section("Targets", _targets(report)),
-        _section("Linear layers, of Llama-3.3-70B", _linears(report["kernels"])),
-        _section("Kernels by themselves", _others(report["kernels"])),
-        _section("A model served", _served(report["serving"])),
-        _section("Predicted from a profile", _predicted(report["predictions"])),
-        _section("A mixed cluster, rehearsed on this card", _cluster(report["cluster"])),
+        *(_section(sheet.title, _of_sheet(sheet)) for sheet in sheets(rows)),
         _section("Tests", _tests(report["tests"])),
         _section("Steps", _steps(report)),
     ]
@@ -151,6 +148,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     body = [f"| {' | '.join(map(str, row))} |" for row in rows]
     head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     return "\n".join([*head, *body]) if body else ""
+
+
+def _of_sheet(sheet: Sheet) -> str:
+    note = f"{sheet.note}\n\n" if sheet.note else ""
+    return note + table(sheet.columns, sheet.body)
 
 
 def _section(title: str, text: str) -> str:
@@ -193,98 +195,6 @@ def _targets(report: dict[str, Any]) -> str:
         for check in report["checks"]
     ]
     return table(("target", "measured", "wanted", "holds"), rows)
-
-
-def _linears(rows: Sequence[dict[str, Any]]) -> str:
-    """A line a matrix and precision; a column a number of rows."""
-    cells = of_kind(rows, "linear")
-    counts = sorted({cell["rows"] for cell in cells})
-    lines: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
-    for cell in cells:
-        shape = f"{cell['out_features']} x {cell['in_features']}"
-        lines.setdefault((shape, cell["precision"], cell["layer"]), {})[cell["rows"]] = cell
-    body = [
-        (*key, *(_linear(line.get(count)) for count in counts), _worst(line.values()))
-        for key, line in lines.items()
-    ]
-    columns = ("out x in", "bits", "layer", *(f"{count} rows" for count in counts), "worst error")
-    note = "Share of a copy's bandwidth / speed against the 16-bit product.\n\n"
-    return note + table(columns, body) if body else ""
-
-
-def _linear(cell: dict[str, Any] | None) -> str:
-    if cell is None:
-        return "-"
-    return f"{100 * cell['share_of_copy']:.0f} % / {cell['against_plain']:.2f}x"
-
-
-def _worst(cells: Iterable[dict[str, Any]]) -> str:
-    return f"{100 * max(cell['error'] for cell in cells):.2f} %"
-
-
-def _others(rows: Sequence[dict[str, Any]]) -> str:
-    body = [
-        (
-            row["what"],
-            row["shape"],
-            f"{row['ms']:.4f}",
-            f"{100 * row['share_of_copy']:.0f} %",
-            row["beside"],
-            f"{row['against']:.2f}x",
-            f"{100 * row['error']:.2f} %",
-        )
-        for row in of_kind(rows, "kernel")
-    ]
-    columns = ("kernel", "shape", "ms", "of a copy's bandwidth", "beside", "speed", "error")
-    return table(columns, body)
-
-
-def _served(rows: Sequence[dict[str, Any]]) -> str:
-    body = [
-        (
-            f"llmpq-run, {row['precision']} bits",
-            f"{row['tokens_per_s']:,.0f} (first run {row['first_tokens_per_s']:,.0f})",
-            f"{row['predicted_tokens_per_s']:,.0f}",
-            f"{row['error_percent']:+.1f} %",
-            f"{row['prefill_tokens_per_s']:,.0f} ({100 * row['prefill_share_of_matmul']:.0f} %)",
-            f"{row['decode_step_ms']:.2f} x {row['decode_rows']}",
-            f"{row['peak_memory_bytes'] / GIB:.1f}",
-            f"{row['load_s']:.1f}",
-        )
-        for row in of_kind(rows, "serving")
-    ]
-    for row in of_kind(rows, "transformers"):
-        body.append(("transformers, 16 bits", f"{row['tokens_per_s']:,.0f}", *["-"] * 6))
-    columns = ("engine", "tokens/s", "by the spec sheet", "error of its time")
-    more = ("prefill tokens/s (of a product's arithmetic)", "decode step, ms x rows")
-    return table((*columns, *more, "peak GiB", "load s"), body)
-
-
-def _predicted(rows: Sequence[dict[str, Any]]) -> str:
-    body = [
-        (
-            row["precision"],
-            f"{row['measured_tokens_per_s']:,.0f}",
-            f"{row['predicted_tokens_per_s']:,.0f}",
-            f"{row['error_percent']:+.1f} %",
-        )
-        for row in of_kind(rows, "prediction")
-    ]
-    return table(("bits", "measured tokens/s", "predicted", "error of its time"), body)
-
-
-def _cluster(rows: Sequence[dict[str, Any]]) -> str:
-    body = [
-        (
-            row["method"],
-            f"{row['measured_tokens_per_s']:,.1f}",
-            f"{row['predicted_tokens_per_s']:,.1f}",
-            f"{row['error_percent']:+.1f} %",
-            ", ".join(f"{n} on {d}" for d, n in zip(row["devices"], row["layers"], strict=True)),
-        )
-        for row in of_kind(rows, "cluster")
-    ]
-    return table(("method", "measured tokens/s", "predicted", "error of its time", "layers"), body)
 
 
 def _tests(rows: Sequence[dict[str, Any]]) -> str:

@@ -15,35 +15,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# What takes long to import is imported here, before the step's turn has come.
-import gpu_cluster
 import pytest
 import torch
-from _kernels_linears import Subject, layer_shapes, time_linears
-from _kernels_place import Deadline, Place, Timer, find_place, measure_ceilings
-from _kernels_serving import (
-    LLAMA_8B,
-    TINY,
-    Traffic,
-    command,
-    device_type,
-    error_percent,
-    generate_with_transformers,
-    plan_for,
-    priced,
-    serve,
-)
-
-from llmpq.artifact import write_text
-from llmpq.cli.profile_layers import layers as profile_command
-from llmpq.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
-LLAMA_70B = str(ROOT / "configs/models/llama-3.3-70b.json")
+sys.path.insert(1, str(ROOT / "scripts" / "bench"))  # of this process, not of those it starts
+
+# What takes long to import is imported here, before the step's turn has come.
+import _common  # noqa: E402, F401  hides its neighbour `kernels` from transformers
+import gpu_cluster  # noqa: E402
+from _kernels_alone import KERNELS, time_alone  # noqa: E402
+from _kernels_linears import subjects, time_linears  # noqa: E402
+from _kernels_place import Deadline, Place, Timer, find_place, measure_ceilings  # noqa: E402
+from _kernels_predictions import prediction, profile_layers, profiles_as  # noqa: E402
+from _kernels_serving import (  # noqa: E402
+    device_type,
+    generate_with_transformers,
+    plan_for,
+    serve,
+    traffic_of,
+)
+
+from llmpq.artifact import write_text  # noqa: E402
+
 PRECISIONS = ("16", "4", "8", "3")  # the most wanted first
 SERVED_AGAIN = ("16", "4")  # by part 2, where part 1 is not at hand
 SERVE_S = 12.0  # what one more precision takes at least
-PROFILE_S = {"cuda": 60, "cpu": 10}
+PROFILE_S = {"cuda": 60, "cpu": 5}
 
 
 @dataclass
@@ -57,11 +55,6 @@ class Step:
     deadline: Deadline
     found: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-
-    @property
-    def traffic(self) -> Traffic:
-        """What is served."""
-        return LLAMA_8B if self.place.on_card else TINY
 
     def write(self) -> None:
         """OUT/NAME.json, over what it held before."""
@@ -101,13 +94,17 @@ def _short(value: Any) -> str:
 
 
 def kernels(step: Step) -> None:
-    """Linears of a layer of Llama-3.3-70B at every precision and number of rows."""
+    """Linears of a layer of Llama-3.3-70B: the largest, single kernels on it, then the others."""
     timer = Timer(step.place)
     ceilings = measure_ceilings(timer)
     step.found["ceilings"] = asdict(ceilings)
-    tiny = Subject(layer_shapes(TINY.model)[:1], rows=(1, 8, 64))
-    subject = Subject(layer_shapes(LLAMA_70B)) if step.place.on_card else tiny
-    step.found["complete"] = time_linears(timer, subject, ceilings, step.deadline, step.keep)
+    largest, *others = subjects(step.place)
+    common = timer, ceilings, step.deadline, step.keep
+    step.attempt("the largest matrix", partial(time_linears, largest, *common))
+    for name, duels in KERNELS.items() if step.place.on_card else ():
+        step.attempt(name, partial(time_alone, duels, largest.shape, *common))
+    for subject in others:
+        step.attempt(f"{subject.shape}", partial(time_linears, subject, *common))
 
 
 def serving(step: Step) -> None:
@@ -117,11 +114,11 @@ def serving(step: Step) -> None:
     kind = step.found["device_type"] = device_type(step.place)
 
     def one(precision: str) -> None:
-        plan = plan_for(step.traffic, precision, kind, step.scratch)
-        step.keep(serve(step.traffic, plan, step.place, ceilings))
+        plan = plan_for(traffic_of(step.place), precision, kind, step.scratch)
+        step.keep(serve(traffic_of(step.place), plan, step.place, ceilings))
 
     def compare() -> None:
-        step.keep(generate_with_transformers(step.traffic, step.place))
+        step.keep(generate_with_transformers(traffic_of(step.place), step.place))
 
     for precision in PRECISIONS:
         if step.deadline.allows(SERVE_S):
@@ -168,12 +165,10 @@ class _Outcomes:
 def predictions(step: Step) -> None:
     """A profile of the model's layers, and what it predicts of the runs."""
     kind = step.found["device_type"] = device_type(step.place)
-    device = step.place.device.type
-    words = ["--model", step.traffic.model, "--device", device, "--type", kind]
-    words += ["--budget-s", PROFILE_S[device], "-o", step.out / "profile.json", "--fresh"]
-    words += [] if step.place.on_card else gpu_cluster.TINY_GRID
-    command(profile_command, *words, "-q")
-    profiles = gpu_cluster.profiles_as(kind, step.out / "profile.json", step.scratch)
+    output = step.out / "profile.json"
+    budget_s = PROFILE_S[step.place.device.type]
+    profile_layers(traffic_of(step.place), step.place, kind, budget_s, output)
+    profiles = profiles_as(kind, output, step.scratch)
     served = [row for row in step.earlier("serving") if row["kind"] == "serving"]
     if not served:
         served = _served_again(step, kind, profiles)
@@ -188,8 +183,8 @@ def _served_again(step: Step, kind: str, profiles: Path) -> list[dict[str, Any]]
     served: list[dict[str, Any]] = []
 
     def one(precision: str) -> None:
-        plan = plan_for(step.traffic, precision, kind, step.scratch, profiles)
-        served.append(serve(step.traffic, plan, step.place, ceilings))
+        plan = plan_for(traffic_of(step.place), precision, kind, step.scratch, profiles)
+        served.append(serve(traffic_of(step.place), plan, step.place, ceilings))
 
     for precision in SERVED_AGAIN:
         if step.deadline.allows(SERVE_S):
@@ -198,17 +193,7 @@ def _served_again(step: Step, kind: str, profiles: Path) -> list[dict[str, Any]]
 
 
 def _predict(step: Step, row: dict[str, Any], profiles: Path) -> None:
-    plan = priced(Plan.model_validate(row["plan"]), profiles, step.scratch)
-    assert plan.predicted is not None
-    step.keep(
-        {
-            "kind": "prediction",
-            "precision": row["precision"],
-            "measured_tokens_per_s": row["tokens_per_s"],
-            "predicted_tokens_per_s": plan.predicted.tokens_per_s,
-            "error_percent": error_percent(plan, row["total_s"]),
-        }
-    )
+    step.keep(prediction(row, profiles, step.scratch))
 
 
 def cluster(step: Step) -> None:

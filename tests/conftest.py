@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import _common  # noqa: F401  of scripts/bench: hides its `kernels` from transformers
 import pytest
 
 REPO_ROOT = Path(__file__).resolve().parent.parent

@@ -101,11 +101,13 @@ def prediction_checks(serving: Rows, predictions: Rows, why: str = NOT_MEASURED)
     return checks
 
 
-def token_checks(outcomes: dict[str, bool | None], why: str = NOT_MEASURED) -> list[Check]:
+def token_checks(
+    outcomes: dict[str, bool | None], why: str = NOT_MEASURED, number: int = 8
+) -> list[Check]:
     """(8) Whether the tokens of two ways to run are the same; None where that was not tried."""
     return [
         Check(
-            name=f"8: {name} give equal tokens",
+            name=f"{number}: {name} give equal tokens",
             value=None if equal is None else float(equal),
             unit="equal",
             target="1",

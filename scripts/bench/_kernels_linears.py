@@ -7,20 +7,25 @@ copy's, its arithmetic as a share of a large product's, its speed against torch'
 weight that the layer holds. Cells come most wanted first, as time may run out.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _kernels_place import Ceilings, Deadline, Timer
+from _kernels_place import Ceilings, Deadline, Place, Timer
+from torch import nn
 
 from llmpq.model_spec import load_model_spec
 from llmpq.quant import PlainLinear, QuantizedLinear, available_precisions, make_linear
 
+LLAMA_70B = str(Path(__file__).resolve().parents[2] / "configs/models/llama-3.3-70b.json")
+TINY_SHAPE = (384, 192)  # where a CPU stands in for a card
 ROWS = (1, 8, 16, 64, 256, 2048)
+TINY_ROWS = (1, 8, 64)
 WEIGHT_SCALE = 0.02
-LAYER_S = 3.0  # what building a layer and its first cell may take, beside compiling
+LAYERS_S = 15.0  # what one matrix may take at all precisions, compiling included
 
 Shape = tuple[int, int]  # out, in
 Keep = Callable[[dict[str, Any]], None]
@@ -29,62 +34,66 @@ Layer = PlainLinear | QuantizedLinear
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed."""
+    """What is timed: one matrix, at every precision and number of rows."""
 
-    shapes: Sequence[Shape]
+    shape: Shape
     rows: Sequence[int] = ROWS
     precisions: Sequence[str] = ("16", "4", "3", "8")
 
 
-def layer_shapes(model: str) -> list[Shape]:
-    """The different linears of a model's layer, `[out, in]`; large and tall ones first."""
-    found = {(linear.out_features, linear.in_features) for linear in load_model_spec(model).linears}
-    return sorted(found, key=lambda shape: (-shape[0] * shape[1], -shape[0]))
+def subjects(place: Place) -> list[Subject]:
+    """On a card the linears of Llama-3.3-70B, large and tall ones first; else a small one."""
+    if not place.on_card:
+        return [Subject(TINY_SHAPE, TINY_ROWS)]
+    linears = load_model_spec(LLAMA_70B).linears
+    shapes = {(linear.out_features, linear.in_features) for linear in linears}
+    return [Subject(shape) for shape in sorted(shapes, key=lambda s: (-s[0] * s[1], -s[0]))]
 
 
 @torch.inference_mode()
 def time_linears(
-    timer: Timer, subject: Subject, ceilings: Ceilings, deadline: Deadline, keep: Keep
-) -> bool:
-    """Gives each cell to `keep`; whether all were measured."""
-    for shape in subject.shapes:
-        for row in _of_shape(timer, shape, subject, ceilings, deadline):
-            keep(row)
-        if not deadline.allows(LAYER_S):
-            return False
-    return True
-
-
-def _of_shape(
-    timer: Timer, shape: Shape, subject: Subject, ceilings: Ceilings, deadline: Deadline
-) -> Iterator[dict[str, Any]]:
-    """The cells of one shape; the weight is the same at every precision."""
+    subject: Subject, timer: Timer, ceilings: Ceilings, deadline: Deadline, keep: Keep
+) -> None:
+    """Gives each cell to `keep`. All layers hold the same weight, and are made ready together."""
+    if not deadline.allows(LAYERS_S):
+        return
+    shape = subject.shape
     place = timer.place
     weight = torch.randn(shape, device=place.device).mul_(WEIGHT_SCALE).to(place.dtype)
     inputs = {
         rows: torch.randn(rows, shape[1], device=place.device).to(place.dtype)
         for rows in subject.rows
     }
-    base = {rows: _plain_ms(timer, x, weight) for rows, x in inputs.items()}
     offered = available_precisions(place.device, place.dtype)
-    for precision in subject.precisions:
-        if precision not in offered or not deadline.allows(LAYER_S):
-            continue
-        layer = _filled(timer, precision, weight)
-        held = layer.dequantized_weight().float()
+    layers = {p: filled(place, p, weight) for p in subject.precisions if p in offered}
+    held = {precision: layer.dequantized_weight() for precision, layer in layers.items()}
+    make_ready(layers.values(), subject.rows, place)
+    base = {rows: _plain_ms(timer, x, weight) for rows, x in inputs.items()}
+    for precision, layer in layers.items():
+        exact = held.pop(precision).float()
         for rows, x in inputs.items():
             if deadline.allows():
-                cell = _cell(timer, layer, held, x, ceilings)
-                yield cell | _told(precision, shape, rows, base[rows], cell["ms"])
+                cell = _cell(timer, layer, exact, x, ceilings)
+                keep(cell | _told(precision, shape, rows, base[rows], cell["ms"]))
+
+
+def make_ready(layers: Iterable[nn.Module], rows: Sequence[int], place: Place) -> None:
+    """Compiles, at once and in parallel, what layers need for these numbers of rows."""
+    if not place.on_card:
+        return
+    from llmpq.quant.humming import HummingLinear, serve
+
+    served = [layer for layer in layers if isinstance(layer, HummingLinear)]
+    left = serve(served, rows, place.device)
+    assert not left, f"not compiled: {set(left.values())}"
 
 
 def _plain_ms(timer: Timer, x: torch.Tensor, weight: torch.Tensor) -> float:
     return timer.median_ms(lambda: F.linear(x, weight))
 
 
-def _filled(timer: Timer, precision: str, weight: torch.Tensor) -> Layer:
+def filled(place: Place, precision: str, weight: torch.Tensor) -> Layer:
     """A layer that has taken in the weight `[out, in]`."""
-    place = timer.place
     out_features, in_features = weight.shape
     layer = make_linear(
         precision, in_features, out_features, bias=False, dtype=place.dtype, device=place.device

@@ -6,6 +6,7 @@ work. On a CPU the clock is the host's. A CPU stands in for a card where the scr
 tried out: everything is small there, and no number says anything about a card.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -45,7 +46,8 @@ class Place:
             torch.cuda.synchronize(self.device)
 
     def free(self) -> None:
-        """Gives the allocator's unused memory back, for whoever comes next."""
+        """Gives unused memory back, for whoever comes next."""
+        gc.collect()
         if self.on_card:
             torch.cuda.empty_cache()
 

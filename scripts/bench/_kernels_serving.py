@@ -83,6 +83,11 @@ LLAMA_8B = Traffic(str(ROOT / "configs/models/llama-3.1-8b.json"), 512, 128, 64,
 TINY = Traffic(str(ROOT / "llmpq/assets/tiny-tales"), 24, 12, 8, 4)
 
 
+def traffic_of(place: Place) -> Traffic:
+    """What is served: on a card the shape of Llama-3.1-8B, else the small model that ships."""
+    return LLAMA_8B if place.on_card else TINY
+
+
 class CommandFailed(Exception):
     """A command of llmpq did not end with 0; its last words."""
 

@@ -22,7 +22,24 @@ PROMPTS = [(1, 40, 50), (1, 9, 8, 7, 6, 5, 4), (1, 300, 20, 10), (1, 77)]
 NEW_TOKENS = 12
 REQUESTS = [Request(i, i, prompt, NEW_TOKENS) for i, prompt in enumerate(PROMPTS)]
 MIXED = ("16", "8", "4", "3") * 2  # a precision a layer
+GRAPHS = "captured graphs and single launches"
+SEVERAL = "one process and several on the card"
 DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
+
+
+def compare_tokens(place: Place, folder: Path) -> dict[str, bool | None]:
+    """Whether other ways to run give the tokens of one process; None where there is no such way."""
+    alone = tokens_of(folder, place, MIXED)
+    graphs = None
+    if has_graphs():
+        graphs = tokens_of(folder, place, MIXED, "--no-graphs") == alone
+    several = tokens_of(folder, place, MIXED, stages=3) == alone
+    return {GRAPHS: graphs, SEVERAL: several}
+
+
+def has_graphs() -> bool:
+    """Whether this `llmpq-run` can be told to launch kernels one by one."""
+    return any("--no-graphs" in option.secondary_opts for option in run_command.params)
 
 
 def tokens_of(

@@ -7,9 +7,7 @@ pytest.importorskip("transformers")
 
 from _kernels_place import Place  # noqa: E402
 from _kernels_serving import TINY  # noqa: E402
-from _kernels_tokens import MIXED, NEW_TOKENS, REQUESTS, tokens_of  # noqa: E402
-
-from llmpq.cli.run import main as run_command  # noqa: E402
+from _kernels_tokens import MIXED, NEW_TOKENS, REQUESTS, has_graphs, tokens_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +38,7 @@ def test_stages_that_share_the_card_give_the_tokens_of_one(tmp_path, device) -> 
 
 @pytest.mark.parametrize("precisions", [("16",) * 8, MIXED], ids=["16", "mixed"])
 def test_graphs_give_the_tokens_of_single_launches(tmp_path, device, precisions) -> None:
-    if not any("--no-graphs" in option.secondary_opts for option in run_command.params):
+    if not has_graphs():
         pytest.skip("this llmpq-run captures no graphs")
     place = Place(device)
     captured = tokens_of(tmp_path, place, precisions)
