@@ -166,6 +166,7 @@ def main() -> int:
     except ValueError as error:
         print(error)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends steps too
     scratch = scratch_folder()
     try:
         outcomes = run_here(slots, options.out, scratch)

@@ -17,7 +17,7 @@ from llmpq.profile_data import Profile
 
 # On a CPU: one thread, as rehearsals run on, and the lengths of the small model's requests.
 TINY_GRID = [
-    *("--threads", "1", "--prefill-micro-batches", "1,4", "--decode-micro-batches", "1,4"),
+    *("--threads", "1", "--prefill-micro-batches", "4", "--decode-micro-batches", "4"),
     *("--prompt-tokens", "8,48", "--past-tokens", "8,96"),
 ]
 

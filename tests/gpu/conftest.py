@@ -9,7 +9,8 @@ import pytest
 def device():
     """The first card; the CPU where the tests themselves are tried out."""
     torch = pytest.importorskip("torch")
-    return torch.device("cpu" if os.environ.get("LLMPQ_GPU_TESTS") == "cpu" else "cuda")
+    tried_out = os.environ.get("LLMPQ_GPU_TESTS") == "cpu"
+    return torch.device("cpu") if tried_out else torch.device("cuda", 0)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from _kernels_place import Place  # noqa: E402
+from _kernels_place import Place, find_place  # noqa: E402
 from _kernels_serving import TINY  # noqa: E402
 from _kernels_tokens import MIXED, NEW_TOKENS, REQUESTS, has_graphs, tokens_of  # noqa: E402
 
@@ -31,7 +31,7 @@ def test_one_stage_gives_the_tokens_of_transformers(tmp_path, device) -> None:
 
 
 def test_stages_that_share_the_card_give_the_tokens_of_one(tmp_path, device) -> None:
-    place = Place(device)
+    place = find_place(device.type)
     alone = tokens_of(tmp_path, place, MIXED)
     assert tokens_of(tmp_path, place, MIXED, stages=3) == alone
 
@@ -40,6 +40,6 @@ def test_stages_that_share_the_card_give_the_tokens_of_one(tmp_path, device) -> 
 def test_graphs_give_the_tokens_of_single_launches(tmp_path, device, precisions) -> None:
     if not has_graphs():
         pytest.skip("this llmpq-run captures no graphs")
-    place = Place(device)
+    place = find_place(device.type)
     captured = tokens_of(tmp_path, place, precisions)
     assert tokens_of(tmp_path, place, precisions, "--no-graphs") == captured
