@@ -1,9 +1,11 @@
 """Fixtures and markers of all tests."""
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import _common  # noqa: F401  of scripts/bench: hides its `kernels` from transformers
 import pytest
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -44,16 +46,21 @@ def shared_folder() -> Path | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the users of `shared`, and skips GPU tests where there is no GPU."""
+    """Marks the users of `shared`, and skips GPU tests where there is no GPU.
+
+    LLMPQ_GPU_TESTS=cpu runs those that take a `device` on a CPU, which tries out the tests.
+    """
+    on_cpu = os.environ.get("LLMPQ_GPU_TESTS") == "cpu"
     for item in items:
-        if "shared" in getattr(item, "fixturenames", ()):
+        fixtures = getattr(item, "fixturenames", ())
+        if "shared" in fixtures:
             item.add_marker(pytest.mark.shared)
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu and not has_gpu():
-        for item in on_gpu:
+        is_tried = on_cpu and "device" in fixtures
+        if item.get_closest_marker("gpu") and not is_tried and not has_gpu():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 
 
+@functools.cache
 def has_gpu() -> bool:
     """Whether torch is here and sees an NVIDIA GPU."""
     try:

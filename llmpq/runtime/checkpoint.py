@@ -193,18 +193,26 @@ class Checkpoint:
 
 
 class RandomWeights:
-    """Tensors that depend on the seed and their name alone, so that every process agrees."""
+    """Tensors that depend on the seed and their name alone, so that every process agrees.
 
-    def __init__(self, seed: int = 0, scale: float = 0.02) -> None:
-        self.seed, self.scale = seed, scale
+    They are drawn on `device`, where they also lie: a card draws billions of them in a second. Each
+    kind of device draws numbers of its own.
+    """
+
+    def __init__(
+        self, seed: int = 0, scale: float = 0.02, device: torch.device | str = "cpu"
+    ) -> None:
+        self.seed, self.scale, self.device = seed, scale, torch.device(device)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Normal weights; vectors (norms) are 1 and biases 0."""
         if len(shape) == 1:
-            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+            make = torch.zeros if name.endswith("bias") else torch.ones
+            return make(shape, device=self.device)
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        return torch.randn(shape, generator=generator).mul_(self.scale)
+        generator = torch.Generator(self.device).manual_seed(int.from_bytes(digest[:7], "little"))
+        drawn = torch.randn(shape, generator=generator, device=self.device)
+        return drawn.mul_(self.scale)
 
     def read_part(self, name: str, shape: tuple[int, ...], part: TensorPart) -> torch.Tensor:
         """A part of the tensor that `read` gives."""

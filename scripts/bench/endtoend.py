@@ -5,6 +5,9 @@ generated. Checks: the plan's time is near its prediction; no baseline is faster
 Everything is measured in this run, the profile included.
 
     python scripts/bench/endtoend.py [--quick] [--json OUT.json] [--rounds 5] [--device cuda]
+
+Another model may be named, with a profile of it: then no sensitivity is measured, and plans rest on
+the built-in prior.
 """
 
 import json
@@ -34,6 +37,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default 5, or 1 with --quick")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--max-quality-loss", default="0.4", help="percent of perplexity")
+    parser.add_argument("--model", type=Path, help="default: the shipped one")
+    parser.add_argument("--profiles", type=Path, help="default: made now; needed for --model")
     parser.add_argument("--cluster", type=Path, default=CLUSTER)
     parser.add_argument("--workload", type=Path, default=WORKLOAD)
     parser.add_argument("--prompts", type=Path, default=PROMPTS)
@@ -51,21 +56,30 @@ def main() -> None:
 
 
 def make_plans(options: Any, folder: Path) -> dict[str, Path]:
-    """Our plan and every baseline's that can run, from a profile made now."""
+    """Our plan and every baseline's that can run."""
+    plans = folder / "plans"
+    known = ["--profiles", options.profiles or make_profile(options, folder)]
+    if options.model:
+        known += ["--model", options.model]
+    else:
+        sensitivity = folder / "sensitivity.json"
+        llmpq("profile", "sensitivity", "--device", options.device, "-o", sensitivity)
+        known += ["--sensitivity", sensitivity]
+    inputs = ["--cluster", options.cluster, "--workload", options.workload]
+    goal = ["--max-quality-loss", options.max_quality_loss]
+    llmpq("plan", *inputs, *known, *goal, "--baseline-plans", plans, "-o", plans / f"{OURS}.json")
+    return {path.stem: path for path in sorted(plans.glob("*.json"))}
+
+
+def make_profile(options: Any, folder: Path) -> Path:
+    """The folder of a profile of the shipped model, made now."""
     budget = "25" if options.quick else "90"
     grid = "--precisions 16,8,4,3 --prefill-micro-batches 1,2,4 --decode-micro-batches 2,4,8"
     lengths = "--prompt-tokens 16,48,112 --past-tokens 16,160"
     threads = [] if options.device == "cuda" else ["--threads", "1"]
-    profiles, plans = folder / "profiles", folder / "plans"
-    where = ["--device", options.device, "-o", profiles / "device.json"]
+    where = ["--device", options.device, "-o", folder / "profiles" / "device.json"]
     llmpq("profile", "layers", *threads, "--budget-s", budget, *f"{grid} {lengths}".split(), *where)
-    sensitivity = folder / "sensitivity.json"
-    llmpq("profile", "sensitivity", "--device", options.device, "-o", sensitivity)
-    inputs = ["--cluster", options.cluster, "--workload", options.workload]
-    known = ["--profiles", profiles, "--sensitivity", sensitivity]
-    goal = ["--max-quality-loss", options.max_quality_loss]
-    llmpq("plan", *inputs, *known, *goal, "--baseline-plans", plans, "-o", plans / f"{OURS}.json")
-    return {path.stem: path for path in sorted(plans.glob("*.json"))}
+    return folder / "profiles"
 
 
 def run_in_turn(
