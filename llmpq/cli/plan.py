@@ -4,15 +4,14 @@ The command line, which of its options go together, and the plan itself; `plan_m
 the command does, `plan_inputs` reads the files, `plan_output` tells and writes.
 """
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from llmpq.cli.common import Command, common_options, console
+from llmpq.cli.common import Command, FiniteRange, common_options, console
 from llmpq.cli.plan_inputs import Arguments, make_problem, read_inputs
 from llmpq.cli.plan_modes import (
     compare_clusters,
@@ -41,18 +40,6 @@ PATH = click.Path(path_type=Path)
 METHODS = ("auto", "ilp", "heuristic", "adabits", "pipeedge", "uniform", "flexgen")
 TENSOR_PARALLEL = ("off", "auto")
 WHAT_IF_S = 10.0  # at most, for what would change a plan
-
-
-class FiniteRange(click.FloatRange):
-    """A range of numbers without infinity and NaN."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number", param, ctx)
-        return float(number)
 
 
 @click.command(cls=Command, name="plan", context_settings={"show_default": True})

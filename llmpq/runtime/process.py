@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from llmpq.errors import InfeasibleError, NeighbourLost, UserError, WorkerError
+from llmpq.errors import FailedRequests, InfeasibleError, NeighbourLost, UserError, WorkerError
 from llmpq.models.sharding import ShardGroup
 from llmpq.runtime.ending import RESUME, SHOW_CURSOR, SUPERVISED, Ended, interruptible
 from llmpq.runtime.monitor import (
@@ -144,8 +144,9 @@ def start_workers(
 ) -> int:
     """Runs `python -m module ARGUMENTS` once a name, as workers; returns 0 or raises.
 
-    When one worker fails the others are stopped. A worker's own exit code 2 or 3 is kept; one that
-    is lost is a `LostWorkers`, Ctrl-C and SIGTERM are `Interrupted`. `advice`: what to do then.
+    When one worker fails the others are stopped. A worker's own exit code 2, 3 or 5 is kept; one
+    that is lost is a `LostWorkers`, Ctrl-C and SIGTERM are `Interrupted`. `advice`: what to do
+    then.
     """
     crew = _Crew(names, advice)
     with interruptible(advice):
@@ -260,7 +261,8 @@ def _grace_s(codes: Sequence[int | None]) -> float:
     """How long to wait for the other workers, given the exit codes so far."""
     if any(code is not None and code < 0 for code in codes):
         return KILLED_GRACE_S
-    return GRACE_S if any(codes) else float("inf")
+    in_order = (None, 0, FailedRequests.exit_code)
+    return GRACE_S if any(code not in in_order for code in codes) else float("inf")
 
 
 def conclusion(
@@ -298,4 +300,6 @@ def conclusion(
     failed = [rank for rank in failed if codes[rank] != WorkerError.exit_code] or failed
     if not failed:
         return None
+    if {codes[rank] for rank in failed} == {FailedRequests.exit_code}:
+        return FailedRequests("")  # the worker that leads has said which and why
     return WorkerError(f"{workers[failed[0]]} ended with code {codes[failed[0]]}; {advice}")
