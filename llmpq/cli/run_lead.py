@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,7 +214,12 @@ class _Collector:
     def finish(self, finished: "Finished") -> None:
         """One more request has ended."""
         tokenizer, tokens = self.prepared.tokenizer, list(finished.token_ids)
-        text = tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer else ""
+        text = ""
+        try:
+            text = tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer else ""
+        except Exception as error:  # tokenizers raise plain exceptions
+            why = f"the model's tokenizer cannot decode its tokens ({error})"
+            finished = replace(finished, reason="error", error=finished.error or why)
         self.results.write(finished, text)
         self.num_done += 1
         self.num_tokens += len(tokens)

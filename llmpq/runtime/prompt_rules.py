@@ -32,6 +32,7 @@ BODY_KEYS = {"model", "messages", "prompt", "prompt_token_ids", "tools", *LENGTH
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 # Keys of a body that say no more than what is done anyway.
 NOTHING_NEW: dict[str, Any] = {"n": 1, "best_of": 1, "stream": False, "echo": False, "logprobs": 0}
+MOST_SHOWN = 300  # characters of what a library says
 # What jinja2 raises for a template that is wrong whatever it is given.
 BROKEN_TEMPLATE = {"TemplateSyntaxError", "SecurityError", "TemplateAssertionError"}
 
@@ -206,7 +207,10 @@ class Rules:
             return self._render([{"role": "user", "content": text}], data, left_out)
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer; give 'prompt_token_ids'")
-        return self.tokenizer.encode(text)
+        try:
+            return self.tokenizer.encode(text)
+        except Exception as error:  # tokenizers raise plain exceptions
+            raise Refused(f"the model's tokenizer fails ({_one_line(error)})") from None
 
     def _render(
         self, messages: list[dict[str, Any]], data: dict[str, Any], left_out: list[str]
@@ -247,8 +251,7 @@ class Rules:
 
 def _template_fault(error: Exception) -> Exception:
     """Of the chat's alone, or of any chat's."""
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    message = f"the model's chat template fails ({what})"
+    message = f"the model's chat template fails ({_one_line(error)})"
     broken = BROKEN_TEMPLATE & {kind.__name__ for kind in type(error).__mro__}
     return ValueError(message) if broken else Refused(message)
 
@@ -262,6 +265,10 @@ def _id(data: dict[str, Any]) -> str | int:
     if data.get("id") is not None and data.get("custom_id", name) != name:
         raise ValueError("'id' and 'custom_id' differ; give one of them")
     return name
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SHOWN]
 
 
 def _checksum(tokens: list[int], new_tokens: int | None) -> int:

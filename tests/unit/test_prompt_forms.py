@@ -354,6 +354,19 @@ def test_a_file_may_have_lines_of_both_forms(tmp_path):
     assert found.is_mixed and found.form == "llmpq"
 
 
+def test_a_text_that_the_tokenizer_cannot_encode_fails_alone(tmp_path):
+    class Picky(Bytes):
+        def encode(self, text: str) -> list[int]:
+            if "?" in text:
+                raise Exception("WordLevel error:\nno unknown token")
+            return super().encode(text)
+
+    lines = [{"id": "a", "prompt": "what?"}, {"id": "b", "prompt": "this"}]
+    assert of_lines(tmp_path, *lines, tokenizer=Picky()).refused == {
+        0: "the model's tokenizer fails (Exception: WordLevel error: no unknown token)"
+    }
+
+
 # ---- lengths
 
 
