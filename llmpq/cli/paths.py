@@ -14,9 +14,10 @@ from fnmatch import fnmatch
 from itertools import combinations
 from pathlib import Path
 
-from llmpq.artifact import parse_json
+from llmpq.artifact import parse_json, read_yaml
 from llmpq.errors import UserError
 from llmpq.profile_data import OTHER_KINDS
+from llmpq.workload import Trace, Workload
 
 Named = tuple[str, Path | str | None]  # what a user calls a file, and where it is; None: not given
 # What of a model's folder a command may read.
@@ -34,7 +35,7 @@ def refuse_shared_files(reads: Iterable[Named], writes: Iterable[Named]) -> None
     """
     outputs = [(name, str(path)) for name, path in writes if path is not None]
     faults = [
-        f"{name} {path}: is also {other}; give each a file of its own"
+        f"{name} {path}: the same file is named twice (it is {other} too); give each its own"
         for (name, path), (other, second) in combinations(outputs, 2)
         if path == second == "-" or _are_one(path, second)
     ]
@@ -55,7 +56,7 @@ def refuse_unwritable(paths: Iterable[Path | None]) -> None:
         if path is None or str(path) == "-":
             continue
         try:
-            folder = next(p for p in path.absolute().parents if p.exists())
+            folder = next(p for p in path.absolute().parents if os.path.lexists(p))
             is_wrong = path.is_dir() or not folder.is_dir()
             exists = path.exists()
         except OSError as error:
@@ -76,6 +77,17 @@ def model_files(model: str | Path | None) -> Iterator[Named]:
         for path in sorted(folder.iterdir()):
             if any(fnmatch(path.name, pattern) for pattern in MODEL_FILES):
                 yield "a file of the model", path
+
+
+def trace_files(workload: Path | None) -> Iterator[Named]:
+    """The CSV files that a workload takes its lengths from."""
+    if workload is None:
+        return
+    with suppress(UserError):  # reading it in earnest says the same
+        found = read_yaml(workload, Workload)
+        for lengths in (found.prompt_tokens, found.new_tokens):
+            if isinstance(lengths, Trace):
+                yield "a trace of --workload", workload.parent / lengths.trace
 
 
 def profile_files(folder: Path | None, writes: Iterable[Named]) -> Iterator[Named]:

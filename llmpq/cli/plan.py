@@ -134,6 +134,7 @@ def _check(arguments: Arguments, trace: Path | None) -> None:
         ]
     if faults:
         raise UserError("\n".join(faults))
+    _check_files(arguments, trace)
 
 
 def _trace_faults(arguments: Arguments, trace: Path) -> list[str]:
@@ -144,10 +145,41 @@ def _trace_faults(arguments: Arguments, trace: Path) -> list[str]:
         "--method flexgen": arguments.method == "flexgen" and arguments.evaluate is None,
     }
     faults = [f"--trace shows one plan's run; leave out {name}" for name, on in modes.items() if on]
-    others = (arguments.output, arguments.json_path, arguments.evaluate)
-    if trace in others:
-        faults.append(f"--trace {trace}: the same file is named twice; give it one of its own")
     return faults
+
+
+def _check_files(arguments: Arguments, trace: Path | None) -> None:
+    """No file is written that is read, or written as another one."""
+    from llmpq.cli.paths import (
+        Named,
+        model_files,
+        profile_files,
+        refuse_shared_files,
+        trace_files,
+    )
+
+    output, folder = arguments.output, arguments.baseline_plans
+    picture = output.with_suffix(".frontier.png") if output and arguments.frontier else None
+    writes: list[Named] = [
+        ("-o", output),
+        ("--json", arguments.json_path),
+        ("--trace", trace),
+        ("the picture of --frontier", picture),
+    ]
+    if folder is not None:
+        plans = [folder / f"{method}.json" for method in METHODS]
+        writes += [("a plan of --baseline-plans", path) for path in plans]
+    reads: list[Named] = [
+        ("--cluster", arguments.cluster),
+        ("--workload", arguments.workload),
+        ("--sensitivity", arguments.sensitivity),
+        ("--evaluate", arguments.evaluate),
+        *(("a cluster file", path) for path in arguments.clusters),
+        *model_files(arguments.model),
+        *trace_files(arguments.workload),
+        *profile_files(arguments.profiles, writes),
+    ]
+    refuse_shared_files(reads, writes)
 
 
 def _mode_faults(arguments: Arguments) -> list[str]:

@@ -199,6 +199,7 @@ def _run_here(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> Non
     _warn_of_crowding(plan, options)
     words = click.get_current_context().meta[ARGUMENTS]
     if replanning.replan_on_loss:
+        _check_replan_files(plan, options, replanning)
         assert prompts is not None
         longest = max(1, *map(sum, prompts.lengths))
         run_and_replan(plan, options, survey(plan, options, replanning, longest), words)
@@ -206,14 +207,29 @@ def _run_here(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> Non
         start_workers(words, worker_names(plan), "llmpq.run")
 
 
+def _check_replan_files(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> None:
+    """What new plans are made from is not written over."""
+    from llmpq.cli.paths import Named, profile_files, refuse_shared_files
+    from llmpq.cli.run_input import output_files
+
+    writes = output_files(plan, options)
+    reads: list[Named] = [
+        ("--cluster", replanning.cluster),
+        ("--sensitivity", replanning.sensitivity),
+        *profile_files(replanning.profiles, writes),
+    ]
+    refuse_shared_files(reads, writes)
+
+
 def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
     """One worker among several; what went wrong is said once."""
     from llmpq.cli.run_work import work
     from llmpq.runtime.ending import RESUME, SUPERVISED, end_process, ended_by_signals
     from llmpq.runtime.monitor import Monitor, restarts
-    from llmpq.runtime.process import end_with_parent
+    from llmpq.runtime.process import check_meeting_point, end_with_parent
 
     end_with_parent()
+    check_meeting_point()
     names = worker_names(plan)
     if role.size != len(names):
         raise UserError(

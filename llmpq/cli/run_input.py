@@ -38,11 +38,11 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     """Reads and checks all input; only the stage that leads needs the prompts."""
     from llmpq.cli.check_quality import check_windows
     from llmpq.models.stage_model import load_config
-    from llmpq.models.tokenizer import end_tokens, load_tokenizer
     from llmpq.runtime.checkpoint import Checkpoint
     from llmpq.runtime.loader import model_folder
     from llmpq.runtime.prompts import check_prompts
     from llmpq.runtime.roundings import load_roundings
+    from llmpq.runtime.tokenizer import end_tokens, load_tokenizer
 
     folder = model_folder(options.model or plan.model.name)
     config = load_config(folder)
@@ -95,22 +95,27 @@ def sampling_settings(options: RunOptions) -> dict[str, float]:
     return {name: getattr(options, name) for name in names}
 
 
-def _check_files(plan: Plan, options: RunOptions) -> None:
-    """Finds out before the work, and not after it, that its result has no place."""
+def output_files(plan: Plan, options: RunOptions) -> list[Named]:
+    """All files that a run may write, and what earlier ones have kept beside the output."""
     from llmpq.cli.replan import plan_path
     from llmpq.runtime.journal import files_beside
 
-    output = None if options.streams else options.output
     writes: list[Named] = [
         ("--output", options.output),
         ("--report", options.report),
         ("--trace", options.trace),
         ("--json", options.json_path),
     ]
-    if output is not None:
-        writes += [("a file that --output keeps beside it,", path) for path in files_beside(output)]
+    if not options.streams:
+        kept = files_beside(options.output)
+        writes += [("a file that --output keeps beside it,", path) for path in kept]
         plans = [plan_path(options, number + 1) for number in range(len(plan.stages))]
         writes += [("a plan of --replan-on-loss,", path) for path in plans]
+    return writes
+
+
+def _check_files(plan: Plan, options: RunOptions) -> None:
+    """Finds out before the work, and not after it, that its result has no place."""
     moments = plan.quantizer.moments
     reads: list[Named] = [
         ("--plan", options.plan),
@@ -120,5 +125,5 @@ def _check_files(plan: Plan, options: RunOptions) -> None:
         ("--check-text", options.check_text),
         *model_files(options.model or plan.model.name),
     ]
-    refuse_shared_files(reads, writes)
-    refuse_unwritable([path for path in (output, options.report, options.trace, options.json_path)])
+    refuse_shared_files(reads, output_files(plan, options))
+    refuse_unwritable([options.output, options.report, options.trace, options.json_path])
