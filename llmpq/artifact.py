@@ -1,16 +1,24 @@
 """Files between the steps: JSON and YAML, read with strict validation, written with provenance.
 
 Every file is described by a `Strict` model. Reading reports all errors of a file at once, each
-with file, line, the value found and what was expected, as one `UserError`. Writing goes to a
-temporary file beside the target first, so that a reader never sees half a file.
+with file, line, the value found and what was expected, as one `UserError`. Nothing is guessed: a
+key that is there twice, a text for a number and a yes-or-no for a number are faults. Writing goes
+to a temporary file beside the target first, so that a reader never sees half a file.
+
+Text files may begin with a byte-order mark, as those written on Windows do, which also tells UTF-16
+and UTF-32. What is no regular file (a pipe, a device) is refused before it is opened, as reading it
+may never end; so is a file far too large for what it should hold.
 """
 
+import codecs
 import json
 import os
 import platform
 import re
 import reprlib
+import stat
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
@@ -27,6 +35,17 @@ MAX_DIGITS = 19
 _LONG_INTEGER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_FAULTS = 20  # a file with more is broken throughout; the first ones say how
+MAX_TEXT_BYTES = 1 << 28  # of JSON and plain text: reading more takes minutes and all memory
+MAX_YAML_BYTES = 1 << 22  # YAML is written by hand, and slow to read
+# What a text file may begin with, and the name of its encoding, which skips it. In this order: the
+# mark of UTF-32 begins like that of UTF-16.
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 class Strict(BaseModel):
@@ -56,18 +75,41 @@ class Provenance(Strict):
         return cls(created=now, host=platform.node(), device=device)
 
 
-def read_text(path: Path) -> str:
-    """The text of a file a user named."""
+def read_text(path: Path, most_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The text of a file a user named; every line ends with a line feed alone."""
     try:
-        return path.read_text(encoding="utf-8")
+        refuse_unless_regular(path)
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise UserError(
+                f"{path}: has {size >> 20} MiB; a file of this kind has {most_bytes >> 20} MiB at "
+                "most, so this is another one"
+            )
+        data = path.read_bytes()
+        text = data.decode(text_encoding(data))
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a directory, expected a file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        name = "UTF-8" if error.encoding.startswith("utf-8") else error.encoding
+        raise UserError(f"{path}: not {name} text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def text_encoding(start: bytes) -> str:
+    """The encoding of a text that begins so; it skips a byte-order mark. UTF-8 where none is."""
+    marks = (mark for mark in BYTE_ORDER_MARKS if start.startswith(mark) and start != mark)
+    return BYTE_ORDER_MARKS[next(marks, codecs.BOM_UTF8)]
+
+
+def refuse_unless_regular(path: Path) -> None:
+    """Raises `UserError` for a folder, a pipe or a device, and `OSError` where nothing is there."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a directory, expected a file")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is no regular file; save what comes out of it to one")
 
 
 def read_json(path: Path, kind: type[M]) -> M:
@@ -88,8 +130,13 @@ def _half_character(path: Path) -> UserError:
 def parse_json(path: Path) -> Any:
     """The value in a JSON file; a syntax error is a `UserError` with its line."""
     text = read_text(path)
+    parse_int = _bounded_int if _LONG_INTEGER.search(text) else None
     try:
-        return json.loads(text, parse_int=_bounded_int if _LONG_INTEGER.search(text) else None)
+        return json.loads(text, parse_int=parse_int, object_pairs_hook=no_repeated_keys)
+    except RepeatedKey as error:
+        line = _line_of_repeated(_compose(path), error.key)
+        where = f"{path}:{line}" if line else str(path)
+        raise UserError(f"{where}: not valid JSON: {error}") from None
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}"
         raise UserError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
@@ -97,6 +144,23 @@ def parse_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON: nested too deeply") from None
     except ValueError as error:  # an integer too large
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+class RepeatedKey(ValueError):
+    """A key is twice in one object, and nothing says which value is meant."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {_show(key)} is there twice")
+        self.key = key
+
+
+def no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` of JSON readers; raises `RepeatedKey`."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        raise RepeatedKey(next(k for k, _ in pairs if k in seen or seen.add(k)))  # type: ignore[func-returns-value]
+    return found
 
 
 def _bounded_int(text: str) -> int:
@@ -108,9 +172,9 @@ def _bounded_int(text: str) -> int:
 
 def read_yaml(path: Path, kind: type[M]) -> M:
     """Reads and validates a YAML file."""
-    text = read_text(path)
+    text = read_text(path, MAX_YAML_BYTES)
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
@@ -121,12 +185,28 @@ def read_yaml(path: Path, kind: type[M]) -> M:
     return validate(data, kind, path)
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which takes the last of a key's values and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping, where no key is there twice."""
+        repeated = _repeated(node)
+        if repeated is not None:
+            what = f"the key {_show(repeated.value)} is there twice"
+            raise yaml.constructor.ConstructorError(None, None, what, repeated.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def validate(data: Any, kind: type[M], path: Path) -> M:
     """`data` as a `kind`, or one `UserError` that lists every fault with its line in `path`."""
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected keys and values, found {_show(data)}")
     try:
-        return kind.model_validate(data)
+        value = kind.model_validate(data)
+        if faults := list(_converted(data, value.model_dump(), ())):
+            root = _compose(path)
+            raise UserError("\n".join(_converted_fault(path, root, *one) for one in faults))
+        return value
     except UnicodeEncodeError:  # by a message that quotes it
         raise _half_character(path) from None
     except ValidationError as error:
@@ -169,6 +249,38 @@ def write_text(path: Path, text: str) -> None:
 def cache_folder() -> Path:
     """Where what can be computed again is kept, by the XDG rules."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmpq"
+
+
+def _converted(
+    found: Any, taken: Any, keys: tuple[Any, ...]
+) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
+    """Where a text was taken for a number, or a yes-or-no for one: keys, what it was and became."""
+    if isinstance(found, dict) and isinstance(taken, dict):
+        for key, value in found.items():
+            if key in taken:
+                yield from _converted(value, taken[key], (*keys, key))
+    elif isinstance(found, list | tuple) and isinstance(taken, list | tuple):
+        for place, (value, own) in enumerate(zip(found, taken, strict=False)):
+            yield from _converted(value, own, (*keys, place))
+    elif _sort(found) != _sort(taken):
+        yield keys, found, taken
+
+
+def _sort(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    return "a text" if isinstance(value, str) else None
+
+
+def _converted_fault(
+    path: Path, root: yaml.Node | None, keys: tuple[Any, ...], found: Any, taken: Any
+) -> str:
+    line = _line_of(root, list(keys))
+    where = f"{path}:{line}" if line else str(path)
+    name = ".".join(map(str, keys))
+    return f"{where}: {name}: expected {_sort(taken)} (found {_show(found)})"
 
 
 def _fault(path: Path, root: yaml.Node | None, data: Any, fault: Any, kind: type[BaseModel]) -> str:
@@ -220,9 +332,35 @@ def _compose(path: Path) -> yaml.Node | None:
     """The file's tree with line numbers, if it can be had (JSON is read as YAML)."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return yaml.compose(path.read_text(encoding="utf-8"), Loader=loader)
-    except (OSError, yaml.YAMLError, RecursionError, ValueError):
+        return yaml.compose(read_text(path), Loader=loader)
+    except (UserError, yaml.YAMLError, RecursionError, ValueError):
         return None
+
+
+def _repeated(node: yaml.MappingNode) -> yaml.Node | None:
+    """The first key that was there before; merges (`<<`) are no keys."""
+    seen: set[tuple[str, Any]] = set()
+    for key, _ in node.value:
+        name = (key.tag, str(key.value))
+        if name in seen and isinstance(key, yaml.ScalarNode) and key.value != "<<":
+            return key
+        seen.add(name)
+    return None
+
+
+def _line_of_repeated(root: yaml.Node | None, name: str) -> int | None:
+    """Where a key of this name is there for the second time."""
+    rest = [root] if root is not None else []
+    while rest:
+        node = rest.pop()
+        if isinstance(node, yaml.MappingNode):
+            key = _repeated(node)
+            if key is not None and key.value == name:
+                return key.start_mark.line + 1  # type: ignore[no-any-return]
+            rest += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            rest += node.value
+    return None
 
 
 def _line_of(root: yaml.Node | None, keys: list[Any]) -> int | None:

@@ -3,8 +3,10 @@
     LlmpqError            catch this to catch everything below
     |- UserError          exit 2: a file, a flag or a value is wrong; nothing was started
     |- InfeasibleError    exit 3: the question was fine, no plan (or run) fits the machines
-    `- WorkerError        exit 4: a worker process was lost or failed; finished requests are safe
-       `- NeighbourLost   the connection to another worker broke; who it was is not known yet
+    |- WorkerError        exit 4: a worker process was lost or failed; finished requests are safe
+    |  `- NeighbourLost   the connection to another worker broke; who it was is not known yet
+    `- FailedRequests     exit 5: the run finished, but some requests failed (their lines say why;
+                          --resume tries them again)
 
 Each holds the whole message, so that a command prints it and exits without a traceback.
 Programming mistakes stay `AssertionError`, `TypeError` and the like, with their traceback.
@@ -37,3 +39,12 @@ class WorkerError(LlmpqError):
 
 class NeighbourLost(WorkerError):
     """The connection to another worker broke, as it does when that one has ended."""
+
+
+class FailedRequests(LlmpqError):
+    """The run finished, but some requests failed: says how many, where it is told why, what next.
+
+    Nothing is left to be tidied up: all files are written.
+    """
+
+    exit_code = 5

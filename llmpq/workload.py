@@ -4,6 +4,7 @@ Lengths are a number, a range (`{min, max}`, spread evenly), a column of a trace
 `lanes` and `chunk_tokens` are asked by the runtime and by the planner alike.
 """
 
+import gzip
 import itertools
 import math
 import random
@@ -15,12 +16,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
-from llmpq.artifact import Strict, read_yaml
+from llmpq.artifact import Strict, read_yaml, text_encoding
 from llmpq.errors import UserError
 from llmpq.schedule import LaneShape, cache_tokens
 
 CLASSES = 5  # of requests by length
 LEAST_CHUNK_TOKENS = 64
+DELIMITERS = ",;\t"  # of traces
 
 
 class MinMax(Strict):
@@ -178,6 +180,16 @@ def _expand(lengths: Lengths, count: int, seed: int) -> list[int]:
     return values
 
 
+def _form_of(path: Path, column: str) -> tuple[str, str]:
+    """Encoding and delimiter of a CSV file with this column, as spreadsheets write it or others."""
+    with (gzip.open if path.suffix == ".gz" else Path.open)(path, "rb") as file:
+        start: bytes = file.read(1 << 16)
+    encoding = text_encoding(start)
+    first = (start.decode(encoding, errors="ignore").splitlines() or [""])[0]
+    found = (one for one in DELIMITERS if column in (n.strip(' "') for n in first.split(one)))
+    return encoding, next(found, ",")
+
+
 def _trace_column(source: Trace, folder: Path) -> list[int]:
     path = Path(source.trace)
     path = path if path.is_absolute() else folder / path
@@ -186,7 +198,8 @@ def _trace_column(source: Trace, folder: Path) -> list[int]:
     import pandas  # only traces need it, and it is slow to import
 
     try:
-        table = pandas.read_csv(path)
+        encoding, delimiter = _form_of(path, source.column)
+        table = pandas.read_csv(path, encoding=encoding, sep=delimiter)
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a readable CSV file ({error})") from None
     if source.column not in table:

@@ -4,6 +4,7 @@ A user's error is printed as its message alone and ends with the exit code of it
 Human output goes to standard error, so that `--json -` can own standard output.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 ARGUMENTS = "llmpq.arguments"  # in a context's meta: the words of the command line
 RUN_EXTRA = ("torch", "transformers", "safetensors", "tokenizers")
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers without infinity and NaN."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return float(number)
 
 
 class Command(click.Command):

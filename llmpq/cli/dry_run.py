@@ -99,13 +99,17 @@ def show(plan: Plan, options: RunOptions) -> None:
         _stage(plan, rank, _files(plan, rank, options, prepared))
         for rank in range(len(plan.stages))
     ]
-    prompts = _prompts(plan, prepared.prompts.lengths)
+    lengths = list(prepared.prompts.todo(()).values())
+    prompts = _prompts(plan, lengths)
     found = DryRun(
         model=plan.model.name,
         stages=stages,
         prompts=prompts,
         predicted=plan.predicted,
-        notes=_notes(plan, stages, prompts, prepared.weights.note(plan.precisions)),
+        notes=[
+            *_notes(plan, stages, prompts, prepared.weights.note(plan.precisions)),
+            *prepared.prompts.notes,
+        ],
         provenance=Provenance.here(),
     )
     emit(found.model_dump_json(indent=1), options.json_path)
@@ -211,8 +215,8 @@ def _prompts(plan: Plan, lengths: Sequence[tuple[int, int]]) -> PromptsPreview:
         num_requests=len(lengths),
         num_prompt_tokens=sum(prompt for prompt, _ in lengths),
         num_new_tokens=sum(new for _, new in lengths),
-        longest_prompt_tokens=max(prompt for prompt, _ in lengths),
-        longest_tokens=max(prompt + new for prompt, new in lengths),
+        longest_prompt_tokens=max((prompt for prompt, _ in lengths), default=0),
+        longest_tokens=max((prompt + new for prompt, new in lengths), default=0),
         longest_planned_tokens=max(p + new for p, new in request_lengths(plan.workload)),
     )
 

@@ -14,6 +14,7 @@ import click
 
 from llmpq.artifact import Provenance
 from llmpq.cli.common import ARGUMENTS, Command, common_options, console, emit
+from llmpq.cli.paths import model_files, refuse_shared_files
 from llmpq.cli.profile_options import PrecisionNames
 from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
@@ -90,6 +91,9 @@ def main(**flags: Any) -> None:
     Stage after stage in this process; with --processes, or under torchrun, through the stages'
     own processes; with --stream layer by layer, for models larger than memory.
     """
+    inputs = [(f"--{name}", path) for name in ("text", "moments") for path in _paths(flags[name])]
+    inputs += [("a plan", path) for path in flags["plans"]]
+    refuse_shared_files([*inputs, *model_files(flags["model"])], [("--json", flags["json_path"])])
     plans = [(path, _runnable(path)) for path in flags["plans"]]
     _check(flags, plans)
     from llmpq.runtime.process import Role, role_from_environment
@@ -101,6 +105,10 @@ def main(**flags: Any) -> None:
         _start(flags, plans)
     else:
         _here(flags, plans, Role(0, 1, 0, 1))
+
+
+def _paths(given: Any) -> tuple[Path, ...]:
+    return given if isinstance(given, tuple) else (given,) if given else ()
 
 
 def _runnable(path: Path) -> Plan:
@@ -200,9 +208,10 @@ def _work(flags: dict[str, Any], plans: list[tuple[Path, Plan]], role: "Role") -
     """One worker among several; the first of a machine says what went wrong."""
     from llmpq.runtime.ending import AGAIN, SUPERVISED
     from llmpq.runtime.monitor import Monitor
-    from llmpq.runtime.process import disconnect, end_with_parent
+    from llmpq.runtime.process import check_meeting_point, disconnect, end_with_parent
 
     end_with_parent()
+    check_meeting_point()
     try:
         with Monitor(role.rank, role.size, f"rank {role.rank}", AGAIN):
             _work_on(flags, plans, role)
@@ -249,10 +258,10 @@ def _load(
     """The model, and what of it is evaluated."""
     from llmpq.cli.eval_ways import Model
     from llmpq.models.stage_model import load_config
-    from llmpq.models.tokenizer import load_tokenizer
     from llmpq.runtime.checkpoint import Checkpoint
     from llmpq.runtime.loader import model_folder
     from llmpq.runtime.process import choose_device, choose_dtype
+    from llmpq.runtime.tokenizer import load_tokenizer
 
     name = _one_model(flags, [plan for _, plan in plans])
     spec, folder = load_model_spec(name), model_folder(name)

@@ -4,15 +4,14 @@ The command line, which of its options go together, and the plan itself; `plan_m
 the command does, `plan_inputs` reads the files, `plan_output` tells and writes.
 """
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from llmpq.cli.common import Command, common_options, console
+from llmpq.cli.common import Command, FiniteRange, common_options, console
 from llmpq.cli.plan_inputs import Arguments, make_problem, read_inputs
 from llmpq.cli.plan_modes import (
     compare_clusters,
@@ -41,18 +40,6 @@ PATH = click.Path(path_type=Path)
 METHODS = ("auto", "ilp", "heuristic", "adabits", "pipeedge", "uniform", "flexgen")
 TENSOR_PARALLEL = ("off", "auto")
 WHAT_IF_S = 10.0  # at most, for what would change a plan
-
-
-class FiniteRange(click.FloatRange):
-    """A range of numbers without infinity and NaN."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number", param, ctx)
-        return float(number)
 
 
 @click.command(cls=Command, name="plan", context_settings={"show_default": True})
@@ -147,6 +134,7 @@ def _check(arguments: Arguments, trace: Path | None) -> None:
         ]
     if faults:
         raise UserError("\n".join(faults))
+    _check_files(arguments, trace)
 
 
 def _trace_faults(arguments: Arguments, trace: Path) -> list[str]:
@@ -157,10 +145,41 @@ def _trace_faults(arguments: Arguments, trace: Path) -> list[str]:
         "--method flexgen": arguments.method == "flexgen" and arguments.evaluate is None,
     }
     faults = [f"--trace shows one plan's run; leave out {name}" for name, on in modes.items() if on]
-    others = (arguments.output, arguments.json_path, arguments.evaluate)
-    if trace in others:
-        faults.append(f"--trace {trace}: the same file is named twice; give it one of its own")
     return faults
+
+
+def _check_files(arguments: Arguments, trace: Path | None) -> None:
+    """No file is written that is read, or written as another one."""
+    from llmpq.cli.paths import (
+        Named,
+        model_files,
+        profile_files,
+        refuse_shared_files,
+        trace_files,
+    )
+
+    output, folder = arguments.output, arguments.baseline_plans
+    picture = output.with_suffix(".frontier.png") if output and arguments.frontier else None
+    writes: list[Named] = [
+        ("-o", output),
+        ("--json", arguments.json_path),
+        ("--trace", trace),
+        ("the picture of --frontier", picture),
+    ]
+    if folder is not None:
+        plans = [folder / f"{method}.json" for method in METHODS]
+        writes += [("a plan of --baseline-plans", path) for path in plans]
+    reads: list[Named] = [
+        ("--cluster", arguments.cluster),
+        ("--workload", arguments.workload),
+        ("--sensitivity", arguments.sensitivity),
+        ("--evaluate", arguments.evaluate),
+        *(("a cluster file", path) for path in arguments.clusters),
+        *model_files(arguments.model),
+        *trace_files(arguments.workload),
+        *profile_files(arguments.profiles, writes),
+    ]
+    refuse_shared_files(reads, writes)
 
 
 def _mode_faults(arguments: Arguments) -> list[str]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmpq.artifact import Provenance, read_json, write_json
-from llmpq.cli.common import Command, common_options, console, emit
+from llmpq.cli.common import Command, FiniteRange, common_options, console, emit
+from llmpq.cli.paths import model_files, refuse_shared_files
 from llmpq.cli.profile_devices import cpu_memory_gib, cpu_name, type_of_card
 from llmpq.cli.profile_options import Integers, PrecisionNames
 from llmpq.cli.progress import progress
@@ -68,7 +69,7 @@ class Target:
 @click.option("--decode-micro-batches", type=Integers(), help="Likewise.")
 @click.option("--prompt-tokens", type=Integers(), help="Likewise; as the model allows.")
 @click.option("--past-tokens", type=Integers(), help="Likewise; as the model allows.")
-@click.option("--budget-s", type=click.FloatRange(min=1), default=DEFAULT_BUDGET_S)
+@click.option("--budget-s", type=FiniteRange(min=1), default=DEFAULT_BUDGET_S)
 @click.option("--resume/--fresh", default=True, help="Go on with a killed run's samples.")
 @click.option("--extend", is_flag=True, help="Keep the output's other rows of this device.")
 @click.option(
@@ -82,7 +83,10 @@ def layers(**flags: Any) -> None:
     """Time layers in both phases at every precision; embedding and head apart."""
     spec = load_model_spec(flags["model"])
     out = console(flags["quiet"])
-    profiles = [_measure(target, spec, flags, out) for target in _targets(flags, out)]
+    targets = _targets(flags, out)
+    outputs = [("-o", path) for t in targets for path in (t.output, _partial_path(t.output))]
+    refuse_shared_files(model_files(flags["model"]), [*outputs, ("--json", flags["json_path"])])
+    profiles = [_measure(target, spec, flags, out) for target in targets]
     parts = [profile.model_dump_json(indent=1) for profile in profiles]
     emit(parts[0] if len(parts) == 1 else f"[{', '.join(parts)}]", flags["json_path"])
 
@@ -119,6 +123,11 @@ def _measure(target: Target, spec: ModelSpec, flags: dict[str, Any], out: Any) -
     return profile
 
 
+def _partial_path(output: Path) -> Path:
+    """Where samples are kept while a run lasts."""
+    return output.with_name(f"{output.name}.partial")
+
+
 def _make_current(index: int) -> None:
     """Events and streams without a device's name are those of the current card."""
     import torch
@@ -150,7 +159,7 @@ def _profiler(
         num_threads=described.num_threads,
         depth=depth,
     )
-    partial = PartialFile(target.output.with_name(f"{target.output.name}.partial"), identity)
+    partial = PartialFile(_partial_path(target.output), identity)
     if not flags["resume"]:
         partial.remove()
     place = target.dtype, target.device

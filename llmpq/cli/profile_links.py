@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmpq.cli.common import ARGUMENTS, Command, common_options, console, emit
+from llmpq.cli.common import ARGUMENTS, Command, FiniteRange, common_options, console, emit
+from llmpq.cli.paths import refuse_shared_files
 from llmpq.errors import UserError, WorkerError
 
 if TYPE_CHECKING:
@@ -28,9 +29,7 @@ DEFAULT_RANKS = 2
 @click.command(cls=Command, name="links")
 @click.option("--ranks", type=click.IntRange(min=2), help="Local processes, without torchrun.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option(
-    "--budget-s", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True
-)
+@click.option("--budget-s", type=FiniteRange(min=0, min_open=True), default=60.0, show_default=True)
 @click.option("--cluster", type=PATH, help="cluster.yaml, whose links to replace.")
 @click.option("--write-cluster", type=PATH, help="Where to write CLUSTER with measured links.")
 @click.option("-o", "--output", type=PATH, default=Path("links.json"), show_default=True)
@@ -59,6 +58,10 @@ def _check(flags: dict[str, Any]) -> None:
     """Bad input, before anything is started."""
     from llmpq.cluster import load_cluster
 
+    writes = [("-o", "output"), ("--write-cluster", "write_cluster"), ("--json", "json_path")]
+    refuse_shared_files(
+        [("--cluster", flags["cluster"])], [(name, flags[key]) for name, key in writes]
+    )
     if flags["write_cluster"] and not flags["cluster"]:
         raise UserError("--write-cluster needs --cluster: the file whose links to replace")
     if flags["cluster"]:
@@ -90,9 +93,10 @@ def _guarded(flags: dict[str, Any], role: "Role") -> None:
     """One rank among several; what went wrong is said once."""
     from llmpq.runtime.ending import AGAIN, SUPERVISED
     from llmpq.runtime.monitor import Monitor
-    from llmpq.runtime.process import end_with_parent
+    from llmpq.runtime.process import check_meeting_point, end_with_parent
 
     end_with_parent()
+    check_meeting_point()
     if role.size < 2:
         raise UserError("one rank has no link: start two or more (torchrun --nproc-per-node 2 ...)")
     if flags["ranks"] not in (None, role.size):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmpq.cli.common import Command, common_options, console, emit
+from llmpq.cli.common import Command, FiniteRange, common_options, console, emit
 from llmpq.errors import InfeasibleError, UserError
 
 if TYPE_CHECKING:
@@ -79,10 +79,10 @@ class TypeResult:
 @click.option("--sensitivity", type=PATH, help="sensitivity.json; without: a built-in prior.")
 @click.option(
     "--max-quality-loss",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="Percent of perplexity for a new plan; without: what the plan loses.",
 )
-@click.option("--time-limit", type=click.FloatRange(min=0.1), default=20.0, show_default=True)
+@click.option("--time-limit", type=FiniteRange(min=0.1), default=20.0, show_default=True)
 @click.option("-o", "--output", required=True, type=PATH, help="Folder for corrected profiles.")
 @click.argument("more", nargs=-1, type=PATH)
 @common_options
@@ -92,6 +92,7 @@ def recalibrate(**flags: Any) -> None:
     MORE: further reports of the same model (--report A.json B.json ...).
     """
     request = _request(flags)
+    _check_files(flags, request)
     out = console(flags["quiet"])
     results = [_result(request, name) for name in _types(request)]
     written = _write(request, results)
@@ -124,6 +125,23 @@ def _request(flags: dict[str, Any]) -> Request:
         flags["time_limit"],
         output,
     )
+
+
+def _check_files(flags: dict[str, Any], request: Request) -> None:
+    """No file is written that is read, or written as another one."""
+    from llmpq.cli.paths import Named, profile_files, refuse_shared_files
+
+    names = [*map(_file_name, _types(request)), "cluster.yaml", "workload.yaml"]
+    writes: list[Named] = [("a file of -o", request.output / name) for name in names]
+    writes += [("--json", flags["json_path"])]
+    reads: list[Named] = [("--report", run.path) for run in request.runs]
+    reads += [("--cluster", request.cluster_path), ("--sensitivity", request.sensitivity)]
+    refuse_shared_files([*reads, *profile_files(flags["profiles"], writes)], writes)
+
+
+def _file_name(device_type: str) -> str:
+    """Of a type's profile, whatever the type is called."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', device_type)}.json"
 
 
 def _run(path: Path) -> Run:
@@ -228,7 +246,7 @@ def _write(request: Request, results: Sequence[TypeResult]) -> list[Path]:
     written = []
     for result in results:
         if result.profile is not None:
-            path = request.output / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', result.name)}.json"
+            path = request.output / _file_name(result.name)
             write_json(path, result.profile)
             written.append(path)
     for name, value in (("cluster", request.cluster), ("workload", request.runs[-1].plan.workload)):

@@ -12,6 +12,7 @@ import click
 
 from llmpq.artifact import Provenance, write_json
 from llmpq.cli.common import Command, common_options, console, emit
+from llmpq.cli.paths import model_files, refuse_shared_files
 from llmpq.cli.profile_options import PrecisionNames
 from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
@@ -83,6 +84,7 @@ def sensitivity(**flags: Any) -> None:
     """
     from llmpq.profiler.effort import Effort
 
+    _check_files(flags)
     job = _job(flags)
     with Effort(job.subject.device) as effort, tempfile.TemporaryDirectory() as folder:
         subject, inputs, quantizer = _prepare(job, flags, Path(folder))
@@ -92,6 +94,13 @@ def sensitivity(**flags: Any) -> None:
     emit(result.model_dump_json(indent=1), flags["json_path"])
     if not flags["quiet"]:
         _show(result, console())
+
+
+def _check_files(flags: dict[str, Any]) -> None:
+    """No file is written that is read, or written as another one."""
+    moments = _moments_path(flags, Path(tempfile.gettempdir())) if _needs_moments(flags) else None
+    writes = [("-o", flags["output"]), ("--json", flags["json_path"]), ("--moments", moments)]
+    refuse_shared_files([("--text", flags["text"]), *model_files(flags["model"])], writes)
 
 
 @dataclass(frozen=True)
@@ -108,13 +117,13 @@ class _Job:
 
 def _job(flags: dict[str, Any]) -> _Job:
     from llmpq.models.stage_model import load_config
-    from llmpq.models.tokenizer import load_tokenizer
     from llmpq.profiler.indicators import Subject
     from llmpq.profiler.sensitivity import Recipe
     from llmpq.quant import available_precisions
     from llmpq.runtime.checkpoint import Checkpoint
     from llmpq.runtime.loader import model_folder
     from llmpq.runtime.process import Role, choose_device, choose_dtype
+    from llmpq.runtime.tokenizer import load_tokenizer
 
     if flags["moments"] is not None and not _needs_moments(flags):
         raise UserError(

@@ -54,6 +54,11 @@ class ReplanOptions:
             raise UserError(f"{names}: only with --replan-on-loss")
         return options
 
+    @classmethod
+    def none(cls) -> "ReplanOptions":
+        """Where nothing is planned again."""
+        return cls(False, None, None, None, None)
+
 
 @dataclass(frozen=True)
 class Ground:

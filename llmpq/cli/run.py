@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmpq.cli.common import ARGUMENTS, Command, common_options, console
+from llmpq.cli.common import ARGUMENTS, Command, FiniteRange, common_options, console
 from llmpq.cli.replan import ReplanOptions, run_and_replan, survey, worker_names
-from llmpq.cli.run_options import DTYPE_NAMES, RunOptions
-from llmpq.errors import InfeasibleError, UserError, WorkerError
+from llmpq.cli.run_options import DTYPE_NAMES, FORMATS, TOO_LONG, RunOptions
+from llmpq.errors import FailedRequests, InfeasibleError, UserError, WorkerError
 from llmpq.plan import Plan, load_plan, refuse_shared_stages
 
 if TYPE_CHECKING:
@@ -20,12 +20,29 @@ if TYPE_CHECKING:
 # that is more than a hundred MiB.
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 KERNELS_KEPT = "16"
+END_S = 10.0  # at most until other workers have ended, which torchrun would end where one failed
 
 
 @click.command(cls=Command)
 @click.option("--plan", required=True, type=click.Path(path_type=Path), help="plan.json")
-@click.option("--prompts", required=True, type=click.Path(path_type=Path), help="prompts.jsonl")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="out.jsonl")
+@click.option(
+    "--prompts",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="prompts.jsonl; also OpenAI batch files, CSV, JSON arrays, Parquet, packed or not.",
+)
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path, allow_dash=True),
+    help="out.jsonl; '-': standard output, which keeps nothing to resume.",
+)
+@click.option(
+    "--output-format",
+    type=click.Choice(FORMATS),
+    default="auto",
+    help="Of OUTPUT; auto: openai (its batch output) where all prompts are OpenAI batch lines.",
+)
 @click.option("--report", type=click.Path(path_type=Path), help="Where to write report.json.")
 @click.option(
     "--trace", type=click.Path(path_type=Path), help="A Chrome trace of what ran, for Perfetto."
@@ -47,7 +64,21 @@ KERNELS_KEPT = "16"
     "--cache-dir", type=click.Path(path_type=Path), help="Packed weights are kept here, and found."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be loaded where, and load nothing.")
-@click.option("--resume", is_flag=True, help="Keep finished requests of OUTPUT, do the others.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep finished requests of OUTPUT, do the others; failed ones again.",
+)
+@click.option(
+    "--keep-errors", is_flag=True, help="With --resume: leave failed requests as they are."
+)
+@click.option(
+    "--too-long",
+    type=click.Choice(TOO_LONG),
+    default="error",
+    help="A request that is too long: fails alone (error), loses its prompt's beginning "
+    "(truncate), or refuses the run (fail).",
+)
 @click.option(
     "--fsync",
     type=click.Choice(["always", "interval", "never"]),
@@ -69,8 +100,8 @@ KERNELS_KEPT = "16"
 @click.option(
     "--batch-invariant", is_flag=True, help="No token depends on its micro-batch; may be slower."
 )
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="0: greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
+@click.option("--temperature", type=FiniteRange(min=0), default=0.0, help="0: greedy.")
+@click.option("--top-p", type=FiniteRange(0, 1, min_open=True), default=1.0)
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="0: all tokens.")
 @click.option("--seed", type=int, default=0)
 @click.option("--ignore-eos", is_flag=True, help="Always generate all new tokens.")
@@ -86,7 +117,7 @@ KERNELS_KEPT = "16"
 )
 @click.option(
     "--max-quality-loss",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="For that: percent that perplexity may rise; default: as little as fits.",
 )
 @common_options
@@ -98,6 +129,15 @@ def main(**flags: Any) -> None:
       torchrun --nproc-per-node 3 -m llmpq.run --plan P.json --prompts IN.jsonl --output OUT.jsonl
 
     Without torchrun the processes are started here, on this machine.
+
+    \b
+    Exit codes:
+      0  done
+      2  bad usage or bad input
+      3  no plan (or run) fits
+      4  a worker was lost or failed, or a file changed by others; --resume continues
+      5  the run finished, but some requests failed (their lines say why;
+         --resume tries them again)
     """
     from llmpq.runtime.ending import RESUME, Ended, end_process, interruptible
 
@@ -113,11 +153,10 @@ def _run(flags: dict[str, Any]) -> None:
         os.environ.setdefault(name, KERNELS_KEPT)
     replanning = ReplanOptions.taken_from(flags)
     options = RunOptions(**flags)
+    _check(options, replanning)
     plan = load_plan(options.plan)
     if options.check_quality:
         refuse_shared_stages(plan, options.plan)
-    if not options.check_quality and (options.check_text or options.check_windows):
-        raise UserError("--check-text, --check-windows: only with --check-quality")
     from llmpq.runtime.ending import SUPERVISED
     from llmpq.runtime.process import role_from_environment
 
@@ -138,6 +177,17 @@ def _run(flags: dict[str, Any]) -> None:
         _guarded(plan, options, role)
 
 
+def _check(options: RunOptions, replanning: ReplanOptions) -> None:
+    """Options that do not go together."""
+    if not options.check_quality and (options.check_text or options.check_windows):
+        raise UserError("--check-text, --check-windows: only with --check-quality")
+    if options.keep_errors and not options.resume:
+        raise UserError("--keep-errors: only with --resume; a new run has no errors to keep")
+    if options.streams and (options.resume or replanning.replan_on_loss):
+        name = "--resume" if options.resume else "--replan-on-loss"
+        raise UserError(f"{name}: needs an --output that is a file; '-' keeps no results")
+
+
 def _run_here(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> None:
     """Checks all input, then starts the workers (or is the only one)."""
     from llmpq.cli.run_input import prepare
@@ -148,17 +198,33 @@ def _run_here(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> Non
     if len(plan.stages) == 1:
         _warn_of_crowding(plan, options)
         with ended_by_signals(RESUME):
-            work(plan, options, Role(0, 1, 0, 1))
+            failed = work(plan, options, Role(0, 1, 0, 1))
+        _raise(failed)
         return
     prompts = prepare(plan, options).prompts
     _warn_of_crowding(plan, options)
     words = click.get_current_context().meta[ARGUMENTS]
     if replanning.replan_on_loss:
+        _check_replan_files(plan, options, replanning)
         assert prompts is not None
-        longest = max(map(sum, prompts.lengths))
+        longest = max(1, *map(sum, prompts.lengths))
         run_and_replan(plan, options, survey(plan, options, replanning, longest), words)
     else:
         start_workers(words, worker_names(plan), "llmpq.run")
+
+
+def _check_replan_files(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> None:
+    """What new plans are made from is not written over."""
+    from llmpq.cli.paths import Named, profile_files, refuse_shared_files
+    from llmpq.cli.run_input import output_files
+
+    writes = output_files(plan, options)
+    reads: list[Named] = [
+        ("--cluster", replanning.cluster),
+        ("--sensitivity", replanning.sensitivity),
+        *profile_files(replanning.profiles, writes),
+    ]
+    refuse_shared_files(reads, writes)
 
 
 def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
@@ -166,9 +232,10 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
     from llmpq.cli.run_work import work
     from llmpq.runtime.ending import RESUME, SUPERVISED, end_process, ended_by_signals
     from llmpq.runtime.monitor import Monitor, restarts
-    from llmpq.runtime.process import end_with_parent
+    from llmpq.runtime.process import check_meeting_point, end_with_parent
 
     end_with_parent()
+    check_meeting_point()
     names = worker_names(plan)
     if role.size != len(names):
         raise UserError(
@@ -178,17 +245,26 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
     speaks = role.local_rank == 0
     if speaks and SUPERVISED not in os.environ:
         _warn_of_crowding(plan, options)
-    if restarts():
-        options = replace(options, resume=True)
+    if restarts():  # what has failed was tried in this very run
+        options = replace(options, resume=True, keep_errors=True)
+        _check(options, ReplanOptions.none())
     monitor = Monitor(role.rank, role.size, names[role.rank])
     try:
         with ended_by_signals(RESUME, speaks, monitor.look_now), monitor:
-            work(plan, options, role)
+            failed = work(plan, options, role)
     except (InfeasibleError, WorkerError) as error:
         # Threads may still wait inside torch.distributed, which an orderly end would not survive.
         # Of a lost worker the process that started us tells.
         told = isinstance(error, WorkerError) and SUPERVISED in os.environ
         end_process("" if told else str(error), error.exit_code)
+    if failed is not None and SUPERVISED not in os.environ:
+        monitor.wait_for_others(END_S)
+    _raise(failed)
+
+
+def _raise(failed: FailedRequests | None) -> None:
+    if failed is not None:
+        raise failed
 
 
 def _warn_of_crowding(plan: Plan, options: RunOptions) -> None:

@@ -1,11 +1,11 @@
 """What `llmpq-run` reads and checks before weights are loaded."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpq.cli.loading import open_cache
+from llmpq.cli.paths import Named, model_files, refuse_shared_files, refuse_unwritable
 from llmpq.cli.run_options import RunOptions
 from llmpq.errors import UserError
 from llmpq.model_spec import load_model_spec
@@ -15,6 +15,7 @@ from llmpq.workload import request_lengths
 if TYPE_CHECKING:
     from llmpq.runtime.checkpoint import Checkpoint
     from llmpq.runtime.packed_cache import PackedCache
+    from llmpq.runtime.prompt_rules import Limits
     from llmpq.runtime.prompts import PromptFile
     from llmpq.runtime.roundings import Roundings
 
@@ -37,11 +38,11 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     """Reads and checks all input; only the stage that leads needs the prompts."""
     from llmpq.cli.check_quality import check_windows
     from llmpq.models.stage_model import load_config
-    from llmpq.models.tokenizer import end_tokens, load_tokenizer
     from llmpq.runtime.checkpoint import Checkpoint
     from llmpq.runtime.loader import model_folder
-    from llmpq.runtime.prompts import Limits, check_prompts
+    from llmpq.runtime.prompts import check_prompts
     from llmpq.runtime.roundings import load_roundings
+    from llmpq.runtime.tokenizer import end_tokens, load_tokenizer
 
     folder = model_folder(options.model or plan.model.name)
     config = load_config(folder)
@@ -52,15 +53,10 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     eos_ids = frozenset() if options.ignore_eos else end_tokens(folder, config)
     if not leads:
         return Prepared(config, weights, None, None, eos_ids, roundings, cache)
-    _check_files(options)
+    _check_files(plan, options)
     tokenizer = load_tokenizer(folder)
-    limits = Limits(
-        new_tokens=max(new for _, new in request_lengths(plan.workload)),
-        max_positions=plan.model.max_positions,
-        vocab_size=plan.model.vocab_size,
-    )
-    prompts = check_prompts(options.prompts, tokenizer, limits, options.chat)
-    _check_room(plan, prompts)
+    limits, settings = _limits(plan, options), sampling_settings(options)
+    prompts = check_prompts(options.prompts, tokenizer, limits, options.chat, None, settings)
     prepared = Prepared(config, weights, tokenizer, prompts, eos_ids, roundings, cache)
     if options.check_quality:
         most, positions = options.check_windows, plan.model.max_positions
@@ -79,26 +75,55 @@ def _check_model(plan: Plan, folder: Path) -> None:
         raise UserError(f"{folder}: has other linear layers than the plan's model")
 
 
-def _check_room(plan: Plan, prompts: "PromptFile") -> None:
-    """Every request must fit into the cache that the plan reserves, at least alone."""
+def _limits(plan: Plan, options: RunOptions) -> "Limits":
+    """What a request may ask for: of the model, and of the cache that the plan reserves."""
     from llmpq.runtime.engine import reserve_of
+    from llmpq.runtime.prompt_rules import Limits
 
-    reserved = reserve_of(plan).tokens
-    for name, (prompt, new) in zip(prompts.ids, prompts.lengths, strict=True):
-        if prompt + new > reserved:
-            raise UserError(
-                f"request {name!r} needs {prompt} + {new} tokens of cache; the plan reserves "
-                f"{reserved} in all"
-            )
+    return Limits(
+        new_tokens=max(new for _, new in request_lengths(plan.workload)),
+        max_positions=plan.model.max_positions,
+        vocab_size=plan.model.vocab_size,
+        cache_tokens=reserve_of(plan).tokens,
+        too_long=options.too_long,
+    )
 
 
-def _check_files(options: RunOptions) -> None:
+def sampling_settings(options: RunOptions) -> dict[str, float]:
+    """What tokens are drawn by, under the names that OpenAI's requests have for it."""
+    names = ("temperature", "top_p", "top_k", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def output_files(plan: Plan, options: RunOptions) -> list[Named]:
+    """All files that a run may write, and what earlier ones have kept beside the output."""
+    from llmpq.cli.replan import plan_path
+    from llmpq.runtime.journal import files_beside
+
+    writes: list[Named] = [
+        ("--output", options.output),
+        ("--report", options.report),
+        ("--trace", options.trace),
+        ("--json", options.json_path),
+    ]
+    if not options.streams:
+        kept = files_beside(options.output)
+        writes += [("a file that --output keeps beside it,", path) for path in kept]
+        plans = [plan_path(options, number + 1) for number in range(len(plan.stages))]
+        writes += [("a plan of --replan-on-loss,", path) for path in plans]
+    return writes
+
+
+def _check_files(plan: Plan, options: RunOptions) -> None:
     """Finds out before the work, and not after it, that its result has no place."""
-    if options.output.resolve() == options.prompts.resolve():
-        raise UserError(f"{options.output}: --output is the prompts file")
-    for path in (options.output, options.report, options.trace, options.json_path):
-        if path is None or str(path) == "-":
-            continue
-        folder = next(p for p in path.absolute().parents if p.exists())
-        if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-            raise UserError(f"{path}: cannot be written")
+    moments = plan.quantizer.moments
+    reads: list[Named] = [
+        ("--plan", options.plan),
+        ("--prompts", options.prompts),
+        ("--moments", options.moments),
+        ("the plan's file of second moments", moments and options.plan.parent / moments),
+        ("--check-text", options.check_text),
+        *model_files(options.model or plan.model.name),
+    ]
+    refuse_shared_files(reads, output_files(plan, options))
+    refuse_unwritable([options.output, options.report, options.trace, options.json_path])

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,8 @@ from llmpq.artifact import Provenance, write_json
 from llmpq.cli.common import console, emit
 from llmpq.cli.progress import Progress, progress
 from llmpq.cli.run_options import RunOptions
+from llmpq.cli.run_outcome import outcome
+from llmpq.errors import FailedRequests
 from llmpq.plan import Plan
 from llmpq.report import Report, StageReport
 from llmpq.workload import request_lengths
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from llmpq.runtime.evaluate import Loss
     from llmpq.runtime.journal import Results
     from llmpq.runtime.leader import Status
+    from llmpq.runtime.prompts import PromptFile
     from llmpq.runtime.request import Finished
+    from llmpq.runtime.result_stream import ResultStream
 
 NOW_S = 10.0  # what "now" means: the last so many seconds
 
@@ -30,27 +34,64 @@ def with_hashes(options: RunOptions) -> bool:
     return options.report is not None or options.json_path is not None
 
 
-def open_results(plan: Plan, options: RunOptions) -> "Results":
+def open_results(plan: Plan, options: RunOptions, prepared: "Prepared") -> "Results | ResultStream":
     """The output, before anything is loaded: a restart must not take an older one for its own."""
     from llmpq.runtime.journal import Results
+    from llmpq.runtime.result_lines import Writer
+    from llmpq.runtime.result_stream import ResultStream
 
-    return Results(options.output, options.resume, options.fsync, _identity(plan, options))
+    prompts = prepared.prompts
+    assert prompts is not None
+    chosen = options.output_format
+    writer = Writer(prompts.form if chosen == "auto" else chosen, Path(plan.model.name).name)
+    if options.streams:
+        return ResultStream(writer)
+    return Results(
+        options.output,
+        options.resume,
+        options.fsync,
+        _identity(plan, options) | {"weights": prepared.weights.fingerprint},
+        prompts.checksums() if options.resume else None,
+        options.keep_errors,
+        writer,
+    )
+
+
+def is_all_done(results: "Results | ResultStream", prepared: "Prepared") -> bool:
+    """Whether no request is left to be done."""
+    assert prepared.prompts is not None
+    return len(results.finished) == len(prepared.prompts)
+
+
+def told_outcome(
+    results: "Results | ResultStream",
+    prepared: "Prepared",
+    options: RunOptions,
+    under_torchrun: bool,
+) -> FailedRequests | None:
+    """The last line: told, or where requests failed returned."""
+    assert prepared.prompts is not None
+    out = console(options.quiet)
+    return outcome(results, len(prepared.prompts), options, under_torchrun, out)
 
 
 def lead(
-    engine: Any, plan: Plan, options: RunOptions, prepared: "Prepared", results: "Results"
+    engine: Any,
+    plan: Plan,
+    options: RunOptions,
+    prepared: "Prepared",
+    results: "Results | ResultStream",
 ) -> "tuple[Report, Loss | None]":
     """Runs the requests; the report, and the served weights' loss where that is checked."""
     assert prepared.prompts is not None
     out = console(options.quiet)
-    _say_first(out, plan, prepared, results)
+    _say_first(out, plan, options, prepared, results)
     for note in filter(None, [engine.graphs_note(), *engine.kernel_notes]):
         out.print(note, markup=False)
-    ids, finished = prepared.prompts.ids, results.finished
-    every = enumerate(zip(ids, prepared.prompts.lengths, strict=True))
-    todo = {number: both for number, (name, both) in every if name not in finished}
+    todo = prepared.prompts.todo(results.finished)
     with progress(out, "requests", len(todo)) as shown, closing(results):
         collector = _Collector(results, prepared, shown)
+        collector.refuse()
         engine.start_clock(trace=options.trace is not None)
         collector.started = time.perf_counter()
         engine.lead(
@@ -62,6 +103,7 @@ def lead(
             options.prefill_chunk,
         )
         total_s = time.perf_counter() - collector.started
+        results.check_files()
         stages = engine.measure(with_hashes(options))
     if options.trace is not None:
         _write_trace(options.trace, plan, engine.trace())
@@ -112,24 +154,46 @@ def _identity(plan: Plan, options: RunOptions) -> dict[str, object]:
     }
 
 
-def _say_first(out: Any, plan: Plan, prepared: "Prepared", results: "Results") -> None:
+def _say_first(
+    out: Any,
+    plan: Plan,
+    options: RunOptions,
+    prepared: "Prepared",
+    results: "Results | ResultStream",
+) -> None:
     from llmpq.models.family import TESTED
 
+    assert prepared.prompts is not None
     if prepared.config.model_type not in TESTED:
         out.print(f"warning: pipelines of '{prepared.config.model_type}' models are not tested")
     if note := prepared.weights.note(plan.precisions):
         out.print(f"warning: {note}")
-    for note in results.notes:
-        out.print(note)
+    notes = [*prepared.prompts.notes, *_on_format(prepared.prompts, options), *results.notes]
+    for note in notes:
+        out.print(note, markup=False, soft_wrap=True)
     if results.finished:
         out.print(f"resuming: {len(results.finished)} requests are already done")
+
+
+def _on_format(prompts: "PromptFile", options: RunOptions) -> list[str]:
+    """Which format was chosen for the output, where that is no matter of course."""
+    if options.output_format != "auto":
+        return []
+    if prompts.is_mixed:
+        return [
+            "some prompts are OpenAI batch lines and others are not: all results are in llmpq's "
+            "own format (--output-format openai for the other)"
+        ]
+    if prompts.form == "openai":
+        return ["results are in OpenAI's batch format, as the prompts are (--output-format)"]
+    return []
 
 
 @dataclass
 class _Collector:
     """Writes each request as it ends, and shows how far the run is."""
 
-    results: "Results"
+    results: "Results | ResultStream"
     prepared: "Prepared"
     shown: Progress
     num_done: int = 0
@@ -138,10 +202,26 @@ class _Collector:
     started: float = 0.0
     recent: "deque[tuple[float, int]]" = field(default_factory=deque)  # (seconds, tokens so far)
 
+    def refuse(self) -> None:
+        """Ends the requests that cannot be done as they are asked."""
+        from llmpq.runtime.request import Finished
+
+        prompts = self.prepared.prompts
+        assert prompts is not None
+        for number, reason in prompts.refused.items():
+            if prompts.ids[number] not in self.results.finished:
+                request = prompts.request(number)
+                self.finish(Finished(request, (), "error", reason, refused=True))
+
     def finish(self, finished: "Finished") -> None:
         """One more request has ended."""
         tokenizer, tokens = self.prepared.tokenizer, list(finished.token_ids)
-        text = tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer else ""
+        text = ""
+        try:
+            text = tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer else ""
+        except Exception as error:  # tokenizers raise plain exceptions
+            why = f"the model's tokenizer cannot decode its tokens ({error})"
+            finished = replace(finished, reason="error", error=finished.error or why)
         self.results.write(finished, text)
         self.num_done += 1
         self.num_tokens += len(tokens)
@@ -208,8 +288,6 @@ def _write_report(report: Report, options: RunOptions, out: Any) -> None:
         f"{report.num_requests} requests, {report.num_new_tokens} new tokens in "
         f"{report.total_s:.2f} s: {report.tokens_per_s:.1f} tokens/s"
     )
-    if report.num_failed:
-        out.print(f"{report.num_failed} requests failed alone; the output says why")
     for stage in report.stages:
         _say_halved(stage, out)
         if options.verbose:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+TOO_LONG = ("error", "truncate", "fail")
+FORMATS = ("auto", "llmpq", "openai")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -24,6 +26,9 @@ class RunOptions:
     check_text: Path | None
     check_windows: int | None
     resume: bool
+    keep_errors: bool
+    output_format: Literal["auto", "llmpq", "openai"]
+    too_long: Literal["error", "truncate", "fail"]
     fsync: Literal["always", "interval", "never"]
     chat: bool
     refill: bool
@@ -40,3 +45,8 @@ class RunOptions:
     dtype: str
     quiet: bool
     verbose: bool
+
+    @property
+    def streams(self) -> bool:
+        """Results go to standard output."""
+        return str(self.output) == "-"

@@ -1,13 +1,21 @@
 """One worker's part of `llmpq-run`: input is checked, the stage loaded, the batch run, told."""
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from llmpq.cli.loading import shown_compiling, shown_loading
 from llmpq.cli.run_input import Prepared, prepare
-from llmpq.cli.run_lead import finish, lead, open_results, with_hashes
+from llmpq.cli.run_lead import (
+    finish,
+    is_all_done,
+    lead,
+    open_results,
+    told_outcome,
+    with_hashes,
+)
 from llmpq.cli.run_options import RunOptions
-from llmpq.errors import InfeasibleError, UserError
+from llmpq.errors import FailedRequests, InfeasibleError, UserError
 from llmpq.plan import Plan
 
 if TYPE_CHECKING:
@@ -15,10 +23,12 @@ if TYPE_CHECKING:
     from llmpq.runtime.process import Role
 
 
-def work(plan: Plan, options: RunOptions, role: "Role") -> None:
-    """This process's part of the run."""
+def work(plan: Plan, options: RunOptions, role: "Role") -> FailedRequests | None:
+    """This process's part of the run; the leader's, where requests failed, returns what to say."""
     import torch
 
+    from llmpq.runtime.ending import SUPERVISED
+    from llmpq.runtime.monitor import restarts
     from llmpq.runtime.process import connect, disconnect
 
     try:
@@ -27,7 +37,10 @@ def work(plan: Plan, options: RunOptions, role: "Role") -> None:
         if role.local_rank == 0:
             raise
         sys.exit(UserError.exit_code)  # the first worker on this machine finds and says the same
-    results = open_results(plan, options) if role.rank == 0 else None
+    results = open_results(plan, options, prepared) if role.rank == 0 else None
+    under_torchrun = role.size > 1 and SUPERVISED not in os.environ
+    if results is not None and restarts() and results.failed and is_all_done(results, prepared):
+        return told_outcome(results, prepared, options, under_torchrun)  # ends the others too
     device = _claim_device(plan, options, role)
     transport, group = connect(role, device, plan.ranks)
     try:
@@ -37,6 +50,7 @@ def work(plan: Plan, options: RunOptions, role: "Role") -> None:
             dtype = engine.worker.stage.dtype
             del engine  # its memory is wanted for the layers of the 16-bit model
             finish(report, served, options, prepared, dtype, device)
+            return told_outcome(results, prepared, options, under_torchrun)
         else:
             engine.start_clock(trace=options.trace is not None)
             engine.follow()
@@ -52,6 +66,7 @@ def work(plan: Plan, options: RunOptions, role: "Role") -> None:
         ) from None
     finally:
         disconnect()
+    return None
 
 
 def _claim_device(plan: Plan, options: RunOptions, role: "Role") -> Any:

@@ -2,7 +2,8 @@
 
 Every record reaches the operating system before `append` returns, so that it outlives the process
 however that ends. Only `sync` makes it outlive the machine. A write that fails half-way (a full
-disk) is taken back, as far as the disk lets us.
+disk) is taken back, as far as the disk lets us. Whoever removes, replaces or changes the file
+meanwhile is noticed: `append` sees another size, `check_name` another file under the name.
 """
 
 import errno
@@ -33,6 +34,7 @@ class AppendFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = _open_locked(path)
+            self._expected = self.size
         except BlockingIOError:
             raise UserError(f"{path}: another run is writing to it") from None
         except OSError as error:
@@ -47,22 +49,43 @@ class AppendFile:
         """All of `record` behind what is there, or nothing of it."""
         with _told(self.path):
             start = self.size
+            if start != self._expected:
+                raise self._meddled(f"has {start} bytes and not {self._expected}")
             try:
                 _write_all(self._handle, record)
             except BaseException:
                 with suppress(OSError):
                     os.ftruncate(self._handle, start)
                 raise
+            self._expected += len(record)
+
+    def check_name(self) -> None:
+        """Raises `WorkerError` where the name stands for another file now, or for none."""
+        try:
+            is_same = os.path.samestat(os.fstat(self._handle), os.stat(self.path))
+        except FileNotFoundError:
+            raise self._meddled("is gone") from None
+        except OSError as error:
+            raise self._meddled(f"cannot be seen ({error.strerror})") from None
+        if not is_same:
+            raise self._meddled("is another file")
+
+    def _meddled(self, what: str) -> WorkerError:
+        return WorkerError(
+            f"{self.path}: {what}: another program removed, replaced or changed it while the run "
+            "was writing to it"
+        )
 
     def cut(self, size: int) -> None:
         """Drops what lies behind the first `size` bytes."""
         if size < self.size:
             with _told(self.path):
                 os.ftruncate(self._handle, size)
+            self._expected = size
 
     def rewrite(self, records: Iterable[bytes]) -> None:
         """Replaces all there is in one step, which a machine crash does not tear."""
-        new = self.path.with_name(f".{self.path.name}.new")
+        new = new_name(self.path)
         with _told(self.path):
             handle = os.open(new, _FLAGS | os.O_TRUNC, stat.S_IMODE(os.fstat(self._handle).st_mode))
             try:
@@ -76,7 +99,7 @@ class AppendFile:
                 new.unlink(missing_ok=True)
                 raise
             os.close(self._handle)
-            self._handle = handle
+            self._handle, self._expected = handle, os.fstat(handle).st_size
         self.sync_name()
 
     def move(self, target: Path) -> None:
@@ -85,7 +108,7 @@ class AppendFile:
             os.replace(self.path, target)
             handle = _open_locked(self.path)
             os.close(self._handle)
-            self._handle = handle
+            self._handle, self._expected = handle, os.fstat(handle).st_size
         self.sync_name()
 
     def read(self) -> BinaryIO:
@@ -115,6 +138,11 @@ class AppendFile:
         handle, self._handle = self._handle, -1
         if handle >= 0:
             os.close(handle)
+
+
+def new_name(path: Path) -> Path:
+    """Where a file is written before it takes the place of another."""
+    return path.with_name(f".{path.name}.new")
 
 
 def _open_locked(path: Path) -> int:

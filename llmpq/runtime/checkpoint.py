@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from llmpq.artifact import parse_json
 from llmpq.errors import UserError
 from llmpq.quant import PackedWeight, TensorPart
+from llmpq.runtime.fingerprint import fingerprint
 from llmpq.runtime.prequantized import packing_of
 
 SAFETENSORS = "model.safetensors"
@@ -85,6 +86,11 @@ class Checkpoint:
         stats = [(path.resolve(), path.stat()) for path in sorted(paths) if path.is_file()]
         seen = [f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for p, s in stats]
         return hashlib.sha256("\n".join(seen).encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Of the configuration and of each file of weights; reads a few blocks of each."""
+        return fingerprint(self.folder / "config.json", self._files.values())
 
     def stored_bytes(self, name: str, shape: tuple[int, ...]) -> int:
         """Bytes that files hold of the tensor `name`, all parts of a quantised one included.

@@ -1,65 +1,98 @@
 """Finished requests, kept whatever happens: out.jsonl and, beside it, out.jsonl.journal.
 
-A journal's line is a checksum (crc32 of the rest, eight hexadecimal digits), a space and JSON: a
-header that says what ran, then the very lines of the output. Each request is first written to the
-journal and then to the output, and both have reached the operating system before it counts as
-finished. So a kill loses nothing: at worst a request is in the journal alone, and resuming adds
-its line to the output. Before a machine crash, only what was synced to the disk is safe; only the
-journal is synced while the run goes on, because the output can be made from it: after every
-request ("always"), every second ("interval") or when the system likes ("never").
+A journal begins with a header that says what ran; then it has the very lines of the output, each
+with checksums (see `mending`). Each request is first written to the journal and then to the output,
+and both have reached the operating system before it counts as finished. So a kill loses nothing: at
+worst a request is in the journal alone, and resuming adds its line to the output. Before a machine
+crash, only what was synced to the disk is safe; only the journal is synced while the run goes on,
+because the output can be made from it: after every request ("always"), every second ("interval")
+or when the system likes ("never").
 
-Resuming takes every whole line of either file, each id once. Where both hold an id and differ, the
-journal is right: it has checksums. Torn ends are cut off, repeated ids dropped, whole lines of the
-output that are no results moved to out.jsonl.broken. A file is mended at its end or replaced in
-one step, so that a crash meanwhile changes nothing. Neither file is ever held in memory.
+A resumed run tries failed requests again. The output has no line of them until they have ended
+again, so that no id is ever there twice; why they failed stays in the journal, where a later line
+of the same id replaces it. What may not be mixed is refused before anything is changed: results of
+another model or other weights, results in another form, results of a prompt that is another now.
 
 Not covered: two runs on one output where the file system has no locks.
 """
 
+import glob
 import json
 import os
 import reprlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, get_args
-from zlib import crc32
+from typing import Any, BinaryIO, Literal
 
 from llmpq.errors import UserError, WorkerError
-from llmpq.runtime.append_file import AppendFile
-from llmpq.runtime.request import Finished, Reason
+from llmpq.runtime.append_file import AppendFile, new_name
+from llmpq.runtime.mending import (
+    MAX_LINE_BYTES,
+    Found,
+    Mending,
+    Payload,
+    bare,
+    fetch,
+    frame,
+    scan,
+    unframe,
+)
+from llmpq.runtime.request import Finished
+from llmpq.runtime.result_lines import OWN_START, Id, Writer, json_bytes, parse_object
 
-Id = str | int
 Fsync = Literal["always", "interval", "never"]
 
+VERSION = 2  # of the journal; those of version 1 have no checksums of prompts
 SYNC_EVERY_S = 1.0
-MAX_LINE_BYTES = 1 << 28  # what is longer is no result
-CHECKSUM_BYTES = 9  # the space included
-LINE_START = b'{"id": '
+CHECK_EVERY_S = 1.0  # that the files still have their names
+MOST_SHOWN = 5  # of requests that a message names
+# What results that lie in one file must have in common, and what to do where they have not.
+SAME = {
+    "model": "give another --output",
+    "weights": "give another --output, or the weights that they are of",
+    "form": "give that --output-format, or another --output",
+}
 
 
 class Results:
     """The results of a run; writing goes on where an earlier run ended, or starts anew.
 
-    `finished` has the ids that need no more work; `notes` says what was found and mended.
-    Starting anew, earlier results are kept under names that end in ".old".
+    `finished` has the ids that need no more work, `failed` those of them that failed; `notes` says
+    what was found and mended. `prompts`: the checksum of every prompt by its id, against which a
+    resumed run checks earlier results; without, it checks nothing. Failed requests are to be done
+    again, unless `keeps_failed`. Starting anew, earlier results are kept under names that end in
+    ".old", ".old.2" and so on.
 
     Raises `UserError` for an output that another run writes to, that is no output of llmpq-run,
-    or that holds results of another model; `WorkerError` where the disk fails or is full.
+    or that holds what may not be mixed with this run's results; `WorkerError` where the disk fails
+    or is full, or where another program changes the files.
     """
 
-    def __init__(self, output: Path, resume: bool, fsync: Fsync, run: dict[str, object]) -> None:
+    def __init__(
+        self,
+        output: Path,
+        resume: bool,
+        fsync: Fsync,
+        run: dict[str, object],
+        prompts: Mapping[Id, int] | None = None,
+        keeps_failed: bool = False,
+        writer: Writer = Writer(),
+    ) -> None:
         self.notes: list[str] = []
         self.finished: set[Id] = set()
+        self.failed: set[Id] = set()
         self._path = _real_path(output)
-        self._fsync = fsync
+        self._fsync, self._writer = fsync, writer
+        self._prompts, self._keeps_failed = prompts, keeps_failed
+        self._next_check_s = 0.0
         self._output = AppendFile(self._path)
         self._journal: Journal | None = None
         try:
-            self._journal = Journal(_beside(self._path, ".journal"), fsync)
-            header = _json_bytes({"journal": 1, "run": run})
+            self._journal = Journal(beside(self._path, ".journal"), fsync)
+            header = json_bytes({"journal": VERSION, "run": {**run, "form": writer.form}})
             (self._take_up if resume else self._start_anew)(self._journal.file, header)
             if fsync != "never":
                 self._journal.file.sync()
@@ -70,11 +103,34 @@ class Results:
 
     def write(self, finished: Finished, text: str) -> None:
         """One more finished request, safe from kills when this returns."""
-        assert self._journal is not None and finished.request.id not in self.finished
-        line = _result_line(finished, text)
-        self._journal.record(line)
+        name = finished.request.id
+        assert self._journal is not None and name not in self.finished
+        if time.monotonic() >= self._next_check_s:
+            self.check_files()
+        line = self._writer.line(finished, text)
+        self._journal.record(Payload(line, finished.request.checksum))
         self._output.append(line + b"\n")
-        self.finished.add(finished.request.id)
+        self.finished.add(name)
+        if finished.reason == "error":
+            self.failed.add(name)
+
+    def check_files(self) -> None:
+        """Raises `WorkerError` where a file was removed or replaced; says where results still are.
+
+        `write` does so once in a while; a run does so at its end.
+        """
+        assert self._journal is not None
+        self._next_check_s = time.monotonic() + CHECK_EVERY_S
+        faults: list[str] = []
+        for file in (self._output, self._journal.file):
+            try:
+                file.check_name()
+            except WorkerError as error:
+                faults.append(str(error))
+        if len(faults) == 2:
+            raise WorkerError("\n".join([*faults, "results of this run are in neither file"]))
+        if faults:
+            raise WorkerError(f"{faults[0]}; finished requests are safe, --resume restores it")
 
     def close(self) -> None:
         """Everything to disk; the files may be written by others again."""
@@ -91,41 +147,49 @@ class Results:
         with journal.read() as file:
             _, start = _read_header(file)
         if self._output.size or journal.size > start:
-            old = _beside(self._path, ".old")
-            self._output.move(old)
-            journal.move(_beside(journal.path, ".old"))
-            self.notes.append(f"{self._path}: earlier results are kept as {old.name}")
+            old = _free_ending(self._path, journal.path)
+            self._output.move(beside(self._path, old))
+            journal.move(beside(journal.path, old))
+            self.notes.append(f"{self._path}: earlier results are kept as {self._path.name}{old}")
         journal.cut(0)
-        journal.append(_frame(header))
+        journal.append(frame(Payload(header)))
 
     def _take_up(self, journal: AppendFile, header: bytes) -> None:
         with journal.read() as journal_file, self._output.read() as output_file:
             run, start = _read_header(journal_file)
-            logged = _scan(journal_file, _unframe, start)
-            shown = _scan(output_file, bytes.rstrip)
+            logged = scan(journal_file, unframe, start)
+            shown = scan(output_file, bare)
             _refuse_other_files(self._path, shown, output_file, run is None and not logged.lines)
+            mending = Mending(
+                logged, shown, journal_file, output_file, self._prompts, not self._keeps_failed
+            )
             if logged.lines or shown.lines:
                 self._compare_runs(run, json.loads(header)["run"])
+                self._compare_forms(mending)
+                self._compare_prompts(mending)
             else:
                 run = None  # nothing was done yet, so this is the run that is done
-            mending = _Mending(logged, shown, journal_file, output_file)
             self._save_broken(shown, output_file)
+            self._save_strangers(mending)
             mending.mend_journal(journal, header, keeps_header=run is not None)
             mending.mend_output(self._output)
-        self.finished = set(mending.ids)
+        self.finished = set(mending.kept)
+        self.failed = mending.failed & self.finished
         self.notes += mending.notes(self._path, journal.path)
+        if again := len(mending.failed) - len(self.failed):
+            self.notes.append(f"{self._path}: failed requests that are tried again: {again}")
 
     def _compare_runs(self, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
-        """Refuses to mix two models' results; notes other differences."""
+        """Refuses to mix what is not alike; notes other differences."""
         if before is None:
             self.notes.append(f"{self._path}: nothing says which settings its results are of")
             return
-        if before.get("model") != now.get("model"):
-            raise UserError(
-                f"{self._path}: its results are of model {_show(before.get('model'))}, not of "
-                f"{_show(now.get('model'))}; give another --output"
-            )
-        differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        for name, advice in SAME.items():
+            if name in before and name in now and before[name] != now[name]:
+                what = _difference(name, before[name], now[name])
+                raise UserError(f"{self._path}: its results are of {what}; {advice}")
+        names = [name for name in {**before, **now} if name not in SAME]
+        differing = [name for name in names if before.get(name) != now.get(name)]
         if differing:
             changes = ", ".join(
                 f"{_show(name)} was {_show(before.get(name))}, is {_show(now.get(name))}"
@@ -133,20 +197,57 @@ class Results:
             )
             self.notes.append(f"{self._path}: finished requests had other settings: {changes}")
 
-    def _save_broken(self, shown: "_Found", file: BinaryIO) -> None:
-        if not shown.broken:
+    def _compare_forms(self, mending: Mending) -> None:
+        """The lines themselves, where no header has told their form."""
+        form = self._writer.form
+        other = next((n for n in mending.kept if mending.span(n).form != form), None)
+        if other is not None:
+            raise UserError(
+                f"{self._path}: has results of form {mending.span(other).form}, not of {form}; "
+                f"{SAME['form']}"
+            )
+
+    def _compare_prompts(self, mending: Mending) -> None:
+        """Refuses results of prompts that are others now."""
+        if self._prompts is None:
             return
-        target = AppendFile(_beside(self._path, ".broken"))
+        sums = [(name, mending.span(name).prompt) for name in mending.kept]
+        changed = [name for name, was in sums if was not in (None, self._prompts[name])]
+        if changed:
+            names = ", ".join(map(_show, changed[:MOST_SHOWN]))
+            more = f" and {len(changed) - MOST_SHOWN} more" if len(changed) > MOST_SHOWN else ""
+            raise UserError(
+                f"{self._path}: finished requests were of other prompts, or of another number of "
+                f"new tokens, than now: {names}{more}; give another --output, or the prompts and "
+                "the tokenizer as they were"
+            )
+        if unknown := sum(was is None for _, was in sums):
+            self.notes.append(
+                f"{self._path}: finished requests of which nothing says whether their prompts are "
+                f"the same: {unknown}"
+            )
+
+    def _save_broken(self, shown: Found, file: BinaryIO) -> None:
+        lines = [fetch(file, span) for span in shown.broken]
+        self._save(".broken", "lines that are no results", lines)
+
+    def _save_strangers(self, mending: Mending) -> None:
+        lines = [mending.line(name) for name in mending.strangers]
+        self._save(".aside", "results with an id that no prompt has", lines)
+
+    def _save(self, ending: str, what: str, lines: Iterable[bytes]) -> None:
+        """Adds lines that have no place in the output to a file beside it."""
+        lines = list(lines)
+        if not lines:
+            return
+        target = AppendFile(beside(self._path, ending))
         try:
-            for span in shown.broken:
-                target.append(_fetch(file, span) + b"\n")
+            for line in lines:
+                target.append(line + b"\n")
             target.sync()
         finally:
             target.close()
-        self.notes.append(
-            f"{self._path}: lines that are no results put into {target.path.name}: "
-            f"{len(shown.broken)}"
-        )
+        self.notes.append(f"{self._path}: {what} put into {target.path.name}: {len(lines)}")
 
 
 class Journal:
@@ -160,11 +261,11 @@ class Journal:
         self._ended = threading.Event()
         self._syncing: threading.Thread | None = None
 
-    def record(self, line: bytes) -> None:
+    def record(self, payload: Payload) -> None:
         """One more line. Raises `WorkerError` where this, or an earlier sync, failed."""
         if self._failure is not None:
             raise self._failure
-        self.file.append(_frame(line))
+        self.file.append(frame(payload))
         self._unsynced = True
         if self._fsync == "always":
             self.file.sync()
@@ -195,202 +296,61 @@ class Journal:
                 return
 
 
-class _Span(NamedTuple):
-    """Where a line's JSON lies in a file, in bytes, and its checksum."""
-
-    start: int
-    length: int
-    checksum: int
+def beside(path: Path, ending: str) -> Path:
+    """The path with something behind its name."""
+    return path.with_name(path.name + ending)
 
 
-@dataclass
-class _Found:
-    """What a file of results holds."""
-
-    lines: dict[Id, _Span] = field(default_factory=dict)  # the first of each id
-    broken: list[_Span] = field(default_factory=list)  # whole lines that are no results
-    torn: _Span | None = None  # a last line that was not written to its end
-    num_bad: int = 0  # both, and lines of zeros
-    first_bad: int = 0  # the line number of the first of these
-    num_repeated: int = 0
-    end: int = 0  # behind the last good line
-    is_in_order: bool = True  # up to `end` there are good lines alone
-    lacks_break: bool = False  # the last good line has no line feed
+def files_beside(output: Path) -> list[Path]:
+    """All that `Results` may write beside an output, and what earlier ones have kept there."""
+    path = Path(os.path.realpath(output))
+    journal = beside(path, ".journal")
+    old = _free_ending(path, journal)
+    found = [journal, *(beside(path, ending) for ending in (".broken", ".aside", old))]
+    found += [beside(journal, old), *(new_name(file) for file in (path, journal))]
+    with suppress(OSError):
+        found += sorted(path.parent.glob(f"{glob.escape(path.name)}*.old*"))
+    return list(dict.fromkeys(found))
 
 
-def _scan(file: BinaryIO, payload_of: Callable[[bytes], bytes | None], start: int = 0) -> _Found:
-    """Sorts the lines from `start` on into good ones and others."""
-    found, is_spoilt, offset = _Found(end=start), False, start
-    file.seek(start)
-    lines = iter(lambda: file.readline(MAX_LINE_BYTES), b"")
-    for number, line in enumerate(lines, 1):
-        start, offset = offset, offset + len(line)
-        payload = payload_of(line)
-        if payload is not None and not payload:
-            continue
-        name = None if payload is None else _result_id(payload)
-        if payload is None or name is None:
-            _note_broken(found, number, start, line)
-        elif name in found.lines:
-            found.num_repeated += 1
-        else:
-            begin = start + line.index(payload)
-            found.lines[name] = _Span(begin, len(payload), crc32(payload))
-            found.end, found.is_in_order = offset, not is_spoilt
-            found.lacks_break = not line.endswith(b"\n")
-            continue
-        is_spoilt = True
-    return found
-
-
-def _note_broken(found: _Found, number: int, start: int, line: bytes) -> None:
-    found.num_bad += 1
-    found.first_bad = found.first_bad or number
-    span = _Span(start, len(line.rstrip(b"\0\r\n")), 0)
-    if not (line.endswith(b"\n") or len(line) == MAX_LINE_BYTES):
-        found.torn = span
-    elif span.length:  # zeros are what a crash leaves of a line
-        found.broken.append(span)
-
-
-@dataclass
-class _Mending:
-    """Makes two files of results agree; reads from handles that stay as they were."""
-
-    logged: _Found
-    shown: _Found
-    journal_file: BinaryIO
-    output_file: BinaryIO
-
-    def __post_init__(self) -> None:
-        logged, shown = self.logged.lines, self.shown.lines
-        self.restored = [name for name in logged if name not in shown]
-        self.unlogged = [name for name in shown if name not in logged]
-        self.differing = [
-            name for name in shown if name in logged and shown[name][1:] != logged[name][1:]
-        ]
-        self.ids = [*shown, *self.restored]
-
-    def mend_journal(self, journal: AppendFile, header: bytes, keeps_header: bool) -> None:
-        """Adds what only the output has; drops what is broken."""
-        if keeps_header and self.logged.is_in_order:
-            _mend_end(journal, self.logged, map(_frame, map(self._line, self.unlogged)))
-            return
-        if keeps_header:
-            self.journal_file.seek(0)
-            header = _unframe(self.journal_file.readline()) or header
-        lines = map(self._line, [*self.logged.lines, *self.unlogged])
-        journal.rewrite(map(_frame, _chain(header, lines)))
-
-    def mend_output(self, output: AppendFile) -> None:
-        """Adds what only the journal has; drops what is broken, repeated or differs from it."""
-        if self.shown.is_in_order and not self.differing:
-            _mend_end(output, self.shown, (self._line(name) + b"\n" for name in self.restored))
-        else:
-            output.rewrite(self._line(name) + b"\n" for name in self.ids)
-
-    def notes(self, output: Path, journal: Path) -> list[str]:
-        """What was mended, for the user."""
-        counts = {
-            f"{journal}: torn or damaged lines dropped": self.logged.num_bad,
-            f"{output}: torn or damaged lines dropped": self.shown.num_bad,
-            f"{output}: lines that differed from the journal put right": len(self.differing),
-            f"{output}: lines with an id that was there before dropped": self.shown.num_repeated,
-            f"{output}: finished requests restored from the journal": len(self.restored),
-            f"{journal}: finished requests taken over from the output": len(self.unlogged),
-        }
-        return [f"{what}: {count}" for what, count in counts.items() if count]
-
-    def _line(self, name: Id) -> bytes:
-        if name in self.logged.lines:
-            return _fetch(self.journal_file, self.logged.lines[name])
-        return _fetch(self.output_file, self.shown.lines[name])
-
-
-def _mend_end(file: AppendFile, found: _Found, missing: Iterable[bytes]) -> None:
-    file.cut(found.end)
-    if found.lacks_break:
-        file.append(b"\n")
-    for record in missing:
-        file.append(record)
-
-
-def _chain(first: bytes, others: Iterable[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from others
-
-
-def _fetch(file: BinaryIO, span: _Span) -> bytes:
-    file.seek(span.start)
-    return file.read(span.length)
+def _free_ending(output: Path, journal: Path) -> str:
+    """ ".old", ".old.2", ...: the first that neither file has yet."""
+    number, ending = 1, ".old"
+    while any(os.path.lexists(beside(path, ending)) for path in (output, journal)):
+        number += 1
+        ending = f".old.{number}"
+    return ending
 
 
 def _read_header(file: BinaryIO) -> tuple[dict[str, Any] | None, int]:
     """What ran, and where the header ends; None and 0 where there is no whole header."""
-    line = file.readline(MAX_LINE_BYTES)
-    payload = _unframe(line)
-    data = _parse(payload) if payload and line.endswith(b"\n") else None
-    if data is None or data.get("journal") != 1 or not isinstance(data.get("run"), dict):
+    record = file.readline(MAX_LINE_BYTES)
+    payload = unframe(record)
+    data = parse_object(payload.line) if payload and record.endswith(b"\n") else None
+    known = data is not None and data.get("journal") in range(1, VERSION + 1)
+    if not known or data is None or not isinstance(data.get("run"), dict):
         return None, 0
-    return data["run"], len(line)
+    return data["run"], len(record)
 
 
-def _refuse_other_files(path: Path, shown: _Found, file: BinaryIO, has_no_journal: bool) -> None:
+def _refuse_other_files(path: Path, shown: Found, file: BinaryIO, has_no_journal: bool) -> None:
     """Raises `UserError` for a file without a single result that no run of ours was writing."""
     if shown.lines or not has_no_journal:
         return
-    torn = _fetch(file, shown.torn) if shown.torn else b""
-    if shown.broken or torn[: len(LINE_START)] != LINE_START[: len(torn)]:
+    torn = fetch(file, shown.torn) if shown.torn else b""
+    if shown.broken or torn[: len(OWN_START)] != OWN_START[: len(torn)]:
         raise UserError(
             f"{path}:{shown.first_bad}: not a result of llmpq-run, "
             "so --resume cannot go on from here"
         )
 
 
-def _frame(payload: bytes) -> bytes:
-    return b"%08x %s\n" % (crc32(payload), payload)
-
-
-def _unframe(line: bytes) -> bytes | None:
-    """The JSON of a journal's line; None where its checksum is another one."""
-    payload = line.removesuffix(b"\n")[CHECKSUM_BYTES:]
-    return payload if line[:CHECKSUM_BYTES] == b"%08x " % crc32(payload) else None
-
-
-def _result_line(finished: Finished, text: str) -> bytes:
-    line: dict[str, object] = {
-        "id": finished.request.id,
-        "text": text,
-        "token_ids": finished.token_ids,
-        "num_prompt_tokens": len(finished.request.prompt),
-        "num_new_tokens": len(finished.token_ids),
-        "finish_reason": finished.reason,
-    }
-    return _json_bytes(line | ({} if finished.error is None else {"error": finished.error}))
-
-
-def _result_id(payload: bytes) -> Id | None:
-    """The id, where this is a whole result."""
-    data = _parse(payload)
-    if data is None or data.get("finish_reason") not in get_args(Reason):
-        return None
-    if not isinstance(data.get("token_ids"), list) or not isinstance(data.get("text"), str):
-        return None
-    name = data.get("id")
-    is_id = isinstance(name, str | int) and not isinstance(name, bool)
-    return name if is_id else None
-
-
-def _parse(payload: bytes) -> dict[str, Any] | None:
-    with suppress(ValueError, RecursionError):
-        data = json.loads(payload.decode())
-        return data if isinstance(data, dict) else None
-    return None
-
-
-def _json_bytes(data: dict[str, object]) -> bytes:
-    # Half a character (a lone surrogate) becomes \udXXX, which is its JSON escape.
-    return json.dumps(data, ensure_ascii=False, default=str).encode(errors="backslashreplace")
+def _difference(name: str, before: object, now: object) -> str:
+    """What differs; of tables, which entries."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
+        return f"other {name}: {', '.join(map(_show, names[:MOST_SHOWN]))} differ"
+    return f"{name} {_show(before)}, not of {_show(now)}"
 
 
 def _show(value: object) -> str:
@@ -408,7 +368,3 @@ def _real_path(output: Path) -> Path:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{output}: is no regular file, and results are kept in one")
     return path
-
-
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(path.name + ending)

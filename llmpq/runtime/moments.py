@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from llmpq.artifact import refuse_unless_regular
 from llmpq.errors import UserError
 from llmpq.models.stage_model import StageModel
 from llmpq.precision import group_size
@@ -200,6 +201,7 @@ class MomentsFile:
 
     def _open(self) -> Any:
         try:
+            refuse_unless_regular(self.path)
             return safe_open(str(self.path), framework="pt", device="cpu")
         except FileNotFoundError:
             raise UserError(f"{self.path}: no such file") from None
@@ -222,6 +224,7 @@ class MomentsFile:
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     try:
+        refuse_unless_regular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

@@ -65,9 +65,14 @@ class Who:
         """Whether its process has ended; False where that cannot be seen from here."""
         return self._is_near and process_state(self.pid) not in self._alive
 
+    @property
+    def is_there(self) -> bool:
+        """Whether its process runs on this machine; False where that cannot be seen from here."""
+        return self._is_near and process_state(self.pid) in self._alive
+
     def kill(self) -> None:
         """Ends a worker that hangs on this machine: it must not wake up and write."""
-        if self._is_near and process_state(self.pid) in self._alive:
+        if self.is_there:
             with suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
 
@@ -252,6 +257,15 @@ class Monitor:
         while self._num_looks < before + 2 and time.monotonic() < end:  # one may be under way
             self._hurry.set()
             time.sleep(0.01)
+
+    def wait_for_others(self, seconds: float) -> None:
+        """Returns when the others on this machine have ended, or after so many seconds.
+
+        For a worker whose exit code makes torchrun end those that are still there.
+        """
+        end = time.monotonic() + seconds
+        while any(who.is_there for who in self._others.values()) and time.monotonic() < end:
+            time.sleep(0.05)
 
     def _wait_for_verdict(self) -> None:
         """A neighbour's connection is closed: who it was is known in a moment, and ends this."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from llmpq.errors import InfeasibleError, NeighbourLost, UserError, WorkerError
+from llmpq.errors import FailedRequests, InfeasibleError, NeighbourLost, UserError, WorkerError
 from llmpq.models.sharding import ShardGroup
 from llmpq.runtime.ending import RESUME, SHOW_CURSOR, SUPERVISED, Ended, interruptible
 from llmpq.runtime.monitor import (
@@ -42,6 +42,10 @@ from llmpq.runtime.transport import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun keeps the store; else rank 0 does
+LAUNCHER = (
+    "the environment says that a launcher started this worker, and what torchrun sets is not there "
+    "or odd; start with torchrun, or unset RANK and WORLD_SIZE"
+)
 # How long the others may go on when one has ended, by how it ended: where it says why, all may;
 # where it was ended by a signal, others that were too should be seen.
 GRACE_S, KILLED_GRACE_S = 3.0, 0.3
@@ -59,11 +63,47 @@ class Role:
 
 def role_from_environment() -> Role | None:
     """What torchrun (or `start_workers`) set, or None outside of it."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    return role_from(os.environ)
+
+
+def role_from(variables: Mapping[str, str]) -> Role | None:
+    """The same from these variables; raises `UserError` for what no launcher sets."""
+    if "RANK" not in variables or "WORLD_SIZE" not in variables:
         return None
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    return Role(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    rank, size = _number(variables, "RANK"), _number(variables, "WORLD_SIZE", least=1)
+    role = Role(
+        rank,
+        size,
+        _number(variables, "LOCAL_RANK", other=rank),
+        _number(variables, "LOCAL_WORLD_SIZE", least=1, other=size),
+    )
+    _number(variables, "TORCHELASTIC_RESTART_COUNT", other=0)
+    if role.rank >= role.size or role.local_rank >= role.local_size:
+        raise UserError(
+            f"RANK={role.rank} of WORLD_SIZE={role.size}, LOCAL_RANK={role.local_rank} of "
+            f"LOCAL_WORLD_SIZE={role.local_size}: {LAUNCHER}"
+        )
+    return role
+
+
+def check_meeting_point(variables: Mapping[str, str] = os.environ) -> None:
+    """Raises `UserError` where the launcher does not say where workers find each other."""
+    _number(variables, "MASTER_PORT", least=1)
+    if not variables.get("MASTER_ADDR"):
+        raise UserError(f"MASTER_ADDR is not set: {LAUNCHER}")
+
+
+def _number(
+    variables: Mapping[str, str], name: str, least: int = 0, other: int | None = None
+) -> int:
+    """A variable's number; `other` where it is not set."""
+    text = variables.get(name)
+    if text is None and other is not None:
+        return other
+    if text is None or not (text.isascii() and text.isdecimal() and int(text) >= least):
+        found = "is not set" if text is None else f"is {text!r}, expected a number from {least}"
+        raise UserError(f"{name} {found}: {LAUNCHER}")
+    return int(text)
 
 
 def choose_device(name: str, role: Role) -> torch.device:
@@ -144,8 +184,9 @@ def start_workers(
 ) -> int:
     """Runs `python -m module ARGUMENTS` once a name, as workers; returns 0 or raises.
 
-    When one worker fails the others are stopped. A worker's own exit code 2 or 3 is kept; one that
-    is lost is a `LostWorkers`, Ctrl-C and SIGTERM are `Interrupted`. `advice`: what to do then.
+    When one worker fails the others are stopped. A worker's own exit code 2, 3 or 5 is kept; one
+    that is lost is a `LostWorkers`, Ctrl-C and SIGTERM are `Interrupted`. `advice`: what to do
+    then.
     """
     crew = _Crew(names, advice)
     with interruptible(advice):
@@ -260,7 +301,8 @@ def _grace_s(codes: Sequence[int | None]) -> float:
     """How long to wait for the other workers, given the exit codes so far."""
     if any(code is not None and code < 0 for code in codes):
         return KILLED_GRACE_S
-    return GRACE_S if any(codes) else float("inf")
+    in_order = (None, 0, FailedRequests.exit_code)
+    return GRACE_S if any(code not in in_order for code in codes) else float("inf")
 
 
 def conclusion(
@@ -298,4 +340,6 @@ def conclusion(
     failed = [rank for rank in failed if codes[rank] != WorkerError.exit_code] or failed
     if not failed:
         return None
+    if {codes[rank] for rank in failed} == {FailedRequests.exit_code}:
+        return FailedRequests("")  # the worker that leads has said which and why
     return WorkerError(f"{workers[failed[0]]} ended with code {codes[failed[0]]}; {advice}")

@@ -15,10 +15,16 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 SHIFTS = (30, 27, 31)
 
+GREEDY_BELOW = 1e-5  # as in vLLM (_SAMPLING_EPS)
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 is greedy. `top_k` 0 and `top_p` 1 cut nothing."""
+    """How tokens are chosen; temperature 0 is greedy. `top_k` 0 and `top_p` 1 cut nothing.
+
+    So are temperatures below `GREEDY_BELOW`: there logits that differ at all are so far apart that
+    the most likely token is drawn, and logits over the temperature overflow.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -28,7 +34,7 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Always the most likely token."""
-        return self.temperature == 0
+        return self.temperature < GREEDY_BELOW
 
 
 def choose(logits: Tensor, sampling: Sampling, requests: Tensor, positions: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from _common import Check, shared_data
 
 from llmpq.artifact import write_json
 from llmpq.model_spec import load_model_spec
-from llmpq.models.tokenizer import load_tokenizer
 from llmpq.plan import Plan
 from llmpq.runtime.request import Request
+from llmpq.runtime.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = {"stories-260k": "tinystories.eval.txt", "tale-llama-11m": "wikitext2.test.txt"}

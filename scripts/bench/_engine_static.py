@@ -22,10 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from llmpq.models.stage_model import load_config
-from llmpq.models.tokenizer import load_tokenizer
 from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.request import Request
+from llmpq.runtime.tokenizer import load_tokenizer
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 FASTER = Target("3: throughput over transformers with its best static batches", "x", ">= 1.3")

@@ -24,7 +24,6 @@ from torch import nn
 from llmpq.model_spec import ASSETS, DEFAULT_MODEL, ModelSpec, load_model_spec
 from llmpq.models.family import find
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
-from llmpq.models.tokenizer import load_tokenizer
 from llmpq.plan import Plan
 from llmpq.profile_data import Sensitivity, load_sensitivity
 from llmpq.profiler.indicators import cells, random_rows
@@ -34,6 +33,7 @@ from llmpq.runtime.evaluate import text_windows
 from llmpq.runtime.loader import load_stage, model_folder
 from llmpq.runtime.roundings import NEAREST, Roundings
 from llmpq.runtime.streaming import DamageSum, Streamed
+from llmpq.runtime.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = ("16", "8", "4", "3")

@@ -160,12 +160,13 @@ def test_prompts_that_are_not_there(job):
 )
 def test_a_bad_prompt_is_named_by_its_line(job, line, message):
     job.write_prompts(json.dumps(PROMPT), line)
-    check(job.run(), 2, f"{job.prompts}:2", message)
+    check(job.run("--too-long", "fail"), 2, f"{job.prompts}:2", message)
 
 
 def test_a_prompt_that_no_reserved_cache_holds(job):
     job.write_prompts(json.dumps({"id": "long", "prompt_token_ids": [5] * 100}))
-    check(job.run(), 2, "'long'", "100 + 3 tokens", "reserves 14")
+    needs = "100 prompt + 3 new tokens"
+    check(job.run("--too-long", "fail"), 2, f"{job.prompts}:1", needs, "14 tokens of cache")
 
 
 def test_an_empty_prompts_file(job):

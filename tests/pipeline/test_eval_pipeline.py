@@ -18,13 +18,13 @@ from llmpq.cli.eval import main as eval_command
 from llmpq.cli.run import main as run_command
 from llmpq.model_spec import ASSETS, load_model_spec
 from llmpq.models.stage_model import load_config
-from llmpq.models.tokenizer import load_tokenizer
 from llmpq.quantizer import Quantizer
 from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.evaluate import evaluate, load_stages, text_windows
 from llmpq.runtime.harness import Scorer, harness_model, run_tasks
 from llmpq.runtime.moments import MomentsMeter, sha256_of, write_moments
 from llmpq.runtime.tasks import load_tasks
+from llmpq.runtime.tokenizer import load_tokenizer
 
 MIXED = ["4", "16", "8", "3", "3", "8", "4", "16"]
 PROMPTS = ASSETS / "prompts.jsonl"

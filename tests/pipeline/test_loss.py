@@ -15,8 +15,8 @@ from families import TINY_TALES
 from jobs import RUN, SLOW, TORCHRUN, Job, rank_of, wait_until
 
 from llmpq.model_spec import ASSETS
-from llmpq.models.tokenizer import load_tokenizer
 from llmpq.plan import load_plan
+from llmpq.runtime.tokenizer import load_tokenizer
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,6 +1,7 @@
 """What a run tells: its report, its trace, its progress."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -9,6 +10,7 @@ from jobs import Job
 from llmpq.cli.run import main
 from llmpq.cli.run_lead import _Collector
 from llmpq.runtime.leader import Status
+from llmpq.runtime.request import Finished, Request
 
 NEW_TOKENS = 20
 
@@ -62,6 +64,23 @@ def test_a_second_run_keeps_the_first_ones_results(job):
     assert job.output.with_name("out.jsonl.old").read_text() == before
     lines = (sorted(text.splitlines()) for text in (before, job.output.read_text()))
     assert next(lines) == next(lines)
+
+
+def test_tokens_that_cannot_be_decoded_are_kept_and_their_request_has_failed():
+    class Written:
+        lines: list = []
+
+        def write(self, finished, text):
+            self.lines.append((finished.token_ids, finished.reason, finished.error, text))
+
+    def decode(tokens, skip_special_tokens):
+        raise TypeError("no such token")
+
+    prepared = SimpleNamespace(tokenizer=SimpleNamespace(decode=decode))
+    collector = _Collector(Written(), prepared, None)
+    collector.finish(Finished(Request("a", 0, (1,), 2), (7, 8), "length"))
+    error = "the model's tokenizer cannot decode its tokens (no such token)"
+    assert Written.lines == [((7, 8), "error", error, "")] and collector.num_failed == 1
 
 
 def test_progress_tells_speed_busy_shares_and_the_cache():

@@ -1,6 +1,7 @@
 """Reading and writing files: every fault is one `UserError` with file and line, no traceback."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,91 @@ def test_any_bytes(tmp_path: Path, data: bytes) -> None:
     for name in ("any.json", "any.yaml"):
         (tmp_path / name).write_bytes(data)
         read_or_user_error(tmp_path / name, Workload)
+
+
+# -- files as other systems and people write them ----------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("text", ['{"name": "é",\r\n "ratio": 2}', "name: é\r\nratio: 2\r\n"])
+def test_a_byte_order_mark_is_skipped(tmp_path: Path, encoding: str, text: str) -> None:
+    path = tmp_path / ("a.json" if text.startswith("{") else "a.yaml")
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    path.write_bytes((mark + text).encode(encoding))
+    read = read_json if path.suffix == ".json" else read_yaml
+    assert read(path, Outer) == Outer(name="é", ratio=2)
+    assert read_text(path) == text.replace("\r\n", "\n")
+    # Faults are found on the right line all the same.
+    path.write_bytes((mark + text.replace("ratio", "ratoi")).encode(encoding))
+    with pytest.raises(UserError, match=rf"{path.name}:2: unknown key 'ratoi'"):
+        read(path, Outer)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.json", '{"name": "x",\n"name": "y"}', "a.json:2: not valid JSON: the key 'name' is th"),
+        ("a.json", '{"name": "x", "inner":\n{"size": 1,\n\n"size": 1}}', "a.json:4: not valid"),
+        ("a.json", '{"name": "x", "by_type": {"a": {}, "b": {}, "a": {}}}', "the key 'a' is there"),
+        ("a.yaml", "name: x\nratio: 1\nname: y", "a.yaml:3: not valid YAML: the key 'name' is the"),
+        ("a.yaml", "name: x\ninner:\n  size: 1\n  size: 1", "a.yaml:4: not valid YAML"),
+        ("a.yaml", "name: x\ninner: {size: 1, size: 2}", "a.yaml:2: not valid YAML"),
+    ],
+)
+def test_a_key_that_is_there_twice(tmp_path: Path, name: str, text: str, expected: str) -> None:
+    assert expected in fault(tmp_path / name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "a.json",
+            '{"name": "x",\n"ratio": "2"}',
+            "a.json:2: ratio: expected a number (found '2')",
+        ),
+        ("a.json", '{"name": "x",\n"ratio": true}', "a.json:2: ratio: expected a"),
+        ("a.yaml", "name: x\ninner:\n  size: '3'", "a.yaml:3: inner.size: expected a number"),
+        ("a.yaml", "name: x\ninner:\n  size: yes", "a.yaml:3: inner.size: expected a number"),
+        ("a.yaml", "name: x\ninner:\n  lengths: [1,\n   true]", "a.yaml:4: inner.lengths.1: expec"),
+        ("a.yaml", "name: x\nby_type:\n  T4: {size: '1'}", "a.yaml:3: by_type.T4.size: expected"),
+    ],
+)
+def test_nothing_is_taken_for_a_number_that_is_none(
+    tmp_path: Path, name: str, text: str, expected: str
+) -> None:
+    assert expected in fault(tmp_path / name, text)
+
+
+def test_several_values_of_the_wrong_sort_are_told_at_once(tmp_path: Path) -> None:
+    lines = fault(tmp_path / "a.yaml", "name: x\nratio: '1'\ninner:\n  size: true").splitlines()
+    assert [line.split(":")[1] for line in lines] == ["2", "4"]
+
+
+def test_a_merge_is_no_repeated_key_and_whole_numbers_may_have_a_point(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("name: x\nby_type:\n  a: &a {size: 2.0}\n  b: {<<: *a, lengths: [3.0]}\n")
+    found = read_yaml(path, Outer)
+    assert (found.by_type["b"].size, found.by_type["b"].lengths) == (2, [3])
+
+
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # opening it would wait for ever
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for path in (pipe, Path("/dev/zero")):
+        for read in (read_text, parse_json, lambda p: read_yaml(p, Outer)):
+            with pytest.raises(UserError, match="is no regular file"):
+                read(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_text(loop)
+
+
+def test_a_file_far_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # a hole: nothing of it is on the disk
+    for read in (read_text, parse_json, lambda p: read_yaml(p, Outer)):
+        with pytest.raises(UserError, match="has 1048576 MiB; a file of this kind has"):
+            read(path)

@@ -21,21 +21,41 @@ from llmpq.errors import UserError, WorkerError
 from llmpq.runtime import journal
 from llmpq.runtime.journal import Results
 from llmpq.runtime.request import Finished, Request
+from llmpq.runtime.result_lines import Writer
 
 RUN = {"model": "tiny", "seed": 0}
 
 
-def finished(name: str | int, *token_ids: int, error: str | None = None) -> Finished:
+def finished(
+    name: str | int,
+    *token_ids: int,
+    error: str | None = None,
+    checksum: int | None = None,
+    is_chat: bool = False,
+) -> Finished:
     reason = "stop" if error is None else "error"
-    return Finished(Request(name, 0, (1, 2), 4), token_ids or (3, 2), reason, error)
+    request = Request(name, 0, (1, 2), 4, checksum, is_chat)
+    return Finished(request, token_ids or (3, 2), reason, error)
 
 
-def write(path: Path, resume: bool, *names: str | int, run=RUN, fsync="never", text="é") -> Results:
+def write(
+    path: Path, resume: bool, *names: str | int, run=RUN, fsync="never", text="é", **more
+) -> Results:
     """Writes results; their `finished` are the ids that were there before, and these."""
-    results = Results(path, resume, fsync, run)
+    results = Results(path, resume, fsync, run, **more)
     with closing(results):
         for name in names:
-            results.write(finished(name), text)
+            results.write(finished(name, checksum=(more.get("prompts") or {}).get(name)), text)
+    return results
+
+
+def write_failed(path: Path, resume: bool, *names: str | int, **more) -> Results:
+    """Writes results of requests that failed."""
+    results = Results(path, resume, "never", RUN, **more)
+    with closing(results):
+        for name in names:
+            checksum = (more.get("prompts") or {}).get(name)
+            results.write(finished(name, error=f"{name} is odd", checksum=checksum), "")
     return results
 
 
@@ -52,8 +72,8 @@ def logged(path: Path) -> list:
     found = []
     for line in Path(f"{path}.journal").read_bytes().splitlines():
         assert line[:9] == b"%08x " % crc32(line[9:])
-        found.append(json.loads(line[9:]))
-    assert found[0]["journal"] == 1
+        found.append(json.loads(line[line.index(b"{") :]))
+    assert found[0]["journal"] == 2
     return [line["id"] for line in found[1:]]
 
 
@@ -80,8 +100,8 @@ def test_a_line_has_all_that_is_promised(path):
     }
     assert (second["finish_reason"], second["error"]) == ("error", "it was \ud800 bad")
     assert second["text"] == "\\\ud800"
-    resumed = write(path, True)
-    assert resumed.finished == {"a", 7} and resumed.notes == []
+    resumed = write(path, True, keeps_failed=True)
+    assert resumed.finished == {"a", 7} and resumed.failed == {7} and resumed.notes == []
 
 
 @pytest.mark.parametrize("fsync", ["always", "interval", "never"])
@@ -105,9 +125,22 @@ def test_a_new_run_keeps_what_was_there_under_another_name(path):
     assert write(path, True).finished == {"r0", "r1"}
 
 
+def test_every_new_run_keeps_all_earlier_ones(path):
+    for number in range(4):
+        notes = write(path, False, f"r{number}").notes
+    assert "out.jsonl.old.3" in notes[0]
+    names = ["out.jsonl.old", "out.jsonl.old.2", "out.jsonl.old.3", "out.jsonl"]
+    assert [ids(path.with_name(name)) for name in names] == [[f"r{i}"] for i in range(4)]
+    # Either name of a pair that is taken takes the number.
+    path.with_name("out.jsonl.journal.old.4").write_text("mine")
+    write(path, False, "r4")
+    assert ids(path.with_name("out.jsonl.old.5")) == ["r3"]
+    assert path.with_name("out.jsonl.journal.old.4").read_text() == "mine"
+
+
 def test_a_run_that_finished_nothing_moves_nothing(path):
     write(path, False, "r0")
-    write(path, False)  # moves the first one
+    write(path, False)  # moves the first ones
     assert write(path, False).notes == []
     assert ids(path.with_name("out.jsonl.old")) == ["r0"]
 
@@ -224,6 +257,218 @@ def test_another_model_is_refused_and_other_settings_are_told(path):
         "stages was None, is [1, 2]"
     ]
     assert write(path, True).notes == []  # what the first run was is not forgotten
+
+
+def test_other_weights_are_refused_and_named(path):
+    weights = {"config.json": "1", "a.safetensors": "2", "b.safetensors": "3"}
+    write(path, False, "r0", run=RUN | {"weights": weights})
+    other = {"config.json": "1", "a.safetensors": "9", "c.safetensors": "3"}
+    words = "other weights: a.safetensors, b.safetensors, c.safetensors differ; give another"
+    with pytest.raises(UserError, match=words):
+        Results(path, True, "never", RUN | {"weights": other})
+    assert write(path, True, run=RUN | {"weights": weights}).notes == []
+
+
+def test_other_prompts_under_the_same_ids_are_refused_and_named(path):
+    prompts = {f"r{i}": i for i in range(9)}
+    write(path, False, *prompts, prompts=prompts)
+    before = path.read_bytes()
+    changed = {name: number + (number > 1) for name, number in prompts.items()}
+    with pytest.raises(UserError, match="r2, r3, r4, r5, r6 and 2 more; give another --output"):
+        Results(path, True, "never", RUN, changed)
+    assert path.read_bytes() == before
+    # What is to be done again may have another prompt.
+    write_failed(path, False, "r0", "r1", prompts=prompts)
+    assert write(path, True, "r0", prompts={"r0": 7, "r1": 8}).finished == {"r0"}
+    with pytest.raises(UserError, match="than now: r0;"):
+        Results(path, True, "never", RUN, {"r0": 8, "r1": 8})
+
+
+def test_results_without_a_checksum_of_their_prompt_are_told(path):
+    write(path, False, "r0")
+    results = write(path, True, "r1", prompts={"r0": 5, "r1": 6})
+    assert any("nothing says whether their prompts are the same: 1" in n for n in results.notes)
+    assert results.finished == {"r0", "r1"}
+
+
+def test_results_that_no_prompt_asks_for_are_set_aside(path):
+    write(path, False, "r0", "stranger", "r1")
+    with path.open("a") as file:
+        file.write(json.dumps(lines(path)[0] | {"id": "made up"}) + "\n")
+    results = write(path, True, "r2", prompts={"r0": 0, "r1": 1, "r2": 2})
+    assert ids(path) == logged(path) == ["r0", "r1", "r2"]
+    assert ids(path.with_name("out.jsonl.aside")) == ["stranger", "made up"]
+    assert any("no prompt has put into out.jsonl.aside: 2" in note for note in results.notes)
+    again = write(path, True, prompts={"r0": 0, "r1": 1, "r2": 2})
+    assert not any("aside" in note for note in again.notes)
+
+
+# ---- failed requests
+
+
+def test_a_failed_request_is_done_again_and_its_line_replaced(path):
+    write(path, False, "r0")
+    write_failed(path, True, "r1", "r2")
+    results = Results(path, True, "never", RUN)
+    with closing(results):
+        assert results.finished == {"r0"} and results.failed == set()
+        assert any("tried again: 2" in note for note in results.notes)
+        assert ids(path) == ["r0"]  # no id is there twice at any moment
+        results.write(finished("r1"), "now")
+        results.write(finished("r2", error="still odd"), "")
+        assert results.failed == {"r2"}
+    assert [(line["id"], line.get("error")) for line in lines(path)] == [
+        ("r0", None),
+        ("r1", None),
+        ("r2", "still odd"),
+    ]
+    kept = write(path, True, keeps_failed=True)
+    assert (kept.finished, kept.failed, kept.notes) == ({"r0", "r1", "r2"}, {"r2"}, [])
+
+
+def test_failures_that_were_to_be_tried_again_come_back_from_the_journal(path):
+    write_failed(path, False, "r0", "r1")
+    write(path, True)  # ended before it tried them
+    assert ids(path) == []
+    results = write(path, True, keeps_failed=True)
+    assert ids(path) == ["r0", "r1"] and results.failed == {"r0", "r1"}
+    assert [line["error"] for line in lines(path)] == ["r0 is odd", "r1 is odd"]
+
+
+def test_a_retried_request_is_cut_off_anywhere(path):
+    """After a kill at any byte either the failure or the result counts, and no line is lost."""
+    write_failed(path, False, "r0", "r1")
+    write(path, True, "r0")
+    log = Path(f"{path}.journal")
+    whole, shown = log.read_bytes(), path.read_bytes()
+    start = whole.rindex(b"\n", 0, len(whole) - 1) + 1  # of the result of r0
+    for cut in range(start, len(whole) + 1):
+        log.write_bytes(whole[:cut])
+        path.write_bytes(b"")  # as the output comes after the journal
+        is_whole = cut >= len(whole) - 1
+        results = write(path, True, keeps_failed=True)
+        assert results.failed == ({"r1"} if is_whole else {"r0", "r1"}), cut
+        assert sorted(ids(path)) == ["r0", "r1"]
+    # A result that reached the output alone is no failure because of an older journal.
+    log.write_bytes(whole[:start])
+    path.write_bytes(shown)
+    results = write(path, True)
+    assert results.finished == {"r0"} and ids(path) == ["r0"]
+    assert write(path, True, keeps_failed=True).failed == {"r1"}
+    assert write(path, True, "r1").finished == {"r0", "r1"}
+
+
+def test_a_result_counts_before_a_failure_of_the_same_id(path):
+    write_failed(path, False, "r0")
+    failure = path.read_text()
+    write(path, True, "r0")
+    path.write_text(failure + path.read_text() + failure)
+    Path(f"{path}.journal").unlink()
+    results = write(path, True)
+    assert results.finished == {"r0"} and ids(path) == ["r0"] == logged(path)
+    assert any("was there before dropped: 2" in note for note in results.notes)
+
+
+def test_retries_that_are_killed_lose_nothing(path):
+    child = f"""
+        import random, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_journal import RUN, Path, Results, finished
+        results = Results(Path(sys.argv[1]), True, "interval", RUN)
+        chance = random.Random(sys.argv[2])
+        for number in range(60):
+            if number not in results.finished:
+                failed = chance.random() < 0.5
+                results.write(finished(number, error="odd" if failed else None), "a text " * 20)
+                print(number, int(failed), flush=True)
+    """
+    chance, done = random.Random(1), set()
+    for attempt in range(12):
+        command = [sys.executable, "-c", textwrap.dedent(child), str(path), str(attempt)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(chance.randint(1, 25)):
+                said = process.stdout.readline().split()
+                done |= {int(said[0])} if said and said[1] == "0" else set()
+            process.send_signal(signal.SIGKILL)
+            rest = [line.split() for line in process.stdout.read().split("\n")[:-1]]
+            done |= {int(number) for number, failed in rest if failed == "0"}
+        here = [json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]]
+        assert len(set(here)) == len(here)  # though it was killed
+    results = write(path, True)
+    assert done <= results.finished and len(done) > 20
+    assert sorted(ids(path)) == sorted(results.finished)
+
+
+# ---- other programs
+
+
+@pytest.mark.parametrize("ending", ["", ".journal"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_is_removed_or_replaced_ends_the_run(path, monkeypatch, ending, replaced):
+    monkeypatch.setattr(journal, "CHECK_EVERY_S", 0.0)
+    victim = Path(f"{path}{ending}")
+    with closing(Results(path, False, "never", RUN)) as results:
+        results.write(finished("r0"), "é")
+        victim.unlink()
+        if replaced:
+            victim.write_text("mine\n")
+        what = "is another file" if replaced else "is gone"
+        with pytest.raises(WorkerError, match=f"{victim.name}: {what}.*--resume restores it"):
+            results.write(finished("r1"), "é")
+        with pytest.raises(WorkerError, match=what):
+            results.check_files()
+    assert write(path, True).finished == {"r0"} and ids(path) == logged(path) == ["r0"]
+
+
+def test_both_files_removed_is_not_called_safe(path):
+    with closing(Results(path, False, "never", RUN)) as results:
+        results.write(finished("r0"), "é")
+        path.unlink()
+        Path(f"{path}.journal").unlink()
+        with pytest.raises(WorkerError, match="results of this run are in neither file"):
+            results.check_files()
+
+
+def test_a_file_that_others_write_to_or_cut_ends_the_run(path):
+    for size in (5, 500):
+        with closing(Results(path, False, "never", RUN)) as results:
+            results.write(finished("r0"), "é")
+            os.truncate(path, size)
+            with pytest.raises(WorkerError, match=f"has {size} bytes and not"):
+                results.write(finished("r1"), "é")
+        assert write(path, True).finished == {"r0", "r1"}
+
+
+# ---- OpenAI's form
+
+
+def test_results_in_openais_form_are_resumed_and_not_mixed(path):
+    writer = Writer("openai", "tiny")
+    with closing(Results(path, False, "never", RUN, writer=writer)) as results:
+        results.write(finished("r0", is_chat=True), "é")
+        results.write(finished("r1", error="odd"), "")
+    first, second = lines(path)
+    assert (first["custom_id"], first["error"]) == ("r0", None)
+    body = first["response"]["body"]
+    assert first["response"]["status_code"] == 200 and body["object"] == "chat.completion"
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "é"}
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert second["response"]["status_code"] == 500
+    assert second["error"]["message"] == second["response"]["body"]["error"]["message"] == "odd"
+    assert len({first["id"], second["id"]}) == 2
+    with pytest.raises(UserError, match="form openai, not of llmpq; give that --output-format"):
+        Results(path, True, "never", RUN)
+    Path(f"{path}.journal").unlink()
+    with pytest.raises(UserError, match="form openai, not of llmpq; give that --output-format"):
+        Results(path, True, "never", RUN)
+    resumed = write(path, True, "r1", writer=writer)
+    assert resumed.finished == {"r0", "r1"}
+    assert [line["custom_id"] for line in lines(path)] == ["r0", "r1"]
+
+
+# ---- models
 
 
 def test_a_run_that_finished_nothing_binds_no_model(path):
@@ -401,7 +646,7 @@ def test_any_damage_to_one_file_loses_nothing(tmp_path, data, results, hits_jour
     path = Path(tempfile.mkdtemp(dir=tmp_path)) / "out.jsonl"
     write(path, False)
     for name, text, failed in results:
-        with closing(Results(path, True, "never", RUN)) as writer:
+        with closing(Results(path, True, "never", RUN, keeps_failed=True)) as writer:
             writer.write(finished(name, error="bad" if failed else None), text)
     before = {line["id"]: line for line in map(json.loads, path.read_bytes().split(b"\n")[:-1])}
     target = Path(f"{path}.journal") if hits_journal else path
@@ -411,10 +656,9 @@ def test_any_damage_to_one_file_loses_nothing(tmp_path, data, results, hits_jour
         content[place : place + 1] = [value]
     target.write_bytes(content[:cut])
 
-    with closing(Results(path, True, "never", RUN)) as resumed:
-        pass
+    resumed = write(path, True, keeps_failed=True)
     after = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
     assert len({line["id"] for line in after}) == len(after) == len(resumed.finished)
     kept = {line["id"]: line for line in after}
     assert {name: kept.get(name) for name in before} == before
-    assert not write(path, True).notes
+    assert not write(path, True, keeps_failed=True).notes

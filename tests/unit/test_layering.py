@@ -60,7 +60,7 @@ CAKE = [
         "runtime",
         _names("nouns models quant"),
         _names(PLAIN + TORCH),
-        _names(KERNELS + "lm_eval datasets"),
+        _names(KERNELS + "lm_eval datasets pyarrow"),
     ),
     Part(
         "3",

@@ -1,6 +1,7 @@
 """Second moments: measured on a running stage, written, read, and used to load weights."""
 
 import json
+import os
 import weakref
 
 import pytest
@@ -150,6 +151,10 @@ def test_inputs_that_are_always_zero_survive(tmp_path):
 def test_bad_files_are_named(tmp_path, path):
     with pytest.raises(UserError, match="nowhere: no such file"):
         MomentsFile(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for read in (MomentsFile, sha256_of):
+        with pytest.raises(UserError, match="is no regular file"):
+            read(tmp_path / "pipe")
     with pytest.raises(UserError, match="not a readable safetensors"):
         MomentsFile(TINY_TALES / "config.json")
     with pytest.raises(UserError, match="no file of second moments"):

@@ -10,7 +10,13 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from llmpq.errors import InfeasibleError, NeighbourLost, UserError, WorkerError
+from llmpq.errors import (
+    FailedRequests,
+    InfeasibleError,
+    NeighbourLost,
+    UserError,
+    WorkerError,
+)
 from llmpq.runtime import monitor as module
 from llmpq.runtime.ending import Interrupted, interruptible
 from llmpq.runtime.monitor import (
@@ -25,7 +31,7 @@ from llmpq.runtime.monitor import (
     process_state,
     verdict_on,
 )
-from llmpq.runtime.process import LostWorkers, conclusion
+from llmpq.runtime.process import LostWorkers, Role, check_meeting_point, conclusion, role_from
 
 NAMES = ["worker 0 (a)", "worker 1 (b)", "worker 2 (c)"]
 
@@ -321,3 +327,53 @@ def test_what_a_worker_tells_is_plain_json():
     store = dist.HashStore()
     Board(store, 1).join(Who.here(0, "a"))
     assert json.loads(store.get("who/0"))["pid"] == os.getpid()
+
+
+def test_failed_requests_are_the_leaders_to_tell_and_no_loss():
+    error = conclusion([5, 0, 0], [], None, NAMES, "again")
+    assert isinstance(error, FailedRequests) and (str(error), error.exit_code) == ("", 5)
+    assert isinstance(conclusion([5, -9, 0], [], None, NAMES, "again"), LostWorkers)
+    assert type(conclusion([5, 1, 0], [], None, NAMES, "again")) is WorkerError
+
+
+# ---- what a launcher says
+
+LAUNCHED = {
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_a_role_from_what_a_launcher_sets():
+    assert role_from({}) is None and role_from({"RANK": "abc"}) is None
+    assert role_from(LAUNCHED) == Role(1, 4, 1, 2)
+    assert role_from({"RANK": "0", "WORLD_SIZE": "1"}) == Role(0, 1, 0, 1)
+
+
+NUMBERS = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["abc", "", "-1", "1.5", "\u0663"])
+def test_a_role_that_no_launcher_gives(name, value):
+    with pytest.raises(UserError, match=f"{name} is .*unset RANK and WORLD_SIZE"):
+        role_from(LAUNCHED | {name: value})
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
+def test_a_role_beyond_the_others(name):
+    with pytest.raises(UserError, match=f"{name}=7 of .*unset RANK and WORLD_SIZE"):
+        role_from(LAUNCHED | {name: "7"})
+
+
+@pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT"])
+def test_a_role_without_a_meeting_point(name):
+    check_meeting_point(LAUNCHED)
+    with pytest.raises(UserError, match=f"{name}.* is not set"):
+        check_meeting_point({key: value for key, value in LAUNCHED.items() if key != name})
+    with pytest.raises(UserError, match=name):
+        check_meeting_point(LAUNCHED | {name: ""})

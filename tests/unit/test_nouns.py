@@ -271,6 +271,15 @@ def test_trace(tmp_path: Path) -> None:
     assert traced(tmp_path, gzip.compress(content), "t.csv.gz") == expected
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_trace_as_spreadsheets_write_it(tmp_path, encoding, delimiter, pack) -> None:
+    text = "tokens,time\r\n5,0.0\r\n0,0.5\r\n".replace(",", delimiter)
+    name = "t.csv" if pack is bytes else "t.csv.gz"
+    assert traced(tmp_path, pack(text.encode(encoding)), name) == [(5, 1), (1, 1), (5, 1)]
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -1,5 +1,6 @@
 """Choosing tokens: greedy, what top-k and top-p leave, seeds, and the distribution drawn from."""
 
+import pytest
 import torch
 
 from llmpq.runtime import sampler
@@ -22,6 +23,18 @@ def draws(sampling: Sampling, count: int, logits: torch.Tensor = LOGITS) -> torc
 def test_greedy_takes_the_most_likely_of_each_row():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
     assert choose(logits, Sampling(), [0, 1], [9, 9]).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-40, 5e-324])
+def test_a_temperature_that_logits_overflow_at_is_greedy(temperature):
+    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 5.0, 1.0], [-9e4, 8e4, 8.1e4]])
+    for sampling in (Sampling(temperature), Sampling(temperature, top_k=2, top_p=0.5)):
+        assert choose(logits, sampling, [0, 1, 2], [9, 9, 9]).tolist() == [1, 0, 2]
+
+
+def test_the_smallest_temperature_that_is_drawn_at_does_not_overflow():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [-9e4, 8e4, 8.1e4]])
+    assert choose(logits, Sampling(1e-5, top_p=0.9), [0, 1], [9, 9]).tolist() == [1, 2]
 
 
 def test_top_k_leaves_exactly_the_k_most_likely():

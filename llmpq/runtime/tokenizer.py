@@ -1,0 +1,93 @@
+"""The model's tokenizer and end-of-text tokens, from its own directory.
+
+Tokenizers are read by transformers, which knows no byte-order marks: files that have one are given
+to it as copies without. Whatever is odd about a file is a `UserError` before anything is loaded.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from llmpq.artifact import BYTE_ORDER_MARKS, parse_json, read_text
+from llmpq.errors import UserError
+
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+TEXTS = (".json", ".txt", ".jinja")  # of these files, what is text
+PROBE = "Once"  # what every tokenizer must be able to encode and decode
+MOST_SHOWN = 300  # characters of what a library says
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer, or None where the directory has none (token ids can still be given)."""
+    if not any((folder / name).is_file() for name in FILES):
+        return None
+    with _without_marks(folder) as plain, _told(folder):
+        tokenizer = AutoTokenizer.from_pretrained(plain)
+        ids = tokenizer.encode(PROBE)
+        if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
+            raise TypeError(f"it encodes a text as {ids!r}")
+        tokenizer.decode(ids, skip_special_tokens=True)
+    return tokenizer
+
+
+def end_tokens(folder: Path, config: Any) -> frozenset[int]:
+    """Token ids that end a request, from generation_config.json or config.json."""
+    path = folder / "generation_config.json"
+    source, value = folder / "config.json", config.eos_token_id
+    if path.is_file():
+        data = parse_json(path)
+        if not isinstance(data, dict):
+            raise UserError(f"{path}: expected keys and values, found {str(data)[:60]}")
+        if "eos_token_id" in data:
+            source, value = path, data["eos_token_id"]
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    for one in found:
+        if not isinstance(one, int) or isinstance(one, bool):
+            raise UserError(
+                f"{source}: 'eos_token_id' must be a token id or a list of them, found "
+                f"{repr(value)[:60]}"
+            )
+    return frozenset(found)
+
+
+@contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """The folder; or where files of text have byte-order marks, one with copies that have none."""
+    marked = [path for path in folder.iterdir() if path.suffix in TEXTS and _has_mark(path)]
+    if not marked:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="llmpq-") as name:
+        plain = Path(name)
+        for path in folder.iterdir():
+            if path in marked:
+                (plain / path.name).write_text(read_text(path), encoding="utf-8")
+            elif path.is_file():
+                (plain / path.name).symlink_to(path.resolve())
+        yield plain
+
+
+def _has_mark(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(4).startswith(tuple(BYTE_ORDER_MARKS))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Whatever a tokenizer raises as a `UserError`."""
+    try:
+        yield
+    except BaseException as error:  # a panic of the Rust library is no `Exception`
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SHOWN]
+        raise UserError(f"{folder}: its tokenizer cannot be loaded: {what}") from None
