@@ -220,7 +220,7 @@ def test_results_on_standard_output(job):
     assert "nothing can be resumed" in result.stderr
     for more, message in {
         "--resume": "--resume: needs an --output that is a file",
-        "--json=-": "is also --json",
+        "--json=-": "it is --json too",
     }.items():
         refused = job.run(more, output="-")
         assert refused.exit_code == 2 and message in refused.stderr
