@@ -338,7 +338,10 @@ class _Config:
         return default or 1
 
     def flag(self, key: str, default: bool) -> bool:
-        return bool(self.data.get(key, default))
+        value = self.data.get(key, default)
+        if value is not None and not isinstance(value, bool):
+            self.faults.append(f"{self.source}: '{key}' must be true or false: {value!r}")
+        return bool(value)
 
     def raise_faults(self) -> None:
         if self.faults:

@@ -23,6 +23,7 @@ from llmpq.schedule import LaneShape, cache_tokens
 CLASSES = 5  # of requests by length
 LEAST_CHUNK_TOKENS = 64
 DELIMITERS = ",;\t"  # of traces
+MAX_TRACE_BYTES = 1 << 30  # all of it is held in memory
 
 
 class MinMax(Strict):
@@ -195,6 +196,8 @@ def _trace_column(source: Trace, folder: Path) -> list[int]:
     path = path if path.is_absolute() else folder / path
     if not path.is_file():
         raise UserError(f"{path}: no such trace file")
+    if path.stat().st_size > MAX_TRACE_BYTES:
+        raise UserError(f"{path}: has {path.stat().st_size >> 20} MiB; give a part of the trace")
     import pandas  # only traces need it, and it is slow to import
 
     try:

@@ -14,7 +14,7 @@ import click
 
 from llmpq.artifact import Provenance
 from llmpq.cli.common import ARGUMENTS, Command, common_options, console, emit
-from llmpq.cli.paths import model_files, refuse_shared_files
+from llmpq.cli.paths import check_files, model_files
 from llmpq.cli.profile_options import PrecisionNames
 from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
@@ -93,7 +93,7 @@ def main(**flags: Any) -> None:
     """
     inputs = [(f"--{name}", path) for name in ("text", "moments") for path in _paths(flags[name])]
     inputs += [("a plan", path) for path in flags["plans"]]
-    refuse_shared_files([*inputs, *model_files(flags["model"])], [("--json", flags["json_path"])])
+    check_files([*inputs, *model_files(flags["model"])], [("--json", flags["json_path"])])
     plans = [(path, _runnable(path)) for path in flags["plans"]]
     _check(flags, plans)
     from llmpq.runtime.process import Role, role_from_environment

@@ -28,11 +28,13 @@ MODEL_FILES = (
 )
 
 
-def refuse_shared_files(reads: Iterable[Named], writes: Iterable[Named]) -> None:
-    """Raises `UserError` where a file is written that is read, or that is written as another one.
+def check_files(reads: Iterable[Named], writes: Iterable[Named]) -> None:
+    """Raises `UserError` where a file is written that is read, or that is written as another one,
+    and where one cannot be written at all.
 
     '-' is standard output, which one of them may have.
     """
+    writes = list(writes)
     outputs = [(name, str(path)) for name, path in writes if path is not None]
     faults = [
         f"{name} {path}: the same file is named twice (it is {other} too); give each its own"
@@ -48,21 +50,21 @@ def refuse_shared_files(reads: Iterable[Named], writes: Iterable[Named]) -> None
     ]
     if faults:
         raise UserError("\n".join(dict.fromkeys(faults)))
+    for _, path in writes:
+        if path is not None and str(path) != "-":
+            _refuse_unwritable(Path(path))
 
 
-def refuse_unwritable(paths: Iterable[Path | None]) -> None:
+def _refuse_unwritable(path: Path) -> None:
     """Finds out before the work, and not after it, that its result has no place."""
-    for path in paths:
-        if path is None or str(path) == "-":
-            continue
-        try:
-            folder = next(p for p in path.absolute().parents if os.path.lexists(p))
-            is_wrong = path.is_dir() or not folder.is_dir()
-            exists = path.exists()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-        if is_wrong or not os.access(path if exists else folder, os.W_OK):
-            raise UserError(f"{path}: cannot be written")
+    try:
+        folder = next(p for p in path.absolute().parents if os.path.lexists(p))
+        is_wrong = path.is_dir() or not folder.is_dir()
+        exists = path.exists()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    if is_wrong or not os.access(path if exists else folder, os.W_OK):
+        raise UserError(f"{path}: cannot be written")
 
 
 def model_files(model: str | Path | None) -> Iterator[Named]:

@@ -152,9 +152,9 @@ def _check_files(arguments: Arguments, trace: Path | None) -> None:
     """No file is written that is read, or written as another one."""
     from llmpq.cli.paths import (
         Named,
+        check_files,
         model_files,
         profile_files,
-        refuse_shared_files,
         trace_files,
     )
 
@@ -179,7 +179,7 @@ def _check_files(arguments: Arguments, trace: Path | None) -> None:
         *trace_files(arguments.workload),
         *profile_files(arguments.profiles, writes),
     ]
-    refuse_shared_files(reads, writes)
+    check_files(reads, writes)
 
 
 def _mode_faults(arguments: Arguments) -> list[str]:

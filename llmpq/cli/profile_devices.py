@@ -17,7 +17,7 @@ import yaml
 
 from llmpq.artifact import validate, write_text
 from llmpq.cli.common import Command, common_options, console, emit
-from llmpq.cli.paths import refuse_shared_files
+from llmpq.cli.paths import check_files
 from llmpq.cluster import Cluster
 from llmpq.devices import DeviceType, device_library
 from llmpq.errors import UserError
@@ -46,7 +46,7 @@ def devices(
     cluster_out: Path | None, force: bool, json_path: Path | None, verbose: bool, quiet: bool
 ) -> None:
     """List the devices here and the types that cluster files can name."""
-    refuse_shared_files([], [("--cluster-out", cluster_out), ("--json", json_path)])
+    check_files([], [("--cluster-out", cluster_out), ("--json", json_path)])
     if cluster_out is not None and cluster_out.exists() and not force:
         raise UserError(f"--cluster-out {cluster_out}: is there already; --force overwrites it")
     library = device_library()

@@ -14,7 +14,7 @@ import click
 
 from llmpq.artifact import Provenance, read_json, write_json
 from llmpq.cli.common import Command, FiniteRange, common_options, console, emit
-from llmpq.cli.paths import model_files, refuse_shared_files
+from llmpq.cli.paths import check_files, model_files
 from llmpq.cli.profile_devices import cpu_memory_gib, cpu_name, type_of_card
 from llmpq.cli.profile_options import Integers, PrecisionNames
 from llmpq.cli.progress import progress
@@ -85,7 +85,7 @@ def layers(**flags: Any) -> None:
     out = console(flags["quiet"])
     targets = _targets(flags, out)
     outputs = [("-o", path) for t in targets for path in (t.output, _partial_path(t.output))]
-    refuse_shared_files(model_files(flags["model"]), [*outputs, ("--json", flags["json_path"])])
+    check_files(model_files(flags["model"]), [*outputs, ("--json", flags["json_path"])])
     profiles = [_measure(target, spec, flags, out) for target in targets]
     parts = [profile.model_dump_json(indent=1) for profile in profiles]
     emit(parts[0] if len(parts) == 1 else f"[{', '.join(parts)}]", flags["json_path"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmpq.cli.common import ARGUMENTS, Command, FiniteRange, common_options, console, emit
-from llmpq.cli.paths import refuse_shared_files
+from llmpq.cli.paths import check_files
 from llmpq.errors import UserError, WorkerError
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ def _check(flags: dict[str, Any]) -> None:
     from llmpq.cluster import load_cluster
 
     writes = [("-o", "output"), ("--write-cluster", "write_cluster"), ("--json", "json_path")]
-    refuse_shared_files(
-        [("--cluster", flags["cluster"])], [(name, flags[key]) for name, key in writes]
-    )
+    check_files([("--cluster", flags["cluster"])], [(name, flags[key]) for name, key in writes])
     if flags["write_cluster"] and not flags["cluster"]:
         raise UserError("--write-cluster needs --cluster: the file whose links to replace")
     if flags["cluster"]:

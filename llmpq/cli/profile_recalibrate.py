@@ -129,14 +129,14 @@ def _request(flags: dict[str, Any]) -> Request:
 
 def _check_files(flags: dict[str, Any], request: Request) -> None:
     """No file is written that is read, or written as another one."""
-    from llmpq.cli.paths import Named, profile_files, refuse_shared_files
+    from llmpq.cli.paths import Named, check_files, profile_files
 
     names = [*map(_file_name, _types(request)), "cluster.yaml", "workload.yaml"]
     writes: list[Named] = [("a file of -o", request.output / name) for name in names]
     writes += [("--json", flags["json_path"])]
     reads: list[Named] = [("--report", run.path) for run in request.runs]
     reads += [("--cluster", request.cluster_path), ("--sensitivity", request.sensitivity)]
-    refuse_shared_files([*reads, *profile_files(flags["profiles"], writes)], writes)
+    check_files([*reads, *profile_files(flags["profiles"], writes)], writes)
 
 
 def _file_name(device_type: str) -> str:

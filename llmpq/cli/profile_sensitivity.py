@@ -12,7 +12,7 @@ import click
 
 from llmpq.artifact import Provenance, write_json
 from llmpq.cli.common import Command, common_options, console, emit
-from llmpq.cli.paths import model_files, refuse_shared_files
+from llmpq.cli.paths import check_files, model_files
 from llmpq.cli.profile_options import PrecisionNames
 from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
@@ -100,7 +100,7 @@ def _check_files(flags: dict[str, Any]) -> None:
     """No file is written that is read, or written as another one."""
     moments = _moments_path(flags, Path(tempfile.gettempdir())) if _needs_moments(flags) else None
     writes = [("-o", flags["output"]), ("--json", flags["json_path"]), ("--moments", moments)]
-    refuse_shared_files([("--text", flags["text"]), *model_files(flags["model"])], writes)
+    check_files([("--text", flags["text"]), *model_files(flags["model"])], writes)
 
 
 @dataclass(frozen=True)

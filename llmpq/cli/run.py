@@ -85,7 +85,11 @@ END_S = 10.0  # at most until other workers have ended, which torchrun would end
     default="interval",
     help="When results are forced to the disk; interval: every second.",
 )
-@click.option("--chat", is_flag=True, help="Prompts are chats: use the model's chat template.")
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="A prompt that is a text is a user's message: use the model's chat template.",
+)
 @click.option(
     "--refill/--no-refill", default=True, help="Give places of ended requests to the next at once."
 )
@@ -215,7 +219,7 @@ def _run_here(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> Non
 
 def _check_replan_files(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> None:
     """What new plans are made from is not written over."""
-    from llmpq.cli.paths import Named, profile_files, refuse_shared_files
+    from llmpq.cli.paths import Named, check_files, profile_files
     from llmpq.cli.run_input import output_files
 
     writes = output_files(plan, options)
@@ -224,7 +228,7 @@ def _check_replan_files(plan: Plan, options: RunOptions, replanning: ReplanOptio
         ("--sensitivity", replanning.sensitivity),
         *profile_files(replanning.profiles, writes),
     ]
-    refuse_shared_files(reads, writes)
+    check_files(reads, writes)
 
 
 def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:

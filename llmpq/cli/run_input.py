@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpq.cli.loading import open_cache
-from llmpq.cli.paths import Named, model_files, refuse_shared_files, refuse_unwritable
+from llmpq.cli.paths import Named, check_files, model_files
 from llmpq.cli.run_options import RunOptions
 from llmpq.errors import UserError
 from llmpq.model_spec import load_model_spec
@@ -125,5 +125,4 @@ def _check_files(plan: Plan, options: RunOptions) -> None:
         ("--check-text", options.check_text),
         *model_files(options.model or plan.model.name),
     ]
-    refuse_shared_files(reads, output_files(plan, options))
-    refuse_unwritable([options.output, options.report, options.trace, options.json_path])
+    check_files(reads, output_files(plan, options))

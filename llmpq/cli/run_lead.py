@@ -68,11 +68,12 @@ def told_outcome(
     prepared: "Prepared",
     options: RunOptions,
     under_torchrun: bool,
+    dtype: Any = "",
 ) -> FailedRequests | None:
     """The last line: told, or where requests failed returned."""
     assert prepared.prompts is not None
     out = console(options.quiet)
-    return outcome(results, len(prepared.prompts), options, under_torchrun, out)
+    return outcome(results, prepared.prompts, options, under_torchrun, str(dtype), out)
 
 
 def lead(

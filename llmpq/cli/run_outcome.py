@@ -12,6 +12,7 @@ from llmpq.errors import FailedRequests
 
 if TYPE_CHECKING:
     from llmpq.runtime.journal import Results
+    from llmpq.runtime.prompts import PromptFile
     from llmpq.runtime.result_stream import ResultStream
 
 RETRIES = ("--resume", "--keep-errors")
@@ -19,12 +20,17 @@ RETRIES = ("--resume", "--keep-errors")
 
 def outcome(
     results: "Results | ResultStream",
-    num_requests: int,
+    prompts: "PromptFile",
     options: RunOptions,
     under_torchrun: bool,
+    dtype: str,
     out: Any,
 ) -> FailedRequests | None:
-    """What is told last: an error where requests failed, which is the command's exit code too."""
+    """What is told last: an error where requests failed, which is the command's exit code too.
+
+    `dtype`: what the run computed in.
+    """
+    num_requests = len(prompts)
     place = "standard output" if str(options.output) == "-" else str(options.output)
     failed = len(results.failed)
     if not failed:
@@ -32,6 +38,9 @@ def outcome(
         out.print(what, markup=False, soft_wrap=True)
         return None
     what = f"{failed} of {num_requests} requests failed; their lines in {place} say why"
+    refused = {prompts.ids[number] for number in prompts.refused}
+    if dtype.endswith("float16") and not dtype.endswith("bfloat16") and results.failed - refused:
+        what += "; where activations overflow in float16, --dtype bfloat16 or float32 has more room"
     return FailedRequests(f"{what}; {_next(options.output, under_torchrun)}")
 
 

@@ -50,7 +50,7 @@ def work(plan: Plan, options: RunOptions, role: "Role") -> FailedRequests | None
             dtype = engine.worker.stage.dtype
             del engine  # its memory is wanted for the layers of the 16-bit model
             finish(report, served, options, prepared, dtype, device)
-            return told_outcome(results, prepared, options, under_torchrun)
+            return told_outcome(results, prepared, options, under_torchrun, dtype)
         else:
             engine.start_clock(trace=options.trace is not None)
             engine.follow()

@@ -163,12 +163,12 @@ class Results:
             mending = Mending(
                 logged, shown, journal_file, output_file, self._prompts, not self._keeps_failed
             )
-            if logged.lines or shown.lines:
+            if mending.kept:
                 self._compare_runs(run, json.loads(header)["run"])
                 self._compare_forms(mending)
                 self._compare_prompts(mending)
             else:
-                run = None  # nothing was done yet, so this is the run that is done
+                run = None  # nothing is done yet, so this is the run that is done
             self._save_broken(shown, output_file)
             self._save_strangers(mending)
             mending.mend_journal(journal, header, keeps_header=run is not None)

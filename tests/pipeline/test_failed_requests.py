@@ -99,10 +99,20 @@ def test_a_run_in_which_all_requests_fail_ends_with_5(job):
     assert last(result).startswith(f"error: 2 of 2 requests failed; their lines in {job.output}")
     assert last(result).endswith("--seed 3 --resume")
     assert all("NaN" in line["error"] for line in job.lines().values())
+    assert "float16" not in last(result)  # as it was computed in float32
     report = job.folder / "report.json"
     again = job.run("--resume", "--report", report, "-q")
     assert again.exit_code == 5 and again.stderr.count("\n") == 1  # errors are said though quiet
     assert json.loads(report.read_text())["num_failed"] == 2
+
+
+def test_where_float16_overflows_the_last_line_says_so(job):
+    job.write(prompt("a", 9, BAD_TOKEN))
+    job.spoil()
+    result = job.run("--dtype", "float16")
+    assert result.exit_code == 5 and "--dtype bfloat16 or float32 has more room" in last(result)
+    job.write(prompt("a", *[9] * 100))
+    assert "has more room" not in last(job.run("--dtype", "float16"))
 
 
 def test_resuming_tries_failed_requests_again_and_those_alone(job):
@@ -220,7 +230,7 @@ def test_results_on_standard_output(job):
     assert "nothing can be resumed" in result.stderr
     for more, message in {
         "--resume": "--resume: needs an --output that is a file",
-        "--json=-": "it is --json too",
+        "--json=-": "named twice",
     }.items():
         refused = job.run(more, output="-")
         assert refused.exit_code == 2 and message in refused.stderr

@@ -478,6 +478,17 @@ def test_a_run_that_finished_nothing_binds_no_model(path):
         Results(path, True, "never", RUN)
 
 
+def test_failures_alone_bind_no_model_and_no_weights(path):
+    run = RUN | {"weights": {"a": "1"}}
+    with closing(Results(path, False, "never", run)) as results:
+        results.write(finished("r0", error="odd"), "")
+    mended = RUN | {"model": "large", "weights": {"a": "2"}}
+    with pytest.raises(UserError, match="of model tiny"):
+        Results(path, True, "never", mended, keeps_failed=True)
+    assert write(path, True, "r0", run=mended).finished == {"r0"}
+    assert not any("other settings" in note for note in write(path, True, run=mended).notes)
+
+
 def test_a_damaged_header_is_said_and_replaced(path):
     write(path, False, "r0")
     log = Path(f"{path}.journal")

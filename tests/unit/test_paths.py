@@ -14,7 +14,7 @@ from llmpq.artifact import write_json
 from llmpq.cli import eval as eval_module
 from llmpq.cli import plan, profile, run
 from llmpq.cli.common import FiniteRange
-from llmpq.cli.paths import model_files, refuse_shared_files, refuse_unwritable
+from llmpq.cli.paths import check_files, model_files
 from llmpq.errors import UserError
 from llmpq.model_spec import ASSETS, load_model_spec
 from llmpq.plan import Plan
@@ -60,13 +60,13 @@ def call(command: click.Command, words: str) -> Result:
 
 def same(folder: Path, first: str, second: str) -> bool:
     try:
-        refuse_shared_files([("--in", folder / first)], [("--out", folder / second)])
+        check_files([("--in", folder / first)], [("--out", folder / second)])
     except UserError as error:
         assert "--out" in str(error) and "--in" in str(error)
         with pytest.raises(UserError, match="named twice"):
-            refuse_shared_files([], [("-a", folder / first), ("-b", folder / second)])
+            check_files([], [("-a", folder / first), ("-b", folder / second)])
         return True
-    refuse_shared_files([], [("-a", folder / first), ("-b", folder / second)])
+    check_files([], [("-a", folder / first), ("-b", folder / second)])
     return False
 
 
@@ -94,10 +94,10 @@ def test_a_file_is_known_by_all_its_names(tmp_path):
 
 
 def test_devices_take_several_outputs_and_standard_output_one(tmp_path):
-    refuse_shared_files([], [("-a", Path("/dev/null")), ("-b", Path("/dev/null")), ("-c", None)])
-    refuse_shared_files([("--in", tmp_path / "-")], [("-a", Path("-")), ("-b", tmp_path / "b")])
+    check_files([], [("-a", Path("/dev/null")), ("-b", Path("/dev/null")), ("-c", None)])
+    check_files([("--in", tmp_path / "-")], [("-a", Path("-")), ("-b", tmp_path / "b")])
     with pytest.raises(UserError, match="named twice"):
-        refuse_shared_files([], [("--json", Path("-")), ("--output", Path("-"))])
+        check_files([], [("--json", Path("-")), ("--output", Path("-"))])
 
 
 def test_what_a_model_is_made_of(folder):
@@ -111,10 +111,11 @@ def test_what_a_model_is_made_of(folder):
 def test_an_output_without_a_place(folder):
     loop = folder / "loop"
     loop.symlink_to(loop)
-    refuse_unwritable([None, Path("-"), folder / "new" / "a.json", folder / "plan.json"])
+    places = [None, Path("-"), folder / "new" / "a.json", folder / "plan.json"]
+    check_files([], [("--out", path) for path in places])
     for path in (folder, folder / "plan.json" / "x", loop / "x"):
         with pytest.raises(UserError, match="cannot be written"):
-            refuse_unwritable([path])
+            check_files([], [("--out", path)])
 
 
 # ---- every command
