@@ -15,7 +15,7 @@ from llmpq.machine import BITSANDBYTES, HUMMING, INT4_TILES, TRITON, VNNI, Machi
 from llmpq.quant import kernels
 
 # Modules of this package that come with an optional library, by the library's name.
-HUMMING_MODULE = "llmpq.quant.humming_jit"
+HUMMING_MODULE = "llmpq.quant.humming_support"
 TRITON_MODULE = "llmpq.quant.triton_kernels"
 
 
