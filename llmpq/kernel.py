@@ -111,7 +111,8 @@ class Kernel:
     `whole_rows` allows one scale a row besides. Sizes of the weight (outputs, inputs) are at least
     `least`, and multiples of `out_step` and, after padding to 8, of `in_step`. `streams`: a packed
     row is cut into so many, and each must hold whole runs of `RUN` codes with one scale; 0: it need
-    not. `max_rows`: of the input; None: any number.
+    not. `max_rows`: of the input; None: any number. `stored_bytes`: of a weight (outputs, inputs,
+    weights a scale, dtype) where it is not held as it was packed.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Kernel:
     in_step: int = 1
     launches: int = 1
     unpacking: Unpacking | None = None
+    stored_bytes: Callable[[int, int, int, str], int] | None = None
 
     def why_not(
         self, machine: Machine, out_features: int, in_features: int, group: int
@@ -179,6 +181,12 @@ class Kernel:
                     f"{self.name}: rows of {in_features} weights, {group} a scale, do not suit it"
                 )
         return None
+
+    def held_bytes(self, out_features: int, in_features: int, group: int, dtype: str) -> int:
+        """What the weight takes in memory as this kernel reads it."""
+        if self.stored_bytes is not None:
+            return self.stored_bytes(out_features, in_features, group, dtype)
+        return PRECISIONS[self.precision].weight_bytes(out_features, in_features)
 
     def weight_bytes(self, out_features: int, in_features: int) -> int:
         """What the product reads of the weight: as stored, or unpacked before."""

@@ -81,6 +81,7 @@ class PredictedStage(Strict):
     """Predicted times of one stage. `prefill_s` and `decode_step_s` are of one micro-batch.
 
     The errors are what to expect of these times in the mean, not bounds; None where unknown.
+    `kernels`: those that are counted on, by precision and then by rising numbers of rows.
     `source`: "measured", "interpolated", "fitted", "beyond the profile" or "spec sheet", the least
     certain of all that went into the times.
     """
@@ -93,6 +94,7 @@ class PredictedStage(Strict):
     source: str | None = None
     prefill_error_percent: float | None = None
     decode_error_percent: float | None = None
+    kernels: dict[str, list[str]] = {}
 
 
 class Predicted(Strict):

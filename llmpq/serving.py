@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llmpq.kernel import Kernel
-from llmpq.kernel_table import choices, kernels_of
-from llmpq.machine import Machine
+from llmpq.kernel_table import TABLE, choices, kernels_of
+from llmpq.machine import LIBRARIES, Machine
 from llmpq.precision import PRECISIONS, group_size
 
 Matrix = tuple[int, int]  # (outputs, inputs)
@@ -73,6 +73,12 @@ def _passed_over(
         fits = kernel.covers(machine) or kernel.name not in covering
         if reason is not None and fits and kernel.name not in settled:
             yield reason
+
+
+def needs_library(names: Iterable[str]) -> bool:
+    """Whether some of these kernels (`Service.kernels`) come with `llmpq[gpu]`."""
+    theirs = [kernel for kernel in TABLE if kernel.library in LIBRARIES]
+    return not {_with_rows(kernel) for kernel in theirs}.isdisjoint(names)
 
 
 def switch_rows(

@@ -26,6 +26,9 @@ EXPANDED_WEIGHTS = 2**22  # 3-bit weights expanded to nibbles at a time: 1.3x fa
 GRID_BYTES_READ = 8 + 8 + 4 + 4
 GRID_BYTES_HELD = 8 + 4 + 1 + 2
 PADDED = 8  # humming: multiples to which inputs and outputs are padded
+# Its weights: whole tiles of outputs and inputs, 32-bit locks, and how often it keeps the one scale
+# of a row where it computes in float16.
+HUMMING_OUT, HUMMING_IN, HUMMING_LOCKS, HUMMING_REPEATED = 256, 128, 2048, 128
 # Our Triton multiply, as `llmpq.quant.triton_kernels` cuts the inputs into chunks: streams that a
 # packed row consists of; bytes of a stream in a chunk without tensor cores; with them, bytes of a
 # stream and outputs in a tile, tiles of all programs and tiles in a chunk, both at least.
@@ -83,6 +86,15 @@ def padded_read(product: Product) -> int:
     inputs = HALF * product.rows * cols if cols != product.in_features else 0
     padded = HALF * product.rows * out if out != product.out_features else 0
     return _with_bias(inputs + padded + product.output_bytes, product)
+
+
+def humming_weight(out_features: int, in_features: int, group: int, dtype: str, bits: int) -> int:
+    """Bytes of a weight as humming holds it: codes, 16-bit scales, zeros of `bits`, locks."""
+    out, cols = _up(out_features, HUMMING_OUT), _up(in_features, HUMMING_IN)
+    groups = cols // group if group < in_features else 1
+    if group == in_features and dtype == "float16":
+        groups = cols // HUMMING_REPEATED
+    return out * cols * bits // 8 + out * groups * (8 * HALF + bits) // 8 + SINGLE * HUMMING_LOCKS
 
 
 def chunked_sums(product: Product, chunks: Callable[[Product], int]) -> int:

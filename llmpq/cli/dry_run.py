@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict
 from llmpq.cli.common import console, emit
+from llmpq.cli.kernel_notes import kernel_lines
 from llmpq.cli.run_options import RunOptions
 from llmpq.cluster import GIB, MIB
 from llmpq.costs.latency import machine_of
@@ -22,6 +23,7 @@ from llmpq.plan import Plan, Predicted
 from llmpq.workload import request_lengths
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -74,6 +76,7 @@ class DryRun(Strict):
     model: str
     stages: list[StagePreview]
     prompts: PromptsPreview
+    kernels: list[str] = []
     predicted: Predicted | None
     notes: list[str]
     provenance: Provenance
@@ -105,6 +108,7 @@ def show(plan: Plan, options: RunOptions) -> None:
         model=plan.model.name,
         stages=stages,
         prompts=prompts,
+        kernels=_kernels(plan, options),
         predicted=plan.predicted,
         notes=[
             *_notes(plan, stages, prompts, prepared.weights.note(plan.precisions)),
@@ -174,12 +178,9 @@ def _files(plan: Plan, rank: int, options: RunOptions, prepared: "Prepared") -> 
     from llmpq.models.sharding import Shard
     from llmpq.models.stage_model import LayerRange
     from llmpq.runtime.loader import empty_stage
-    from llmpq.runtime.process import Role, choose_device, choose_dtype
 
-    stage, size = plan.stages[rank], len(plan.stages)
-    on_cpu = plan.cluster.rehearse and options.device == "auto"
-    device = choose_device("cpu" if on_cpu else options.device, Role(rank, size, rank, size))
-    dtype = choose_dtype(options.dtype, device)
+    stage = plan.stages[rank]
+    device, dtype = _device(plan, rank, options)
     layers = LayerRange(stage.first_layer, stage.end_layer, plan.model.num_layers)
     shards = [Shard(index, stage.tensor_parallel) for index in range(stage.tensor_parallel)]
     models = [
@@ -187,6 +188,29 @@ def _files(plan: Plan, rank: int, options: RunOptions, prepared: "Prepared") -> 
         for shard in shards
     ]
     return _sum([_files_of(model, prepared) for model in models])
+
+
+def _device(plan: Plan, rank: int, options: RunOptions) -> "tuple[torch.device, torch.dtype]":
+    """What a stage would take on this machine."""
+    from llmpq.runtime.process import Role, choose_device, choose_dtype
+
+    size, on_cpu = len(plan.stages), plan.cluster.rehearse and options.device == "auto"
+    device = choose_device("cpu" if on_cpu else options.device, Role(rank, size, rank, size))
+    return device, choose_dtype(options.dtype, device)
+
+
+def _kernels(plan: Plan, options: RunOptions) -> list[str]:
+    """A line for each device type and precision: kernels here, or of the card that is not here."""
+    from llmpq.quant import machine_here
+
+    lines: dict[str, None] = {}
+    for rank, stage in enumerate(plan.stages):
+        machine = machine_of(plan.cluster, stage.devices[0])
+        device, dtype = _device(plan, rank, options)
+        if device.type == machine.kind:
+            machine = machine_here(device, dtype)
+        lines |= dict.fromkeys(kernel_lines(plan, rank, machine))
+    return list(lines)
 
 
 def _sum(parts: Sequence[Files]) -> Files:
@@ -262,6 +286,8 @@ def render(out: "Console", plan: Plan, found: DryRun) -> None:
             f"{predicted.total_s:.2f} s (prefill {predicted.prefill_s:.2f} s, decode "
             f"{predicted.decode_s:.2f} s)"
         )
+    for line in found.kernels:
+        out.print(escape(line), soft_wrap=True)
     for note in found.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")
 

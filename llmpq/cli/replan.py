@@ -143,8 +143,11 @@ def _whole_paths(plan: Plan, options: RunOptions) -> Plan:
 
 
 def _times(inputs: Inputs, name: str) -> "LayerTimes":
-    """The best that are there; of a rehearsed device without a profile, the spec sheet's."""
-    from llmpq.costs.latency import device_times
+    """The best that are there; of a rehearsed device without a profile, the spec sheet's.
+
+    A CPU takes memory for it all the same.
+    """
+    from llmpq.costs.latency import device_times, machine_of
     from llmpq.devices import device_library
 
     cluster = inputs.cluster
@@ -154,7 +157,8 @@ def _times(inputs: Inputs, name: str) -> "LayerTimes":
         if name not in device_library():
             raise
         real = cluster.model_copy(update={"rehearse": {}})
-        return device_times(real, name, inputs.spec, inputs.profiles)
+        times = device_times(real, name, inputs.spec, inputs.profiles)
+        return replace(times, machine=machine_of(cluster, name))
 
 
 def with_longest(workload: Workload, longest: int) -> Workload:

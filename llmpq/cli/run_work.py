@@ -4,6 +4,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from llmpq.cli.kernel_notes import say_kernels
 from llmpq.cli.loading import shown_compiling, shown_loading
 from llmpq.cli.run_input import Prepared, prepare
 from llmpq.cli.run_lead import (
@@ -45,10 +46,14 @@ def work(plan: Plan, options: RunOptions, role: "Role") -> FailedRequests | None
     transport, group = connect(role, device, plan.ranks)
     try:
         engine = _engine(plan, options, prepared, device, transport, group)
+        stage = engine.worker.stage
+        if stage.shard.leads:
+            leads = role.rank == 0
+            say_kernels(plan, transport.rank, device, stage.dtype, leads, options.quiet)
         if results is not None:
             report, served = lead(engine, plan, options, prepared, results)
-            dtype = engine.worker.stage.dtype
-            del engine  # its memory is wanted for the layers of the 16-bit model
+            dtype = stage.dtype
+            del engine, stage  # its memory is wanted for the layers of the 16-bit model
             finish(report, served, options, prepared, dtype, device)
             return told_outcome(results, prepared, options, under_torchrun, dtype)
         else:

@@ -26,7 +26,7 @@ import numpy as np
 
 from llmpq import workload
 from llmpq.kernel import GRAPH_BYTES, graph_lengths
-from llmpq.kernel_table import kernel_for
+from llmpq.kernel_table import held_bytes, kernel_for
 from llmpq.machine import TORCH_CARD, Machine
 from llmpq.model_spec import ALL_HEADS, ASSETS, Activations, Linear, ModelSpec, Moment
 from llmpq.precision import PRECISIONS, group_size
@@ -101,7 +101,7 @@ def stage_memory(
     context: int = 0,
 ) -> StageMemory:
     """Memory of a stage with layers at `precisions`; `first` and `last` say what else it holds."""
-    layers = sum(layer_weight_bytes(spec, p) for p in precisions)
+    layers = sum(layer_weight_bytes(spec, p, machine) for p in precisions)
     return StageMemory(
         weights=layers + end_weight_bytes(spec, first=first, last=last),
         cache=len(precisions) * layer_cache_bytes(spec, cache_tokens(sizes.lanes)),
@@ -122,10 +122,11 @@ def stage_memory(
 # ---- weights and cache
 
 
-def layer_weight_bytes(spec: ModelSpec, precision: str) -> int:
+def layer_weight_bytes(spec: ModelSpec, precision: str, machine: Machine = TORCH_CARD) -> int:
     """One layer: its linears at `precision`, norms and biases at 16 bits."""
-    held = PRECISIONS[precision]
-    linears = sum(held.weight_bytes(op.out_features, op.in_features) for op in spec.linears)
+    linears = sum(
+        held_bytes(machine, precision, op.out_features, op.in_features) for op in spec.linears
+    )
     return linears + HALF * spec.layer_other_params
 
 

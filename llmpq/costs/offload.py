@@ -65,7 +65,7 @@ def offload_memory(
 ) -> OffloadMemory:
     """Memory of a block of `batch` requests; prompts padded to the longest."""
     layers = spec.num_layers
-    weights = memory.layer_weight_bytes(spec, precision)
+    weights = memory.layer_weight_bytes(spec, precision, machine)
     lanes = (LaneShape(micro_batch, cache_tokens),) * -(-batch // micro_batch)
     sizes = memory.RunSizes(lanes, micro_batch, prompt_tokens, prompt_tokens, num_stages=1)
     machine = replace(machine, graphs=False)  # weights come and go between the layers of a step

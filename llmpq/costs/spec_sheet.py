@@ -170,7 +170,7 @@ def rooflines(
     `machine`: the device as kernels see it. Precisions that none of its kernels serves are left
     out.
     """
-    speed = _speed(device)
+    speed = speed_of(device)
     lookup, (_, head) = _launches(machine, 1)[0], _launches(machine, HEAD_LAUNCHES)
     found = {
         ("", "embedding"): Roofline(_embedding(spec, speed), error(device, "prefill"), lookup),
@@ -186,8 +186,8 @@ def _layer_rooflines(
     device: DeviceType, spec: ModelSpec, precision: str, machine: Machine
 ) -> dict[tuple[str, str], Roofline]:
     """Both phases of a layer at one precision."""
-    speed = _speed(device)
-    groups = _by_kernels(machine, spec, precision)
+    speed = speed_of(device)
+    groups = by_kernels(machine, spec, precision)
     tokens_s = _tokens_s(spec, groups, speed)
     kernels = [kernel for group in groups for kernel in group]
     launched = LAYER_LAUNCHES + sum(
@@ -214,7 +214,7 @@ def _launches(machine: Machine, count: int) -> tuple[Launches, Launches]:
 KernelGroups = Mapping[tuple[Kernel, ...], Sequence[Linear]]
 
 
-def _by_kernels(machine: Machine, spec: ModelSpec, precision: str) -> KernelGroups:
+def by_kernels(machine: Machine, spec: ModelSpec, precision: str) -> KernelGroups:
     """A layer's matrices by the kernels that multiply by them."""
     bits = PRECISIONS[precision].weight_bits
     found: dict[tuple[Kernel, ...], list[Linear]] = {}
@@ -225,7 +225,7 @@ def _by_kernels(machine: Machine, spec: ModelSpec, precision: str) -> KernelGrou
 
 
 @dataclass(frozen=True)
-class _Speed:
+class Speed:
     """What kernels reach on one device: operations and bytes a second.
 
     `vector_flops` is the peak of arithmetic without tensor cores; others are what 16-bit kernels
@@ -243,11 +243,11 @@ class _Speed:
     sharpness: float
 
 
-def _speed(device: DeviceType) -> _Speed:
+def speed_of(device: DeviceType) -> Speed:
     c = efficiency().coefficients
     peak, bandwidth = device.fp16_tflops * 1e12, device.bandwidth_gbs * 1e9
     reached = reached_peak(device, c)
-    return _Speed(
+    return Speed(
         linear_flops=peak * reached,
         integer_flops=(device.int8_tops or device.fp16_tflops) * 1e12 * reached,
         vector_flops=(device.fp32_tflops or device.fp16_tflops) * 1e12,
@@ -260,7 +260,7 @@ def _speed(device: DeviceType) -> _Speed:
     )
 
 
-def _tokens_s(spec: ModelSpec, groups: KernelGroups, speed: _Speed) -> Callable[[Any], Any]:
+def _tokens_s(spec: ModelSpec, groups: KernelGroups, speed: Speed) -> Callable[[Any], Any]:
     """Seconds of all that is done token by token: matrices, norms, activations."""
     products = [_products_s(kernels, ops, speed) for kernels, ops in groups.items()]
     others_s = _elementwise_bytes(spec) / speed.eager_bandwidth
@@ -274,7 +274,7 @@ def _tokens_s(spec: ModelSpec, groups: KernelGroups, speed: _Speed) -> Callable[
 
 
 def _products_s(
-    kernels: Sequence[Kernel], ops: Sequence[Linear], speed: _Speed
+    kernels: Sequence[Kernel], ops: Sequence[Linear], speed: Speed
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Seconds of some matrices, by the kernel for each number of rows."""
     each = [product_s(kernel, ops, speed) for kernel in kernels]
@@ -290,7 +290,7 @@ def _products_s(
 
 
 def product_s(
-    kernel: Kernel, ops: Sequence[Linear], speed: _Speed
+    kernel: Kernel, ops: Sequence[Linear], speed: Speed
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Seconds of one kernel on some matrices, one after the other, by rows.
 
@@ -329,13 +329,13 @@ def _elementwise_bytes(spec: ModelSpec) -> float:
     return 2.0 * (8 * spec.hidden_size + rotated + num_wide * spec.ffn_size)
 
 
-def _prefill(spec: ModelSpec, speed: _Speed, tokens_s: Callable[[Any], Any]) -> Busy:
+def _prefill(spec: ModelSpec, speed: Speed, tokens_s: Callable[[Any], Any]) -> Busy:
     """All tokens; causal attention, whose arithmetic is the lower triangle's."""
     attention_s = 2.0 * spec.num_heads * spec.head_dim / speed.attention_flops
     return lambda p, s: tokens_s(p * s) + attention_s * p * s * s
 
 
-def _decode(spec: ModelSpec, speed: _Speed, tokens_s: Callable[[Any], Any]) -> Busy:
+def _decode(spec: ModelSpec, speed: Speed, tokens_s: Callable[[Any], Any]) -> Busy:
     """One token a request; attention reads the cache of the past and of this token."""
     per_token_s = rounded_maximum(
         4.0 * spec.num_heads * spec.head_dim / speed.attention_flops,
@@ -345,13 +345,13 @@ def _decode(spec: ModelSpec, speed: _Speed, tokens_s: Callable[[Any], Any]) -> B
     return lambda q, past: tokens_s(q) + per_token_s * q * (past + 1)
 
 
-def _embedding(spec: ModelSpec, speed: _Speed) -> Busy:
+def _embedding(spec: ModelSpec, speed: Speed) -> Busy:
     """Rows are read and written."""
     token_s = 4.0 * spec.hidden_size / speed.copy_bandwidth
     return lambda p, s: token_s * p * s
 
 
-def _head(spec: ModelSpec, speed: _Speed) -> Busy:
+def _head(spec: ModelSpec, speed: Speed) -> Busy:
     """One product with the whole vocabulary, a row a request, at 16 bits."""
     compute_s = 2.0 * spec.head_params / speed.linear_flops
     weights_s = 2.0 * spec.head_params / speed.linear_bandwidth

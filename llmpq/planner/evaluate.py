@@ -27,6 +27,7 @@ from llmpq.planner.problem import (
     hop_works,
     stage_work,
 )
+from llmpq.serving import serving
 
 
 def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
@@ -94,9 +95,22 @@ def to_plan(problem: Problem, assignment: Assignment, method: str, predicted: Pr
         decode_micro_batch=setting.decode_micro_batch,
         quantizer=problem.quality.quantizer,
         stages=_stages(assignment),
-        predicted=with_accuracy(problem, assignment, predicted),
+        predicted=_with_kernels(problem, assignment, with_accuracy(problem, assignment, predicted)),
         provenance=Provenance.here(),
     )
+
+
+def _with_kernels(problem: Problem, assignment: Assignment, predicted: Predicted) -> Predicted:
+    """The same prediction with the kernels that every stage counts on."""
+    stages = []
+    for place, precisions, stage in zip(
+        assignment.setting.places, assignment.stages, predicted.stages, strict=True
+    ):
+        matrices = [(op.out_features, op.in_features) for op in problem.shard(place).linears]
+        found = serving(problem.times[place.type].machine, precisions, matrices)
+        kernels = {precision: list(service.kernels) for precision, service in found.items()}
+        stages.append(stage.model_copy(update={"kernels": kernels}))
+    return predicted.model_copy(update={"stages": stages})
 
 
 def to_assignment(plan: Plan, cluster: Cluster) -> Assignment:

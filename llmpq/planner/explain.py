@@ -160,11 +160,12 @@ def _option_bytes(problem: Problem, setting: Setting, rank: int) -> list[tuple[s
         lanes = problem.lanes(setting.batch, setting.decode_micro_batch)
         cache = memory.layer_cache_bytes(spec, cache_tokens(lanes))
         unpacked = int(unpacked_bytes(problem, setting.sizes, place, first, last)[0, 0])
-        offered = problem.times[place.type].precisions
+        times = problem.times[place.type]
+        weights = {p: memory.layer_weight_bytes(spec, p, times.machine) for p in times.precisions}
         return [
-            (p, memory.layer_weight_bytes(spec, p) + cache, unpacked * memory.is_packed(p))
+            (p, weights[p] + cache, unpacked * memory.is_packed(p))
             for p in problem.precisions
-            if p in offered
+            if p in weights
         ]
 
     return problem.once(

@@ -282,13 +282,17 @@ def _activations(
 def layer_bytes(problem: Problem, sizes: Sizes, place: Place) -> np.ndarray:
     """[B]: what a layer takes on each device of a place, with the least cache of all `sizes`."""
 
+    machine = problem.times[place.type].machine
+
     def compute() -> np.ndarray:
         spec = problem.shard(place)
         tokens = min(cache_tokens(problem.lanes(sizes.batch, q)) for q in sizes.decode)
-        weights = [memory.layer_weight_bytes(spec, p) for p in problem.precisions]
+        weights = [memory.layer_weight_bytes(spec, p, machine) for p in problem.precisions]
         return np.array(weights, dtype=float) + memory.layer_cache_bytes(spec, tokens)
 
-    return problem.once(("bytes", sizes.batch, sizes.decode, place.tensor_parallel), compute)
+    return problem.once(
+        ("bytes", machine, sizes.batch, sizes.decode, place.tensor_parallel), compute
+    )
 
 
 def unpacked_bytes(

@@ -9,10 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmpq.cluster import GIB, MIB
+from llmpq.machine import GPU_EXTRA
 from llmpq.plan import Plan, Predicted, PredictedStage, Stage
 from llmpq.planner.baselines import Outcome, amount, in_bits
 from llmpq.planner.offload import OffloadPlan
 from llmpq.planner.what_if import Change
+from llmpq.serving import needs_library
 
 BAR_WIDTH = 10
 AS_FAST = "as fast"
@@ -31,6 +33,8 @@ def print_report(
     console.print(_time_table(plan, predicted))
     for line in _summary(plan, predicted, quality_source, limits):
         console.print(line)
+    if line := kernel_line(plan):
+        console.print(escape(line))
     for name, source in _sources(plan, predicted).items():
         console.print(escape(f"times of {name}: {source}"))
     print_notes(console, notes)
@@ -278,6 +282,37 @@ def _summary(plan: Plan, predicted: Predicted, quality_source: str, limits: str)
         f"objective {predicted.objective:.4g}, {_bound(predicted)}; "
         f"planned in {predicted.planning_s:.1f} s",
     ]
+
+
+def kernel_line(plan: Plan) -> str:
+    """The kernels that the prediction counts on, and what was taken to be installed for it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    stages = plan.predicted.stages if plan.predicted else []
+    for stage, predicted in zip(plan.stages, stages, strict=False):
+        for precision, kernels in predicted.kernels.items():
+            types = found.setdefault(precision, {}).setdefault(", then ".join(kernels), [])
+            types += [name for name in stage.devices[:1] if name not in types]
+    parts = [_kernel_part(precision, found[precision]) for precision in found]
+    assumed = [f"assumed installed: {GPU_EXTRA}"] if _is_assumed(plan) else []
+    return f"kernels: {'; '.join(parts + assumed)}" if parts else ""
+
+
+def _kernel_part(precision: str, kernels: dict[str, list[str]]) -> str:
+    """One precision's; device types are named where they differ."""
+    bits = f"{precision}-bit" if precision.isdigit() else precision
+    several = len(kernels) > 1
+    named = (f"{k} ({', '.join(types)})" if several else k for k, types in kernels.items())
+    return f"{bits} {', '.join(named)}"
+
+
+def _is_assumed(plan: Plan) -> bool:
+    """Whether a stage counts on a library of kernels of which its cluster file does not speak."""
+    stages = plan.predicted.stages if plan.predicted else []
+    return any(
+        plan.cluster.kernels_of(stage.devices[0]) is None and needs_library(names)
+        for stage, predicted in zip(plan.stages, stages, strict=False)
+        for names in predicted.kernels.values()
+    )
 
 
 def _expected_error(predicted: Predicted) -> str:

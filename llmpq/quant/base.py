@@ -229,7 +229,7 @@ class GridLinear(QuantizedLinear):
         """A few rows by the packed weight, where a kernel does; else unpacked part by part."""
         weight = self.triton_weight
         if weight is not None and len(x) and self.kernel(len(x)) == FEW_ROWS:
-            return _triton().multiply_few_rows(x, *weight, self.bits)
+            return triton_kernels().multiply_few_rows(x, *weight, self.bits)
         return super().multiply(x)
 
     def _weight_rows(self, start: int, stop: int) -> Tensor:
@@ -237,7 +237,7 @@ class GridLinear(QuantizedLinear):
         if weight is None or self.table_kernels[-1].name != FUSED_UNPACKING:
             return self.torch_rows(start, stop)
         sizes = self.bits, self.in_features, self.dtype
-        return _triton().dequantize(*weight, *sizes, rows=slice(start, stop))
+        return triton_kernels().dequantize(*weight, *sizes, rows=slice(start, stop))
 
     def torch_rows(self, start: int, stop: int) -> Tensor:
         """Rows of the dequantised weight, by torch's operators."""
@@ -283,7 +283,7 @@ def _raw_shapes(
     return shapes | {"weight": weight}
 
 
-def _triton() -> Any:
+def triton_kernels() -> Any:
     """Our Triton kernels, which are there where the table names them."""
     return import_module(TRITON_MODULE)
 

@@ -98,10 +98,11 @@ def layer_class(
     )
     machine = machine_here(device, dtype, PRECISIONS[precision].library is not None)
     layout = choices(machine, precision, out_features, in_features, group)[0].layout
-    return _humming_layer() if layout == "humming" else LAYERS[layout]
+    return humming_layer() if layout == "humming" else LAYERS[layout]
 
 
-def _humming_layer() -> type[QuantizedLinear]:
+def humming_layer() -> type[QuantizedLinear]:
+    """The class whose weights humming's kernels read."""
     module, name = HUMMING_LAYER
     found: type[QuantizedLinear] = getattr(import_module(module), name)
     return found

@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from llmpq.cli.dry_run import compressed, memory_of
+from llmpq.cli.kernel_notes import say_kernels
 from llmpq.cli.run import main
 from llmpq.cluster import Cluster
 from llmpq.model_spec import ASSETS, load_model_spec
@@ -137,10 +139,44 @@ def test_every_stage_has_its_place_memory_files_and_times(run):
     assert not found["notes"]
 
 
+def counting_on(kernels):
+    """The plan, whose prediction names these kernels for every stage."""
+    plan = make_plan()
+    stages = [stage.model_copy(update={"kernels": kernels}) for stage in plan.predicted.stages]
+    predicted = plan.predicted.model_copy(update={"stages": stages})
+    return plan.model_copy(update={"predicted": predicted})
+
+
+def test_a_run_says_once_which_kernels_serve(capsys):
+    """The first worker says all; others what the plan did not count on."""
+    place = torch.device("cpu"), torch.bfloat16
+    plan = counting_on({"16": ["cuBLAS"]})
+    say_kernels(plan, 1, *place, leads=True, quiet=False)
+    told = capsys.readouterr()
+    assert not told.out and told.err.count("kernels of small at ") == 3
+    say_kernels(plan, 1, *place, leads=False, quiet=False)
+    expected = "kernels of small at 16: linear; the plan counts on cuBLAS\n"
+    assert capsys.readouterr().err == expected
+    say_kernels(plan, 1, *place, leads=True, quiet=True)
+    assert not capsys.readouterr().err
+
+
+def test_the_kernels_of_every_precision_are_named(run):
+    """Rehearsed: this CPU's. Where the plan counts on others, that is said."""
+    result, found = run(counting_on({"16": ["cuBLAS"], "4": ["humming"]}))
+    lines = found["kernels"]
+    assert [line.split(": ")[0] for line in lines] == [
+        f"kernels of small at {precision}" for precision in ("8", "4", "3", "16")
+    ]
+    assert "kernels of small at 16: linear; the plan counts on cuBLAS" in lines
+    assert all(line in result.output for line in lines)
+    assert "counts on" not in lines[0], "nothing was said of 8 bits"
+
+
 def test_people_read_one_row_a_stage(run):
     result, _ = run(make_plan())
     lines = result.output.splitlines()
-    rows = [line for line in lines if "small" in line]
+    rows = [line for line in lines if "small" in line and "│" in line]
     assert len(rows) == 2
     assert "2x8,1x4" in rows[0] and "0-2" in rows[0]
     assert "1x4,1x3,2x16,1x3" in rows[1] and "3-7" in rows[1]

@@ -6,6 +6,7 @@ Every bad input below gives one `UserError` whose lines name the file, the line 
 import copy
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 
 from llmpq.cluster import GIB, GPU_CONTEXT_BYTES, MIB, Cluster, Link, load_cluster
+from llmpq.costs.latency import machine_of
 from llmpq.devices import DeviceLibrary, device_library
 from llmpq.errors import InfeasibleError, LlmpqError, UserError, WorkerError
+from llmpq.machine import card
 from llmpq.model_spec import config_path, load_model_spec, spec_from_config
 from llmpq.plan import Plan, Stage, load_plan, refuse_shared_stages
 from llmpq.precision import PRECISIONS, group_size
@@ -188,6 +191,55 @@ def test_memory_is_never_negative() -> None:
 def test_bad_clusters(tmp_path: Path, old: str, new: str, expected: str) -> None:
     assert old in CLUSTER
     assert expected in message(load_cluster, tmp_path / "c.yaml", CLUSTER.replace(old, new))
+
+
+def with_kernels(**kernels: Any) -> Cluster:
+    """One node: a t4, a v100, and another t4, each with the kernels of its name."""
+    names = {"t4": "t4-16g", "v100": "v100-32g", "more": "t4-16g"}
+    groups = [
+        {"type": kind, **({"kernels": kernels[name]} if name in kernels else {})}
+        for name, kind in names.items()
+    ]
+    return Cluster.model_validate({"nodes": [{"name": "n", "devices": groups}]})
+
+
+def test_the_kernels_that_a_cluster_has() -> None:
+    """Without the key, what llmpq[gpu] installs; an empty list is a list."""
+    said = with_kernels(t4=["triton"], more=["triton"], v100=[])
+    assert (said.kernels_of("t4-16g"), said.kernels_of("v100-32g")) == (["triton"], [])
+    assert machine_of(said, "t4-16g") == card("7.5", ["triton"])
+    assert machine_of(said, "v100-32g") == card("7.0", [])
+    assert said.kernels_of("a100-40g") is None and with_kernels().kernels_of("t4-16g") is None
+    assert machine_of(with_kernels(), "t4-16g") == card("7.5", ["humming", "triton"])
+    assert Cluster.model_validate_json(said.model_dump_json()) == said
+
+
+@pytest.mark.parametrize(
+    ("kernels", "expected"),
+    [
+        (
+            {"t4": ["marlin"], "more": ["marlin"]},
+            "t4-16g: kernels names 'marlin', which is no library of kernels; use [humming, triton]",
+        ),
+        (
+            {"v100": ["humming"]},
+            "v100-32g: kernels names 'humming', which needs compute capability 7.5 (this device: "
+            "7.0); use [triton]",
+        ),
+        ({"t4": ["triton"]}, "t4-16g: its groups name different kernels"),
+        ({"t4": ["triton"], "more": []}, "give each of its groups the same list"),
+    ],
+)
+def test_bad_kernels(kernels: dict[str, list[str]], expected: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        with_kernels(**kernels)
+
+
+def test_a_rehearsed_type_has_no_kernels_of_a_card() -> None:
+    node = {"name": "n", "devices": [{"type": "slow", "kernels": []}]}
+    rehearse = {"slow": {"slowdown": 2, "memory_mib": 9}}
+    with pytest.raises(ValueError, match="slow is rehearsed on a CPU: kernels does not hold"):
+        Cluster.model_validate({"nodes": [node], "rehearse": rehearse})
 
 
 def test_all_faults_of_a_cluster_at_once(tmp_path: Path) -> None:

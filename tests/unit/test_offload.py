@@ -11,6 +11,7 @@ from llmpq.costs import memory
 from llmpq.costs.latency import LayerTimes
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
 from llmpq.costs.quality import prior_quality
+from llmpq.machine import cpu
 from llmpq.model_spec import spec_from_config
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.offload import OffloadPlan, flexgen, host_link_bytes_per_s, offload_plan
@@ -47,7 +48,7 @@ def layer_times(slowdown: float) -> LayerTimes:
     for precision in PRECISIONS:
         models[precision, "prefill"] = Linear(1e-4, 2e-4)
         models[precision, "decode"] = Linear(1e-4, 1e-5)
-    return LayerTimes(models, PRECISIONS, "test").scaled(slowdown)
+    return LayerTimes(models, PRECISIONS, "test", machine=cpu(())).scaled(slowdown)
 
 
 def make_problem(*memory_mib: float, link_gbs: float = 1.0, **changes: Any) -> Problem:

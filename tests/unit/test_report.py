@@ -10,12 +10,14 @@ from rich.console import Console
 from test_explain import real, replan, tiny
 
 from llmpq.cli.plan_frontier import print_frontier, save_frontier
+from llmpq.cluster import Cluster
 from llmpq.errors import UserError
 from llmpq.plan import Baseline, Plan
 from llmpq.planner.baselines import Outcome
 from llmpq.planner.frontier import Point, frontier
 from llmpq.planner.offload import flexgen
 from llmpq.planner.report import (
+    kernel_line,
     print_changes,
     print_comparison,
     print_offload,
@@ -60,6 +62,35 @@ def test_the_report_names_stages_memory_and_times_in_plain_text(
     for part in ("MiB", "#", "free", "prefill ms", "decode ms", "tokens/s", "a prior", "gap"):
         assert part in text
     assert "[take] note" in text and "\x1b" not in text
+
+
+def test_the_kernels_that_a_plan_counts_on_are_one_line(console: Console, plan: Plan) -> None:
+    """Rehearsed stages count on the CPU's; a card's library is taken to be installed, and said."""
+    assert "kernels: " in report(console, plan) and "assumed" not in shown(console)
+    assert plan.predicted is not None
+    assert all(stage.kernels for stage in plan.predicted.stages)
+
+    def counted(cluster: dict[str, Any], *kernels: dict[str, list[str]]) -> str:
+        pairs = zip(plan.predicted.stages, kernels, strict=True)
+        stages = [stage.model_copy(update={"kernels": names}) for stage, names in pairs]
+        predicted = plan.predicted.model_copy(update={"stages": stages})
+        changes = {"cluster": Cluster.model_validate(cluster), "predicted": predicted}
+        devices = [group["type"] for group in cluster["nodes"][0]["devices"]]
+        own = [
+            stage.model_copy(update={"devices": [device]})
+            for stage, device in zip(plan.stages, devices, strict=True)
+        ]
+        return kernel_line(plan.model_copy(update={**changes, "stages": own}))
+
+    groups = [{"type": "t4-16g"}, {"type": "v100-32g"}]
+    cards = {"nodes": [{"name": "n", "devices": groups}]}
+    fast, slow = {"16": ["cuBLAS"], "4": ["humming"]}, {"4": ["a", "b"]}
+    assert counted(cards, fast, fast) == (
+        "kernels: 16-bit cuBLAS; 4-bit humming; assumed installed: llmpq[gpu]"
+    )
+    assert "4-bit humming (t4-16g), a, then b (v100-32g)" in counted(cards, fast, slow)
+    groups[0]["kernels"] = ["humming"]
+    assert "assumed" not in counted(cards, fast, slow), "the file says so"
 
 
 def test_the_slowest_stage_of_each_phase_has_a_full_bar_and_a_mark(
