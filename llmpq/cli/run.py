@@ -91,7 +91,7 @@ END_S = 10.0  # at most until other workers have ended, which torchrun would end
     help="A prompt that is a text is a user's message: use the model's chat template.",
 )
 @click.option(
-    "--refill/--no-refill", default=True, help="Give places of ended requests to the next at once."
+    "--refill/--no-refill", default=True, help="Give slots of ended requests to the next at once."
 )
 @click.option(
     "--prefill-chunk",

@@ -8,8 +8,8 @@ arrived and the one before is done. So times follow from a recurrence and no que
 needed.
 
 This is what a run does if every time is as predicted. Times are in seconds from its start.
-Not covered: what handing over costs a sender itself; two links that share a wire; shifts and
-moves inside the cache.
+Not covered: what handing over costs a sender itself; two links that share a wire; moves inside
+the cache.
 """
 
 from array import array

@@ -21,7 +21,7 @@ their mean past s + (n - 2) / 2 (the first of n tokens comes from the prefill): 
 chain stays the longest, else short: by 1 % at most for 0.1 % a step; 1.4 % for 0.3 % (3 % with slow
 links).
 
-A run refills the places of ended requests (`costs.simulate`), and a batch stands for a wave of
+A run refills the slots of ended requests (`costs.simulate`), and a batch stands for a wave of
 typical requests. On 180 random plans of 1 to 4 stages the closed form was off by, in the median
 (worst): 0.8 % (25 %) for equal lengths, 4 % (44 %) for lengths within 50 % of their mean, 9 %
 (117 %) for exponential ones. It is too low where few lanes have to fill many stages, as every

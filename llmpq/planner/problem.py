@@ -192,7 +192,7 @@ class Problem:
 def _groups(lengths: Lengths, batch: int) -> list[BatchGroup]:
     """As many requests as are in flight, again and again, then those that are left.
 
-    A run refills the places of ended requests, so a wave of typical requests takes what they do in
+    A run refills the slots of ended requests, so a wave of typical requests takes what they do in
     the mean: their prompt, padded to others like it, and their number of steps. Requests with the
     longest outputs begin first. Where the longest one of all outlasts the others, places stay free
     meanwhile: those steps count half, as they are taken with half of the places in the mean. Equal

@@ -1,7 +1,7 @@
 """A plan's whole run, played with the same times that price it in closed form.
 
 The runtime's own schedule decides every job: lanes and chunks as a run cuts them, newcomers in the
-places of ended requests, caches that grow column by column. Every request has its own lengths.
+slots of ended requests, caches that grow column by column. Every request has its own lengths.
 
 Not covered: stop tokens (a request generates as many tokens as the workload says).
 """
