@@ -1,6 +1,7 @@
 """The simulated run of a plan: the runtime's own jobs, its closed form, and idle time by cause."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 
 from llmpq.cluster import Cluster
-from llmpq.costs.latency import device_times
+from llmpq.costs.latency import LayerTimes, device_machine, spec_sheet_times
 from llmpq.costs.quality import prior_quality
 from llmpq.costs.simulate import Played, play
+from llmpq.devices import device_library
 from llmpq.errors import UserError
-from llmpq.model_spec import ASSETS, DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ASSETS, DEFAULT_MODEL, ModelSpec, load_model_spec
 from llmpq.planner.bubbles import by_cause, describe, find_bubbles, remedy, server_names
 from llmpq.planner.evaluate import evaluate, to_plan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting
@@ -27,7 +29,10 @@ Lengths = Sequence[tuple[int, int]]
 
 
 def make_problem(lengths: Lengths, types: Sequence[str]) -> Problem:
-    """The shipped model on one node of these devices."""
+    """The shipped model on one node of these devices, whose steps are all eager.
+
+    As graphs, decode steps of so small a model take a tenth of any prefill, and refilling is dear.
+    """
     spec = load_model_spec(DEFAULT_MODEL)
     devices = [{"type": name} for name in types]
     link = {"bandwidth_gbs": 0.05, "latency_us": 30}
@@ -40,10 +45,16 @@ def make_problem(lengths: Lengths, types: Sequence[str]) -> Problem:
         cluster=cluster,
         workload=workload,
         lengths=tuple(request_lengths(workload)),
-        times={name: device_times(cluster, name, spec, []) for name in types},
+        times={name: eager_times(name, spec) for name in types},
         quality=prior_quality(spec.num_layers),
         precisions=("16",),
     )
+
+
+def eager_times(device_type: str, spec: ModelSpec) -> LayerTimes:
+    """Those of the spec sheet, without CUDA graphs."""
+    device = device_library()[device_type]
+    return spec_sheet_times(device, spec, replace(device_machine(device), graphs=False))
 
 
 def assign(problem: Problem, batch: int, prefill: int, decode: int) -> Assignment:
