@@ -18,8 +18,6 @@ Inference only: weights take no gradient.
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +25,8 @@ from torch import Tensor, nn
 from llmpq.kernel import Kernel, Layout
 from llmpq.kernel_table import FEW_ROWS, FUSED_UNPACKING, by_rows, choices
 from llmpq.precision import group_size
-from llmpq.quant import kernels
-from llmpq.quant.here import TRITON_MODULE, machine_here
+from llmpq.quant import kernels, triton_kernels
+from llmpq.quant.here import machine_here
 from llmpq.quant.part import (
     TensorPart,
     columns_of,
@@ -229,7 +227,7 @@ class GridLinear(QuantizedLinear):
         """A few rows by the packed weight, where a kernel does; else unpacked part by part."""
         weight = self.triton_weight
         if weight is not None and len(x) and self.kernel(len(x)) == FEW_ROWS:
-            return triton_kernels().multiply_few_rows(x, *weight, self.bits)
+            return triton_kernels.multiply_few_rows(x, *weight, self.bits)
         return super().multiply(x)
 
     def _weight_rows(self, start: int, stop: int) -> Tensor:
@@ -237,7 +235,7 @@ class GridLinear(QuantizedLinear):
         if weight is None or self.table_kernels[-1].name != FUSED_UNPACKING:
             return self.torch_rows(start, stop)
         sizes = self.bits, self.in_features, self.dtype
-        return triton_kernels().dequantize(*weight, *sizes, rows=slice(start, stop))
+        return triton_kernels.dequantize(*weight, *sizes, rows=slice(start, stop))
 
     def torch_rows(self, start: int, stop: int) -> Tensor:
         """Rows of the dequantised weight, by torch's operators."""
@@ -281,11 +279,6 @@ def _raw_shapes(
     weight = part.whole_shape(weight) if part else weight
     shapes: dict[str, tuple[int, ...]] = {"bias": weight[:1]} if has_bias else {}
     return shapes | {"weight": weight}
-
-
-def triton_kernels() -> Any:
-    """Our Triton kernels, which are there where the table names them."""
-    return import_module(TRITON_MODULE)
 
 
 def _check(

@@ -6,17 +6,11 @@ imported, as its builds for other systems are there and fail.
 
 import logging
 from functools import lru_cache
-from importlib import import_module
-from typing import Any
 
 import torch
 
 from llmpq.machine import BITSANDBYTES, HUMMING, INT4_TILES, TRITON, VNNI, Machine
-from llmpq.quant import kernels
-
-# Modules of this package that come with an optional library, by the library's name.
-HUMMING_MODULE = "llmpq.quant.humming_support"
-TRITON_MODULE = "llmpq.quant.triton_kernels"
+from llmpq.quant import humming_support, kernels, triton_kernels
 
 
 def machine_here(device: torch.device, dtype: torch.dtype, optional: bool = False) -> Machine:
@@ -56,17 +50,8 @@ def _has_card() -> bool:
 def _on(device: torch.device) -> set[str]:
     """The libraries of kernels that are installed and run on this card."""
     found = set()
-    humming, triton = _module(HUMMING_MODULE), _module(TRITON_MODULE)
-    if humming is not None and humming.why_not_here(device) is None:
+    if humming_support.why_not_here(device) is None:
         found.add(HUMMING)
-    if triton is not None and triton.available(device):
+    if triton_kernels.available(device):
         found.add(TRITON)
     return found
-
-
-def _module(name: str) -> Any:
-    """A module of llmpq, or None where it is not part of this release."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        return None

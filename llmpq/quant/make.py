@@ -1,7 +1,5 @@
 """Which precisions a device offers, and the empty layer for each."""
 
-from importlib import import_module
-
 import torch
 
 from llmpq.kernel import Layout
@@ -10,6 +8,7 @@ from llmpq.precision import PRECISIONS, STANDARD, group_size
 from llmpq.quant import bnb
 from llmpq.quant.base import GridLinear, PlainLinear, QuantizedLinear
 from llmpq.quant.here import has_bitsandbytes, machine_here
+from llmpq.quant.humming import HummingLinear
 from llmpq.quant.linear import (
     GroupedLinear,
     RowLinear,
@@ -18,7 +17,7 @@ from llmpq.quant.linear import (
 )
 from llmpq.quant.part import TensorPart, part_group, row_length
 
-# The class for each way to store a weight; humming's is imported where it is needed.
+# The class for each way to store a weight.
 LAYERS: dict[Layout, type[QuantizedLinear]] = {
     "grouped": GroupedLinear,
     "tiled": TiledLinear,
@@ -26,8 +25,8 @@ LAYERS: dict[Layout, type[QuantizedLinear]] = {
     "token int8": TokenInt8Linear,
     "nf4": bnb.Nf4Linear,
     "8-bnb": bnb.LlmInt8Linear,
+    "humming": HummingLinear,
 }
-HUMMING_LAYER = "llmpq.quant.humming", "HummingLinear"
 
 
 def available_precisions(
@@ -98,11 +97,4 @@ def layer_class(
     )
     machine = machine_here(device, dtype, PRECISIONS[precision].library is not None)
     layout = choices(machine, precision, out_features, in_features, group)[0].layout
-    return humming_layer() if layout == "humming" else LAYERS[layout]
-
-
-def humming_layer() -> type[QuantizedLinear]:
-    """The class whose weights humming's kernels read."""
-    module, name = HUMMING_LAYER
-    found: type[QuantizedLinear] = getattr(import_module(module), name)
-    return found
+    return LAYERS[layout]

@@ -196,11 +196,7 @@ def test_layers_and_plans_name_the_same_kernel(monkeypatch: pytest.MonkeyPatch) 
     torch = pytest.importorskip("torch")
     from llmpq.quant import base, make
 
-    class Humming(base.GridLinear):
-        weight_buffers, layout = (), "humming"
-
     rng, every, seen = random.Random(5), list(machines()), set()
-    monkeypatch.setattr(make, "humming_layer", lambda: Humming)
     for _ in range(200):
         machine, precision = rng.choice(every), rng.choice(["16", "8", "8-w8a8", "4", "3"])
         out, cols = rng.choice([64, 96, 256, 1000, 4096]), rng.choice([64, 72, 704, 1376, 4096])
@@ -252,7 +248,7 @@ def test_few_row_kernels_are_called_by_the_layers(monkeypatch: pytest.MonkeyPatc
 
     fake = ModuleType("fake")
     fake.multiply_few_rows, fake.dequantize = few, unpack  # type: ignore[attr-defined]
-    monkeypatch.setattr(base, "triton_kernels", lambda: fake)
+    monkeypatch.setattr(base, "triton_kernels", fake)
     for module in (make, base):
         monkeypatch.setattr(module, "machine_here", lambda *_: card("7.0"))
     place = {"dtype": torch.float16, "device": torch.device("cpu")}
