@@ -36,6 +36,8 @@ STREAMS = {8: 1, 4: 2, 3: 8}
 VECTOR_CHUNK_BYTES = {8: 512, 4: 256, 3: 128}
 TENSOR_TILES = {8: (128, 128), 4: (64, 128), 3: (32, 64)}
 TENSOR_PROGRAMS, TENSOR_LEAST_BLOCKS = 512, 4
+PARTITION = 256  # columns of the smallest partition of our attention kernel
+MOST_PARTITIONS = 64
 LARGE_COLUMNS = 64  # of LLM.int8: columns with large inputs, multiplied at a time
 
 
@@ -217,3 +219,19 @@ def _by_parts(product: Product, part_weights: int, bytes_a_weight: float) -> flo
 
 def _up(size: int, step: int) -> int:
     return -(-size // step) * step
+
+
+# ---- attention of a decode step
+
+
+def partition_for(columns: int) -> int:
+    """How many columns make a partition of our attention kernel, of so many columns in all."""
+    partition = PARTITION
+    while partition * MOST_PARTITIONS < columns:
+        partition *= 2
+    return partition
+
+
+def num_partitions(columns: int) -> int:
+    """Partitions of so many columns; the kernel keeps a sum for each head of each."""
+    return -(-columns // partition_for(columns))

@@ -175,16 +175,16 @@ def _rounded_alike(subjects: Sequence[Subject]) -> Iterator[list[Subject]]:
 
 
 def _own_stage(model: Model, subject: Subject, rank: int) -> Any:
-    first, end = subject.cuts[rank]
-    return load_stage(
+    [stage] = load_stages(
         model.config,
         model.weights,
-        LayerRange(first, end, len(subject.precisions)),
-        list(subject.precisions[first:end]),
+        [subject.cuts[rank]],
+        subject.precisions,
         model.dtype,
         model.device,
-        roundings=subject.roundings(model.moments),
+        subject.roundings(model.moments),
     )
+    return stage
 
 
 def _number(value: int) -> Any:

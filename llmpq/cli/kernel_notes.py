@@ -43,3 +43,17 @@ def say_kernels(plan: Plan, stage: int, device: Any, dtype: Any, leads: bool, qu
     for line in kernel_lines(plan, stage, machine_here(device, dtype, optional)):
         if leads or COUNTED in line:
             console(quiet).print(line, markup=False, soft_wrap=True)
+
+
+def say_engine(engine: Any, quiet: bool, before: str | None = None) -> str | None:
+    """How a loaded stage computes, where that is worth a word; returns what was said of graphs.
+
+    After a run, with what was said `before`: only what has changed, as capturing may fail late.
+    """
+    if not engine.worker.stage.shard.leads:
+        return None
+    note: str | None = engine.graphs_note()
+    notes = engine.kernel_notes if before is None else []
+    for line in [*notes, *([note] if note is not None and note != before else [])]:
+        console(quiet).print(f"stage {engine.transport.rank}: {line}", markup=False, soft_wrap=True)
+    return note

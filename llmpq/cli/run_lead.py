@@ -87,8 +87,6 @@ def lead(
     assert prepared.prompts is not None
     out = console(options.quiet)
     _say_first(out, plan, options, prepared, results)
-    for note in filter(None, [engine.graphs_note(), *engine.kernel_notes]):
-        out.print(note, markup=False)
     todo = prepared.prompts.todo(results.finished)
     with progress(out, "requests", len(todo)) as shown, closing(results):
         collector = _Collector(results, prepared, shown)

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from llmpq.cli.kernel_notes import say_kernels
+from llmpq.cli.kernel_notes import say_engine, say_kernels
 from llmpq.cli.loading import shown_compiling, shown_loading
 from llmpq.cli.run_input import Prepared, prepare
 from llmpq.cli.run_lead import (
@@ -50,8 +50,10 @@ def work(plan: Plan, options: RunOptions, role: "Role") -> FailedRequests | None
         if stage.shard.leads:
             leads = role.rank == 0
             say_kernels(plan, transport.rank, device, stage.dtype, leads, options.quiet)
+        graphs_note = say_engine(engine, options.quiet)
         if results is not None:
             report, served = lead(engine, plan, options, prepared, results)
+            say_engine(engine, options.quiet, graphs_note)
             dtype = stage.dtype
             del engine, stage  # its memory is wanted for the layers of the 16-bit model
             finish(report, served, options, prepared, dtype, device)
@@ -59,6 +61,7 @@ def work(plan: Plan, options: RunOptions, role: "Role") -> FailedRequests | None
         else:
             engine.start_clock(trace=options.trace is not None)
             engine.follow()
+            say_engine(engine, options.quiet, graphs_note)
             engine.measure(with_hashes(options))
             if options.trace is not None:
                 engine.trace()

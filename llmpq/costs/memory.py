@@ -31,7 +31,7 @@ from llmpq.machine import TORCH_CARD, Machine
 from llmpq.model_spec import ALL_HEADS, ASSETS, Activations, Linear, ModelSpec, Moment
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.schedule import LaneShape, cache_tokens
-from llmpq.workspace import HALF, SINGLE, Product
+from llmpq.workspace import HALF, SINGLE, Product, num_partitions
 
 HEADER_BYTES = 16  # of a message
 TOKEN_BYTES = 8
@@ -383,17 +383,24 @@ def _op_bytes(
 
 
 def _attention_bytes(spec: ModelSpec, batch: _MicroBatch) -> int:
-    """Fused attention. On a card: the mask as 16-bit numbers, again in aligned rows, and sums.
+    """Fused attention. On a card also what the kernel that takes most of them keeps for itself.
 
-    The rows of a mask are a chunk's tokens, or in a decode step the query heads of a key head.
+    Decode: our kernel's sums of each partition of the columns, in fp32, or a mask as 16-bit
+    numbers, again in aligned rows, for the query heads of a key head. Prefill: such a mask for a
+    chunk's tokens, keys and values repeated for each query head, and sums.
     """
     output = batch.rows * spec.num_heads * spec.head_dim * HALF
     if not batch.machine.is_card:
         return output
     group = spec.num_heads // spec.num_kv_heads
-    mask_rows = batch.requests * group if batch.tokens == 1 else batch.tokens
-    mask = mask_rows * (batch.seen + batch.seen + 16) * HALF
-    return output + mask + batch.rows * spec.num_heads * SINGLE
+    row_bytes = (batch.seen + batch.seen + 16) * HALF
+    if batch.tokens == 1:
+        parts = num_partitions(batch.seen) * (spec.head_dim + 2)
+        sums = batch.requests * spec.num_heads * parts * SINGLE
+        return output + max(sums, batch.requests * group * row_bytes)
+    repeated = 2 * batch.requests * batch.seen * spec.num_heads * spec.head_dim * HALF
+    repeated = repeated if group > 1 else 0
+    return output + batch.tokens * row_bytes + repeated + batch.rows * spec.num_heads * SINGLE
 
 
 # ---- linears

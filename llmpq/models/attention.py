@@ -66,7 +66,8 @@ def _decode(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
     """One query token of each row, `[R, G * H, 1, D]`: the G heads of a key head as G tokens."""
-    if _has_kernel(query.device) and triton_attention.supports(query, key):
+    has_kernel = _has_kernel(query.device) and mask.dtype == torch.bool
+    if has_kernel and triton_attention.supports(query, key):
         return triton_attention.decode_attention(query, key, value, mask, scale, softcap)
     rows, heads, _, size = query.shape
     grouped = query.view(rows, key.shape[1], heads // key.shape[1], size)
@@ -83,7 +84,7 @@ def _prefill(
 ) -> Tensor:
     """Many query tokens, `[R, G * H, S, D]`."""
     grouped = query.shape[1] != key.shape[1]
-    if grouped and not _takes_groups(query.device):
+    if grouped and not _takes_groups(query, mask):
         key, value = (_repeated(states, query.shape[1]) for states in (key, value))
         grouped = False
     return F.scaled_dot_product_attention(
@@ -118,11 +119,18 @@ def _has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and available(device)
 
 
-@lru_cache
-def _takes_groups(device: torch.device) -> bool:
-    """Whether fused attention serves grouped heads without repeating them, and fast."""
-    if device.type != "cuda":
+def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether fused attention serves grouped heads without repeating them, and fast.
+
+    On cards only FlashAttention does, which takes no masks and 16 bits alone.
+    """
+    if query.device.type != "cuda":
         return True
+    return mask is None and query.dtype != torch.float32 and _has_flash(query.device)
+
+
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= GROUPED_CAPABILITY
 
 

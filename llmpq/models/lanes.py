@@ -68,11 +68,12 @@ class LaneCache:
             for buffer in self._filled:
                 slots = self._slots(buffer, lane)
                 slots[target, :end] = slots[source, :end]
+                slots[target, end:] = 0
         if job.prefill and job.begin == 0:
             for lane in {member.lane for member in job.members}:
                 rows = torch.tensor([m.row for m in job.members if m.lane == lane])
                 for buffer in self._filled:
-                    rows = rows.to(buffer.device)
+                    rows = on_device(rows, buffer.device)
                     self._slots(buffer, lane).index_fill_(0, rows, 0)
 
     def prefill(self, job: Job, first: int, end: int, device: torch.device) -> Cache:
@@ -82,11 +83,11 @@ class LaneCache:
         starts = torch.tensor([self._token(m.lane, m.row) + job.begin for m in members])
         rows = torch.arange(len(members)).repeat_interleave(counts)
         places = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-        target = (starts[rows] + places).to(device)
+        target = on_device(starts[rows] + places, device)
         if len(rows) == len(members) * width:
             stored = Stored(target)
         else:
-            stored = Stored(target, rows.to(device), places.to(device))
+            stored = Stored(target, on_device(rows, device), on_device(places, device))
         seen = (int(starts[0]) - job.begin, job.end) if job.begin else None
         return self.prompts(stored, job.begin, seen)
 
@@ -135,6 +136,13 @@ class LaneCache:
     def _token(self, lane: int, row: int) -> int:
         """The first token of a slot in the buffers."""
         return self._first_tokens[lane] + row * self.shapes[lane].tokens
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same values on a device; a card copies from pinned memory while the program goes on."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class StageCache(Cache):

@@ -91,7 +91,8 @@ class _Nothing(nn.Module):
     """Stands for learned positions on a stage that does not add them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros(())
+        tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        return next(tensors).new_zeros(())  # on the device of the others
 
 
 class StageModel(nn.Module):

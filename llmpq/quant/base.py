@@ -92,6 +92,7 @@ class QuantizedLinear(nn.Module):
     """What all quantised layers share: bias, checks, shapes, bytes."""
 
     weight_buffers: tuple[str, ...]  # the names of the buffers that hold the weight
+    waits_for_device = False  # its product looks at values, so that no CUDA graph can hold it
     layout: Layout  # by which the kernel table knows how it stores a weight
     bias: Tensor | None
 

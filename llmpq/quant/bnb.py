@@ -85,6 +85,7 @@ class LlmInt8Linear(QuantizedLinear):
 
     weight_buffers = ("codes", "scales")
     layout = "8-bnb"
+    waits_for_device = True
     codes: Tensor  # int8 [out, in]
     scales: Tensor  # fp32 [out], the largest weight of each row
 

@@ -167,7 +167,7 @@ class Engine:
         if self.worker.stage.device.type != "cuda":
             return None
         if graphs.wanted:
-            return f"decode steps run as CUDA graphs, {len(graphs.captured)} captured so far"
+            return "decode steps run as CUDA graphs"
         return f"decode steps run without CUDA graphs: {graphs.why_not}"
 
     def measure(self, hashes: bool = False) -> list[StageReport]:
@@ -298,13 +298,19 @@ class Engine:
         Then steps of the other sizes that the plan's requests will ask for, to be captured.
         """
         device = self.worker.stage.device
-        for attempt in ("first", "measured"):  # the first one makes the cache's buffers
-            peaks = [peak_bytes(partial(self._try, job), device) for job in self._largest_jobs()]
-            self.account.cache = self.worker.cache.num_bytes
-            held = self.worker.steps.num_bytes
-            self.account.activations = held + (max(peaks) if attempt == "measured" else 0)
-            self.account.check()
-        if self.worker.steps.graphs.wanted:
+        # The first round makes the cache's buffers, and is the only one that runs a step which is
+        # then captured: its memory stays the graph's.
+        rounds = [
+            [peak_bytes(partial(self._try, job), device) for job in self._largest_jobs()]
+            for _ in range(2)
+        ]
+        steps = self.worker.steps
+        (*_, step), prefills = rounds[0], max(rounds[1])
+        activations = prefills + step if steps.graphs.wanted else prefills
+        self.account.cache = self.worker.cache.num_bytes
+        self.account.activations = steps.num_bytes + activations
+        self.account.check()
+        if steps.graphs.wanted:
             for job in self._planned_steps():
                 self._try(job)
 

@@ -21,6 +21,7 @@ from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, RawTensor, StageModel
 from llmpq.quant import QuantizedLinear
 from llmpq.runtime.checkpoint import Weights
+from llmpq.runtime.kernels import prepare_kernels
 from llmpq.runtime.loader import load_stage
 from llmpq.runtime.roundings import NEAREST, Roundings
 
@@ -92,7 +93,7 @@ def load_stages(
 ) -> list[StageModel]:
     """The stages of a plan (or one stage of all layers) in this process."""
     total = config.num_hidden_layers
-    return [
+    stages = [
         load_stage(
             config,
             weights,
@@ -104,6 +105,9 @@ def load_stages(
         )
         for a, b in cuts
     ]
+    for stage in stages:
+        prepare_kernels(stage, TOKENS_AT_ONCE)
+    return stages
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from llmpq.models.stage_model import StageModel
+from llmpq.quant.adopted import AdoptedLinear
 from llmpq.quant.humming import HummingLinear, serve
 from llmpq.quant.humming_jit import row_ladder
 
@@ -25,14 +26,28 @@ def prepare_kernels(
     `batch_invariant`: a row's result does not depend on the others, which may be slower. Returns
     notes on linears that stay with slower kernels, each with the reason.
     """
-    layers = [module for module in stage.model.modules() if isinstance(module, HummingLinear)]
+    modules = list(stage.model.modules())
+    layers = [module for module in modules if isinstance(module, HummingLinear)]
+    notes = _foreign_notes(stage, [m for m in modules if isinstance(m, AdoptedLinear)])
     if not layers:
-        return []
+        return notes
     for layer in layers:
         layer.batch_invariant = batch_invariant
     failed = serve(layers, row_ladder(most_rows), stage.device, on_compiled)
-    reasons = Counter(failed.values())
+    return notes + [
+        f"{count} of {len(layers)} packed linears are unpacked by torch, which is slow: {reason}"
+        for reason, count in Counter(failed.values()).items()
+    ]
+
+
+def _foreign_notes(stage: StageModel, layers: list[AdoptedLinear]) -> list[str]:
+    """What there is to say of weights that keep a checkpoint's own grids, on a card."""
+    if not layers or stage.device.type != "cuda":
+        return []
+    dtypes = {str(layer.scales.dtype).removeprefix("torch.") for layer in layers}
+    others = dtypes - {str(stage.dtype).removeprefix("torch.")}
+    advice = f"; scales are {others.pop()}: --dtype with that name may be faster" if others else ""
     return [
-        f"{count} of {len(layers)} packed linears are multiplied by slower kernels: {reason}"
-        for reason, count in reasons.items()
+        f"{len(layers)} linears keep grids of the checkpoint that no kernel reads, and are unpacked "
+        f"by torch, which is slow{advice}"
     ]

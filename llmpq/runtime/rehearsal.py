@@ -43,6 +43,7 @@ class Throttle:
         self._device = device
         self._owed_s = 0.0
         self._running: deque[tuple[Any, Any, Note]] = deque()
+        self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, compute: Callable[[], T], note: Note) -> T:
         """The result; `note` hears the seconds it took, the wait included."""
@@ -80,7 +81,7 @@ class Throttle:
         start, end, note = self._running.popleft()
         end.synchronize()
         now = torch.cuda.Event(enable_timing=True)
-        now.record(torch.cuda.Stream(self._device))  # not behind what is still computing
+        now.record(self._aside)  # not behind what is still computing
         now.synchronize()
         note(start.elapsed_time(end) / 1000, end.elapsed_time(now) / 1000)
 
@@ -208,15 +209,15 @@ class MeteredTransport:
 
 
 def peak_bytes(compute: Callable[[], object], device: torch.device) -> int:
-    """Bytes that `compute` takes at its peak beyond what was held before."""
+    """Bytes that `compute` takes at its peak beyond what is held afterwards."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
         compute()
-        return int(torch.cuda.max_memory_allocated(device) - before)
+        held = torch.cuda.memory_allocated(device)
+        return int(torch.cuda.max_memory_allocated(device) - held)
     with PeakMemory() as counter:
         compute()
-    return counter.peak
+    return counter.peak - counter.current
 
 
 def _mib(num_bytes: int) -> str:

@@ -1,24 +1,26 @@
 """What a stage computes in a job: a prefill, or a decode step that a CUDA graph can hold.
 
 A decode step is one function of static buffers (`_compute`): it reads a table of numbers and the
-states that came in, and writes the states or tokens that go out. Nothing in it waits for the
-device, looks at values or has a shape that depends on them. On a card it is captured in a CUDA
-graph for each (lane, rows, width) that is met, rows and widths rounded up to few (`graph_rows`,
-`graph_width`); elsewhere, and where capturing fails, the same function is called as it is. The
-tokens that a stage with embedding and head has chosen last stay on the device for its next step.
+states that came in, and writes the states or tokens that go out. For the families that are tested,
+nothing in it waits for the device, looks at values or has a shape that depends on them. On a card
+it computes all rows of a lane and is captured in a CUDA graph for each (lane, width) that is met,
+widths rounded up to few (`graph_width`); elsewhere, and where capturing fails, the same function
+is called as it is. The tokens that a stage with embedding and head has chosen last stay on the
+device for its next step.
 
 Shapes: b rows of a step, H hidden size; `width`: columns that attention looks at.
 Not covered: stages that several devices share are not captured, as they talk to each other.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from llmpq.kernel import graph_lengths
-from llmpq.models.lanes import LaneCache
+from llmpq.models.lanes import LaneCache, on_device
 from llmpq.models.stage_model import StageModel
 from llmpq.runtime.sampler import Sampling, choose
 from llmpq.schedule import Job, LaneShape, Member
@@ -26,12 +28,9 @@ from llmpq.schedule import Job, LaneShape, Member
 BROKEN = -1  # in place of a token: the logits are not finite
 COLUMNS, TOKENS, REQUESTS, POSITIONS, IDS = range(5)  # rows of the table of numbers
 
-Key = tuple[int, int, int]  # lane, rows, width
+LOOKING_ROPES = {"dynamic", "longrope"}  # transformers' `dynamic_rope_update` asks for a maximum
 
-
-def graph_rows(rows: int, shape: LaneShape) -> int:
-    """Rows that a captured step computes: a power of two, or the whole lane."""
-    return min(shape.rows, 1 << (rows - 1).bit_length())
+Key = tuple[int, int]  # lane, width
 
 
 def graph_width(width: int, shape: LaneShape) -> int:
@@ -116,7 +115,7 @@ class DecodeSteps:
         shape = self.cache.shapes[job.lane]
         rows, width = job.rows, job.end
         if _rounds_up(self.stage.device):
-            rows, width = graph_rows(rows, shape), graph_width(width, shape)
+            rows, width = shape.rows, graph_width(width, shape)
         self._fill(job, rows, given)
         if (first, end) != (0, job.rows):
             return self._compute(job.lane, range(first, end), width)
@@ -137,6 +136,7 @@ class DecodeSteps:
         if not self.is_first:
             assert given is not None
             self._states[: job.rows].copy_(given, non_blocking=True)
+            self._states[job.rows : rows].zero_()  # what was there may be NaN
         elif given is not None:
             self._numbers[IDS, : job.rows].copy_(given, non_blocking=True)
 
@@ -167,7 +167,7 @@ class DecodeSteps:
     # ---- graphs
 
     def _run(self, lane: int, rows: int, width: int) -> None:
-        graph = self.graphs.captured.get((lane, rows, width))
+        graph = self.graphs.captured.get((lane, width))
         if graph is not None:
             graph.replay()
             return
@@ -181,17 +181,32 @@ class DecodeSteps:
         Other threads may use the device meanwhile, to receive messages.
         """
         device, graph = self.stage.device, torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(device)
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_reserved(device)
+        torch.cuda.empty_cache()  # as capturing does first; what is gone then is the graph's
+        free, _ = torch.cuda.mem_get_info(device)
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._compute(lane, range(rows), width)
         except RuntimeError as error:
-            self.graphs.why_not = f"capturing failed: {str(error).splitlines()[0]}"
-            self.graphs.captured.clear()
+            self._give_up(error, stream)
             return
-        self.graphs.num_bytes += torch.cuda.memory_reserved(device) - before
-        self.graphs.captured[lane, rows, width] = graph
+        self.graphs.num_bytes += max(0, free - torch.cuda.mem_get_info(device)[0])
+        self.graphs.captured[lane, width] = graph
+
+    def _give_up(self, error: RuntimeError, stream: "torch.cuda.Stream") -> None:
+        """Leaves a capture that failed, which torch 2.11 does only in part, and makes no more.
+
+        There, an invalidated capture stays on its stream and keeps sending memory to its pool
+        (mended by its pull request 180395). What is raised last is the end of the capture; the
+        cause came before.
+        """
+        torch.cuda.set_stream(stream)
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        cause = error.__context__ or error
+        self.graphs.why_not = f"capturing failed: {str(cause).splitlines()[0]}"
+        self.graphs.captured.clear()
 
 
 def first_tokens(
@@ -216,13 +231,6 @@ def choose_tokens(
     return ids, ids.masked_fill(~finite, BROKEN).to(torch.int32)
 
 
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same values on a device; a card copies from pinned memory while the program goes on."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 def _rounds_up(device: torch.device) -> bool:
     """Whether steps have few sizes, captured or not, so that both compute the same."""
     return device.type == "cuda"
@@ -233,4 +241,12 @@ def _why_no_graphs(stage: StageModel, wanted: bool) -> str | None:
         return "switched off"
     if stage.device.type != "cuda":
         return f"there are none on a {stage.device.type}"
-    return None if stage.group is None else "several devices share the stage"
+    if stage.group is not None:
+        return "several devices share the stage"
+    waiting = [m for m in stage.model.modules() if getattr(m, "waits_for_device", False)]
+    if waiting:
+        return f"{type(waiting[0]).__name__} waits for the device"
+    rope = getattr(stage.config, "rope_parameters", None) or {}
+    kinds = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)}
+    changing = kinds & LOOKING_ROPES
+    return f"'{changing.pop()}' rotary embeddings look at positions" if changing else None

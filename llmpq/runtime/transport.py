@@ -75,7 +75,9 @@ def pack(index: int, hidden: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor
     """
     payload = hidden.contiguous().view(torch.uint8).flatten()
     header = torch.tensor([index, DTYPES.index(hidden.dtype)])
-    buffer[:HEADER_BYTES] = header.view(torch.uint8).to(buffer.device)
+    header = header.view(torch.uint8)
+    header = header.pin_memory() if buffer.is_cuda else header
+    buffer[:HEADER_BYTES].copy_(header, non_blocking=True)
     buffer[HEADER_BYTES : HEADER_BYTES + payload.numel()].copy_(payload, non_blocking=True)
     return buffer
 

@@ -171,7 +171,7 @@ class Worker:
                 else:
                     header = self.headers.write(job, busy_ms)
                     pending = [self.transport.send_header(header)]
-                    with self._apart():
+                    with _on_stream(self._sending):
                         pending.append(self.transport.send_hidden(tensor))
                 self._sent(job, *pending)
 
@@ -211,13 +211,13 @@ class Worker:
         if read is None:
             return None
         rows, tokens, hidden = self.given_shape(read[0])
-        with self._apart():
+        with _on_stream(self._receiving):
             buffer = self._buffer(rows * tokens * hidden)
             self.transport.receive_hidden(buffer).wait()
             if buffer.is_cuda:  # NCCL's wait holds back the stream, not this thread
                 torch.cuda.current_stream(buffer.device).synchronize()
                 buffer.record_stream(torch.cuda.default_stream(buffer.device))
-        unpack(buffer, self.stage.dtype)
+            unpack(buffer, self.stage.dtype)
         return *read, buffer
 
     def _be_on_device(self) -> None:
@@ -225,11 +225,19 @@ class Worker:
         if self.stage.device.type == "cuda":
             torch.cuda.set_device(self.stage.device)
 
-    def _apart(self) -> AbstractContextManager[object]:
-        """Messages on a card use a stream of their own, so that no job holds them back."""
-        if self.transport.message_device.type != "cuda":
-            return nullcontext()
-        return torch.cuda.stream(torch.cuda.Stream(self.transport.message_device))
+    @cached_property
+    def _sending(self) -> "torch.cuda.Stream | None":
+        """Messages on a card have a stream for each direction, so that no job holds them back."""
+        return self._message_stream()
+
+    @cached_property
+    def _receiving(self) -> "torch.cuda.Stream | None":
+        return self._message_stream()
+
+    def _message_stream(self) -> "torch.cuda.Stream | None":
+        """Made once each: torch has 32 streams in all, and a capture must have one for itself."""
+        device = self.transport.message_device
+        return torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _buffer(self, num_values: int) -> torch.Tensor:
         """For a message; pinned where it goes from a card through main memory."""
@@ -333,3 +341,7 @@ class Worker:
         if self.steps.keeps_ids:
             self.steps.keep(members, ids)
         return chosen
+
+
+def _on_stream(stream: "torch.cuda.Stream | None") -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
