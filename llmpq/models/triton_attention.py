@@ -86,8 +86,8 @@ def decode_attention(
     1, `mask` bool `[R, 1, 1, T]`, True where a column is attended, with any strides. Returns
     `[R, Hq, 1, D]`, contiguous; a row that attends to nothing gets zeros. `softcap`: scores become
     `softcap * tanh(score / softcap)`. Nothing waits for the device, and the only allocations are
-    the output and a workspace in fp32, so that a CUDA graph can hold it. `config`: what
-    `config_for` chooses for the query's card, unless given.
+    the output and a workspace in fp32, so that a CUDA graph can hold all but the first call of a
+    kind, which compiles. `config`: what `config_for` chooses for the query's card, unless given.
     """
     rows, query_heads, _, size = query.shape
     kv_heads, columns = key.shape[1], key.shape[2]

@@ -6,8 +6,9 @@ for. It cuts the inputs into chunks, sums each apart and adds the sums in order.
 depends on the matrix and the card, never on the number of rows, and nothing is added by atomics: a
 row's answer is the same bits whatever other rows there are.
 
-Cards below capability 8.0 have no tensor cores in Triton: they multiply and sum, in fp32. That is
-bound by arithmetic, not by memory, from about 4 rows on; it is still the faster way up to 16 or so.
+Cards below capability 8.0 have no tensor cores in Triton: they multiply and sum, in fp32. Counted,
+not measured: 4 bits take some 6 instructions a weight and one more a row, so that from a few rows
+on arithmetic and not memory sets the pace, and beyond about 16 dequantizing pays.
 
 What to compile is decided by pure functions (`config_for`, `dequantize_config`); Triton is imported
 when a kernel is first launched. Not covered: which kernel serves which layer.
@@ -41,8 +42,9 @@ DEQUANTIZE_TILES = {8: (512, 8), 4: (256, 8), 3: (128, 4)}
 # Bits: bytes of a stream, outputs, warps and pipeline stages. No larger, so that two programs or
 # more share a multiprocessor's registers.
 DOT_TILES = {8: (128, 128, 8, 3), 4: (64, 128, 8, 4), 3: (32, 64, 4, 4)}
+ALIGNED_BYTES, UNALIGNED_WIDTH = 16, 32
 DOT_ROWS = 16  # the rows of a tensor core's product
-DOT_PROGRAMS = 512  # enough for every card: two for each of 200 multiprocessors
+DOT_PROGRAMS = 512  # at least, where the matrix allows: a few for each multiprocessor of any card
 DOT_LEAST_BLOCKS = 4  # a chunk is worth its start and its partial sums
 ADD_BLOCK = 256
 
@@ -51,13 +53,13 @@ ADD_BLOCK = 256
 class Packing:
     """Where the codes of a packed row lie; `triton_source` says what the words mean.
 
-    `fields` codes lie in a byte, `planes` bytes share a byte of third bits, `stream` bytes lie
+    `fields` codes lie in a byte, `planes` bytes share a byte of third bits, `stream_bytes` lie
     between the codes of a byte. `granule` bytes in a row, from a multiple of it on, share a scale.
     """
 
     fields: int
     planes: int
-    stream: int
+    stream_bytes: int
     row_bytes: int
     group: int
     granule: int
@@ -156,13 +158,15 @@ def config_for(
 def _sums_config(bits: int, packing: Packing) -> Config:
     width, rows = SUM_TILES[bits]
     constants = _tile(packing, width, rows)
-    return Config("multiply_by_sums", constants, chunks=cdiv(packing.stream, width))
+    return Config("multiply_by_sums", constants, chunks=cdiv(packing.stream_bytes, width))
 
 
 def _dots_config(bits: int, packing: Packing, out_features: int) -> Config:
     width, outputs, num_warps, num_stages = DOT_TILES[bits]
     width = min(width, packing.granule)
-    blocks = cdiv(packing.stream, width)
+    if packing.stream_bytes % ALIGNED_BYTES:  # read byte by byte, each with an address of its own
+        width = min(width, UNALIGNED_WIDTH)
+    blocks = cdiv(packing.stream_bytes, width)
     wanted = cdiv(DOT_PROGRAMS, cdiv(out_features, outputs))
     chunk = cdiv(blocks, min(wanted, cdiv(blocks, DOT_LEAST_BLOCKS)))
     constants = {
@@ -180,7 +184,7 @@ def dequantize_config(bits: int, in_features: int, groups: int) -> Config:
     packing = packing_of(bits, in_features, groups)
     width, rows = DEQUANTIZE_TILES[bits]
     constants = _tile(packing, width, rows)
-    return Config("dequantize", constants, chunks=cdiv(packing.stream, width))
+    return Config("dequantize", constants, chunks=cdiv(packing.stream_bytes, width))
 
 
 def _tile(packing: Packing, width: int, rows: int) -> dict[str, int]:
@@ -245,7 +249,8 @@ def multiply_few_rows(
 
     `packed`, `scales`, `zeros` as in `dequantize`, and `supports` must hold. Any M works; the time
     grows with every row (without tensor cores) or every 16 rows. Takes `4 * chunks * M * out` bytes
-    of workspace. `config`: what `config_for` chooses for x's card, unless given.
+    of workspace. The first call of a kind compiles, which a CUDA graph must not hold. `config`:
+    what `config_for` chooses for x's card, unless given.
     """
     out_features, groups = packed.shape[0], _groups(scales)
     assert supports(bits, x.shape[1], groups) and x.is_contiguous(), (bits, x.shape, groups)
@@ -266,7 +271,7 @@ def multiply_few_rows(
     }
     grid: tuple[int, ...] = (cdiv(out_features, config.constants["BLOCK_N"]), config.chunks)
     if config.program == "multiply_by_dots":
-        blocks = cdiv(int(arguments["stream"]), config.constants["BLOCK_K"])
+        blocks = cdiv(int(arguments["stream_bytes"]), config.constants["BLOCK_K"])
         arguments["blocks"] = cdiv(blocks, config.chunks)
         grid = (cdiv(x.shape[0], DOT_ROWS), *grid)
     launch(getattr(_programs(), config.program), grid, arguments, config)
@@ -305,7 +310,7 @@ def launch(
 def _row_arguments(bits: int, in_features: int, groups: int) -> dict[str, int]:
     packing = packing_of(bits, in_features, groups)
     return {
-        "stream": packing.stream,
+        "stream_bytes": packing.stream_bytes,
         "row_bytes": packing.row_bytes,
         "groups": groups,
         "group": packing.group,

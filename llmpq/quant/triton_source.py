@@ -5,9 +5,9 @@ Only `triton_kernels` imports this module, when a kernel is first launched, beca
 need Triton. Names that all programs share:
 
 - A row of a packed weight is cut into *streams*: byte `j` of a row holds the codes of columns
-  `j`, `j + stream`, `j + 2 * stream` and so on (`packing` says why). FIELDS codes lie in a byte,
-  and PLANES bytes, `stream` apart, share a byte of third bits: 8 bits are one stream, 4 bits two,
-  3 bits eight.
+  `j`, `j + stream_bytes`, `j + 2 * stream_bytes` and so on (`packing` says why). FIELDS codes lie
+  in a byte, and PLANES bytes, `stream_bytes` apart, share a byte of third bits: 8 bits are one
+  stream, 4 bits two, 3 bits eight.
 - A *granule* is a run of bytes whose codes share a scale within each stream, so that scales are
   loaded once a granule and not once a weight.
 
@@ -32,14 +32,14 @@ def _minus_zeros(codes, zeros):
 
 
 @triton.jit
-def _codes(packed, starts, in_row, at, stream, FIELDS: tl.constexpr, PLANES: tl.constexpr):
+def _codes(packed, starts, in_row, at, stream_bytes, FIELDS: tl.constexpr, PLANES: tl.constexpr):
     """Codes int32 `[N, FIELDS, PLANES, G, R]` of the bytes at places `at` `[G, R]` of N rows.
 
     `starts`: where the rows start, int64 `[N]`. `in_row`: which bytes exist, `[N, G, R]`.
     """
     field, plane = tl.arange(0, FIELDS), tl.arange(0, PLANES)
     width: tl.constexpr = 2 if PLANES == 2 else 8 // FIELDS
-    places = (plane * stream)[:, None, None] + at[None, :, :]
+    places = (plane * stream_bytes)[:, None, None] + at[None, :, :]
     low = tl.load(
         packed + starts[:, None, None, None] + places[None, :, :, :],
         mask=in_row[:, None, :, :],
@@ -51,7 +51,7 @@ def _codes(packed, starts, in_row, at, stream, FIELDS: tl.constexpr, PLANES: tl.
     codes = codes & ((1 << width) - 1)
     if PLANES == 2:
         # Loaded once a plane, so that each thread has the third bits of the bytes that it holds.
-        places = (2 * stream + plane * 0)[:, None, None] + at[None, :, :]
+        places = (2 * stream_bytes + plane * 0)[:, None, None] + at[None, :, :]
         third = tl.load(
             packed + starts[:, None, None, None] + places[None, :, :, :],
             mask=in_row[:, None, :, :],
@@ -77,7 +77,7 @@ def _grids(grids, rows, in_matrix, columns, groups, group):
 @triton.jit
 def _tile(
     packed, scales, zeros, rows, in_matrix, first,
-    in_features, stream, row_bytes, groups, group,
+    in_features, stream_bytes, row_bytes, groups, group,
     FIELDS: tl.constexpr, PLANES: tl.constexpr, GRANULES: tl.constexpr, GRANULE: tl.constexpr,
 ):  # fmt: skip
     """The weights of `rows` `[N]` in the bytes from `first` on of each stream.
@@ -87,24 +87,24 @@ def _tile(
     """
     begin = first + tl.arange(0, GRANULES) * GRANULE
     at = begin[:, None] + tl.arange(0, GRANULE)[None, :]
-    in_row = in_matrix[:, None, None] & (at < stream)[None, :, :]
-    codes = _codes(packed, rows.to(tl.int64) * row_bytes, in_row, at, stream, FIELDS, PLANES)
+    in_row = in_matrix[:, None, None] & (at < stream_bytes)[None, :, :]
+    codes = _codes(packed, rows.to(tl.int64) * row_bytes, in_row, at, stream_bytes, FIELDS, PLANES)
     number = tl.arange(0, FIELDS)[:, None] * PLANES + tl.arange(0, PLANES)[None, :]
-    offsets = number * stream
+    offsets = number * stream_bytes
     columns = offsets[:, :, None] + begin[None, None, :]
     zero = _grids(zeros, rows, in_matrix, columns, groups, group)
     scale = _grids(scales, rows, in_matrix, columns, groups, group)
     if FIELDS == 1:
         zero += 128
     column = offsets[:, :, None, None] + at[None, None, :, :]
-    exists = (at < stream)[None, None, :, :] & (column < in_features)
+    exists = (at < stream_bytes)[None, None, :, :] & (column < in_features)
     return _minus_zeros(codes, zero[:, :, :, :, None]), scale, column, exists
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def multiply_by_sums(
     x, packed, scales, zeros, partial,
-    num_rows, out_features, in_features, stream, row_bytes, groups, group,
+    num_rows, out_features, in_features, stream_bytes, row_bytes, groups, group,
     FIELDS: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_N: tl.constexpr, GRANULES: tl.constexpr, GRANULE: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def multiply_by_sums(
     first = tl.program_id(1) * (GRANULES * GRANULE)
     steps, scale, column, exists = _tile(
         packed, scales, zeros, rows, in_matrix, first,
-        in_features, stream, row_bytes, groups, group, FIELDS, PLANES, GRANULES, GRANULE,
+        in_features, stream_bytes, row_bytes, groups, group, FIELDS, PLANES, GRANULES, GRANULE,
     )  # fmt: skip
     weights = steps * scale[:, :, :, :, None]
     out = partial + tl.program_id(1).to(tl.int64) * num_rows * out_features + rows
@@ -134,7 +134,7 @@ def multiply_by_sums(
 @triton.jit(do_not_specialize=["num_rows"])
 def multiply_by_dots(
     x, packed, scales, zeros, partial,
-    num_rows, out_features, in_features, stream, row_bytes, groups, group, blocks,
+    num_rows, out_features, in_features, stream_bytes, row_bytes, groups, group, blocks,
     FIELDS: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -149,16 +149,16 @@ def multiply_by_dots(
     starts = outs.to(tl.int64) * row_bytes
     first = tl.program_id(2) * blocks
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    last = tl.minimum(first + blocks, tl.cdiv(stream, BLOCK_K))
+    last = tl.minimum(first + blocks, tl.cdiv(stream_bytes, BLOCK_K))
     for step in range(first * PLANES, last * PLANES):
         block, plane = step // PLANES, step % PLANES
         at = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        in_stream = at < stream
+        in_stream = at < stream_bytes
         in_row = in_stream[:, None] & in_matrix[None, :]
         places = packed + starts[None, :] + at[:, None]
-        low = tl.load(places + plane * stream, mask=in_row, other=0).to(tl.int32)
+        low = tl.load(places + plane * stream_bytes, mask=in_row, other=0).to(tl.int32)
         if PLANES == 2:
-            third = tl.load(places + 2 * stream, mask=in_row, other=0).to(tl.int32)
+            third = tl.load(places + 2 * stream_bytes, mask=in_row, other=0).to(tl.int32)
         for field in tl.static_range(FIELDS):
             number = field * PLANES + plane
             if PLANES == 2:
@@ -167,13 +167,13 @@ def multiply_by_dots(
                 codes = (low >> (4 * field)) & 15
             else:
                 codes = low ^ 128
-            index = (number * stream + block * BLOCK_K) // group
+            index = (number * stream_bytes + block * BLOCK_K) // group
             grid = outs * groups + index
             zero = tl.load(zeros + grid, mask=in_matrix, other=0.0).to(tl.float32)
             scale = tl.load(scales + grid, mask=in_matrix, other=0.0).to(tl.float32)
             if FIELDS == 1:
                 zero += 128
-            column = number * stream + at
+            column = number * stream_bytes + at
             wanted = has_row[:, None] & (in_stream & (column < in_features))[None, :]
             inputs = tl.load(
                 x + rows[:, None] * in_features + column[None, :], mask=wanted, other=0.0
@@ -187,7 +187,7 @@ def multiply_by_dots(
 @triton.jit
 def dequantize(
     packed, scales, zeros, out,
-    first_row, num_rows, in_features, stream, row_bytes, groups, group,
+    first_row, num_rows, in_features, stream_bytes, row_bytes, groups, group,
     FIELDS: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_N: tl.constexpr, GRANULES: tl.constexpr, GRANULE: tl.constexpr,
 ):  # fmt: skip
@@ -198,7 +198,7 @@ def dequantize(
     first = tl.program_id(1) * (GRANULES * GRANULE)
     steps, scale, column, exists = _tile(
         packed, scales, zeros, rows, in_matrix, first,
-        in_features, stream, row_bytes, groups, group, FIELDS, PLANES, GRANULES, GRANULE,
+        in_features, stream_bytes, row_bytes, groups, group, FIELDS, PLANES, GRANULES, GRANULE,
     )  # fmt: skip
     scale = scale.to(out.dtype.element_ty).to(tl.float32)
     weights = (steps * scale[:, :, :, :, None]).to(out.dtype.element_ty)

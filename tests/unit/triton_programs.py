@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 from llmpq.quant.triton_kernels import Config
 
 # Bytes of shared memory a program may ask for, by capability (CUDA C++ Programming Guide, table
@@ -29,13 +27,6 @@ SHARED_MEMORY = {
     (9, 0): 227 << 10,
     (12, 0): 99 << 10,
 }
-TYPES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.uint8: "*u8",
-}
-ALIGNED = 16  # what Triton's launcher looks at, in bytes of an address and in integers
 
 
 @dataclass(frozen=True)
@@ -88,39 +79,35 @@ def recorded(*modules: Any) -> Iterator[list[Launch]]:
 
 
 def compile_for(capability: tuple[int, int], launch: Launch, **options: int) -> Resources:
-    """Compiles a program for a card as Triton's launcher would there."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    """Compiles a program for a card just as Triton's launcher would there, short of loading it."""
+    from triton.runtime.driver import driver
 
-    constants: dict[str, Any] = dict(launch.config.constants)
-    signature, aligned = {}, {}
-    for place, parameter in enumerate(launch.program.params):
-        value = constants.get(parameter.name, launch.arguments.get(parameter.name))
-        special = not parameter.do_not_specialize
-        if type(value) is int and value == 1 and special:
-            constants[parameter.name] = value
-        signature[parameter.name] = "constexpr" if parameter.name in constants else _type(value)
-        if parameter.name not in constants and special and _is_aligned(value):
-            aligned[(place,)] = [["tt.divisibility", ALIGNED]]
-    compiled = triton.compile(
-        ASTSource(launch.program, signature, constants, aligned),
-        target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32),
-        options=launch.config.options | options,
-    )
+    with mock.patch.object(driver, "_active", Card(capability)):
+        compiled = launch.program.warmup(
+            **launch.arguments,
+            **launch.config.constants,
+            **(launch.config.options | options),
+            grid=(1,),
+        )
     return _resources(compiled)
 
 
-def _type(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return TYPES[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32"
+class Card:
+    """What Triton asks its driver before it compiles; each capability is a device of its own."""
 
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.number = capability[0] * 10 + capability[1]
 
-def _is_aligned(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.storage_offset() * value.element_size() % ALIGNED == 0
-    return isinstance(value, int) and value % ALIGNED == 0
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.number, 32)
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 def _resources(compiled: Any) -> Resources:
