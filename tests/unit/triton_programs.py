@@ -63,19 +63,15 @@ def run_interpreted(module: str) -> None:
 
 
 @contextmanager
-def recorded(*modules: Any) -> Iterator[list[Launch]]:
-    """Programs that these modules launch are noted, not started; give them meta tensors."""
+def recorded(module: Any) -> Iterator[list[Launch]]:
+    """Programs that this module launches are noted, not started; give it meta tensors."""
     launches: list[Launch] = []
 
     def note(program: Any, grid: Any, arguments: Mapping[str, Any], config: Config) -> None:
         launches.append(Launch(program, arguments, config))
 
-    patches = [mock.patch.object(module, "launch", note) for module in modules]
-    for patch in patches:
-        patch.start()
-    yield launches
-    for patch in patches:
-        patch.stop()
+    with mock.patch.object(module, "launch", note):
+        yield launches
 
 
 def compile_for(capability: tuple[int, int], launch: Launch, **options: int) -> Resources:
