@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmpq.models.stage_model import LayerRange
 from llmpq.quantizer import Quantizer
 from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.evaluate import Loss, evaluate, load_stages, weights_hash
 from llmpq.runtime.harness import Scorer, TaskScore, harness_model, run_tasks
-from llmpq.runtime.loader import load_stage
 from llmpq.runtime.pipeline_loss import PipelineLoss, gather_hashes
 from llmpq.runtime.roundings import Roundings, load_roundings
 from llmpq.runtime.streaming import stream

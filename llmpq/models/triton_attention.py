@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from llmpq.quant.triton_kernels import TENSOR_CORES, Capability, Config, capability_of, cdiv, launch
+from llmpq.workspace import MOST_PARTITIONS, partition_for
 
 HEAD_SIZES = range(16, 257)
-PARTITION = 256  # columns of the smallest partition
-MOST_PARTITIONS = 64
 MERGED_AT_ONCE = 16  # partitions
 DOT_HEADS = 16  # query heads of a product on tensor cores; fewer are padded
 SUM_HEADS = 8  # most query heads of a program without them
@@ -39,14 +38,6 @@ def supports(query: Tensor, key: Tensor) -> bool:
         and query.dtype == key.dtype
         and query.dtype in dtypes
     )
-
-
-def partition_for(columns: int) -> int:
-    """How many columns make a partition, of so many columns in all."""
-    partition = PARTITION
-    while partition * MOST_PARTITIONS < columns:
-        partition *= 2
-    return partition
 
 
 def config_for(

@@ -48,6 +48,6 @@ def _foreign_notes(stage: StageModel, layers: list[AdoptedLinear]) -> list[str]:
     others = dtypes - {str(stage.dtype).removeprefix("torch.")}
     advice = f"; scales are {others.pop()}: --dtype with that name may be faster" if others else ""
     return [
-        f"{len(layers)} linears keep grids of the checkpoint that no kernel reads, and are unpacked "
-        f"by torch, which is slow{advice}"
+        f"{len(layers)} linears keep grids of the checkpoint that no kernel reads; torch unpacks "
+        f"them, which is slow{advice}"
     ]

@@ -15,6 +15,7 @@ Not covered: stages that several devices share are not captured, as they talk to
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class DecodeSteps:
             for used in (not self.is_first, not self.is_last)
         )
         self._chosen = torch.zeros(rows, dtype=torch.int32, device=device)
-        self._pool = torch.cuda.graph_pool_handle() if self.graphs.wanted else None
+        self._pool: Any = torch.cuda.graph_pool_handle() if self.graphs.wanted else None
 
     @property
     def keeps_ids(self) -> bool:
@@ -247,6 +248,8 @@ def _why_no_graphs(stage: StageModel, wanted: bool) -> str | None:
     if waiting:
         return f"{type(waiting[0]).__name__} waits for the device"
     rope = getattr(stage.config, "rope_parameters", None) or {}
-    kinds = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)}
+    kinds = {
+        str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)
+    }
     changing = kinds & LOOKING_ROPES
     return f"'{changing.pop()}' rotary embeddings look at positions" if changing else None

@@ -72,8 +72,11 @@ def test_new_requests_find_a_clean_slot():
     assert torch.tensor(held(cache, 0)[0][:3]).isnan().all()
 
 
-def test_a_request_moves_with_all_it_holds():
+def test_a_request_moves_with_all_it_holds_and_nothing_else():
+    """What was in its new slot may be NaN, which would reach through a mask."""
     cache = LaneCache(1, SHAPES)
+    before = prompts(Member(0, 0, 5, 1, 0), width=5)
+    cache.prefill(before, 0, 1, CPU).update(states(1, 5) * torch.nan, states(1, 5), 0)
     job = prompts(Member(0, 1, 3, 0, 0), width=3)
     cache.prefill(job, 0, 1, CPU).update(states(1, 3), states(1, 3), 0)
     step = Job(False, (Member(0, 0, 3, 0, 1),), 0, 4, 1, moves=(Move(0, 1, 0, 3),))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmpq.models import triton_attention
+from llmpq.workspace import partition_for
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -72,9 +73,9 @@ def test_other_shapes_do_not_spill(
 
 
 def test_partitions_are_few_and_do_not_depend_on_short_lengths() -> None:
-    assert {triton_attention.partition_for(columns) for columns in (1, 256, 16384)} == {256}
+    assert {partition_for(columns) for columns in (1, 256, 16384)} == {256}
     for columns in (16385, 100_000, 1_000_000):
-        partition = triton_attention.partition_for(columns)
+        partition = partition_for(columns)
         assert partition * 32 < columns <= partition * 64
 
 
