@@ -223,9 +223,9 @@ def test_tokens_a_second_are_a_target_of_cards_like_an_h100_alone():
 
 
 def test_the_worst_prediction_counts_whatever_its_sign():
-    rows = [served("16", 1.0, error=20.0), served("4", 1.0, error=-26.0)]
+    rows = [served("16", 1.0, error=20.0), served("4", 1.0, error=-31.0)]
     sheet, profile = prediction_checks(rows, [])
-    assert (sheet.value, sheet.holds) == (-26.0, False)
+    assert (sheet.value, sheet.holds) == (-31.0, False)
     assert (profile.holds, profile.why) == (None, NOT_MEASURED)
 
 

@@ -161,7 +161,8 @@ def test_bad_input_is_one_message(words, part):
 
 
 def test_one_rank_of_torchrun_has_no_link(monkeypatch):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
         monkeypatch.setenv(name, value)
     done = CliRunner().invoke(main, ["links"])
     assert done.exit_code == 2 and "one rank has no link" in done.output
