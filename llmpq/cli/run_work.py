@@ -49,8 +49,8 @@ def work(plan: Plan, options: RunOptions, role: "Role") -> FailedRequests | None
             report, served = lead(engine, plan, options, prepared, results)
             dtype = engine.worker.stage.dtype
             del engine  # its memory is wanted for the layers of the 16-bit model
-            finish(report, served, options, prepared, dtype, device)
-            return told_outcome(results, prepared, options, under_torchrun, dtype)
+            bad = finish(report, served, options, prepared, dtype, device)
+            return told_outcome(results, prepared, options, under_torchrun, dtype, bad)
         else:
             engine.start_clock(trace=options.trace is not None)
             engine.follow()
