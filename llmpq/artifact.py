@@ -229,7 +229,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all; what is no regular file is written into."""
     temporary = None
     try:
-        path = path.resolve()  # a link stays one
+        path = Path(os.path.realpath(path))  # a link stays one
         if path.exists() and not path.is_file() and not path.is_dir():
             path.write_text(text, encoding="utf-8")
             return

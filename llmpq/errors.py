@@ -44,7 +44,7 @@ class NeighbourLost(WorkerError):
 class FailedRequests(LlmpqError):
     """The run finished, but some requests failed: says how many, where it is told why, what next.
 
-    Nothing is left to be tidied up: all files are written.
+    Nothing is left to be tidied up: all files are written. Evaluations end so too.
     """
 
     exit_code = 5

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Windows as those that sensitivity is measured on, so that both percentages mean the same.
 WINDOW_TOKENS = 256
+MOST_NATS = 700.0  # of a rise: above, exp of it is no number
 MAX_WINDOWS = 80  # 20,400 predicted tokens
 WEIGHT_FILES = (".safetensors", ".bin")
 
@@ -72,16 +73,19 @@ def sixteen_bits(
     [found] = stream(
         config, weights, [sixteen], windows, dtype, device, divergence=False, on_layer=on_layer
     )
-    with suppress(UserError):  # a cache that cannot be written is none
-        write_json(place, Baseline(total=found.loss.total, num_tokens=found.loss.num_tokens))
+    if found.loss.is_finite:
+        with suppress(UserError):  # a cache that cannot be written is none
+            write_json(place, Baseline(total=found.loss.total, num_tokens=found.loss.num_tokens))
     return found.loss
 
 
 def compare(
     report: Report, served: "Loss", base: "Loss", asked: Path | None, window: int
-) -> Quality:
-    """The rise of the perplexity, measured and predicted."""
+) -> Quality | None:
+    """The rise of the perplexity, measured and predicted; None where one of them is no number."""
     predicted = report.predicted
+    if not (served.is_finite and base.is_finite and served.mean - base.mean < MOST_NATS):
+        return None
     return Quality(
         text=check_text(asked).name,
         window=window,

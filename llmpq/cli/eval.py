@@ -1,19 +1,18 @@
 """`llmpq-eval`: perplexity and zero-shot tasks of a plan, or of uniform precisions, on the weights
 that are served."""
 
-import json
 import os
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmpq.artifact import Provenance
-from llmpq.cli.common import ARGUMENTS, Command, common_options, console, emit
+from llmpq.cli.common import ARGUMENTS, Command, common_options, console
+from llmpq.cli.eval_output import show
 from llmpq.cli.paths import check_files, model_files
 from llmpq.cli.profile_options import PrecisionNames
 from llmpq.cli.progress import progress
@@ -25,7 +24,7 @@ from llmpq.quantizer import Quantizer
 from llmpq.runtime.texts import DATASETS, named_text
 
 if TYPE_CHECKING:
-    from llmpq.cli.eval_ways import Model, Row, Subject, Task
+    from llmpq.cli.eval_ways import Model, Subject, Task
     from llmpq.runtime.harness import TaskScore
     from llmpq.runtime.process import Role
 
@@ -162,7 +161,7 @@ def _here(flags: dict[str, Any], plans: list[tuple[Path, Plan]], role: "Role") -
                 rows = layer_by_layer(model, subjects, windows, shown.update)
             else:
                 rows, scores = stage_by_stage(model, subjects, windows, task, shown.update)
-    _show(rows, scores, flags, "stream" if flags["stream"] else "stages", model)
+    show(rows, scores, flags, "stream" if flags["stream"] else "stages", model)
 
 
 def _warn(model: "Model", subjects: "list[Subject]", quiet: bool) -> None:
@@ -249,7 +248,7 @@ def _work_on(flags: dict[str, Any], plans: list[tuple[Path, Plan]], role: "Role"
         texts = [label for label, _ in _texts(flags)]
         rows = through_processes(model, subjects, texts, windows, transport, shown.update)
     if role.rank == 0:
-        _show(rows, [], flags, "processes", model)
+        show(rows, [], flags, "processes", model)
 
 
 def _load(
@@ -349,83 +348,6 @@ def _tasks(flags: dict[str, Any], until_the_end: ExitStack) -> "Task | None":
     scratch = Path(until_the_end.enter_context(TemporaryDirectory(prefix="llmpq-")))
     tasks = load_tasks(flags["tasks"], flags["task_data"], flags["num_fewshot"], scratch)
     return Task(tasks, flags["limit"])
-
-
-def _show(
-    rows: "list[Row]",
-    scores: "list[tuple[Subject, TaskScore]]",
-    flags: dict[str, Any],
-    way: str,
-    model: "Model",
-) -> None:
-    from llmpq.runtime.evaluate import window_tokens
-
-    data = {
-        "schema_version": 1,
-        "kind": "evaluation",
-        "way": way,
-        "window": window_tokens(flags["window"], model.max_positions),
-        "rows": [_row_data(row) for row in rows],
-        "tasks": [_score_data(subject, score) for subject, score in scores],
-        "provenance": Provenance.here().model_dump(),
-    }
-    emit(json.dumps(data, indent=1), flags["json_path"])
-    out = console(flags["quiet"])
-    if rows:
-        out.print(_table(rows, flags["verbose"]))
-    if scores:
-        out.print(_task_table(scores))
-
-
-def _row_data(row: "Row") -> dict[str, Any]:
-    return {
-        "name": row.subject.name,
-        "text": row.text,
-        "perplexity": row.loss.perplexity,
-        "loss": row.loss.mean,
-        "num_tokens": row.loss.num_tokens,
-        "divergence": row.divergence,
-        "precisions": list(row.subject.precisions),
-        "quantizer": row.subject.quantizer.model_dump(),
-        "weight_bytes": row.weight_bytes,
-        "weights_sha256": list(row.weights_sha256),
-    }
-
-
-def _score_data(subject: "Subject", score: "TaskScore") -> dict[str, Any]:
-    return {"name": subject.name, "precisions": list(subject.precisions), **asdict(score)}
-
-
-def _table(rows: "list[Row]", verbose: bool) -> Any:
-    from rich.table import Table
-
-    streamed = any(row.divergence is not None for row in rows)
-    last = "KL from 16 bits" if streamed else "weights MiB"
-    table = Table("what", "text", "perplexity", "tokens", last)
-    for row in rows:
-        name = row.subject.name
-        name += f" ({' '.join(row.subject.precisions)})" if verbose else ""
-        held = "-" if row.weight_bytes is None else f"{row.weight_bytes / 1024**2:.2f}"
-        cell = f"{row.divergence:.5f}" if row.divergence is not None else held
-        table.add_row(name, row.text, f"{row.loss.perplexity:.4f}", str(row.loss.num_tokens), cell)
-    return table
-
-
-def _task_table(scores: "list[tuple[Subject, TaskScore]]") -> Any:
-    from rich.table import Table
-
-    table = Table("what", "task", "examples", "metric", "value", "samples")
-    for subject, score in scores:
-        error = "" if score.error is None else f" ± {score.error:.4f}"
-        table.add_row(
-            subject.name,
-            score.task,
-            str(score.num_fewshot),
-            score.metric,
-            f"{score.value:.4f}{error}",
-            str(score.num_samples),
-        )
-    return table
 
 
 if __name__ == "__main__":

@@ -60,11 +60,20 @@ def _refuse_unwritable(path: Path) -> None:
     try:
         folder = next(p for p in path.absolute().parents if os.path.lexists(p))
         is_wrong = path.is_dir() or not folder.is_dir()
-        exists = path.exists()
+        exists = _is_there(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     if is_wrong or not os.access(path if exists else folder, os.W_OK):
         raise UserError(f"{path}: cannot be written")
+
+
+def _is_there(path: Path) -> bool:
+    """Raises `OSError` for a link that leads to itself."""
+    try:
+        path.stat()
+        return True
+    except FileNotFoundError:
+        return False
 
 
 def model_files(model: str | Path | None) -> Iterator[Named]:

@@ -6,6 +6,7 @@ and looks for a better one at the same loss of quality. Imports no torch.
 """
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ def _request(flags: dict[str, Any]) -> Request:
 
     runs = [_run(path) for path in (*flags["first"], *flags["more"])]
     profiles, output = flags["profiles"], flags["output"]
-    if profiles is not None and output.resolve() == profiles.resolve():
+    if profiles is not None and os.path.realpath(output) == os.path.realpath(profiles):
         raise UserError(f"-o {output}: is the folder of --profiles; corrected ones need their own")
     cluster = load_cluster(flags["cluster"]) if flags["cluster"] else runs[-1].plan.cluster
     _check_alike(runs, cluster)

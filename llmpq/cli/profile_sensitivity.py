@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import ValidationError
 
 from llmpq.artifact import Provenance, write_json
 from llmpq.cli.common import Command, common_options, console, emit
@@ -267,13 +268,26 @@ def _measure(job: _Job, subject: "Subject", inputs: "Inputs", flags: dict[str, A
 
     what = "sensitivity: layers" if job.recipe.method == "fast" else "sensitivity: evaluations"
     with progress(console(flags["quiet"]), what, subject.num_layers) as shown:
-        return measure_sensitivity(
-            subject,
-            job.recipe,
-            job.measured,
-            inputs,
-            lambda done, total: shown.update(done, total=total),
-        )
+        try:
+            measured = measure_sensitivity(
+                subject,
+                job.recipe,
+                job.measured,
+                inputs,
+                lambda done, total: shown.update(done, total=total),
+            )
+        except ValidationError:  # a sensitivity that is no number is no price of a precision
+            raise _no_number(job) from None
+    if not measured.base.is_finite:
+        raise _no_number(job)
+    return measured
+
+
+def _no_number(job: _Job) -> UserError:
+    return UserError(
+        f"{job.model}: the loss on {job.text.name} is no finite number: activations became NaN or "
+        f"infinite in {job.subject.dtype}; --dtype float32 has the most room"
+    )
 
 
 def _result(

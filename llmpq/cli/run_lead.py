@@ -69,11 +69,15 @@ def told_outcome(
     options: RunOptions,
     under_torchrun: bool,
     dtype: Any = "",
+    unmeasured: FailedRequests | None = None,
 ) -> FailedRequests | None:
-    """The last line: told, or where requests failed returned."""
+    """The last line: told, or where something failed returned."""
     assert prepared.prompts is not None
     out = console(options.quiet)
-    return outcome(results, prepared.prompts, options, under_torchrun, str(dtype), out)
+    failed = outcome(results, prepared.prompts, options, under_torchrun, str(dtype), out)
+    if failed is None or unmeasured is None:
+        return failed or unmeasured
+    return FailedRequests(f"{unmeasured}\n{failed}")
 
 
 def lead(
@@ -120,14 +124,17 @@ def finish(
     prepared: "Prepared",
     dtype: Any,
     device: Any,
-) -> None:
-    """When the other stages are done: the 16-bit model for comparison, and the report."""
-    from llmpq.cli.check_quality import compare, sixteen_bits, summary
+) -> FailedRequests | None:
+    """When the other stages are done: the 16-bit model for comparison, and the report.
+
+    Returns what to say where the quality could not be measured.
+    """
+    from llmpq.cli.check_quality import check_text, compare, sixteen_bits, summary
 
     out = console(options.quiet)
     if served is None:
         _write_report(report, options, out)
-        return
+        return None
     if options.report is not None:
         write_json(options.report, report)  # whatever comes of the comparison
     config, weights, windows = prepared.config, prepared.weights, prepared.windows
@@ -135,7 +142,13 @@ def finish(
         base = sixteen_bits(config, weights, windows, dtype, device, shown.update)
     quality = compare(report, served, base, options.check_text, windows.shape[1])
     _write_report(report.model_copy(update={"quality": quality}), options, out)
+    if quality is None:
+        return FailedRequests(
+            f"the quality could not be measured: the loss on {check_text(options.check_text).name} "
+            "is no finite number, as activations became NaN or infinite"
+        )
     out.print(summary(quality))
+    return None
 
 
 def _identity(plan: Plan, options: RunOptions) -> dict[str, object]:

@@ -56,8 +56,8 @@ def work(plan: Plan, options: RunOptions, role: "Role") -> FailedRequests | None
             say_engine(engine, options.quiet, graphs_note)
             dtype = stage.dtype
             del engine, stage  # its memory is wanted for the layers of the 16-bit model
-            finish(report, served, options, prepared, dtype, device)
-            return told_outcome(results, prepared, options, under_torchrun, dtype)
+            bad = finish(report, served, options, prepared, dtype, device)
+            return told_outcome(results, prepared, options, under_torchrun, dtype, bad)
         else:
             engine.start_clock(trace=options.trace is not None)
             engine.follow()

@@ -44,8 +44,16 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss."""
-        return math.exp(self.mean)
+        """exp of the mean loss; infinite where that is beyond all numbers."""
+        try:
+            return math.exp(self.mean)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is a perplexity: no activation became NaN or infinite."""
+        return math.isfinite(self.perplexity)
 
 
 def window_tokens(asked: int | None, max_positions: int) -> int:

@@ -36,7 +36,10 @@ from llmpq.runtime.roundings import NEAREST, Roundings
 
 def model_folder(model: str) -> Path:
     """The directory of MODEL's config.json; for a hub id, its whole snapshot is fetched."""
-    folder = config_path(model).parent
+    path = config_path(model)
+    if path.name != "config.json":
+        raise UserError(f"{model}: is a file, expected the directory of a model")
+    folder = path.parent
     if Path(model).exists() or "/" not in model:
         return folder
     folder = _fetch(model, ["*.json", "*.safetensors", "*.model", "*.txt"])

@@ -28,7 +28,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from llmpq.errors import LlmpqError, NeighbourLost, UserError
+from llmpq.errors import FailedRequests, LlmpqError, NeighbourLost, UserError
 from llmpq.runtime.ending import RESUME, SUPERVISED, end_process
 
 PERIOD_S = 1.0  # between two beats, and between two looks
@@ -342,7 +342,7 @@ def verdict_on(rank: int, error: BaseException | None) -> Verdict | None:
         if error.code in (None, 0):
             return None
         error = error.__context__ or error
-    if error is None or isinstance(error, NeighbourLost):
+    if error is None or isinstance(error, NeighbourLost | FailedRequests):
         return None
     first = next(iter(str(error).strip().splitlines()), "")
     kind = "" if isinstance(error, LlmpqError) else f"{type(error).__name__}: "

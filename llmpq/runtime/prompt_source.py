@@ -28,7 +28,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from llmpq.artifact import no_repeated_keys, refuse_unless_regular, text_encoding
+from llmpq.artifact import no_repeated_keys, read_text, refuse_unless_regular, text_encoding
 from llmpq.errors import UserError
 from llmpq.runtime.prompt_tables import Row, array_rows, csv_columns, csv_rows, parquet_rows
 
@@ -139,8 +139,30 @@ def _from_text(path: Path, unpack: Unpack) -> Source:
     if delimiter is not None:
         return _from_rows(path, "CSV", lambda: _table(file_text, delimiter))
     if unpack is _plain and file_text.encoding == UTF8:
+        if start.startswith("{"):
+            _refuse_one_object(path, start)
         return Source(path)
     return Converted(path, "JSON lines", file_text.lines())
+
+
+def _refuse_one_object(path: Path, start: str) -> None:
+    """Raises `UserError` for a file that is one object over several lines, which is no request."""
+    first, _, rest = start.partition("\n")
+    if not rest.strip() or _is_json(first) or path.stat().st_size > MAX_LINE_BYTES:
+        return
+    if _is_json(read_text(path)):
+        raise UserError(
+            f"{path}: is one JSON object over several lines; put each request on a line of its "
+            "own, or all of them into an array: [{...}, {...}]"
+        )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+        return True
+    except (ValueError, RecursionError):
+        return False
 
 
 def _from_rows(path: Path, kind: str, rows: Callable[[], Iterator[Row]]) -> Source:

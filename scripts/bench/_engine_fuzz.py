@@ -16,13 +16,13 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from llmpq.artifact import write_json
 from llmpq.errors import LlmpqError
 from llmpq.model_spec import ASSETS, load_model_spec
 from llmpq.plan import Plan, load_plan, refuse_shared_stages
 from llmpq.runtime.journal import Results
+from llmpq.runtime.mending import unframe
 from llmpq.runtime.prompts import Limits, check_prompts
 from llmpq.runtime.request import Finished, Request
 from llmpq.workload import request_lengths
@@ -194,12 +194,14 @@ def intact(shown: bytes, logged: bytes, sound: bytes) -> list[bytes]:
     A line is left out where damage to both files made another one of the same id: nothing tells
     which of them is the sound one.
     """
-    in_output, in_journal = set(shown.split(b"\n")), set(logged.split(b"\n"))
+    in_output = set(shown.split(b"\n"))
+    payloads = map(unframe, logged.split(b"\n"))
+    in_journal = {payload.line for payload in payloads if payload is not None}
     found = []
     for line in sound.split(b"\n")[:-1]:
         id_text = line[: line.index(b",")]
         is_alone = sum(other.startswith(id_text) for other in in_output) == 1
-        if b"%08x %s" % (crc32(line), line) in in_journal or (line in in_output and is_alone):
+        if line in in_journal or (line in in_output and is_alone):
             found.append(line)
     return found
 
@@ -348,4 +350,5 @@ def sound_results(path: Path) -> tuple[bytes, bytes]:
 
 
 def _finished(name: str | int, *token_ids: int) -> Finished:
-    return Finished(Request(name, 0, (1, 2), 4), token_ids, "stop")
+    checksum = token_ids[0] if len(token_ids) > 1 else None  # lines of both kinds
+    return Finished(Request(name, 0, (1, 2), 4, checksum), token_ids, "stop")

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from llmpq.artifact import write_json
 from llmpq.cli import run_lead
+from llmpq.cli.eval import main as eval_command
+from llmpq.cli.profile import main as profile_command
 from llmpq.cli.run import main
 from llmpq.errors import WorkerError
 from llmpq.model_spec import load_model_spec
@@ -320,3 +322,44 @@ def test_a_run_that_retries_is_killed_and_resumed(tmp_path):
     assert [lines[i]["finish_reason"] == "error" for i in range(count)] == [
         bool(i % 3) for i in range(count)
     ]
+
+
+# ---- other commands
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (eval_command, "--max-windows 2 --window 64"),
+        (eval_command, "--max-windows 2 --window 64 --stream"),
+        (profile_command, "--max-windows 2 --window 64 --quantizer rtn"),
+        (profile_command, "--max-windows 2 --window 64 --quantizer rtn --indicator hessian"),
+        (profile_command, "--max-windows 2 --window 64 --quantizer gptq"),
+    ],
+)
+def test_a_loss_that_is_no_number_is_a_failure(job, command, words):
+    tensors = load_file(job.model / "model.safetensors")
+    tensors["model.layers.3.input_layernorm.weight"][0] = math.nan
+    save_file(tensors, job.model / "model.safetensors", {"format": "pt"})
+    start = ["sensitivity", "-o", str(job.folder / "s.json")] if command is profile_command else []
+    found = job.folder / "e.json"
+    line = [*start, "--model", str(job.model), "--json", str(found), *words.split()]
+    result = CliRunner().invoke(command, line)
+    assert result.exit_code == (5 if command is eval_command else 2), result.exception
+    assert "NaN or infinite" in last(result) and "Traceback" not in result.stderr
+    if command is eval_command:
+        (row,) = json.loads(found.read_text(), parse_constant=pytest.fail)["rows"]
+        assert row["perplexity"] is None and "no finite number" in row["error"]
+    else:
+        assert not found.exists() and not (job.folder / "s.json").exists()
+
+
+def test_a_quality_that_cannot_be_measured_is_a_failure(job):
+    job.write(prompt("a", 9))
+    tensors = load_file(job.model / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e30  # so sure of itself that exp of its loss is no number
+    save_file(tensors, job.model / "model.safetensors", {"format": "pt"})
+    result = job.run("--check-quality", "--check-windows", 2)
+    assert result.exit_code == 5, (result.stderr, result.exception)
+    assert "the quality could not be measured" in last(result)
+    assert job.lines()["a"]["finish_reason"] == "length"

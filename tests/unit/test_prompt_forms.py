@@ -112,6 +112,16 @@ def test_what_cannot_be_read_is_named_with_what_to_do(tmp_path, start, message):
         check(path)
 
 
+def test_one_object_over_several_lines(tmp_path):
+    path = tmp_path / "in.json"
+    path.write_text(json.dumps({"prompts": ROWS}, indent=1))
+    with pytest.raises(UserError, match="one JSON object over several lines; put each request"):
+        check(path)
+    path.write_text('{"id": 1,\n{"id": 2, "prompt": "a"}\n')  # a line that is torn is that
+    with pytest.raises(UserError, match="in.json:1: not valid JSON"):
+        check(path)
+
+
 def test_parquet_without_its_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = tmp_path / "in.parquet"
