@@ -134,6 +134,10 @@ def place(
         except ValueError as error:
             raise UserError(f"tensor '{raw.name}': {error}") from None
         return
+    if raw.is_buffer:
+        own_type = raw.module.get_buffer(raw.attribute).dtype  # integers and flags among them
+        raw.module.register_buffer(raw.attribute, tensor.to(device, own_type, copy=True))
+        return
     own = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
     raw.module.register_parameter(raw.attribute, own)
 
