@@ -223,7 +223,7 @@ def _files_of(stage: "StageModel", prepared: "Prepared") -> Files:
     from llmpq.runtime.packed_cache import packs
 
     found, cache = [], prepared.cache
-    for raw, name in raw_tensors(stage):
+    for raw, name in raw_tensors(stage, prepared.weights):
         rounding = prepared.roundings.of(name)
         num_bytes, part = prepared.weights.stored_bytes(name, raw.shape), raw.part(rounding)
         if part is not None:

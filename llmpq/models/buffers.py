@@ -36,7 +36,7 @@ def compute_buffers(model: nn.Module, device: torch.device) -> None:
         for name, buffer in zeros.items():
             if not torch.equal(buffer, ones[name]):
                 raise UserError(
-                    f"models of type '{model.config.model_type}' compute '{path}.{name}' in a way "
+                    f"'{type(model).__name__}' computes '{path}.{name}' in a way "
                     "that llmpq does not know; it cannot serve them"
                 )
             module.register_buffer(name, buffer.to(device), persistent=False)

@@ -165,8 +165,13 @@ class StageModel(nn.Module):
         return f"{self.family.decoder}.{self.family.embedding}.weight"
 
     @property
+    def head_name(self) -> str:
+        """The checkpoint's name of the head's matrix."""
+        return f"{self.family.head_in_files}.weight"
+
+    @property
     def head_is_tied(self) -> bool:
-        """The head uses the embedding's matrix."""
+        """config.json says that the head uses the embedding's matrix."""
         return bool(self.config.tie_word_embeddings)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -268,7 +273,7 @@ class StageModel(nn.Module):
 
     def _checkpoint_name(self, name: str) -> str:
         if name == f"{self.family.head}.weight":
-            return f"{self.family.head_in_files}.weight"
+            return self.head_name
         prefix = f"{self.family.decoder}.{self.family.layers}."
         if not name.startswith(prefix):
             return name

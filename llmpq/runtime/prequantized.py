@@ -57,6 +57,7 @@ class Packing(Protocol):
 
     method: str
     precisions: frozenset[str]  # those that its codes serve as they are
+    parts: tuple[str, ...]  # names of tensors that a quantised linear may have, beside its bias
 
     def holds(self, linear: str, tensors: Tensors) -> bool:
         """Whether this linear is quantised."""
@@ -87,6 +88,7 @@ class Gptq:
     """What GPTQModel, AutoGPTQ and Optimum write."""
 
     method = "gptq"
+    parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 
     def __init__(self, settings: Mapping[str, Any], path: Path) -> None:
         layout = settings.get("checkpoint_format", "gptq")
@@ -151,6 +153,16 @@ class CompressedTensors:
     """What llm-compressor writes."""
 
     method = "compressed-tensors"
+    parts: tuple[str, ...] = (
+        "weight",
+        "weight_packed",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_g_idx",
+        "weight_shape",
+        "input_scale",  # of activations: those are quantised a token at a time
+        "input_zero_point",
+    )
 
     def __init__(self, settings: Mapping[str, Any], path: Path) -> None:
         groups = settings.get("config_groups")

@@ -3,6 +3,8 @@
 Tokens are compared with those of transformers' own model, loaded from the same files.
 """
 
+import json
+
 import pytest
 import torch
 from families import TinyModel, own_tokens, random_requests
@@ -80,3 +82,51 @@ def test_a_stored_buffer_that_is_missing_is_named(tmp_path):
             torch.float32,
             CPU,
         )
+
+
+def own_head(tensors):
+    tensors["lm_head.weight"] = torch.randn(97, 32) * 0.15
+
+
+def equal_head(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def head_only(tensors):
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("change", [own_head, equal_head, head_only])
+@pytest.mark.parametrize("ends", [[4], [1, 4]])
+def test_a_stored_head_counts_more_than_a_tied_flag(tmp_path, change, ends):
+    model = expected(write(tmp_path, "llama", change, tie_word_embeddings=True))
+    assert model.generate(ends) == model.expected
+
+
+def test_a_head_that_equals_the_embedding_is_held_once(tmp_path):
+    def held(change):
+        write(tmp_path, "llama", change, tie_word_embeddings=True)
+        whole = LayerRange(0, 4, 4), ["16"] * 4, torch.float32, CPU
+        return load_stage(load_config(tmp_path), Checkpoint(tmp_path), *whole).weight_bytes()
+
+    assert held(equal_head) == held(lambda tensors: None) == held(own_head) - 4 * 97 * 32
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_files_are_chosen_as_transformers_does(tmp_path, named):
+    """An old index beside a new model.safetensors; config.json may name other files."""
+    write(tmp_path, "llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    other = {name: torch.randn_like(t) * 0.15 for name, t in tensors.items()}
+    save_file(other, tmp_path / "old.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(other, "old.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    if named:
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["transformers_weights"] = "model.safetensors.index.json"
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    model = expected(tmp_path)
+    assert model.generate([2, 4]) == model.expected
+    wanted = other if named else tensors
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(Checkpoint(tmp_path).read(name, (64, 32)), wanted[name])

@@ -513,7 +513,7 @@ NAME = "model.layers.0.self_attn.q_proj"
 def test_tensors_that_cannot_be_read(tmp_path, tensor, change, message):
     written = write_gptq(tmp_path)
     weights = Checkpoint(tmp_path)
-    tensors = {name: weights.tensor(name) for name in weights._files}
+    tensors = {name: weights.tensor(name) for name in weights.stored}
     name = f"{NAME}.{tensor}"
     changed = {} if change is None else {name: change(tensors[name]).contiguous()}
     kept = {n: t for n, t in tensors.items() if n != name}
