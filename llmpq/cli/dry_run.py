@@ -112,6 +112,7 @@ def show(plan: Plan, options: RunOptions) -> None:
         predicted=plan.predicted,
         notes=[
             *_notes(plan, stages, prompts, prepared.weights.note(plan.precisions)),
+            *prepared.notes,
             *prepared.prompts.notes,
         ],
         provenance=Provenance.here(),

@@ -8,7 +8,7 @@ that are quantised already (`prequantized`) are handed out as codes, or dequanti
 
 import hashlib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -68,17 +68,17 @@ class Checkpoint:
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
         """The codes of a weight `[out, in]` that is quantised already; None where it is not."""
-        if self._packing is None or not self._is_packed(name):
+        if self._packing is None or not self.is_packed(name):
             return None
         return self._packing.read(name.removesuffix(".weight"), shape, self)
 
     def stores(self, name: str) -> bool:
         """Whether files hold the tensor, quantised or not."""
-        return name in self or self._is_packed(name)
+        return name in self or self.is_packed(name)
 
     def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
         """Whether two matrices that files hold are the same; reads some rows of each at a time."""
-        if self._is_packed(first) or self._is_packed(second):
+        if self.is_packed(first) or self.is_packed(second):
             return False
         for start in range(0, shape[0], ROWS_AT_ONCE):
             part = TensorPart(0, start, min(start + ROWS_AT_ONCE, shape[0]), shape[0])
@@ -114,13 +114,13 @@ class Checkpoint:
         return sorted({stored.path for stored in self._stored.values()})
 
     @property
-    def stored(self) -> dict[str, Stored]:
+    def stored(self) -> Mapping[str, Stored]:
         """All tensors of the files, by the names they have there."""
-        return dict(self._stored)
+        return self._stored
 
     def sources(self, name: str) -> list[str]:
         """The stored names that the tensor `name` is read from; several for a quantised one."""
-        if not self._is_packed(name):
+        if not self.is_packed(name):
             return [alias for alias in _aliases(name) if alias in self._stored]
         assert self._packing is not None
         linears = _aliases(name.removesuffix(".weight"))
@@ -132,7 +132,7 @@ class Checkpoint:
 
         Reads headers only. Raises `UserError` where it is missing or its shape is another.
         """
-        if not self._is_packed(name):
+        if not self.is_packed(name):
             stored = self._resolve(name)
             self._check(stored, self._stored[stored].shape, shape)
         parts = [self._stored[part] for part in self.sources(name)]
@@ -161,7 +161,8 @@ class Checkpoint:
         path = self._stored[stored].path if stored in self._stored else self.folder
         return UserError(f"{path}: tensor '{stored}' {reason}")
 
-    def _is_packed(self, name: str) -> bool:
+    def is_packed(self, name: str) -> bool:
+        """Whether the weight is quantised already."""
         linear = name.removesuffix(".weight")
         return self._packing is not None and linear != name and self._packing.holds(linear, self)
 

@@ -97,7 +97,7 @@ def unread(folder: Path) -> str | None:
     beside = [name for name in STANDARD if name != start.name and (folder / name).is_file()]
     if not beside:
         return None
-    return f"{start}: is what is read, as transformers does; {beside[0]} beside it is not"
+    return f"{start.name} is read, as transformers does; {beside[0]} beside it is not"
 
 
 def refuse_adapter(folder: Path) -> None:
