@@ -194,6 +194,9 @@ def _load(path: Path, name: str) -> torch.Tensor:
 
 
 def _what_is_there(folder: Path) -> str:
+    for name in STANDARD:
+        if (folder / name).is_symlink():
+            return f"{name} is a link to a file that is gone; fetch the model again"
     for pattern, what in OTHERS:
         if found := sorted(path.relative_to(folder) for path in folder.glob(pattern)):
             return f"{found[0]} {what}"

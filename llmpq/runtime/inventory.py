@@ -110,6 +110,8 @@ def _refuse_missing(weights: Checkpoint, wanted: dict[str, RawTensor], left: Seq
         why = PREFIXES.get(prefix, "which this type of model has not; its text model alone loads")
         raise UserError(f"{weights.folder}: names of tensors start with '{prefix}', {why}")
     more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""
+    if missing == ["lm_head.weight"]:
+        more = "; if its head is the embedding, config.json must say tie_word_embeddings: true"
     raise UserError(f"{weights.folder}: the checkpoint has no tensor '{missing[0]}'{more}")
 
 
@@ -176,7 +178,8 @@ def _note_on_head(stage: StageModel, weights: Checkpoint) -> str | None:
     head, embedding = stage.head_name, stage.embedding_name
     if not stage.head_is_tied or not weights.stores(head) or not weights.stores(embedding):
         return None
-    if weights.equal(head, embedding, (stage.config.vocab_size, stage.config.hidden_size)):
+    shape = weights.stored[weights.sources(embedding)[0]].shape
+    if weights.equal(head, embedding, shape):
         return None
     return (
         f"'{head}' differs from the embedding and is used, though config.json says "

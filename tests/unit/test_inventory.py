@@ -223,6 +223,17 @@ def test_folders_with_something_else(folder, name, what):
     assert f"no weights here; {name}" in message and what in message
 
 
+def test_a_link_to_nowhere(folder):
+    (folder.path / "model.safetensors").symlink_to(folder.path / "blob")
+    with pytest.raises(UserError, match=r"model\.safetensors is a link to a file that is gone"):
+        Checkpoint(folder.path)
+
+
+def test_an_untied_head_that_is_missing(folder):
+    del folder.tensors["lm_head.weight"]
+    assert "'lm_head.weight'; if its head is the embedding" in folder.refused()
+
+
 def test_an_adapter_beside_weights_is_not_left_out(folder):
     (folder.path / "adapter_model.safetensors").write_bytes(b"")
     assert "LoRA adapter beside the weights" in folder.refused()

@@ -19,6 +19,7 @@ from llmpq.quant.linear import RowLinear, TiledLinear
 from llmpq.quant.packing import pack_words, unpack_words
 from llmpq.runtime.checkpoint import Checkpoint, RandomWeights
 from llmpq.runtime.evaluate import evaluate
+from llmpq.runtime.inventory import check_checkpoint
 from llmpq.runtime.loader import load_stage
 
 CPU = torch.device("cpu")
@@ -148,6 +149,7 @@ class Written:
     def stage(self, precision: str, dtype=torch.float32, first=0, end=LAYERS) -> StageModel:
         layers = LayerRange(first, end, LAYERS)
         config, weights = load_config(self.folder), Checkpoint(self.folder)
+        assert check_checkpoint(config, weights) == []
         return load_stage(config, weights, layers, [precision] * (end - first), dtype, CPU)
 
 
