@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,6 +85,10 @@ def weights_file(folder: Path) -> Path:
     if isinstance(named, str):
         if Path(named).name != named or not named.endswith((".safetensors", ".index.json")):
             raise UserError(f"{path}: 'transformers_weights' {named!r} names no safetensors here")
+        if not (folder / named).is_file():
+            raise UserError(
+                f"{folder / named}: missing, but {path} names it"
+            )
         return folder / named
     for name in STANDARD:
         if (folder / name).is_file():
@@ -123,12 +128,15 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a `pytorch_model.bin`; never runs code."""
     _refuse_pointer(path)
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not path.stat().st_size:
+            raise ValueError("it is empty")
+        mapped = is_zipfile(path)  # files of torch before 1.6 are none, and are read whole
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(data, dict) or not all(map(torch.is_tensor, data.values())):
             raise TypeError("it does not map names to tensors")
         return data
     except Exception as error:  # unpicklers raise anything; weights_only never runs code
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise UserError(
             f"{path}: not readable as plain weights ({reason}); convert the model to "
             "safetensors, for example with model.save_pretrained(...)"
@@ -157,7 +165,10 @@ def _header(path: Path) -> dict[str, Stored]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {n: Stored(path, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+        raise UserError(
+            f"{path}: not a readable safetensors file ({path.stat().st_size} bytes): {error}; "
+            "was it fetched whole?"
+        ) from None
 
 
 def _stored(path: Path, tensor: torch.Tensor) -> Stored:

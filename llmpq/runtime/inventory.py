@@ -17,12 +17,12 @@ import torch
 from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, RawTensor, StageModel
 from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.checkpoint_files import unread
+from llmpq.runtime.checkpoint_files import Stored, unread
 
 PLAIN = "what loads: safetensors of 16 or 32 bits, gptq, compressed-tensors integers"
 # Ends of the names of tensors that only quantized weights, or adapters, have.
 FORMATS = (
-    (r"\.weight_scale_inv$", "float8 weights with scales by block (weight_scale_inv)"),
+    (r"\.weight_scale_inv$", "weights with scales by block that are not applied"),
     (r"\.(weight_scale_2|weight_global_scale)$", "4-bit floats (NVFP4)"),
     (r"\.weight_packed$", "compressed-tensors weights that config.json does not describe"),
     (r"\.(weight_scale|input_scale|act_scale)$", "weights with scales that are not applied"),
@@ -94,7 +94,12 @@ def _refuse_formats(weights: Checkpoint, left: Sequence[str]) -> None:
         found = [name for name in left if re.search(pattern, name) and not _is_cache_scale(name)]
         if found:
             path = weights.stored[found[0]].path
+            what = f"{what} (float8)" if any(map(_is_float8, weights.stored.values())) else what
             raise UserError(f"{path}: tensor '{found[0]}' is of {what}; {PLAIN}")
+
+
+def _is_float8(stored: Stored) -> bool:
+    return stored.dtype.startswith("F8")
 
 
 def _is_cache_scale(name: str) -> bool:
@@ -130,6 +135,8 @@ def _check_tensor(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> Non
     """The shape, and that numbers are floats which mean what they say."""
     if not weights.is_packed(raw.name):
         _check_plain(stage, weights, raw)
+    elif raw.name in weights and raw.name not in weights.sources(raw.name):
+        raise weights.fault(raw.name, "is there beside its codes; remove whichever is old")
     weights.stored_bytes(raw.name, raw.shape)
 
 
@@ -139,8 +146,8 @@ def _check_plain(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> None
         raise UserError(f"{weights.folder}: holds both '{names[0]}' and '{names[1]}', which is one")
     stored = weights.stored[names[0]]
     if not stored.is_plain_float and not raw.is_buffer:
-        what = "float8 without scales" if stored.dtype.startswith("F8") else "no float of 16 bits"
-        raise weights.fault(raw.name, f"is {stored.dtype}, {what} or more; {PLAIN}")
+        what = "float8 without scales" if _is_float8(stored) else "no float of 16 bits or more"
+        raise weights.fault(raw.name, f"is {stored.dtype}, {what}; {PLAIN}")
     is_vocabulary = raw.name in (stage.embedding_name, stage.head_name)
     if is_vocabulary and len(stored.shape) == 2 and stored.shape[1:] == raw.shape[1:]:
         rows, vocabulary = stored.shape[0], raw.shape[0]

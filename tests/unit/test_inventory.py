@@ -79,7 +79,7 @@ def test_nothing_is_said_of_a_plain_checkpoint(folder):
 @pytest.mark.parametrize(
     ("ending", "dtype", "what"),
     [
-        ("weight_scale_inv", torch.float32, "float8 weights"),
+        ("weight_scale_inv", torch.float32, "scales by block"),
         ("weight_scale", torch.float32, "scales that are not applied"),
         ("weight_scale_2", torch.float32, "NVFP4"),
         ("weight_packed", torch.int32, "compressed-tensors"),
@@ -107,6 +107,20 @@ def test_numbers_that_are_no_weights(folder, dtype):
 def test_a_float8_weight_without_scales_says_so(folder):
     folder.tensors[f"{UP}.weight"] = torch.ones(FFN, HIDDEN).to(torch.float8_e4m3fn)
     assert "F8_E4M3, float8 without scales" in folder.refused()
+
+
+def test_float8_weights_with_scales_say_so(folder):
+    folder.tensors[f"{UP}.weight"] = torch.ones(FFN, HIDDEN).to(torch.float8_e4m3fn)
+    folder.tensors[f"{UP}.weight_scale"] = torch.ones(())
+    message = folder.refused()
+    assert f"'{UP}.weight_scale' is of weights" in message and "(float8)" in message
+
+
+def test_a_weight_beside_its_codes(folder):
+    folder.config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    codes = {"qweight": (HIDDEN // 8, FFN), "qzeros": (1, FFN // 8), "scales": (1, FFN)}
+    folder.tensors |= {f"{UP}.{part}": torch.zeros(s).int() for part, s in codes.items()}
+    assert f"'{UP}.weight' is there beside its codes" in folder.refused()
 
 
 @pytest.mark.parametrize(
@@ -267,6 +281,19 @@ def test_two_shards_with_one_tensor(folder):
         Checkpoint(folder.path)
     message = short(caught, folder.path)
     assert "b.safetensors" in message and f"'{UP}.weight' is also in a.safetensors" in message
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_bin_files_of_any_torch(folder, zipped):
+    (folder.path / "config.json").write_text(json.dumps(CONFIG))
+    path = folder.path / "pytorch_model.bin"
+    torch.save(folder.tensors, path, _use_new_zipfile_serialization=zipped)
+    weights = Checkpoint(folder.path)
+    assert check_checkpoint(load_config(folder.path), weights) == []
+    assert torch.equal(weights.read(f"{UP}.weight", (FFN, HIDDEN)), folder.tensors[f"{UP}.weight"])
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"not readable as plain weights \(it is empty\)"):
+        Checkpoint(folder.path)
 
 
 def test_missing_shards_are_counted(folder):
