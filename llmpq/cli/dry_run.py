@@ -112,6 +112,7 @@ def show(plan: Plan, options: RunOptions) -> None:
         predicted=plan.predicted,
         notes=[
             *_notes(plan, stages, prompts, prepared.weights.note(plan.precisions)),
+            *prepared.notes,
             *prepared.prompts.notes,
         ],
         provenance=Provenance.here(),
@@ -223,7 +224,7 @@ def _files_of(stage: "StageModel", prepared: "Prepared") -> Files:
     from llmpq.runtime.packed_cache import packs
 
     found, cache = [], prepared.cache
-    for raw, name in raw_tensors(stage):
+    for raw, name in raw_tensors(stage, prepared.weights):
         rounding = prepared.roundings.of(name)
         num_bytes, part = prepared.weights.stored_bytes(name, raw.shape), raw.part(rounding)
         if part is not None:

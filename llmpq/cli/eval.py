@@ -169,6 +169,8 @@ def _warn(model: "Model", subjects: "list[Subject]", quiet: bool) -> None:
     note = model.weights.note({p for subject in subjects for p in subject.precisions})
     if note is not None:
         console(quiet).print(f"warning: {note}")
+    for note in model.notes:
+        console(quiet).print(note, markup=False, soft_wrap=True)
 
 
 def _start(flags: dict[str, Any], plans: list[tuple[Path, Plan]]) -> None:
@@ -258,6 +260,7 @@ def _load(
     from llmpq.cli.eval_ways import Model
     from llmpq.models.stage_model import load_config
     from llmpq.runtime.checkpoint import Checkpoint
+    from llmpq.runtime.inventory import check_checkpoint
     from llmpq.runtime.loader import model_folder
     from llmpq.runtime.process import choose_device, choose_dtype
     from llmpq.runtime.tokenizer import load_tokenizer
@@ -265,15 +268,17 @@ def _load(
     name = _one_model(flags, [plan for _, plan in plans])
     spec, folder = load_model_spec(name), model_folder(name)
     device = choose_device(flags["device"], role)
+    config, weights = load_config(folder), Checkpoint(folder)
     model = Model(
-        config=load_config(folder),
-        weights=Checkpoint(folder),
+        config=config,
+        weights=weights,
         tokenizer=load_tokenizer(folder),
         max_positions=spec.max_positions,
         dtype=choose_dtype(flags["dtype"], device),
         device=device,
         moments=flags["moments"],
         hashes=flags["json_path"] is not None,
+        notes=check_checkpoint(config, weights),
     )
     return model, _subjects(flags, plans, spec.num_layers)
 

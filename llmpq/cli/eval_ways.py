@@ -6,7 +6,7 @@ transport; `layer_by_layer` holds one layer at a time, for models larger than me
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Model:
     device: Any  # torch.device
     moments: Path | None
     hashes: bool  # whether weights are hashed, which reads all of them
+    notes: list[str] = field(default_factory=list)  # on what of the checkpoint is not read
 
 
 @dataclass(frozen=True)

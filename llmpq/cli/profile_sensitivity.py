@@ -122,6 +122,7 @@ def _job(flags: dict[str, Any]) -> _Job:
     from llmpq.profiler.sensitivity import Recipe
     from llmpq.quant import available_precisions
     from llmpq.runtime.checkpoint import Checkpoint
+    from llmpq.runtime.inventory import check_checkpoint
     from llmpq.runtime.loader import model_folder
     from llmpq.runtime.process import Role, choose_device, choose_dtype
     from llmpq.runtime.tokenizer import load_tokenizer
@@ -136,7 +137,10 @@ def _job(flags: dict[str, Any]) -> _Job:
     spec, folder = load_model_spec(flags["model"]), model_folder(flags["model"])
     text = flags["text"] or ASSETS / "calibration.txt"
     fitted, measured = _windows(flags, text, load_tokenizer(folder), spec.max_positions)
-    subject = Subject(load_config(folder), Checkpoint(folder), dtype, device)
+    config, weights = load_config(folder), Checkpoint(folder)
+    for note in check_checkpoint(config, weights):
+        console(flags["quiet"]).print(note, markup=False, soft_wrap=True)
+    subject = Subject(config, weights, dtype, device)
     recipe = Recipe(
         flags["precisions"] or available_precisions(device, dtype),
         flags["indicator"],

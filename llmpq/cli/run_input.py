@@ -1,6 +1,6 @@
 """What `llmpq-run` reads and checks before weights are loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ class Prepared:
     eos_ids: frozenset[int]
     roundings: "Roundings"
     cache: "PackedCache | None"  # of --cache-dir
+    notes: list[str] = field(default_factory=list)  # on what of the checkpoint is not read
     windows: Any = None  # [n, W] of the text on which quality is checked
 
 
@@ -39,6 +40,7 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     from llmpq.cli.check_quality import check_windows
     from llmpq.models.stage_model import load_config
     from llmpq.runtime.checkpoint import Checkpoint
+    from llmpq.runtime.inventory import check_checkpoint
     from llmpq.runtime.loader import model_folder
     from llmpq.runtime.prompts import check_prompts
     from llmpq.runtime.roundings import load_roundings
@@ -48,6 +50,7 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     config = load_config(folder)
     _check_model(plan, folder)
     weights = Checkpoint(folder)
+    notes = check_checkpoint(config, weights)
     roundings = load_roundings(plan.quantizer, options.moments, options.plan)
     cache = open_cache(plan, options, weights)
     eos_ids = frozenset() if options.ignore_eos else end_tokens(folder, config)
@@ -57,7 +60,7 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     tokenizer = load_tokenizer(folder)
     limits, settings = _limits(plan, options), sampling_settings(options)
     prompts = check_prompts(options.prompts, tokenizer, limits, options.chat, None, settings)
-    prepared = Prepared(config, weights, tokenizer, prompts, eos_ids, roundings, cache)
+    prepared = Prepared(config, weights, tokenizer, prompts, eos_ids, roundings, cache, notes)
     if options.check_quality:
         most, positions = options.check_windows, plan.model.max_positions
         prepared.windows = check_windows(options.check_text, tokenizer, positions, most)

@@ -180,7 +180,12 @@ def _say_first(
         out.print(f"warning: pipelines of '{prepared.config.model_type}' models are not tested")
     if note := prepared.weights.note(plan.precisions):
         out.print(f"warning: {note}")
-    notes = [*prepared.prompts.notes, *_on_format(prepared.prompts, options), *results.notes]
+    notes = [
+        *prepared.notes,
+        *prepared.prompts.notes,
+        *_on_format(prepared.prompts, options),
+        *results.notes,
+    ]
     for note in notes:
         out.print(note, markup=False, soft_wrap=True)
     if results.finished:

@@ -33,6 +33,7 @@ from transformers import AutoConfig
 
 from llmpq.errors import UserError
 from llmpq.model_spec import ALL_HEADS, Activations, Linear, ModelSpec, Moment
+from llmpq.models.buffers import stored_buffers
 from llmpq.models.family import find
 from llmpq.models.lanes import LaneCache, Stored
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
@@ -502,7 +503,11 @@ def _params(stage: StageModel, layer: nn.Module) -> dict[str, Any]:
 
 
 def _num_params(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
+    """Weights and the buffers that checkpoints hold, which a stage holds too."""
+    if module is None:
+        return 0
+    buffers = [b for part in module.modules() for b in stored_buffers(part).values()]
+    return sum(tensor.numel() for tensor in (*module.parameters(), *buffers))
 
 
 # ---- on the command line

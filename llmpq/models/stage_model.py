@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 
 from llmpq.errors import UserError
 from llmpq.models.attention import implementation_for
+from llmpq.models.buffers import compute_buffers, stored_buffers
 from llmpq.models.family import Family, family_of, find, replace
 from llmpq.models.sharding import (
     ALONE,
@@ -84,7 +85,12 @@ class RawTensor:
         """The part that the place must be given, if weights are rounded so; None: all of it."""
         if isinstance(self.module, PlainLinear | QuantizedLinear):
             return self.module.part_to_read(self.attribute, rounding)
-        return _part_of(self.module)
+        return None if self.is_buffer else _part_of(self.module)
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is no weight, but a constant that transformers stores beside the weights."""
+        return self.attribute in self.module._buffers
 
 
 class _Nothing(nn.Module):
@@ -125,7 +131,7 @@ class StageModel(nn.Module):
             ).eval()
         self.family = family_of(model, self.config.model_type)
         self.model = model
-        _materialise_buffers(model, device)
+        compute_buffers(model, device)
         _pass_over(model, self.family, layers)
         self._cut_embedding()
         self._quantise(precisions)
@@ -135,7 +141,7 @@ class StageModel(nn.Module):
         model.requires_grad_(False)
 
     def parameters_to_load(self) -> Iterator["RawTensor"]:
-        """Every tensor that a loader must fill, tied ones once."""
+        """Every tensor that a loader must fill, stored buffers among them, tied ones once."""
         seen: set[tuple[int, str]] = set()
         for prefix, module in self.model.named_modules():
             for name, shape in _raw_shapes(module).items():
@@ -160,8 +166,13 @@ class StageModel(nn.Module):
         return f"{self.family.decoder}.{self.family.embedding}.weight"
 
     @property
+    def head_name(self) -> str:
+        """The checkpoint's name of the head's matrix."""
+        return f"{self.family.head_in_files}.weight"
+
+    @property
     def head_is_tied(self) -> bool:
-        """The head uses the embedding's matrix."""
+        """config.json says that the head uses the embedding's matrix."""
         return bool(self.config.tie_word_embeddings)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -263,7 +274,7 @@ class StageModel(nn.Module):
 
     def _checkpoint_name(self, name: str) -> str:
         if name == f"{self.family.head}.weight":
-            return f"{self.family.head_in_files}.weight"
+            return self.head_name
         prefix = f"{self.family.decoder}.{self.family.layers}."
         if not name.startswith(prefix):
             return name
@@ -306,25 +317,6 @@ def _stage_config(config: Any, layers: LayerRange) -> Any:
     return staged
 
 
-def _materialise_buffers(model: nn.Module, device: torch.device) -> None:
-    """Computes the buffers that no checkpoint holds (rotary frequencies, embedding scales)."""
-    for module in model.modules():
-        names = [n for n, b in module.named_buffers(recurse=False) if b.is_meta]
-        for name in names:
-            empty = torch.empty_like(module.get_buffer(name), device="cpu")
-            persistent = name not in module._non_persistent_buffers_set
-            module.register_buffer(name, empty, persistent=persistent)
-        if names:
-            model._init_weights(module)  # type: ignore[operator]  # transformers' own initialiser
-            _move_buffers(module, device)
-
-
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    for name, buffer in list(module.named_buffers(recurse=False)):
-        persistent = name not in module._non_persistent_buffers_set
-        module.register_buffer(name, buffer.to(device), persistent=persistent)
-
-
 def _pass_over(model: nn.Module, family: Family, layers: LayerRange) -> None:
     """Removes what other stages own."""
     if not layers.is_first:
@@ -350,7 +342,8 @@ def _raw_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
         return module.raw_shapes
     part = _part_of(module)
     own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-    return {name: part.whole_shape(s) if part else s for name, s in own.items()}
+    whole = {name: part.whole_shape(s) if part else s for name, s in own.items()}
+    return whole | {name: tuple(b.shape) for name, b in stored_buffers(module).items()}
 
 
 def _part_of(module: nn.Module) -> TensorPart | None:
@@ -366,7 +359,7 @@ def _held_bytes(module: nn.Module, seen: set[int]) -> int:
         shared = _is_seen(getattr(module, "weight", None), seen)
         bias = getattr(module, "bias", None)
         return (0 if shared else packed) + (0 if bias is None else _num_bytes(bias))
-    held = module.parameters(recurse=False)
+    held = [*module.parameters(recurse=False), *stored_buffers(module).values()]
     return sum(_num_bytes(t) for t in held if not t.is_meta and not _is_seen(t, seen))
 
 

@@ -1,30 +1,28 @@
 """Reads single tensors from a Hugging Face model directory, one at a time.
 
-safetensors files (one, or shards with their index) are opened per tensor, so that the pages of
-a file do not stay mapped; `pytorch_model.bin` is read with `weights_only=True`. Weights that are
-quantised already (`prequantized`) are handed out as codes, or dequantised.
+Which files these are, `checkpoint_files` finds; `inventory` says whether all they hold is served.
+safetensors files are opened per tensor, so that the pages of a file do not stay mapped. Weights
+that are quantised already (`prequantized`) are handed out as codes, or dequantised.
 `RandomWeights` has the same interface, for measuring shapes whose weights are not at hand.
 """
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from llmpq.artifact import parse_json
 from llmpq.errors import UserError
 from llmpq.quant import PackedWeight, TensorPart
+from llmpq.runtime.checkpoint_files import Stored, find_weights, load_bin, reading
 from llmpq.runtime.fingerprint import fingerprint
 from llmpq.runtime.prequantized import packing_of
 
-SAFETENSORS = "model.safetensors"
-BIN = "pytorch_model.bin"
+ROWS_AT_ONCE = 4096  # of two matrices that are compared
 
 
 class Weights(Protocol):
@@ -39,6 +37,12 @@ class Weights(Protocol):
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
         """The codes of a weight `[out, in]` that is quantised already; None where it is not."""
 
+    def stores(self, name: str) -> bool:
+        """Whether files hold the tensor, quantised or not."""
+
+    def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
+        """Whether two matrices that files hold are the same."""
+
 
 class Checkpoint:
     """The weights in a model directory."""
@@ -47,7 +51,7 @@ class Checkpoint:
         self.folder = folder
         if not folder.is_dir():
             raise UserError(f"{folder}: no such model directory")
-        self._files = self._find_files()
+        self._stored = find_weights(folder)
         self._packing = packing_of(folder)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -64,10 +68,23 @@ class Checkpoint:
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
         """The codes of a weight `[out, in]` that is quantised already; None where it is not."""
-        linear = name.removesuffix(".weight")
-        if self._packing is None or linear == name or not self._packing.holds(linear, self):
+        if self._packing is None or not self.is_packed(name):
             return None
-        return self._packing.read(linear, shape, self)
+        return self._packing.read(name.removesuffix(".weight"), shape, self)
+
+    def stores(self, name: str) -> bool:
+        """Whether files hold the tensor, quantised or not."""
+        return name in self or self.is_packed(name)
+
+    def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
+        """Whether two matrices that files hold are the same; reads some rows of each at a time."""
+        if self.is_packed(first) or self.is_packed(second):
+            return False
+        for start in range(0, shape[0], ROWS_AT_ONCE):
+            part = TensorPart(0, start, min(start + ROWS_AT_ONCE, shape[0]), shape[0])
+            if not torch.equal(self.tensor(first, shape, part), self.tensor(second, shape, part)):
+                return False
+        return True
 
     def note(self, precisions: Collection[str]) -> str | None:
         """What a plan with these precisions does to weights that are quantised already."""
@@ -82,7 +99,7 @@ class Checkpoint:
     @property
     def stamp(self) -> str:
         """Another one when any file has changed, by path, size and times; reads none of them."""
-        paths = {self.folder / "config.json", *self._files.values()}
+        paths = {self.folder / "config.json", *self._paths}
         stats = [(path.resolve(), path.stat()) for path in sorted(paths) if path.is_file()]
         seen = [f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for p, s in stats]
         return hashlib.sha256("\n".join(seen).encode()).hexdigest()
@@ -90,23 +107,36 @@ class Checkpoint:
     @property
     def fingerprint(self) -> dict[str, str]:
         """Of the configuration and of each file of weights; reads a few blocks of each."""
-        return fingerprint(self.folder / "config.json", self._files.values())
+        return fingerprint(self.folder / "config.json", self._paths)
+
+    @property
+    def _paths(self) -> list[Path]:
+        return sorted({stored.path for stored in self._stored.values()})
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """All tensors of the files, by the names they have there."""
+        return self._stored
+
+    def sources(self, name: str) -> list[str]:
+        """The stored names that the tensor `name` is read from; several for a quantised one."""
+        if not self.is_packed(name):
+            return [alias for alias in _aliases(name) if alias in self._stored]
+        assert self._packing is not None
+        linears = _aliases(name.removesuffix(".weight"))
+        parts = [f"{linear}.{part}" for linear in linears for part in self._packing.parts]
+        return [part for part in parts if part in self._stored]
 
     def stored_bytes(self, name: str, shape: tuple[int, ...]) -> int:
         """Bytes that files hold of the tensor `name`, all parts of a quantised one included.
 
         Reads headers only. Raises `UserError` where it is missing or its shape is another.
         """
-        linear = name.removesuffix(".weight")
-        if self._packing is not None and linear != name and self._packing.holds(linear, self):
-            bias = {f"{alias}.bias" for alias in _aliases(linear)}
-            starts = tuple(f"{alias}." for alias in _aliases(linear))
-            parts = [n for n in self._files if n.startswith(starts) and n not in bias]
-            return sum(math.prod(self._size(part)) for part in parts)
-        stored = self._resolve(name)
-        *found, item = self._size(stored)
-        self._check(stored, tuple(found), shape)
-        return math.prod(found) * item
+        if not self.is_packed(name):
+            stored = self._resolve(name)
+            self._check(stored, self._stored[stored].shape, shape)
+        parts = [self._stored[part] for part in self.sources(name)]
+        return sum(math.prod(part.shape) * part.item_bytes for part in parts)
 
     def tensor(
         self, name: str, shape: tuple[int, ...] | None = None, part: TensorPart | None = None
@@ -114,8 +144,8 @@ class Checkpoint:
         """The tensor as it is stored, or a part; raises `UserError` where its shape is another."""
         stored = self._resolve(name)
         if part is not None:  # what is read does not show the shape
-            self._check(stored, self._size(stored)[:-1], shape)
-        tensor = self._read(self._files[stored], stored, part)
+            self._check(stored, self._stored[stored].shape, shape)
+        tensor = self._read(self._stored[stored].path, stored, part)
         if part is None:
             self._check(stored, tuple(tensor.shape), shape)
         return tensor
@@ -127,15 +157,21 @@ class Checkpoint:
 
     def fault(self, name: str, reason: str) -> UserError:
         """The error that names a tensor, its file and what is wrong with it."""
-        stored = next((n for n in _aliases(name) if n in self._files), name)
-        return UserError(f"{self._files.get(stored, self.folder)}: tensor '{stored}' {reason}")
+        stored = next((n for n in _aliases(name) if n in self._stored), name)
+        path = self._stored[stored].path if stored in self._stored else self.folder
+        return UserError(f"{path}: tensor '{stored}' {reason}")
+
+    def is_packed(self, name: str) -> bool:
+        """Whether the weight is quantised already."""
+        linear = name.removesuffix(".weight")
+        return self._packing is not None and linear != name and self._packing.holds(linear, self)
 
     def __contains__(self, name: str) -> bool:
-        return any(candidate in self._files for candidate in _aliases(name))
+        return any(candidate in self._stored for candidate in _aliases(name))
 
     def _resolve(self, name: str) -> str:
         for candidate in _aliases(name):
-            if candidate in self._files:
+            if candidate in self._stored:
                 return candidate
         raise UserError(f"{self.folder}: the checkpoint has no tensor '{name}'")
 
@@ -143,59 +179,14 @@ class Checkpoint:
         if path.suffix == ".bin":
             tensor = self._bin_tensors[name]
             return tensor if part is None else part.of(tensor)
-        with _reading(path), safe_open(str(path), framework="pt", device="cpu") as file:
+        with reading(path), safe_open(str(path), framework="pt", device="cpu") as file:
             if part is None:
                 return file.get_tensor(name)
             return file.get_slice(name)[part.index]
 
-    def _size(self, name: str) -> tuple[int, ...]:
-        """The shape of a stored tensor, then the bytes of one value."""
-        path = self._files[name]
-        if path.suffix == ".bin":
-            tensor = self._bin_tensors[name]
-            return *tensor.shape, tensor.element_size()
-        with _reading(path), safe_open(str(path), framework="pt", device="cpu") as file:
-            shape = file.get_slice(name).get_shape()
-            some = file.get_slice(name)[:0] if shape else file.get_tensor(name)
-            return *shape, some.element_size()
-
-    def _find_files(self) -> dict[str, Path]:
-        for stem in (SAFETENSORS, BIN):
-            index = self.folder / f"{stem}.index.json"
-            if index.is_file():
-                return self._indexed(index)
-        if (self.folder / SAFETENSORS).is_file():
-            return self._names_in(self.folder / SAFETENSORS)
-        if (self.folder / BIN).is_file():
-            path = self.folder / BIN
-            return dict.fromkeys(_load_bin(path), path)
-        raise UserError(
-            f"{self.folder}: no weights here; expected {SAFETENSORS}, "
-            f"{SAFETENSORS}.index.json or {BIN}"
-        )
-
-    def _indexed(self, index: Path) -> dict[str, Path]:
-        data = parse_json(index)
-        names = data.get("weight_map") if isinstance(data, dict) else None
-        if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
-            raise UserError(f"{index}: has no 'weight_map' from tensor names to files")
-        files = {name: self.folder / file for name, file in names.items()}
-        missing = sorted({str(path) for path in files.values() if not path.is_file()})
-        if missing:
-            raise UserError("\n".join(f"{path}: missing, but {index} names it" for path in missing))
-        return files
-
-    def _names_in(self, path: Path) -> dict[str, Path]:
-        try:
-            with safe_open(str(path), framework="pt", device="cpu") as file:
-                return dict.fromkeys(file.keys(), path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable safetensors file: {error}") from None
-
     @cached_property
     def _bin_tensors(self) -> dict[str, torch.Tensor]:
-        paths = dict.fromkeys(self._files.values())
-        return {name: tensor for path in paths for name, tensor in _load_bin(path).items()}
+        return {name: tensor for path in self._paths for name, tensor in load_bin(path).items()}
 
 
 class RandomWeights:
@@ -228,27 +219,13 @@ class RandomWeights:
         """None of them is quantised."""
         return None
 
+    def stores(self, name: str) -> bool:
+        """Nothing is in files."""
+        return False
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(data, dict) or not all(map(torch.is_tensor, data.values())):
-            raise TypeError("it does not map names to tensors")
-        return data
-    except Exception as error:  # unpicklers raise anything; weights_only never runs code
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: not readable as plain weights ({reason}); convert the model to "
-            "safetensors, for example with model.save_pretrained(...)"
-        ) from None
+    def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
+        """Each name has numbers of its own."""
+        return first == second
 
 
 def _aliases(name: str) -> list[str]:

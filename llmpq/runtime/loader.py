@@ -78,7 +78,8 @@ def load_stage(
     """
     stage = empty_stage(config, layers, precisions, dtype, device, shard, group)
     roundings = copy(roundings)  # what it keeps from one weight for the next goes with this call
-    for raw, name in raw_tensors(stage):
+    tensors = raw_tensors(stage, weights)
+    for raw, name in tensors:
         packed = weights.packed(name, raw.shape)
         own = keep_codes(raw.module, packed) if packed else None
         if own is not None:
@@ -91,7 +92,7 @@ def load_stage(
             cache.fill(raw, name, read, take)
         if on_tensor is not None:
             on_tensor(stage)
-    if stage.head_is_tied and layers.is_first and layers.is_last:
+    if layers.is_first and layers.is_last and not any(_is_head(stage, raw) for raw, _ in tensors):
         _tie(stage)
     return stage.eval()
 
@@ -112,15 +113,29 @@ def empty_stage(
         raise UserError(str(error)) from None
 
 
-def raw_tensors(stage: StageModel) -> list[tuple[RawTensor, str]]:
-    """What a stage reads of a checkpoint, each with the checkpoint's name; shared matrices once."""
-    raws = [(raw, _is_tied_head(stage, raw.module)) for raw in stage.parameters_to_load()]
-    first = stage.layers.is_first  # holds the embedding's matrix, which a tied head shares
-    return [
-        (raw, stage.embedding_name if tied else raw.name)
-        for raw, tied in raws
-        if not tied or not first
-    ]
+def raw_tensors(stage: StageModel, weights: Weights) -> list[tuple[RawTensor, str]]:
+    """What a stage reads of a checkpoint, each with the name it is read by; shared matrices once.
+
+    Where config.json says that the head is tied but files hold another matrix for it, that one
+    is the head, as in transformers (`tie_weights`, 5.23); a missing embedding is the head's matrix.
+    """
+    found = [(raw, _source(stage, weights, raw)) for raw in stage.parameters_to_load()]
+    return [(raw, name) for raw, name in found if name is not None]
+
+
+def _source(stage: StageModel, weights: Weights, raw: RawTensor) -> str | None:
+    """The name that a tensor is read by; None: it is the embedding's, which the stage holds."""
+    embedding, is_head = stage.embedding_name, _is_head(stage, raw)
+    if not stage.head_is_tied or not (is_head or raw.name == embedding):
+        return raw.name
+    head = stage.head_name
+    if not is_head:
+        return head if weights.stores(head) and not weights.stores(embedding) else embedding
+    own = weights.stores(head)
+    if not stage.layers.is_first:
+        return head if own else embedding
+    both = own and weights.stores(embedding)
+    return head if both and not weights.equal(head, embedding, raw.shape) else None
 
 
 def place(
@@ -136,6 +151,10 @@ def place(
             raw.module.swallow(raw.attribute, tensor, rounding)
         except ValueError as error:
             raise UserError(f"tensor '{raw.name}': {error}") from None
+        return
+    if raw.is_buffer:
+        own_type = raw.module.get_buffer(raw.attribute).dtype  # integers and flags among them
+        raw.module.register_buffer(raw.attribute, tensor.to(device, own_type, copy=True))
         return
     own = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
     raw.module.register_parameter(raw.attribute, own)
@@ -157,8 +176,8 @@ def _exchange(stage: StageModel, old: nn.Module, new: QuantizedLinear) -> None:
     stage.put(stage.model, path, new)
 
 
-def _is_tied_head(stage: StageModel, module: nn.Module) -> bool:
-    return stage.head_is_tied and module is find(stage.model, stage.family.head)
+def _is_head(stage: StageModel, raw: RawTensor) -> bool:
+    return raw.name == stage.head_name
 
 
 def _tie(stage: StageModel) -> None:

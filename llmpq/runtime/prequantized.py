@@ -1,6 +1,7 @@
 """Checkpoints that are quantised already: which tensors hold a weight, and what their bits mean.
 
-By `quantization_config.quant_method` of config.json; int32 words hold codes from the lowest bit up:
+By `quantization_config.quant_method` of config.json, or what older tools wrote instead of it;
+int32 words hold codes from the lowest bit up:
 
     gptq                qweight [in * bits / 32, out], qzeros [groups, out * bits / 32],
                         scales [groups, out], g_idx [in], the group of each column. A "gptq" file
@@ -57,6 +58,7 @@ class Packing(Protocol):
 
     method: str
     precisions: frozenset[str]  # those that its codes serve as they are
+    parts: tuple[str, ...]  # names of tensors that a quantised linear may have, beside its bias
 
     def holds(self, linear: str, tensors: Tensors) -> bool:
         """Whether this linear is quantised."""
@@ -72,7 +74,7 @@ def packing_of(folder: Path) -> Packing | None:
     """
     path = folder / "config.json"
     config = parse_json(path) if path.is_file() else None
-    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    settings, path = _settings(config if isinstance(config, dict) else {}, path)
     if settings is None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
@@ -83,10 +85,28 @@ def packing_of(folder: Path) -> Packing | None:
     raise UserError(f"{path}: weights quantised by {method!r} cannot be read; {WHAT_LOADS}")
 
 
+def _settings(config: Mapping[str, Any], path: Path) -> tuple[Any, Path]:
+    """How weights are quantised, and the file that says so: config.json, or one beside it."""
+    if config.get("quantization_config") is not None:
+        return config["quantization_config"], path
+    if isinstance(config.get("compression_config"), dict):  # of compressed-tensors up to 0.6
+        return {"quant_method": "compressed-tensors"} | config["compression_config"], path
+    old, modelopt = path.with_name("quantize_config.json"), path.with_name("hf_quant_config.json")
+    settings = parse_json(old) if old.is_file() else None
+    if isinstance(settings, dict) and "bits" in settings:  # AutoGPTQ up to 0.4
+        return {"quant_method": "gptq"} | settings, old
+    settings = parse_json(modelopt) if modelopt.is_file() else None
+    inner = settings.get("quantization") if isinstance(settings, dict) else None
+    if isinstance(inner, dict) and inner.get("quant_algo"):
+        return {"quant_method": f"modelopt {inner['quant_algo']}"}, modelopt
+    return None, path
+
+
 class Gptq:
     """What GPTQModel, AutoGPTQ and Optimum write."""
 
     method = "gptq"
+    parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 
     def __init__(self, settings: Mapping[str, Any], path: Path) -> None:
         layout = settings.get("checkpoint_format", "gptq")
@@ -151,6 +171,16 @@ class CompressedTensors:
     """What llm-compressor writes."""
 
     method = "compressed-tensors"
+    parts: tuple[str, ...] = (
+        "weight",
+        "weight_packed",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_g_idx",
+        "weight_shape",
+        "input_scale",  # of activations: those are quantised a token at a time
+        "input_zero_point",
+    )
 
     def __init__(self, settings: Mapping[str, Any], path: Path) -> None:
         groups = settings.get("config_groups")

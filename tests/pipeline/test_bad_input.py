@@ -196,25 +196,41 @@ def test_truncated_weights(job, size):
     check(job.run(), 2, job.weights, "not a readable safetensors file")
 
 
-def test_a_missing_shard_is_named_with_its_index(job):
-    index = job.model / f"{WEIGHTS}.index.json"
+@pytest.fixture
+def index(job) -> Path:
+    """Where the index of shards is looked for; `shard.safetensors` holds all tensors."""
+    job.weights.rename(job.model / "shard.safetensors")
+    return job.model / f"{WEIGHTS}.index.json"
+
+
+def test_a_missing_shard_is_named_with_its_index(job, index):
     index.write_text(json.dumps({"weight_map": {A_LINEAR: "model-1-of-2.safetensors"}}))
     check(job.run(), 2, job.model / "model-1-of-2.safetensors", index, "missing")
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": {"a": 1}}', "{"])
-def test_a_broken_index(job, content):
-    index = job.model / f"{WEIGHTS}.index.json"
+def test_a_broken_index(job, index, content):
     index.write_text(content)
     check(job.run(), 2, index)
 
 
-def test_an_index_that_names_a_tensor_its_shard_lacks(job):
-    index = job.model / f"{WEIGHTS}.index.json"
-    names = dict.fromkeys([*load_file(job.weights), "model.layers.0.more"], WEIGHTS)
-    del names[A_LINEAR]
-    index.write_text(json.dumps({"weight_map": names}))
-    check(job.run(), 2, job.model, A_LINEAR)
+def test_names_come_from_the_shards_and_not_from_their_index(job, index):
+    index.write_text(json.dumps({"weight_map": {"model.layers.0.more": "shard.safetensors"}}))
+    assert len(job.tokens()) == 3
+
+
+@pytest.mark.parametrize("command", ["run", "eval", "sensitivity"])
+def test_a_tensor_that_would_be_left_out(job, command):
+    extra = "model.layers.2.mlp.up_proj.weight_scale"
+    job.change_weights(lambda tensors: tensors.update({extra: torch.ones(1)}))
+    results = {
+        "run": job.run,
+        "eval": lambda: call(eval_command, job.plan, "--model", job.model),
+        "sensitivity": lambda: call(
+            profile_command, "sensitivity", "--model", job.model, "-o", job.output
+        ),
+    }
+    check(results[command](), 2, job.weights, extra, "scales that are not applied")
 
 
 def test_a_tensor_of_the_wrong_shape(job):

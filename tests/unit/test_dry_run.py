@@ -261,8 +261,13 @@ def rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("damage", [drop_tensor, misshape])
-def test_a_tensor_that_is_missing_or_misshapen_is_found(run, tmp_path, damage):
+def add_scale(folder):
+    name = "model.layers.4.mlp.up_proj.weight_scale_inv"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(1, 1)}))
+
+
+@pytest.mark.parametrize("damage", [drop_tensor, misshape, add_scale])
+def test_a_tensor_that_is_missing_misshapen_or_left_out_is_found(run, tmp_path, damage):
     folder = shutil.copytree(TINY_TALES, tmp_path / "model")
     damage(folder)
     result, found = run(make_plan(model=str(folder)))

@@ -53,6 +53,12 @@ class Watched:
     def packed(self, name, shape):
         return self.inner.packed(name, shape)
 
+    def stores(self, name):
+        return self.inner.stores(name)
+
+    def equal(self, first, second, shape):
+        return self.inner.equal(first, second, shape)
+
 
 @pytest.fixture
 def model(tmp_path):

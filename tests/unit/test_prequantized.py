@@ -19,6 +19,7 @@ from llmpq.quant.linear import RowLinear, TiledLinear
 from llmpq.quant.packing import pack_words, unpack_words
 from llmpq.runtime.checkpoint import Checkpoint, RandomWeights
 from llmpq.runtime.evaluate import evaluate
+from llmpq.runtime.inventory import check_checkpoint
 from llmpq.runtime.loader import load_stage
 
 CPU = torch.device("cpu")
@@ -148,6 +149,7 @@ class Written:
     def stage(self, precision: str, dtype=torch.float32, first=0, end=LAYERS) -> StageModel:
         layers = LayerRange(first, end, LAYERS)
         config, weights = load_config(self.folder), Checkpoint(self.folder)
+        assert check_checkpoint(config, weights) == []
         return load_stage(config, weights, layers, [precision] * (end - first), dtype, CPU)
 
 
@@ -513,7 +515,7 @@ NAME = "model.layers.0.self_attn.q_proj"
 def test_tensors_that_cannot_be_read(tmp_path, tensor, change, message):
     written = write_gptq(tmp_path)
     weights = Checkpoint(tmp_path)
-    tensors = {name: weights.tensor(name) for name in weights._files}
+    tensors = {name: weights.tensor(name) for name in weights.stored}
     name = f"{NAME}.{tensor}"
     changed = {} if change is None else {name: change(tensors[name]).contiguous()}
     kept = {n: t for n, t in tensors.items() if n != name}
