@@ -108,8 +108,13 @@ class Cluster(Strict):
         if len(set(names)) < len(names):
             faults.append(f"node names must differ, found {', '.join(names)}")
         if faults:
-            raise ValueError("; ".join(faults))
+            raise ValueError("; ".join([*faults, *self._doubts(known | unknown)]))
         return self
+
+    def _doubts(self, known: set[str]) -> list[str]:
+        """Beside other faults: types that nothing but a profile could make known."""
+        names = {g.type for g in self._groups if g.bandwidth_gbs is None}
+        return [unknown_type(name, known & set(device_library())) for name in sorted(names - known)]
 
     @property
     def _groups(self) -> list[DeviceGroup]:
