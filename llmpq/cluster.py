@@ -5,13 +5,15 @@ that a plan for unequal devices runs on a laptop.
 """
 
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from llmpq.artifact import Strict, read_yaml
-from llmpq.devices import device_library
+from llmpq.devices import DeviceType, device_library
 from llmpq.machine import LIBRARIES, parse_capability, served_libraries
 
 GIB = 1024**3
@@ -19,6 +21,8 @@ MIB = 1024**2
 MAX_MEMORY_GIB = 1 << 20  # a pebibyte: more is a slip of the unit
 # What a CUDA context, its libraries and the allocator's slack take from a card.
 GPU_CONTEXT_BYTES = 1 * GIB
+DEFAULT_LINK_GBS = 12.0  # from the host to a card that no library knows: PCIe 3.0 x16, reached
+FIGURES = ("bandwidth_gbs", "tflops", "compute_capability", "kind")
 
 
 class Link(Strict):
@@ -37,6 +41,9 @@ class DeviceGroup(Strict):
 
     `kernels`: libraries of kernels that are installed there, of "humming" and "triton"; without
     the key, what `llmpq[gpu]` installs is there, as far as it serves the device.
+
+    `bandwidth_gbs` (of the memory), `tflops` (dense, 16 bits), `compute_capability` and `kind`
+    describe a type that the library does not have, or correct one that it has.
     """
 
     type: str
@@ -44,6 +51,10 @@ class DeviceGroup(Strict):
     memory_gib: float | None = Field(default=None, gt=0, le=MAX_MEMORY_GIB)
     price_per_hour: float | None = Field(default=None, gt=0)
     kernels: list[str] | None = None
+    bandwidth_gbs: float | None = Field(default=None, gt=0)
+    tflops: float | None = Field(default=None, gt=0)
+    compute_capability: str | None = None
+    kind: Literal["gpu", "cpu"] | None = None
 
 
 class Node(Strict):
@@ -86,19 +97,24 @@ class Cluster(Strict):
     @model_validator(mode="after")
     def _check_types(self) -> "Cluster":
         known = {*device_library(), *self.rehearse}
-        unknown = {g.type for n in self.nodes for g in n.devices if g.type not in known}
-        faults = [_unknown_type(name, known) for name in sorted(unknown)]
+        unknown = {g.type for g in self._groups if g.type not in known and g.memory_gib is None}
+        faults = [unknown_type(name, known) for name in sorted(unknown)]
         faults += [
             f"{name} is rehearsed: memory_gib does not hold for it, give rehearse.{name}.memory_mib"
             for name in sorted(self._rehearsed_with_memory())
         ]
-        faults += self._kernel_faults() if not unknown else []
+        faults += [*self._figure_faults(), *self._kernel_faults()] if not unknown else []
         names = [node.name for node in self.nodes]
         if len(set(names)) < len(names):
             faults.append(f"node names must differ, found {', '.join(names)}")
         if faults:
-            raise ValueError("; ".join(faults))
+            raise ValueError("; ".join([*faults, *self._doubts(known | unknown)]))
         return self
+
+    def _doubts(self, known: set[str]) -> list[str]:
+        """Beside other faults: types that nothing but a profile could make known."""
+        names = {g.type for g in self._groups if g.bandwidth_gbs is None}
+        return [unknown_type(name, known & set(device_library())) for name in sorted(names - known)]
 
     @property
     def _groups(self) -> list[DeviceGroup]:
@@ -123,10 +139,35 @@ class Cluster(Strict):
                 faults += self._faults_of(name, given[0])
         return faults
 
+    def _figure_faults(self) -> list[str]:
+        """Figures that make no device, or that differ within one type."""
+        faults = []
+        for name in dict.fromkeys(group.type for group in self._groups):
+            given = {_figures(group) for group in self._groups if group.type == name}
+            if len(given) > 1:
+                faults.append(
+                    f"{name}: its groups have different {', '.join(FIGURES)}; a type has the same "
+                    "everywhere: give each kind of device a name of its own"
+                )
+                continue
+            bandwidth, tflops, *_ = next(iter(given))
+            if name in self.rehearse and any(next(iter(given))):
+                faults.append(
+                    f"{name} is rehearsed on a CPU: {', '.join(FIGURES)} do not hold for it, leave "
+                    "them out"
+                )
+            elif (bandwidth is None) != (tflops is None) and not self.is_in_library(name):
+                missing = "tflops" if tflops is None else "bandwidth_gbs"
+                faults.append(
+                    f"{name}: is not in the library and has no {missing}; give bandwidth_gbs (of "
+                    "its memory, GB/s) and tflops (dense, 16 bits), or neither and a profile of it"
+                )
+        return faults
+
     def _faults_of(self, name: str, kernels: list[str]) -> list[str]:
         if name in self.rehearse:
             return [f"{name} is rehearsed on a CPU: kernels does not hold for it, leave it out"]
-        capability = device_library()[name].compute_capability
+        capability = self.capability_of(name)
         served = served_libraries(parse_capability(capability))
         return [
             f"{name}: kernels names {kernel!r}, which {_why_no_library(kernel, capability)}; use "
@@ -139,6 +180,43 @@ class Cluster(Strict):
         """The libraries of kernels that the file names for a type; None: it says nothing."""
         own = (group.kernels for group in self._groups if group.type == device_type)
         return next(own, None)
+
+    def is_in_library(self, device_type: str) -> bool:
+        """Whether llmpq ships figures of a type."""
+        return device_type in device_library()
+
+    def figures_of(self, device_type: str) -> DeviceType | None:
+        """What the file or else the library says of a type; None: not enough to price it."""
+        group = self._group_of(device_type)
+        sheet = device_library().get(device_type)
+        given = {
+            "bandwidth_gbs": group.bandwidth_gbs,
+            "fp16_tflops": group.tflops,
+            "compute_capability": group.compute_capability,
+            "kind": group.kind,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if sheet is not None:
+            return sheet.model_copy(update=given)
+        if not {"bandwidth_gbs", "fp16_tflops"} <= given.keys():
+            return None
+        own = {"name": device_type, "memory_gib": group.memory_gib, "link_gbs": DEFAULT_LINK_GBS}
+        return DeviceType.model_validate({**own, **given, "source": "the cluster file"})
+
+    def capability_of(self, device_type: str) -> str:
+        """A type's compute capability; "" where neither the file nor the library has it."""
+        sheet = device_library().get(device_type)
+        own = self._group_of(device_type).compute_capability
+        return own or (sheet.compute_capability if sheet else "")
+
+    def kind_of(self, device_type: str) -> Literal["gpu", "cpu"]:
+        """Whether a type is a card or a CPU; a card where nothing says so."""
+        sheet = device_library().get(device_type)
+        return self._group_of(device_type).kind or (sheet.kind if sheet else "gpu")
+
+    def _group_of(self, device_type: str) -> DeviceGroup:
+        none = DeviceGroup(type=device_type)
+        return next((group for group in self._groups if group.type == device_type), none)
 
     def devices(self) -> list["Device"]:
         """Every device, node by node."""
@@ -164,8 +242,7 @@ class Cluster(Strict):
     def _memory_bytes(self, group: DeviceGroup) -> int:
         if group.type in self.rehearse:
             return int(self.rehearse[group.type].memory_mib * MIB)
-        gib = group.memory_gib or device_library()[group.type].memory_gib
-        return max(0, int(gib * GIB) - GPU_CONTEXT_BYTES)
+        return max(0, int(group_gib(group) * GIB) - GPU_CONTEXT_BYTES)
 
 
 @dataclass(frozen=True)
@@ -189,10 +266,30 @@ def _why_no_library(name: str, capability: str) -> str:
     return f"needs compute capability {least} (this device: {capability or 'none'})"
 
 
-def _unknown_type(name: str, known: set[str]) -> str:
+def group_gib(group: DeviceGroup) -> float:
+    """Memory of each device of a group that is not rehearsed."""
+    return group.memory_gib or device_library()[group.type].memory_gib
+
+
+def device_gib(cluster: Cluster, node: str, device_type: str) -> float:
+    """Memory of a device of this type on a node, the least where groups differ."""
+    if device_type in cluster.rehearse:
+        return cluster.rehearse[device_type].memory_mib / 1024
+    groups = [g for n in cluster.nodes if n.name == node for g in n.devices]
+    return min(group_gib(group) for group in groups if group.type == device_type)
+
+
+def _figures(group: DeviceGroup) -> tuple[object, ...]:
+    return tuple(getattr(group, name) for name in FIGURES)
+
+
+def unknown_type(name: str, known: Collection[str]) -> str:
+    """What to say of a type that nothing is known of, and what would make it usable."""
     near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
     return (
         f"unknown device type '{name}'; {hint} "
-        "('llmpq-profile devices' lists all; a `rehearse` entry makes any name known)"
+        "('llmpq-profile devices' lists all; any other card: give memory_gib with bandwidth_gbs "
+        "and tflops, or memory_gib and a profile of that type; a `rehearse` entry makes any name "
+        "known)"
     )

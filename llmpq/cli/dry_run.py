@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
+import click
+
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict
-from llmpq.cli.common import console, emit
+from llmpq.cli.common import ARGUMENTS, console, emit
 from llmpq.cli.kernel_notes import kernel_lines
 from llmpq.cli.run_options import RunOptions
 from llmpq.cluster import GIB, MIB
 from llmpq.costs.latency import machine_of
 from llmpq.costs.memory import StageMemory, run_sizes, stage_memory
+from llmpq.launch import launch_lines
 from llmpq.plan import Plan, Predicted
 from llmpq.workload import request_lengths
 
@@ -77,6 +80,7 @@ class DryRun(Strict):
     stages: list[StagePreview]
     prompts: PromptsPreview
     kernels: list[str] = []
+    launch: list[str] = []
     predicted: Predicted | None
     notes: list[str]
     provenance: Provenance
@@ -109,6 +113,7 @@ def show(plan: Plan, options: RunOptions) -> None:
         stages=stages,
         prompts=prompts,
         kernels=_kernels(plan, options),
+        launch=launch_lines(plan, _words()),
         predicted=plan.predicted,
         notes=[
             *_notes(plan, stages, prompts, prepared.weights.note(plan.precisions)),
@@ -119,6 +124,18 @@ def show(plan: Plan, options: RunOptions) -> None:
     )
     emit(found.model_dump_json(indent=1), options.json_path)
     render(console(options.quiet), plan, found)
+
+
+def _words() -> list[str]:
+    """The command line, less what makes it a dry run and what a dry run alone writes."""
+    words, kept = list(click.get_current_context().meta[ARGUMENTS]), []
+    while words:
+        word = words.pop(0)
+        if word == "--json":
+            words = words[1:]
+        elif word != "--dry-run" and not word.startswith("--json="):
+            kept.append(word)
+    return kept
 
 
 def compressed(precisions: Sequence[str]) -> str:
@@ -288,6 +305,8 @@ def render(out: "Console", plan: Plan, found: DryRun) -> None:
             f"{predicted.decode_s:.2f} s)"
         )
     for line in found.kernels:
+        out.print(escape(line), soft_wrap=True)
+    for line in found.launch:
         out.print(escape(line), soft_wrap=True)
     for note in found.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")

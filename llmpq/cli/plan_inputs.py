@@ -76,6 +76,7 @@ class Inputs:
 def read_inputs(arguments: Arguments, plan: "Plan | None") -> Inputs:
     """All files, their faults in one `UserError`. A plan stands for what is not given."""
     from llmpq.cluster import load_cluster
+    from llmpq.costs.measured_types import with_measured_types
     from llmpq.model_spec import DEFAULT_MODEL, load_model_spec
     from llmpq.profile_data import load_profiles
     from llmpq.workload import load_workload, request_lengths
@@ -104,6 +105,7 @@ def read_inputs(arguments: Arguments, plan: "Plan | None") -> Inputs:
     if faults:
         raise UserError("\n".join(faults))
     assert spec and cluster and workload and lengths and quality and profiles is not None
+    cluster = with_measured_types(cluster, profiles)
     return Inputs(spec, cluster, workload, tuple(lengths), profiles, quality)
 
 
@@ -182,6 +184,13 @@ def _most_devices(
     if any(device.type in inputs.cluster.rehearse for device in inputs.cluster.devices()):
         notes.append("rehearsed devices make no stages of several: tensor parallelism left out")
         return 1
+    names = dict.fromkeys(device.type for device in inputs.cluster.devices())
+    if unknown := [name for name in names if inputs.cluster.figures_of(name) is None]:
+        notes.append(
+            f"{', '.join(unknown)}: without bandwidth_gbs and tflops in the cluster file, parts of "
+            "a layer cannot be priced: tensor parallelism left out"
+        )
+        return 1
     return MAX_DEVICES_A_STAGE if asked == "auto" else int(asked)
 
 
@@ -255,8 +264,10 @@ def _why_no_precision(inputs: Inputs, name: str) -> str:
 
 
 def _notes(inputs: Inputs, times: "dict[str, LayerTimes]") -> list[str]:
+    from llmpq.costs.measured_types import unused_profiles
+
     guessed = [name for name, t in times.items() if not t.measured]
-    notes = []
+    notes = unused_profiles(inputs.cluster, inputs.spec, inputs.profiles)
     if inputs.spec.guessed:
         notes.append(f"{inputs.spec.model_type} is not a known family; counted as LLaMA-shaped")
     if guessed:

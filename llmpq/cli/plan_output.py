@@ -38,6 +38,17 @@ def report(
         print_outcomes(out, planned.plan, planned.outcomes)
     if changes:
         print_changes(out, planned.plan, changes)
+    _print_launch(out, arguments, planned.plan)
+
+
+def _print_launch(out: "Console", arguments: Arguments, plan: "Plan") -> None:
+    """How to run it, in lines that can be copied."""
+    from llmpq.launch import launch_lines
+
+    path = str(arguments.output or "PLAN.json")
+    files = ["--plan", path, "--prompts", "PROMPTS.jsonl", "--output", "OUT.jsonl"]
+    for line in launch_lines(plan, files):
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def _warnings(arguments: Arguments, problem: "Problem", plan: "Plan") -> list[str]:

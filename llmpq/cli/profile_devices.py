@@ -19,6 +19,7 @@ from llmpq.artifact import validate, write_text
 from llmpq.cli.common import Command, common_options, console, emit
 from llmpq.cli.paths import check_files
 from llmpq.cluster import Cluster
+from llmpq.device_names import type_of_card, type_of_cpu
 from llmpq.devices import DeviceType, device_library
 from llmpq.errors import UserError
 
@@ -26,11 +27,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 GIB = 1024**3
-MEMORY_TOLERANCE = 0.15  # between a card's memory and its type's
 REHEARSED_SHARE = 0.4  # of the free memory, for each of two processes
 LINK_LATENCY_US = 20
-# Words that make another product of the same number.
-VARIANTS = frozenset({"ti", "super", "laptop", "mobile", "max", "nvl", "xt", "xtx", "ultra"})
 PROCESS_LINK_GBS, PROCESS_LINK_US = 1.0, 800  # gloo between processes
 
 
@@ -100,39 +98,6 @@ def _card(card: Any, bandwidth_gbs: float) -> dict[str, Any]:
 
 
 # ---- names
-
-
-def type_of_card(name: str, memory_gib: float) -> str | None:
-    """The library's type of a card: the longest name that fits, of about its memory."""
-    library = device_library()
-    near = {
-        key: device
-        for key, device in library.items()
-        if device.kind == "gpu" and abs(device.memory_gib / memory_gib - 1) <= MEMORY_TOLERANCE
-    }
-    return _best_name(name, near)
-
-
-def type_of_cpu(name: str) -> str | None:
-    """The library's type of a CPU, by name alone: its memory is the machine's."""
-    return _best_name(name, {k: d for k, d in device_library().items() if d.kind == "cpu"})
-
-
-def _best_name(name: str, library: dict[str, DeviceType]) -> str | None:
-    """The key whose words, without the memory at the end, all stand in the name.
-
-    Where the name says that it is another product of that number (Ti, Laptop), the key must too.
-    """
-    words = re.findall(r"[a-z]+[0-9]*[a-z]*|[0-9]+[a-z]*", name.lower())
-    known = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
-    others = VARIANTS & set(words)
-    stems = {key: re.sub(r"-\d+g$", "", key).split("-") for key in library}
-    fitting = [
-        key
-        for key, stem in stems.items()
-        if set(stem) <= known and all(any(part.endswith(v) for part in stem) for v in others)
-    ]
-    return max(fitting, key=lambda key: len("".join(stems[key])), default=None)
 
 
 def nearest_type(memory_gib: float, bandwidth_gbs: float) -> str:

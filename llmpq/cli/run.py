@@ -255,7 +255,7 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
     monitor = Monitor(role.rank, role.size, names[role.rank])
     try:
         with ended_by_signals(RESUME, speaks, monitor.look_now), monitor:
-            failed = work(plan, options, role)
+            failed = work(plan, options, role, lambda worker: monitor.rename(names[worker]))
     except (InfeasibleError, WorkerError) as error:
         # Threads may still wait inside torch.distributed, which an orderly end would not survive.
         # Of a lost worker the process that started us tells.

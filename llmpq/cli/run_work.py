@@ -2,8 +2,10 @@
 
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from llmpq.cli.common import console
 from llmpq.cli.kernel_notes import say_engine, say_kernels
 from llmpq.cli.loading import shown_compiling, shown_loading
 from llmpq.cli.run_input import Prepared, prepare
@@ -18,38 +20,82 @@ from llmpq.cli.run_lead import (
 from llmpq.cli.run_options import RunOptions
 from llmpq.errors import FailedRequests, InfeasibleError, UserError
 from llmpq.plan import Plan
+from llmpq.seats import Seat, stage_ranks
 
 if TYPE_CHECKING:
     from llmpq.models.sharding import ShardGroup
     from llmpq.runtime.process import Role
 
 
-def work(plan: Plan, options: RunOptions, role: "Role") -> FailedRequests | None:
-    """This process's part of the run; the leader's, where requests failed, returns what to say."""
-    import torch
+def work(
+    plan: Plan, options: RunOptions, role: "Role", on_seated: Callable[[int], object] = lambda _: 0
+) -> FailedRequests | None:
+    """This process's part of the run; the leader's, where requests failed, returns what to say.
 
-    from llmpq.runtime.ending import SUPERVISED
-    from llmpq.runtime.monitor import restarts
-    from llmpq.runtime.process import connect, disconnect
+    `on_seated` is told which worker of the plan this process is. The first one leads.
+    """
+    from llmpq.runtime.process import disconnect
 
     try:
-        prepared = prepare(plan, options, leads=role.rank == 0)
+        seats, prepared = _begin(plan, options, role, on_seated)
+        return _work(plan, options, role, seats, prepared)
+    finally:
+        disconnect()
+
+
+def _begin(
+    plan: Plan, options: RunOptions, role: "Role", on_seated: Callable[[int], object]
+) -> tuple[list[Seat], Prepared]:
+    """The workers' seats, and the input. Bad input is said once on each machine."""
+    from llmpq.runtime.cards import find_seats
+
+    try:
+        seats, without_cards = find_seats(plan, role, options.device)
+        worker, _ = seats[role.rank]
+        on_seated(worker)
+        if without_cards and worker == 0:
+            _warn_of_cpu(plan, options)
+        return seats, prepare(plan, options, leads=worker == 0)
     except UserError:
         if role.local_rank == 0:
             raise
         sys.exit(UserError.exit_code)  # the first worker on this machine finds and says the same
-    results = open_results(plan, options, prepared) if role.rank == 0 else None
+
+
+def _warn_of_cpu(plan: Plan, options: RunOptions) -> None:
+    """A plan for cards on a machine that has none is a trial, and should look like one."""
+    types = {device for stage in plan.stages for device in stage.devices}
+    cards = sorted(name for name in types if plan.cluster.kind_of(name) == "gpu")
+    if cards:
+        console(options.quiet).print(
+            f"warning: the plan is for {', '.join(cards)} and torch sees no card here: its stages "
+            "run on the CPU",
+            soft_wrap=True,
+        )
+
+
+def _work(
+    plan: Plan, options: RunOptions, role: "Role", seats: list[Seat], prepared: Prepared
+) -> FailedRequests | None:
+    """What follows once every process knows its seat."""
+    import torch
+
+    from llmpq.runtime.ending import SUPERVISED
+    from llmpq.runtime.monitor import restarts
+    from llmpq.runtime.process import connect
+
+    worker, card = seats[role.rank]
+    results = open_results(plan, options, prepared) if worker == 0 else None
     under_torchrun = role.size > 1 and SUPERVISED not in os.environ
     if results is not None and restarts() and results.failed and is_all_done(results, prepared):
         return told_outcome(results, prepared, options, under_torchrun)  # ends the others too
-    device = _claim_device(plan, options, role)
-    transport, group = connect(role, device, plan.ranks)
+    device = _claim_device(plan, options, role, card)
+    transport, group = connect(role, device, stage_ranks(plan, seats))
     try:
         engine = _engine(plan, options, prepared, device, transport, group)
         stage = engine.worker.stage
         if stage.shard.leads:
-            leads = role.rank == 0
-            say_kernels(plan, transport.rank, device, stage.dtype, leads, options.quiet)
+            say_kernels(plan, transport.rank, device, stage.dtype, worker == 0, options.quiet)
         graphs_note = say_engine(engine, options.quiet)
         if results is not None:
             report, served = lead(engine, plan, options, prepared, results)
@@ -70,21 +116,23 @@ def work(plan: Plan, options: RunOptions, role: "Role") -> FailedRequests | None
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise InfeasibleError(
-            f"stage {role.rank} ran out of memory on {device}: {reason}"
+            f"stage {transport.rank} ran out of memory on {device}: {reason}"
         ) from None
-    finally:
-        disconnect()
     return None
 
 
-def _claim_device(plan: Plan, options: RunOptions, role: "Role") -> Any:
+def _claim_device(plan: Plan, options: RunOptions, role: "Role", card: int | None) -> Any:
     """The device of this process; a rehearsed one on the CPU has a core to itself."""
     import torch
 
-    from llmpq.runtime.process import choose_device
+    from llmpq.runtime.process import card_device, choose_device
     from llmpq.runtime.rehearsal import own_core
 
     rehearsed = bool(plan.cluster.rehearse)
+    if card is not None:
+        return card_device(card)
+    if not rehearsed and options.device == "auto":
+        return torch.device("cpu")
     auto_on_cpu = rehearsed and options.device == "auto"
     device = choose_device("cpu" if auto_on_cpu else options.device, role)
     if rehearsed and device.type == "cpu":

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from llmpq.cluster import Cluster
+from llmpq.cluster import Cluster, unknown_type
 from llmpq.costs.fits import Accuracy, Fitted, fit_all
 from llmpq.costs.links import Seconds, Tokens
 from llmpq.costs.spec_sheet import provenance, rooflines
@@ -111,8 +111,10 @@ def device_times(
             f"{spec.model_key} with one thread; make it with 'llmpq-profile layers --model "
             f"{spec.name} --threads 1 -o DIR/cpu.json' and plan with '--profiles DIR'"
         )
-    machine = machine_of(cluster, device_type)
-    times = spec_sheet_times(device_library()[device_type], spec, machine)
+    sheet, machine = cluster.figures_of(device_type), machine_of(cluster, device_type)
+    if sheet is None:
+        raise UserError(_why_no_times(device_type, spec, profiles))
+    times = spec_sheet_times(sheet, spec, machine)
     if any(p.device.type == device_type for p in profiles):
         why = f"; its profile holds no rows of {spec.model_key}"
         times = replace(times, provenance=times.provenance + why)
@@ -126,7 +128,25 @@ def machine_of(cluster: Cluster, device_type: str) -> Machine:
     """
     if device_type in cluster.rehearse:
         return host_cpu()
-    return device_machine(device_library()[device_type], cluster.kernels_of(device_type))
+    sheet = cluster.figures_of(device_type)
+    if sheet is not None:
+        return device_machine(sheet, cluster.kernels_of(device_type))
+    capability = cluster.capability_of(device_type)
+    if cluster.kind_of(device_type) == "cpu":
+        return sheet_cpu(capability)
+    return card(capability, cluster.kernels_of(device_type))
+
+
+def _why_no_times(device_type: str, spec: ModelSpec, profiles: Sequence[Profile]) -> str:
+    """Nothing says how fast a type is that the library does not have."""
+    make = (
+        f"'llmpq-profile layers --model {spec.name} --type {device_type} -o DIR/{device_type}.json'"
+        " on it measures it ('--profiles DIR'); bandwidth_gbs and tflops in the cluster file give "
+        "its spec sheet's figures"
+    )
+    if any(p.device.type == device_type for p in profiles):
+        return f"device type '{device_type}': its profile holds no rows of {spec.model_key}; {make}"
+    return f"{unknown_type(device_type, device_library())}; {make}"
 
 
 def device_machine(device: DeviceType, libraries: Iterable[str] | None = None) -> Machine:

@@ -23,7 +23,6 @@ import numpy as np
 from llmpq.cluster import MIB, Cluster
 from llmpq.costs import links
 from llmpq.costs.latency import LayerTimes, profiled
-from llmpq.devices import device_library
 from llmpq.model_spec import ModelSpec
 from llmpq.plan import Plan
 from llmpq.profile_data import MemoryRow, Phase, Profile, ProfiledDevice, ProfileRow
@@ -326,7 +325,8 @@ def corrected_device(
     """What the rows are of, and where they come from, in its name."""
     runs = f"corrected by {num_reports} run{'s' if num_reports > 1 else ''}"
     if base is None:
-        sheet = device_library()[device_type]
+        sheet = cluster.figures_of(device_type)
+        assert sheet is not None, "times without a profile come from figures"
         memory = int(sheet.memory_gib * 1024 * MIB)
         name = f"{sheet.name} (spec sheet, {runs})"
         return ProfiledDevice(name=name, type=device_type, memory_bytes=memory)

@@ -25,7 +25,7 @@ from llmpq.costs.latency import (
 )
 from llmpq.costs.links import Seconds, Tokens
 from llmpq.costs.spec_sheet import Roofline, rooflines
-from llmpq.devices import DeviceType, device_library
+from llmpq.devices import DeviceType
 from llmpq.errors import UserError
 from llmpq.kernel import LAYER_LAUNCHES, START_S
 from llmpq.machine import Machine
@@ -106,7 +106,14 @@ def _shard_times(
         return device_times(cluster, device_type, shard, profiles)
     whole = measured_times(rows, f"whole layers measured on {own[0].device.name}")
     machine = machine_of(cluster, device_type)
-    models = _cut_models(whole, rows, device_library()[device_type], machine, (spec, shard))
+    sheet = cluster.figures_of(device_type)
+    if sheet is None:
+        raise UserError(
+            f"device type '{device_type}': a stage of several cannot be priced, as neither a "
+            "profile of shards nor bandwidth_gbs and tflops in the cluster file are there; plan "
+            "with --tensor-parallel off"
+        )
+    models = _cut_models(whole, rows, sheet, machine, (spec, shard))
     whole = replace(whole, machine=machine)
     note = f"; one of {degree} parts by the spec sheet, no shard was measured"
     return replace(whole, models=models, provenance=whole.provenance + note)

@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llmpq.cluster import MIB, Device
+from llmpq.cluster import DEFAULT_LINK_GBS, MIB, Device
 from llmpq.costs import memory
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
-from llmpq.devices import device_library
 from llmpq.planner.evaluate import once_and_every
 from llmpq.planner.problem import OVER, BatchGroup, Problem, fixed_work, layer_work
 from llmpq.planner.search import batch_options, micro_batch_options
@@ -104,7 +103,8 @@ def host_link_bytes_per_s(problem: Problem, device: Device) -> float:
     """Between a device and its host's memory; of a rehearsed type, the link of its node."""
     if device.type in problem.cluster.rehearse:
         return problem.cluster.link_between(device.node, device.node).bandwidth_gbs * 1e9
-    return device_library()[device.type].link_gbs * 1e9
+    sheet = problem.cluster.figures_of(device.type)
+    return (DEFAULT_LINK_GBS if sheet is None else sheet.link_gbs) * 1e9
 
 
 # ---- what is tried

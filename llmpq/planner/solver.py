@@ -16,6 +16,7 @@ import highspy
 import numpy as np
 
 from llmpq.errors import UserError
+from llmpq.planner.silence import silent_stdout
 
 TOLERANCE = 1e-6  # what a plan may lie beside a limit, at most; solvers are held to less
 OVERSTEP = 1e-8  # by which a solver may overstep a row; their own 1e-6 shows in the objective
@@ -115,7 +116,8 @@ def make_solver(name: Literal["highs", "gurobi"]) -> Solver:
 
 
 def _highs(programme: Programme, integral: bool) -> Any:
-    highs = highspy.Highs()
+    with silent_stdout():
+        highs = highspy.Highs()
     highs.setOptionValue("output_flag", False)
     highs.setOptionValue("threads", 1)
     for option in ("primal_feasibility_tolerance", "mip_feasibility_tolerance"):

@@ -16,8 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from llmpq.cluster import GIB, MIB, Cluster, DeviceGroup, Link, Node
-from llmpq.devices import device_library
+from llmpq.cluster import GIB, MIB, Cluster, DeviceGroup, Link, Node, group_gib
 from llmpq.errors import InfeasibleError
 from llmpq.plan import Plan, Predicted
 from llmpq.planner.problem import Problem
@@ -186,7 +185,7 @@ def with_memory(problem: Problem, node: str, device_type: str, num_bytes: float)
     def grow(group: DeviceGroup) -> DeviceGroup:
         if group.type != device_type:
             return group
-        gib = (group.memory_gib or device_library()[group.type].memory_gib) + num_bytes / GIB
+        gib = group_gib(group) + num_bytes / GIB
         return group.model_copy(update={"memory_gib": gib})
 
     return _with_groups(problem, node, lambda groups: [grow(group) for group in groups])

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -250,6 +250,10 @@ class Monitor:
         for thread in self._threads:
             thread.join(2 * PERIOD_S)
 
+    def rename(self, name: str) -> None:
+        """Tells the others what this worker is, once that is known better than at the start."""
+        self._who = replace(self._who, name=name)
+
     def look_now(self) -> None:
         """Ends this process if another worker is to blame for something; else returns soon."""
         self._patience = 0
@@ -276,9 +280,13 @@ class Monitor:
         """The thread that uses the store."""
         try:
             board = self._open(self.size)
-            board.join(self._who)
+            told = self._who
+            board.join(told)
             watch, self._num_looks = Watch(self.size), 1
             while not self._left.is_set():
+                if self._who is not told:
+                    told = self._who
+                    board.join(told)
                 board.beat(self.rank)
                 if not self._is_watched:
                     self._look(board, watch)

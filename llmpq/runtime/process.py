@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from llmpq.errors import FailedRequests, InfeasibleError, NeighbourLost, UserError, WorkerError
 from llmpq.models.sharding import ShardGroup
 from llmpq.runtime.ending import RESUME, SHOW_CURSOR, SUPERVISED, Ended, interruptible
+from llmpq.runtime.interface import name_interface
 from llmpq.runtime.monitor import (
     NO_SIGN,
     PERIOD_S,
@@ -106,15 +108,20 @@ def _number(
     return int(text)
 
 
+def card_device(index: int) -> torch.device:
+    """The card of this number, which becomes this process's own."""
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
 def choose_device(name: str, role: Role) -> torch.device:
     """`auto` takes a CUDA card where there is one; processes share cards in turn."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    device = torch.device("cuda", role.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+    return card_device(role.local_rank % torch.cuda.device_count())
 
 
 def choose_dtype(
@@ -129,6 +136,31 @@ def choose_dtype(
     return torch.bfloat16 if all(bool(one) for one in everyone) else torch.float16
 
 
+def join(role: Role) -> None:
+    """Meets the other workers of the launch, where that has not happened yet.
+
+    Raises `NeighbourLost` where they cannot be reached.
+    """
+    if dist.is_initialized():
+        return
+    if role.size > role.local_size:
+        name_interface(os.environ)
+    with _reaching(role):
+        is_kept = SUPERVISED in os.environ or os.environ.get(AGENT_STORE) == str(True)
+        store = open_store("group", role.size) if is_kept else None
+        dist.init_process_group("gloo", None, TIMEOUT, role.size, role.rank, store)
+
+
+@contextmanager
+def _reaching(role: Role) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        message = f"rank {role.rank}: could not reach the other workers: {reason}"
+        raise NeighbourLost(message) from None
+
+
 def connect(
     role: Role, device: torch.device, stages: Sequence[Sequence[int]] | None = None
 ) -> tuple[Transport, ShardGroup | None]:
@@ -139,20 +171,14 @@ def connect(
     """
     if role.size == 1:
         return LocalTransport(0, LocalHub(1)), None
+    join(role)
     own_card = device.type == "cuda" and role.local_size <= torch.cuda.device_count()
-    try:
-        is_kept = SUPERVISED in os.environ or os.environ.get(AGENT_STORE) == str(True)
-        store = open_store("group", role.size) if is_kept else None
-        dist.init_process_group("gloo", None, TIMEOUT, role.size, role.rank, store)
+    with _reaching(role):
         everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(role.size)]
         dist.all_gather(everyone, torch.tensor([int(own_card)]))
         backend = "nccl" if all(map(bool, everyone)) else "gloo"
         group = distributed_shard_group(stages or [], backend, device)
         return DistributedTransport(backend, device, stages), group
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        message = f"rank {role.rank}: could not reach the other workers: {reason}"
-        raise NeighbourLost(message) from None
 
 
 def disconnect() -> None:

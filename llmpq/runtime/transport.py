@@ -139,7 +139,7 @@ class DistributedTransport:
 
     def send_tokens(self, tensor: torch.Tensor) -> Pending:
         """To the first stage."""
-        return _start(dist.isend, tensor, 0, self._control)
+        return _start(dist.isend, tensor, self._firsts[0], self._control)
 
     def receive_tokens(self, tensor: torch.Tensor) -> Pending:
         """From the last stage."""
@@ -147,7 +147,7 @@ class DistributedTransport:
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """The first stage's values into everyone's tensor."""
-        _checked(lambda: dist.broadcast(tensor, 0, group=self._control))
+        _checked(lambda: dist.broadcast(tensor, self._firsts[0], group=self._control))
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Every stage's tensor."""

@@ -1,0 +1,43 @@
+"""The command that starts a plan, for each node: what `llmpq-plan` and a dry run print.
+
+The node of the first stage comes first: torchrun meets there, its worker leads, and so the prompts
+are read and the results written on that machine. The plan and the model must be on every machine.
+"""
+
+import shlex
+from collections.abc import Sequence
+
+from llmpq.plan import Plan
+from llmpq.seats import parts_of
+
+PORT = 29500  # torchrun's own default
+
+
+def launch_lines(plan: Plan, files: Sequence[str]) -> list[str]:
+    """For people: which command to start where. `files`: the options of llmpq-run."""
+    parts = parts_of(plan)
+    words = shlex.join(["-m", "llmpq.run", *files])
+    if len(parts) == 1:
+        started = f"torchrun --standalone --nproc-per-node {len(parts[0].workers)}"
+        return [f"start: {started} {words}"]
+    host = host_variable(plan)
+    lines = [
+        f"start one command on each of {len(parts)} nodes; {host}: the name or address of "
+        f"{parts[0].name} as the others reach it. Plan and model must be on every node; prompts "
+        f"are read and results written on {parts[0].name}, where the first stage is"
+    ]
+    for number, part in enumerate(parts):
+        meet = f"--master-addr ${host} --master-port {PORT}"
+        count = f"--nnodes {len(parts)} --node-rank {number} --nproc-per-node {len(part.workers)}"
+        lines.append(f"on {part.name}: torchrun {count} {meet} {words}")
+    lines.append(
+        "workers talk over the interface that reaches that address; where that is the wrong one: "
+        "GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME before torchrun"
+    )
+    return lines
+
+
+def host_variable(plan: Plan) -> str:
+    """The placeholder for the address of the leader's node, a variable of the shell."""
+    name = "".join(c if c.isascii() and c.isalnum() else "_" for c in plan.stages[0].node)
+    return f"{name.upper()}_ADDRESS" if name[0].isalpha() else f"NODE_{name.upper()}_ADDRESS"

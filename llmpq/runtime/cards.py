@@ -1,0 +1,125 @@
+"""The cards that this process sees, those of the whole host, and which worker a process is.
+
+Everything here asks CUDA, nvidia-smi or the other processes; what follows from the answers is
+decided in `llmpq.seats`. Names and memory are read without making a context on a card.
+"""
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llmpq.errors import UserError
+from llmpq.placement import FoundCard, Refusal
+from llmpq.plan import Plan
+from llmpq.runtime.process import Role, join
+from llmpq.seats import Process, Seat, take_seats
+
+MIB = 2**20
+QUERY = "index,name,memory.total,compute_cap,uuid"
+
+
+def visible_cards() -> tuple[FoundCard, ...]:
+    """The cards that CUDA shows to this process, in CUDA's order."""
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(_card(index) for index in range(torch.cuda.device_count()))
+
+
+def _card(index: int) -> FoundCard:
+    found: Any = torch.cuda.get_device_properties(index)
+    is_amd = torch.version.hip is not None
+    architecture = found.gcnArchName.split(":")[0] if is_amd else f"{found.major}.{found.minor}"
+    uuid = str(getattr(found, "uuid", ""))
+    return FoundCard(index, found.name, found.total_memory, architecture, uuid)
+
+
+def all_cards() -> tuple[FoundCard, ...]:
+    """All cards of this host, by their place on the bus; none where nvidia-smi does not say."""
+    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return parse_cards(done.stdout)
+
+
+def parse_cards(text: str) -> tuple[FoundCard, ...]:
+    """The lines of nvidia-smi's answer to `QUERY`; lines of another form are left out."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
+    return tuple(
+        FoundCard(int(index), name, int(mib) * MIB, capability, uuid)
+        for index, name, mib, capability, uuid in (row for row in rows if len(row) == 5)
+        if index.isdigit() and mib.isdigit()
+    )
+
+
+def this_process(role: Role, variables: Mapping[str, str], asks_cards: bool) -> Process:
+    """How this process takes part in choosing seats; `asks_cards`: False where none are used."""
+    group = variables.get("GROUP_RANK", "")
+    number = int(group) if group.isdecimal() else (role.rank - role.local_rank)
+    cards = visible_cards() if asks_cards else ()
+    hidden = asks_cards and bool(variables.get("CUDA_VISIBLE_DEVICES"))
+    return Process(role.rank, number, socket.gethostname(), cards, all_cards() if hidden else ())
+
+
+def find_seats(plan: Plan, role: Role, device: str) -> tuple[list[Seat], bool]:
+    """The seat of every rank, and whether cards were looked for and none is anywhere.
+
+    Joins the other processes first. `device`: as --device has it. Raises `UserError` where the
+    plan and the machines do not match.
+    """
+    asks = device != "cpu" and not plan.cluster.rehearse
+    everyone = gather(this_process(role, os.environ, asks), role)
+    with_cards = any(process.cards for process in everyone)
+    found = take_seats(everyone, plan, with_cards)
+    if isinstance(found, Refusal):
+        raise UserError(found.reason)
+    return found, asks and not with_cards
+
+
+def gather(own: Process, role: Role) -> list[Process]:
+    """What every process says of itself, by rank."""
+    if role.size == 1:
+        return [own]
+    join(role)
+    return [_process(json.loads(text)) for text in _all_texts(json.dumps(asdict(own)), role.size)]
+
+
+def _all_texts(text: str, size: int) -> list[str]:
+    """Every process's text, through tensors of equal size."""
+    data = text.encode()
+    lengths = _all_gather(torch.tensor([len(data)]), size)
+    padded = torch.zeros(max(int(n) for n in lengths), dtype=torch.uint8)
+    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    every = _all_gather(padded, size)
+    return [
+        bytes(one[: int(length)].tolist()).decode()
+        for one, length in zip(every, lengths, strict=True)
+    ]
+
+
+def _all_gather(tensor: torch.Tensor, size: int) -> list[torch.Tensor]:
+    found = [torch.empty_like(tensor) for _ in range(size)]
+    dist.all_gather(found, tensor)
+    return found
+
+
+def _process(fields: Mapping[str, Any]) -> Process:
+    return Process(
+        fields["rank"],
+        fields["group"],
+        fields["host"],
+        _cards(fields["cards"]),
+        _cards(fields["everywhere"]),
+    )
+
+
+def _cards(rows: Sequence[Mapping[str, Any]]) -> tuple[FoundCard, ...]:
+    return tuple(FoundCard(**row) for row in rows)

@@ -1,0 +1,63 @@
+"""Which network interface workers of several machines talk over.
+
+gloo takes the address that the machine's own name stands for, which on many machines (Debian's
+127.0.1.1) is of no use to others. The right interface is the one that reaches the meeting point; on
+the machine that holds the meeting point, the one of the address by which others find it. What a
+user has set (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) stays.
+
+Not covered: machines without IPv4, and systems other than Linux, where the user names it.
+"""
+
+import socket
+import struct
+import sys
+from collections.abc import MutableMapping
+from contextlib import suppress
+
+NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+ELSEWHERE = "192.0.2.1"  # an address for documentation: asking for its route sends nothing
+SIOCGIFADDR = 0x8915
+
+
+def name_interface(variables: MutableMapping[str, str]) -> None:
+    """Sets what is not set yet; for workers on several machines."""
+    found = interface_towards(variables.get("MASTER_ADDR", ""))
+    if found is not None:
+        for name in NAMES:
+            variables.setdefault(name, found)
+
+
+def interface_towards(host: str) -> str | None:
+    """The interface that reaches a host; None where that is loopback or cannot be seen."""
+    addresses = interface_addresses()
+    for target in (host, ELSEWHERE):
+        own = _own_address(target)
+        names = [name for name, address in addresses.items() if address == own]
+        if names and not own.startswith("127."):
+            return names[0]
+    others = [name for name, address in addresses.items() if not address.startswith("127.")]
+    return others[0] if len(others) == 1 else None
+
+
+def _own_address(host: str) -> str:
+    """The address from which packets to a host leave; "" where there is no way."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return str(probe.getsockname()[0])
+    return ""
+
+
+def interface_addresses() -> dict[str, str]:
+    """The IPv4 address of each interface that has one."""
+    found: dict[str, str] = {}
+    if sys.platform != "linux":
+        return found
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                request = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
+                found[name] = socket.inet_ntoa(answer[20:24])
+    return found
