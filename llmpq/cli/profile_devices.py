@@ -157,13 +157,23 @@ def _cards_text(node: str, cards: list[dict[str, Any]]) -> str:
     link_gbs = min(device_library()[device_type].link_gbs for device_type, _ in groups)
     lines = [f"name: {json.dumps(node)}", "nodes:", f"  - name: {json.dumps(node)}", "    devices:"]
     for (device_type, free_gib), found in groups.items():
-        entry = f"{{type: {device_type}, count: {len(found)}, memory_gib: {free_gib}}}"
+        figures = f"count: {len(found)}, memory_gib: {free_gib}{_own_capability(found[0], cards)}"
+        entry = f"{{type: {device_type}, {figures}}}"
         lines.append(f"      - {entry}  # {found[0]['name']}{_doubt(found[0])}")
     lines += [
         "    # Guessed from the card's type; measure it: llmpq-profile links",
         f"    link: {{bandwidth_gbs: {link_gbs:g}, latency_us: {LINK_LATENCY_US}}}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _own_capability(card: dict[str, Any], cards: list[dict[str, Any]]) -> str:
+    """Of a card that another type stands for: its kernels are its own, and a run checks it."""
+    nearest = nearest_type(card["memory_gib"], card["bandwidth_gbs"])
+    has_figures = any(other["type"] == nearest for other in cards)
+    if card["type"] or has_figures or not card.get("compute_capability"):
+        return ""
+    return f', compute_capability: "{card["compute_capability"]}"'
 
 
 def _doubt(card: dict[str, Any]) -> str:

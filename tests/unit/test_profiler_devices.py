@@ -15,6 +15,7 @@ from llmpq.cli.profile_devices import cluster_text, type_of_card, type_of_cpu
 from llmpq.cluster import load_cluster
 from llmpq.errors import UserError
 from llmpq.model_spec import load_model_spec
+from llmpq.placement import FoundCard, PlannedDevice, match_cards
 from llmpq.profile_data import Profile
 
 CPU = {"kind": "cpu", "name": "a CPU", "memory_gib": 16.0, "free_gib": 10.0, "type": None}
@@ -49,6 +50,19 @@ def test_cards_become_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert "llmpq-profile links" in path.read_text()
     assert "not in the library" in path.read_text() and "Q9" in result.stderr
     assert load_cluster(path).nodes[0].devices[0].memory_gib == 14.5
+
+
+def test_a_type_that_stands_for_a_card_has_the_cards_capability(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A run on that very card must not be refused as another card's."""
+    path, card = tmp_path / "cluster.yaml", {**UNKNOWN, "compute_capability": "13.0"}
+    assert written(monkeypatch, path, [CPU, card]).exit_code == 0
+    cluster = load_cluster(path)
+    group = cluster.nodes[0].devices[0]
+    device = PlannedDevice(0, group.type, group.memory_gib or 0, cluster.capability_of(group.type))
+    here = FoundCard(0, card["name"], int(card["memory_gib"] * 2**30), "13.0")
+    assert match_cards([here], [device]) == [here]
 
 
 def test_a_cluster_file_is_not_overwritten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
