@@ -84,12 +84,12 @@ def _work(
     from llmpq.runtime.monitor import restarts
     from llmpq.runtime.process import connect
 
-    worker, card = seats[role.rank]
+    worker, _ = seats[role.rank]
     results = open_results(plan, options, prepared) if worker == 0 else None
     under_torchrun = role.size > 1 and SUPERVISED not in os.environ
     if results is not None and restarts() and results.failed and is_all_done(results, prepared):
         return told_outcome(results, prepared, options, under_torchrun)  # ends the others too
-    device = _claim_device(plan, options, role, card)
+    device = _claim_device(plan, options, role, seats)
     transport, group = connect(role, device, stage_ranks(plan, seats))
     try:
         engine = _engine(plan, options, prepared, device, transport, group)
@@ -118,7 +118,7 @@ def _work(
     return None
 
 
-def _claim_device(plan: Plan, options: RunOptions, role: "Role", card: int | None) -> Any:
+def _claim_device(plan: Plan, options: RunOptions, role: "Role", seats: list[Seat]) -> Any:
     """The device of this process; a rehearsed one on the CPU has a core to itself."""
     import torch
 
@@ -126,9 +126,11 @@ def _claim_device(plan: Plan, options: RunOptions, role: "Role", card: int | Non
     from llmpq.runtime.rehearsal import own_core
 
     rehearsed = bool(plan.cluster.rehearse)
+    _, card = seats[role.rank]
     if card is not None:
         return card_device(card)
-    if not rehearsed and options.device == "auto":
+    others_have_cards = any(taken is not None for _, taken in seats)
+    if not rehearsed and (options.device == "auto" or others_have_cards):
         return torch.device("cpu")
     auto_on_cpu = rehearsed and options.device == "auto"
     device = choose_device("cpu" if auto_on_cpu else options.device, role)
