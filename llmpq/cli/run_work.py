@@ -49,6 +49,7 @@ def _begin(
     """The workers' seats, and the input. Bad input is said once on each machine."""
     from llmpq.runtime.cards import find_seats
 
+    worker = None
     try:
         seats, without_cards = find_seats(plan, role, options.device)
         worker, _ = seats[role.rank]
@@ -57,7 +58,7 @@ def _begin(
             _warn_of_cpu(plan, options)
         return seats, prepare(plan, options, leads=worker == 0)
     except UserError:
-        if role.local_rank == 0:
+        if role.local_rank == 0 or worker == 0:  # the leader reads what others do not
             raise
         sys.exit(UserError.exit_code)  # the first worker on this machine finds and says the same
 
