@@ -96,7 +96,14 @@ def take_seats(processes: Sequence[Process], plan: Plan, with_cards: bool) -> li
         lambda host, part: _preference(tried[host, part], groups[host], host, parts, part),
     )
     if len(found) < len(groups):
-        return _refusal(groups, parts, found, tried)
+        refusal, nodes = _refusal(groups, parts, found, tried), parts_of(plan)
+        if len(groups) == len(nodes):
+            return refusal
+        names = ", ".join(part.name for part in nodes)
+        return Refusal(
+            f"{refusal.reason}\nthe plan is for {len(nodes)} nodes ({names}), and was started on "
+            f"{len(groups)}: llmpq-run --dry-run prints the command of each"
+        )
     seats = {
         process.rank: seat
         for host, part in found.items()

@@ -4,7 +4,8 @@ All input is checked as for a run: plan, model folder (every tensor's presence a
 headers of its files), prompts, output. Memory is what the planner counts for the plan's own
 workload, of each device where several share a stage; times are the plan's predictions.
 
-Not covered: whether the devices of the cluster are really there, and other workers' disks.
+Cards are compared with the plan where this machine has some and is the plan's only node or has a
+node's name. Not covered: other machines' cards and disks.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import click
 
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict
 from llmpq.cli.common import ARGUMENTS, console, emit
+from llmpq.cli.dry_cards import card_lines
 from llmpq.cli.kernel_notes import kernel_lines
 from llmpq.cli.run_options import RunOptions
 from llmpq.cluster import GIB, MIB
@@ -81,6 +83,7 @@ class DryRun(Strict):
     prompts: PromptsPreview
     kernels: list[str] = []
     launch: list[str] = []
+    cards: list[str] = []
     predicted: Predicted | None
     notes: list[str]
     provenance: Provenance
@@ -114,6 +117,7 @@ def show(plan: Plan, options: RunOptions) -> None:
         prompts=prompts,
         kernels=_kernels(plan, options),
         launch=launch_lines(plan, _words()),
+        cards=card_lines(plan, options),
         predicted=plan.predicted,
         notes=[
             *_notes(plan, stages, prompts, prepared.weights.note(plan.precisions)),
@@ -306,7 +310,7 @@ def render(out: "Console", plan: Plan, found: DryRun) -> None:
         )
     for line in found.kernels:
         out.print(escape(line), soft_wrap=True)
-    for line in found.launch:
+    for line in [*found.cards, *found.launch]:
         out.print(escape(line), soft_wrap=True)
     for note in found.notes:
         out.print(f"[yellow]note:[/] {escape(note)}")

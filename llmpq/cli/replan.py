@@ -27,6 +27,7 @@ from llmpq.workload import Workload, request_lengths
 if TYPE_CHECKING:
     from llmpq.costs.latency import LayerTimes
     from llmpq.costs.quality import QualityModel
+    from llmpq.placement import FoundCard
     from llmpq.planner.problem import Problem
 
 PLANNING_S = 30.0  # at most, for one new plan
@@ -313,11 +314,32 @@ def _cards(plan: Plan, options: RunOptions) -> list[str]:
     """The CUDA cards here, the workers' own first; empty where workers have none of their own."""
     if options.device == "cpu" or (plan.cluster.rehearse and options.device == "auto"):
         return []
-    import torch
+    from llmpq.runtime.cards import visible_cards
 
+    visible = visible_cards()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cards = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-    return cards if len(cards) >= len(places(plan)) else []
+    names = named.split(",") if named else [str(card.index) for card in visible]
+    on_cpus = any(plan.cluster.kind_of(name) == "cpu" for _, name in places(plan))
+    if on_cpus or len(names) < max(len(visible), len(places(plan))):
+        return []
+    return in_workers_order(names, plan, visible)
+
+
+def in_workers_order(names: Sequence[str], plan: Plan, visible: "Sequence[FoundCard]") -> list[str]:
+    """The names of the visible cards: first those that the workers take, by rank.
+
+    As they are where the run will be refused or the cards are shared.
+    """
+    from llmpq.placement import Refusal, match_cards
+    from llmpq.seats import planned_devices
+
+    found = (
+        Refusal("shared") if plan.cluster.rehearse else match_cards(visible, planned_devices(plan))
+    )
+    if isinstance(found, Refusal):
+        return list(names)
+    taken = [card.index for card in found if card is not None]
+    return [names[i] for i in [*taken, *(i for i in range(len(names)) if i not in taken)]]
 
 
 def cards_left(cards: Sequence[str], old: Plan, lost: Sequence[int], new: Plan) -> list[str]:

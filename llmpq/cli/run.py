@@ -244,7 +244,7 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
     if role.size != len(names):
         raise UserError(
             f"{options.plan}: the plan has {len(names)} stages but torchrun started "
-            f"{role.size} processes; use --nproc-per-node {len(names)}"
+            f"{role.size} processes; {_how_many(plan)}"
         )
     speaks = role.local_rank == 0
     if speaks and SUPERVISED not in os.environ:
@@ -264,6 +264,17 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
     if failed is not None and SUPERVISED not in os.environ:
         monitor.wait_for_others(END_S)
     _raise(failed)
+
+
+def _how_many(plan: Plan) -> str:
+    """Processes to start, on each node."""
+    from llmpq.seats import parts_of
+
+    parts = parts_of(plan)
+    if len(parts) == 1:
+        return f"use --nproc-per-node {len(parts[0].workers)}"
+    counts = [f"--nproc-per-node {len(part.workers)} on {part.name}" for part in parts]
+    return f"use {', '.join(counts)} (--dry-run prints the command of each node)"
 
 
 def _raise(failed: FailedRequests | None) -> None:

@@ -49,6 +49,7 @@ def _begin(
     """The workers' seats, and the input. Bad input is said once on each machine."""
     from llmpq.runtime.cards import find_seats
 
+    worker = None
     try:
         seats, without_cards = find_seats(plan, role, options.device)
         worker, _ = seats[role.rank]
@@ -57,7 +58,7 @@ def _begin(
             _warn_of_cpu(plan, options)
         return seats, prepare(plan, options, leads=worker == 0)
     except UserError:
-        if role.local_rank == 0:
+        if role.local_rank == 0 or worker == 0:  # the leader reads what others do not
             raise
         sys.exit(UserError.exit_code)  # the first worker on this machine finds and says the same
 
@@ -84,12 +85,12 @@ def _work(
     from llmpq.runtime.monitor import restarts
     from llmpq.runtime.process import connect
 
-    worker, card = seats[role.rank]
+    worker, _ = seats[role.rank]
     results = open_results(plan, options, prepared) if worker == 0 else None
     under_torchrun = role.size > 1 and SUPERVISED not in os.environ
     if results is not None and restarts() and results.failed and is_all_done(results, prepared):
         return told_outcome(results, prepared, options, under_torchrun)  # ends the others too
-    device = _claim_device(plan, options, role, card)
+    device = _claim_device(plan, options, role, seats)
     transport, group = connect(role, device, stage_ranks(plan, seats))
     try:
         engine = _engine(plan, options, prepared, device, transport, group)
@@ -121,7 +122,7 @@ def _work(
     return None
 
 
-def _claim_device(plan: Plan, options: RunOptions, role: "Role", card: int | None) -> Any:
+def _claim_device(plan: Plan, options: RunOptions, role: "Role", seats: list[Seat]) -> Any:
     """The device of this process; a rehearsed one on the CPU has a core to itself."""
     import torch
 
@@ -129,9 +130,11 @@ def _claim_device(plan: Plan, options: RunOptions, role: "Role", card: int | Non
     from llmpq.runtime.rehearsal import own_core
 
     rehearsed = bool(plan.cluster.rehearse)
+    _, card = seats[role.rank]
     if card is not None:
         return card_device(card)
-    if not rehearsed and options.device == "auto":
+    others_have_cards = any(taken is not None for _, taken in seats)
+    if not rehearsed and (options.device == "auto" or others_have_cards):
         return torch.device("cpu")
     auto_on_cpu = rehearsed and options.device == "auto"
     device = choose_device("cpu" if auto_on_cpu else options.device, role)

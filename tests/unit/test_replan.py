@@ -1,11 +1,14 @@
 """New plans for what is left of a cluster, without any process."""
 
 import pytest
+from test_placement import T4, V100, found
+from test_seats import make_plan as seated_plan
 
 from llmpq.artifact import write_json
 from llmpq.cli.replan import (
     ReplanOptions,
     cards_left,
+    in_workers_order,
     places,
     plan_without,
     survey,
@@ -115,6 +118,13 @@ def test_a_card_stays_with_the_kind_of_worker_it_had():
     # What the old plan left out is the card where nothing ran.
     assert cards_left(["0", "1", "2", "3"], old, [2], new) == ["3", "1", "0"]
     assert cards_left([], old, [0], new) == []
+
+
+def test_cards_are_those_that_the_workers_take():
+    """A card that is lost with its worker must be the one that is left out."""
+    plan = seated_plan(("a", "t4-16g"), ("a", "v100-32g"))
+    assert in_workers_order(["5", "6", "7"], plan, found(V100, T4, T4)) == ["6", "5", "7"]
+    assert in_workers_order(["5"], plan, found(T4)) == ["5"]
 
 
 # ---- what must fit

@@ -131,6 +131,12 @@ def test_where_no_card_helps_the_refusal_says_so():
     assert "no CUDA_VISIBLE_DEVICES would help" in text
 
 
+def test_a_plan_of_several_nodes_started_on_one_that_lacks_the_cards():
+    text = reason(launched(("x", 3), cards=((T4, T4),)), make_plan(*MIXED))
+    assert "no card is left for stage 2 (v100-32g)" in text
+    assert "the plan is for 2 nodes (a, b), and was started on 1" in text and "--dry-run" in text
+
+
 def test_another_number_of_processes_on_a_host():
     plan = make_plan(("a", "t4-16g"), ("b", "t4-16g"), ("a", "t4-16g"), ("b", "t4-16g"))
     text = reason(launched(("x", 1), ("y", 3)), plan, with_cards=False)
