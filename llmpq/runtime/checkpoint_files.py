@@ -86,9 +86,7 @@ def weights_file(folder: Path) -> Path:
         if Path(named).name != named or not named.endswith((".safetensors", ".index.json")):
             raise UserError(f"{path}: 'transformers_weights' {named!r} names no safetensors here")
         if not (folder / named).is_file():
-            raise UserError(
-                f"{folder / named}: missing, but {path} names it"
-            )
+            raise UserError(f"{folder / named}: missing, but {path} names it")
         return folder / named
     for name in STANDARD:
         if (folder / name).is_file():
