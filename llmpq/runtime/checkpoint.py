@@ -21,7 +21,7 @@ from llmpq.quant import PackedWeight, TensorPart
 from llmpq.runtime.checkpoint_files import Stored, find_weights, load_bin, reading
 from llmpq.runtime.fingerprint import fingerprint
 from llmpq.runtime.float8 import float8_of
-from llmpq.runtime.prequantized import packing_of
+from llmpq.runtime.prequantized import OLD_GPTQ, packing_of
 
 ROWS_AT_ONCE = 4096  # of two matrices that are compared
 
@@ -108,7 +108,8 @@ class Checkpoint:
     @property
     def stamp(self) -> str:
         """Another one when any file has changed, by path, size and times; reads none of them."""
-        paths = {self.folder / "config.json", *self._paths}
+        settings = (self.folder / name for name in ("config.json", OLD_GPTQ))
+        paths = {*settings, *self._paths}
         stats = [(path.resolve(), path.stat()) for path in sorted(paths) if path.is_file()]
         seen = [f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for p, s in stats]
         return hashlib.sha256("\n".join(seen).encode()).hexdigest()

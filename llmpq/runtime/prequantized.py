@@ -33,6 +33,7 @@ from llmpq.quant import PackedWeight
 from llmpq.quant.packing import unpack_words
 
 BITS = (3, 4, 8)
+OLD_GPTQ = "quantize_config.json"  # AutoGPTQ's settings, beside config.json
 WHAT_LOADS = (
     "what loads is gptq (3, 4 or 8 bits), compressed-tensors (pack-quantized or int-quantized, "
     "3, 4 or 8 bits), fp8 with weight_scale_inv, or weights that are not quantised"
@@ -95,7 +96,7 @@ def settings_of(folder: Path) -> tuple[Any, Path]:
         return config["quantization_config"], path
     if isinstance(config.get("compression_config"), dict):  # of compressed-tensors up to 0.6
         return {"quant_method": "compressed-tensors"} | config["compression_config"], path
-    old, modelopt = path.with_name("quantize_config.json"), path.with_name("hf_quant_config.json")
+    old, modelopt = path.with_name(OLD_GPTQ), path.with_name("hf_quant_config.json")
     settings = parse_json(old) if old.is_file() else None
     if isinstance(settings, dict) and "bits" in settings:  # AutoGPTQ up to 0.4
         return {"quant_method": "gptq"} | settings, old

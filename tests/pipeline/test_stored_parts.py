@@ -63,12 +63,23 @@ def other_buffers(tensors):
         if name.endswith(("act_fn.beta", "act_fn.eps")):
             layer = int(name.split(".")[2])
             tensors[name] = torch.tensor(0.3 + layer if name.endswith("beta") else -0.1 * layer)
+        if name.endswith("layer_scalar"):
+            tensors[name] = torch.tensor([0.5 + 0.2 * int(name.split(".")[2])])
 
 
-@pytest.mark.parametrize("ends", [[4], [1, 4]])
-def test_stored_buffers_are_served_on_every_stage(tmp_path, ends):
-    model = expected(write(tmp_path, "apertus", other_buffers, **PLAIN_ROPE))
-    assert model.generate(ends) == model.expected
+# Families of which transformers stores buffers, and a configuration that llmpq serves.
+BUFFERED = {
+    "apertus": PLAIN_ROPE,
+    "gemma4_unified_text": {"head_dim": 8, "global_head_dim": 8, "num_kv_shared_layers": 0}
+    | {"hidden_size_per_layer_input": 0},
+}
+
+
+@pytest.mark.parametrize("family", BUFFERED)
+def test_stored_buffers_are_served_on_every_stage(tmp_path, family):
+    model = expected(write(tmp_path, family, other_buffers, **BUFFERED[family]))
+    for ends in ([4], [1, 4]):
+        assert model.generate(ends) == model.expected
 
 
 def test_a_stored_buffer_that_is_missing_is_named(tmp_path):
