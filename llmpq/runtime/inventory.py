@@ -49,7 +49,9 @@ REDUNDANT = (
 PREFIXES = {
     "module.": "as data-parallel training saves; save model.module instead",
     "_orig_mod.": "as a compiled model saves; save model._orig_mod instead",
-    "base_model.model.": "of a PEFT model; merge its adapter first (merge_and_unload)",
+    "_fsdp_wrapped_module.": "as sharded training saves; gather the full state and save that",
+    "language_model.": "of a model of text and images; save its text model alone",
+    "base_model.model.": "as of a PEFT model; merge its adapter first (merge_and_unload)",
 }
 
 
@@ -114,7 +116,8 @@ def _refuse_missing(weights: Checkpoint, wanted: dict[str, RawTensor], left: Seq
         return
     prefix = _prefix(missing, left)
     if prefix is not None:
-        why = PREFIXES.get(prefix, "which this type of model has not; its text model alone loads")
+        whys = [why for part, why in PREFIXES.items() if f".{prefix}".endswith(f".{part}")]
+        why = whys[0] if whys else "which this type of model has not; save it without"
         raise UserError(f"{weights.folder}: names of tensors start with '{prefix}', {why}")
     more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""
     if missing == ["lm_head.weight"]:
