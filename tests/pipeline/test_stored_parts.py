@@ -15,6 +15,7 @@ from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.loader import load_stage
+from llmpq.runtime.local import generate_locally
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -112,6 +113,15 @@ def head_only(tensors):
 def test_a_stored_head_counts_more_than_a_tied_flag(tmp_path, change, ends):
     model = expected(write(tmp_path, "llama", change, tie_word_embeddings=True))
     assert model.generate(ends) == model.expected
+
+
+@pytest.mark.parametrize("change", [own_head, equal_head])
+def test_devices_that_share_a_stage_cut_the_stored_head(tmp_path, change):
+    model = expected(write(tmp_path, "llama", change, tie_word_embeddings=True))
+    plan = model.plan([4])
+    shared = plan.stages[0].model_copy(update={"devices": ["t4-16g"] * 2, "tensor_parallel": 2})
+    plan = plan.model_copy(update={"stages": [shared]})
+    assert generate_locally(plan, tmp_path, model.requests) == model.expected
 
 
 def test_a_head_that_equals_the_embedding_is_held_once(tmp_path):
