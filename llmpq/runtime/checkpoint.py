@@ -20,7 +20,8 @@ from llmpq.errors import UserError
 from llmpq.quant import PackedWeight, TensorPart
 from llmpq.runtime.checkpoint_files import Stored, find_weights, load_bin, reading
 from llmpq.runtime.fingerprint import fingerprint
-from llmpq.runtime.prequantized import packing_of
+from llmpq.runtime.float8 import float8_of
+from llmpq.runtime.prequantized import OLD_GPTQ, packing_of
 
 ROWS_AT_ONCE = 4096  # of two matrices that are compared
 
@@ -52,18 +53,21 @@ class Checkpoint:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such model directory")
         self._stored = find_weights(folder)
-        self._packing = packing_of(folder)
+        self._packing, self._float8 = packing_of(folder), float8_of(folder)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor called `name`, dequantised if need be; `shape` is what config.json implies."""
         packed = self.packed(name, shape)
-        return self.tensor(name, shape) if packed is None else packed.dequantized()
+        if packed is not None:
+            return packed.dequantized()
+        if self._float8 is not None and self.is_float8(name):
+            return self._float8.read(name.removesuffix(".weight"), shape, self)
+        return self.tensor(name, shape)
 
     def read_part(self, name: str, shape: tuple[int, ...], part: TensorPart) -> torch.Tensor:
         """A part of a tensor; of a safetensors file no other bytes are read."""
-        packed = self.packed(name, shape)
-        if packed is not None:
-            return part.of(packed.dequantized())
+        if self.is_packed(name) or self.is_float8(name):
+            return part.of(self.read(name, shape))
         return self.tensor(name, shape, part)
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
@@ -78,7 +82,7 @@ class Checkpoint:
 
     def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
         """Whether two matrices that files hold are the same; reads some rows of each at a time."""
-        if self.is_packed(first) or self.is_packed(second):
+        if any(self.is_packed(name) or self.is_float8(name) for name in (first, second)):
             return False
         for start in range(0, shape[0], ROWS_AT_ONCE):
             part = TensorPart(0, start, min(start + ROWS_AT_ONCE, shape[0]), shape[0])
@@ -88,6 +92,11 @@ class Checkpoint:
 
     def note(self, precisions: Collection[str]) -> str | None:
         """What a plan with these precisions does to weights that are quantised already."""
+        if self._float8 is not None:
+            return (
+                f"{self.folder}: the weights are float8; they are turned into 16 bits, and rounded "
+                "a second time below that"
+            )
         if self._packing is None or set(precisions) <= self._packing.precisions:
             return None
         own = ", ".join(sorted(self._packing.precisions))
@@ -99,7 +108,8 @@ class Checkpoint:
     @property
     def stamp(self) -> str:
         """Another one when any file has changed, by path, size and times; reads none of them."""
-        paths = {self.folder / "config.json", *self._paths}
+        settings = (self.folder / name for name in ("config.json", OLD_GPTQ))
+        paths = {*settings, *self._paths}
         stats = [(path.resolve(), path.stat()) for path in sorted(paths) if path.is_file()]
         seen = [f"{p} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for p, s in stats]
         return hashlib.sha256("\n".join(seen).encode()).hexdigest()
@@ -120,11 +130,11 @@ class Checkpoint:
 
     def sources(self, name: str) -> list[str]:
         """The stored names that the tensor `name` is read from; several for a quantised one."""
-        if not self.is_packed(name):
+        held = self._packing if self.is_packed(name) else self._float8
+        if held is None or not (self.is_packed(name) or self.is_float8(name)):
             return [alias for alias in _aliases(name) if alias in self._stored]
-        assert self._packing is not None
         linears = _aliases(name.removesuffix(".weight"))
-        parts = [f"{linear}.{part}" for linear in linears for part in self._packing.parts]
+        parts = [f"{linear}.{part}" for linear in linears for part in held.parts]
         return [part for part in parts if part in self._stored]
 
     def stored_bytes(self, name: str, shape: tuple[int, ...]) -> int:
@@ -160,6 +170,11 @@ class Checkpoint:
         stored = next((n for n in _aliases(name) if n in self._stored), name)
         path = self._stored[stored].path if stored in self._stored else self.folder
         return UserError(f"{path}: tensor '{stored}' {reason}")
+
+    def is_float8(self, name: str) -> bool:
+        """Whether the weight is float8 with scales."""
+        linear = name.removesuffix(".weight")
+        return self._float8 is not None and linear != name and self._float8.holds(linear, self)
 
     def is_packed(self, name: str) -> bool:
         """Whether the weight is quantised already."""

@@ -5,11 +5,12 @@ frequencies that follow from config.json, masks, biases of zeros, what the model
 transformers ignores, layers that predict further tokens); or part of a format of quantized weights
 that is refused by name. Anything else is refused too, since a part that is left out changes what
 the model says. So are tensors that are missing, misshapen, or of a type that is no weight.
-Not covered: values, which are read when weights are loaded.
+Not covered: values, which are read when weights are loaded, but for one quantized weight.
 """
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from llmpq.models.stage_model import LayerRange, RawTensor, StageModel
 from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.checkpoint_files import Stored, unread
 
-PLAIN = "what loads: safetensors of 16 or 32 bits, gptq, compressed-tensors integers"
+PLAIN = "what loads: plain weights; gptq, compressed-tensors or fp8 by config.json"
 # Ends of the names of tensors that only quantized weights, or adapters, have.
 FORMATS = (
     (r"\.weight_scale_inv$", "weights with scales by block that are not applied"),
@@ -48,7 +49,9 @@ REDUNDANT = (
 PREFIXES = {
     "module.": "as data-parallel training saves; save model.module instead",
     "_orig_mod.": "as a compiled model saves; save model._orig_mod instead",
-    "base_model.model.": "of a PEFT model; merge its adapter first (merge_and_unload)",
+    "_fsdp_wrapped_module.": "as sharded training saves; gather the full state and save that",
+    "language_model.": "of a model of text and images; save its text model alone",
+    "base_model.model.": "as of a PEFT model; merge its adapter first (merge_and_unload)",
 }
 
 
@@ -67,6 +70,7 @@ def check_checkpoint(config: Any, weights: Checkpoint) -> list[str]:
     _refuse_missing(weights, wanted, left)
     for raw in wanted.values():
         _check_tensor(stage, weights, raw)
+    _try_one(weights, wanted.values())
     left = _unknown(stage, weights, left)
     later = _later_layers(stage, weights, left)
     _refuse_rest(stage, weights, [name for name in left if name not in later])
@@ -112,7 +116,8 @@ def _refuse_missing(weights: Checkpoint, wanted: dict[str, RawTensor], left: Seq
         return
     prefix = _prefix(missing, left)
     if prefix is not None:
-        why = PREFIXES.get(prefix, "which this type of model has not; its text model alone loads")
+        whys = [why for part, why in PREFIXES.items() if f".{prefix}".endswith(f".{part}")]
+        why = whys[0] if whys else "which this type of model has not; save it without"
         raise UserError(f"{weights.folder}: names of tensors start with '{prefix}', {why}")
     more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""
     if missing == ["lm_head.weight"]:
@@ -133,11 +138,18 @@ def _prefix(missing: Iterable[str], left: Sequence[str]) -> str | None:
 
 def _check_tensor(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> None:
     """The shape, and that numbers are floats which mean what they say."""
-    if not weights.is_packed(raw.name):
+    if not weights.is_packed(raw.name) and not weights.is_float8(raw.name):
         _check_plain(stage, weights, raw)
     elif raw.name in weights and raw.name not in weights.sources(raw.name):
         raise weights.fault(raw.name, "is there beside its codes; remove whichever is old")
     weights.stored_bytes(raw.name, raw.shape)
+
+
+def _try_one(weights: Checkpoint, wanted: Iterable[RawTensor]) -> None:
+    """Reads the first weight that comes quantised: settings that fit none are found so."""
+    held = (raw for raw in wanted if weights.is_packed(raw.name) or weights.is_float8(raw.name))
+    for raw in islice(held, 1):
+        weights.read(raw.name, raw.shape)
 
 
 def _check_plain(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> None:

@@ -14,8 +14,8 @@ int32 words hold codes from the lowest bit up:
 Codes of 3 bits run on across words; compressed-tensors did so only from 0.18 on, and put 10 of them
 in a word before. Linears that have no such tensors are read as they are. Zeros and codes come out
 unsigned (`PackedWeight`).
-Not covered: other bits than 3, 4 and 8, floats of 8 and 4 bits, AWQ, sparse weights, scales of
-activations (those are quantised a token at a time, whatever the file says).
+Not covered: other bits than 3, 4 and 8, floats of 8 (see `float8`) and 4 bits, AWQ, sparse
+weights, scales of activations (those are quantised a token at a time, whatever the file says).
 """
 
 import re
@@ -33,9 +33,10 @@ from llmpq.quant import PackedWeight
 from llmpq.quant.packing import unpack_words
 
 BITS = (3, 4, 8)
+OLD_GPTQ = "quantize_config.json"  # AutoGPTQ's settings, beside config.json
 WHAT_LOADS = (
     "what loads is gptq (3, 4 or 8 bits), compressed-tensors (pack-quantized or int-quantized, "
-    "3, 4 or 8 bits), or weights that are not quantised"
+    "3, 4 or 8 bits), fp8 with weight_scale_inv, or weights that are not quantised"
 )
 ONE_A_CODE = {4: 0x11111111, 8: 0x01010101}  # a word with each of its codes one up
 DENSE_SINCE = (0, 18)  # compressed-tensors: codes of 3 bits run on across words
@@ -72,12 +73,12 @@ def packing_of(folder: Path) -> Packing | None:
 
     Raises `UserError` where it is in a way that cannot be read.
     """
-    path = folder / "config.json"
-    config = parse_json(path) if path.is_file() else None
-    settings, path = _settings(config if isinstance(config, dict) else {}, path)
+    settings, path = settings_of(folder)
     if settings is None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method == "fp8":  # no codes; see `float8`
+        return None
     if method == "gptq":
         return Gptq(settings, path)
     if method == "compressed-tensors":
@@ -85,13 +86,17 @@ def packing_of(folder: Path) -> Packing | None:
     raise UserError(f"{path}: weights quantised by {method!r} cannot be read; {WHAT_LOADS}")
 
 
-def _settings(config: Mapping[str, Any], path: Path) -> tuple[Any, Path]:
+def settings_of(folder: Path) -> tuple[Any, Path]:
     """How weights are quantised, and the file that says so: config.json, or one beside it."""
+    path = folder / "config.json"
+    config = parse_json(path) if path.is_file() else None
+    if not isinstance(config, dict):
+        return None, path
     if config.get("quantization_config") is not None:
         return config["quantization_config"], path
     if isinstance(config.get("compression_config"), dict):  # of compressed-tensors up to 0.6
         return {"quant_method": "compressed-tensors"} | config["compression_config"], path
-    old, modelopt = path.with_name("quantize_config.json"), path.with_name("hf_quant_config.json")
+    old, modelopt = path.with_name(OLD_GPTQ), path.with_name("hf_quant_config.json")
     settings = parse_json(old) if old.is_file() else None
     if isinstance(settings, dict) and "bits" in settings:  # AutoGPTQ up to 0.4
         return {"quant_method": "gptq"} | settings, old

@@ -15,6 +15,7 @@ from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.loader import load_stage
+from llmpq.runtime.local import generate_locally
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -63,12 +64,23 @@ def other_buffers(tensors):
         if name.endswith(("act_fn.beta", "act_fn.eps")):
             layer = int(name.split(".")[2])
             tensors[name] = torch.tensor(0.3 + layer if name.endswith("beta") else -0.1 * layer)
+        if name.endswith("layer_scalar"):
+            tensors[name] = torch.tensor([0.5 + 0.2 * int(name.split(".")[2])])
 
 
-@pytest.mark.parametrize("ends", [[4], [1, 4]])
-def test_stored_buffers_are_served_on_every_stage(tmp_path, ends):
-    model = expected(write(tmp_path, "apertus", other_buffers, **PLAIN_ROPE))
-    assert model.generate(ends) == model.expected
+# Families of which transformers stores buffers, and a configuration that llmpq serves.
+BUFFERED = {
+    "apertus": PLAIN_ROPE,
+    "gemma4_unified_text": {"head_dim": 8, "global_head_dim": 8, "num_kv_shared_layers": 0}
+    | {"hidden_size_per_layer_input": 0},
+}
+
+
+@pytest.mark.parametrize("family", BUFFERED)
+def test_stored_buffers_are_served_on_every_stage(tmp_path, family):
+    model = expected(write(tmp_path, family, other_buffers, **BUFFERED[family]))
+    for ends in ([4], [1, 4]):
+        assert model.generate(ends) == model.expected
 
 
 def test_a_stored_buffer_that_is_missing_is_named(tmp_path):
@@ -101,6 +113,15 @@ def head_only(tensors):
 def test_a_stored_head_counts_more_than_a_tied_flag(tmp_path, change, ends):
     model = expected(write(tmp_path, "llama", change, tie_word_embeddings=True))
     assert model.generate(ends) == model.expected
+
+
+@pytest.mark.parametrize("change", [own_head, equal_head])
+def test_devices_that_share_a_stage_cut_the_stored_head(tmp_path, change):
+    model = expected(write(tmp_path, "llama", change, tie_word_embeddings=True))
+    plan = model.plan([4])
+    shared = plan.stages[0].model_copy(update={"devices": ["t4-16g"] * 2, "tensor_parallel": 2})
+    plan = plan.model_copy(update={"stages": [shared]})
+    assert generate_locally(plan, tmp_path, model.requests) == model.expected
 
 
 def test_a_head_that_equals_the_embedding_is_held_once(tmp_path):

@@ -129,7 +129,9 @@ def test_a_weight_beside_its_codes(folder):
         ("module.", "data-parallel"),
         ("_orig_mod.", "compiled"),
         ("base_model.model.", "merge"),
-        ("language_model.", "text model alone"),
+        ("model.language_model.", "text model alone"),
+        ("_fsdp_wrapped_module.", "gather"),
+        ("inner.", "which this type of model has not"),
     ],
 )
 def test_names_with_a_prefix(folder, prefix, what):

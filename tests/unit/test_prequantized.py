@@ -473,7 +473,7 @@ def bad_group(**changes: Any) -> dict[str, Any]:
     ("changes", "message"),
     [
         ({"quant_method": "awq"}, "'awq' cannot be read; what loads is gptq"),
-        ({"quant_method": "fp8"}, "'fp8' cannot be read"),
+        ({"quant_method": "quanto"}, "'quanto' cannot be read"),
         ({"quant_method": None}, "None cannot be read"),
         ({"bits": 2}, "weights of 2 bits cannot be read"),
         ({"bits": None}, "weights of None bits cannot be read"),
