@@ -62,7 +62,11 @@ def prefill(
     """
     hidden = stage.embed(given[first:end]) if stage.layers.is_first else given[first:end]
     positions = torch.arange(job.begin, job.end, device=stage.device).expand(end - first, -1)
-    return stage.run(hidden, positions, cache.prefill(job, first, end, stage.device))
+    lengths = None
+    if stage.looks_at_lengths:
+        counts = torch.tensor([member.prompt_tokens for member in job.members[first:end]])
+        lengths = on_device(counts, stage.device)
+    return stage.run(hidden, positions, cache.prefill(job, first, end, stage.device), lengths)
 
 
 class DecodeSteps:
