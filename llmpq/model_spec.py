@@ -18,7 +18,6 @@ of layer.
 import contextlib
 import hashlib
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from pydantic import Field
 from llmpq import __version__
 from llmpq.artifact import Strict, cache_folder, parse_json, write_text
 from llmpq.errors import UserError
+from llmpq.model_known import is_known, num_experts, with_floats
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = "tiny-tales"  # ships inside the package
@@ -43,11 +43,6 @@ TESTED = frozenset(
     {"opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text"}
     | {"granite"}
 )
-# Settings with which every family in the table is known to work.
-ROPE_TYPES = {"default", "linear", "dynamic", "yarn", "llama3"}
-ACTIVATIONS = {"silu", "swish", "gelu", "relu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"}
-NUM_EXPERTS = r"(moe_)?(num|n)_(local_|routed_)?experts"
-ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 
 ALL_HEADS = "as many key-value heads"  # the table of activations: heads that are not grouped
 
@@ -232,7 +227,8 @@ def load_model_spec(model: str) -> ModelSpec:
     config = read_config(path)
     if not isinstance(config.get("model_type"), str) or config["model_type"] in FAMILIES:
         spec = spec_from_config(config, name=model, source=str(path))
-        if _is_known(config, spec):
+        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        if is_known(config, spec.num_layers, heads):
             return spec
     refuse_plainly(config, str(path))
     return _judged(config, path).model_copy(update={"name": model})
@@ -240,47 +236,10 @@ def load_model_spec(model: str) -> ModelSpec:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The settings in a `config.json`, its special numbers as transformers reads them."""
-    config = _with_floats(parse_json(path))
+    config = with_floats(parse_json(path))
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a model configuration, found {type(config).__name__}")
     return config
-
-
-def _with_floats(value: Any) -> Any:
-    """transformers writes infinity and NaN, which JSON lacks, as {"__float__": "Infinity"}."""
-    if isinstance(value, dict):
-        if value.get("__float__") in ("Infinity", "-Infinity", "NaN") and len(value) == 1:
-            return float(value["__float__"])
-        return {key: _with_floats(each) for key, each in value.items()}
-    return [_with_floats(each) for each in value] if isinstance(value, list) else value
-
-
-def _is_known(config: dict[str, Any], spec: ModelSpec) -> bool:
-    """Whether a model of a family in the table has settings that are known to work."""
-    ropes = [config.get("rope_scaling"), config.get("rope_parameters")]
-    ropes += [each for rope in ropes if isinstance(rope, dict) for each in rope.values()]
-    kinds = [r.get("rope_type") or r.get("type") for r in ropes if isinstance(r, dict)]
-    acts = [config[key] for key in ACTIVATION_KEYS if config.get(key) is not None]
-    whole = spec.num_heads % spec.num_kv_heads == 0
-    if config.get("head_dim") is None:
-        whole &= spec.hidden_size % spec.num_heads == 0
-    return (
-        whole
-        and all(kind is None or kind in ROPE_TYPES for kind in kinds)
-        and all(isinstance(act, str) and act in ACTIVATIONS for act in acts)
-    )
-
-
-def _num_experts(config: Any) -> int:
-    """The most experts that any setting speaks of, by its value; 0 or 1: there is no mixture."""
-    if not isinstance(config, dict):
-        return 0
-    found = [_num_experts(value) for value in config.values()]
-    for key, value in config.items():
-        if re.fullmatch(NUM_EXPERTS, str(key)):
-            values = value if isinstance(value, list) else [value]
-            found += [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
-    return max(found, default=0)
 
 
 def refuse_plainly(config: dict[str, Any], source: str) -> None:
@@ -293,7 +252,7 @@ def refuse_plainly(config: dict[str, Any], source: str) -> None:
             f"{source}: '{model_type}' is a model of text and something else (it has a "
             "'text_config'), which llmpq cannot load; use a text-only model of the family"
         )
-    if _num_experts(config) > 1:
+    if num_experts(config) > 1:
         raise UserError(f"{source}: mixture-of-experts models ({model_type}) are not supported")
 
 

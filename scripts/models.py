@@ -65,11 +65,14 @@ class Result:
 def settings_of(model_type: str) -> dict[str, Any]:
     """A small configuration: of the sizes above, those that the class has."""
     made = CONFIG_MAPPING[model_type]
-    own = made().to_dict()
+    try:
+        own = made().to_dict()
+    except Exception:  # there are classes whose defaults do not go together
+        own = SIZES
     names = getattr(made, "attribute_map", {})
     sizes = {names.get(key, key): value for key, value in SIZES.items()}
     known = {key: value for key, value in sizes.items() if key in own or key.endswith("_id")}
-    size = {"head_dim": 8} if isinstance(own.get("head_dim"), int) else {}
+    size = {"head_dim": 8} if "head_dim" in own else {}
     return {"model_type": model_type, **known, **size, **MORE.get(model_type, {})}
 
 

@@ -440,12 +440,14 @@ def count_model(path: Path) -> ModelSpec:
     stage = StageModel(config, whole, ["16"] * num_layers, torch.bfloat16, META)
     layers = stage.own_layers
     linears = _linears(layers[0])
+    kind = config.model_type
     if any("expert" in name for layer in layers for name, _ in layer.named_parameters()):
-        raise UserError(
-            f"{path}: mixture-of-experts models ({config.model_type}) are not supported"
-        )
+        raise UserError(f"{path}: mixture-of-experts models ({kind}) are not supported")
     if not linears or any(_linears(layer) != linears for layer in layers):
-        raise UserError(f"{path}: its layers have no linears, or differ from each other")
+        raise UserError(
+            f"{path}: layers of this '{kind}' model have no linears, or differ from each other, "
+            "which llmpq does not support"
+        )
     activations = count_activations([config], {})
     if activations != count_activations([config], {}, OTHER_PRIMES):
         raise UserError(f"{path}: what it has alive does not grow with its micro-batch")

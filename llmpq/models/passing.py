@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmpq.models.family import Family, find, replace
+
 
 class Passing:
     """Empties all `layers` but `first` up to `end`; `tuples`: layers give tuples of tensors."""
@@ -58,6 +60,34 @@ class _PassedOver:
             assert self.passing.received is not None
             hidden_states = self.passing.received
         return (hidden_states,) if self.tuples else hidden_states
+
+
+def pass_over(model: nn.Module, family: Family, is_first: bool, is_last: bool) -> None:
+    """Removes what other stages own beside layers."""
+    if not is_first:
+        replace(model, f"{family.decoder}.{family.embedding}", None)
+        for name in family.input:
+            _replace_if_there(model, f"{family.decoder}.{name}", nn.Identity())
+        for name in family.positions:
+            _replace_if_there(model, f"{family.decoder}.{name}", _Nothing())
+    if not is_last:
+        replace(model, family.head, None)
+        for name in family.final:
+            _replace_if_there(model, f"{family.decoder}.{name}", nn.Identity())
+
+
+def _replace_if_there(model: nn.Module, path: str, new: nn.Module) -> None:
+    """One without parameters costs nothing, and may act in two places (NanoChat's norm)."""
+    old = find(model, path)
+    if old is not None and next(old.parameters(), None) is not None:
+        replace(model, path, new)
+
+
+class _Nothing(nn.Module):
+    """Stands for learned positions on a stage that does not add them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(())
 
 
 class _Reached(Exception):

@@ -32,9 +32,9 @@ from transformers import (
 from llmpq.errors import UserError
 from llmpq.model_spec import read_config
 from llmpq.models.attention import implementation_for
-from llmpq.models.family import Family, family_of, find, replace
+from llmpq.models.family import family_of, find, replace
 from llmpq.models.lanes import StageCache
-from llmpq.models.passing import Passing, gives_tuples
+from llmpq.models.passing import Passing, gives_tuples, pass_over
 from llmpq.models.rope import decide_by_row
 from llmpq.models.sharding import (
     ALONE,
@@ -94,13 +94,6 @@ class RawTensor:
         return _part_of(self.module)
 
 
-class _Nothing(nn.Module):
-    """Stands for learned positions on a stage that does not add them."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros(())
-
-
 class StageModel(nn.Module):
     """Layers of a model at given precisions; `dtype` is that of activations and 16-bit weights.
 
@@ -133,7 +126,7 @@ class StageModel(nn.Module):
             ).eval()
         self.family = family_of(model, self.config.model_type)
         self.model = model
-        _pass_over(model, self.family, layers)
+        pass_over(model, self.family, layers.is_first, layers.is_last)
         self._passing = Passing(
             self.all_layers, layers.first, layers.end, _layers_give_tuples(self)
         )
@@ -349,25 +342,6 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
     for name, buffer in list(module.named_buffers(recurse=False)):
         persistent = name not in module._non_persistent_buffers_set
         module.register_buffer(name, buffer.to(device), persistent=persistent)
-
-
-def _pass_over(model: nn.Module, family: Family, layers: LayerRange) -> None:
-    """Removes what other stages own."""
-    if not layers.is_first:
-        replace(model, f"{family.decoder}.{family.embedding}", None)
-        for name in family.input:
-            _replace_if_there(model, f"{family.decoder}.{name}", nn.Identity())
-        for name in family.positions:
-            _replace_if_there(model, f"{family.decoder}.{name}", _Nothing())
-    if not layers.is_last:
-        replace(model, family.head, None)
-        for name in family.final:
-            _replace_if_there(model, f"{family.decoder}.{name}", nn.Identity())
-
-
-def _replace_if_there(model: nn.Module, path: str, new: nn.Module) -> None:
-    if find(model, path) is not None:
-        replace(model, path, new)
 
 
 def _raw_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

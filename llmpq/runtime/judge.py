@@ -36,8 +36,8 @@ def judge(path: Path) -> ModelSpec:
     except Exception as error:  # modules of any make raise anything
         reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"models of type '{kind}' keep or exchange something that llmpq does not know "
-            f"({type(error).__name__}: {reason})"
+            f"models of type '{kind}' are not supported: with llmpq's cache and attention their "
+            f"layers fail ({type(error).__name__}: {reason})"
         ) from None
     return spec
 

@@ -28,7 +28,7 @@ from llmpq.runtime.harness import Scorer
 from llmpq.runtime.loader import load_stage
 
 CPU = torch.device("cpu")
-LENGTHS, NEW_TOKENS = (13, 9, 6, 1), 4
+LENGTHS, NEW_TOKENS = (13, 7, 5, 1), 4
 VOCABULARY = 120
 WINDOW = 5  # of attention: shorter than most of the prompts
 SWITCH = 10  # the length at which positions change: some prompts are longer, none cross it
@@ -160,11 +160,11 @@ def _stages(config: Any, folder: Path, ends: Sequence[int]) -> list[StageModel]:
 def _own_logits(model: Any, prompt: list[int]) -> Tensor:
     """`[new tokens, V]` as transformers' `generate` computes them."""
     ids = torch.tensor([prompt])
+    model.generation_config.eos_token_id = None  # nothing ends a text early
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
         do_sample=False,
         pad_token_id=0,
         return_dict_in_generate=True,

@@ -115,6 +115,10 @@ def test_a_small_copy_keeps_the_kinds_of_layers() -> None:
     verify(config)
 
 
+def test_positions_that_change_by_length_are_tried_on_both_sides() -> None:
+    verify(AutoConfig.for_model("phi3", **SIZES | CASES["phi3"]))
+
+
 def test_a_pipeline_that_gives_other_logits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     config = AutoConfig.for_model("smollm3", **SIZES | CASES["smollm3"])
     run = StageModel.run

@@ -207,7 +207,7 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ({"model_type": "gpt2"}, "'gpt2' are laid out in a way llmpq does not know"),
         ({"model_type": "baichuan"}, "has no models of type 'baichuan'"),
-        ({"model_type": "youtu", **MLA}, "models of type 'youtu' keep or exchange something"),
+        ({"model_type": "youtu", **MLA}, "models of type 'youtu' are not supported"),
         ({"model_type": "qwen3_5_text", **MLA}, "differ from each other"),
         ({"model_type": "olmoe", **MLA, "num_experts": 1}, "mixture-of-experts"),
     ],
