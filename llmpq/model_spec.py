@@ -3,9 +3,12 @@
 `ModelSpec` holds what planning needs: the linear operators of a layer (they are what is
 quantised), the other parameters, the embedding, the head and the cache's width. Families are
 described in one small table each; tests compare the counts with transformers' own modules.
-A model of another family is counted on transformers' own modules by a process of its own, where
-torch and transformers are installed (llmpq.models.count), and the count is kept in the user's
-cache folder; else it is taken for LLaMA-shaped, and says so (`guessed`).
+`load_model_spec` is the one judgement of which models can be served, for planning and running.
+A family in the table with settings that are known to work is served. Any other model is judged on
+transformers' own modules by a process of its own (llmpq.runtime.judge), where torch and
+transformers are installed, and what was found is kept in the user's cache folder; elsewhere it is
+refused. `spec_from_config` judges nothing: it takes what is not known for LLaMA-shaped, and says so
+(`guessed`).
 `ModelSpec.shard` is what one of several devices holds when they share every layer (tensor
 parallelism, cut as in Megatron-LM, arXiv 1909.08053).
 Not covered: mixtures of experts, encoders, models of text and images, models with several kinds
@@ -28,11 +31,18 @@ from pydantic import Field
 from llmpq import __version__
 from llmpq.artifact import Strict, cache_folder, parse_json, write_text
 from llmpq.errors import UserError
+from llmpq.model_known import is_known, num_experts, with_floats
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = "tiny-tales"  # ships inside the package
-COUNT_LIMIT_S = 120.0
-COUNTED_WITH = ("torch", "transformers")  # what it takes to count a model of an unknown family
+JUDGE_LIMIT_S = 300.0
+JUDGED_WITH = ("torch", "transformers")  # what it takes to judge a model of an unknown family
+MOST_SAID = 290  # characters of a refusal
+# Families whose pipelines are tested to give the tokens of the whole model.
+TESTED = frozenset(
+    {"opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text"}
+    | {"granite"}
+)
 
 ALL_HEADS = "as many key-value heads"  # the table of activations: heads that are not grouped
 
@@ -164,6 +174,8 @@ class ModelSpec(Strict):
 
 def shard_faults(spec: ModelSpec, degree: int) -> list[str]:
     """Why `degree` devices cannot share a layer of this model; empty where they can."""
+    if spec.model_type not in TESTED:
+        return [f"how devices share the layers of '{spec.model_type}' models is not known"]
     faults = []
     for what, size in (("attention heads", spec.num_heads), ("feed-forward width", spec.ffn_size)):
         if size % degree:
@@ -207,52 +219,81 @@ def _cut(spec: ModelSpec, op: Linear, degree: int) -> Linear:
 
 
 def load_model_spec(model: str) -> ModelSpec:
-    """The spec of MODEL: a directory, a `config.json`, a cached hub id, or the shipped model."""
+    """The spec of MODEL: a directory, a `config.json`, a cached hub id, or the shipped model.
+
+    Raises `UserError` where llmpq cannot serve such a model, with the reason.
+    """
     path = config_path(model)
-    config = parse_json(path)
+    config = read_config(path)
+    if not isinstance(config.get("model_type"), str) or config["model_type"] in FAMILIES:
+        spec = spec_from_config(config, name=model, source=str(path))
+        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        if is_known(config, spec.num_layers, heads):
+            return spec
+    refuse_plainly(config, str(path))
+    return _judged(config, path).model_copy(update={"name": model})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a `config.json`, its special numbers as transformers reads them."""
+    config = with_floats(parse_json(path))
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a model configuration, found {type(config).__name__}")
-    counted = _counted_spec(config, path) if _is_unknown(config) else None
-    if counted is not None:
-        return counted.model_copy(update={"name": model})
-    return spec_from_config(config, name=model, source=str(path))
+    return config
 
 
-def _is_unknown(config: dict[str, Any]) -> bool:
-    """Of no family in the table, and nothing that is refused."""
-    known = config.get("model_type") in FAMILIES or not isinstance(config.get("model_type"), str)
-    return not known and "text_config" not in config and not _has_experts(config)
+def refuse_plainly(config: dict[str, Any], source: str) -> None:
+    """Refuses by the settings alone what needs no more to be refused."""
+    model_type = config["model_type"]
+    if not isinstance(config.get("text_config", {}), dict):
+        raise UserError(f"{source}: 'text_config' must be an object")
+    if "text_config" in config and model_type not in FAMILIES:
+        raise UserError(
+            f"{source}: '{model_type}' is a model of text and something else (it has a "
+            "'text_config'), which llmpq cannot load; use a text-only model of the family"
+        )
+    if num_experts(config) > 1:
+        raise UserError(f"{source}: mixture-of-experts models ({model_type}) are not supported")
 
 
-def _has_experts(config: dict[str, Any]) -> bool:
-    return any(k in config for k in ("num_experts", "num_local_experts", "n_routed_experts"))
-
-
-def _counted_spec(config: dict[str, Any], path: Path) -> ModelSpec | None:
-    """The spec as `llmpq.models.count` counts it; None where it cannot be counted."""
-    if not all(find_spec(name) for name in COUNTED_WITH):
-        return None
-    kept = cache_folder() / f"count-{_fingerprint(config)}.json"
-    try:
+def _judged(config: dict[str, Any], path: Path) -> ModelSpec:
+    """The spec as `llmpq.runtime.judge` finds it; raises `UserError` with what it says."""
+    if not all(find_spec(name) for name in JUDGED_WITH):
+        raise _refusal(
+            path,
+            f"whether llmpq can serve this '{config['model_type']}' model is judged with "
+            "transformers, which is not installed here: pip install 'llmpq[run]'",
+        )
+    kept = cache_folder() / f"judged-{_fingerprint(config)}.json"
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or broken: judge again
         return ModelSpec.model_validate_json(kept.read_bytes())
-    except (OSError, ValueError):
-        pass  # not there yet, or broken: count again
-    command = [sys.executable, "-m", "llmpq.models.count", str(path)]
+    command = [sys.executable, "-m", "llmpq.runtime.judge", str(path)]
     try:
-        done = subprocess.run(command, capture_output=True, check=True, timeout=COUNT_LIMIT_S)
-        spec = ModelSpec.model_validate_json(done.stdout)
-    except (subprocess.SubprocessError, ValueError):
-        return None
-    with contextlib.suppress(UserError):  # no cache: it is counted again next time
+        done = subprocess.run(command, capture_output=True, timeout=JUDGE_LIMIT_S)
+        spec = ModelSpec.model_validate_json(done.stdout) if done.returncode == 0 else None
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise _refusal(path, f"llmpq could not judge this model ({error})") from None
+    if spec is None:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason was given"]
+        raise _refusal(path, said[-1].removeprefix(f"{path}: "))
+    with contextlib.suppress(UserError):  # no cache: it is judged again next time
         write_text(kept, done.stdout.decode())
     return spec
 
 
+def _refusal(path: Path, reason: str) -> UserError:
+    """One line of at most `MOST_SAID` characters, unless the path alone is as long."""
+    room = max(120, MOST_SAID - len(f"{path}: "))
+    return UserError(f"{path}: {reason if len(reason) <= room else reason[: room - 3] + '...'}")
+
+
 def _fingerprint(config: dict[str, Any]) -> str:
-    """Of the configuration and of what counts it, which changes the table that ships too."""
-    versions = [version(name) for name in COUNTED_WITH]
-    table = hashlib.sha256((ASSETS / "activations.json").read_bytes()).hexdigest()
-    text = json.dumps([config, versions, __version__, table], sort_keys=True)
+    """Of the configuration and of all that judges it."""
+    versions = [version(name) for name in JUDGED_WITH]
+    package = Path(__file__).parent
+    files = [ASSETS / "activations.json", *sorted(package.glob("*/*.py"))]
+    own = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    text = json.dumps([config, versions, __version__, own], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -294,15 +335,7 @@ def spec_from_config(config: dict[str, Any], name: str, source: str = "config.js
     """The spec that a configuration describes; all missing or wrong keys in one `UserError`."""
     keys = _Config(config, source)
     model_type = keys.text("model_type")
-    if not isinstance(config.get("text_config", {}), dict):
-        raise UserError(f"{source}: 'text_config' must be an object")
-    if "text_config" in config and model_type not in FAMILIES:
-        raise UserError(
-            f"{source}: '{model_type}' is a model of text and something else (it has a "
-            "'text_config'), which llmpq cannot load; use a text-only model of the family"
-        )
-    if _has_experts(config):
-        raise UserError(f"{source}: mixture-of-experts models ({model_type}) are not supported")
+    refuse_plainly(config, source)
     family = FAMILIES.get(model_type)
     spec = (family or _llama)(keys)
     keys.raise_faults()

@@ -58,7 +58,7 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
         return Prepared(config, weights, None, None, eos_ids, roundings, cache)
     _check_files(plan, options)
     tokenizer = load_tokenizer(folder)
-    limits, settings = _limits(plan, options), sampling_settings(options)
+    limits, settings = _limits(plan, options, config), sampling_settings(options)
     prompts = check_prompts(options.prompts, tokenizer, limits, options.chat, None, settings)
     prepared = Prepared(config, weights, tokenizer, prompts, eos_ids, roundings, cache, notes)
     if options.check_quality:
@@ -78,8 +78,9 @@ def _check_model(plan: Plan, folder: Path) -> None:
         raise UserError(f"{folder}: has other linear layers than the plan's model")
 
 
-def _limits(plan: Plan, options: RunOptions) -> "Limits":
+def _limits(plan: Plan, options: RunOptions, config: Any) -> "Limits":
     """What a request may ask for: of the model, and of the cache that the plan reserves."""
+    from llmpq.models.rope import switches_at
     from llmpq.runtime.engine import reserve_of
     from llmpq.runtime.prompt_rules import Limits
 
@@ -89,6 +90,7 @@ def _limits(plan: Plan, options: RunOptions) -> "Limits":
         vocab_size=plan.model.vocab_size,
         cache_tokens=reserve_of(plan).tokens,
         too_long=options.too_long,
+        switches_at=switches_at(config),
     )
 
 

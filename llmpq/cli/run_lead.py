@@ -173,11 +173,7 @@ def _say_first(
     prepared: "Prepared",
     results: "Results | ResultStream",
 ) -> None:
-    from llmpq.models.family import TESTED
-
     assert prepared.prompts is not None
-    if prepared.config.model_type not in TESTED:
-        out.print(f"warning: pipelines of '{prepared.config.model_type}' models are not tested")
     if note := prepared.weights.note(plan.precisions):
         out.print(f"warning: {note}")
     notes = [

@@ -7,8 +7,7 @@ fall apart into what they are a product of: `requests`, `tokens`, and for the fa
 such products; moments that never decide the peak are dropped. A linear layer counts as one moment,
 as what it takes inside depends on its precision.
 
-`python -m llmpq.models.count CONFIG.json` prints the `ModelSpec` of any model as JSON;
-`--families` prints the table that ships as assets/activations.json.
+`python -m llmpq.models.count` prints the table of families that ships as assets/activations.json.
 Not covered: temporaries inside torch's own kernels; models whose layers keep more than keys and
 values, or that look at the values of tensors to decide what to do.
 """
@@ -41,6 +40,8 @@ from llmpq.quant import PlainLinear
 from llmpq.schedule import LaneShape
 
 META = torch.device("meta")
+# Settings with lists that have nothing to do with layers, whatever their length.
+ROPES = ("rope_parameters", "rope_scaling", "eos_token_id", "architectures")
 NUM_LAYERS = 7  # as many as it takes to meet every kind of layer of a family
 # Answers that a tensor without values gives: "no", so that a mask is taken to hide something.
 ASKS_FOR_A_VALUE = (
@@ -202,9 +203,7 @@ def _integers(*shape: int) -> torch.Tensor:
 
 def _hooks(stage: StageModel, watch: LiveTensors) -> Iterator[Any]:
     """Each puts one hook in place: around every linear of the layers, and on the layers."""
-    layers = find(stage.model, f"{stage.family.decoder}.{stage.family.layers}")
-    assert isinstance(layers, nn.ModuleList)
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(stage.own_layers):
         yield lambda layer=layer, index=index: layer.register_forward_pre_hook(
             lambda *_: setattr(watch, "later", index > 0)
         )
@@ -338,13 +337,24 @@ PHASES = ("prefill", "decode")
 
 def with_layers(config: Any, total: int) -> Any:
     """The same model with `total` layers: those it has, in turn."""
-    data = config.to_dict()
-    own = data.pop("num_hidden_layers", config.num_hidden_layers)
-    for name, value in data.items():
-        if isinstance(value, list) and len(value) == own and name.startswith("layer"):
-            data[name] = [value[i % own] for i in range(total)]
+    data, own = config.to_dict(), config.num_hidden_layers
     data.pop("model_type")
-    return AutoConfig.for_model(config.model_type, **data, num_hidden_layers=total)
+    data.pop(config.attribute_map.get("num_hidden_layers"), None)
+    data |= {name: _spread(value, own, total) for name, value in data.items() if name not in ROPES}
+    data["num_hidden_layers"] = total
+    return AutoConfig.for_model(config.model_type, **data)
+
+
+def _spread(value: Any, own: int, total: int) -> Any:
+    """A setting of `own` layers, one by one, as one of `total` layers; any other as it is."""
+    if isinstance(value, list | tuple) and len(value) == own:
+        return [value[i % own] for i in range(total)]
+    if not isinstance(value, dict):
+        return value
+    for key in (str, int):
+        if value and set(value) == {key(i) for i in range(own)}:
+            return {key(i): value[key(i % own)] for i in range(total)}
+    return {name: _spread(each, own, total) for name, each in value.items()}
 
 
 # ---- the families that ship
@@ -426,11 +436,19 @@ def count_model(path: Path) -> ModelSpec:
     polynomial of the micro-batch's sizes.
     """
     config = load_config(path)
-    stage = StageModel(config, LayerRange(0, 2, 2), ["16", "16"], torch.bfloat16, META)
-    layers = _layers_of(stage)
+    num_layers = config.num_hidden_layers
+    whole = LayerRange(0, num_layers, num_layers)
+    stage = StageModel(config, whole, ["16"] * num_layers, torch.bfloat16, META)
+    layers = stage.own_layers
     linears = _linears(layers[0])
+    kind = config.model_type
+    if any("expert" in name for layer in layers for name, _ in layer.named_parameters()):
+        raise UserError(f"{path}: mixture-of-experts models ({kind}) are not supported")
     if not linears or any(_linears(layer) != linears for layer in layers):
-        raise UserError(f"{path}: its layers have no linears, or differ from each other")
+        raise UserError(
+            f"{path}: layers of this '{kind}' model have no linears, or differ from each other, "
+            "which llmpq does not support"
+        )
     activations = count_activations([config], {})
     if activations != count_activations([config], {}, OTHER_PRIMES):
         raise UserError(f"{path}: what it has alive does not grow with its micro-batch")
@@ -449,12 +467,6 @@ def count_model(path: Path) -> ModelSpec:
     )
 
 
-def _layers_of(stage: StageModel) -> list[nn.Module]:
-    layers = find(stage.model, f"{stage.family.decoder}.{stage.family.layers}")
-    assert isinstance(layers, nn.ModuleList)
-    return list(layers)
-
-
 def _linears(layer: nn.Module) -> tuple[Linear, ...]:
     return tuple(
         Linear(
@@ -469,7 +481,7 @@ def _linears(layer: nn.Module) -> tuple[Linear, ...]:
 
 def _heads(config: Any, stage: StageModel) -> dict[str, Any]:
     """Heads and feed-forward width; key-value heads as the cache was really filled."""
-    num_layers, seen = 2, 2
+    num_layers, seen = config.num_hidden_layers, 2
     cache = LaneCache(num_layers, [LaneShape(1, seen)])
     with torch.inference_mode(), LiveTensors():
         _run(stage, cache, Shape(1, 1, seen))
@@ -479,7 +491,7 @@ def _heads(config: Any, stage: StageModel) -> dict[str, Any]:
     kv_heads, rest = divmod(held, head_dim)
     if rest:
         raise UserError(f"a token leaves {held} keys, which are no whole heads of {head_dim}")
-    widest = max(op.out_features for op in _linears(_layers_of(stage)[0]))
+    widest = max(op.out_features for op in _linears(stage.own_layers[0]))
     return {
         "num_heads": heads,
         "num_kv_heads": kv_heads,
@@ -493,7 +505,7 @@ def _params(stage: StageModel, layer: nn.Module) -> dict[str, Any]:
     family = stage.family
     final = sum(_num_params(find(stage.model, f"{family.decoder}.{n}")) for n in family.final)
     head = _num_params(find(stage.model, family.head))
-    outside = _num_params(stage.model) - sum(_num_params(each) for each in _layers_of(stage))
+    outside = _num_params(stage.model) - sum(_num_params(each) for each in stage.own_layers)
     return {
         "layer_other_params": _num_params(layer) - weights,
         "embedding_params": outside - final - head,
@@ -514,19 +526,9 @@ def _num_params(module: nn.Module | None) -> int:
 
 
 def main() -> int:
-    """Prints the count of one model, or of all families, as JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("config", type=Path, nargs="?", help="a config.json")
-    parser.add_argument("--families", action="store_true", help="the table that ships")
-    options = parser.parse_args()
-    if options.families:
-        print(families_text(count_families()))
-        return 0
-    try:
-        print(count_model(options.config).model_dump_json(exclude_defaults=True))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    """Prints the table of all families as JSON."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    print(families_text(count_families()))
     return 0
 
 

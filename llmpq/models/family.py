@@ -1,7 +1,7 @@
 """Where each family of models keeps its parts: the only code that differs between families.
 
-A stage is transformers' own causal language model built with fewer layers. What a stage does not
-own is replaced: modules that act on the input are passed over on every stage but the first,
+A stage is transformers' own causal language model with the layers of other stages emptied. What
+else it does not own is replaced: modules that act on the input on every stage but the first,
 modules that act on the output on every stage but the last. Paths are relative to `decoder`, the
 module whose `forward` runs the layers; `decoder` and `head` are relative to the model.
 """
@@ -28,12 +28,6 @@ class Family:
     head_in_files: str = "lm_head"  # what checkpoints call the head
 
 
-# Families whose pipelines are tested to give the tokens of the whole model.
-TESTED = frozenset(
-    {"opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text"}
-    | {"granite"}
-)
-
 Part = Literal["attention", "ffn"]
 ATTENTION = ("attn", "attention")  # in the names of linears that attend, in every family
 
@@ -51,6 +45,7 @@ FAMILIES: dict[str, Family] = {
         final=("ln_f",),
         input=("word_embeddings_layernorm",),
     ),
+    "phi": Family(final=("final_layernorm",)),
     "gpt_neox": Family(
         decoder="gpt_neox",
         embedding="embed_in",
@@ -110,4 +105,4 @@ def replace(module: nn.Module, path: str, new: nn.Module | None) -> None:
 
 
 def _needed(family: Family) -> tuple[str, ...]:
-    return (family.layers, family.embedding, family.final[0])
+    return (family.layers, family.embedding)

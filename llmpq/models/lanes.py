@@ -76,7 +76,7 @@ class LaneCache:
                     rows = on_device(rows, buffer.device)
                     self._slots(buffer, lane).index_fill_(0, rows, 0)
 
-    def prefill(self, job: Job, first: int, end: int, device: torch.device) -> Cache:
+    def prefill(self, job: Job, first: int, end: int, device: torch.device) -> "StageCache":
         """For the job's members `first` to `end`."""
         members, width = job.members[first:end], job.end - job.begin
         counts = torch.tensor([min(job.end, m.prompt_tokens) - job.begin for m in members])
@@ -91,12 +91,16 @@ class LaneCache:
         seen = (int(starts[0]) - job.begin, job.end) if job.begin else None
         return self.prompts(stored, job.begin, seen)
 
-    def prompts(self, stored: Stored, begin: int, seen: tuple[int, int] | None = None) -> Cache:
+    def prompts(
+        self, stored: Stored, begin: int, seen: tuple[int, int] | None = None
+    ) -> "StageCache":
         """For tokens from `begin` on; those of a chunk also see `seen` (first, count) tokens."""
         layers = [_Prefill(self, i, stored, begin, seen) for i in range(self._num_layers)]
         return StageCache(layers, begin)
 
-    def step(self, lane: int, rows: range, width: int, columns: Tensor, tokens: Tensor) -> Cache:
+    def step(
+        self, lane: int, rows: range, width: int, columns: Tensor, tokens: Tensor
+    ) -> "StageCache":
         """For some rows of a lane that attend to `width` columns.
 
         `columns` `[rows]`: where each stands in its text; `tokens` `[rows]`: where in the buffers
@@ -151,6 +155,13 @@ class StageCache(Cache):
     def __init__(self, layers: list[Any], offset: int | Tensor) -> None:
         super().__init__(layers=layers)
         self._offset = offset
+
+    def from_layer(self, first: int) -> "StageCache":
+        """The same for a stage that starts at layer `first`, by the whole model's indices.
+
+        Layers before it store nothing; how much is stored is asked of the first one.
+        """
+        return StageCache([self.layers[0]] * first + self.layers, self._offset)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """One column for all rows, or `[R]` of each."""

@@ -17,8 +17,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from llmpq.errors import UserError
-from llmpq.model_spec import CUTS, ModelSpec, shard_faults, spec_from_config
-from llmpq.models.family import TESTED
+from llmpq.model_spec import CUTS, TESTED, ModelSpec, shard_faults, spec_from_config
 from llmpq.quant import INPUTS, OUTPUTS, PlainLinear, QuantizedLinear, TensorPart
 
 NUM_HEADS = "num_heads"  # what modules call their heads, where they keep the number

@@ -1,7 +1,9 @@
 """Some consecutive layers of a decoder, as a module that runs alone.
 
-`StageModel` is transformers' own causal language model built with fewer layers on the meta device
-(no memory), its parts at the other ends of the pipeline passed over. Its linears are llmpq's
+`StageModel` is transformers' own causal language model, built whole on the meta device (no memory).
+The layers of other stages stay in their places, emptied: they hand on what they are given
+(`passing`), so that every index of a layer means the same as in the whole model, and what comes
+before the first layer acts once. Its linears are llmpq's
 quantised ones. It holds no weights until `parameters_to_load` have been filled by a loader.
 
 A stage may be one shard of several that share every layer (`sharding`): then `embed`, `run` and
@@ -12,7 +14,6 @@ Not covered: layers that keep other state than keys and values, encoders.
 """
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
-from transformers.cache_utils import Cache
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    __version__,
+)
 
 from llmpq.errors import UserError
+from llmpq.model_spec import read_config
 from llmpq.models.attention import implementation_for
 from llmpq.models.buffers import compute_buffers, stored_buffers
-from llmpq.models.family import Family, family_of, find, replace
+from llmpq.models.family import family_of, find, replace
+from llmpq.models.lanes import StageCache
+from llmpq.models.passing import Passing, gives_tuples, pass_over
+from llmpq.models.rope import decide_by_row
 from llmpq.models.sharding import (
     ALONE,
     Shard,
@@ -45,9 +55,6 @@ from llmpq.quant import (
     make_linear,
     quantize,
 )
-
-# Factors that some families put on the embedded input (Granite, MiniCPM).
-INPUT_SCALES = ("embedding_multiplier", "scale_emb", "embedding_scale")
 
 # Of all linears of a layer, or of each by its name inside the layer ("self_attn.q_proj").
 LayerPrecision = str | Callable[[str], str]
@@ -93,14 +100,6 @@ class RawTensor:
         return self.attribute in self.module._buffers
 
 
-class _Nothing(nn.Module):
-    """Stands for learned positions on a stage that does not add them."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-        return next(tensors).new_zeros(())  # on the device of the others
-
-
 class StageModel(nn.Module):
     """Layers of a model at given precisions; `dtype` is that of activations and 16-bit weights.
 
@@ -120,9 +119,11 @@ class StageModel(nn.Module):
     ) -> None:
         super().__init__()
         assert len(precisions) == layers.end - layers.first
+        assert layers.total == config.num_hidden_layers
         assert group is None or (group.rank, group.size) == (shard.index, shard.count)
         self.layers, self.dtype, self.device = layers, dtype, device
-        self.config = _stage_config(config, layers)
+        self.config = copy.deepcopy(config)
+        self.config.use_cache = True
         self.shard, self.group = shard, group
         self._sharding = Sharding(self.config, shard)
         with torch.device("meta"):
@@ -131,8 +132,12 @@ class StageModel(nn.Module):
             ).eval()
         self.family = family_of(model, self.config.model_type)
         self.model = model
+        pass_over(model, self.family, layers.is_first, layers.is_last)
+        self._passing = Passing(
+            self.all_layers, layers.first, layers.end, _layers_give_tuples(self)
+        )
         compute_buffers(model, device)
-        _pass_over(model, self.family, layers)
+        self._row_ropes = decide_by_row(model)
         self._cut_embedding()
         self._quantise(precisions)
         decoder = find(model, self.family.decoder)
@@ -159,6 +164,23 @@ class StageModel(nn.Module):
             and raw.attribute == "weight"
             and raw.module is not head
         }
+
+    @property
+    def all_layers(self) -> nn.ModuleList:
+        """The layers of the whole model; those of other stages are empty."""
+        layers = find(self.model, f"{self.family.decoder}.{self.family.layers}")
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @property
+    def own_layers(self) -> list[nn.Module]:
+        """The layers of this stage."""
+        return list(self.all_layers)[self.layers.first : self.layers.end]
+
+    @property
+    def looks_at_lengths(self) -> bool:
+        """Positions are encoded by how long a row's text is, which `run` must then be told."""
+        return bool(self._row_ropes)
 
     @property
     def embedding_name(self) -> str:
@@ -189,20 +211,25 @@ class StageModel(nn.Module):
         self,
         hidden: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        cache: Cache | None = None,
+        cache: StageCache | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`[B, S, H]` through this stage's layers (and the final norm on the last stage).
 
         Rows are padded on the right, where attention does not look. `position_ids` `[B, S]` are
-        places in each row's text; None: from 0 on.
+        places in each row's text; None: from 0 on. `lengths` `[B]`: tokens that each row's text
+        has so far, padding left out; None: up to the last position.
         """
-        output = self._decoder[0](
-            inputs_embeds=hidden,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        return output.last_hidden_state
+        for rope in self._row_ropes:
+            rope.lengths = lengths
+        with self._passing.given(hidden) as passing:
+            output = self._decoder[0](
+                inputs_embeds=hidden,
+                position_ids=position_ids,
+                past_key_values=cache and cache.from_layer(self.layers.first),
+                use_cache=cache is not None,
+            )
+            return output.last_hidden_state if passing.sent is None else passing.sent
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., H]` to logits `[..., V]` (last stage only)."""
@@ -225,9 +252,7 @@ class StageModel(nn.Module):
 
     def _quantise(self, precisions: Sequence[LayerPrecision]) -> None:
         """Replaces the linears of every layer by ones that own their precision."""
-        layers = find(self.model, f"{self.family.decoder}.{self.family.layers}")
-        assert isinstance(layers, nn.ModuleList)
-        for layer, precision in zip(layers, precisions, strict=True):
+        for layer, precision in zip(self.own_layers, precisions, strict=True):
             linears = [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
             for name, linear in linears:
                 own = precision if isinstance(precision, str) else precision(name)
@@ -275,25 +300,23 @@ class StageModel(nn.Module):
     def _checkpoint_name(self, name: str) -> str:
         if name == f"{self.family.head}.weight":
             return self.head_name
-        prefix = f"{self.family.decoder}.{self.family.layers}."
-        if not name.startswith(prefix):
-            return name
-        index, rest = name.removeprefix(prefix).split(".", 1)
-        return f"{prefix}{int(index) + self.layers.first}.{rest}"
+        return name
 
 
 def load_config(model: Path) -> Any:
     """transformers' configuration of a model directory or `config.json`; never runs its code."""
     path = model / "config.json" if model.is_dir() else model
+    data = read_config(path)
+    model_type = data.pop("model_type", None)
+    data.pop("quantization_config", None)  # how files hold weights is the loader's business
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(f"{path}: transformers {__version__} has no models of type '{model_type}'")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        model_type = data.pop("model_type")
-        data.pop("quantization_config", None)  # how files hold weights is the loader's business
         config = AutoConfig.for_model(model_type, **data)
+        return config.get_text_config(decoder=True)
     except Exception as error:  # strict configurations raise classes of their own
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: transformers cannot use this configuration: {reason}") from None
-    return config.get_text_config(decoder=True)
 
 
 def _attention_of(config: Any) -> str:
@@ -302,38 +325,15 @@ def _attention_of(config: Any) -> str:
     return "sdpa" if model_class is None else implementation_for(model_class)
 
 
-def _stage_config(config: Any, layers: LayerRange) -> Any:
-    """The configuration of a model that has just these layers."""
-    staged = copy.deepcopy(config)
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == layers.total and name.startswith("layer"):
-            setattr(staged, name, value[layers.first : layers.end])
-    if not layers.is_first:
-        for name in INPUT_SCALES:  # applied to whatever comes in: only the first stage may
-            if hasattr(staged, name):
-                setattr(staged, name, 1.0)
-    staged.num_hidden_layers = layers.end - layers.first
-    staged.use_cache = True
-    return staged
-
-
-def _pass_over(model: nn.Module, family: Family, layers: LayerRange) -> None:
-    """Removes what other stages own."""
-    if not layers.is_first:
-        replace(model, f"{family.decoder}.{family.embedding}", None)
-        for name in family.input:
-            _replace_if_there(model, f"{family.decoder}.{name}", nn.Identity())
-        for name in family.positions:
-            _replace_if_there(model, f"{family.decoder}.{name}", _Nothing())
-    if not layers.is_last:
-        replace(model, family.head, None)
-        for name in family.final:
-            _replace_if_there(model, f"{family.decoder}.{name}", nn.Identity())
-
-
-def _replace_if_there(model: nn.Module, path: str, new: nn.Module) -> None:
-    if find(model, path) is not None:
-        replace(model, path, new)
+def _layers_give_tuples(stage: StageModel) -> bool:
+    """Whether a layer gives a tuple, which matters where some are passed over."""
+    if stage.layers.is_first and stage.layers.is_last:
+        return False
+    decoder = find(stage.model, stage.family.decoder)
+    assert decoder is not None
+    embedding = find(decoder, stage.family.embedding)
+    width = getattr(embedding, "embedding_dim", stage.config.hidden_size)
+    return gives_tuples(decoder, stage.all_layers[0], width, stage.dtype)
 
 
 def _raw_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llmpq.models.count import with_layers
-from llmpq.models.family import find, replace
+from llmpq.models.family import replace
 from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import LayerRange, StageModel
 from llmpq.profile_data import Candidate
@@ -154,9 +154,7 @@ class _Stack:
     def __init__(self, stage: StageModel, depth: int) -> None:
         self.stage = stage
         self._path = f"{stage.family.decoder}.{stage.family.layers}"
-        layers = find(stage.model, self._path)
-        assert isinstance(layers, nn.ModuleList)
-        self._layers = list(layers)
+        self._layers = list(stage.all_layers)
         self._depth = depth
 
     def computation(self, hidden: torch.Tensor, past: int) -> Callable[[int], object]:
@@ -188,5 +186,6 @@ class _Stack:
         return prefill(self.stage, cache, job, hidden, 0, job.rows)
 
     def _use(self, depth: int) -> None:
-        replace(self.stage.model, self._path, nn.ModuleList(self._layers[:depth]))
-        self.stage.config.num_hidden_layers = depth
+        end = self.stage.layers.first + depth
+        replace(self.stage.model, self._path, nn.ModuleList(self._layers[:end]))
+        self.stage.config.num_hidden_layers = end

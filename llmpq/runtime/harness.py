@@ -88,8 +88,9 @@ class Scorer:
     def _hidden(self, inputs: Sequence[Sequence[int]]) -> torch.Tensor:
         """`[b, S, H]` after every token of `b` inputs, padded on the right."""
         hidden = self.stages[0].embed(_padded(inputs).to(self.stages[0].device))
+        lengths = torch.tensor([len(ids) for ids in inputs], device=hidden.device)
         for stage in self.stages:
-            hidden = stage.run(hidden)
+            hidden = stage.run(hidden, lengths=lengths)
         return hidden
 
     def _score(self, states: torch.Tensor, continuation: Sequence[int]) -> tuple[float, bool]:

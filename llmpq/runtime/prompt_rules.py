@@ -64,7 +64,9 @@ class Tokenizer(Protocol):
 class Limits:
     """What a request may ask of the model and the run.
 
-    `cache_tokens`: what the plan reserves for all requests at once; None: no matter.
+    `cache_tokens`: what the plan reserves for all requests at once; None: no matter. `switches_at`:
+    the length beyond which the model encodes positions in another way, which would change what is
+    stored of a text that grows past it (`llmpq.models.rope`).
     """
 
     new_tokens: int  # where a line gives no number
@@ -72,6 +74,7 @@ class Limits:
     vocab_size: int
     cache_tokens: int | None = None
     too_long: TooLong = "fail"
+    switches_at: int | None = None
 
     def excess(self, prompt: int, new: int) -> str | None:
         """Why such a request is too long; None where it is not."""
@@ -82,6 +85,17 @@ class Limits:
         else:
             return None
         return f"{prompt} prompt + {new} new tokens are more than {most}"
+
+    def crossing(self, prompt: int, new: int) -> str | None:
+        """Why such a request grows past where positions change; None where it does not."""
+        limit = self.switches_at
+        if limit is None or not prompt <= limit < prompt + new - 1:  # the last one is only chosen
+            return None
+        return (
+            f"{prompt} prompt + {new} new tokens grow past {limit} (the model's "
+            "original_max_position_embeddings), where its positions change; ask for fewer new "
+            "tokens or give a longer prompt"
+        )
 
     @property
     def most(self) -> int:
@@ -146,6 +160,8 @@ class Rules:
                 _check_url(fields.url, ways[0])
             tokens = self._tokens(data, ways[0], left_out)
             tokens, num_cut = self._fitting(tokens, new_tokens)
+            if crossing := self.limits.crossing(len(tokens), new_tokens):
+                raise Refused(crossing)
         except Refused as error:
             refusal = str(error)
         checksum = _checksum(tokens, said) if refusal is None else crc32(line)

@@ -29,8 +29,6 @@ from llmpq.schedule import Job, LaneShape, Member
 BROKEN = -1  # in place of a token: the logits are not finite
 COLUMNS, TOKENS, REQUESTS, POSITIONS, IDS = range(5)  # rows of the table of numbers
 
-LOOKING_ROPES = {"dynamic", "longrope"}  # transformers' `dynamic_rope_update` asks for a maximum
-
 Key = tuple[int, int]  # lane, width
 
 
@@ -62,7 +60,11 @@ def prefill(
     """
     hidden = stage.embed(given[first:end]) if stage.layers.is_first else given[first:end]
     positions = torch.arange(job.begin, job.end, device=stage.device).expand(end - first, -1)
-    return stage.run(hidden, positions, cache.prefill(job, first, end, stage.device))
+    lengths = None
+    if stage.looks_at_lengths:
+        counts = torch.tensor([member.prompt_tokens for member in job.members[first:end]])
+        lengths = on_device(counts, stage.device)
+    return stage.run(hidden, positions, cache.prefill(job, first, end, stage.device), lengths)
 
 
 class DecodeSteps:
@@ -245,11 +247,4 @@ def _why_no_graphs(stage: StageModel, wanted: bool) -> str | None:
     if stage.group is not None:
         return "several devices share the stage"
     waiting = [m for m in stage.model.modules() if getattr(m, "waits_for_device", False)]
-    if waiting:
-        return f"{type(waiting[0]).__name__} waits for the device"
-    rope = getattr(stage.config, "rope_parameters", None) or {}
-    kinds = {
-        str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)
-    }
-    changing = kinds & LOOKING_ROPES
-    return f"'{changing.pop()}' rotary embeddings look at positions" if changing else None
+    return f"{type(waiting[0]).__name__} waits for the device" if waiting else None

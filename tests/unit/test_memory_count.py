@@ -17,12 +17,14 @@ from transformers import AutoConfig  # noqa: E402
 
 from llmpq import model_spec  # noqa: E402
 from llmpq.costs import memory  # noqa: E402
+from llmpq.errors import UserError  # noqa: E402
 from llmpq.machine import INT4_TILES, VNNI, Machine, cpu, host_cpu  # noqa: E402
 from llmpq.model_spec import ASSETS, Linear, ModelSpec, load_model_spec  # noqa: E402
 from llmpq.models import count  # noqa: E402
 from llmpq.models.stage_model import LayerRange, StageModel, load_config  # noqa: E402
 from llmpq.quant import available_precisions, machine_here, make_linear  # noqa: E402
 from llmpq.quant.linear import TiledLinear  # noqa: E402
+from llmpq.runtime import judge  # noqa: E402
 from llmpq.runtime.rehearsal import peak_bytes  # noqa: E402
 from llmpq.runtime.transport import HEADER_BYTES  # noqa: E402
 from llmpq.schedule import LaneShape  # noqa: E402
@@ -39,6 +41,21 @@ SIZES = {
     "max_position_embeddings": 256,
     "word_embed_proj_dim": 64,
     "pad_token_id": 0,
+}
+MLA = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
 }
 UNLISTED = ("granite", "phi3")
 
@@ -102,7 +119,7 @@ def test_the_cpu_is_known(tmp_path: Path) -> None:
 
 
 def test_the_table_that_ships_is_the_count() -> None:
-    """One family here; all of them by `python -m llmpq.models.count --families`."""
+    """One family here; all of them by `python -m llmpq.models.count`."""
     table = json.loads((ASSETS / "activations.json").read_text())
     names = {f"{name}{rest}" for name in count.VARIANTS for rest in ("", f", {count.ALL_HEADS}")}
     filled = {f"{name}, {count.ALL_HEADS}" for name in count.FILLED}
@@ -164,28 +181,46 @@ def test_the_count_is_kept_and_a_broken_one_ignored(
     monkeypatch.setattr(model_spec.subprocess, "run", runs)
     first, second = load_model_spec(str(folder)), load_model_spec(str(folder))
     assert first == second and first.name == str(folder) and not first.guessed
-    assert calls == [[sys.executable, "-m", "llmpq.models.count", str(folder / "config.json")]]
+    assert calls == [[sys.executable, "-m", "llmpq.runtime.judge", str(folder / "config.json")]]
     (kept,) = (tmp_path / "cache" / "llmpq").iterdir()
     kept.write_text("{broken")
     assert load_model_spec(str(folder)) == first and len(calls) == 2
     assert kept.read_bytes() == answer, "and is written anew"
 
 
-def test_without_a_cache_folder_or_a_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_judged_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of("granite", tmp_path)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "file"))
-    failed = subprocess.CompletedProcess([], 2, b"")
+    failed = subprocess.CompletedProcess([], 2, b"", b"noise\n" + b"too odd " * 100)
     monkeypatch.setattr(model_spec.subprocess, "run", lambda *_, **__: failed)
-    assert load_model_spec(str(folder)).guessed
+    with pytest.raises(UserError, match=r"config.json: (too odd )+.*\.\.\.$") as caught:
+        load_model_spec(str(folder))
+    assert len(str(caught.value)) <= 300
     monkeypatch.setattr(model_spec, "find_spec", lambda _: None)
-    assert load_model_spec(str(folder)).guessed
+    with pytest.raises(UserError, match="pip install 'llmpq\\[run\\]'"):
+        load_model_spec(str(folder))
 
 
-def test_a_model_that_cannot_be_cut_is_a_clear_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2' are laid out in a way llmpq does not know"),
+        ({"model_type": "baichuan"}, "has no models of type 'baichuan'"),
+        ({"model_type": "youtu", **MLA}, "models of type 'youtu' are not supported"),
+        ({"model_type": "qwen3_5_text", **MLA}, "differ from each other"),
+        ({"model_type": "olmoe", **MLA, "num_experts": 1}, "mixture-of-experts"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_one_line(
+    config: dict[str, Any],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    monkeypatch.setattr(sys, "argv", ["count", str(tmp_path / "config.json")])
-    assert count.main() == 2
-    assert "'gpt2' are laid out in a way llmpq does not know" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["judge", str(tmp_path / "config.json")])
+    assert judge.main() == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert words in said

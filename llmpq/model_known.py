@@ -1,0 +1,105 @@
+"""What the settings in a `config.json` say by themselves, without torch and transformers.
+
+`is_known` is true only where a model of a family in the table has settings that are known to work;
+whatever it does not know is left to be judged on transformers' own modules. Settings count by their
+values: a model with "num_experts": 0 is no mixture, one with "moe_num_experts": 64 is.
+Not covered: weights, and settings that no family in the table reads.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+# What each kind of rotary positions needs.
+ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+ACTIVATIONS = {"silu", "swish", "gelu", "relu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"}
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+NUMBERS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_pct")
+NUM_EXPERTS = r"(moe_)?(num|n)_(local_|routed_)?experts"
+SPECIAL = ("Infinity", "-Infinity", "NaN")
+
+
+def with_floats(value: Any) -> Any:
+    """transformers writes infinity and NaN, which JSON lacks, as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if len(value) == 1 and value.get("__float__") in SPECIAL:
+            return float(value["__float__"])
+        return {key: with_floats(each) for key, each in value.items()}
+    return [with_floats(each) for each in value] if isinstance(value, list) else value
+
+
+def num_experts(config: Any) -> int:
+    """The most experts that any setting speaks of, by its value; 0 or 1: there is no mixture."""
+    if not isinstance(config, dict):
+        return 0
+    found = [num_experts(value) for value in config.values()]
+    for key, value in config.items():
+        if re.fullmatch(NUM_EXPERTS, str(key)):
+            values = value if isinstance(value, list) else [value]
+            found += [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+    return max(found, default=0)
+
+
+def is_known(config: dict[str, Any], num_layers: int, heads: tuple[int, int, int]) -> bool:
+    """Whether a model of a family in the table has settings that are known to work.
+
+    `heads`: query heads, key-value heads and the size of one.
+    """
+    num_heads, num_kv_heads, size = heads
+    acts = [config[key] for key in ACTIVATION_KEYS if config.get(key) is not None]
+    hidden, vocab = config.get("hidden_size", 0), config.get("vocab_size", 0)
+    pad = config.get("pad_token_id")
+    types = config.get("layer_types")
+    return (
+        num_heads % num_kv_heads == 0
+        and size % 2 == 0
+        and hidden % num_heads == 0
+        and all(_is_number(config[key]) for key in NUMBERS if config.get(key) is not None)
+        and all(isinstance(act, str) and act in ACTIVATIONS for act in acts)
+        and all(_works(rope) for rope in _ropes(config))
+        and (pad is None or (isinstance(pad, int) and -vocab <= pad < vocab))
+        and (types is None or _fits(types, num_layers))
+        and _is_size(config.get("sliding_window"))
+    )
+
+
+def _ropes(config: dict[str, Any]) -> Iterator[Any]:
+    """The settings of rotary positions, which may be given for each kind of layer."""
+    for key in ("rope_scaling", "rope_parameters"):
+        given = config.get(key)
+        if isinstance(given, dict) and given and all(isinstance(v, dict) for v in given.values()):
+            yield from given.values()
+        elif given is not None:
+            yield given
+
+
+def _works(rope: Any) -> bool:
+    if not isinstance(rope, dict):
+        return False
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    needed = ROPE_KEYS.get(kind) if isinstance(kind, str) else None
+    return needed is not None and all(_is_number(rope.get(key)) for key in needed)
+
+
+def _fits(types: Any, num_layers: int) -> bool:
+    return isinstance(types, list) and len(types) == num_layers and set(types) <= LAYER_TYPES
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)

@@ -1,0 +1,137 @@
+"""What planning says of models: served, or refused with one line, as running does."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmpq import model_spec
+from llmpq.errors import UserError
+from llmpq.model_known import is_known, num_experts, with_floats
+from llmpq.model_spec import load_model_spec, shard_faults, spec_from_config
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 97,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def known(**changes: Any) -> bool:
+    config = LLAMA | changes
+    spec = spec_from_config(config, "m")
+    return is_known(config, spec.num_layers, (spec.num_heads, spec.num_kv_heads, spec.head_dim))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_scaling": None, "sliding_window": None, "pad_token_id": 0},
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"full_attention": LLAMA3}},
+        {"hidden_act": "gelu", "layer_types": ["full_attention", "sliding_attention"]},
+        {"num_experts": 0, "num_local_experts": 1},
+    ],
+)
+def test_settings_that_are_known_to_work(changes: dict[str, Any]) -> None:
+    assert known(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+        {"rope_scaling": {"type": "linear"}},
+        {"rope_scaling": LLAMA3 | {"factor": "8"}},
+        {"rope_scaling": "linear"},
+        {"rope_parameters": {"full_attention": {"rope_type": "su"}}},
+        {"hidden_act": "xielu"},
+        {"hidden_act": ["silu"]},
+        {"num_key_value_heads": 3},
+        {"hidden_size": 34},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": ["full_attention", "linear_attention"]},
+        {"pad_token_id": 97},
+        {"rms_norm_eps": "1e-5"},
+        {"sliding_window": "4096"},
+    ],
+)
+def test_settings_that_must_be_judged(changes: dict[str, Any]) -> None:
+    assert not known(**changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({"moe_num_experts": 64}, 64),
+        ({"ffn_config": {"moe_num_experts": 16}}, 16),
+        ({"num_experts": [8, 16]}, 16),
+        ({"n_routed_experts": None, "num_experts": 0, "num_experts_per_tok": 8}, 0),
+        ({"num_experts": True, "experts": 5}, 0),
+    ],
+)
+def test_experts_count_by_value(config: dict[str, Any], count: int) -> None:
+    assert num_experts(config) == count
+    if count > 1:
+        with pytest.raises(UserError, match="mixture-of-experts models .new. are not supported"):
+            spec_from_config({"model_type": "new", **config}, "m")
+
+
+def test_special_numbers_are_read_as_transformers_reads_them() -> None:
+    given = {"a": [0.0, {"__float__": "Infinity"}], "b": {"__float__": "-Infinity"}, "c": {"x": 1}}
+    assert with_floats(given) == {"a": [0.0, float("inf")], "b": float("-inf"), "c": {"x": 1}}
+
+
+def test_without_transformers_what_is_not_known_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_spec, "find_spec", lambda _: None)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA))
+    assert load_model_spec(str(path)).model_type == "llama"
+    for changes in ({"model_type": "falcon"}, {"rope_scaling": {"type": "su"}}):
+        path.write_text(json.dumps(LLAMA | changes))
+        with pytest.raises(UserError, match=r"pip install 'llmpq\[run\]'") as caught:
+            load_model_spec(str(path))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) <= 300
+
+
+def test_planning_refuses_what_a_run_would(tmp_path: Path, repo_root: Path) -> None:
+    """By the command, in a process of its own, as its judge is."""
+    pytest.importorskip("transformers")
+    import subprocess
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "falcon", "hidden_size": 64, "vocab_size": 97}))
+    configs = repo_root / "configs"
+    cluster = next(iter(sorted((configs / "clusters").glob("*.yaml"))))
+    workload = next(iter(sorted((configs / "workloads").glob("*.yaml"))))
+    command = [sys.executable, "-m", "llmpq.cli.main", "plan", "--model", str(path)]
+    files = ["--cluster", str(cluster), "--workload", str(workload)]
+    done = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "models of type 'falcon' are not supported" in line and len(line) <= 300
+
+
+def test_devices_share_layers_of_tested_families_only() -> None:
+    spec = spec_from_config(LLAMA | {"model_type": "smollm3"}, "m")
+    assert shard_faults(spec, 2) == [
+        "how devices share the layers of 'smollm3' models is not known"
+    ]
+    assert shard_faults(spec_from_config(LLAMA, "m"), 2) == []
