@@ -115,6 +115,8 @@ def output_files(plan: Plan, options: RunOptions) -> list[Named]:
         kept = files_beside(options.output)
         writes += [("a file that --output keeps beside it,", path) for path in kept]
         plans = [plan_path(options, number + 1) for number in range(len(plan.stages))]
+        # The one that runs was written by the run before it, which goes on with the next number.
+        plans = [path for path in plans if path != options.plan]
         writes += [("a plan of --replan-on-loss,", path) for path in plans]
     return writes
 
