@@ -112,8 +112,8 @@ def scan(file: BinaryIO, payload_of: Callable[[bytes], Payload | None], start: i
             found.lines[told.id] = Span(
                 place, len(line), crc32(line), payload.prompt, told.failed, told.form
             )
-            found.end, found.is_in_order = offset, not is_spoilt
-            found.lacks_break = not record.endswith(b"\n")
+            found.is_in_order, found.lacks_break = not is_spoilt, not record.endswith(b"\n")
+            found.end = place + len(line) if found.lacks_break else offset
             continue
         is_spoilt = True
     return found

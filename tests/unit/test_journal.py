@@ -180,6 +180,15 @@ def test_without_a_journal_a_torn_line_alone_is_lost(path):
         assert logged(path) == [*expected, *rest]
 
 
+@pytest.mark.parametrize("ending", [b"", b"\r", b" \t"])
+def test_a_last_line_without_its_break_gets_one(path, ending):
+    write(path, False, "r0", "r1")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + ending)
+    write(path, True)
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("damage", [b"\0" * 5000, b"\0\n\0\n", b"\xff\xfe" * 99, b"\n\n{}\n{"])
 def test_garbage_at_the_ends_is_cut_off(path, damage):
     write(path, False, "r0", "r1")
