@@ -17,7 +17,7 @@ from pathlib import Path
 import transformers
 
 from llmpq.errors import UserError
-from llmpq.model_spec import FAMILIES, TESTED, ModelSpec
+from llmpq.model_spec import FAMILIES, TESTED, ModelSpec, read_config
 from llmpq.models.count import count_model
 from llmpq.models.stage_model import load_config
 from llmpq.runtime.verify import verify
@@ -26,7 +26,12 @@ from llmpq.runtime.verify import verify
 def judge(path: Path) -> ModelSpec:
     """The spec of the model with this `config.json`; raises `UserError` where it cannot serve."""
     config = load_config(path)
-    kind = config.model_type
+    kind, declared = config.model_type, read_config(path)["model_type"]
+    if kind != declared:
+        raise UserError(
+            f"'{declared}' is a model of text ('{kind}') and something else, which llmpq cannot "
+            "load"
+        )
     try:
         spec = count_model(path)
         if kind not in TESTED or kind in FAMILIES:  # of a tested family, but with odd settings

@@ -206,6 +206,7 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     ("config", "words"),
     [
         ({"model_type": "gpt2"}, "'gpt2' are laid out in a way llmpq does not know"),
+        ({"model_type": "fuyu"}, "'fuyu' is a model of text ('persimmon') and something else"),
         ({"model_type": "baichuan"}, "has no models of type 'baichuan'"),
         ({"model_type": "youtu", **MLA}, "models of type 'youtu' are not supported"),
         ({"model_type": "qwen3_5_text", **MLA}, "differ from each other"),
