@@ -211,7 +211,8 @@ class Results:
         """Refuses results of prompts that are others now."""
         if self._prompts is None:
             return
-        sums = [(name, mending.span(name).prompt) for name in mending.kept]
+        done = [name for name in mending.kept if name not in mending.failed]
+        sums = [(name, mending.span(name).prompt) for name in done]
         changed = [name for name, was in sums if was not in (None, self._prompts[name])]
         if changed:
             names = ", ".join(map(_show, changed[:MOST_SHOWN]))

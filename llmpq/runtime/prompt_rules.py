@@ -294,7 +294,7 @@ def _checksum(tokens: list[int], new_tokens: int | None) -> int:
 
 def _new_tokens(data: dict[str, Any]) -> int | None:
     """What a line says of how many tokens are asked for, by whichever name."""
-    said = {key: data[key] for key in LENGTH_KEYS if data.get(key) is not None}
+    said = {key: _whole(data[key]) for key in LENGTH_KEYS if data.get(key) is not None}
     for key, value in said.items():
         if not is_int(value) or value < 1:
             raise ValueError(f"'{key}' must be a positive integer, found {reprlib.repr(value)}")
@@ -302,6 +302,11 @@ def _new_tokens(data: dict[str, Any]) -> int | None:
         both = " and ".join(f"'{key}' is {value}" for key, value in said.items())
         raise ValueError(f"{both}, though they mean the same; give one of them")
     return next(iter(said.values()), None)
+
+
+def _whole(value: Any) -> Any:
+    """A number such as 16.0, which tables with gaps have for 16, as that."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_url(url: str, way: str) -> None:

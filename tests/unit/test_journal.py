@@ -293,6 +293,25 @@ def test_other_prompts_under_the_same_ids_are_refused_and_named(path):
         Results(path, True, "never", RUN, {"r0": 8, "r1": 8})
 
 
+def test_a_failure_that_is_kept_may_have_another_prompt(path):
+    write_failed(path, False, "r0", prompts={"r0": 1})
+    assert write(path, True, prompts={"r0": 2}, keeps_failed=True).failed == {"r0"}
+
+
+def test_a_journal_of_the_first_version_is_taken_up(path):
+    write(path, False, "r0")
+    log = Path(f"{path}.journal")
+    rest = log.read_bytes().split(b"\n", 1)[1]
+    header = json.dumps({"journal": 1, "run": RUN}).encode()
+    log.write_bytes(b"%08x %s\n" % (crc32(header), header) + rest)
+    now = RUN | {"weights": {"a": "1"}}
+    results = write(path, True, "r1", run=now, prompts={"r0": 1, "r1": 2})
+    assert results.finished == {"r0", "r1"} and ids(path) == ["r0", "r1"]
+    assert any("nothing says whether their prompts" in note for note in results.notes)
+    with pytest.raises(UserError, match="of model tiny"):
+        Results(path, True, "never", now | {"model": "large"})
+
+
 def test_results_without_a_checksum_of_their_prompt_are_told(path):
     write(path, False, "r0")
     results = write(path, True, "r1", prompts={"r0": 5, "r1": 6})

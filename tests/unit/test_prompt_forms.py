@@ -385,8 +385,9 @@ def test_every_name_for_the_number_of_new_tokens(tmp_path):
     lines = [{"id": n, "prompt": "a", name: 3 + n} for n, name in enumerate(names)]
     same = {"id": 3, "prompt": "a", "max_tokens": 6, "max_new_tokens": 6}
     none = {"id": 4, "prompt": "a", "max_tokens": None}
-    found = of_lines(tmp_path, *lines, same, none)
-    assert [r.new_tokens for r in found.stream()] == [3, 4, 5, 6, 4]
+    point = {"id": 5, "prompt": "a", "max_tokens": 7.0}  # as pandas writes a column with gaps
+    found = of_lines(tmp_path, *lines, same, none, point)
+    assert [r.new_tokens for r in found.stream()] == [3, 4, 5, 6, 4, 7]
 
 
 def test_what_is_too_long_fails_alone_is_cut_or_refuses_the_file(tmp_path):
