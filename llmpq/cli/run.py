@@ -199,7 +199,7 @@ def _run_here(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> Non
     from llmpq.runtime.ending import RESUME, ended_by_signals
     from llmpq.runtime.process import Role, start_workers
 
-    if len(plan.stages) == 1:
+    if len(worker_names(plan)) == 1:
         _warn_of_crowding(plan, options)
         with ended_by_signals(RESUME):
             failed = work(plan, options, Role(0, 1, 0, 1))
