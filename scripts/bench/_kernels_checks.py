@@ -113,7 +113,7 @@ def token_checks(
             target="1",
             holds=equal,
             samples=int(equal is not None),
-            why=why,
+            why=why if equal is None else "",
         )
         for name, equal in outcomes.items()
     ]
