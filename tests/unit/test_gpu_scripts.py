@@ -1,4 +1,4 @@
-"""The scripts around a borrowed card: shares of time, ending steps, targets, the report.
+"""The scripts that measure a card: shares of time, ending steps, targets, the report.
 
 Every number here is made up. Nothing of it was measured on a card.
 """
