@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from llmpq.kernel import graph_lengths
 from llmpq.models.lanes import LaneCache
 from llmpq.models.sharding import ALONE, Shard, ShardGroup
 from llmpq.models.stage_model import LayerRange, StageModel
@@ -32,7 +33,6 @@ from llmpq.runtime.rehearsal import MemoryAccount, MeteredTransport, Throttle, p
 from llmpq.runtime.request import Finished, Request
 from llmpq.runtime.roundings import NEAREST, Roundings
 from llmpq.runtime.sampler import Sampling
-from llmpq.runtime.steps import graph_width
 from llmpq.runtime.stopwatch import SPAN_COLUMNS, TIME_COLUMNS, Stopwatch, measured_times
 from llmpq.runtime.transport import Transport
 from llmpq.runtime.worker import Worker
@@ -318,8 +318,8 @@ class Engine:
         """Steps of whole lanes at every width from the shortest prompt on, widest first."""
         shortest = min(prompt for prompt, _ in request_lengths(self.plan.workload))
         for lane, shape in enumerate(self.reserve.lanes):
-            starts = range(min(shortest + 1, shape.tokens), shape.tokens + 1)
-            for width in sorted({graph_width(n, shape) for n in starts}, reverse=True):
+            least = min(shortest + 1, shape.tokens)
+            for width in reversed([n for n in graph_lengths(shape.tokens) if n >= least]):
                 rows = range(shape.rows)
                 members = tuple(Member(lane, row, width - 1, row, 1) for row in rows)
                 yield Job(False, members, 0, width, shape.rows)

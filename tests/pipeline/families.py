@@ -31,7 +31,7 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GROUPED = _SIZES | {"num_key_value_heads": 2}
+GROUPED = _SIZES | {"num_key_value_heads": 2}
 _BLOOM = {"vocab_size": 97, "hidden_size": 32, "n_layer": 4, "n_head": 4, "pad_token_id": 0}
 
 # Family -> (prefix of transformers' classes, configuration)
@@ -39,14 +39,14 @@ FAMILIES = {
     "opt": ("OPT", _SIZES | {"ffn_dim": 64}),
     "opt-projected": ("OPT", _SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 16}),
     "bloom": ("Bloom", _BLOOM),
-    "llama": ("Llama", _GROUPED),
-    "mistral": ("Mistral", _GROUPED | {"sliding_window": 8}),
-    "qwen2": ("Qwen2", _GROUPED | {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", _GROUPED | {"head_dim": 16}),
+    "llama": ("Llama", GROUPED),
+    "mistral": ("Mistral", GROUPED | {"sliding_window": 8}),
+    "qwen2": ("Qwen2", GROUPED | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", GROUPED | {"head_dim": 16}),
     "gpt_neox": ("GPTNeoX", _SIZES),
-    "gemma2": ("Gemma2", _GROUPED | {"head_dim": 8, "sliding_window": 8}),
-    "granite": ("Granite", _GROUPED | {"embedding_multiplier": 3.0, "logits_scaling": 2.0}),
-    "gemma3": ("Gemma3", _GROUPED | {"head_dim": 8, "sliding_window": 8}),
+    "gemma2": ("Gemma2", GROUPED | {"head_dim": 8, "sliding_window": 8}),
+    "granite": ("Granite", GROUPED | {"embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+    "gemma3": ("Gemma3", GROUPED | {"head_dim": 8, "sliding_window": 8}),
 }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import TinyModel, hand_made_plan, own_tokens
+from families import GROUPED, TinyModel, hand_made_plan, own_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpq.errors import UserError
@@ -17,18 +17,7 @@ from llmpq.runtime.prompt_rules import Limits
 from llmpq.runtime.request import Request
 from llmpq.runtime.verify import small_copy, verify
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = GROUPED | {"num_hidden_layers": 5}
 LONG = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,

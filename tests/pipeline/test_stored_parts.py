@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from families import TinyModel, own_tokens, random_requests
+from families import GROUPED, TinyModel, own_tokens, random_requests
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,25 +18,13 @@ from llmpq.runtime.loader import load_stage
 from llmpq.runtime.local import generate_locally
 
 CPU = torch.device("cpu")
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 
 
 def write(folder, model_type, change=lambda tensors: None, **more):
     """A random checkpoint, changed after it was saved."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SIZES, **more)
+    config = AutoConfig.for_model(model_type, **GROUPED, **more)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,7 +40,7 @@ def write(folder, model_type, change=lambda tensors: None, **more):
 def expected(folder) -> TinyModel:
     """What transformers makes of these files."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    requests = random_requests(SIZES["vocab_size"])[:6]
+    requests = random_requests(GROUPED["vocab_size"])[:6]
     tiny = TinyModel(folder, requests, frozenset())
     tiny.expected = {r.id: own_tokens(model, r, frozenset()) for r in requests}
     return tiny
