@@ -57,10 +57,18 @@ def open_results(plan: Plan, options: RunOptions, prepared: "Prepared") -> "Resu
     )
 
 
-def is_all_done(results: "Results | ResultStream", prepared: "Prepared") -> bool:
-    """Whether no request is left to be done."""
+def needs_no_engine(
+    results: "Results | ResultStream", prepared: "Prepared", options: RunOptions, restarted: bool
+) -> bool:
+    """Whether every request is done, and nothing is asked for that only a loaded model tells.
+
+    `restarted`: torchrun has started this run again; what failed in it has been reported.
+    """
     assert prepared.prompts is not None
-    return len(results.finished) == len(prepared.prompts)
+    if len(results.finished) < len(prepared.prompts):
+        return False
+    measures = options.check_quality or options.trace is not None or with_hashes(options)
+    return not measures or (restarted and bool(results.failed))
 
 
 def told_outcome(
@@ -90,7 +98,7 @@ def lead(
     """Runs the requests; the report, and the served weights' loss where that is checked."""
     assert prepared.prompts is not None
     out = console(options.quiet)
-    _say_first(out, plan, options, prepared, results)
+    say_first(plan, options, prepared, results)
     todo = prepared.prompts.todo(results.finished)
     with progress(out, "requests", len(todo)) as shown, closing(results):
         collector = _Collector(results, prepared, shown)
@@ -166,14 +174,12 @@ def _identity(plan: Plan, options: RunOptions) -> dict[str, object]:
     }
 
 
-def _say_first(
-    out: Any,
-    plan: Plan,
-    options: RunOptions,
-    prepared: "Prepared",
-    results: "Results | ResultStream",
+def say_first(
+    plan: Plan, options: RunOptions, prepared: "Prepared", results: "Results | ResultStream"
 ) -> None:
+    """What is to be known of the input and of earlier results before anything runs."""
     assert prepared.prompts is not None
+    out = console(options.quiet)
     if note := prepared.weights.note(plan.precisions):
         out.print(f"warning: {note}")
     notes = [

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from llmpq.cli.common import console
@@ -11,9 +12,10 @@ from llmpq.cli.loading import shown_compiling, shown_loading
 from llmpq.cli.run_input import Prepared, prepare
 from llmpq.cli.run_lead import (
     finish,
-    is_all_done,
     lead,
+    needs_no_engine,
     open_results,
+    say_first,
     told_outcome,
     with_hashes,
 )
@@ -83,13 +85,18 @@ def _work(
 
     from llmpq.runtime.ending import SUPERVISED
     from llmpq.runtime.monitor import restarts
-    from llmpq.runtime.process import connect
+    from llmpq.runtime.process import all_gather, connect
 
     worker, _ = seats[role.rank]
     results = open_results(plan, options, prepared) if worker == 0 else None
     under_torchrun = role.size > 1 and SUPERVISED not in os.environ
-    if results is not None and restarts() and results.failed and is_all_done(results, prepared):
-        return told_outcome(results, prepared, options, under_torchrun)  # ends the others too
+    ends = results is not None and needs_no_engine(results, prepared, options, restarts() > 0)
+    if any(int(told) for told in all_gather(torch.tensor(int(ends)), role)):  # the leader told it
+        if results is None:
+            return None
+        with closing(results):
+            say_first(plan, options, prepared, results)
+        return told_outcome(results, prepared, options, under_torchrun)
     device = _claim_device(plan, options, role, seats)
     transport, group = connect(role, device, stage_ranks(plan, seats))
     try:

@@ -13,12 +13,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from llmpq.errors import UserError
 from llmpq.placement import FoundCard, Refusal
 from llmpq.plan import Plan
-from llmpq.runtime.process import Role, join
+from llmpq.runtime.process import Role, all_gather
 from llmpq.seats import Process, Seat, take_seats
 
 MIB = 2**20
@@ -88,27 +87,20 @@ def gather(own: Process, role: Role) -> list[Process]:
     """What every process says of itself, by rank."""
     if role.size == 1:
         return [own]
-    join(role)
-    return [_process(json.loads(text)) for text in _all_texts(json.dumps(asdict(own)), role.size)]
+    return [_process(json.loads(text)) for text in _all_texts(json.dumps(asdict(own)), role)]
 
 
-def _all_texts(text: str, size: int) -> list[str]:
+def _all_texts(text: str, role: Role) -> list[str]:
     """Every process's text, through tensors of equal size."""
     data = text.encode()
-    lengths = _all_gather(torch.tensor([len(data)]), size)
+    lengths = all_gather(torch.tensor([len(data)]), role)
     padded = torch.zeros(max(int(n) for n in lengths), dtype=torch.uint8)
     padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    every = _all_gather(padded, size)
+    every = all_gather(padded, role)
     return [
         bytes(one[: int(length)].tolist()).decode()
         for one, length in zip(every, lengths, strict=True)
     ]
-
-
-def _all_gather(tensor: torch.Tensor, size: int) -> list[torch.Tensor]:
-    found = [torch.empty_like(tensor) for _ in range(size)]
-    dist.all_gather(found, tensor)
-    return found
 
 
 def _process(fields: Mapping[str, Any]) -> Process:

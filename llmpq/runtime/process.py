@@ -171,14 +171,26 @@ def connect(
     """
     if role.size == 1:
         return LocalTransport(0, LocalHub(1)), None
-    join(role)
     own_card = device.type == "cuda" and role.local_size <= torch.cuda.device_count()
+    everyone = all_gather(torch.tensor([int(own_card)]), role)
     with _reaching(role):
-        everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(role.size)]
-        dist.all_gather(everyone, torch.tensor([int(own_card)]))
         backend = "nccl" if all(map(bool, everyone)) else "gloo"
         group = distributed_shard_group(stages or [], backend, device)
         return DistributedTransport(backend, device, stages), group
+
+
+def all_gather(tensor: torch.Tensor, role: Role) -> list[torch.Tensor]:
+    """The tensor of every worker, by rank; all of one shape. Joins them first.
+
+    Raises `NeighbourLost` where one cannot be reached.
+    """
+    if role.size == 1:
+        return [tensor]
+    join(role)
+    found = [torch.empty_like(tensor) for _ in range(role.size)]
+    with _reaching(role):
+        dist.all_gather(found, tensor)
+    return found
 
 
 def disconnect() -> None:

@@ -137,6 +137,17 @@ def test_resuming_tries_failed_requests_again_and_those_alone(job):
     assert {name: after[name] for name in "ac"} == {name: before[name] for name in "ac"}
 
 
+def test_where_nothing_is_left_nothing_is_loaded(job, monkeypatch):
+    job.write(prompt("a", 9, 8), prompt("b", 9, BAD_TOKEN))
+    job.spoil()
+    assert job.run().exit_code == 5
+    monkeypatch.setattr("llmpq.runtime.engine.Engine", lambda *_, **__: pytest.fail("loaded"))
+    kept = job.run("--resume", "--keep-errors")
+    assert kept.exit_code == 5 and "resuming: 2 requests are already done" in kept.stderr
+    job.write(prompt("a", 9, 8))
+    assert job.run("--resume", "--keep-errors").exit_code == 0
+
+
 def test_keeping_errors_is_for_resumed_runs(job):
     job.write(prompt("a", 9))
     result = job.run("--keep-errors")
