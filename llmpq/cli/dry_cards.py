@@ -10,12 +10,20 @@ from llmpq.seats import parts_of, planned_devices
 
 def card_lines(plan: Plan, options: RunOptions) -> list[str]:
     """A line for each stage that this machine runs; none where it has no card or is no node."""
-    from llmpq.runtime.cards import all_cards, visible_cards
+    from llmpq.runtime.cards import all_cards
 
-    if options.device == "cpu" or plan.cluster.rehearse:
-        return []
-    here, devices = visible_cards(), devices_of(plan, socket.gethostname())
+    here, devices = _here(plan, options)
     return lines_of(here, devices, all_cards()) if here and devices else []
+
+
+def stage_cards(plan: Plan, options: RunOptions) -> dict[int, FoundCard]:
+    """The card of each stage that this machine would run on one; none where a run is refused."""
+    here, devices = _here(plan, options)
+    found = match_cards(here, devices) if here else Refusal("no cards")
+    if isinstance(found, Refusal):
+        return {}
+    taken = zip(devices, found, strict=True)
+    return {device.stage: card for device, card in taken if card is not None}
 
 
 def devices_of(plan: Plan, host: str) -> list[PlannedDevice]:
@@ -38,3 +46,12 @@ def lines_of(
         f"stage {device.stage} ({device.type}) takes {card or 'the CPU'} here"
         for device, card in zip(devices, found, strict=True)
     ]
+
+
+def _here(plan: Plan, options: RunOptions) -> tuple[tuple[FoundCard, ...], list[PlannedDevice]]:
+    """The cards of this machine, and what is planned for it; both empty where none are used."""
+    from llmpq.runtime.cards import visible_cards
+
+    if options.device == "cpu" or plan.cluster.rehearse:
+        return (), []
+    return visible_cards(), devices_of(plan, socket.gethostname())

@@ -17,12 +17,13 @@ import click
 
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict
 from llmpq.cli.common import ARGUMENTS, console, emit
-from llmpq.cli.dry_cards import card_lines
+from llmpq.cli.dry_cards import card_lines, stage_cards
 from llmpq.cli.kernel_notes import kernel_lines
 from llmpq.cli.run_options import RunOptions
 from llmpq.cluster import GIB, MIB
 from llmpq.costs.latency import machine_of
 from llmpq.costs.memory import StageMemory, run_sizes, stage_memory
+from llmpq.errors import UserError
 from llmpq.launch import launch_lines
 from llmpq.plan import Plan, Predicted
 from llmpq.workload import request_lengths
@@ -213,11 +214,15 @@ def _files(plan: Plan, rank: int, options: RunOptions, prepared: "Prepared") -> 
 
 
 def _device(plan: Plan, rank: int, options: RunOptions) -> "tuple[torch.device, torch.dtype]":
-    """What a stage would take on this machine."""
-    from llmpq.runtime.process import Role, choose_device, choose_dtype
+    """What a stage would take on this machine: the card that suits its plan, else the CPU."""
+    import torch
 
-    size, on_cpu = len(plan.stages), plan.cluster.rehearse and options.device == "auto"
-    device = choose_device("cpu" if on_cpu else options.device, Role(rank, size, rank, size))
+    from llmpq.runtime.process import NO_CUDA, choose_dtype
+
+    card = stage_cards(plan, options).get(rank)
+    if card is None and options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(NO_CUDA)
+    device = torch.device("cpu") if card is None else torch.device("cuda", card.index)
     return device, choose_dtype(options.dtype, device)
 
 

@@ -20,6 +20,7 @@ from llmpq.cli.run_lead import (
     with_hashes,
 )
 from llmpq.cli.run_options import RunOptions
+from llmpq.costs.float16 import run_overflow
 from llmpq.errors import FailedRequests, InfeasibleError, UserError
 from llmpq.plan import Plan
 from llmpq.seats import Seat, stage_ranks
@@ -166,6 +167,9 @@ def _engine(
     from llmpq.runtime.sampler import Sampling
 
     dtype = choose_dtype(options.dtype, device, transport)
+    warning = run_overflow(plan.model.model_type, str(dtype).removeprefix("torch."))
+    if warning and transport.rank == 0:
+        console(options.quiet).print(warning, markup=False, soft_wrap=True)
     if options.cache_dir is not None:
         keep_kernels_in(options.cache_dir)
     with shown_loading(plan, transport.rank, options, prepared.cache, group) as packed:

@@ -43,6 +43,7 @@ from llmpq.runtime.transport import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NO_CUDA = "--device cuda: torch sees no CUDA device here; use --device cpu"
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun keeps the store; else rank 0 does
 LAUNCHER = (
     "the environment says that a launcher started this worker, and what torchrun sets is not there "
@@ -120,7 +121,7 @@ def choose_device(name: str, role: Role) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        raise UserError(NO_CUDA)
     return card_device(role.local_rank % torch.cuda.device_count())
 
 

@@ -1,9 +1,13 @@
 """A dry run compares the cards of its machine with the plan."""
 
+from types import SimpleNamespace
+
+import pytest
 from test_placement import T4, V100, found
 from test_seats import make_plan
 
-from llmpq.cli.dry_cards import devices_of, lines_of
+from llmpq.cli.dry_cards import devices_of, lines_of, stage_cards
+from llmpq.runtime import cards
 
 
 def test_a_line_for_each_stage():
@@ -26,3 +30,18 @@ def test_what_would_be_refused():
     (line,) = lines_of(tuple(found(T4)), devices, tuple(found(T4, V100)))
     assert line.startswith("on this machine a run would be refused: planned: stage 0 v100-32g")
     assert line.endswith("start with CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=1")
+
+
+@pytest.mark.parametrize("device, expected", [("auto", {0: 1, 1: 0, 2: 2}), ("cpu", {})])
+def test_each_stage_is_shown_with_its_own_card(monkeypatch, device, expected):
+    """CUDA lists the fastest card first; kernels and sizes are of the one that a stage takes."""
+    monkeypatch.setattr(cards, "visible_cards", lambda: tuple(found(V100, T4, T4)))
+    plan = make_plan(("a", "t4-16g"), ("a", "v100-32g"), ("a", "t4-16g"))
+    taken = stage_cards(plan, SimpleNamespace(device=device))
+    assert {stage: card.index for stage, card in taken.items()} == expected
+
+
+def test_no_stage_has_a_card_where_a_run_is_refused(monkeypatch):
+    monkeypatch.setattr(cards, "visible_cards", lambda: tuple(found(V100)))
+    plan = make_plan(("a", "t4-16g"), ("a", "v100-32g"))
+    assert stage_cards(plan, SimpleNamespace(device="auto")) == {}
