@@ -101,8 +101,9 @@ class Predicted(Strict):
     """What the planner expects of the plan; `tokens_per_s` counts generated tokens only.
 
     `error_percent`: the expected error of `total_s`, as far as the slowest stages' times go.
-    `closed_form_s`: the total that `objective`, `lower_bound` and `gap` rest on, where `total_s`
-    and what follows from it were simulated.
+    `objective`: `total_s`, and what its sensitivity costs where that has a price. `lower_bound`: no
+    plan of the space has a smaller one in closed form; `gap`: how far the objective is above it.
+    `closed_form_s`: this plan's total in closed form, where `total_s` was simulated.
     """
 
     total_s: float

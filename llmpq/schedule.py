@@ -18,6 +18,7 @@ processes: the engine asks it what to do, and the simulator asks the same.
 Not covered: taking a request out before it ends; sharing the cache of equal prompts.
 """
 
+import itertools
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -142,6 +143,10 @@ class _Lane:
     step: int = 0  # the next one
     num_steps: int = 0  # that are under way
     used: set[int] = field(default_factory=set)  # slots that stay free until the batch has ended
+    num_free: int = 0  # slots that a newcomer may take
+
+    def __post_init__(self) -> None:
+        self.num_free = self.shape.rows
 
     def occupied(self) -> list[_Row]:
         return [row for row in self.rows if row is not None]
@@ -203,18 +208,18 @@ class Schedule:
         """The next job, or None until tokens are back; nothing is left if `is_done`."""
         self._look_ahead()
         self._open_batch()
-        ready = [] if self._filling else self._ready_lanes()
+        ready = None if self._filling else self._ready_lane()
         if self._num_prefills <= self.num_stages:
-            if self._chunked and not (ready and self._steps == 0):
+            if self._chunked and not (ready is not None and self._steps == 0):
                 return self._give_out(self._next_chunk())
-            if not self._chunked and (job := self._prefill(has_ready=bool(ready))):
+            if not self._chunked and (job := self._prefill(has_ready=ready is not None)):
                 return self._give_out(job)
             if self._filling and not self._chunked:
-                self._filling, ready = False, self._ready_lanes()
-        if not ready:
+                self._filling, ready = False, self._ready_lane()
+        if ready is None:
             return None
-        self._turn = (ready[0].index + 1) % len(self._lanes)
-        return self._give_out(self._step(ready[0]))
+        self._turn = (ready.index + 1) % len(self._lanes)
+        return self._give_out(self._step(ready))
 
     def returned(self, stops: Sequence[bool]) -> tuple[bool, ...]:
         """The oldest job is back; `stops`: of each member, whether it must end with this token.
@@ -295,7 +300,7 @@ class Schedule:
         """Newcomers for free slots: as many as a micro-batch takes, or what there is."""
         if not self._num_waiting or not (self.refill or self._filling):
             return None
-        free = sum(len(lane.free_slots()) for lane in self._lanes)
+        free = sum(lane.num_free for lane in self._lanes)
         patient = has_ready and self._steps < len(self._lanes)
         if not free or (patient and free < min(self.prefill_rows, self._num_waiting)):
             return None
@@ -318,13 +323,14 @@ class Schedule:
             self._filling = True
             for lane in self._lanes:
                 lane.used.clear()
+                lane.num_free = lane.shape.rows
 
     def _newcomers(self) -> list[_Row]:
         """Requests in their new slots: one that goes in chunks, or some of like length."""
         rows: list[_Row] = []
         like: int | None = None
         for lane in sorted(self._lanes, key=lambda lane: (lane.shape.tokens, lane.index)):
-            for slot in lane.free_slots():
+            for slot in lane.free_slots() if lane.num_free else ():
                 if len(rows) == self.prefill_rows:
                     return rows
                 item = self._take(lane.shape.tokens, like)
@@ -344,6 +350,7 @@ class Schedule:
         late = self.refill and any(row.num_new > 0 for row in lane.occupied())
         row = _Row(item, lane, slot, join=lane.step + late)
         lane.rows[slot] = row
+        lane.num_free -= 1
         return row
 
     def _next_chunk(self) -> Job:
@@ -360,10 +367,10 @@ class Schedule:
 
     # ---- decode
 
-    def _ready_lanes(self) -> list[_Lane]:
-        """In the order of their turns."""
-        turns = self._lanes[self._turn :] + self._lanes[: self._turn]
-        return [lane for lane in turns if lane.is_ready(self.ahead)]
+    def _ready_lane(self) -> _Lane | None:
+        """The first one in the order of their turns."""
+        turns = itertools.chain(self._lanes[self._turn :], self._lanes[: self._turn])
+        return next((lane for lane in turns if lane.is_ready(self.ahead)), None)
 
     def _step(self, lane: _Lane) -> Job:
         """The next token of a lane's requests."""
@@ -418,6 +425,8 @@ class Schedule:
         row.has_ended = stop or row.num_new >= row.item.new_tokens
         if row.has_ended:
             row.lane.rows[row.slot] = None
-            if not self.refill:
+            if self.refill:
+                row.lane.num_free += 1
+            else:
                 row.lane.used.add(row.slot)
         return row.has_ended

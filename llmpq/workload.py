@@ -22,6 +22,10 @@ from llmpq.schedule import LaneShape, cache_tokens
 
 CLASSES = 5  # of requests by length
 LEAST_CHUNK_TOKENS = 64
+PLANNED = 2048  # requests that a plan is made for: of more a sample of their lengths
+MANY = 10  # times that lists of lengths recur, where a part of another time does not matter
+MOST_LISTED = 200_000  # pairs of two lists of lengths that are looked at
+WAVES = 4  # of requests in flight that such a sample has at least
 DELIMITERS = ",;\t"  # of traces
 MAX_TRACE_BYTES = 1 << 30  # all of it is held in memory
 
@@ -111,6 +115,45 @@ def request_lengths(workload: Workload) -> list[tuple[int, int]]:
     prompts = _expand(workload.prompt_tokens, workload.num_requests, seed=1)
     new = _expand(workload.new_tokens, workload.num_requests, seed=2)
     return list(zip(prompts, new, strict=True))
+
+
+def planned_lengths(workload: Workload) -> list[tuple[int, int]]:
+    """(prompt tokens, new tokens) that a plan is made for: of every request, or of a sample.
+
+    Of more than `PLANNED` requests a fixed sample stands for all: the same whatever their number,
+    as long as the lengths are the same, so that ten million requests get the plan of ten thousand.
+    The longest prompt and the longest output are in it, and the longest request, or one as long.
+    """
+    batch = 0 if workload.batch == "auto" else workload.batch
+    most = max(PLANNED, WAVES * batch)
+    if workload.num_requests <= most:
+        return request_lengths(workload)
+    lists = [x for x in (workload.prompt_tokens, workload.new_tokens) if isinstance(x, tuple)]
+    period = math.lcm(*map(len, lists))  # 1 where there are none
+    recurs = workload.num_requests >= MANY * period
+    whole = period * max(1, most // period) if recurs else workload.num_requests
+    count = min(whole, MOST_LISTED) if lists else most
+    found = request_lengths(workload.model_copy(update={"num_requests": count}))
+    if any(isinstance(x, MinMax) for x in (workload.prompt_tokens, workload.new_tokens)):
+        longest = max(range(count), key=lambda i: sum(found[i]))
+        prompts, new = zip(*found, strict=True)
+        found[longest] = max(prompts), max(new)  # as of some of so many
+    return _evenly(found, most)
+
+
+def _evenly(lengths: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """`most` of them at equal distances in the order of their lengths, and the longest ones."""
+    if len(lengths) <= most:
+        return lengths
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    longest = {
+        max(order, key=lambda i: lengths[i][0]),
+        max(order, key=lambda i: lengths[i][1]),
+        max(order, key=lambda i: sum(lengths[i])),
+    }
+    count = most - len(longest)
+    chosen = {order[int((i + 0.5) * len(order) / count)] for i in range(count)} | longest
+    return [lengths[i] for i in sorted(chosen)]
 
 
 def lanes(lengths: Sequence[tuple[int, int]], batch: int, rows: int) -> tuple[LaneShape, ...]:

@@ -26,7 +26,7 @@ from llmpq.costs.memory import StageMemory, run_sizes, stage_memory
 from llmpq.errors import UserError
 from llmpq.launch import launch_lines
 from llmpq.plan import Plan, Predicted
-from llmpq.workload import request_lengths
+from llmpq.workload import planned_lengths
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +152,7 @@ def memory_of(plan: Plan, rank: int) -> StageMemory:
     """What each device of a stage holds, as the planner counts it."""
     stage = plan.stages[rank]
     sizes = run_sizes(
-        request_lengths(plan.workload),
+        planned_lengths(plan.workload),
         plan.batch,
         plan.prefill_micro_batch,
         plan.decode_micro_batch,
@@ -268,7 +268,7 @@ def _prompts(plan: Plan, lengths: Sequence[tuple[int, int]]) -> PromptsPreview:
         num_new_tokens=sum(new for _, new in lengths),
         longest_prompt_tokens=max((prompt for prompt, _ in lengths), default=0),
         longest_tokens=max((prompt + new for prompt, new in lengths), default=0),
-        longest_planned_tokens=max(p + new for p, new in request_lengths(plan.workload)),
+        longest_planned_tokens=max(p + new for p, new in planned_lengths(plan.workload)),
     )
 
 

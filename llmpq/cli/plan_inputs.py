@@ -79,7 +79,7 @@ def read_inputs(arguments: Arguments, plan: "Plan | None") -> Inputs:
     from llmpq.costs.measured_types import with_measured_types
     from llmpq.model_spec import DEFAULT_MODEL, load_model_spec
     from llmpq.profile_data import load_profiles
-    from llmpq.workload import load_workload, request_lengths
+    from llmpq.workload import load_workload, planned_lengths
 
     faults: list[str] = []
 
@@ -100,7 +100,7 @@ def read_inputs(arguments: Arguments, plan: "Plan | None") -> Inputs:
     workload = given(arguments.workload, load_workload, plan.workload if plan else None)
     none: list[Profile] = []
     profiles = given(arguments.profiles, load_profiles, none)
-    lengths = attempt(lambda: request_lengths(workload)) if workload else None
+    lengths = attempt(lambda: planned_lengths(workload)) if workload else None
     quality = attempt(lambda: _quality(arguments, spec)) if spec else None
     if faults:
         raise UserError("\n".join(faults))
@@ -151,6 +151,7 @@ def make_problem(
         cluster=inputs.cluster,
         workload=inputs.workload,
         lengths=inputs.lengths,
+        num_requests=inputs.workload.num_requests,
         times=times,
         quality=inputs.quality,
         precisions=tuple(precisions),
@@ -279,6 +280,7 @@ def _notes(inputs: Inputs, times: "dict[str, LayerTimes]") -> list[str]:
     if missing:
         notes.append(f"not allowed, as the sensitivity file lacks them: {', '.join(missing)}")
     pinned = inputs.workload.batch
-    if isinstance(pinned, int) and pinned > len(inputs.lengths):
-        notes.append(f"batch {pinned} is above the number of requests, {len(inputs.lengths)}")
+    count = inputs.workload.num_requests
+    if isinstance(pinned, int) and pinned > count:
+        notes.append(f"batch {pinned} is above the number of requests, {count}")
     return notes

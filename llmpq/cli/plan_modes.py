@@ -183,7 +183,7 @@ def evaluate_plan(arguments: Arguments, path: Path, trace: Path | None = None) -
     filed = load_plan(path)
     problem, _, notes = make_problem(arguments, read_inputs(arguments, filed), filed)
     _check_evaluable(problem, filed, path)
-    plan = _in_flight(filed, len(problem.lengths))
+    plan = _in_flight(filed, problem.workload.num_requests)
     assignment = to_assignment(plan, problem.cluster)
     predicted = with_run(problem, assignment, evaluate(problem, assignment))
     predicted = with_accuracy(problem, assignment, predicted)

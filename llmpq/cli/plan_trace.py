@@ -9,6 +9,7 @@ the first ones where a run has more than a viewer bears; a line says how many th
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,10 @@ def _play(
     arguments: Arguments, problem: "Problem", assignment: "Assignment", filed: "Plan"
 ) -> "Played":
     from llmpq.planner.simulated import least_jobs, simulate
-    from llmpq.workload import request_lengths
+    from llmpq.workload import planned_lengths, request_lengths
 
+    every = tuple(request_lengths(problem.workload))
+    problem = replace(problem, lengths=every, num_requests=None, _known={})
     count = least_jobs(problem, assignment.setting)
     most = min(MAX_JOBS, MAX_SPANS // (2 * len(assignment.stages)))
     if count > most:
@@ -70,7 +73,7 @@ def _play(
             f"a run of {len(problem.lengths)} requests has {count} jobs to simulate, {most} at "
             f"most; give --workload with about {most / count:.0%} of the requests"
         )
-    planned = request_lengths(filed.workload)
+    planned = planned_lengths(filed.workload)
     with progress(console(arguments.quiet), "simulating", len(problem.lengths)) as bar:
 
         def told(num_ended: int) -> None:

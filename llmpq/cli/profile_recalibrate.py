@@ -373,7 +373,7 @@ def _mean_steps(run: Run, times: "dict[str, LayerTimes]") -> dict[int, float]:
     from llmpq.costs.quality import prior_quality
     from llmpq.planner.evaluate import evaluate, to_assignment
     from llmpq.planner.problem import Problem
-    from llmpq.workload import request_lengths
+    from llmpq.workload import planned_lengths
 
     plan = run.plan
     if not {stage.devices[0] for stage in plan.stages} <= set(times):
@@ -382,7 +382,8 @@ def _mean_steps(run: Run, times: "dict[str, LayerTimes]") -> dict[int, float]:
         spec=plan.model,
         cluster=plan.cluster,
         workload=plan.workload,
-        lengths=tuple(request_lengths(plan.workload)),
+        lengths=tuple(planned_lengths(plan.workload)),
+        num_requests=plan.workload.num_requests,
         times=times,
         quality=prior_quality(plan.model.num_layers),
         precisions=tuple(sorted(set(plan.precisions))),
@@ -458,7 +459,7 @@ def _problem(
     """The plan's problem at these times; any quality, the budget comes later."""
     from llmpq.planner.problem import Problem
     from llmpq.precision import STANDARD
-    from llmpq.workload import request_lengths
+    from llmpq.workload import planned_lengths
 
     quality = _quality(request, plan)
     timed = {p for t in times.values() for p in t.precisions}
@@ -467,7 +468,8 @@ def _problem(
         spec=plan.model,
         cluster=cluster,
         workload=plan.workload,
-        lengths=tuple(request_lengths(plan.workload)),
+        lengths=tuple(planned_lengths(plan.workload)),
+        num_requests=plan.workload.num_requests,
         times=times,
         quality=quality,
         precisions=tuple(p for p in known if p in timed and p in quality.omega),

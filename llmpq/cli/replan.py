@@ -22,7 +22,7 @@ from llmpq.cli.run_options import RunOptions
 from llmpq.cluster import Cluster
 from llmpq.errors import InfeasibleError, UserError
 from llmpq.plan import Plan, diff
-from llmpq.workload import Workload, request_lengths
+from llmpq.workload import Workload, planned_lengths
 
 if TYPE_CHECKING:
     from llmpq.costs.latency import LayerTimes
@@ -80,7 +80,8 @@ class Ground:
             spec=self.plan.model,
             cluster=cluster,
             workload=self.workload,
-            lengths=tuple(request_lengths(self.workload)),
+            lengths=tuple(planned_lengths(self.workload)),
+            num_requests=self.workload.num_requests,
             times=self.times,
             quality=self.quality,
             precisions=self.precisions,
@@ -167,12 +168,13 @@ def with_longest(workload: Workload, longest: int) -> Workload:
 
     The longest output stays, as prompts that ask for no number of new tokens get that many.
     """
-    lengths = request_lengths(workload)
+    lengths = planned_lengths(workload)
     new = max(new for _, new in lengths)
     if longest <= max(map(sum, lengths)):
         return workload
     prompts, outputs = zip(*lengths, (longest - new, new), strict=True)
-    more = {"prompt_tokens": prompts, "new_tokens": outputs, "num_requests": len(prompts)}
+    count = max(workload.num_requests, len(prompts))
+    more = {"prompt_tokens": prompts, "new_tokens": outputs, "num_requests": count}
     return workload.model_copy(update=more)
 
 

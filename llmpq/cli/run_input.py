@@ -10,7 +10,7 @@ from llmpq.cli.run_options import RunOptions
 from llmpq.errors import UserError
 from llmpq.model_spec import load_model_spec
 from llmpq.plan import Plan
-from llmpq.workload import request_lengths
+from llmpq.workload import planned_lengths
 
 if TYPE_CHECKING:
     from llmpq.runtime.checkpoint import Checkpoint
@@ -85,7 +85,7 @@ def _limits(plan: Plan, options: RunOptions, config: Any) -> "Limits":
     from llmpq.runtime.prompt_rules import Limits
 
     return Limits(
-        new_tokens=max(new for _, new in request_lengths(plan.workload)),
+        new_tokens=max(new for _, new in planned_lengths(plan.workload)),
         max_positions=plan.model.max_positions,
         vocab_size=plan.model.vocab_size,
         cache_tokens=reserve_of(plan).tokens,

@@ -31,7 +31,8 @@ class Jobs:
 
     `step` counts a lane's decode steps from 1 and is 0 for a prefill. `micro_batch`: a decode
     step's lane, a prefill's number. `parent`: the job that came back last before this one was
-    given out, or -1. `requests` are served, each with so many new `tokens` after `past` ones.
+    given out, or -1. `requests` are served, each with so many new `tokens` after `past` ones;
+    `rows` are computed.
     """
 
     micro_batch: np.ndarray
@@ -40,6 +41,7 @@ class Jobs:
     requests: np.ndarray
     tokens: np.ndarray
     past: np.ndarray
+    rows: np.ndarray
 
     def __len__(self) -> int:
         return len(self.step)
@@ -90,7 +92,7 @@ class _Log:
     """The jobs so far, as numbers in rows."""
 
     def __init__(self) -> None:
-        self.columns = tuple(array("q") for _ in range(6))
+        self.columns = tuple(array("q") for _ in range(7))
         self.numbers: Counter[int | None] = Counter()  # decode steps of each lane; prefills
 
     def add(self, job: Job, parent: int) -> None:
@@ -98,9 +100,10 @@ class _Log:
         number = self.numbers[lane]
         self.numbers[lane] = number + 1
         if lane is None:
-            row = (number, 0, parent, len(job.members), job.end - job.begin, job.begin)
+            row = (number, 0, parent, len(job.members), job.end - job.begin, job.begin, job.rows)
         else:
-            row = (lane, number + 1, parent, len(job.members), 1, job.end - job.begin - 1)
+            past = job.end - job.begin - 1
+            row = (lane, number + 1, parent, len(job.members), 1, past, job.rows)
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
 

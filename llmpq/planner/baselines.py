@@ -3,10 +3,10 @@
 uniform: equal layer counts, one precision. pipeedge: one precision, the contiguous partition whose
 busiest stage is least busy. adabits: the least summed sensitivity that memory allows, and of those
 partitions the one whose busiest stage is least busy. A stage's busy time is the seconds it computes
-over the whole workload. Each is tried at every order, batch and micro-batch that our own search
-tries, those that leave devices out included. Of a method's plans the fastest within the quality
-budget counts; where none is within, the one that loses least quality. With a theta there is no
-budget: the least total + theta * omega.
+over the whole workload. Each is tried at the orders, batches and micro-batches of our own search,
+those that leave devices out included, the most promising first. Of a method's plans the fastest
+within the quality budget counts; where none is within, the one that loses least quality. With a
+theta there is no budget: the least total + theta * omega.
 """
 
 import time
@@ -35,6 +35,7 @@ from llmpq.planner.value import (
 if TYPE_CHECKING:
     from llmpq.planner.offload import OffloadPlan
 
+PATIENCE = 200  # settings, the most promising first
 BASELINES = ("uniform", "pipeedge", "adabits")
 
 Proposals = Iterator[tuple[Choice, str]]  # choices, and the precision (or "") each stands for
@@ -64,6 +65,7 @@ class _Best:
     rank: tuple[float, ...] = (np.inf,)
     setting: Setting | None = None
     choice: Choice | None = None
+    found_at: int = 0  # settings that were tried before
     fitting: set[str] = field(default_factory=set)
     short: dict[str, tuple[float, str]] = field(default_factory=dict)
 
@@ -84,14 +86,16 @@ def run_baselines(
     """Every method's outcome.
 
     `settings` come with a bound that no plan is below, the least first: where it is above a
-    method's plan, that method is done. All stop at `deadline` (`time.monotonic`). What is short is
-    told of the `smallest` settings where there are no others.
+    method's plan, or `PATIENCE` settings have brought it nothing better, that method is done. All
+    stop at `deadline` (`time.monotonic`). What is short is told of the `smallest` settings where
+    there are no others.
     """
     best = {method: _Best() for method in methods}
     fronts = FrontCache()
     partial = ""
     for tried, (bound, setting) in enumerate(settings):
-        left = [method for method in methods if bound < best[method].worth]
+        states = ((method, best[method]) for method in methods)
+        left = [m for m, one in states if bound < one.worth and tried < one.found_at + PATIENCE]
         if not left:
             break
         if time.monotonic() > deadline:
@@ -99,7 +103,10 @@ def run_baselines(
             break
         instance = make_instance(problem, setting)
         for method in left:
+            before = best[method].rank
             _try(problem, setting, instance, method, best[method], fronts)
+            if best[method].rank < before:
+                best[method].found_at = tried
         progress(tried)
     for method, state in best.items():
         for setting in smallest if not (state.short or state.setting) else ():

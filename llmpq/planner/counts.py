@@ -112,13 +112,13 @@ def build(instance: Instance, cutoff: float = math.inf, any_order: bool = False)
     cost[columns.T] = 1.0
     if len(groups.sizes) > 1:
         add_transport(rows, columns.y, columns.c, groups)
-        _price(rows, cost, instance, columns.y, groups.omega, scale)
+        price_rows(rows, cost, instance, columns.y, groups.omega, scale)
     else:
         omega = np.broadcast_to(groups.omega, columns.c.shape)
-        _price(rows, cost, instance, columns.c, omega, scale)
+        price_rows(rows, cost, instance, columns.c, omega, scale)
     if any_order:
         _tell_twins_apart(rows, columns, instance)
-    return _finished(rows, columns, instance, cost, cutoff, scale)
+    return finished(rows, columns, instance, cost, cutoff, scale)
 
 
 def build_exact(
@@ -136,8 +136,8 @@ def build_exact(
     cost[columns.T] = 1.0
     _places(rows, columns, instance)
     omega = np.broadcast_to(instance.omega[:, None, :], columns.z.shape)
-    _price(rows, cost, instance, columns.z, omega, scale)
-    programme = _finished(rows, columns, instance, cost, cutoff, scale)
+    price_rows(rows, cost, instance, columns.z, omega, scale)
+    programme = finished(rows, columns, instance, cost, cutoff, scale)
     return programme if windows is None else _within_windows(programme, columns, windows)
 
 
@@ -194,13 +194,14 @@ def _common(
     rows.add(instance.num_layers, instance.num_layers, (columns.c, 1.0))
     for j in range(instance.num_stages):
         rows.add(1, math.inf, (columns.c[j], 1.0))
-    _memory(rows, columns, instance)
+    memory_rows(rows, columns, instance)
     _ways_down(rows, columns, instance, scale)
     _slowest(rows, columns, instance, scale)
     _chains(rows, columns, instance, scale, any_order)
 
 
-def _memory(rows: Rows, columns: Columns, instance: Instance) -> None:
+def memory_rows(rows: Rows, columns: Columns, instance: Instance) -> None:
+    """Layers fit into every stage, an unpacked matrix beside packed ones."""
     most = most_packed(instance)
     for j, capacity in enumerate(instance.capacity):
         unit = max(capacity, 1.0)
@@ -324,7 +325,7 @@ def _places(rows: Rows, columns: Columns, instance: Instance) -> None:
             rows.add(0, 0, (columns.z[:, j, b], 1.0), (columns.c[j, b], -1.0))
 
 
-def _price(
+def price_rows(
     rows: Rows,
     cost: np.ndarray,
     instance: Instance,
@@ -332,7 +333,7 @@ def _price(
     omega: np.ndarray,
     scale: float,
 ) -> None:
-    """Sensitivity in the objective (theta) and within the budget."""
+    """Adds sensitivity to the objective (theta) and holds it within the budget."""
     np.add.at(cost, where.ravel(), instance.theta * omega.ravel() / scale)
     if instance.budget < math.inf:
         unit = instance.budget or 1.0
@@ -353,9 +354,10 @@ def _are_twins(instance: Instance, j: int, k: int) -> bool:
     return all(np.array_equal(array[j], array[k]) for array in arrays)
 
 
-def _finished(
+def finished(
     rows: Rows, columns: Columns, instance: Instance, cost: np.ndarray, cutoff: float, scale: float
 ) -> Programme:
+    """The programme with its bounds, whole counts, and a cutoff where one is given."""
     if cutoff < math.inf:
         priced = np.flatnonzero(cost)
         rows.add(-math.inf, cutoff / scale, (priced, cost[priced]))

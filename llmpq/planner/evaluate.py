@@ -212,12 +212,12 @@ def _stage(problem: Problem, assignment: Assignment, rank: int) -> PredictedStag
     """One micro-batch's times, the mean over the batches."""
     setting = assignment.setting
     work, place = stage_work_at(problem, assignment, rank), setting.places[rank]
-    seconds, count = np.zeros(2), 0
+    seconds, count = np.zeros(2), 0.0
     for group in problem.groups(setting.batch):
         times = actor_times([work], group, setting)
         for phase, once in enumerate((times.prefill_once[0], times.decode_once[0])):
             seconds[phase] += (group.num_batches * once).sum()
-        count += int(group.num_batches.sum())
+        count += float(group.num_batches.sum())
     return PredictedStage(
         prefill_s=float(seconds[0]) / count,
         decode_step_s=float(seconds[1]) / count,

@@ -9,22 +9,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from llmpq.errors import InfeasibleError
 from llmpq.plan import Baseline, Plan, Predicted
 from llmpq.planner.baselines import BASELINES, Outcome, run_baselines
+from llmpq.planner.confirm import Confirmed
 from llmpq.planner.evaluate import bounded, evaluate, shortages, to_plan
 from llmpq.planner.evaluate import to_assignment as to_assignment_of
 from llmpq.planner.heuristic import heuristic
 from llmpq.planner.offload import OffloadPlan, flexgen
 from llmpq.planner.problem import OVER, Assignment, Problem
 from llmpq.planner.search import Progress, Search, Space, make_space, search
+from llmpq.planner.simulated import with_run
 from llmpq.planner.solver import Solver, make_solver
-from llmpq.planner.tuning import tuned
 from llmpq.planner.value import to_assignment
 
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
+CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
+CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before
+FINALISTS = 6  # plans of the search whose runs are simulated
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
 MOVES_S = 0.1  # for a first plan by moves; where it is the whole method, HEURISTIC_S
 HEURISTIC_S = 0.5
@@ -62,14 +67,16 @@ class Planned:
 def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Planned:
     """The best plan found; `InfeasibleError` where there is none. `offered`: all precisions."""
     run = _Run(problem, options, make_solver(options.solver), time.monotonic())
-    space = make_space(problem, run.solver, run.by(SPACE_SHARE, LEAST_S), options.progress)
+    space = make_space(run.unit, run.solver, run.by(SPACE_SHARE, LEAST_S), options.progress)
     if options.method in BASELINES:
         plan, outcomes = _by_baseline(run, space)
         return _planned(run, space, with_baselines(plan, outcomes), outcomes)
     moved = _by_moves(run, space) if options.method == "heuristic" else None
     found = None if moved else _searched(run, space)
-    plan = moved or _plan_of(run, found, offered)
+    if found is not None and found.assignment is None:
+        raise _no_plan(run, found, offered)
     outcomes = _outcomes(run, space, BASELINES) if options.compare else []
+    plan = moved or _plan_of(run, found, outcomes)
     return _planned(run, space, with_baselines(plan, outcomes), outcomes, found)
 
 
@@ -80,11 +87,11 @@ def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan
     nothing fits.
     """
     run = _Run(problem, options, make_solver(options.solver), time.monotonic())
-    space = make_space(problem, run.solver, run.by(SPACE_SHARE, LEAST_S))
+    space = make_space(run.unit, run.solver, run.by(SPACE_SHARE, LEAST_S))
     found = _searched(run, space, _still_fits(problem, like) if like else None)
-    if found.assignment is None or found.predicted is None:
+    if found.assignment is None:
         raise InfeasibleError("no plan fits")
-    return _made(run, found.assignment, found.predicted, found.lower_bound, options.method)
+    return _plan_of(run, found, [])
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,17 @@ class _Run:
     options: Options
     solver: Solver
     start: float
+
+    @cached_property
+    def unit(self) -> Problem:
+        """The requests that are listed alone: what is best for them is best for any number.
+
+        So equal lengths give equal plans.
+        """
+        if self.problem.repeats == 1:
+            return self.problem
+        theta = self.problem.theta / self.problem.repeats
+        return replace(self.problem, num_requests=None, theta=theta, _known={})
 
     def by(self, share: float, least_s: float = 0.0) -> float:
         """When a share of the time limit is over (monotonic); `least_s` from now at least."""
@@ -126,7 +144,7 @@ def _searched(run: _Run, space: Space, first: Assignment | None = None) -> Searc
     options = run.options
     first = first or _moves(run, space, MOVES_S)
     return search(
-        run.problem,
+        run.unit,
         space,
         run.solver,
         gap=options.gap,
@@ -139,9 +157,9 @@ def _searched(run: _Run, space: Space, first: Assignment | None = None) -> Searc
 
 def _moves(run: _Run, space: Space, seconds: float) -> Assignment | None:
     """The best plan by moves over the settings of least bound."""
-    settings = space.best_first(run.problem, run.solver)
-    found = heuristic(run.problem, settings, time.monotonic() + seconds)
-    return to_assignment(run.problem, *found) if found else None
+    settings = space.best_first(run.unit, run.solver)
+    found = heuristic(run.unit, settings, time.monotonic() + seconds)
+    return to_assignment(run.unit, *found) if found else None
 
 
 def _by_moves(run: _Run, space: Space) -> Plan | None:
@@ -150,28 +168,33 @@ def _by_moves(run: _Run, space: Space) -> Plan | None:
         return None
     pairs = space.pairs()
     bound = pairs[0][0] if pairs and not space.num_left_out else 0.0
-    return _made(run, found, evaluate(run.problem, found), bound, "heuristic")
+    return _made(run, [found], bound, "heuristic")
 
 
-def _made(
-    run: _Run, assignment: Assignment, predicted: Predicted, bound: float, method: str
-) -> Plan:
-    predicted = bounded(predicted, bound, run.seconds)
+def _made(run: _Run, candidates: Sequence[Assignment], bound: float, method: str) -> Plan:
+    """The plan of the candidate with the shortest run; of the first one without simulation."""
+    best = candidates[0]
     if run.options.simulate:
-        assignment, predicted = tuned(
-            run.problem,
-            assignment,
-            lambda other: bounded(evaluate(run.problem, other), bound, run.seconds),
-        )
-    return to_plan(run.problem, assignment, method, predicted)
+        until = run.by(CONFIRM_SHARE, LEAST_S)
+        confirmed = Confirmed(run.unit, run.solver, min(until, time.monotonic() + CONFIRM_S))
+        best = confirmed.improved(confirmed.best_of(candidates))
+    predicted = _simulated(run, best, evaluate(run.problem, best))
+    predicted = bounded(predicted, bound * run.problem.repeats, run.seconds)
+    return to_plan(run.problem, best, method, predicted)
 
 
-def _plan_of(run: _Run, found: Search | None, offered: Sequence[str]) -> Plan:
+def _simulated(run: _Run, assignment: Assignment, predicted: Predicted) -> Predicted:
+    if not run.options.simulate:
+        return predicted
+    return with_run(run.problem, assignment, predicted)
+
+
+def _plan_of(run: _Run, found: Search | None, outcomes: Sequence[Outcome]) -> Plan:
+    """Ours, or another method's where that one is faster and within the budget."""
     assert found is not None
-    if found.assignment is not None and found.predicted is not None:
-        method = run.options.method
-        return _made(run, found.assignment, found.predicted, found.lower_bound, method)
-    raise _no_plan(run, found, offered)
+    others = [o.assignment for o in outcomes if o.assignment is not None and o.within_budget]
+    candidates = [*found.finalists[:FINALISTS], *others]
+    return _made(run, candidates, found.lower_bound, run.options.method)
 
 
 def _no_plan(run: _Run, found: Search, offered: Sequence[str]) -> InfeasibleError:
@@ -192,26 +215,28 @@ def _no_plan(run: _Run, found: Search, offered: Sequence[str]) -> InfeasibleErro
 
 
 def _outcomes(run: _Run, space: Space, methods: Sequence[str]) -> list[Outcome]:
-    total = space.num_orders(run.problem)
+    total = space.num_orders(run.unit)
 
     def told(done: int) -> None:
         run.options.progress(Progress(done, total, 0.0, "settings by other methods"))
 
-    settings, smallest = space.settings(run.problem), space.smallest(run.problem)
+    settings, smallest = space.settings(run.unit), space.smallest(run.unit)
     now = time.monotonic()
     until = min(run.by(1.0, LEAST_S), now + max(OTHERS_S, 3 * run.seconds))
-    found = run_baselines(run.problem, settings, until, methods, smallest, told)
+    found = run_baselines(run.unit, settings, until, methods, smallest, told)
     return [*(_played(run, outcome) for outcome in found), _offloaded(flexgen(run.problem))]
 
 
 def _played(run: _Run, outcome: Outcome) -> Outcome:
     """With its run simulated as that of our own plan."""
-    if outcome.assignment is None or outcome.predicted is None or not run.options.simulate:
+    if outcome.assignment is None:
         return outcome
-    assignment, predicted = tuned(
-        run.problem, outcome.assignment, lambda other: evaluate(run.problem, other)
-    )
-    return replace(outcome, assignment=assignment, predicted=predicted)
+    best = outcome.assignment
+    if run.options.simulate:
+        until = min(run.by(1.0, LEAST_S), time.monotonic() + CONFIRM_S / len(BASELINES))
+        best = Confirmed(run.unit, run.solver, until).with_other_sizes(best)
+    predicted = _simulated(run, best, evaluate(run.problem, best))
+    return replace(outcome, assignment=best, predicted=predicted)
 
 
 def _offloaded(plan: OffloadPlan | None) -> Outcome:

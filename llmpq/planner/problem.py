@@ -15,7 +15,7 @@ Not covered: what a whole plan costs, and how works of several actors make a sch
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -116,7 +116,7 @@ class Problem:
     spec: ModelSpec
     cluster: Cluster
     workload: Workload
-    lengths: Lengths
+    lengths: Lengths  # of all requests, or of a sample that stands for them
     times: Mapping[str, LayerTimes]  # by device type, of one device
     quality: QualityModel
     precisions: tuple[str, ...]
@@ -124,6 +124,7 @@ class Problem:
     theta: float = 0.0
     max_tensor_parallel: int = 1
     profiles: Sequence[Profile] = ()  # where times of several devices a stage are looked up
+    num_requests: int | None = None  # that the lengths stand for; None: for themselves
     _known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
@@ -138,13 +139,23 @@ class Problem:
         return self.once("longest", lambda: max(prompt for prompt, _ in self.lengths))
 
     @property
-    def num_new_tokens(self) -> int:
+    def repeats(self) -> float:
+        """How many requests each of the lengths stands for."""
+        return 1.0 if self.num_requests is None else self.num_requests / len(self.lengths)
+
+    @property
+    def num_new_tokens(self) -> float:
         """Tokens to generate."""
-        return sum(new for _, new in self.lengths)
+        return self.repeats * self.once("new", lambda: sum(new for _, new in self.lengths))
 
     def groups(self, batch: int) -> list[BatchGroup]:
         """The waves that a run is priced by, by number of requests: see `_groups`."""
-        return self.once(("groups", batch), lambda: _groups(self.lengths, batch))
+
+        def compute() -> list[BatchGroup]:
+            found = _groups(self.lengths, batch)
+            return [replace(g, num_batches=self.repeats * g.num_batches) for g in found]
+
+        return self.once(("groups", batch), compute)
 
     @property
     def max_tokens(self) -> int:

@@ -324,8 +324,12 @@ def _expected_error(predicted: Predicted) -> str:
 def _bound(predicted: Predicted) -> str:
     if predicted.lower_bound <= 0:
         return "no lower bound"
-    gap = f"{100 * predicted.gap:.2f} %"
-    return f"no plan searched is below {predicted.lower_bound:.4g} (gap {gap})"
+    model = ""
+    if predicted.closed_form_s is not None:
+        off = 100 * (predicted.closed_form_s / predicted.total_s - 1)
+        model = f" in closed form, which is {off:+.1f} % off the simulation of this plan"
+    gap = f"gap {100 * predicted.gap:.2f} %"
+    return f"no plan searched is below {predicted.lower_bound:.4g}{model} ({gap})"
 
 
 def _name(plan: Plan, rank: int) -> str:

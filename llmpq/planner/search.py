@@ -227,6 +227,7 @@ class Search:
     num_solved: int = 0
     timed_out: bool = False
     queue: list["Entry"] = field(default_factory=list)
+    by_sizes: dict[tuple[int, int, int], tuple[float, Assignment]] = field(default_factory=dict)
     serial: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -238,6 +239,13 @@ class Search:
     def target(self) -> float:
         """What a plan must be below to be worth having."""
         return self.best * (1 - self.gap)
+
+    @property
+    def finalists(self) -> list[Assignment]:
+        """The best plan, then the best ones of other sizes."""
+        ranked = sorted(self.by_sizes.values(), key=lambda entry: entry[0])
+        others = [found for _, found in ranked if found != self.assignment]
+        return [] if self.assignment is None else [self.assignment, *others]
 
     @property
     def seconds_left(self) -> float:
@@ -262,8 +270,12 @@ class Search:
         self.closed = min(self.closed, bound)
 
     def offer(self, assignment: Assignment) -> None:
-        """Keeps an assignment if it is the best."""
+        """Keeps an assignment if it is the best, or the best of its sizes."""
         predicted = evaluate(self.problem, assignment)
+        setting = assignment.setting
+        sizes = setting.batch, setting.prefill_micro_batch, setting.decode_micro_batch
+        if sizes not in self.by_sizes or predicted.objective < self.by_sizes[sizes][0]:
+            self.by_sizes[sizes] = predicted.objective, assignment
         if predicted.objective < self.best:
             self.assignment, self.predicted = assignment, predicted
 

@@ -6,6 +6,7 @@ slots of ended requests, caches that grow column by column. Every request has it
 Not covered: stop tokens (a request generates as many tokens as the workload says).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -13,15 +14,16 @@ import numpy as np
 
 from llmpq.costs.simulate import Played, play
 from llmpq.plan import Predicted
-from llmpq.planner.evaluate import actor_works, evaluate
+from llmpq.planner.evaluate import actor_works
 from llmpq.planner.problem import Assignment, Problem, Setting, Work
 from llmpq.schedule import WINDOW, Item, Job, Schedule
 from llmpq.workload import chunk_tokens, lanes, lanes_for
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request
 BLOCK = 256  # columns whose times are computed at once
-MOST_JOBS = 10_000  # that a prediction plays; of more requests a sample
-LEAST_WAVES = 8  # that a sample has, so that its tail does not outweigh the rest
+MOST_JOBS = 6_000  # that a prediction plays; of more requests a sample
+TOKENS_OF_A_JOB = 30  # that take as long to play as a job beside its tokens
+LEAST_WAVES = 4  # of requests in flight that a sample has: of its halves, one has come to pace
 
 
 def with_run(
@@ -31,32 +33,70 @@ def with_run(
 
     Of runs of about `most_jobs` and more a sample is played.
     """
-    sample = _sample(problem, assignment.setting, most_jobs)
-    window = -(-WINDOW * len(sample.lengths) // len(problem.lengths))  # looks as far ahead
-    played = simulate(sample, assignment, problem.lengths, window=window)
-    total = played.total_s
-    if sample is not problem:
-        total *= predicted.priced_s / evaluate(sample, assignment).total_s
+    played, total = _played(problem, assignment, most_jobs)
     prefill = total * played.prefill_s / played.total_s
     update = {"total_s": total, "prefill_s": prefill, "decode_s": total - prefill}
+    update["objective"] = total + problem.theta * predicted.sum_sensitivity
     speed = {"tokens_per_s": problem.num_new_tokens / total, "closed_form_s": predicted.priced_s}
     return predicted.model_copy(update=update | speed)
 
 
 def run_s(problem: Problem, assignment: Assignment, most_jobs: int = MOST_JOBS) -> float:
     """Seconds of the whole run, as predictions have them."""
-    return with_run(problem, assignment, evaluate(problem, assignment), most_jobs).total_s
+    return _played(problem, assignment, most_jobs)[1]
 
 
-def _sample(problem: Problem, setting: Setting, most_jobs: int) -> Problem:
-    """As many of the requests, of all lengths, as can be played in a moment."""
-    share = most_jobs / max(1, least_jobs(problem, setting))
+def _played(problem: Problem, assignment: Assignment, most_jobs: int) -> tuple[Played, float]:
+    """A sample's run, and the seconds of the whole one.
+
+    A run of many requests goes on at its pace, the time that it takes for a second of work of its
+    busiest stage; what its beginning and its end take beside that counts once. The pace is that of
+    the sample against half of it, at least 1 and at most the sample's own mean.
+    """
+    sample = sample_of(problem, assignment.setting, most_jobs)
+    played = _of_sample(problem, sample, assignment)
+    more = problem.repeats * len(problem.lengths) - len(sample.lengths)
+    if more <= 0:
+        return played, played.total_s
+    half = _of_sample(problem, _with_lengths(sample, sorted(sample.lengths)[::2]), assignment)
+    busiest = 2 * int(played.busy_s[::2].argmax())
+    work = float(played.busy_s[busiest])
+    added = work - float(half.busy_s[busiest])
+    pace = (played.total_s - half.total_s) / added if added > 0 else math.inf
+    pace = max(1.0, min(pace, played.total_s / work))
+    return played, played.total_s + pace * work * more / len(sample.lengths)
+
+
+def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Played:
+    """The run of a sample, which looks ahead at as large a part of the requests as the whole run.
+
+    Some waves are seen at least.
+    """
+    share = len(sample.lengths) / (problem.repeats * len(problem.lengths))
+    window = max(LEAST_WAVES * assignment.setting.batch, math.ceil(WINDOW * share))
+    return simulate(sample, assignment, problem.lengths, window=window)
+
+
+def sample_of(problem: Problem, setting: Setting, most_jobs: int) -> Problem:
+    """As many of the requests, of all lengths, as can be played in a moment; whole batches."""
+    in_all = round(problem.repeats * len(problem.lengths))
+    tokens = sum(new for _, new in problem.lengths)
+    share = most_jobs / max(1.0, least_jobs(problem, setting) + tokens / TOKENS_OF_A_JOB)
     count = max(int(share * len(problem.lengths)), LEAST_WAVES * setting.batch)
-    if count >= len(problem.lengths):
-        return problem
+    if count >= in_all:
+        every = -(-in_all // len(problem.lengths)) * problem.lengths
+        return problem if problem.repeats == 1 else _with_lengths(problem, every[:in_all])
+    count -= count % (2 * setting.batch)
     order = sorted(range(len(problem.lengths)), key=problem.lengths.__getitem__)
     chosen = sorted(order[int((i + 0.5) * len(order) / count)] for i in range(count))
-    return replace(problem, lengths=tuple(problem.lengths[i] for i in chosen), _known={})
+    return _with_lengths(problem, [problem.lengths[i] for i in chosen])
+
+
+def _with_lengths(problem: Problem, lengths: Lengths) -> Problem:
+    """Requests of these lengths alone; sensitivity costs as much in relation to their time."""
+    in_all = problem.repeats * len(problem.lengths)
+    theta = problem.theta * len(lengths) / in_all
+    return replace(problem, lengths=tuple(lengths), num_requests=None, theta=theta, _known={})
 
 
 def simulate(
@@ -68,7 +108,7 @@ def simulate(
     window: int = WINDOW,
     told: Callable[[int], None] = lambda _: None,
 ) -> Played:
-    """The run of all requests; `told` hears how many have ended.
+    """The run of all requests that are listed; `told` hears how many have ended.
 
     `planned`: the lengths that the plan was made for, where these are others than the workload's;
     `window`: how many requests are looked at ahead of their turn.
@@ -102,7 +142,7 @@ def make_schedule(
 
 def least_jobs(problem: Problem, setting: Setting) -> int:
     """A run has no fewer jobs."""
-    steps = problem.num_new_tokens - len(problem.lengths)
+    steps = sum(new for _, new in problem.lengths) - len(problem.lengths)
     prefills = len(problem.lengths) / setting.prefill_micro_batch
     return int(prefills + steps / setting.decode_micro_batch)
 
@@ -123,7 +163,7 @@ class _Seconds:
         if key not in self.prefills:
             *_, way_back = self.works
             self.prefills[key] = [
-                _chunk(work, *key) if place % 2 == 0 else _prefill(work, job.rows, tokens)
+                prefill_s(work, *key) if place % 2 == 0 else _prefill(work, job.rows, tokens)
                 for place, work in enumerate(self.works[:-1])
             ] + [float(way_back.decode(job.rows, 0.0))]
         return self.prefills[key]
@@ -138,7 +178,7 @@ class _Seconds:
         return self.decodes[key][place]
 
 
-def _chunk(work: Work, rows: int, begin: int, end: int) -> float:
+def prefill_s(work: Work, rows: int, begin: int, end: int) -> float:
     """Tokens `begin` to `end` of prompts: what the longer prompt takes more, and a call.
 
     A call is priced as a prompt of one token: it reads all weights too.

@@ -37,7 +37,7 @@ from llmpq.runtime.stopwatch import SPAN_COLUMNS, TIME_COLUMNS, Stopwatch, measu
 from llmpq.runtime.transport import Transport
 from llmpq.runtime.worker import Worker
 from llmpq.schedule import Item, Job, LaneShape, Member, Schedule, cache_tokens
-from llmpq.workload import chunk_tokens, lanes, lanes_for, request_lengths
+from llmpq.workload import chunk_tokens, lanes, lanes_for, planned_lengths
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Reserve:
 
 def reserve_of(plan: Plan) -> Reserve:
     """Room for the plan's workload."""
-    lengths = request_lengths(plan.workload)
+    lengths = planned_lengths(plan.workload)
     return Reserve(lanes(lengths, plan.batch, plan.decode_micro_batch), chunk_tokens(lengths))
 
 
@@ -316,7 +316,7 @@ class Engine:
 
     def _planned_steps(self) -> Iterator[Job]:
         """Steps of whole lanes at every width from the shortest prompt on, widest first."""
-        shortest = min(prompt for prompt, _ in request_lengths(self.plan.workload))
+        shortest = min(prompt for prompt, _ in planned_lengths(self.plan.workload))
         for lane, shape in enumerate(self.reserve.lanes):
             least = min(shortest + 1, shape.tokens)
             for width in reversed([n for n in graph_lengths(shape.tokens) if n >= least]):
@@ -331,7 +331,7 @@ class Engine:
         rows = self.reserve.lanes[lane].rows
         prompts = [max(1, chunk - 1), *[chunk] * (self.plan.prefill_micro_batch - 1)]
         newcomers = tuple(Member(lane, i % rows, n, i, 0) for i, n in enumerate(prompts))
-        prompt = max(prompt for prompt, _ in request_lengths(self.plan.workload))
+        prompt = max(prompt for prompt, _ in planned_lengths(self.plan.workload))
         ends = newcomers[0]._replace(prompt_tokens=prompt)
         steps = tuple(Member(lane, row, longest - 1, row, 1) for row in range(rows))
         return [

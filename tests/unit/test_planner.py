@@ -32,6 +32,7 @@ from llmpq.planner.instance import Costs, Instance, make_instance
 from llmpq.planner.layouts import canonical, ends, mixes, num_devices, num_stages, orders
 from llmpq.planner.planning import Options, make_plan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting
+from llmpq.planner.simulated import with_run
 from llmpq.planner.solver import Solver
 from llmpq.planner.value import Choice, count_options, fits, objective, shortage, sum_omega
 from llmpq.planner.value import to_assignment as from_choice
@@ -215,7 +216,7 @@ def test_the_search_finds_the_best_of_all_plans(percent: float) -> None:
         and problem.quality.sum_omega(a.precisions) <= problem.budget * (1 + 1e-9)
     )
     best = min(evaluate(problem, a).objective for a in allowed)
-    plan = make_plan(problem, Options(gap=0.0), tuple(SLOWER)).plan
+    plan = make_plan(problem, Options(gap=0.0, simulate=False), tuple(SLOWER)).plan
     assert plan.predicted is not None
     assert plan.predicted.objective == pytest.approx(best, rel=1e-6)
     assert plan.predicted.gap <= 1e-6
@@ -271,8 +272,8 @@ def test_theta_prices_quality_in_seconds() -> None:
     plans = [make_plan(p, Options(), tuple(SLOWER)).plan.predicted for p in (dear, cheap)]
     assert plans[0] is not None and plans[1] is not None
     assert plans[0].sum_sensitivity <= plans[1].sum_sensitivity
-    assert plans[1].priced_s <= plans[0].priced_s * 1.005
-    expected = plans[0].priced_s + 1e6 * plans[0].sum_sensitivity
+    assert plans[1].total_s <= plans[0].total_s * 1.005
+    expected = plans[0].total_s + 1e6 * plans[0].sum_sensitivity
     assert plans[0].objective == pytest.approx(expected)
 
 
@@ -501,7 +502,8 @@ def test_a_plan_and_its_assignment_are_the_same() -> None:
     assert plan.predicted is not None
     again = to_plan(problem, assignment, plan.method, plan.predicted)
     assert again.stages == plan.stages
-    assert evaluate(problem, assignment).objective == plan.predicted.objective
+    priced = with_run(problem, assignment, evaluate(problem, assignment))
+    assert priced.objective == plan.predicted.objective
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
 
@@ -554,7 +556,7 @@ def test_plan_report_and_files(files: Path) -> None:
     assert result.exit_code == 0, result.output
     plan = load_plan(output)
     assert plan.method == "auto" and plan.predicted is not None
-    assert plan.predicted.gap <= 0.1 and plan.predicted.quality_loss_percent <= 1.0
+    assert plan.predicted.gap <= 0.2 and plan.predicted.quality_loss_percent <= 1.0
     assert plan.predicted.gap <= 0.005 or "the gap is above the one asked for" in result.output
     assert {b.method for b in plan.baselines} == {*baselines.BASELINES, "flexgen"}
     for outcome in plan.baselines:

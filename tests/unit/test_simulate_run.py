@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from llmpq.model_spec import ASSETS, DEFAULT_MODEL, ModelSpec, load_model_spec
 from llmpq.planner.bubbles import by_cause, describe, find_bubbles, remedy, server_names
 from llmpq.planner.evaluate import evaluate, to_plan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting
-from llmpq.planner.simulated import least_jobs, make_schedule, simulate, with_run
-from llmpq.planner.tuning import tuned
+from llmpq.planner.simulated import least_jobs, make_schedule, run_s, simulate, with_run
 from llmpq.schedule import Item, LaneShape, Schedule
 from llmpq.workload import Workload, load_workload, request_lengths
 
@@ -222,28 +220,7 @@ def test_predictions_are_of_the_simulated_run() -> None:
     assert found.prefill_s + found.decode_s == pytest.approx(found.total_s)
     assert found.tokens_per_s == pytest.approx(problem.num_new_tokens / played.total_s)
     assert found.closed_form_s == found.priced_s == closed.total_s == closed.priced_s
-    assert found.objective == closed.objective and closed.closed_form_s is None
-
-
-def test_tuning_micro_batches_never_makes_a_run_longer_and_often_shorter() -> None:
-    gains = []
-    for seed in range(6):
-        problem = make_problem(random_lengths(seed, 150, 100, 120), ["t4-16g"] * 3)
-        plan = assign(problem, 24, 2, 12)  # two lanes for three stages
-        found, predicted = tuned(problem, plan, partial(evaluate, problem))
-        assert (found.stages, found.setting.batch) == (plan.stages, 24)
-        assert predicted == with_run(problem, found, evaluate(problem, found))
-        gains.append(with_run(problem, plan, evaluate(problem, plan)).total_s / predicted.total_s)
-    print(gains)
-    assert min(gains) >= 1 and max(gains) > 1.1
-
-
-def test_runs_that_are_as_priced_keep_their_micro_batches() -> None:
-    problem = make_problem([(16, 32)] * 32, ["t4-16g"] * 2)
-    assignment = assign(problem, 32, 4, 8)
-    found, predicted = tuned(problem, assignment, partial(evaluate, problem))
-    assert found is assignment
-    assert predicted.total_s < 1.05 * predicted.priced_s
+    assert found.objective == found.total_s and closed.closed_form_s is None
 
 
 def test_of_a_long_run_a_sample_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +230,21 @@ def test_of_a_long_run_a_sample_is_played(monkeypatch: pytest.MonkeyPatch) -> No
     assert least_jobs(problem, assignment.setting) <= len(whole.jobs)
     assert with_run(problem, assignment, closed).total_s != whole.total_s
     assert with_run(problem, assignment, closed).total_s == pytest.approx(whole.total_s, rel=0.02)
+    few = run_s(problem, assignment, 500)
+    assert few == pytest.approx(whole.total_s, rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_requests_that_stand_for_many_take_what_the_many_do(seed: int) -> None:
+    lengths = random_lengths(seed, 200, 100, 60)
+    problem = make_problem(lengths * 5, ["t4-16g", "v100-32g"])
+    assignment = assign(problem, 16, 2, 4)
+    listed = replace(problem, lengths=tuple(lengths), num_requests=1000, _known={})
+    whole = simulate(problem, assignment).total_s
+    assert run_s(listed, assignment, 2000) == pytest.approx(whole, rel=0.03)
+    assert evaluate(listed, assignment).total_s == pytest.approx(
+        5 * evaluate(replace(listed, num_requests=None, _known={}), assignment).total_s
+    )
 
 
 # ---- bubbles

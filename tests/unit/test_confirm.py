@@ -1,0 +1,199 @@
+"""Plans are chosen by their simulated runs: chains, layers, sizes, and samples of many requests."""
+
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_simulate_run import assign, make_problem, random_lengths, random_plan
+
+from llmpq.planner.chains import build, chains_of, longest, with_best_layers
+from llmpq.planner.confirm import Confirmed
+from llmpq.planner.instance import make_instance
+from llmpq.planner.planning import Options, make_plan
+from llmpq.planner.problem import Assignment, Problem
+from llmpq.planner.simulated import run_s, sample_of, simulate
+from llmpq.planner.solver import Solver
+from llmpq.workload import PLANNED, Workload, planned_lengths, request_lengths
+
+UNLIMITED = math.inf
+
+
+def counts_of(problem: Problem, assignment: Assignment) -> np.ndarray:
+    stages = assignment.stages
+    return np.array([[stage.count(p) for p in problem.precisions] for stage in stages])
+
+
+# ---- chains
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_longest_chain_is_the_run_and_no_other_is_longer(seed: int) -> None:
+    problem, assignment = random_plan(seed, equal=seed % 2 == 0)
+    played = simulate(problem, assignment)
+    seconds = (played.end_s - played.start_s)[longest(played)].sum()
+    assert seconds == pytest.approx(played.total_s, rel=1e-9)
+    held = counts_of(problem, assignment)
+    values = [c.fixed + (c.layer * held).sum() for c in chains_of(problem, assignment, played)]
+    assert values[0] == pytest.approx(played.total_s, rel=1e-9)
+    assert max(values) <= played.total_s * (1 + 1e-9)
+
+
+def test_chains_foresee_the_run_of_other_layers() -> None:
+    """Within what another order of the jobs makes of it."""
+    errors = []
+    for seed in range(12):
+        problem, assignment = random_plan(seed, equal=False)
+        if len(assignment.stages) == 1:
+            continue
+        played = simulate(problem, assignment)
+        first, second, *others = assignment.stages
+        moved = replace(assignment, stages=(first[:-1], (*second, first[-1]), *others))
+        held = counts_of(problem, moved)
+        chains = chains_of(problem, assignment, played)
+        foreseen = max(chain.fixed + (chain.layer * held).sum() for chain in chains)
+        errors.append(abs(foreseen / simulate(problem, moved).total_s - 1))
+    print(sorted(errors))
+    assert len(errors) > 6 and np.median(errors) < 0.03 and max(errors) < 0.15
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_by_chains_are_never_slower_and_mend_a_bad_partition(seed: int) -> None:
+    lengths = random_lengths(seed, 150, 100, 120)
+    problem = make_problem(lengths, ["t4-16g", "a100-40g"])
+    bad = assign(problem, 24, 2, 4)
+    layers = bad.precisions
+    bad = replace(bad, stages=(tuple(layers[:-1]), tuple(layers[-1:])))  # nearly all on the T4
+    found = with_best_layers(problem, problem, bad, Solver(), time.monotonic() + 60)
+    before, after = (simulate(problem, one).total_s for one in (bad, found))
+    assert after < 0.8 * before
+    others = [
+        replace(bad, stages=(tuple(layers[:n]), tuple(layers[n:]))) for n in range(1, len(layers))
+    ]
+    assert after <= 1.01 * min(simulate(problem, one).total_s for one in others)
+
+
+def test_the_optimum_of_the_chains_is_a_bound_of_what_they_foresee() -> None:
+    problem, assignment = random_plan(3, equal=False)
+    played = simulate(problem, assignment)
+    chains = list(chains_of(problem, assignment, played))
+    instance = make_instance(problem, assignment.setting)
+    answer = Solver().integers(build(instance, chains), gap=1e-6)
+    assert answer.bound <= played.total_s * (1 + 1e-6)
+
+
+# ---- sizes and candidates
+
+
+def test_other_sizes_make_runs_shorter_and_never_longer() -> None:
+    gains = []
+    for seed in range(4):
+        problem = make_problem(random_lengths(seed, 150, 100, 120), ["t4-16g"] * 3)
+        plan = assign(problem, 24, 2, 12)  # two lanes for three stages
+        confirmed = Confirmed(problem, Solver(), UNLIMITED)
+        found = confirmed.improved(plan)
+        gains.append(run_s(problem, plan) / run_s(problem, found))
+    assert min(gains) >= 1 and max(gains) > 1.1
+
+
+def test_the_candidate_with_the_shortest_run_is_taken_whatever_its_price() -> None:
+    problem = make_problem(random_lengths(1, 150, 100, 120), ["t4-16g"] * 3)
+    few, many = assign(problem, 24, 2, 12), assign(problem, 24, 2, 4)
+    expected = min((few, many), key=lambda one: run_s(problem, one))
+    for candidates in ([few, many], [many, few]):
+        assert Confirmed(problem, Solver(), UNLIMITED).best_of(candidates) == expected
+
+
+def test_a_candidate_that_does_not_fit_is_never_taken() -> None:
+    problem = make_problem([(16, 9)] * 24, ["t4-16g", "t4-16g"])
+    plan = assign(problem, 8, 2, 4)
+    places = tuple(replace(place, memory_bytes=1) for place in plan.setting.places)
+    tight = replace(plan, setting=replace(plan.setting, places=places))
+    confirmed = Confirmed(problem, Solver(), UNLIMITED)
+    assert confirmed.value(tight) == math.inf
+    assert confirmed.best_of([tight, plan]) == plan
+
+
+def test_no_plan_is_slower_than_another_method_within_the_budget() -> None:
+    for seed in range(3):
+        problem = make_problem(random_lengths(seed, 200, 60, 40), ["t4-16g", "v100-32g"])
+        problem = replace(problem, precisions=("16", "8", "4"), budget=problem.quality.budget(1.0))
+        plan = make_plan(problem, Options(), ("16", "8", "4")).plan
+        assert plan.predicted is not None
+        rivals = [
+            baseline.tokens_per_s
+            for baseline in plan.baselines
+            if baseline.tokens_per_s
+            and baseline.method != "flexgen"
+            and baseline.quality_loss_percent is not None
+            and baseline.quality_loss_percent <= 1.0
+        ]
+        assert rivals and plan.predicted.tokens_per_s >= max(rivals) * (1 - 1e-9)
+
+
+# ---- any number of requests
+
+
+def workload(count: int, prompt: object, new: object, batch: object = "auto") -> Workload:
+    return Workload.model_validate(
+        {"prompt_tokens": prompt, "new_tokens": new, "num_requests": count, "batch": batch}
+    )
+
+
+@pytest.mark.parametrize(
+    "prompt, new",
+    [
+        (128, 20),
+        ({"min": 5, "max": 500}, {"min": 5, "max": 100}),
+        (list(range(1, 1900)), 7),
+        (list(range(1, 998)), {"min": 1, "max": 9}),
+        ([3, 900, 40], [5, 6, 700, 8, 9]),
+    ],
+)
+def test_equal_lengths_are_planned_for_alike_whatever_their_number(prompt, new) -> None:
+    many, more = (planned_lengths(workload(n, prompt, new)) for n in (20_000, 10_000_000))
+    assert many == more and len(many) <= PLANNED
+    every = request_lengths(workload(20_000, prompt, new))
+    for place in (0, 1):
+        of_all, of_some = [each[place] for each in every], [each[place] for each in many]
+        assert max(of_some) == max(of_all)
+        assert np.mean(of_some) == pytest.approx(np.mean(of_all), rel=0.03)
+    assert max(map(sum, many)) >= max(map(sum, every))
+
+
+def test_few_requests_are_planned_for_as_they_are() -> None:
+    few = workload(100, {"min": 5, "max": 500}, 9)
+    assert planned_lengths(few) == request_lengths(few)
+
+
+def test_a_large_batch_is_planned_for_with_several_waves() -> None:
+    assert len(planned_lengths(workload(100_000, 9, 9, batch=5000))) >= 4 * 5000
+
+
+def test_ten_million_requests_get_the_plan_of_twenty_thousand() -> None:
+    plans = []
+    for count in (20_000, 10_000_000):
+        job = workload(count, {"min": 5, "max": 50}, {"min": 5, "max": 30})
+        lengths = planned_lengths(job)
+        problem = make_problem(lengths, ["t4-16g", "v100-32g"])
+        problem = replace(problem, workload=job, num_requests=count)
+        plans.append(make_plan(problem, Options(compare=False), ("16",)).plan)
+    sizes = [(p.batch, p.prefill_micro_batch, p.decode_micro_batch, p.stages) for p in plans]
+    assert sizes[0] == sizes[1]
+    first, second = (plan.predicted for plan in plans)
+    assert first is not None and second is not None
+    assert second.total_s / first.total_s == pytest.approx(500, rel=0.03)
+
+
+def test_a_sample_costs_its_part_of_the_sensitivity() -> None:
+    problem = replace(make_problem([(16, 9)] * 2000, ["t4-16g"]), theta=10.0)
+    sample = sample_of(problem, assign(problem, 8, 2, 4).setting, 100)
+    assert sample.theta == pytest.approx(10.0 * len(sample.lengths) / 2000)
+
+
+def test_lists_that_hardly_recur_are_planned_for_as_they_are_served() -> None:
+    some = planned_lengths(workload(20_000, list(range(1, 9000)), 7))
+    every = request_lengths(workload(20_000, list(range(1, 9000)), 7))
+    assert len(some) <= PLANNED and max(some) == max(every)
+    assert np.mean([p for p, _ in some]) == pytest.approx(np.mean([p for p, _ in every]), rel=0.01)
