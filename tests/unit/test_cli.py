@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -30,8 +29,8 @@ MAINS = {
     "eval": eval_module.main,
     "export": export.main,
 }
-# On an idle machine each takes less than half a second; the limit leaves room for a busy one.
-HELP_LIMIT_S = 3.0
+# What is slow to import, and help can do without.
+SLOW_LIBRARIES = {"torch", "transformers", "numpy", "pandas", "highspy", "rich", "lm_eval"}
 
 
 def call(command: click.Command, *arguments):
@@ -39,19 +38,17 @@ def call(command: click.Command, *arguments):
 
 
 @pytest.mark.parametrize("name", ["main", *COMMANDS])
-def test_help_is_quick_and_imports_no_torch(name):
+def test_help_imports_nothing_slow(name):
     code = (
-        "import sys, atexit\n"
-        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        "import sys, atexit, json\n"
+        "atexit.register(lambda: print(json.dumps(list(sys.modules)), file=sys.stderr))\n"
         f"sys.argv = ['llmpq', '--help']\nfrom llmpq.cli.{name} import main\nmain()"
     )
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    seconds = time.monotonic() - start
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: ")
-    assert done.stderr.strip() == "False"
-    assert seconds < HELP_LIMIT_S
+    imported = set(json.loads(done.stderr))
+    assert "click" in imported and not imported & SLOW_LIBRARIES
 
 
 @pytest.mark.parametrize("name", COMMANDS)
