@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from families import TINY_TALES, hand_made_plan
-from jobs import RUN, TORCHRUN, run
+from jobs import PATIENCE_S, RUN, TORCHRUN, run
 from safetensors.torch import load_file, save_file
 
 from llmpq.artifact import write_json
@@ -264,7 +264,7 @@ def test_standard_output_that_nobody_reads_is_a_failure(job):
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     errors = process.stderr.read()
-    assert process.wait(60) == 4 and "standard output cannot be written" in errors, errors
+    assert process.wait(PATIENCE_S) == 4 and "standard output cannot be written" in errors, errors
     assert "Traceback" not in errors and "Exception ignored" not in errors
 
 
