@@ -3,10 +3,11 @@
 
 RUN := scripts/env.sh
 export PYTHON ?= python3
-# Processes that run tests; 0: all in one, as a debugger needs it.
+# Processes that run tests; 0: pytest's own alone, as a debugger needs it (and without pytest-xdist).
 TEST_PROCESSES ?= 2
 # A file stays in one process (its fixtures are made once), and the long ones, of pipelines, go first.
-SPREAD := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+SPREAD := $(if $(filter-out 0,$(TEST_PROCESSES)),\
+    -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
 
 .PHONY: help quickstart test check bench env clean
 
