@@ -3,12 +3,17 @@
 
 RUN := scripts/env.sh
 export PYTHON ?= python3
+# Processes that run tests; 0: pytest's own alone, as a debugger needs it (and without pytest-xdist).
+TEST_PROCESSES ?= 2
+# A file stays in one process (its fixtures are made once), and the long ones, of pipelines, go first.
+SPREAD := $(if $(filter-out 0,$(TEST_PROCESSES)),\
+    -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
 
 .PHONY: help quickstart test check bench env clean
 
 help:
 	@echo "make quickstart  profile, plan and run the shipped model on a rehearsed cluster"
-	@echo "make test        all tests (PYTEST_ARGS='-k name' for some)"
+	@echo "make test        all tests, two files at a time (PYTEST_ARGS='-k name' for some)"
 	@echo "make check       lint, formatting and types"
 	@echo "make bench       every benchmark, quickly, into bench-out/"
 	@echo "make env         the environment in .venv"
@@ -18,7 +23,7 @@ quickstart:
 	@bash scripts/quickstart.sh
 
 test:
-	@$(RUN) python -m pytest -q $(PYTEST_ARGS)
+	@$(RUN) python -m pytest -q $(SPREAD) $(PYTEST_ARGS)
 
 check:
 	@$(RUN) ruff check .

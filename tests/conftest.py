@@ -5,6 +5,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: others use the cores too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import _common  # noqa: F401  of scripts/bench: hides its `kernels` from transformers
 import pytest
 

@@ -14,6 +14,7 @@ from llmpq.artifact import write_json
 from llmpq.model_spec import load_model_spec
 
 NEW = 20
+PATIENCE_S = 240.0  # for what comes much sooner; a busy machine takes its time
 RUN = [sys.executable, "-m", "llmpq.run"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 SLOW = {"rehearse": {"t4-16g": {"slowdown": 10, "memory_mib": 1000}}}
@@ -57,7 +58,7 @@ class Job:
         return {line["id"]: line["token_ids"] for line in lines}
 
 
-def run(command: list[str], timeout: float = 90) -> subprocess.CompletedProcess:
+def run(command: list[str], timeout: float = PATIENCE_S) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
 
@@ -66,8 +67,8 @@ def rank_of(process: psutil.Process) -> int:
     return int(process.environ()["RANK"])
 
 
-def wait_until(condition, process: subprocess.Popen, timeout: float = 60) -> None:
-    end = time.monotonic() + timeout
+def wait_until(condition, process: subprocess.Popen) -> None:
+    end = time.monotonic() + PATIENCE_S
     while not condition():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < end, "the run has written nothing"

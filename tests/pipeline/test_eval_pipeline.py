@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from families import CPU, MAX_NEW, TINY_TALES, hand_made_plan
+from jobs import PATIENCE_S
 
 from llmpq.artifact import write_json
 from llmpq.cli.eval import main as eval_command
@@ -52,7 +53,7 @@ def start(*command):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=150,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -87,9 +88,9 @@ def test_stage_by_stage_and_layer_by_layer_agree(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_real_stage_processes_give_the_same(tmp_path):
-    plan, found = write_plan(tmp_path / "plan.json", [2, 4, 7, 8]), tmp_path / "found.json"
+    plan, found = write_plan(tmp_path / "plan.json", [2, 7, 8]), tmp_path / "found.json"
     asked = [plan, "--window", "128", "--max-windows", "9"]
     start("llmpq.cli.eval", *asked, "--processes", "--json", found)
     [one], [other] = json.loads(found.read_text())["rows"], evaluated(*asked)
@@ -99,7 +100,7 @@ def test_real_stage_processes_give_the_same(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_what_is_served_is_what_is_evaluated_by_gptq(tmp_path, moments):
     """Under torchrun: the plan's own moments file, hashes, and the quality of the served."""
     quantizer = Quantizer(method="gptq", moments=str(moments), sha256=sha256_of(moments))

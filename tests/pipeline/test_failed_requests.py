@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from families import TINY_TALES, hand_made_plan
-from jobs import RUN, TORCHRUN, run
+from jobs import PATIENCE_S, RUN, TORCHRUN, run
 from safetensors.torch import load_file, save_file
 
 from llmpq.artifact import write_json
@@ -27,6 +27,7 @@ from llmpq.runtime import journal
 
 EMBEDDING = "model.embed_tokens.weight"
 BAD_TOKEN = 5  # whose embedding is not a number, in a model that was spoilt
+FEW = "--max-windows 2 --window 64 --precisions 16,3 --moment-tokens 512"
 CHAT = "{% for m in messages %}{{ m.content }} {% endfor %}"
 
 
@@ -154,30 +155,34 @@ def test_keeping_errors_is_for_resumed_runs(job):
     assert result.exit_code == 2 and "--keep-errors: only with --resume" in result.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("start", [RUN, [*TORCHRUN, "2", "-m", "llmpq.run"]])
-def test_processes_end_with_5_too_and_say_it_once(tmp_path, start):
+@pytest.fixture
+def two_stages(tmp_path) -> Job:
+    """One request of two fails, in processes."""
     job = Job(tmp_path, [3, 8])
     job.write(prompt("a", 9, 8), prompt("b", BAD_TOKEN))
     job.spoil()
-    done = run([*start, *job.words()])
-    own = start is RUN
-    assert done.returncode == (5 if own else 1), done.stderr
+    return job
+
+
+@pytest.mark.slow
+def test_processes_end_with_5_too_and_say_it_once(two_stages):
+    done = run([*RUN, *two_stages.words()])
+    assert done.returncode == 5, done.stderr
     assert done.stderr.count("1 of 2 requests failed") == 1
-    assert own or "exitcode  : 5" in done.stderr  # torchrun itself ends with 1
-    assert not own or done.stderr.strip().splitlines()[-1].endswith("--resume")
-    assert "SIGTERM" not in done.stderr.replace("Sending process", "")
-    assert set(job.lines()) == {"a", "b"}
+    assert done.stderr.strip().splitlines()[-1].endswith("--resume")
+    assert "SIGTERM" not in done.stderr
+    assert set(two_stages.lines()) == {"a", "b"}
 
 
 @pytest.mark.slow
-def test_torchrun_that_starts_again_does_not_try_failures_again(tmp_path):
-    job = Job(tmp_path, [3, 8])
-    job.write(prompt("a", 9, 8), prompt("b", BAD_TOKEN))
-    job.spoil()
-    done = run([*TORCHRUN, "2", "--max-restarts", "2", "-m", "llmpq.run", *job.words()])
-    assert done.returncode == 1 and done.stderr.count("1 of 2 requests failed") == 3, done.stderr
+def test_under_torchrun_each_start_says_it_once_and_tries_no_failure_again(two_stages):
+    words = ["--max-restarts", "1", "-m", "llmpq.run", *two_stages.words()]
+    done = run([*TORCHRUN, "2", *words])
+    assert done.returncode == 1 and "exitcode  : 5" in done.stderr  # torchrun itself ends with 1
+    assert done.stderr.count("1 of 2 requests failed") == 2, done.stderr
     assert "tried again" not in done.stderr
+    assert "SIGTERM" not in done.stderr.replace("Sending process", "")
+    assert set(two_stages.lines()) == {"a", "b"}
 
 
 # ---- requests that cannot be done
@@ -259,7 +264,7 @@ def test_standard_output_that_nobody_reads_is_a_failure(job):
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     errors = process.stderr.read()
-    assert process.wait(60) == 4 and "standard output cannot be written" in errors, errors
+    assert process.wait(PATIENCE_S) == 4 and "standard output cannot be written" in errors, errors
     assert "Traceback" not in errors and "Exception ignored" not in errors
 
 
@@ -343,9 +348,9 @@ def test_a_run_that_retries_is_killed_and_resumed(tmp_path):
     [
         (eval_command, "--max-windows 2 --window 64"),
         (eval_command, "--max-windows 2 --window 64 --stream"),
-        (profile_command, "--max-windows 2 --window 64 --quantizer rtn"),
-        (profile_command, "--max-windows 2 --window 64 --quantizer rtn --indicator hessian"),
-        (profile_command, "--max-windows 2 --window 64 --quantizer gptq"),
+        (profile_command, f"{FEW} --quantizer rtn"),
+        (profile_command, f"{FEW} --quantizer rtn --indicator hessian"),
+        (profile_command, f"{FEW} --quantizer gptq"),
     ],
 )
 def test_a_loss_that_is_no_number_is_a_failure(job, command, words):

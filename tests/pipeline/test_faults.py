@@ -57,7 +57,7 @@ def run(engines, requests) -> tuple[dict[int, Finished], list]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=240)
     assert len(reports) == len(engines)
     return finished, reports[0]
 

@@ -4,15 +4,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
+from jobs import PATIENCE_S, wait_until
 
 from llmpq.cluster import load_cluster
 from llmpq.link_data import load_links
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LINKS = ["-m", "llmpq.cli.profile", "links", "--device", "cpu"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CLUSTER = """
@@ -30,7 +30,9 @@ def environment() -> dict[str, str]:
 
 
 def run(line: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=120)
+    return subprocess.run(
+        line, capture_output=True, text=True, env=environment(), timeout=PATIENCE_S
+    )
 
 
 def test_three_local_ranks_and_a_cluster_file(tmp_path):
@@ -64,12 +66,9 @@ def test_torchrun_with_the_module(tmp_path):
 def test_a_lost_rank_ends_with_one_message(tmp_path):
     line = command(LINKS, "--ranks", 2, "--budget-s", 60, "-o", tmp_path / "links.json")
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment())
-    end = time.monotonic() + 60
-    while len(ranks := workers(process)) < 2 and time.monotonic() < end:
-        time.sleep(0.05)
-    assert len(ranks) == 2
-    ranks[1].send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
+    wait_until(lambda: len(workers(process)) == 2, process)
+    workers(process)[1].send_signal(signal.SIGKILL)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 4, errors
     assert "worker 1 (rank 1, " in errors
     assert "was ended by SIGKILL; nothing was written" in errors

@@ -1,9 +1,9 @@
 """The commands as a user meets them: help, version, the umbrella, profiles that plans accept."""
 
 import json
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -30,8 +30,8 @@ MAINS = {
     "eval": eval_module.main,
     "export": export.main,
 }
-# On an idle machine each takes less than half a second; the limit leaves room for a busy one.
-HELP_LIMIT_S = 3.0
+# What is slow to import, and help can do without.
+SLOW_LIBRARIES = {"torch", "transformers", "numpy", "pandas", "highspy", "rich", "lm_eval"}
 
 
 def call(command: click.Command, *arguments):
@@ -39,19 +39,17 @@ def call(command: click.Command, *arguments):
 
 
 @pytest.mark.parametrize("name", ["main", *COMMANDS])
-def test_help_is_quick_and_imports_no_torch(name):
+def test_help_imports_nothing_slow(name):
     code = (
-        "import sys, atexit\n"
-        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        "import sys, atexit, json\n"
+        "atexit.register(lambda: print(json.dumps(list(sys.modules)), file=sys.stderr))\n"
         f"sys.argv = ['llmpq', '--help']\nfrom llmpq.cli.{name} import main\nmain()"
     )
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    seconds = time.monotonic() - start
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: ")
-    assert done.stderr.strip() == "False"
-    assert seconds < HELP_LIMIT_S
+    imported = set(json.loads(done.stderr))
+    assert "click" in imported and not imported & SLOW_LIBRARIES
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -158,8 +156,19 @@ def sensitivity(path: Path, *more) -> Sensitivity:
     return load_sensitivity(path)
 
 
-def test_sensitivity_of_the_shipped_model(tmp_path):
-    measured = sensitivity(tmp_path / "sensitivity.json")
+GPTQ = ("--quantizer", "gptq")
+
+
+@pytest.fixture(scope="module")
+def measured_folder(tmp_path_factory):
+    """A folder with a sensitivity by gptq and the second moments it was measured with."""
+    folder = tmp_path_factory.mktemp("measured")
+    sensitivity(folder / "sensitivity.json", *GPTQ, "--moment-tokens", 2048)
+    return folder
+
+
+def test_sensitivity_of_the_shipped_model(measured_folder):
+    measured = load_sensitivity(measured_folder / "sensitivity.json")
     assert measured.num_layers == 8 and measured.calibration.num_tokens == 256
     assert {(r.layer, r.precision) for r in measured.layers} == {
         (layer, p) for layer in range(8) for p in ("4", "3")
@@ -171,13 +180,14 @@ def test_sensitivity_of_the_shipped_model(tmp_path):
     assert measured.seconds > 0 and measured.peak_memory_bytes > 0
 
 
-def test_second_moments_are_kept_and_used_again(tmp_path):
+def test_second_moments_are_kept_and_used_again(measured_folder, tmp_path):
+    shutil.copytree(measured_folder, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "sensitivity.moments.safetensors"
-    first = sensitivity(tmp_path / "sensitivity.json", "--quantizer", "gptq")
+    first = load_sensitivity(tmp_path / "sensitivity.json")
     assert first.quantizer.moments == path.name
     assert first.quantizer.sha256 == sha256_of(path)
     made = path.stat().st_mtime_ns
-    more = ("--quantizer", "gptq", "--moments", path)
+    more = (*GPTQ, "--moments", path)
     again = sensitivity(tmp_path / "deeper" / "again.json", *more)
     assert path.stat().st_mtime_ns == made
     assert again.quantizer.moments == f"../{path.name}"
@@ -217,8 +227,9 @@ def test_one_window_cannot_be_split(tmp_path):
     assert result.exit_code == 0, (result.stderr, result.exception)
 
 
-def test_a_plan_finds_the_moments_of_its_sensitivity(tmp_path):
-    measured = sensitivity(tmp_path / "sensitivity.json", "--quantizer", "gptq")
+def test_a_plan_finds_the_moments_of_its_sensitivity(measured_folder, tmp_path):
+    shutil.copytree(measured_folder, tmp_path, dirs_exist_ok=True)
+    measured = load_sensitivity(tmp_path / "sensitivity.json")
     workload = tmp_path / "workload.yaml"
     sizes = {"prompt_tokens": 16, "new_tokens": 8, "num_requests": 8, "batch": 4}
     workload.write_text(yaml.safe_dump(sizes))

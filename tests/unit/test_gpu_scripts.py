@@ -101,10 +101,10 @@ def test_a_step_out_of_time_is_ended_with_what_it_started(started, tmp_path):
         """
     )
     started_at = time.monotonic()
-    outcome = step.run(3.0)
+    outcome = step.run(10.0)  # enough to start the child on a busy machine
     assert (outcome.code, outcome.note) == (-9, "its time was over")
-    assert time.monotonic() - started_at < 30
-    deadline = time.monotonic() + 10
+    assert time.monotonic() - started_at < 300  # the step itself takes 600
+    deadline = time.monotonic() + 240
     while _runs(int(child.read_text())) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _runs(int(child.read_text()))
@@ -345,7 +345,7 @@ def test_steps_run_on_a_cpu_from_the_shell(tmp_path):
         env=os.environ | {"DEVICE": "cpu", "OUT": str(out), "PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
     )
     assert done.returncode == 0, done.stdout
     assert "NO CARD IS MEASURED" in done.stdout

@@ -113,7 +113,7 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize("precision", ["16", "8", "4", "3"])
 def test_loading_takes_two_raw_tensors_beside_the_packed_weights(checkpoints, precision):
     command = [sys.executable, "-c", MEASURE, *map(str, checkpoints), precision]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     held, peak = json.loads(done.stdout)
     print(f"{precision}: held {held / MIB:.1f} MiB, {(peak - held) / MIB:.1f} MiB more at the peak")

@@ -113,7 +113,7 @@ class Crew:
 
     def wait_for(self, rank: int) -> str:
         with self.changed:
-            assert self.changed.wait_for(lambda: rank in self.ended, timeout=30)
+            assert self.changed.wait_for(lambda: rank in self.ended, timeout=240)
         return self.ended[rank]
 
     def _open(self, size: int) -> Board:
@@ -292,7 +292,7 @@ with ended_by_signals("go on", look={look}):
 def test_a_signal_ends_a_process_whose_main_thread_is_blocked(number):
     process = start(ENDED.format(look="list"))
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 128 + number
     assert errors == f"error: interrupted by {number.name}; go on\n"
 
@@ -300,7 +300,7 @@ def test_a_signal_ends_a_process_whose_main_thread_is_blocked(number):
 def test_a_lost_worker_is_the_reason_where_one_is_known():
     process = start(ENDED.format(look="lambda: end_process('worker 1 was lost')"))
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 4 and errors == "error: worker 1 was lost\n"
 
 

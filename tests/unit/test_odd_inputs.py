@@ -107,7 +107,6 @@ def odd_places() -> list[tuple[click.Command, str, Callable[[Path], None]]]:
     ]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("command", "words", "make"), odd_places())
 def test_what_is_no_regular_file(folder, command, words, make):
     make(folder / "ODD")
@@ -116,7 +115,6 @@ def test_what_is_no_regular_file(folder, command, words, make):
     assert not list(folder.glob("out.jsonl*"))
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("command", "words"),
     [(c, w) for c, w in INPUTS if "ODD" in w and "--prompts ODD" not in w and "moments" not in w],

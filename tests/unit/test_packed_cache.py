@@ -346,7 +346,7 @@ def test_many_processes_at_once_leave_whole_files(model, tmp_path):
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent), model, tmp_path / "cache"]
     workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [(w.communicate(timeout=120)[0], w.returncode) for w in workers] == [("[]\n", 0)] * 3
+    assert [(w.communicate(timeout=240)[0], w.returncode) for w in workers] == [("[]\n", 0)] * 3
     assert not list((tmp_path / "cache").glob("*.part"))
     shared, _, said = load(model, tmp_path / "cache", by=refuse)
     assert not said
@@ -460,7 +460,7 @@ def test_memory_peaks_no_higher_than_without(tmp_path, precision):
     code = "from llmpq.runtime.packed_cache import PackedCache\n" + MEASURE.replace(old, with_cache)
     command = [sys.executable, "-c", code, *folders, precision, tmp_path / "cache"]
     for start in ("first", "second"):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         held, peak = json.loads(done.stdout)
         print(f"{precision}, {start}: {(peak - held) / MIB:.1f} MiB more at the peak")

@@ -279,9 +279,9 @@ def test_theta_prices_quality_in_seconds() -> None:
 
 def test_the_time_limit_still_gives_a_plan_and_a_true_bound() -> None:
     problem = make_problem(0.5, 0.4, 0.4, layers=8)
-    start = time.monotonic()
+    start = time.process_time()
     rushed = make_plan(problem, Options(gap=0.0, time_limit_s=0.05), tuple(SLOWER))
-    assert time.monotonic() - start < 60
+    assert time.process_time() - start < 60
     best = make_plan(problem, Options(gap=0.0), tuple(SLOWER)).plan.predicted
     assert rushed.plan.predicted is not None and best is not None
     assert rushed.plan.predicted.lower_bound <= best.objective * (1 + 1e-9)

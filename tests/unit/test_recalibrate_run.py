@@ -74,7 +74,7 @@ def stages() -> list[StageReport]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=240)
     assert found[0] == found[1]
     return found[0]
 

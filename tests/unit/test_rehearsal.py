@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmpq.errors import InfeasibleError
+from llmpq.runtime import rehearsal
 from llmpq.runtime.rehearsal import (
     MemoryAccount,
     PeakMemory,
@@ -27,20 +28,70 @@ def spin(seconds: float) -> str:
     return "done"
 
 
-@pytest.mark.parametrize("factor", [1.0, 2.0, 4.0])
-def test_a_throttled_computation_takes_its_factor(factor):
+class Clock:
+    """In the place of `time`: moves only when something computes, waits or sleeps."""
+
+    def __init__(self, overshoot: float = 0.0) -> None:
+        self.now = self.own = 0.0
+        self.overshoot = overshoot  # of every sleep
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def thread_time(self) -> float:
+        return self.own
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds + self.overshoot
+
+    def compute(self, own: float, others: float) -> str:
+        """Takes `own` seconds of this thread while others have the core for `others`."""
+        self.own += own
+        self.now += own + others
+        return "done"
+
+
+def throttled(monkeypatch, factor, own, others=0.0, overshoot=0.0) -> list[float]:
+    """What ten computations took."""
+    clock, times = Clock(overshoot), []
+    monkeypatch.setattr(rehearsal, "time", clock)
     throttle = Throttle(factor, CPU)
-    times = []
-    results = [throttle.run(lambda: spin(0.02), lambda s, _: times.append(s)) for _ in range(10)]
-    assert set(results) == {"done"} and len(times) == 10
-    # Own CPU time, so a busy machine makes it no shorter; it may wait a little longer.
-    assert 0.95 * factor * 0.2 <= sum(times) <= 1.3 * factor * 0.2 + 0.5 * (factor == 1)
+    for _ in range(10):
+        result = throttle.run(lambda: clock.compute(own, others), lambda s, _: times.append(s))
+        assert result == "done"
+    return times
 
 
-def test_waiting_without_computing_is_not_stretched():
+@pytest.mark.parametrize("factor", [1.0, 2.0, 4.0])
+def test_a_throttled_computation_takes_its_factor(monkeypatch, factor):
+    assert throttled(monkeypatch, factor, 0.02) == pytest.approx([factor * 0.02] * 10)
+
+
+def test_the_core_that_others_have_eats_into_the_wait(monkeypatch):
+    assert throttled(monkeypatch, 4.0, 0.02, others=0.06) == pytest.approx([0.08] * 10)
+    assert throttled(monkeypatch, 1.0, 0.02, others=0.06) == pytest.approx([0.08] * 10)
+
+
+def test_a_wait_carries_its_overshoot_to_the_next(monkeypatch):
+    times = throttled(monkeypatch, 4.0, 0.02, overshoot=0.005)
+    assert sum(times) == pytest.approx(10 * 0.08 + 0.005)
+    # What others took beyond 10 ms of it is lost: 0.02 too late at first, 0.01 made good.
+    clock, times = Clock(), []
+    monkeypatch.setattr(rehearsal, "time", clock)
+    throttle = Throttle(2.0, CPU)
+    for others in (0.04, 0.0):
+        throttle.run(lambda o=others: clock.compute(0.02, o), lambda s, _: times.append(s))
+    assert times == pytest.approx([0.06, 0.03])
+
+
+def test_waiting_without_computing_is_not_stretched(monkeypatch):
+    assert throttled(monkeypatch, 10.0, 0.0, others=0.05) == pytest.approx([0.05] * 10)
+
+
+def test_no_real_computation_takes_less_than_its_factor():
     times = []
-    Throttle(10.0, CPU).run(lambda: time.sleep(0.05), lambda seconds, _: times.append(seconds))
-    assert 0.05 <= times[0] < 0.1
+    assert Throttle(4.0, CPU).run(lambda: spin(0.02), lambda s, _: times.append(s)) == "done"
+    assert times[0] >= 0.95 * 4 * 0.02
 
 
 def test_an_exception_passes_through_a_throttle():

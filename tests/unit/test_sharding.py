@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -451,7 +450,8 @@ torch.set_num_threads(1)
 import test_sharding as t
 from llmpq.models.sharding import Shard
 from llmpq.runtime.shard_group import distributed_shard_group
-dist.init_process_group("gloo")
+rank = int(sys.argv[4])
+dist.init_process_group("gloo", f"file://{sys.argv[3]}/meet", rank=rank, world_size=2)
 group = distributed_shard_group([[0, 1]], "gloo", t.CPU)
 seen = torch.tensor([float(group.rank + 1)])
 group.broadcast(seen)
@@ -469,27 +469,19 @@ dist.destroy_process_group()
 def test_real_processes_share_a_stage(folder_of, tmp_path):
     folder = folder_of("qwen3")
     paths = json.dumps([str(Path(__file__).parent), os.getcwd()])
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, paths, str(folder), str(tmp_path)],
-            env=os.environ | world | {"RANK": str(rank)},
+            [sys.executable, "-c", PROCESS, paths, str(folder), str(tmp_path), str(rank)],
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
     for worker in workers:
-        _, errors = worker.communicate(timeout=120)
+        _, errors = worker.communicate(timeout=240)
         assert worker.returncode == 0, errors
     for dtype, tolerance in ((FP32, 1e-5), (torch.bfloat16, 0.05)):
         [alone] = together([load(folder, precisions=MIXED, dtype=dtype)], forward)
         first, second = (torch.load(tmp_path / f"{rank}-{dtype}.pt") for rank in range(2))
         assert all(map(torch.equal, first, second))
         assert_alike(first, alone, tolerance)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
