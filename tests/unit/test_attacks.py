@@ -187,6 +187,110 @@ def name_of(call: ast.Call) -> str:
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
+# ---- code in models
+
+
+EVIL = """
+from pathlib import Path
+Path({marker!r}).write_text("has run")
+class Config: ...
+class Model: ...
+class Tokenizer: ...
+"""
+READS_MODELS = [
+    (plan.main, "--cluster cluster.yaml --workload workload.yaml --no-what-if --model M"),
+    (run.main, "--plan plan.json --prompts in.jsonl --output out.jsonl --model M"),
+    (run.main, "--plan plan.json --prompts in.jsonl --output out.jsonl --model M --dry-run"),
+    (eval_module.main, "plan.json --model M --text text.txt --max-windows 1"),
+    (eval_module.main, "--precisions 8 --model M --text text.txt --max-windows 1 --stream"),
+    (profile.main, "sensitivity --model M --text text.txt --precisions 8 --max-windows 1"),
+    (profile.main, "layers --model M --device cpu --budget-s 1 --precisions 16 -o p.json"),
+]
+
+
+@pytest.fixture
+def with_code(hostile, tmp_path, monkeypatch) -> Path:
+    """A folder with a model whose files name code beside them, which leaves a mark when it runs."""
+    monkeypatch.chdir(tmp_path)
+    for path in hostile.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    model = tmp_path / "M"
+    shutil.copytree(ASSETS / "tiny-tales", model)
+    (model / "evil.py").write_text(EVIL.format(marker=str(tmp_path / "marker")))
+    change(model / "config.json", auto_map={
+        "AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"
+    }, attn_implementation="evil/kernels")  # fmt: skip
+    return model
+
+
+def change(path: Path, **settings: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("names_tokenizer", [False, True])
+@pytest.mark.parametrize(("command", "words"), READS_MODELS)
+def test_the_code_of_a_model_never_runs(with_code, command, words, names_tokenizer):
+    """Nor is anybody asked; where nothing else is needed the command works without."""
+    if names_tokenizer:
+        names = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+        change(with_code / "tokenizer_config.json", auto_map=names, tokenizer_class="Evil")
+    result = CliRunner().invoke(command, words.split(), input="y\n" * 9)
+    assert not (with_code.parent / "marker").exists()
+    assert "[y/N]" not in result.output
+    if result.exit_code:
+        assert names_tokenizer and result.exit_code == 2, (result.stderr, result.exception)
+        (line,) = [one for one in result.stderr.splitlines() if one.startswith("error:")]
+        assert "M/tokenizer_config.json: the tokenizer asks for Python code" in line
+
+
+def test_a_model_of_a_type_of_its_own_is_refused(with_code):
+    change(with_code / "config.json", model_type="evil")
+    for command, words in READS_MODELS:
+        result = CliRunner().invoke(command, words.split(), input="y\n" * 9)
+        assert result.exit_code == 2, (words, result.stderr, result.exception)
+        assert "evil" in result.stderr and "[y/N]" not in result.output
+    assert not (with_code.parent / "marker").exists()
+
+
+# What can run code of models or data sets unless it is told not to; a longer list does no harm.
+TOLD = {
+    "from_pretrained",
+    "from_config",
+    "load_dataset",
+    "load_dataset_builder",
+    "get_dataset_config_names",
+    "HFLM",
+}
+
+
+def untold(code: str) -> list[str]:
+    """Uses of those names that do not say `trust_remote_code=False`, by line."""
+    tree = ast.parse(code)
+    uses = [n for n in ast.walk(tree) if getattr(n, "attr", getattr(n, "id", "")) in TOLD]
+    told = {
+        id(part)
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        and any(ast.unparse(k) == "trust_remote_code=False" for k in call.keywords)
+        for part in (call.func, *(call.args if name_of(call) == "partial" else ()))
+    }
+    return [f"{use.lineno}: {ast.unparse(use)}" for use in uses if id(use) not in told]
+
+
+def test_every_library_is_told_not_to_run_code():
+    for path in PACKAGE.rglob("*.py"):
+        assert untold(path.read_text(encoding="utf-8")) == [], path
+    for code in ("A.from_pretrained(p)", "load_dataset(n, trust_remote_code=x)", "f = load_dataset",
+                 "partial(load_dataset, 1)", "HFLM(trust_remote_code=None)"):  # fmt: skip
+        assert untold(code), code
+    assert not untold("partial(load_dataset, trust_remote_code=False)")
+
+
+# ---- one way out
+
+
 def test_there_is_one_way_to_print():
     """What is printed by another call does not pass `plain`."""
     places = {name: {where for where, _ in calls(name)} for name in ("Console", "Text", "echo")}
