@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from rich.table import Table
 pytest.importorskip("torch")
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from test_packed_cache import CPU, assert_equal, load, packed_files
@@ -26,16 +30,28 @@ from llmpq.cli import eval as eval_module
 from llmpq.cli import export, main, plan, profile, run
 from llmpq.cli.plain_console import PlainConsole
 from llmpq.cli.progress import progress
-from llmpq.errors import UserError
+from llmpq.errors import UserError, WorkerError
 from llmpq.model_spec import ASSETS, load_model_spec
+from llmpq.placement import FoundCard
 from llmpq.plain import one_line, plain
 from llmpq.plan import Plan
 from llmpq.planner.report import styled
 from llmpq.quant import available_precisions
 from llmpq.quant.humming_jit import keep_kernels_in
+from llmpq.runtime import process
 from llmpq.runtime.append_file import AppendFile
+from llmpq.runtime.cards import read_process
 from llmpq.runtime.moments import write_moments
+from llmpq.runtime.monitor import (
+    MOST_BYTES,
+    MOST_CHARACTERS,
+    Board,
+    Verdict,
+    Who,
+    process_state,
+)
 from llmpq.runtime.packed_cache import PackedCache, _about
+from llmpq.seats import Process
 
 PACKAGE = Path(plan.__file__).parents[1]
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -455,6 +471,146 @@ def test_a_link_among_kept_weights_is_not_followed(cache, tmp_path):
     assert [line for line in said if "it is no regular file" in line] == said != []
     assert_equal(first, second)
     assert not path.is_symlink() and elsewhere.read_bytes() == before
+
+
+# ---- what others write to the store
+
+
+class Store:
+    """A store in which anyone may have written; `text` is under every key."""
+
+    def __init__(self, text: str | bytes) -> None:
+        self.text = text if isinstance(text, bytes) else text.encode()
+
+    def check(self, keys):
+        return True
+
+    def get(self, key):
+        return self.text
+
+    def compare_set(self, key, expected, desired):
+        return self.text
+
+
+WHO = {"rank": 1, "name": "t4", "host": "box", "pid": 4711, "machine": "m", "started": 5}
+GUILTY = {"ranks": [1], "how": "was lost", "bad_input": False, "device_lost": False}
+DAMAGED = ["", "{", "null", "[]", "7", '"x"', b"\xff\xfe", '{"rank": 1}', "[" * 100_000]
+
+
+def changed(value: dict[str, object], **parts: object) -> str:
+    return json.dumps(value | parts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *DAMAGED,
+        changed(WHO, rank=0),
+        changed(WHO, rank="1"),
+        changed(WHO, pid=-1),
+        changed(WHO, pid="4711"),
+        changed(WHO, pid=1.5),
+        changed(WHO, name=None),
+        changed(WHO, host=["box"]),
+        changed(WHO, started=True),
+        changed(WHO, name="x" * MOST_BYTES),
+    ],
+)
+def test_a_worker_that_is_not_described_as_workers_are_is_not_there(text):
+    assert Board(Store(text), 2).who(1) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *DAMAGED,
+        changed(GUILTY, ranks=[]),
+        changed(GUILTY, ranks=[2]),
+        changed(GUILTY, ranks=[-1]),
+        changed(GUILTY, ranks=["1"]),
+        changed(GUILTY, ranks=1),
+        changed(GUILTY, how=7),
+        changed(GUILTY, bad_input="yes"),
+        changed(GUILTY, how="x" * MOST_BYTES),
+    ],
+)
+def test_a_verdict_that_is_none_keeps_nobody_from_a_verdict(text):
+    board, own = Board(Store(text), 2), Verdict((1,), "was lost")
+    assert board.verdict() is None
+    assert board.conclude(own) == own
+
+
+def test_texts_of_the_store_are_short_and_in_one_line():
+    board = Board(Store(changed(WHO, name=f"{HOSTILE}\nerror: no", host="h" * 9999)), 2)
+    text = str(board.who(1))
+    assert not STEERS.search(text) and "\n" not in text and SHOWN in text
+    assert len(text) < MOST_CHARACTERS + 200
+    verdict = Board(Store(changed(GUILTY, how="\x1b[2J\n" * 999)), 2).verdict()
+    assert verdict is not None and verdict.how.startswith(r"\x1b[2J\x0a\x1b")
+    assert "\n" not in verdict.how
+    assert Board(Store(changed(WHO)), 2).who(1) == Who(**WHO)
+
+
+def test_what_workers_tell_is_read_as_it_was(monkeypatch):
+    board, who = Board(dist.HashStore(), 2), Who.here(1, "t4-16g on node0")
+    board.join(who)
+    board.conclude(Verdict((0, 1), "was lost", True, True))
+    assert board.who(1) == who and board.who(0) is None
+    assert board.verdict() == Verdict((0, 1), "was lost", True, True)
+
+
+@pytest.mark.parametrize(("rank", "port"), [("0", "29500"), ("1", "29501")])
+def test_a_process_that_is_no_worker_of_this_run_is_not_ended(monkeypatch, rank, port):
+    """Whatever the store says of it: anyone could name any process there."""
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    variables = os.environ | {"RANK": rank, "MASTER_PORT": port}
+    command = [sys.executable, "-c", "input()"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables)
+    machine = Who.here(0, "me").machine
+    Who(1, "a", "here", child.pid, machine, process_state(child.pid)[1]).kill()
+    assert child.poll() is None
+    child.communicate(b"\n", timeout=30)
+    assert child.returncode == 0
+
+
+def test_a_parent_whose_store_breaks_says_so(monkeypatch):
+    """As it does when others write what is no number where a beat should be."""
+
+    def broken(crew):
+        raise dist.DistNetworkError("the connection was closed")
+
+    monkeypatch.setattr(process._Crew, "watch", broken)
+    with pytest.raises(WorkerError, match="meeting point broke: the connection was closed; redo"):
+        process.start_workers([], ["a"], "this", "redo")
+
+
+PROCESS = {"rank": 1, "group": 0, "host": "box", "cards": [], "everywhere": []}
+CARD = {"index": 0, "name": "T4", "memory_bytes": 1, "compute_capability": "7.5", "uuid": "u"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *DAMAGED,
+        changed(PROCESS, rank=0),
+        changed(PROCESS, group="0"),
+        changed(PROCESS, host="\x1b[2J"),
+        changed(PROCESS, host="box\nerror: no"),
+        changed(PROCESS, cards=None),
+        changed(PROCESS, cards=[CARD | {"memory_bytes": "much"}]),
+        changed(PROCESS, cards=[CARD | {"name": "\u202eT4"}]),
+        changed(PROCESS, everywhere=[CARD | {"uuid": "a\rb"}]),
+    ],
+)
+def test_a_process_that_does_not_describe_itself_ends_the_run_in_order(text):
+    with pytest.raises(WorkerError, match="rank 1: what it says of its host"):
+        read_process(text if isinstance(text, bytes) else text.encode(), 1)
+
+
+def test_a_process_is_read_as_it_was():
+    card = FoundCard(**CARD)
+    one = Process(1, 0, "box", (card,), (card, card))
+    assert read_process(json.dumps(asdict(one)).encode(), 1) == one
 
 
 # ---- one way out
