@@ -4,6 +4,7 @@ A user's error is printed as its message alone and ends with the exit code of it
 Human output goes to standard error, so that `--json -` can own standard output.
 """
 
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -47,9 +48,22 @@ class PlainErrors(click.Command):
             return super().make_context(*args, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click does."""
-        with _in_plain_text():
-            return super().invoke(ctx)
+        """As click does; what libraries log meanwhile is plain too."""
+        before = logging.getLogRecordFactory()
+        logging.setLogRecordFactory(PlainRecord)
+        try:
+            with _in_plain_text():
+                return super().invoke(ctx)
+        finally:
+            logging.setLogRecordFactory(before)
+
+
+class PlainRecord(logging.LogRecord):
+    """What a library says, which may quote names of files and what is in them."""
+
+    def getMessage(self) -> str:  # noqa: N802 (the name is logging's)
+        """The text with control characters spelled out."""
+        return plain(super().getMessage())
 
 
 @contextmanager

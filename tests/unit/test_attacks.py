@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -28,6 +30,7 @@ from test_packed_cache import CPU, assert_equal, load, packed_files
 from llmpq.artifact import write_json, write_text
 from llmpq.cli import eval as eval_module
 from llmpq.cli import export, main, plan, profile, run
+from llmpq.cli.common import Command
 from llmpq.cli.plain_console import PlainConsole
 from llmpq.cli.progress import progress
 from llmpq.errors import UserError, WorkerError
@@ -96,6 +99,16 @@ def test_the_console_takes_texts_as_they_are(monkeypatch):
     ours = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", file.getvalue())  # rich's own, for the bar
     assert not STEERS.search(ours)
     assert ours.count(SHOWN) >= 8 and "[/b]" in ours
+
+
+def test_what_libraries_log_is_plain(caplog):
+    @click.command(cls=Command)
+    def noisy():
+        logging.getLogger("a.library").warning("%s cannot be read", HOSTILE)
+
+    assert CliRunner().invoke(noisy, []).exit_code == 0
+    assert caplog.messages == [f"{SHOWN} cannot be read"]
+    assert logging.getLogRecordFactory() is logging.LogRecord
 
 
 @pytest.fixture(scope="module")
