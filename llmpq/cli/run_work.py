@@ -166,7 +166,7 @@ def _engine(
     from llmpq.runtime.sampler import Sampling
 
     dtype = choose_dtype(options.dtype, device, transport)
-    if options.cache_dir is not None:
+    if options.cache_dir is not None and device.type == "cuda":
         keep_kernels_in(options.cache_dir)
     with shown_loading(plan, transport.rank, options, prepared.cache, group) as packed:
         return Engine(

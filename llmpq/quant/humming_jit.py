@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmpq.errors import UserError
 from llmpq.others_files import refuse_others_files
 from llmpq.quant.humming_support import library
 
@@ -80,12 +81,15 @@ def keep_kernels_in(folder: Path) -> None:
 
     By the variables HUMMING_CACHE_DIR and HUMMING_TMP_DIR, which a user may also set, and which
     processes started from here inherit. humming reads them when it first compiles. Raises
-    `UserError` where other users can write there.
+    `UserError` where other users can write there, or this one cannot.
     """
     own = folder / "humming"
     if "HUMMING_CACHE_DIR" not in os.environ:
-        own.mkdir(0o700, parents=True, exist_ok=True)  # others reach nothing inside
-        refuse_others_files(own)
+        try:
+            own.mkdir(0o700, parents=True, exist_ok=True)  # others reach nothing inside
+            refuse_others_files(own)
+        except OSError as error:
+            raise UserError(f"{own}: kernels cannot be kept here ({error.strerror})") from None
     os.environ.setdefault("HUMMING_CACHE_DIR", str(own))
     os.environ.setdefault("HUMMING_TMP_DIR", str(own / "tmp"))
 

@@ -421,6 +421,10 @@ def test_compiled_kernels_lie_where_nobody_else_comes(tmp_path, monkeypatch):
     (tmp_path / "humming").chmod(0o777)
     with pytest.raises(UserError, match="has mode 0777"):
         keep_kernels_in(tmp_path)
+    (tmp_path / "humming").rmdir()
+    (tmp_path / "humming").touch()
+    with pytest.raises(UserError, match="kernels cannot be kept here"):
+        keep_kernels_in(tmp_path)
 
 
 def test_a_run_refuses_such_a_cache_with_one_message(with_code, tmp_path):
