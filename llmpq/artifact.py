@@ -17,7 +17,6 @@ import platform
 import re
 import reprlib
 import stat
-import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmpq import __version__
 from llmpq.errors import UserError
+from llmpq.whole_file import whole_file
 
 SCHEMA_VERSION: Final = 1
 MAX_DIGITS = 19
@@ -227,23 +227,16 @@ def write_json(path: Path, value: BaseModel) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all; what is no regular file is written into."""
-    temporary = None
     try:
         path = Path(os.path.realpath(path))  # a link stays one
         if path.exists() and not path.is_file() and not path.is_dir():
             path.write_text(text, encoding="utf-8")
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        if temporary:  # still there only where writing failed
-            Path(temporary).unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:

@@ -1,7 +1,9 @@
 """The command that starts a plan, for each node: what `llmpq-plan` and a dry run print.
 
-The node of the first stage comes first: torchrun meets there, its worker leads, and so the prompts
-are read and the results written on that machine. The plan and the model must be on every machine.
+On one node `llmpq-run` starts its own workers, which meet where no other machine reaches them;
+torchrun listens on all interfaces, whatever address it is given. On several nodes that of the first
+stage comes first: torchrun meets there, its worker leads, and so the prompts are read and the
+results written on that machine. The plan and the model must be on every machine.
 """
 
 import shlex
@@ -16,10 +18,9 @@ PORT = 29500  # torchrun's own default
 def launch_lines(plan: Plan, files: Sequence[str]) -> list[str]:
     """For people: which command to start where. `files`: the options of llmpq-run."""
     parts = parts_of(plan)
-    words = shlex.join(["-m", "llmpq.run", *files])
     if len(parts) == 1:
-        started = f"torchrun --standalone --nproc-per-node {len(parts[0].workers)}"
-        return [f"start: {started} {words}"]
+        return [f"start: {shlex.join(['llmpq-run', *files])}"]
+    words = shlex.join(["-m", "llmpq.run", *files])
     host = host_variable(plan)
     lines = [
         f"start one command on each of {len(parts)} nodes; {host}: the name or address of "
@@ -32,7 +33,8 @@ def launch_lines(plan: Plan, files: Sequence[str]) -> list[str]:
         lines.append(f"on {part.name}: torchrun {count} {meet} {words}")
     lines.append(
         "workers talk over the interface that reaches that address; where that is the wrong one: "
-        "GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME before torchrun"
+        "GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME before torchrun. Anyone who reaches port "
+        f"{PORT} and those of the workers can disturb the run: trusted networks only"
     )
     return lines
 

@@ -4,9 +4,11 @@ A user's error is printed as its message alone and ends with the exit code of it
 Human output goes to standard error, so that `--json -` can own standard output.
 """
 
+import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -15,6 +17,7 @@ import click
 from llmpq import __version__
 from llmpq.artifact import write_text
 from llmpq.errors import LlmpqError, UserError
+from llmpq.plain import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +39,43 @@ class FiniteRange(click.FloatRange):
         return float(number)
 
 
-class Command(click.Command):
+class PlainErrors(click.Command):
+    """Has click quote values of the command line in its errors without control characters."""
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """As click does."""
+        with _in_plain_text():
+            return super().make_context(*args, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does; what libraries log meanwhile is plain too."""
+        before = logging.getLogRecordFactory()
+        logging.setLogRecordFactory(PlainRecord)
+        try:
+            with _in_plain_text():
+                return super().invoke(ctx)
+        finally:
+            logging.setLogRecordFactory(before)
+
+
+class PlainRecord(logging.LogRecord):
+    """What a library says, which may quote names of files and what is in them."""
+
+    def getMessage(self) -> str:  # noqa: N802 (the name is logging's)
+        """The text with control characters spelled out."""
+        return plain(super().getMessage())
+
+
+@contextmanager
+def _in_plain_text() -> Iterator[None]:
+    try:
+        yield
+    except click.ClickException as error:
+        vars(error)["message"] = plain(error.message)  # which click declares as final
+        raise
+
+
+class Command(PlainErrors):
     """A click command that turns `LlmpqError` into its message and exit code."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -58,7 +97,7 @@ class Command(click.Command):
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    for line in message.splitlines():
+    for line in plain(message).splitlines():
         fix = line.startswith("would fit:")
         click.echo(line if fix else f"error: {line}", err=True)
     sys.exit(exit_code)
@@ -98,8 +137,7 @@ def common_options(function: F) -> F:
 
 
 def console(quiet: bool = False) -> "Console":
-    """Where people read: standard error, plain where it is no terminal."""
-    from rich.console import Console
+    """Where people read: standard error, without styles where it is no terminal."""
+    from llmpq.cli.plain_console import PlainConsole
 
-    width = None if sys.stderr.isatty() else 120
-    return Console(stderr=True, quiet=quiet, highlight=False, width=width)
+    return PlainConsole(quiet=quiet, width=None if sys.stderr.isatty() else 120)

@@ -295,10 +295,10 @@ def _notes(
 
 def render(out: "Console", plan: Plan, found: DryRun) -> None:
     """For people."""
-    from rich.markup import escape
+    from llmpq.planner.report import noted
 
     names = (found.model, plan.cluster.name, plan.workload.name)
-    out.print(escape("{} on {}, {}: what a run would do; nothing is loaded".format(*names)))
+    out.print("{} on {}, {}: what a run would do; nothing is loaded".format(*names))
     out.print(_memory_table(found.stages))
     out.print(_loading_table(found.stages))
     prompts, predicted = found.prompts, found.predicted
@@ -313,18 +313,14 @@ def render(out: "Console", plan: Plan, found: DryRun) -> None:
             f"{predicted.total_s:.2f} s (prefill {predicted.prefill_s:.2f} s, decode "
             f"{predicted.decode_s:.2f} s)"
         )
-    for line in found.kernels:
-        out.print(escape(line), soft_wrap=True)
-    for line in [*found.cards, *found.launch]:
-        out.print(escape(line), soft_wrap=True)
+    for line in [*found.kernels, *found.cards, *found.launch]:
+        out.print(line, soft_wrap=True)
     for note in found.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}")
+        out.print(noted(note))
 
 
 def _memory_table(stages: Sequence[StagePreview]) -> "Table":
     """One row a stage: what each of its devices holds."""
-    from rich.markup import escape
-
     from llmpq.planner.report import empty_table
 
     unit, size = _unit(max(stage.total_bytes for stage in stages))
@@ -345,8 +341,8 @@ def _memory_table(stages: Sequence[StagePreview]) -> "Table":
         )
         table.add_row(
             str(stage.rank),
-            escape(stage.node),
-            escape(f"{count}{stage.devices[0]}"),
+            stage.node,
+            f"{count}{stage.devices[0]}",
             f"{stage.first_layer}-{stage.end_layer - 1}",
             compressed(stage.precisions),
             *(f"{num_bytes / size:.2f}" for num_bytes in held),

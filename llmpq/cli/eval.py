@@ -170,7 +170,7 @@ def _warn(model: "Model", subjects: "list[Subject]", quiet: bool) -> None:
     if note is not None:
         console(quiet).print(f"warning: {note}")
     for note in model.notes:
-        console(quiet).print(note, markup=False, soft_wrap=True)
+        console(quiet).print(note, soft_wrap=True)
 
 
 def _start(flags: dict[str, Any], plans: list[tuple[Path, Plan]]) -> None:

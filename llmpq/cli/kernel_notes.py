@@ -42,7 +42,7 @@ def say_kernels(plan: Plan, stage: int, device: Any, dtype: Any, leads: bool, qu
     optional = any(PRECISIONS[p].library is not None for p in plan.stages[stage].precisions)
     for line in kernel_lines(plan, stage, machine_here(device, dtype, optional)):
         if leads or COUNTED in line:
-            console(quiet).print(line, markup=False, soft_wrap=True)
+            console(quiet).print(line, soft_wrap=True)
 
 
 def say_engine(engine: Any, quiet: bool, before: str | None = None) -> str | None:
@@ -55,5 +55,5 @@ def say_engine(engine: Any, quiet: bool, before: str | None = None) -> str | Non
     note: str | None = engine.graphs_note()
     notes = engine.kernel_notes if before is None else []
     for line in [*notes, *([note] if note is not None and note != before else [])]:
-        console(quiet).print(f"stage {engine.transport.rank}: {line}", markup=False, soft_wrap=True)
+        console(quiet).print(f"stage {engine.transport.rank}: {line}", soft_wrap=True)
     return note

@@ -39,7 +39,7 @@ def open_cache(plan: Plan, options: RunOptions, weights: "Checkpoint") -> "Packe
         options.cache_dir,
         weights.stamp,
         rounding,
-        lambda line: say(f"warning: {line}", markup=False, soft_wrap=True),
+        lambda line: say(f"warning: {line}", soft_wrap=True),
     )
 
 
@@ -80,9 +80,9 @@ def shown_compiling(rank: int, options: RunOptions) -> Callable[[int, int], None
 
 def _lines(quiet: bool) -> "Console":
     """Standard error without bars, which several processes cannot share."""
-    from rich.console import Console
+    from llmpq.cli.plain_console import PlainConsole
 
-    return Console(stderr=True, quiet=quiet, highlight=False, force_terminal=False, width=120)
+    return PlainConsole(quiet=quiet, force_terminal=False, width=120)
 
 
 class _Shown:

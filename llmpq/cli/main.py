@@ -5,6 +5,7 @@ import importlib
 import click
 
 from llmpq import __version__
+from llmpq.cli.common import PlainErrors
 
 COMMANDS = {
     "profile": "Measure layers and what precisions cost in quality.",
@@ -15,7 +16,7 @@ COMMANDS = {
 }
 
 
-class Umbrella(click.Group):
+class Umbrella(PlainErrors, click.Group):
     """Imports a command only when it is called, so that --help is quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

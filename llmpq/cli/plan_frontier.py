@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpq.errors import UserError
+from llmpq.plain import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +22,6 @@ INCHES, DOTS_PER_INCH = (7.0, 4.5), 150
 
 def print_frontier(console: "Console", points: "Sequence[Point]") -> None:
     """A row for each point: budget, what its plan loses, speed, layers at each precision."""
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="speed against quality", title_justify="left")
@@ -29,7 +29,7 @@ def print_frontier(console: "Console", points: "Sequence[Point]") -> None:
         table.add_column(heading, justify="right")
     table.add_column("layers", overflow="fold")
     for point in points:
-        table.add_row(*_cells(point), escape(_layers(point)))
+        table.add_row(*_cells(point), _layers(point))
     console.print(table)
 
 
@@ -54,7 +54,7 @@ def save_frontier(
     axes.set_xlabel("rise of perplexity (%)")
     axes.set_ylabel("generated tokens per second")
     axes.set_ylim(bottom=0)
-    axes.set_title(title)
+    axes.set_title(plain(title), parse_math=False)
     axes.legend()
     axes.grid(alpha=0.3)
     _save(figure, path)

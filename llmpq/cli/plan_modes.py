@@ -97,7 +97,7 @@ def show_frontier(arguments: Arguments) -> None:
     picture = stem.with_suffix(".frontier.png")
     title = f"{problem.spec.name} on {problem.cluster.name}, {problem.workload.name}"
     save_frontier(picture, points, title)
-    out.print(f"picture: {picture}", markup=False)
+    out.print(f"picture: {picture}")
 
 
 def _frontier_row(point: "Point") -> dict[str, object]:

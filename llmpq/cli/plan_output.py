@@ -48,7 +48,7 @@ def _print_launch(out: "Console", arguments: Arguments, plan: "Plan") -> None:
     path = str(arguments.output or "PLAN.json")
     files = ["--plan", path, "--prompts", "PROMPTS.jsonl", "--output", "OUT.jsonl"]
     for line in launch_lines(plan, files):
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
 
 
 def _warnings(arguments: Arguments, problem: "Problem", plan: "Plan") -> list[str]:

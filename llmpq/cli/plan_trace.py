@@ -51,7 +51,7 @@ def show_run(
     out = console(arguments.quiet)
     print_timeline(out, played, bubbles)
     if path is not None:
-        out.print(f"trace: {write_trace(path, plan, played)}", markup=False)
+        out.print(f"trace: {write_trace(path, plan, played)}")
     values = figures(played, bubbles, plan)
     difference = values["closed_form_difference_percent"]
     out.print(f"simulated: {played.total_s:.2f} s; the closed form is {difference:+.2f} % off")

@@ -3,6 +3,7 @@
 import click
 
 from llmpq import __version__
+from llmpq.cli.common import PlainErrors
 from llmpq.cli.profile_devices import devices
 from llmpq.cli.profile_layers import layers
 from llmpq.cli.profile_links import links
@@ -10,7 +11,7 @@ from llmpq.cli.profile_recalibrate import recalibrate
 from llmpq.cli.profile_sensitivity import sensitivity
 
 
-class DefaultGroup(click.Group):
+class DefaultGroup(PlainErrors, click.Group):
     """A group whose first command is meant where none is named."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

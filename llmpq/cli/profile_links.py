@@ -146,7 +146,7 @@ def _tell(flags: dict[str, Any], backend: Any, pairs: Any, device: str, out: "Co
     _show(found, out)
     if flags["cluster"]:
         _use(flags, found, out)
-    out.print(f"{len(pairs)} pairs by {backend} -> {flags['output']}", markup=False)
+    out.print(f"{len(pairs)} pairs by {backend} -> {flags['output']}")
 
 
 def _show(found: "Links", out: "Console") -> None:
@@ -166,9 +166,9 @@ def _show(found: "Links", out: "Console") -> None:
     worst = max(pair.mean_error for pair in found.pairs)
     out.print(f"latency + bytes / bandwidth fits with {100 * worst:.0f} % mean error at most")
     for node in found.nodes:
-        out.print(f"link: {link_line(node.link)}  # inside {node.node}", markup=False)
+        out.print(f"link: {link_line(node.link)}  # inside {node.node}")
     if found.between_nodes:
-        out.print(f"link: {link_line(found.between_nodes)}  # between nodes", markup=False)
+        out.print(f"link: {link_line(found.between_nodes)}  # between nodes")
 
 
 def link_line(link: "Link") -> str:
@@ -188,11 +188,11 @@ def _use(flags: dict[str, Any], found: "Links", out: "Console") -> None:
 
     cluster, notes = with_links(load_cluster(flags["cluster"]), found)
     for note in notes:
-        out.print(note, markup=False)
+        out.print(note)
     if flags["write_cluster"]:
         data = cluster.model_dump(mode="json", exclude_none=True)
         write_text(flags["write_cluster"], yaml.safe_dump(data, sort_keys=False))
-        out.print(f"cluster -> {flags['write_cluster']}", markup=False)
+        out.print(f"cluster -> {flags['write_cluster']}")
 
 
 def with_links(cluster: "Cluster", found: "Links") -> "tuple[Cluster, list[str]]":

@@ -270,7 +270,7 @@ def _told(
     _show_factors(factors, out, verbose)
     _show_stages(stages, runs, out)
     for note in notes:
-        out.print(f"note: {note}", markup=False)
+        out.print(f"note: {note}")
     return {"factors": factors, "stages": stages, "runs": runs, "notes": notes}
 
 
@@ -516,7 +516,7 @@ def _replanned(request: Request, results: Sequence[TypeResult], out: "Console") 
             best = replan(problem, options, like=plan)
     except InfeasibleError:
         best = None
-    out.print(f"quality: {why}; {problem.quality.source}", markup=False)
+    out.print(f"quality: {why}; {problem.quality.source}")
     return _verdict(request, now, best, percent, out)
 
 
@@ -551,9 +551,9 @@ def _verdict(
         word = f"another plan is better by {gain:.1f} %" if worth else "it stays the best plan"
         out.print(word)
     if changed:
-        out.print(str(changed), markup=False)
+        out.print(str(changed))
     if command:
-        out.print(f"make it: {command}", markup=False, soft_wrap=True)
+        out.print(f"make it: {command}", soft_wrap=True)
     return {
         "plan_tokens_per_s": speed,
         "best_tokens_per_s": best_speed,

@@ -139,7 +139,7 @@ def _job(flags: dict[str, Any]) -> _Job:
     fitted, measured = _windows(flags, text, load_tokenizer(folder), spec.max_positions)
     config, weights = load_config(folder), Checkpoint(folder)
     for note in check_checkpoint(config, weights):
-        console(flags["quiet"]).print(note, markup=False, soft_wrap=True)
+        console(flags["quiet"]).print(note, soft_wrap=True)
     subject = Subject(config, weights, dtype, device)
     recipe = Recipe(
         flags["precisions"] or available_precisions(device, dtype),

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from llmpq.plain import plain
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -55,12 +57,13 @@ class Progress:
         from rich.progress import Progress as RichProgress
 
         if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+            said = TextColumn("{task.description}", markup=False)
+            columns = (said, BarColumn(), TimeRemainingColumn())
             bar = RichProgress(*columns, console=self._out, transient=True)
-            bar.add_task(self._what, total=self._total)
+            bar.add_task(plain(self._what), total=self._total)
             bar.start()
             self._bar = bar
-        description = f"{self._what} {done}/{self._total} {detail}".rstrip()
+        description = plain(f"{self._what} {done}/{self._total} {detail}".rstrip())
         self._bar.update(0, completed=done, total=self._total, description=description)  # type: ignore[attr-defined]
 
 

@@ -289,7 +289,7 @@ def _after(loss: Any, ground: Ground, plan: Plan, options: RunOptions, number: i
     from llmpq.runtime.ending import RESUME
 
     out = console(options.quiet)
-    out.print(f"{loss.what}; planning for those that are left", markup=False, soft_wrap=True)
+    out.print(f"{loss.what}; planning for those that are left", soft_wrap=True)
     try:
         new, notes = plan_without(ground, plan, loss.ranks)
     except InfeasibleError as error:
@@ -298,8 +298,8 @@ def _after(loss: Any, ground: Ground, plan: Plan, options: RunOptions, number: i
         ) from None
     write_json(plan_path(options, number), new)
     for line in [*str(diff(plan, new)).splitlines(), *notes]:
-        out.print(f"  {line}", markup=False, soft_wrap=True)
-    out.print(f"going on with {plan_path(options, number)}", markup=False, soft_wrap=True)
+        out.print(f"  {line}", soft_wrap=True)
+    out.print(f"going on with {plan_path(options, number)}", soft_wrap=True)
     return new
 
 

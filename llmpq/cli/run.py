@@ -128,11 +128,9 @@ END_S = 10.0  # at most until other workers have ended, which torchrun would end
 def main(**flags: Any) -> None:
     """Generate for every prompt with the stages of a plan.
 
-    Under torchrun each process is one stage:
+    Without torchrun the processes are started here, on this machine; under it each is one stage:
 
       torchrun --nproc-per-node 3 -m llmpq.run --plan P.json --prompts IN.jsonl --output OUT.jsonl
-
-    Without torchrun the processes are started here, on this machine.
 
     \b
     Exit codes:

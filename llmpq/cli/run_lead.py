@@ -189,7 +189,7 @@ def say_first(
         *results.notes,
     ]
     for note in notes:
-        out.print(note, markup=False, soft_wrap=True)
+        out.print(note, soft_wrap=True)
     if results.finished:
         out.print(f"resuming: {len(results.finished)} requests are already done")
 

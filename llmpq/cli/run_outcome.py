@@ -35,7 +35,7 @@ def outcome(
     failed = len(results.failed)
     if not failed:
         what = f"all {num_requests} requests are done, none failed: {place}"
-        out.print(what, markup=False, soft_wrap=True)
+        out.print(what, soft_wrap=True)
         return None
     what = f"{failed} of {num_requests} requests failed; their lines in {place} say why"
     refused = {prompts.ids[number] for number in prompts.refused}

@@ -169,8 +169,8 @@ def _engine(
     dtype = choose_dtype(options.dtype, device, transport)
     warning = run_overflow(plan.model.model_type, str(dtype).removeprefix("torch."))
     if warning and transport.rank == 0:
-        console(options.quiet).print(warning, markup=False, soft_wrap=True)
-    if options.cache_dir is not None:
+        console(options.quiet).print(warning, soft_wrap=True)
+    if options.cache_dir is not None and device.type == "cuda":
         keep_kernels_in(options.cache_dir)
     with shown_loading(plan, transport.rank, options, prepared.cache, group) as packed:
         return Engine(

@@ -59,6 +59,9 @@ from llmpq.quant import (
 # Of all linears of a layer, or of each by its name inside the layer ("self_attn.q_proj").
 LayerPrecision = str | Callable[[str], str]
 
+# Settings with which a model brings code: its own, or a repository of kernels.
+NAMES_OF_CODE = ("auto_map", "attn_implementation", "experts_implementation")
+
 
 @dataclass(frozen=True)
 class LayerRange:
@@ -128,7 +131,10 @@ class StageModel(nn.Module):
         self._sharding = Sharding(self.config, shard)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                self.config, dtype=dtype, attn_implementation=_attention_of(self.config)
+                self.config,
+                trust_remote_code=False,
+                dtype=dtype,
+                attn_implementation=_attention_of(self.config),
             ).eval()
         self.family = family_of(model, self.config.model_type)
         self.model = model
@@ -306,7 +312,7 @@ class StageModel(nn.Module):
 def load_config(model: Path) -> Any:
     """transformers' configuration of a model directory or `config.json`; never runs its code."""
     path = model / "config.json" if model.is_dir() else model
-    data = read_config(path)
+    data = _without_code(read_config(path))
     model_type = data.pop("model_type", None)
     data.pop("quantization_config", None)  # how files hold weights is the loader's business
     if model_type not in CONFIG_MAPPING:
@@ -317,6 +323,15 @@ def load_config(model: Path) -> Any:
     except Exception as error:  # strict configurations raise classes of their own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: transformers cannot use this configuration: {reason}") from None
+
+
+def _without_code(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that name code: the model's own, or kernels of the hub's."""
+    return {
+        key: _without_code(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key.lstrip("_").removesuffix("_internal") not in NAMES_OF_CODE
+    }
 
 
 def _attention_of(config: Any) -> str:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from llmpq.cluster import GIB, MIB
 from llmpq.machine import GPU_EXTRA
+from llmpq.plain import plain
 from llmpq.plan import Plan, Predicted, PredictedStage, Stage
 from llmpq.planner.baselines import Outcome, amount, in_bits
 from llmpq.planner.offload import OffloadPlan
@@ -34,16 +35,27 @@ def print_report(
     for line in _summary(plan, predicted, quality_source, limits):
         console.print(line)
     if line := kernel_line(plan):
-        console.print(escape(line))
+        console.print(line)
     for name, source in _sources(plan, predicted).items():
-        console.print(escape(f"times of {name}: {source}"))
+        console.print(f"times of {name}: {source}")
     print_notes(console, notes)
 
 
 def print_notes(console: Console, notes: Sequence[str]) -> None:
     """What a reader should know."""
     for note in notes:
-        console.print(f"[yellow]note:[/] {escape(note)}")
+        console.print(noted(note))
+
+
+def noted(note: str) -> Text:
+    """A note as it is shown."""
+    return styled(("note:", "yellow"), f" {note}")
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """Text of which the pairs have a style; control characters are spelled out."""
+    pairs = (part if isinstance(part, tuple) else (part, "") for part in parts)
+    return Text.assemble(*((plain(text), style) for text, style in pairs))
 
 
 def print_outcomes(console: Console, plan: Plan, outcomes: Sequence[Outcome]) -> None:
@@ -52,10 +64,10 @@ def print_outcomes(console: Console, plan: Plan, outcomes: Sequence[Outcome]) ->
     assert predicted is not None
     table = empty_table(["method"], ["tokens/s", "quality loss"], "beside other methods")
     table.add_column("why", overflow="fold")
-    table.add_row(f"[bold]{plan.method}[/]", *_figures(predicted), "this plan")
+    table.add_row(styled((plan.method, "bold")), *_figures(predicted), "this plan")
     for outcome in [o for o in outcomes if o.method != plan.method]:
         figures = _figures(outcome.offload or outcome.predicted)
-        table.add_row(outcome.method, *figures, escape(why(outcome, predicted)))
+        table.add_row(outcome.method, *figures, why(outcome, predicted))
     console.print(table)
 
 
@@ -65,7 +77,7 @@ def print_changes(console: Console, plan: Plan, changes: Sequence[Change]) -> No
     assert predicted is not None
     table = empty_table(["change"], ["tokens/s", "gain"], "what would change it")
     for change in changes:
-        table.add_row(escape(change.text), f"{change.tokens_per_s:.1f}", _gain(change, predicted))
+        table.add_row(change.text, f"{change.tokens_per_s:.1f}", _gain(change, predicted))
     console.print(table)
 
 
@@ -90,7 +102,7 @@ def print_comparison(console: Console, rows: Sequence[Row]) -> None:
     table.add_column("", overflow="fold")
     for name, plan, price in sorted(rows, key=lambda row: -_speed(row[1])):
         money = _money_cells(plan, price) if priced else []
-        table.add_row(escape(name), *_comparison_cells(plan), *money, _reason(plan))
+        table.add_row(name, *_comparison_cells(plan), *money, _reason(plan))
     console.print(table)
 
 
@@ -113,7 +125,7 @@ def _money_cells(plan: Plan | str, price: float | None) -> list[str]:
 
 def _reason(plan: Plan | str) -> str:
     """The first line of why there is no plan."""
-    return escape(plan.partition("\n")[0]) if isinstance(plan, str) else ""
+    return plan.partition("\n")[0] if isinstance(plan, str) else ""
 
 
 def why(outcome: Outcome, ours: Predicted) -> str:
@@ -135,17 +147,20 @@ def why(outcome: Outcome, ours: Predicted) -> str:
 
 def print_offload(console: Console, found: OffloadPlan, notes: Sequence[str]) -> None:
     """What one device does that keeps the rest in its host's memory."""
-    console.print(f"[bold]flexgen[/]: {escape(_offloading(found))}", highlight=False)
+    console.print(styled(("flexgen", "bold"), f": {_offloading(found)}"))
     console.print(
-        f"[bold]{found.tokens_per_s:.1f} tokens/s[/] predicted: {found.total_s:.2f} s "
-        f"(prefill {found.prefill_s:.2f} s, decode {found.decode_s:.2f} s)"
+        styled(
+            (f"{found.tokens_per_s:.1f} tokens/s", "bold"),
+            f" predicted: {found.total_s:.2f} s (prefill {found.prefill_s:.2f} s, decode "
+            f"{found.decode_s:.2f} s)",
+        )
     )
     console.print(
         f"quality loss {found.quality_loss_percent:.3f} % of perplexity; "
         f"{amount(found.device_bytes)} on the device, {amount(found.host_bytes)} on its host"
     )
     for note in notes:
-        console.print(f"[yellow]note:[/] {escape(note)}")
+        console.print(noted(note))
 
 
 def _offloading(found: OffloadPlan) -> str:
@@ -174,9 +189,9 @@ def bottleneck(predicted: Predicted, key: str) -> int:
     return times.index(max(times))
 
 
-def _title(plan: Plan) -> str:
-    names = [escape(n) for n in (plan.model.name, plan.cluster.name, plan.workload.name)]
-    return f"[bold]{names[0]}[/] on {names[1]}, {names[2]}: {plan.method}"
+def _title(plan: Plan) -> Text:
+    rest = f" on {plan.cluster.name}, {plan.workload.name}: {plan.method}"
+    return styled((plan.model.name, "bold"), rest)
 
 
 def _stage_table(plan: Plan, predicted: Predicted) -> Table:
@@ -236,7 +251,7 @@ def _stage_cells(stage: Stage) -> list[str]:
     return [
         str(stage.rank),
         _devices(stage),
-        escape(stage.node),
+        stage.node,
         layers,
         run_lengths(stage.precisions),
     ]
@@ -245,28 +260,30 @@ def _stage_cells(stage: Stage) -> list[str]:
 def _devices(stage: Stage) -> str:
     """The stage's device, or "4 x a100-40g" where it has several."""
     count = f"{stage.tensor_parallel} x " if stage.tensor_parallel > 1 else ""
-    return count + escape(stage.devices[0])
+    return count + stage.devices[0]
 
 
-def _memory_cell(stage: PredictedStage) -> str:
+def _memory_cell(stage: PredictedStage) -> Text:
     used, cap = stage.peak_memory_bytes, stage.memory_capacity_bytes
     unit, size = _unit(cap)
     text = f"{_bar(used / cap if cap else 2.0)} {used / size:.2f}/{cap / size:.2f} {unit}"
-    return f"[red]{text}[/]" if used > cap else text
+    return styled((text, "red" if used > cap else ""))
 
 
-def _free(stage: PredictedStage) -> str:
+def _free(stage: PredictedStage) -> Text:
     """What is left of a device's memory; below zero: what is short."""
     unit, size = _unit(stage.memory_capacity_bytes)
     left = (stage.memory_capacity_bytes - stage.peak_memory_bytes) / size
-    return f"{left:.2f} {unit}" if left >= 0 else f"[red]{left:.2f} {unit}[/]"
+    return styled((f"{left:.2f} {unit}", "red" if left < 0 else ""))
 
 
 def _unit(cap: int) -> tuple[str, int]:
     return ("GiB", GIB) if cap >= GIB else ("MiB", MIB)
 
 
-def _summary(plan: Plan, predicted: Predicted, quality_source: str, limits: str) -> list[str]:
+def _summary(
+    plan: Plan, predicted: Predicted, quality_source: str, limits: str
+) -> list[str | Text]:
     prefill = bottleneck(predicted, "prefill_s")
     decode = bottleneck(predicted, "decode_step_s")
     return [
@@ -274,11 +291,13 @@ def _summary(plan: Plan, predicted: Predicted, quality_source: str, limits: str)
         "times are of one micro-batch",
         f"{plan.batch} requests in flight, micro-batches of {plan.prefill_micro_batch} (prefill) "
         f"and {plan.decode_micro_batch} (decode)",
-        f"[bold]{predicted.tokens_per_s:.1f} tokens/s[/] predicted{_expected_error(predicted)}: "
-        f"{predicted.total_s:.2f} s (prefill {predicted.prefill_s:.2f} s, "
-        f"decode {predicted.decode_s:.2f} s)",
+        styled(
+            (f"{predicted.tokens_per_s:.1f} tokens/s", "bold"),
+            f" predicted{_expected_error(predicted)}: {predicted.total_s:.2f} s "
+            f"(prefill {predicted.prefill_s:.2f} s, decode {predicted.decode_s:.2f} s)",
+        ),
         f"quality loss {predicted.quality_loss_percent:.3f} % of perplexity "
-        f"({escape(quality_source)}); {limits}",
+        f"({quality_source}); {limits}",
         f"objective {predicted.objective:.4g}, {_bound(predicted)}; "
         f"planned in {predicted.planning_s:.1f} s",
     ]

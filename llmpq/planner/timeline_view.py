@@ -8,12 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from llmpq.costs.simulate import Played
 from llmpq.planner.bubbles import Bubble, by_cause, describe, remedy, server_names
+from llmpq.planner.report import styled
 
 PREFILL, SOME_PREFILL, DECODE, SOME_DECODE, WAITING = "#+=-."
 LEGEND = "# prefill, = decode, + and - for part of the time, . waiting"
@@ -46,11 +45,11 @@ def _cells(console: Console, names: Sequence[str]) -> int:
 
 
 def _print_rows(console: Console, title: str, rows: Sequence[tuple[str, float, str]]) -> None:
-    console.print(Text(title, style="bold"))
+    console.print(styled((title, "bold")))
     width = max(len(name) for name, _, _ in rows)
     for name, busy, cells in rows:
         line = f"{name:<{width}}{100 * busy:>4.0f} %  {cells}"
-        console.print(Text(line, no_wrap=True, overflow="crop"))
+        console.print(styled(line), no_wrap=True, overflow="crop")
 
 
 def _rows(
@@ -139,9 +138,9 @@ def _print_bubbles(
             f"{b.percent:.1f} {describe(b.cause, b.server, names, b.micro_batch)}" for b in mine
         ]
         share = f"{100 * busy / played.total_s:.1f} %"
-        table.add_row(names[2 * stage], share, escape("; ".join(texts) or "-"))
+        table.add_row(names[2 * stage], share, "; ".join(texts) or "-")
     console.print(table)
-    console.print(escape(largest(bubbles, names)), highlight=False)
+    console.print(largest(bubbles, names))
 
 
 def largest(bubbles: Sequence[Bubble], names: Sequence[str]) -> str:

@@ -45,6 +45,7 @@ from llmpq.quant.rounding import (
 # negative, zeros merely near it doubled the error of the int8 kernel (1.7 % against 0.9 %).
 CENTRE_UP_TO = 1.5
 BY_GROUP = (quantize, quantize_mse)  # roundings that look at nothing but a group
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of tensors, by name
 
 
 class PlainLinear(nn.Linear):
@@ -163,6 +164,17 @@ class QuantizedLinear(nn.Module):
         """The packed weight as plain tensors: what `restore` of a like layer takes."""
         return {name: getattr(self, name) for name in self.weight_buffers}
 
+    def packed_shapes(self) -> Shapes:
+        """Data type and shape of each tensor of `packed_state`, where the layer has rounded."""
+        sizes = self.in_features, self.out_features, False, self.dtype, torch.device("meta")
+        like = type(self)(*sizes, self.bits, self.part)
+        like.make_room()
+        return {name: (one.dtype, tuple(one.shape)) for name, one in like.packed_state().items()}
+
+    def make_room(self) -> None:
+        """Allocate what holds a weight that is rounded here."""
+        raise NotImplementedError
+
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Copy a packed weight, in place of rounding it anew."""
         for name in self.weight_buffers:
@@ -246,7 +258,7 @@ class GridLinear(QuantizedLinear):
         """Round, pack and keep, some rows at a time; as many as `rounding` asks for, if it does."""
         group = group_size(self.bits, self.row_length)
         part = None if self.rounds_alone(rounding) else self.part
-        self.reserve(part_group(group, self.part))
+        self.make_room()
         for rows in self._chunks(getattr(rounding, "rows_at_once", 0)):
             raw = weight[rows].to(self.home)
             codes, *grids = rounding(raw, self.bits, group, self.centre_up_to)
@@ -263,6 +275,10 @@ class GridLinear(QuantizedLinear):
         self.reserve(self.in_features // scales.shape[1])
         for rows in self._chunks():
             self.keep(rows, *(t[rows].to(self.home) for t in (codes, scales, zeros)))
+
+    def make_room(self) -> None:
+        """For its own grids, not for those that it may adopt."""
+        self.reserve(part_group(group_size(self.bits, self.row_length), self.part))
 
     def reserve(self, group: int) -> None:
         """Make room for the weight, `group` weights of a row to a scale."""

@@ -42,14 +42,19 @@ class Nf4Linear(QuantizedLinear):
                 f"nf4 has a scale each {NF4_BLOCK} inputs; a part with inputs {cut.start} to "
                 f"{cut.stop} cuts through one"
             )
-        self.packed = self._empty(self.out_features, cols // 2, dtype=torch.uint8)
-        self.scales = self._empty(self.out_features, cols // NF4_BLOCK, dtype=torch.float32)
+        self.make_room()
         for rows in _parts(self.out_features, max(1, ROUNDED_WEIGHTS // cols)):
             raw = F.pad(weight[rows].to(self.home, torch.float32), (0, cols - self.in_features))
             codes, scales = _ops().quantize_4bit(raw, NF4_BLOCK, "nf4", torch.uint8)
             check_finite(scales)
             self.packed[rows] = codes.view(-1, cols // 2)
             self.scales[rows] = scales.view(-1, cols // NF4_BLOCK)
+
+    def make_room(self) -> None:
+        """Two codes a byte, a scale a block."""
+        self.packed = self._empty(self.out_features, self._padded // 2, dtype=torch.uint8)
+        blocks = self._padded // NF4_BLOCK
+        self.scales = self._empty(self.out_features, blocks, dtype=torch.float32)
 
     def rounds_alone(self, rounding: Rounding) -> bool:
         """A part holds whole blocks."""
@@ -91,13 +96,17 @@ class LlmInt8Linear(QuantizedLinear):
 
     def store(self, weight: Tensor, rounding: Rounding) -> None:
         """Round some rows at a time."""
-        self.codes = self._empty(self.out_features, self.in_features, dtype=torch.int8)
-        self.scales = self._empty(self.out_features, dtype=torch.float32)
+        self.make_room()
         for rows in _parts(self.out_features, kernels.chunk_rows(self.row_length, self.home)):
             raw = weight[rows].to(self.home, torch.float16)
             codes, scales, _ = _ops().int8_vectorwise_quant(raw)
             check_finite(scales)
             self.codes[rows], self.scales[rows] = columns_of(codes, self.part), scales
+
+    def make_room(self) -> None:
+        """A byte a code, a scale a row."""
+        self.codes = self._empty(self.out_features, self.in_features, dtype=torch.int8)
+        self.scales = self._empty(self.out_features, dtype=torch.float32)
 
     def multiply(self, x: Tensor) -> Tensor:
         """fp32 `[M, out]`: exact integer sums, and what the large inputs add."""

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmpq.errors import UserError
+from llmpq.others_files import refuse_others_files
 from llmpq.quant.humming_support import library
 
 ROW_GROUP = 0  # one scale a row
@@ -78,10 +80,18 @@ def keep_kernels_in(folder: Path) -> None:
     """Has humming keep its kernels under this folder instead of ~/.humming.
 
     By the variables HUMMING_CACHE_DIR and HUMMING_TMP_DIR, which a user may also set, and which
-    processes started from here inherit. humming reads them when it first compiles.
+    processes started from here inherit. humming reads them when it first compiles. Raises
+    `UserError` where other users can write there, or this one cannot.
     """
-    os.environ.setdefault("HUMMING_CACHE_DIR", str(folder / "humming"))
-    os.environ.setdefault("HUMMING_TMP_DIR", str(folder / "humming" / "tmp"))
+    own = folder / "humming"
+    if "HUMMING_CACHE_DIR" not in os.environ:
+        try:
+            own.mkdir(0o700, parents=True, exist_ok=True)  # others reach nothing inside
+            refuse_others_files(own)
+        except OSError as error:
+            raise UserError(f"{own}: kernels cannot be kept here ({error.strerror})") from None
+    os.environ.setdefault("HUMMING_CACHE_DIR", str(own))
+    os.environ.setdefault("HUMMING_TMP_DIR", str(own / "tmp"))
 
 
 # Which kernels

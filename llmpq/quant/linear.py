@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmpq.kernel_table import FEW_ROWS, FUSED_UNPACKING, INT4_READ, INT8_READ
 from llmpq.quant import kernels
-from llmpq.quant.base import GridLinear, QuantizedLinear
+from llmpq.quant.base import GridLinear, QuantizedLinear, Shapes
 from llmpq.quant.packing import pack, pad_columns, padded_columns, squeeze_nibbles, unpack
 from llmpq.quant.part import (
     columns_of,
@@ -194,6 +194,11 @@ class TokenInt8Linear(QuantizedLinear):
     def packed_state(self) -> dict[str, Tensor]:
         """Codes int8 `[out, in]` and scales: the kernel's own packing is made again."""
         return {"codes": self.packed.to_dense().t().contiguous(), "scales": self.scales}
+
+    def packed_shapes(self) -> Shapes:
+        """Of the codes and the scales."""
+        codes = torch.int8, (self.out_features, self.in_features)
+        return {"codes": codes, "scales": (torch.float32, (self.out_features,))}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Hand the codes over to the kernel's own packing."""

@@ -8,19 +8,23 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
-from llmpq.errors import UserError
+from llmpq.errors import UserError, WorkerError
 from llmpq.placement import FoundCard, Refusal
+from llmpq.plain import one_line
 from llmpq.plan import Plan
 from llmpq.runtime.process import Role, all_gather
 from llmpq.seats import Process, Seat, take_seats
 
 MIB = 2**20
+MOST_BYTES = 1 << 20  # of what a process says of itself
+PROCESS = TypeAdapter(Process)
 QUERY = "index,name,memory.total,compute_cap,uuid"
 
 
@@ -87,31 +91,41 @@ def gather(own: Process, role: Role) -> list[Process]:
     """What every process says of itself, by rank."""
     if role.size == 1:
         return [own]
-    return [_process(json.loads(text)) for text in _all_texts(json.dumps(asdict(own)), role)]
+    texts = _all_texts(json.dumps(asdict(own)), role)
+    return [read_process(text, rank) for rank, text in enumerate(texts)]
 
 
-def _all_texts(text: str, role: Role) -> list[str]:
+def _all_texts(text: str, role: Role) -> list[bytes]:
     """Every process's text, through tensors of equal size."""
     data = text.encode()
     lengths = all_gather(torch.tensor([len(data)]), role)
+    for rank, length in enumerate(lengths):
+        if not 0 < int(length) <= MOST_BYTES:
+            raise _unreadable(rank)
     padded = torch.zeros(max(int(n) for n in lengths), dtype=torch.uint8)
     padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     every = all_gather(padded, role)
-    return [
-        bytes(one[: int(length)].tolist()).decode()
-        for one, length in zip(every, lengths, strict=True)
-    ]
+    return [bytes(one[: int(length)].tolist()) for one, length in zip(every, lengths, strict=True)]
 
 
-def _process(fields: Mapping[str, Any]) -> Process:
-    return Process(
-        fields["rank"],
-        fields["group"],
-        fields["host"],
-        _cards(fields["cards"]),
-        _cards(fields["everywhere"]),
+def read_process(text: bytes, rank: int) -> Process:
+    """What the process of this rank says of itself, as JSON; raises `WorkerError` where it is not.
+
+    Texts that would begin a line or steer a terminal when they are shown are none of a worker's.
+    """
+    try:
+        found = PROCESS.validate_json(text, strict=True)
+    except ValueError:
+        raise _unreadable(rank) from None
+    cards = (*found.cards, *found.everywhere)
+    texts = [t for card in cards for t in (card.name, card.compute_capability, card.uuid)]
+    if found.rank != rank or any(one_line(text) != text for text in (found.host, *texts)):
+        raise _unreadable(rank)
+    return found
+
+
+def _unreadable(rank: int) -> WorkerError:
+    return WorkerError(
+        f"rank {rank}: what it says of its host and cards cannot be read: another version of "
+        "llmpq runs there, or something else has joined this run"
     )
-
-
-def _cards(rows: Sequence[Mapping[str, Any]]) -> tuple[FoundCard, ...]:
-    return tuple(FoundCard(**row) for row in rows)

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from llmpq.errors import LlmpqError, WorkerError
+from llmpq.plain import plain
 
 SUPERVISED = "LLMPQ_SUPERVISED"  # the process id of the parent that started this worker
 AGAIN = "nothing was written, start again"  # of commands that write at their end
@@ -107,7 +108,7 @@ def end_process(message: str, code: int = WorkerError.exit_code) -> NoReturn:
     flush.start()
     flush.join(0.5)
     start = f"{SHOW_CURSOR}\n" if sys.stderr.isatty() else ""
-    text = f"error: {message}\n" if message else ""
+    text = f"error: {plain(message)}\n" if message else ""
     with suppress(OSError):
         os.write(2, (start + text).encode())
     os._exit(code)

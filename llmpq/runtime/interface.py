@@ -1,4 +1,4 @@
-"""Which network interface workers of several machines talk over.
+"""Which network interface workers talk over: loopback on one machine, and else the right one.
 
 gloo takes the address that the machine's own name stands for, which on many machines (Debian's
 127.0.1.1) is of no use to others. The right interface is the one that reaches the meeting point; on
@@ -19,12 +19,19 @@ ELSEWHERE = "192.0.2.1"  # an address for documentation: asking for its route se
 SIOCGIFADDR = 0x8915
 
 
-def name_interface(variables: MutableMapping[str, str]) -> None:
-    """Sets what is not set yet; for workers on several machines."""
-    found = interface_towards(variables.get("MASTER_ADDR", ""))
-    if found is not None:
+def name_interface(variables: MutableMapping[str, str], is_one_machine: bool) -> None:
+    """Sets what is not set yet; on one machine, gloo then listens where no other reaches it."""
+    if is_one_machine:
+        variables.setdefault("GLOO_SOCKET_IFNAME", loopback())
+    elif found := interface_towards(variables.get("MASTER_ADDR", "")):
         for name in NAMES:
             variables.setdefault(name, found)
+
+
+def loopback() -> str:
+    """The interface that leads back to this machine."""
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in names if name in ("lo", "lo0")), names[0])
 
 
 def interface_towards(host: str) -> str | None:

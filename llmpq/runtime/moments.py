@@ -14,7 +14,6 @@ from.
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ from llmpq.artifact import refuse_unless_regular
 from llmpq.errors import UserError
 from llmpq.models.stage_model import StageModel
 from llmpq.precision import group_size
+from llmpq.whole_file import whole_file
 
 KIND, VERSION = "llmpq-moments", "1"
 STEPS = 32767  # of int16, for a correlation of 1
@@ -131,15 +131,10 @@ class MomentsWriter:
         kind = {"kind": KIND, "schema_version": VERSION, "keys": json.dumps(dict(alias))}
         header = json.dumps({"__metadata__": {**about, **kind}, **self._header}).encode()
         header += b" " * (-len(header) % 8)
-        whole = self.path.with_name(f".{self.path.name}.part")
-        try:
-            with _writing(self.path), self._data, whole.open("wb") as file:
-                file.write(len(header).to_bytes(8, "little") + header)
-                self._data.seek(0)
-                shutil.copyfileobj(self._data, file)
-                os.replace(whole, self.path)
-        finally:
-            whole.unlink(missing_ok=True)  # still there only where writing failed
+        with _writing(self.path), self._data, whole_file(self.path) as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            self._data.seek(0)
+            shutil.copyfileobj(self._data, file)
 
     def _append(self, name: str, dtype: str, tensor: Tensor) -> None:
         start = self._data.tell()

@@ -10,6 +10,10 @@ Time is counted in looks and not in seconds: a process that was itself stopped f
 looked, and finds nobody guilty. Store operations may hang (a machine that is gone closes no
 connection), so each monitor has two threads: one speaks with the store, the other sees that it
 still does.
+
+The store asks nobody for a password. What it holds is checked when it is read (`_read`), and what
+is not as a worker writes it counts as not there; names are shortened and have no line feeds. Nobody
+is kept from saying in due form that a run is lost.
 """
 
 import json
@@ -23,12 +27,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Self, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt, TypeAdapter
 
 from llmpq.errors import FailedRequests, LlmpqError, NeighbourLost, UserError
+from llmpq.plain import one_line
 from llmpq.runtime.ending import RESUME, SUPERVISED, end_process
 
 PERIOD_S = 1.0  # between two beats, and between two looks
@@ -40,16 +46,22 @@ ENDED = "its process has ended"
 NO_SIGN = f"no sign of life for {(SILENT_LOOKS + 1) * PERIOD_S:.0f} s"  # beats lie before looks
 
 
+MOST_BYTES, MOST_CHARACTERS = 1 << 16, 1000  # of what a worker tells, and of a text in it
+
+T = TypeVar("T")
+Told = Annotated[str, AfterValidator(lambda text: one_line(text[:MOST_CHARACTERS]))]
+
+
 @dataclass(frozen=True)
 class Who:
     """A worker's process, as it tells the others."""
 
-    rank: int
-    name: str
-    host: str
-    pid: int
-    machine: str = ""  # where process ids mean the same
-    started: int = 0  # tells the process from a later one of the same id
+    rank: NonNegativeInt
+    name: Told
+    host: Told
+    pid: PositiveInt
+    machine: Told = ""  # where process ids mean the same
+    started: NonNegativeInt = 0  # tells the process from a later one of the same id
 
     def __str__(self) -> str:
         return f"worker {self.rank} ({self.name}, host {self.host}, pid {self.pid})"
@@ -72,9 +84,19 @@ class Who:
 
     def kill(self) -> None:
         """Ends a worker that hangs on this machine: it must not wake up and write."""
-        if self.is_there:
+        if self.is_there and self._is_of_this_run:
             with suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
+
+    @property
+    def _is_of_this_run(self) -> bool:
+        """By its own environment: whoever writes to the store could name any process."""
+        try:
+            variables = Path(f"/proc/{self.pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            return False
+        port = os.environ.get("MASTER_PORT", "")
+        return {f"RANK={self.rank}".encode(), f"MASTER_PORT={port}".encode()} <= set(variables)
 
     @property
     def _is_near(self) -> bool:
@@ -92,10 +114,13 @@ class Verdict:
     `bad_input`: the others will find it too. `device_lost`: a device no longer works.
     """
 
-    ranks: tuple[int, ...]
-    how: str
+    ranks: tuple[NonNegativeInt, ...]
+    how: Told
     bad_input: bool = False
     device_lost: bool = False
+
+
+WHO, VERDICT = TypeAdapter(Who), TypeAdapter(Verdict)
 
 
 def process_state(pid: int) -> tuple[str, int]:
@@ -146,16 +171,22 @@ class Board:
 
     def verdict(self) -> Verdict | None:
         """The first one."""
-        found = self._read("verdict")
-        return Verdict(**found | {"ranks": tuple(found["ranks"])}) if found else None
+        found = self._read("verdict", VERDICT)
+        return found if found and found.ranks and max(found.ranks) < self.size else None
 
     def who(self, rank: int) -> Who | None:
         """None before it has joined."""
-        found = self._read(f"who/{rank}")
-        return Who(**found) if found else None
+        found = self._read(f"who/{rank}", WHO)
+        return found if found and found.rank == rank else None
 
-    def _read(self, key: str) -> Any:
-        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+    def _read(self, key: str, kind: TypeAdapter[T]) -> T | None:
+        """What is there; None where nothing is, or something else."""
+        if not self._store.check([key]):
+            return None
+        text = self._store.get(key)
+        with suppress(ValueError):
+            return kind.validate_json(text, strict=True) if len(text) <= MOST_BYTES else None
+        return None
 
 
 def open_board(size: int, store: dist.Store | None = None) -> Board:
@@ -354,7 +385,7 @@ def verdict_on(rank: int, error: BaseException | None) -> Verdict | None:
         return None
     first = next(iter(str(error).strip().splitlines()), "")
     kind = "" if isinstance(error, LlmpqError) else f"{type(error).__name__}: "
-    how = f"failed: {kind}{first}"
+    how = f"failed: {kind}{first}"[:MOST_CHARACTERS]
     return Verdict((rank,), how, isinstance(error, UserError), is_device_lost(error))
 
 

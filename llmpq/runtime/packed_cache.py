@@ -8,7 +8,8 @@ and times, so that a second start does not read the raw tensor either. A checkpo
 or touched is read and hashed anew, and what was packed of it is still found.
 
 One file a weight, put in its place whole, so that processes and machines may share the folder,
-however they end. A file that is damaged, by its own SHA-256, is made anew. Nothing is ever deleted
+however they end. A file that is damaged, by its own SHA-256, or that holds other tensors than the
+layer has, is made anew; a folder in which other users can write is refused. Nothing is ever deleted
 but halves of files that were being written: the folder may be removed at any time.
 
 Beside the packed weights in place, memory holds those of one linear, read or about to be written.
@@ -20,6 +21,8 @@ are taken as they are on any other.
 import hashlib
 import json
 import os
+import secrets
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -35,8 +38,11 @@ from torch import Tensor
 from llmpq import __version__
 from llmpq.errors import UserError
 from llmpq.models.stage_model import RawTensor
+from llmpq.others_files import OWN, OWN_FILE, refuse_others_files
 from llmpq.precision import group_size
 from llmpq.quant import QuantizedLinear
+from llmpq.quant.base import Shapes
+from llmpq.whole_file import create
 
 FORMAT = 1  # of the files; another one finds none of the old
 UNFINISHED = ".part"  # ends the name of a file that is being written
@@ -71,7 +77,7 @@ class PackedCache:
     """The folder. `source` changes with the checkpoint's files, `rounding` with how it is rounded.
 
     `say` is told what is wrong with the folder later on, as a run goes on without it. Raises
-    `UserError` where it cannot be written to begin with.
+    `UserError` where it cannot be written to begin with, or others can write to it.
     """
 
     def __init__(
@@ -80,7 +86,9 @@ class PackedCache:
         self.folder, self._source, self._rounding, self._say = folder, source, rounding, say
         self._keeps = True
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=OWN, exist_ok=True)
+            refuse_others_files(folder)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
@@ -147,7 +155,7 @@ class PackedCache:
         """Whether the weight was here; it is in place then."""
         path = self._path(recipe)
         try:
-            state = _read(path, recipe)
+            state = _read(path, recipe, linear.packed_shapes())
         except FileNotFoundError:
             return False
         except (SafetensorError, OSError, ValueError) as error:
@@ -164,18 +172,16 @@ class PackedCache:
         """Whole or not at all; once it cannot be done, nothing more is kept."""
         if not self._keeps:
             return
-        temporary = None
+        temporary = self.folder / f"{secrets.token_hex(8)}{UNFINISHED}"
         try:
-            handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=UNFINISHED)
-            with os.fdopen(handle, "wb") as file:
+            with os.fdopen(create(temporary, OWN_FILE), "wb") as file:
                 file.write(content)
-            os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except OSError as error:
             self._keeps = False
             self._say(f"{path}: cannot be written ({error.strerror}); packed weights are not kept")
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def packs(raw: RawTensor) -> QuantizedLinear | None:
@@ -186,7 +192,8 @@ def packs(raw: RawTensor) -> QuantizedLinear | None:
 
 def _read_digest(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="ascii")
+        is_file = stat.S_ISREG(path.lstat().st_mode)
+        return path.read_text(encoding="ascii") if is_file else None
     except (OSError, UnicodeDecodeError):
         return None
 
@@ -195,10 +202,14 @@ def _name_of(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path, recipe: Recipe) -> dict[str, Tensor]:
+def _read(path: Path, recipe: Recipe, shapes: Shapes) -> dict[str, Tensor]:
     """The packed weight, still in the file's pages. Raises `ValueError` where it is not that."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("it is no regular file")
     with safe_open(str(path), framework="pt", device="cpu") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if {name: (one.dtype, tuple(one.shape)) for name, one in state.items()} != shapes:
+            raise ValueError("its tensors are not those of this layer")
         if file.metadata() != _about(recipe, state):
             raise ValueError("its contents have changed")
     return state

@@ -144,8 +144,7 @@ def join(role: Role) -> None:
     """
     if dist.is_initialized():
         return
-    if role.size > role.local_size:
-        name_interface(os.environ)
+    name_interface(os.environ, role.size == role.local_size)
     with _reaching(role):
         is_kept = SUPERVISED in os.environ or os.environ.get(AGENT_STORE) == str(True)
         store = open_store("group", role.size) if is_kept else None
@@ -233,6 +232,8 @@ def start_workers(
             for rank in range(len(names)):
                 crew.workers.append(_start(crew, rank, arguments, module, environment))
             error = crew.watch()
+        except RuntimeError as error:  # torch.distributed's, of the store
+            raise WorkerError(f"the workers' meeting point broke: {error}; {advice}") from None
         finally:
             crew.stop()
     if error is not None:
@@ -252,7 +253,6 @@ def _start(
         "LOCAL_WORLD_SIZE": size,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(crew.store.port),
-        "GLOO_SOCKET_IFNAME": _loopback(),
         SUPERVISED: str(os.getpid()),
         **more,
     }
@@ -271,11 +271,6 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != int(os.environ[SUPERVISED]):  # it ended before the line above
         sys.exit(WorkerError.exit_code)
-
-
-def _loopback() -> str:
-    names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in names if name in ("lo", "lo0")), names[0])
 
 
 def _local_store() -> dist.TCPStore:

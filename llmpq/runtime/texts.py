@@ -11,6 +11,7 @@ read with the `datasets` library and joined as said above.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def _loader(what: str) -> Any:
         from datasets import load_dataset
     except ImportError:
         raise UserError(f"{what}: this needs the datasets library: {INSTALL}") from None
-    return load_dataset
+    return partial(load_dataset, trust_remote_code=False)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,9 +15,14 @@ from transformers import AutoTokenizer
 from llmpq.artifact import BYTE_ORDER_MARKS, parse_json, read_text
 from llmpq.errors import UserError
 
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+CONFIG = "tokenizer_config.json"
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", CONFIG)
 TEXTS = (".json", ".txt", ".jinja")  # of these files, what is text
 PROBE = "Once"  # what every tokenizer must be able to encode and decode
+NEEDS_CODE = (
+    "the tokenizer asks for Python code of its own ('auto_map'), which is never run; with a "
+    "tokenizer.json, a copy of the model's folder without that entry can be read"
+)
 MOST_SHOWN = 300  # characters of what a library says
 
 
@@ -26,7 +31,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     if not any((folder / name).is_file() for name in FILES):
         return None
     with _without_marks(folder) as plain, _told(folder):
-        tokenizer = AutoTokenizer.from_pretrained(plain)
+        tokenizer = AutoTokenizer.from_pretrained(plain, trust_remote_code=False)
         ids = tokenizer.encode(PROBE)
         if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
             raise TypeError(f"it encodes a text as {ids!r}")
@@ -89,5 +94,7 @@ def _told(folder: Path) -> Iterator[None]:
     except BaseException as error:  # a panic of the Rust library is no `Exception`
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{folder / CONFIG}: {NEEDS_CODE}") from None
         what = " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SHOWN]
         raise UserError(f"{folder}: its tokenizer cannot be loaded: {what}") from None

@@ -113,10 +113,12 @@ def _written(config: Any, folder: Path) -> Any:
     """transformers' model with random weights, kept as a checkpoint."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        sketch = AutoModelForCausalLM.from_config(config)
+        sketch = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if sketch.num_parameters() > MOST_PARAMETERS:
         raise UserError("a small copy of the model, to try it on, cannot be made")
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        config, trust_remote_code=False, dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -92,3 +94,28 @@ def test_torchrun_with_another_number_of_processes(job):
     assert "has 2 stages but torchrun started 1 processes" in done.stderr
     # torchrun itself ends with 1; the worker's own code is in its summary.
     assert "exitcode" in done.stderr and ": 2" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize(
+    "start", [RUN, [*TORCHRUN, "2", "-m", "llmpq.run"]], ids=["own", "torchrun"]
+)
+def test_workers_of_one_machine_listen_on_loopback_alone(job, expected, start):
+    """torchrun's own store is its business: it listens on all interfaces, whatever it is told."""
+    command = job.command(start, job.plan([3, 8]))
+    found: set[tuple[str, str]] = set()  # who listens, and where
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        main = psutil.Process(process.pid)
+        while process.poll() is None:
+            time.sleep(0.1)
+            for one in [main, *main.children(recursive=True)] if main.is_running() else []:
+                with suppress(psutil.Error):
+                    who = "worker" if "RANK" in one.environ() else "parent"
+                    listening = [c for c in one.net_connections("tcp") if c.status == "LISTEN"]
+                    found |= {(who, socket.laddr.ip) for socket in listening}
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert job.results() == expected
+    assert ("worker", "127.0.0.1") in found
+    ours = found if start is RUN else {pair for pair in found if pair[0] == "worker"}
+    assert {address for _, address in ours} == {"127.0.0.1"}

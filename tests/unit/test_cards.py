@@ -73,8 +73,16 @@ def test_the_interface_that_reaches_the_meeting_point(monkeypatch, addresses, ro
 def test_what_a_user_has_set_stays(monkeypatch):
     monkeypatch.setattr(interface, "interface_towards", lambda host: "eth7")
     variables = {"GLOO_SOCKET_IFNAME": "mine"}
-    interface.name_interface(variables)
+    interface.name_interface(variables, is_one_machine=False)
     assert variables == {"GLOO_SOCKET_IFNAME": "mine", "NCCL_SOCKET_IFNAME": "eth7"}
+
+
+def test_on_one_machine_gloo_listens_on_loopback_alone():
+    variables, chosen = {}, {"GLOO_SOCKET_IFNAME": "mine"}
+    interface.name_interface(variables, is_one_machine=True)
+    interface.name_interface(chosen, is_one_machine=True)
+    assert variables == {"GLOO_SOCKET_IFNAME": interface.loopback()}
+    assert chosen == {"GLOO_SOCKET_IFNAME": "mine"}
 
 
 def test_a_run_is_refused_before_it_loads(monkeypatch):

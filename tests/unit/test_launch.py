@@ -11,10 +11,7 @@ FILES = ["--plan", "my plan.json", "--output", "out.jsonl"]
 
 def test_one_node_needs_one_command():
     (line,) = launch_lines(make_plan(("a", "t4-16g"), ("a", "v100-32g")), FILES)
-    assert line == (
-        "start: torchrun --standalone --nproc-per-node 2 -m llmpq.run --plan 'my plan.json' "
-        "--output out.jsonl"
-    )
+    assert line == ("start: llmpq-run --plan 'my plan.json' --output out.jsonl")
     assert shlex.split(line)[-4:] == FILES
 
 

@@ -38,7 +38,8 @@ def _names(text: str) -> frozenset[str]:
 NOUNS = _names(
     "llmpq errors precision artifact model_known model_spec workload devices cluster profile_data "
     "plan plan_diff report link_data quantizer schedule machine workspace kernel kernel_table "
-    "serving device_names placement seats launch"
+    "serving device_names placement seats launch plain whole_file "
+    "others_files"
 )
 PLAIN = "pydantic yaml "
 TORCH = "torch transformers safetensors tokenizers numpy "

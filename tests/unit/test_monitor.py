@@ -75,7 +75,9 @@ def test_time_in_which_nobody_looks_does_not_count():
 # ---- processes
 
 
-def test_the_state_of_processes():
+def test_the_state_of_processes(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("RANK", "1")  # the child's, as a worker's of this run
     state, started = process_state(os.getpid())
     assert state == "R" and started > 0
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

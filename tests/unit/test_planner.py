@@ -569,7 +569,6 @@ def test_plan_report_and_files(files: Path) -> None:
         "budget 1 % (default)",
         "prior, not measured",
         "tokens/s",
-        "x2 slowdown",
         "fitted",
     ):
         assert text in result.output

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from test_explain import real, replan, tiny
 
+from llmpq.cli.plain_console import PlainConsole
 from llmpq.cli.plan_frontier import print_frontier, save_frontier
 from llmpq.cluster import Cluster
 from llmpq.errors import UserError
@@ -34,17 +34,17 @@ def plan() -> Plan:
 
 
 @pytest.fixture
-def console() -> Console:
+def console() -> PlainConsole:
     """No terminal: plain text."""
-    return Console(file=io.StringIO(), width=160)
+    return PlainConsole(file=io.StringIO(), width=160)
 
 
-def shown(console: Console) -> str:
+def shown(console: PlainConsole) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def report(console: Console, plan: Plan) -> str:
+def report(console: PlainConsole, plan: Plan) -> str:
     print_report(console, plan, "a prior", ["[take] note"], "budget 5 %")
     return shown(console)
 
@@ -56,7 +56,7 @@ def with_stage(plan: Plan, **changes: Any) -> Plan:
 
 
 def test_the_report_names_stages_memory_and_times_in_plain_text(
-    console: Console, plan: Plan
+    console: PlainConsole, plan: Plan
 ) -> None:
     text = report(console, plan)
     for part in ("MiB", "#", "free", "prefill ms", "decode ms", "tokens/s", "a prior", "gap"):
@@ -64,7 +64,7 @@ def test_the_report_names_stages_memory_and_times_in_plain_text(
     assert "[take] note" in text and "\x1b" not in text
 
 
-def test_the_kernels_that_a_plan_counts_on_are_one_line(console: Console, plan: Plan) -> None:
+def test_the_kernels_that_a_plan_counts_on_are_one_line(console: PlainConsole, plan: Plan) -> None:
     """Rehearsed stages count on the CPU's; a card's library is taken to be installed, and said."""
     assert "kernels: " in report(console, plan) and "assumed" not in shown(console)
     assert plan.predicted is not None
@@ -94,7 +94,7 @@ def test_the_kernels_that_a_plan_counts_on_are_one_line(console: Console, plan: 
 
 
 def test_the_slowest_stage_of_each_phase_has_a_full_bar_and_a_mark(
-    console: Console, plan: Plan
+    console: PlainConsole, plan: Plan
 ) -> None:
     assert plan.predicted is not None and len(plan.stages) == 2
     for key in ("prefill_s", "decode_step_s"):
@@ -103,7 +103,7 @@ def test_the_slowest_stage_of_each_phase_has_a_full_bar_and_a_mark(
     assert "#" * 10 in shown(console)
 
 
-def test_free_memory_is_what_the_plan_leaves(console: Console, plan: Plan) -> None:
+def test_free_memory_is_what_the_plan_leaves(console: PlainConsole, plan: Plan) -> None:
     assert plan.predicted is not None
     text = report(console, plan)
     for stage in plan.predicted.stages:
@@ -111,12 +111,12 @@ def test_free_memory_is_what_the_plan_leaves(console: Console, plan: Plan) -> No
         assert f"{free:.2f} MiB" in text
 
 
-def test_a_stage_of_several_devices_says_how_many(console: Console, plan: Plan) -> None:
+def test_a_stage_of_several_devices_says_how_many(console: PlainConsole, plan: Plan) -> None:
     several = with_stage(plan, tensor_parallel=4, devices=["a100-40g"] * 4)
     assert "4 x a100-40g" in report(console, several)
 
 
-def test_a_gain_within_the_gap_is_not_a_number(console: Console, plan: Plan) -> None:
+def test_a_gain_within_the_gap_is_not_a_number(console: PlainConsole, plan: Plan) -> None:
     assert plan.predicted is not None
     changes = [
         Change("1 GiB more", 120.0, 20.0, 20.0, False),
@@ -128,7 +128,7 @@ def test_a_gain_within_the_gap_is_not_a_number(console: Console, plan: Plan) -> 
     assert f"no more than the gap ({100 * plan.predicted.gap:.2f} %)" in text
 
 
-def test_clusters_are_compared_by_speed_and_by_money(console: Console, plan: Plan) -> None:
+def test_clusters_are_compared_by_speed_and_by_money(console: PlainConsole, plan: Plan) -> None:
     assert plan.predicted is not None
     print_comparison(
         console,
@@ -142,12 +142,12 @@ def test_clusters_are_compared_by_speed_and_by_money(console: Console, plan: Pla
     assert f"{plan.predicted.tokens_per_s * 1800:,.0f}" in lines[dear]
 
 
-def test_clusters_without_prices_have_no_column_for_them(console: Console, plan: Plan) -> None:
+def test_clusters_without_prices_have_no_column_for_them(console: PlainConsole, plan: Plan) -> None:
     print_comparison(console, [("a", plan, None)])
     assert "money" not in shown(console) and "gap" in shown(console)
 
 
-def test_off_loading_is_told_and_stands_beside_the_plan(console: Console, plan: Plan) -> None:
+def test_off_loading_is_told_and_stands_beside_the_plan(console: PlainConsole, plan: Plan) -> None:
     found = flexgen(tiny(0.36, 0.3, percent=5))
     assert found is not None and plan.predicted is not None
     print_offload(console, found, ["[a] note"])
@@ -159,7 +159,7 @@ def test_off_loading_is_told_and_stands_beside_the_plan(console: Console, plan: 
     assert "cannot run" not in text
 
 
-def test_a_method_without_a_plan_says_why(console: Console, plan: Plan) -> None:
+def test_a_method_without_a_plan_says_why(console: PlainConsole, plan: Plan) -> None:
     print_outcomes(console, plan, [Outcome("uniform", None, None, False, "16 bits: [1] short")])
     assert "cannot run: 16 bits: [1] short" in shown(console)
 
@@ -173,7 +173,7 @@ def points() -> list[Point]:
     return frontier(real("opt-13b", "01-opt13b-1xv100"), replan)
 
 
-def test_the_frontier_is_a_table(console: Console, points: list[Point]) -> None:
+def test_the_frontier_is_a_table(console: PlainConsole, points: list[Point]) -> None:
     print_frontier(console, points)
     text = shown(console)
     for point in points:
@@ -187,7 +187,7 @@ def test_the_frontier_is_drawn(tmp_path: Path, points: list[Point]) -> None:
     pytest.importorskip("matplotlib")
     rival = Baseline(method="uniform", feasible=True, tokens_per_s=9.0, quality_loss_percent=1.0)
     path = tmp_path / "new" / "frontier.png"
-    save_frontier(path, points, "tiny", [rival, Baseline(method="none", feasible=False)])
+    save_frontier(path, points, "$\\frac{\x1b", [rival, Baseline(method="none", feasible=False)])
     assert path.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):

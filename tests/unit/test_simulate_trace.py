@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 from test_planner import files, run
 from test_simulate_run import assign, make_problem, random_lengths
 
 from llmpq.cli import plan_trace
+from llmpq.cli.plain_console import PlainConsole
 from llmpq.costs.simulate import Played
 from llmpq.plan import Plan, load_plan
 from llmpq.planner.bubbles import find_bubbles
@@ -91,7 +91,7 @@ def test_long_runs_are_cut_to_what_a_viewer_bears(
 def test_the_timeline_has_a_row_a_stage_as_wide_as_the_console(width: int) -> None:
     _, played = example()
     text = io.StringIO()
-    print_timeline(Console(file=text, width=width), played, find_bubbles(played))
+    print_timeline(PlainConsole(file=text, width=width), played, find_bubbles(played))
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     rows = [line for line in lines if line.startswith("stage 0") and " %  " in line]
