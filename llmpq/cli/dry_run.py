@@ -297,6 +297,8 @@ def render(out: "Console", plan: Plan, found: DryRun) -> None:
     """For people."""
     from rich.markup import escape
 
+    from llmpq.planner.report import expected_time
+
     names = (found.model, plan.cluster.name, plan.workload.name)
     out.print(escape("{} on {}, {}: what a run would do; nothing is loaded".format(*names)))
     out.print(_memory_table(found.stages))
@@ -310,8 +312,7 @@ def render(out: "Console", plan: Plan, found: DryRun) -> None:
     if predicted is not None:
         out.print(
             f"predicted for the planned workload: {predicted.tokens_per_s:.1f} tokens/s, "
-            f"{predicted.total_s:.2f} s (prefill {predicted.prefill_s:.2f} s, decode "
-            f"{predicted.decode_s:.2f} s)"
+            f"{expected_time(predicted)}"
         )
     for line in found.kernels:
         out.print(escape(line), soft_wrap=True)

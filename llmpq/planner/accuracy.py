@@ -110,7 +110,8 @@ def _total(predicted: Predicted, stages: Sequence[PredictedStage]) -> float | No
     decode = max(stages, key=lambda stage: stage.decode_step_s).decode_error_percent
     if prefill is None or decode is None or predicted.total_s <= 0:
         return None
-    return (predicted.prefill_s * prefill + predicted.decode_s * decode) / predicted.total_s
+    share = predicted.share_of_prefills
+    return share * prefill + (1 - share) * decode
 
 
 def _parts(problem: Problem, assignment: Assignment, rank: int, phase: str) -> Iterator[Part]:
