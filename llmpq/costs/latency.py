@@ -276,6 +276,8 @@ def measured_times(
     `models`: those that were chosen when the rows were measured; others are chosen now. `figures`:
     of the device, for what the rows cannot tell.
     """
+    if figures is not None:  # what was counted of its memory tells no time, and cannot be hashed
+        figures = figures._replace(spec=figures.spec.model_copy(update={"activations": None}))
     fits = _fits(tuple(rows), tuple(models), figures)
     precisions = tuple(p for p in PRECISIONS if {(p, "prefill"), (p, "decode")} <= fits.keys())
     return LayerTimes(fits, precisions, f"{source}; {_quality_of(fits)}")

@@ -9,6 +9,7 @@ import pytest
 from llmpq.cluster import Cluster
 from llmpq.costs.fits import BEYOND, SHEET, fit
 from llmpq.costs.latency import LayerTimes, device_times
+from llmpq.costs.memory import activations_of
 from llmpq.costs.spec_sheet import Roofline, error, rooflines
 from llmpq.devices import device_library
 from llmpq.kernel import STAGE_CALL_S
@@ -126,11 +127,12 @@ def profile_of(device: ProfiledDevice, rows: Sequence[ProfileRow]) -> Profile:
 
 
 def times_on(device_type: str, device: ProfiledDevice, **figures: float) -> LayerTimes:
-    """From one length of both phases, as `llmpq-plan` has them."""
+    """From one length of both phases, as `llmpq-plan` has them, memory counted beside."""
     group = {"type": device_type, **figures}
     cluster = Cluster.model_validate({"nodes": [{"name": "n", "devices": [group]}]})
     rows = rows_of_one_length("prefill", 512) + rows_of_one_length("decode", 512)
-    return device_times(cluster, device_type, SPEC, [profile_of(device, rows)])
+    counted = SPEC.model_copy(update={"activations": activations_of(SPEC)})
+    return device_times(cluster, device_type, counted, [profile_of(device, rows)])
 
 
 def test_a_plans_times_have_attention_whatever_the_device() -> None:
