@@ -274,13 +274,16 @@ def measured_times(
     """Times from the profile rows of one device type and layer shape.
 
     `models`: those that were chosen when the rows were measured; others are chosen now. `figures`:
-    of the device, for what the rows cannot tell.
+    of the device, for what the rows cannot tell, an embedding or head without rows included.
     """
     if figures is not None:  # what was counted of its memory tells no time, and cannot be hashed
         figures = figures._replace(spec=figures.spec.model_copy(update={"activations": None}))
     fits = _fits(tuple(rows), tuple(models), figures)
     precisions = tuple(p for p in PRECISIONS if {(p, "prefill"), (p, "decode")} <= fits.keys())
-    return LayerTimes(fits, precisions, f"{source}; {_quality_of(fits)}")
+    ends: dict[tuple[str, str], TimeModel] = {}
+    if figures is not None and figures.own:
+        ends |= rooflines(figures.device, figures.spec, (), figures.machine)
+    return LayerTimes(ends | fits, precisions, f"{source}; {_quality_of(fits, bool(ends))}")
 
 
 def spec_sheet_times(
@@ -323,13 +326,14 @@ def _sheets(figures: Figures, precisions: Iterable[str]) -> dict[tuple[str, str]
     return stand_ins | sheets | dict(_calls(machine))
 
 
-def _quality_of(fits: Mapping[tuple[str, str], Fitted]) -> str:
+def _quality_of(fits: Mapping[tuple[str, str], Fitted], has_sheet: bool) -> str:
     layers = [found for key, found in fits.items() if key[0]]
     count = sum(len(found.points) for found in layers)
     error = sum(found.mean_error * len(found.points) for found in layers) / max(1, count)
     missing = [p for p in ("embedding", "head") if ("", p) not in fits]
     text = f"fitted, unseen points within {100 * error:.1f} % in the mean"
-    return f"{text}; no {' or '.join(missing)} rows, counted as 0" if missing else text
+    instead = "taken from the spec sheet" if has_sheet else "counted as 0"
+    return f"{text}; no {' or '.join(missing)} rows, {instead}" if missing else text
 
 
 def _slowed(times: LayerTimes, slowdown: float) -> LayerTimes:

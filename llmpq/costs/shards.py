@@ -135,10 +135,15 @@ def _cut_models(
     """
     before, after = (rooflines(device, spec, whole.precisions, machine) for spec in specs)
     overheads = _overheads_s(grouped(rows), before)
-    return {
-        key: CutTime(model, overheads[key[1]], before[key], after[key]) if key in before else model
-        for key, model in whole.models.items()
-    }
+
+    def cut(key: tuple[str, str], model: TimeModel) -> TimeModel:
+        if key not in before:
+            return model
+        if isinstance(model, Roofline):  # nothing of it was measured
+            return after[key]
+        return CutTime(model, overheads[key[1]], before[key], after[key])
+
+    return {key: cut(key, model) for key, model in whole.models.items()}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from llmpq.cluster import Cluster
 from llmpq.costs.fits import BEYOND, SHEET, fit
 from llmpq.costs.latency import LayerTimes, device_times
 from llmpq.costs.memory import activations_of
+from llmpq.costs.shards import tensor_parallel_times
 from llmpq.costs.spec_sheet import Roofline, error, rooflines
 from llmpq.devices import device_library
 from llmpq.kernel import STAGE_CALL_S
@@ -149,6 +150,31 @@ def test_a_plans_times_have_attention_whatever_the_device() -> None:
         assert short < there < long
         assert 1e3 * there == pytest.approx(slower_ms("prefill", 1, 512), rel=1e-6)
         assert float(times.decode_s("4", 64, 8192)) > 1.05 * float(times.decode_s("4", 64, 512))
+
+
+def test_an_embedding_and_a_head_without_rows_are_the_spec_sheets() -> None:
+    """Of the device itself: of one that is only alike, they are not known and count as 0."""
+    v100 = ProfiledDevice(name="V100", type="v100-32g", memory_bytes=1)
+    times = times_on("v100-32g", v100)
+    ends = rooflines(V100, SPEC, (), card("7.0"))
+    assert float(times.head_s(8)) == float(ends["", "head"].seconds(8, 0)) > 1e-4
+    assert float(times.embedding_s(2, 512)) == float(ends["", "embedding"].seconds(2, 512))
+    assert "no embedding or head rows, taken from the spec sheet" in times.provenance
+    other = ProfiledDevice(name="X", type="shop-24g", memory_bytes=1, bandwidth_gbs=800)
+    unknown = times_on("shop-24g", other, memory_gib=24)
+    assert float(unknown.head_s(8)) == 0 and "counted as 0" in unknown.provenance
+
+
+def test_devices_that_share_a_stage_share_such_a_head_too() -> None:
+    v100 = ProfiledDevice(name="V100", type="v100-32g", memory_bytes=1)
+    group = {"type": "v100-32g", "count": 2}
+    cluster = Cluster.model_validate({"nodes": [{"name": "n", "devices": [group]}]})
+    rows = rows_of_one_length("prefill", 512) + rows_of_one_length("decode", 512)
+    two = tensor_parallel_times(cluster, "v100-32g", "n", SPEC, 2, [profile_of(v100, rows)])
+    whole = times_on("v100-32g", v100)
+    assert 0 < float(two.head_s(8)) < float(whole.head_s(8))
+    assert float(two.prefill_s("4", 8, 1024)) < float(whole.prefill_s("4", 8, 1024))
+    assert two.assumed_call_s == STAGE_CALL_S
 
 
 def test_a_stages_call_that_was_not_measured_has_a_default() -> None:
