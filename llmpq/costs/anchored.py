@@ -5,7 +5,8 @@ Rows of one prompt length say nothing of what a longer prompt costs: tokens that
 alike there. The formula of `costs.spec_sheet` says how each grows. What does not depend on the
 length is fitted: the time that attention leaves over, relative to the sheet's, is followed on
 straight lines between the measured numbers of rows of the matrix products, and stays what it is
-beyond them. Attention's own part is the sheet's, or less where the device is faster than that.
+beyond them. Attention's own part is the sheet's, or less where the device is faster than that, or
+what rows of equal numbers at several lengths make of it.
 
 Lengths may be numpy arrays; times are seconds. Not covered: which sheet stands for a device that
 has none (`costs.latency`).
@@ -17,8 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmpq.costs.links import Seconds, Tokens
-from llmpq.costs.recipes import Points, Recipe, num_rows
+from llmpq.costs.recipes import Points, Recipe, at, num_rows
 
+# What attention is multiplied by, in octaves about the sheet's; a pull towards none where rows
+# hardly tell: as much of the mean square error for each octave squared.
+ATTENTION_STEPS = tuple(np.arange(-12, 13) / 4)
+PULL = 1e-4
 TELLING = 1.5  # the largest size over the smallest, from which on rows tell how time grows with it
 
 
@@ -74,7 +79,10 @@ class Anchored:
 
 
 def anchored(sheet: Sheet) -> Recipe:
-    """A recipe that draws this sheet through the rows."""
+    """A recipe that draws this sheet through the rows.
+
+    Where equal numbers of rows were measured at several lengths, these tell attention's part.
+    """
 
     def through_rows(points: Points) -> Anchored:
         whole = np.asarray(sheet.seconds(points.batch, points.length))
@@ -82,12 +90,28 @@ def anchored(sheet: Sheet) -> Recipe:
         share = float((points.seconds / whole).min())
         if not isinstance(sheet, OtherSheet):
             share = min(1.0, share)  # what makes a device slower is not known to be attention
-        left = np.log((points.seconds - share * (whole - free)) / free)
-        rows, where = np.unique(np.log(np.maximum(1, points.rows)), return_inverse=True)
-        factors = np.bincount(where.ravel(), weights=left) / np.bincount(where.ravel())
-        return Anchored(points.phase, sheet, share, rows, factors)
+        tried = [share * 2.0**step for step in ATTENTION_STEPS]
+        possible = [a for a in tried if (points.seconds > 1.05 * a * (whole - free)).all()]
+
+        def fault(attention: float) -> float:
+            model = _with_attention(sheet, points, free, whole - free, attention)
+            off = np.log(at(model, points) / points.seconds)
+            return float((off**2).mean()) + PULL * float(np.log2(attention / share)) ** 2
+
+        best = min(possible or [share], key=fault)
+        return _with_attention(sheet, points, free, whole - free, best)
 
     return through_rows
+
+
+def _with_attention(
+    sheet: Sheet, points: Points, free: np.ndarray, attention: np.ndarray, factor: float
+) -> Anchored:
+    """The sheet through the rows, with `factor` times its attention."""
+    left = np.log((points.seconds - factor * attention) / free)
+    rows, where = np.unique(np.log(np.maximum(1, points.rows)), return_inverse=True)
+    factors = np.bincount(where.ravel(), weights=left) / np.bincount(where.ravel())
+    return Anchored(points.phase, sheet, factor, rows, factors)
 
 
 def tells_slopes(points: Points) -> bool:

@@ -123,6 +123,19 @@ def test_attention_is_never_more_than_what_was_measured() -> None:
     assert 0 < short == pytest.approx(0.5e3 * float(truth.seconds(1, 512)), rel=0.05)
 
 
+def test_rows_of_one_batch_tell_their_own_attention() -> None:
+    """One request at many lengths says nothing of more requests, but all of its attention."""
+    truth = sheet("decode")
+
+    def exact(past: int) -> float:
+        free = truth.without_attention_s(1, past)
+        return 1e3 * float(free + 4 * (truth.seconds(1, past) - free))
+
+    found = fit([row("decode", 1, past, exact(past)) for past in (512, 4096, 16384)], sheet=truth)
+    for past in (1500, 9000, 40000):
+        assert 1e3 * float(found.seconds(1, past)) == pytest.approx(exact(past), rel=0.03)
+
+
 def profile_of(device: ProfiledDevice, rows: Sequence[ProfileRow]) -> Profile:
     return Profile(device=device, rows=list(rows))
 
