@@ -43,6 +43,11 @@ EAGER_LAUNCH_S = 25e-6
 START_S = 2.5e-6
 # What a layer's calls cost on a CPU, where nothing runs beside them.
 CPU_LAYER_S = 200e-6
+# What a stage's call costs beside its layers (masks, positions, the message's copies), as
+# `llmpq-profile layers` measures it: 0.7 to 1.2 ms in both phases on an H200's host, 0.6 to 0.9 ms
+# on two cores of an AMD EPYC, whatever the shape (both 2026-11-27). What a network adds is apart.
+STAGE_CALL_S = 0.9e-3
+CPU_STAGE_CALL_S = 0.7e-3
 
 # ---- what CUDA graphs take
 

@@ -100,6 +100,9 @@ class PredictedStage(Strict):
 class Predicted(Strict):
     """What the planner expects of the plan; `tokens_per_s` counts generated tokens only.
 
+    `prefill_s`: until the first token of every request is back, `decode_s`: from then on. Where
+    newcomers take the slots of ended requests, both phases overlap until then: `prefill_share` is
+    what prefills are of the busiest stage's work.
     `error_percent`: the expected error of `total_s`, as far as the slowest stages' times go.
     `objective`: `total_s`, and what its sensitivity costs where that has a price. `lower_bound`: no
     plan of the space has a smaller one in closed form; `gap`: how far the objective is above it.
@@ -110,6 +113,8 @@ class Predicted(Strict):
     prefill_s: float
     decode_s: float
     tokens_per_s: float
+    requests_per_s: float | None = None
+    prefill_share: float | None = None
     quality_loss_percent: float
     sum_sensitivity: float
     objective: float
@@ -124,6 +129,12 @@ class Predicted(Strict):
     def priced_s(self) -> float:
         """The total in closed form."""
         return self.total_s if self.closed_form_s is None else self.closed_form_s
+
+    @property
+    def share_of_prefills(self) -> float:
+        """`prefill_share`; in plans of earlier versions `prefill_s` was that share of the total."""
+        earlier = self.prefill_s / self.total_s if self.total_s > 0 else 0.0
+        return earlier if self.prefill_share is None else self.prefill_share
 
 
 class Baseline(Strict):

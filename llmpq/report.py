@@ -12,6 +12,14 @@ from pydantic import NonNegativeFloat, PositiveInt
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict
 from llmpq.plan import Plan, Predicted
 
+SECONDS_PER_HOUR = 3600
+
+
+def duration(seconds: float) -> str:
+    """ "24.62 s"; from an hour on also the hours, as "5400.00 s (1.50 hours)"."""
+    hours = f" ({seconds / SECONDS_PER_HOUR:.2f} hours)" if seconds >= SECONDS_PER_HOUR else ""
+    return f"{seconds:.2f} s{hours}"
+
 
 class MeasuredTime(Strict):
     """Calls of one stage that are alike: everything it computes for one micro-batch.
@@ -70,13 +78,16 @@ class Quality(Strict):
 class Report(Strict):
     """report.json. `error_percent`: predicted total time against measured, positive if too long.
 
-    Prefill and decoding overlap: `prefill_s` and `decode_s` are the run's time in the proportion
-    in which the busiest stage computed for them. `num_failed`: requests that failed alone.
+    `prefill_s`: until the first token of every request was back, `decode_s`: from then on; before,
+    both phases overlap. `prefill_share`: what prefills were of the busiest stage's computing.
+    `num_failed`: requests that failed alone; `requests_per_s` leaves them out.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Literal["report"] = "report"
     tokens_per_s: float
+    requests_per_s: float | None = None
+    prefill_share: float | None = None
     prefill_s: float
     decode_s: float
     total_s: float

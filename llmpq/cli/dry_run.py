@@ -295,7 +295,7 @@ def _notes(
 
 def render(out: "Console", plan: Plan, found: DryRun) -> None:
     """For people."""
-    from llmpq.planner.report import noted
+    from llmpq.planner.report import expected_time, noted
 
     names = (found.model, plan.cluster.name, plan.workload.name)
     out.print("{} on {}, {}: what a run would do; nothing is loaded".format(*names))
@@ -310,8 +310,7 @@ def render(out: "Console", plan: Plan, found: DryRun) -> None:
     if predicted is not None:
         out.print(
             f"predicted for the planned workload: {predicted.tokens_per_s:.1f} tokens/s, "
-            f"{predicted.total_s:.2f} s (prefill {predicted.prefill_s:.2f} s, decode "
-            f"{predicted.decode_s:.2f} s)"
+            f"{expected_time(predicted)}"
         )
     for line in [*found.kernels, *found.cards, *found.launch]:
         out.print(line, soft_wrap=True)

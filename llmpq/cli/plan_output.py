@@ -54,11 +54,12 @@ def _print_launch(out: "Console", arguments: Arguments, plan: "Plan") -> None:
 def _warnings(arguments: Arguments, problem: "Problem", plan: "Plan") -> list[str]:
     """What a plan asks of its reader."""
     from llmpq.costs.float16 import planned_overflow
-    from llmpq.planner.accuracy import warnings
+    from llmpq.planner.accuracy import assumed_calls, warnings
     from llmpq.planner.evaluate import to_assignment
     from llmpq.planner.problem import OVER
 
-    found = warnings(problem, to_assignment(plan, problem.cluster))
+    assignment = to_assignment(plan, problem.cluster)
+    found = warnings(problem, assignment) + assumed_calls(problem, assignment)
     found += filter(None, [planned_overflow(plan)])
     if any(stage.tensor_parallel > 1 for stage in plan.stages):
         found.append(

@@ -94,6 +94,7 @@ def figures(played: "Played", bubbles: "list[Bubble]", plan: "Plan") -> dict[str
         "total_s": played.total_s,
         "prefill_s": played.prefill_s,
         "decode_s": played.decode_s,
+        "prefill_share": played.prefill_share,
         "busy_percent": [100 * float(busy) / played.total_s for busy in played.busy_s[::2]],
         "bubbles": [
             {

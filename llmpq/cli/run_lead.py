@@ -14,7 +14,7 @@ from llmpq.cli.run_options import RunOptions
 from llmpq.cli.run_outcome import outcome
 from llmpq.errors import FailedRequests
 from llmpq.plan import Plan
-from llmpq.report import Report, StageReport
+from llmpq.report import Report, StageReport, duration
 from llmpq.workload import request_lengths
 
 if TYPE_CHECKING:
@@ -218,6 +218,8 @@ class _Collector:
     num_done: int = 0
     num_tokens: int = 0
     num_failed: int = 0
+    num_begun: int = 0
+    begun_s: float = 0.0  # when the last request so far got its first token
     started: float = 0.0
     recent: "deque[tuple[float, int]]" = field(default_factory=deque)  # (seconds, tokens so far)
 
@@ -249,6 +251,8 @@ class _Collector:
     def show(self, status: "Status") -> None:
         """Called after every job."""
         now = time.perf_counter() - self.started
+        if status.num_begun > self.num_begun:
+            self.num_begun, self.begun_s = status.num_begun, now
         self.recent.append((now, status.num_tokens))
         while now - self.recent[0][0] > NOW_S:
             self.recent.popleft()
@@ -271,12 +275,13 @@ def _report(plan: Plan, collector: _Collector, total_s: float, stages: list[Stag
         return stage.busy_prefill_s + stage.busy_decode_s
 
     busiest = max(stages, key=busy_s)
-    prefill_s = total_s * busiest.busy_prefill_s / (busy_s(busiest) or 1.0)
     shares = [stage.model_copy(update={"busy_share": busy_s(stage) / total_s}) for stage in stages]
     return Report(
         tokens_per_s=collector.num_tokens / total_s,
-        prefill_s=prefill_s,
-        decode_s=total_s - prefill_s,
+        requests_per_s=(collector.num_done - collector.num_failed) / total_s,
+        prefill_share=busiest.busy_prefill_s / (busy_s(busiest) or 1.0),
+        prefill_s=collector.begun_s,
+        decode_s=total_s - collector.begun_s,
         total_s=total_s,
         load_s=max(stage.load_s for stage in stages),
         num_requests=collector.num_done,
@@ -305,7 +310,8 @@ def _write_report(report: Report, options: RunOptions, out: Any) -> None:
     emit(report.model_dump_json(indent=1), options.json_path)
     out.print(
         f"{report.num_requests} requests, {report.num_new_tokens} new tokens in "
-        f"{report.total_s:.2f} s: {report.tokens_per_s:.1f} tokens/s"
+        f"{duration(report.total_s)}: {report.tokens_per_s:.1f} tokens/s, "
+        f"{report.requests_per_s:.3g} requests/s"
     )
     for stage in report.stages:
         _say_halved(stage, out)
@@ -313,7 +319,7 @@ def _write_report(report: Report, options: RunOptions, out: Any) -> None:
             out.print(stage.model_dump_json())
     if report.predicted is not None:
         out.print(
-            f"predicted {report.predicted.total_s:.2f} s, "
+            f"predicted {duration(report.predicted.total_s)}, "
             f"{report.predicted.tokens_per_s:.1f} tokens/s for the planned workload"
         )
 

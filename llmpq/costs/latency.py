@@ -1,29 +1,35 @@
 """How long one layer takes on a device type: measured, fitted, or from the spec sheet.
 
 `device_times` takes the best that is there: a profile of the type (`costs.fits`), a rehearsal's CPU
-profile, the spec sheet (`costs.spec_sheet`), and labels it. Lengths may be numpy arrays; times are
-seconds. Stages of several devices: `costs.shards`.
+profile, the spec sheet (`costs.spec_sheet`), and labels it. What a profile's rows cannot tell, such
+as what longer prompts cost where all have one length, comes from the spec sheet's formula; a
+stage's call that was not measured costs a default (`StageCall`). Lengths may be numpy arrays; times
+are seconds. Stages of several devices: `costs.shards`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from llmpq.cluster import Cluster, unknown_type
-from llmpq.costs.fits import Accuracy, Fitted, fit_all
+from llmpq.costs.anchored import OtherSheet, Sheet
+from llmpq.costs.fits import ASSUMED, Accuracy, Fitted, fit_all
 from llmpq.costs.links import Seconds, Tokens
 from llmpq.costs.spec_sheet import provenance, rooflines
 from llmpq.devices import DeviceType, device_library
 from llmpq.errors import UserError
+from llmpq.kernel import CPU_STAGE_CALL_S, STAGE_CALL_S
 from llmpq.machine import TORCH_CARD, Machine, card, host_cpu, sheet_cpu
 from llmpq.model_spec import ModelSpec
 from llmpq.precision import PRECISIONS, STANDARD
 from llmpq.profile_data import ChosenModel, MemoryRow, Profile, ProfiledDevice, ProfileRow
 
 SPEC_SHEET = "spec sheet, not measured"
+STAGE_PHASES = ("stage_prefill", "stage_decode")
+LIKE_A_CPU = "xeon-8380-256g"  # its proportions stand for those of a CPU without a sheet
 
 
 class TimeModel(Protocol):
@@ -75,6 +81,12 @@ class LayerTimes:
         """What one decode call of a stage costs beside its layers."""
         return self.seconds("", "stage_decode", micro_batch, past_tokens)
 
+    @property
+    def assumed_call_s(self) -> float:
+        """The default that a stage's call is taken to cost; 0 where both phases were measured."""
+        calls = (self.models.get(("", phase)) for phase in STAGE_PHASES)
+        return max((self.factor * c.call_s for c in calls if isinstance(c, StageCall)), default=0.0)
+
     def scaled(self, factor: float) -> "LayerTimes":
         """The same device, `factor` times slower."""
         return replace(self, factor=self.factor * factor)
@@ -94,6 +106,40 @@ class LayerTimes:
         return self.factor * model.seconds(micro_batch, tokens)
 
 
+@dataclass(frozen=True)
+class StageCall:
+    """What a call of a stage costs beside its layers where nobody has measured it.
+
+    Where few calls were measured, it says that others cost as much.
+    """
+
+    call_s: float
+    error: float = 1.0  # engines and hosts differ by more than what it is
+
+    def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
+        """The same for every shape."""
+        return self.call_s + 0.0 * np.asarray(tokens, dtype=float)
+
+    def without_attention_s(self, micro_batch: int, tokens: Tokens) -> Seconds:
+        """All of it."""
+        return self.seconds(micro_batch, tokens)
+
+    def accuracy(self, micro_batch: int, tokens: float) -> Accuracy:
+        """No figure of the device says it."""
+        return Accuracy(ASSUMED, self.error)
+
+
+def with_calls(times: LayerTimes) -> LayerTimes:
+    """The same with a default for stages' calls that were not measured."""
+    defaults: dict[tuple[str, str], TimeModel] = dict(_calls(times.machine))
+    return replace(times, models=defaults | dict(times.models))
+
+
+def _calls(machine: Machine) -> dict[tuple[str, str], StageCall]:
+    call = StageCall(STAGE_CALL_S if machine.is_card else CPU_STAGE_CALL_S)
+    return {("", phase): call for phase in STAGE_PHASES}
+
+
 def device_times(
     cluster: Cluster, device_type: str, spec: ModelSpec, profiles: Sequence[Profile]
 ) -> LayerTimes:
@@ -102,8 +148,7 @@ def device_times(
     Raises `UserError` where the type is rehearsed and nothing was measured to rehearse it with.
     """
     if found := profiled(cluster, device_type, spec, profiles):
-        times = measured_times(found.rows, f"measured on {found.name}", found.models)
-        times = replace(times, machine=_profiled_machine(cluster, device_type, found.device))
+        times = with_calls(_times_of(cluster, device_type, spec, found))
         return times if found.slowdown is None else _slowed(times, found.slowdown)
     if device_type in cluster.rehearse:
         raise UserError(
@@ -114,11 +159,43 @@ def device_times(
     sheet, machine = cluster.figures_of(device_type), machine_of(cluster, device_type)
     if sheet is None:
         raise UserError(_why_no_times(device_type, spec, profiles))
-    times = spec_sheet_times(sheet, spec, machine)
+    times = with_calls(spec_sheet_times(sheet, spec, machine))
     if any(p.device.type == device_type for p in profiles):
         why = f"; its profile holds no rows of {spec.model_key}"
         times = replace(times, provenance=times.provenance + why)
     return times
+
+
+def _times_of(cluster: Cluster, device_type: str, spec: ModelSpec, found: "Profiled") -> LayerTimes:
+    """From a profile, before any slowdown."""
+    machine = _profiled_machine(cluster, device_type, found.device)
+    played = found.slowdown is not None or found.device.num_threads is not None
+    own = None if played else cluster.figures_of(device_type)
+    figures = Figures(own or alike(found.device), spec, machine, own is not None)
+    times = measured_times(found.rows, f"measured on {found.name}", found.models, figures)
+    return replace(times, machine=machine)
+
+
+class Figures(NamedTuple):
+    """What the spec sheet's formula needs; `own`: the sheet is of the measured device itself."""
+
+    device: DeviceType
+    spec: ModelSpec
+    machine: Machine
+    own: bool
+
+
+def alike(device: ProfiledDevice) -> DeviceType:
+    """The device of the library that stands for one without a sheet: a CPU, or a card as fast.
+
+    Only its proportions count: how much of a layer is attention.
+    """
+    library = device_library()
+    if device.num_threads is not None:
+        return library[LIKE_A_CPU]
+    cards = [sheet for sheet in library.values() if sheet.kind == "gpu"]
+    wanted = device.bandwidth_gbs or float(np.median([sheet.bandwidth_gbs for sheet in cards]))
+    return min(cards, key=lambda sheet: abs(np.log(sheet.bandwidth_gbs / wanted)))
 
 
 def machine_of(cluster: Cluster, device_type: str) -> Machine:
@@ -189,15 +266,24 @@ def profiled(
 
 
 def measured_times(
-    rows: Iterable[ProfileRow], source: str, models: Iterable[ChosenModel] = ()
+    rows: Iterable[ProfileRow],
+    source: str,
+    models: Iterable[ChosenModel] = (),
+    figures: Figures | None = None,
 ) -> LayerTimes:
     """Times from the profile rows of one device type and layer shape.
 
-    `models`: those that were chosen when the rows were measured; others are chosen now.
+    `models`: those that were chosen when the rows were measured; others are chosen now. `figures`:
+    of the device, for what the rows cannot tell, an embedding or head without rows included.
     """
-    fits = _fits(tuple(rows), tuple(models))
+    if figures is not None:  # what was counted of its memory tells no time, and cannot be hashed
+        figures = figures._replace(spec=figures.spec.model_copy(update={"activations": None}))
+    fits = _fits(tuple(rows), tuple(models), figures)
     precisions = tuple(p for p in PRECISIONS if {(p, "prefill"), (p, "decode")} <= fits.keys())
-    return LayerTimes(fits, precisions, f"{source}; {_quality_of(fits)}")
+    ends: dict[tuple[str, str], TimeModel] = {}
+    if figures is not None and figures.own:
+        ends |= rooflines(figures.device, figures.spec, (), figures.machine)
+    return LayerTimes(ends | fits, precisions, f"{source}; {_quality_of(fits, bool(ends))}")
 
 
 def spec_sheet_times(
@@ -220,19 +306,34 @@ def rows_of(profiles: Sequence[Profile], spec: ModelSpec) -> list[ProfileRow]:
 
 @lru_cache(maxsize=16)
 def _fits(
-    rows: tuple[ProfileRow, ...], models: tuple[ChosenModel, ...]
+    rows: tuple[ProfileRow, ...], models: tuple[ChosenModel, ...], figures: Figures | None
 ) -> dict[tuple[str, str], Fitted]:
     """By (precision, phase). Kept, as all rehearsed types share the rows of one CPU."""
-    return fit_all(rows, {(m.precision, m.phase): m.model for m in models})
+    sheets = _sheets(figures, {row.precision for row in rows}) if figures else {}
+    return fit_all(rows, {(m.precision, m.phase): m.model for m in models}, sheets)
 
 
-def _quality_of(fits: Mapping[tuple[str, str], Fitted]) -> str:
+def _sheets(figures: Figures, precisions: Iterable[str]) -> dict[tuple[str, str], Sheet]:
+    """The formula by (precision, phase); where no kernel is known, that of 16 bits stands in."""
+    device, spec, machine, own = figures
+    found = rooflines(device, spec, {"16", *precisions}, machine)
+    stand_ins: dict[tuple[str, str], Sheet] = {
+        (precision, phase): OtherSheet(found["16", phase])
+        for precision in precisions
+        for phase in ("prefill", "decode")
+    }
+    sheets = {key: one if own else OtherSheet(one) for key, one in found.items()}
+    return stand_ins | sheets | dict(_calls(machine))
+
+
+def _quality_of(fits: Mapping[tuple[str, str], Fitted], has_sheet: bool) -> str:
     layers = [found for key, found in fits.items() if key[0]]
     count = sum(len(found.points) for found in layers)
     error = sum(found.mean_error * len(found.points) for found in layers) / max(1, count)
     missing = [p for p in ("embedding", "head") if ("", p) not in fits]
     text = f"fitted, unseen points within {100 * error:.1f} % in the mean"
-    return f"{text}; no {' or '.join(missing)} rows, counted as 0" if missing else text
+    instead = "taken from the spec sheet" if has_sheet else "counted as 0"
+    return f"{text}; no {' or '.join(missing)} rows, {instead}" if missing else text
 
 
 def _slowed(times: LayerTimes, slowdown: float) -> LayerTimes:

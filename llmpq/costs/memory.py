@@ -153,14 +153,28 @@ def end_weight_bytes(spec: ModelSpec, *, first: bool, last: bool) -> int:
 def buffer_bytes(spec: ModelSpec, sizes: RunSizes, *, first: bool, last: bool) -> int:
     """Messages alive at once where all that is under way waits at one stage.
 
-    Those are a prefill more than there are stages, and a decode step of each lane. Sent ones are
-    kept until as many others are. What was computed on last stays until the next one is asked for.
+    Those are a prefill more than there are stages, and a decode step of each lane; whole prompts
+    are under way once each, so their prefills have no more rows than requests in flight. Sent ones
+    are kept until as many others are, however few rows those have. What was computed on last stays
+    until the next one is asked for; at the first stage, what is sent next comes on top of what is
+    kept.
     """
-    value = spec.hidden_size * HALF
-    prefill = HEADER_BYTES + sizes.prefill_micro_batch * sizes.chunk_tokens * value
-    decode = sum(HEADER_BYTES + lane.rows * value for lane in sizes.lanes)
-    sent = (sizes.num_stages + 1) * prefill + decode
-    return (0 if first else sent + prefill) + (0 if last else sent)
+    if first and last:
+        return 0
+    row = sizes.chunk_tokens * spec.hidden_size * HALF
+    steps = [HEADER_BYTES + lane.rows * spec.hidden_size * HALF for lane in sizes.lanes]
+    most = sizes.num_stages + 1
+    prefill = HEADER_BYTES + sizes.prefill_micro_batch * row
+    waiting = most * HEADER_BYTES + rows_under_way(sizes) * row + sum(steps)
+    sent = most * prefill + sum(steps)
+    return (0 if first else waiting) + (0 if last else sent) + max(prefill, *steps)
+
+
+def rows_under_way(sizes: RunSizes) -> int:
+    """Of all prefills under way. A prompt in chunks has a row in several of them."""
+    most = (sizes.num_stages + 1) * sizes.prefill_micro_batch
+    in_flight = sum(lane.rows for lane in sizes.lanes)
+    return min(most, in_flight) if sizes.chunk_tokens >= sizes.prompt_tokens else most
 
 
 # ---- activations

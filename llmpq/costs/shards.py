@@ -16,12 +16,14 @@ from llmpq.cluster import Cluster, Link
 from llmpq.costs import links
 from llmpq.costs.fits import Accuracy, grouped
 from llmpq.costs.latency import (
+    Figures,
     LayerTimes,
     TimeModel,
     device_times,
     machine_of,
     measured_times,
     rows_of,
+    with_calls,
 )
 from llmpq.costs.links import Seconds, Tokens
 from llmpq.costs.spec_sheet import Roofline, rooflines
@@ -104,7 +106,6 @@ def _shard_times(
     rows = rows_of(own, spec)
     if rows_of(own, shard) or not rows:
         return device_times(cluster, device_type, shard, profiles)
-    whole = measured_times(rows, f"whole layers measured on {own[0].device.name}")
     machine = machine_of(cluster, device_type)
     sheet = cluster.figures_of(device_type)
     if sheet is None:
@@ -113,8 +114,10 @@ def _shard_times(
             "profile of shards nor bandwidth_gbs and tflops in the cluster file are there; plan "
             "with --tensor-parallel off"
         )
+    source = f"whole layers measured on {own[0].device.name}"
+    whole = measured_times(rows, source, (), Figures(sheet, spec, machine, True))
+    whole = with_calls(replace(whole, machine=machine))
     models = _cut_models(whole, rows, sheet, machine, (spec, shard))
-    whole = replace(whole, machine=machine)
     note = f"; one of {degree} parts by the spec sheet, no shard was measured"
     return replace(whole, models=models, provenance=whole.provenance + note)
 
@@ -132,10 +135,15 @@ def _cut_models(
     """
     before, after = (rooflines(device, spec, whole.precisions, machine) for spec in specs)
     overheads = _overheads_s(grouped(rows), before)
-    return {
-        key: CutTime(model, overheads[key[1]], before[key], after[key]) if key in before else model
-        for key, model in whole.models.items()
-    }
+
+    def cut(key: tuple[str, str], model: TimeModel) -> TimeModel:
+        if key not in before:
+            return model
+        if isinstance(model, Roofline):  # nothing of it was measured
+            return after[key]
+        return CutTime(model, overheads[key[1]], before[key], after[key])
+
+    return {key: cut(key, model) for key, model in whole.models.items()}
 
 
 @dataclass(frozen=True)

@@ -72,14 +72,19 @@ class Played:
 
     @property
     def prefill_s(self) -> float:
-        """The part of the total that the busiest stage's prefills have in its work."""
-        busiest = 2 * int(self.busy_s[::2].argmax())
-        return self.total_s * float(self.prefill_busy_s[busiest] / self.busy_s[busiest])
+        """When the first token of every request is back: when the last prefill is."""
+        return float(self.end_s[self.jobs.step == 0, -1].max())
 
     @property
     def decode_s(self) -> float:
-        """The rest."""
+        """From then on."""
         return self.total_s - self.prefill_s
+
+    @property
+    def prefill_share(self) -> float:
+        """What prefills are of the busiest stage's work."""
+        busiest = 2 * int(self.busy_s[::2].argmax())
+        return float(self.prefill_busy_s[busiest] / self.busy_s[busiest])
 
     @cached_property
     def busy_share(self) -> float:

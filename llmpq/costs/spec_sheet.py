@@ -142,16 +142,26 @@ class Launches:
 
 @dataclass(frozen=True)
 class Roofline:
-    """One phase at one precision on one device: what its kernels take, and the launches."""
+    """One phase at one precision on one device: what its kernels take, and the launches.
+
+    `busy` is without `attention`, which grows with the length beside the tokens.
+    """
 
     busy: Busy
     error: float | None
     launches: Launches
+    attention: Busy | None = None
 
     def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
         """By whichever of arithmetic and memory is the limit, kernel by kernel."""
         sharpness = efficiency().coefficients["sharpness"]
         return self.launches.with_busy(self.busy_s(micro_batch, tokens), sharpness)
+
+    def without_attention_s(self, micro_batch: int, tokens: Tokens) -> Seconds:
+        """The same if attention cost nothing: it depends on the rows of the products alone."""
+        sharpness = efficiency().coefficients["sharpness"]
+        busy_s = self.busy(micro_batch, np.asarray(tokens, dtype=float))
+        return self.launches.with_busy(busy_s, sharpness)
 
     def accuracy(self, micro_batch: int, tokens: float) -> Accuracy:
         """The same everywhere: how far off devices were that were left out of the fit."""
@@ -159,7 +169,9 @@ class Roofline:
 
     def busy_s(self, micro_batch: int, tokens: Tokens) -> Seconds:
         """The same without the launches."""
-        return self.busy(micro_batch, np.asarray(tokens, dtype=float))
+        length = np.asarray(tokens, dtype=float)
+        busy_s = self.busy(micro_batch, length)
+        return busy_s if self.attention is None else busy_s + self.attention(micro_batch, length)
 
 
 def rooflines(
@@ -196,11 +208,17 @@ def _layer_rooflines(
         for op in ops
     )
     eager, graph = _launches(machine, launched)
-    busy = _prefill(spec, speed, tokens_s), _decode(spec, speed, tokens_s)
-    return {
-        (precision, phase): Roofline(one, error(device, phase, kernels), launches)
-        for phase, one, launches in zip(("prefill", "decode"), busy, (eager, graph), strict=True)
-    }
+    errors = {phase: error(device, phase, kernels) for phase in ("prefill", "decode")}
+    prefill = Roofline(
+        lambda p, s: tokens_s(p * s), errors["prefill"], eager, _prefill_attention(spec, speed)
+    )
+    decode = Roofline(
+        lambda q, past: tokens_s(q) + 0.0 * past,
+        errors["decode"],
+        graph,
+        _decode_attention(spec, speed),
+    )
+    return {(precision, "prefill"): prefill, (precision, "decode"): decode}
 
 
 def _launches(machine: Machine, count: int) -> tuple[Launches, Launches]:
@@ -329,20 +347,20 @@ def _elementwise_bytes(spec: ModelSpec) -> float:
     return 2.0 * (8 * spec.hidden_size + rotated + num_wide * spec.ffn_size)
 
 
-def _prefill(spec: ModelSpec, speed: Speed, tokens_s: Callable[[Any], Any]) -> Busy:
-    """All tokens; causal attention, whose arithmetic is the lower triangle's."""
-    attention_s = 2.0 * spec.num_heads * spec.head_dim / speed.attention_flops
-    return lambda p, s: tokens_s(p * s) + attention_s * p * s * s
+def _prefill_attention(spec: ModelSpec, speed: Speed) -> Busy:
+    """Causal attention of whole prompts, whose arithmetic is the lower triangle's."""
+    pair_s = 2.0 * spec.num_heads * spec.head_dim / speed.attention_flops
+    return lambda p, s: pair_s * p * s * s
 
 
-def _decode(spec: ModelSpec, speed: Speed, tokens_s: Callable[[Any], Any]) -> Busy:
-    """One token a request; attention reads the cache of the past and of this token."""
+def _decode_attention(spec: ModelSpec, speed: Speed) -> Busy:
+    """Of one token a request: it reads the cache of the past and of this token."""
     per_token_s = rounded_maximum(
         4.0 * spec.num_heads * spec.head_dim / speed.attention_flops,
         2.0 * spec.kv_values_per_token / speed.attention_bandwidth,
         speed.sharpness,
     )
-    return lambda q, past: tokens_s(q) + per_token_s * q * (past + 1)
+    return lambda q, past: per_token_s * q * (past + 1)
 
 
 def _embedding(spec: ModelSpec, speed: Speed) -> Busy:

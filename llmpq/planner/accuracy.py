@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from llmpq.costs.fits import BEYOND, SOURCES, Accuracy
+from llmpq.costs.fits import ASSUMED, BEYOND, SOURCES, Accuracy
 from llmpq.costs.latency import LayerTimes
 from llmpq.plan import Predicted, PredictedStage
 from llmpq.planner.problem import Assignment, Problem
@@ -37,13 +37,13 @@ def with_accuracy(problem: Problem, assignment: Assignment, predicted: Predicted
 
 def warnings(problem: Problem, assignment: Assignment) -> list[str]:
     """A line for each device type whose times are asked beyond what was profiled."""
-    beyond: dict[str, dict[str, float]] = {}
+    beyond: dict[str, dict[str, float | None]] = {}
     for rank, place in enumerate(assignment.setting.places):
         for phase in ("prefill", "decode"):
             for part in _parts(problem, assignment, rank, phase):
                 if part.accuracy.source == BEYOND:
                     found = beyond.setdefault(place.type, {})
-                    found[part.what] = max(part.accuracy.error or 0.0, found.get(part.what, 0.0))
+                    found[part.what] = _larger(part.accuracy.error, found.get(part.what, 0.0))
     return [
         f"{device}: beyond what was profiled are {', '.join(_said(found))}; profile there, or take "
         "the prediction with that grain of salt"
@@ -51,15 +51,40 @@ def warnings(problem: Problem, assignment: Assignment) -> list[str]:
     ]
 
 
-def _said(found: dict[str, float]) -> list[str]:
-    return [f"{what} (+-{100 * error:.0f} %)" for what, error in found.items()]
+def _larger(one: float | None, other: float | None) -> float | None:
+    """Of two errors; what is not known is the largest."""
+    return None if one is None or other is None else max(one, other)
+
+
+def _said(found: dict[str, float | None]) -> list[str]:
+    return [
+        f"{what} ({'how far off is not known' if error is None else f'+-{100 * error:.0f} %'})"
+        for what, error in found.items()
+    ]
+
+
+def assumed_calls(problem: Problem, assignment: Assignment) -> list[str]:
+    """A note where what a stage's call costs was not measured, with the default and its source."""
+    calls = {
+        place.type: call_s
+        for place in assignment.setting.places
+        if (call_s := problem.times_at(place).assumed_call_s)
+    }
+    if not calls:
+        return []
+    each = ", ".join(f"{1e3 * call_s:.1f} ms on {name}" for name, call_s in calls.items())
+    return [
+        f"what a stage's call costs beside its layers was not measured; assumed: {each} (what "
+        "llmpq-profile measured on an H200's host and on an AMD EPYC); 'llmpq-profile layers' "
+        "measures it"
+    ]
 
 
 def _stage(
     problem: Problem, assignment: Assignment, rank: int, stage: PredictedStage
 ) -> PredictedStage:
     prefill, decode = (list(_parts(problem, assignment, rank, p)) for p in ("prefill", "decode"))
-    sources = [part.accuracy.source for part in prefill + decode]
+    sources = [p.accuracy.source for p in prefill + decode if p.accuracy.source != ASSUMED]
     return stage.model_copy(
         update={
             "source": max(sources, key=SOURCES.index) if sources else None,
@@ -85,7 +110,8 @@ def _total(predicted: Predicted, stages: Sequence[PredictedStage]) -> float | No
     decode = max(stages, key=lambda stage: stage.decode_step_s).decode_error_percent
     if prefill is None or decode is None or predicted.total_s <= 0:
         return None
-    return (predicted.prefill_s * prefill + predicted.decode_s * decode) / predicted.total_s
+    share = predicted.share_of_prefills
+    return share * prefill + (1 - share) * decode
 
 
 def _parts(problem: Problem, assignment: Assignment, rank: int, phase: str) -> Iterator[Part]:

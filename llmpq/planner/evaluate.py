@@ -33,16 +33,16 @@ from llmpq.serving import serving
 def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
     """Times, memory and quality of an assignment; no lower bound is known here."""
     groups = problem.groups(assignment.setting.batch)
-    prefill, total = (
-        sum(parts)
-        for parts in zip(*(_seconds(problem, assignment, g) for g in groups), strict=True)
-    )
+    parts = [_seconds(problem, assignment, group) for group in groups]
+    prefill, total = (sum(seconds) for seconds in zip(*parts, strict=True))
+    decode = (parts[-1][1] - parts[-1][0]) / float(groups[-1].num_batches.sum())  # the last batch's
     omega = problem.quality.sum_omega(assignment.precisions)
     return Predicted(
         total_s=total,
-        prefill_s=prefill,
-        decode_s=total - prefill,
-        tokens_per_s=problem.num_new_tokens / total,
+        prefill_s=total - decode,
+        decode_s=decode,
+        prefill_share=prefill / total,
+        **speeds(problem, total),
         quality_loss_percent=problem.quality.expected_percent(omega),
         sum_sensitivity=omega,
         objective=total + problem.theta * omega,
@@ -51,6 +51,14 @@ def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
         planning_s=0.0,
         stages=[_stage(problem, assignment, rank) for rank in range(len(assignment.stages))],
     )
+
+
+def speeds(problem: Problem, total_s: float) -> dict[str, float]:
+    """What the workload's tokens and requests are a second."""
+    return {
+        "tokens_per_s": problem.num_new_tokens / total_s,
+        "requests_per_s": problem.repeats * len(problem.lengths) / total_s,
+    }
 
 
 def bounded(predicted: Predicted, lower_bound: float, planning_s: float) -> Predicted:

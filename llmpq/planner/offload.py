@@ -30,7 +30,8 @@ class OffloadPlan:
     """What one device does with the whole workload.
 
     Shares are those on the device. Where nothing fits, `why_not` says what is short of the smallest
-    that was tried, times are infinite and the bytes are those that it would need.
+    that was tried, times are infinite and the bytes are those that it would need. `prefill_s`:
+    until the first token of every request is there, `decode_s`: from then on, of the last block.
     """
 
     device_type: str
@@ -85,14 +86,14 @@ def offload_plan(
     weights_share, cache_share = shares(held, device.memory_bytes)
     if not len(weights_share):
         return _too_large(problem, block, held)
-    prefill, decode = _seconds(problem, block, held, weights_share, cache_share)
-    best = int((prefill + decode).argmin())
+    total_s, decode_s = _seconds(problem, block, held, weights_share, cache_share)
+    best = int(total_s.argmin())
     plan = _plan(problem, block, held, float(weights_share[best]), float(cache_share[best]))
-    total = float(prefill[best] + decode[best])
+    total, decode = float(total_s[best]), float(decode_s[best])
     return replace(
         plan,
-        prefill_s=float(prefill[best]),
-        decode_s=float(decode[best]),
+        prefill_s=total - decode,
+        decode_s=decode,
         total_s=total,
         tokens_per_s=problem.num_new_tokens / total,
         objective=total + problem.theta * _omega(problem, precision),
@@ -152,15 +153,16 @@ def _seconds(
     weights_share: np.ndarray,
     cache_share: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[K] each: prefill and decode of all requests, by the shares [K]."""
+    """[K] each: of all requests, and of the last block's decode steps, by the shares [K]."""
     streamed = (1 - weights_share[:, None]) * held.weights / problem.spec.num_layers
     missing = 1 - cache_share[:, None]
-    prefill, decode = np.zeros(len(weights_share)), np.zeros(len(weights_share))
+    total, last = np.zeros(len(weights_share)), np.zeros(len(weights_share))
     for group in problem.groups(block.batch):
-        prefill += _prefill_s(problem, block, group, streamed, missing) @ group.num_batches
-        steps = group.num_batches * group.num_steps
-        decode += _step_s(problem, block, group, streamed, missing) @ steps
-    return prefill, decode
+        total += _prefill_s(problem, block, group, streamed, missing) @ group.num_batches
+        decode = _step_s(problem, block, group, streamed, missing) * group.num_steps
+        total += decode @ group.num_batches
+        last = decode[:, -1]
+    return total, last
 
 
 def _prefill_s(

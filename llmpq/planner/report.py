@@ -15,11 +15,11 @@ from llmpq.plan import Plan, Predicted, PredictedStage, Stage
 from llmpq.planner.baselines import Outcome, amount, in_bits
 from llmpq.planner.offload import OffloadPlan
 from llmpq.planner.what_if import Change
+from llmpq.report import SECONDS_PER_HOUR, duration
 from llmpq.serving import needs_library
 
 BAR_WIDTH = 10
 AS_FAST = "as fast"
-SECONDS_PER_HOUR = 3600
 Row = tuple[str, Plan | str, float | None]  # cluster, its plan or why it has none, price per hour
 
 
@@ -151,8 +151,8 @@ def print_offload(console: Console, found: OffloadPlan, notes: Sequence[str]) ->
     console.print(
         styled(
             (f"{found.tokens_per_s:.1f} tokens/s", "bold"),
-            f" predicted: {found.total_s:.2f} s (prefill {found.prefill_s:.2f} s, decode "
-            f"{found.decode_s:.2f} s)",
+            f" predicted: {duration(found.total_s)} (every request's first token by "
+            f"{found.prefill_s:.2f} s)",
         )
     )
     console.print(
@@ -293,14 +293,31 @@ def _summary(
         f"and {plan.decode_micro_batch} (decode)",
         styled(
             (f"{predicted.tokens_per_s:.1f} tokens/s", "bold"),
-            f" predicted{_expected_error(predicted)}: {predicted.total_s:.2f} s "
-            f"(prefill {predicted.prefill_s:.2f} s, decode {predicted.decode_s:.2f} s)",
+            f"{_requests(predicted)} predicted{_expected_error(predicted)}: "
+            f"{expected_time(predicted)}",
         ),
         f"quality loss {predicted.quality_loss_percent:.3f} % of perplexity "
         f"({quality_source}); {limits}",
         f"objective {predicted.objective:.4g}, {_bound(predicted)}; "
         f"planned in {predicted.planning_s:.1f} s",
     ]
+
+
+def _requests(predicted: Predicted) -> str:
+    """Plans of earlier versions do not say."""
+    speed = predicted.requests_per_s
+    return "" if speed is None else f", {speed:.3g} requests/s"
+
+
+def expected_time(predicted: Predicted) -> str:
+    """How long it takes, when every request has its first token, what part prefills have."""
+    if predicted.prefill_share is None:
+        return duration(predicted.total_s)
+    return (
+        f"{duration(predicted.total_s)}; every request has its first token after "
+        f"{predicted.prefill_s:.2f} s, prefills are {100 * predicted.prefill_share:.0f} % of the "
+        "busiest stage's work"
+    )
 
 
 def kernel_line(plan: Plan) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmpq.costs.simulate import Played, play
 from llmpq.plan import Predicted
-from llmpq.planner.evaluate import actor_works
+from llmpq.planner.evaluate import actor_works, speeds
 from llmpq.planner.problem import Assignment, Problem, Setting, Work
 from llmpq.schedule import WINDOW, Item, Job, Schedule
 from llmpq.workload import chunk_tokens, lanes, lanes_for
@@ -34,11 +34,11 @@ def with_run(
     Of runs of about `most_jobs` and more a sample is played.
     """
     played, total = _played(problem, assignment, most_jobs)
-    prefill = total * played.prefill_s / played.total_s
-    update = {"total_s": total, "prefill_s": prefill, "decode_s": total - prefill}
+    decode = played.decode_s  # of the last requests alone: the same in a sample
+    update = {"total_s": total, "prefill_s": total - decode, "decode_s": decode}
     update["objective"] = total + problem.theta * predicted.sum_sensitivity
-    speed = {"tokens_per_s": problem.num_new_tokens / total, "closed_form_s": predicted.priced_s}
-    return predicted.model_copy(update=update | speed)
+    update |= {"prefill_share": played.prefill_share, "closed_form_s": predicted.priced_s}
+    return predicted.model_copy(update=update | speeds(problem, total))
 
 
 def run_s(problem: Problem, assignment: Assignment, most_jobs: int = MOST_JOBS) -> float:

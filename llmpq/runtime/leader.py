@@ -18,13 +18,17 @@ from llmpq.schedule import Job, Schedule
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is. `busy_ms`: what each stage has computed so far, as far as is known."""
+    """How far a run is. `busy_ms`: what each stage has computed so far, as far as is known.
+
+    `num_begun`: requests that have their first token.
+    """
 
     num_done: int
     num_tokens: int
     busy_ms: tuple[int, ...]
     cache_tokens: int
     cache_reserved: int
+    num_begun: int = 0
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Leader:
         self._inbox: Inbox[list[int]] | None = None
         self._outbox: Outbox | None = None
         self._busy_ms: tuple[int, ...] = (0,) * worker.headers.num_stages
-        self.num_done = self.num_tokens = 0
+        self.num_done = self.num_tokens = self.num_begun = 0
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -153,6 +157,7 @@ class Leader:
         if token != BROKEN:
             tokens.append(token)
             self.num_tokens += 1
+            self.num_begun += len(tokens) == 1
         if not last:
             return
         request = self._open.pop(number).request
@@ -171,4 +176,5 @@ class Leader:
             self._busy_ms,
             self._schedule.tokens_held,
             self._schedule.tokens_reserved,
+            self.num_begun,
         )

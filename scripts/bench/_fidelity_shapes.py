@@ -21,15 +21,8 @@ import torch
 from _common import Check, shared_data
 
 from llmpq.artifact import read_json
-from llmpq.costs.fits import (
-    RECIPES,
-    REGRESSION,
-    Model,
-    cross_validate,
-    fit_all,
-    grouped,
-    points_of,
-)
+from llmpq.costs.fits import cross_validate, fit_all
+from llmpq.costs.recipes import RECIPES, REGRESSION, Model, grouped, points_of
 from llmpq.model_spec import config_path, load_model_spec
 from llmpq.models.stage_model import load_config
 from llmpq.precision import PRECISIONS
@@ -137,8 +130,8 @@ def _table(rows: Sequence[ProfileRow], phase: str) -> dict[str, float]:
     """Percent by recipe: cross-validated on the profile itself, the mean over precisions."""
     groups = [points_of(g) for (_, p), g in grouped(rows).items() if p == phase]
     return {
-        name: 100 * statistics.fmean(float(cross_validate(recipe, g).mean()) for g in groups)
-        for name, recipe in RECIPES.items()
+        name: 100 * statistics.fmean(float(cross_validate(name, g).mean()) for g in groups)
+        for name in RECIPES
     }
 
 

@@ -1,5 +1,8 @@
 """What a stage holds is what the planner's memory model says."""
 
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 from families import CPU, FAMILIES, hand_made_plan
@@ -9,6 +12,7 @@ from llmpq.models.stage_model import load_config
 from llmpq.quant import available_precisions, machine_here
 from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.engine import Engine
+from llmpq.runtime.request import Request
 from llmpq.runtime.transport import LocalHub, LocalTransport
 from llmpq.workload import request_lengths
 
@@ -19,16 +23,30 @@ SHAPES = [(8, 1, 8, 24, 12), (16, 16, 16, 48, 4), (4, 2, 1, 100, 20), (6, 3, 6, 
 TIGHTEST = 1.25
 
 
-def accounts(model, plan):
-    """(what the engine accounts for, what the planner predicts) of every stage."""
+class Keeping(LocalTransport):
+    """What is sent lives as long as whoever waits for it, as with torch.distributed."""
+
+    def send_hidden(self, tensor):
+        pending = super().send_hidden(tensor)
+        return SimpleNamespace(wait=pending.wait, tensor=tensor)
+
+
+def engines(model, plan):
+    """An engine for each stage."""
     config, weights = load_config(model.folder), Checkpoint(model.folder)
-    hub, lengths = LocalHub(len(plan.stages)), request_lengths(plan.workload)
+    hub = LocalHub(len(plan.stages))
+    for rank in range(len(plan.stages)):
+        transport = Keeping(rank, hub)
+        yield Engine(plan, config, weights, transport, torch.bfloat16, CPU, rehearse=False)
+
+
+def predictions(plan):
+    """What the planner says of each stage."""
     micro_batches = plan.prefill_micro_batch, plan.decode_micro_batch
+    lengths = request_lengths(plan.workload)
     sizes = run_sizes(lengths, plan.batch, *micro_batches, len(plan.stages))
     for rank, stage in enumerate(plan.stages):
-        transport = LocalTransport(rank, hub)
-        engine = Engine(plan, config, weights, transport, torch.bfloat16, CPU, rehearse=False)
-        predicted = stage_memory(
+        yield stage_memory(
             plan.model,
             stage.precisions,
             first=rank == 0,
@@ -36,6 +54,11 @@ def accounts(model, plan):
             sizes=sizes,
             machine=machine_here(CPU, torch.bfloat16),
         )
+
+
+def accounts(model, plan):
+    """(what the engine accounts for, what the planner predicts) of every stage."""
+    for engine, predicted in zip(engines(model, plan), predictions(plan), strict=True):
         yield engine.account, predicted
 
 
@@ -63,3 +86,43 @@ def test_memory_is_what_the_planner_predicts(name, family_model, tiny_tales, rec
     print(f"{name}: measured / predicted activations {min(ratios):.2f} .. {max(ratios):.2f}")
     assert max(ratios) <= 1
     assert min(ratios) >= 1 / TIGHTEST
+
+
+def run(crew, lengths):
+    """All requests through all stages, each in its thread."""
+    requests = [
+        Request(str(n), n, tuple(range(3, 3 + p)), new) for n, (p, new) in enumerate(lengths)
+    ]
+
+    def work(engine):
+        if engine.transport.rank:
+            engine.follow()
+        else:
+            engine.lead(dict(enumerate(lengths)), requests.__getitem__, lambda _: None)
+
+    threads = [threading.Thread(target=work, args=(engine,)) for engine in crew]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+# Prefills come one behind the other before any decode step; few or all requests in one; steps that
+# are wider than prompts.
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"batch": 12, "p": 1, "q": 12, "prompt": 60, "new": 1},
+        {"batch": 12, "p": 5, "q": 3, "prompt": 40, "new": 3},
+        {"batch": 9, "p": 2, "q": 9, "prompt": 1, "new": 4},
+    ],
+)
+def test_messages_of_a_run_are_no_more_than_predicted(family_model, sizes):
+    model = family_model("llama")
+    last = model.num_layers
+    plan = hand_made_plan(model.spec, [1, 2, last], "16", **sizes)
+    crew = list(engines(model, plan))
+    run(crew, [(sizes["prompt"], sizes["new"])] * (3 * sizes["batch"]))
+    for engine, predicted in zip(crew, predictions(plan), strict=True):
+        assert 0 < engine.account.buffers <= predicted.buffers

@@ -34,6 +34,8 @@ def check_report(path: Path, num_stages: int, tokens: dict[str, list[int]]) -> N
     assert [stage["rank"] for stage in report["stages"]] == list(range(num_stages))
     assert all(set(stage) >= STAGE_KEYS for stage in report["stages"])
     assert report["total_s"] == pytest.approx(report["prefill_s"] + report["decode_s"])
+    assert 0 < report["prefill_s"] < report["total_s"] and 0 < report["prefill_share"] < 1
+    assert report["requests_per_s"] == pytest.approx(len(tokens) / report["total_s"])
 
 
 def test_torchrun_with_the_console_script(job, expected):

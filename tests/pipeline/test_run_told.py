@@ -98,3 +98,13 @@ def test_progress_tells_speed_busy_shares_and_the_cache():
     collector.show(status)
     assert Shown.said[0].startswith("3 (")
     assert "stages busy 0 0 %; cache 25 % used" in Shown.said[0]
+
+
+def test_the_prefill_ends_when_the_last_request_has_its_first_token(monkeypatch):
+    """Also where decoding is under way between one prefill and the next."""
+    clock = iter([1.0, 2.0, 5.0, 9.0])
+    monkeypatch.setattr("llmpq.cli.run_lead.time.perf_counter", lambda: next(clock))
+    collector = _Collector(None, None, SimpleNamespace(is_due=lambda: False))
+    for num_begun in (2, 2, 3, 3):
+        collector.show(Status(0, 9, (0,), 1, 1, num_begun))
+    assert collector.begun_s == 5.0

@@ -18,7 +18,14 @@ from llmpq.costs.spec_sheet import Roofline, efficiency
 from llmpq.costs.timeline import Split, mean_past, split
 from llmpq.devices import device_library
 from llmpq.errors import UserError
-from llmpq.kernel import GRAPH_BYTES, HEAD_LAUNCHES, LAYER_LAUNCHES, START_S, graph_lengths
+from llmpq.kernel import (
+    GRAPH_BYTES,
+    HEAD_LAUNCHES,
+    LAYER_LAUNCHES,
+    STAGE_CALL_S,
+    START_S,
+    graph_lengths,
+)
 from llmpq.machine import TORCH_CARD, cpu
 from llmpq.model_spec import ModelSpec, spec_from_config
 from llmpq.profile_data import Phase, Profile, ProfiledDevice, ProfileRow, Sensitivity
@@ -276,7 +283,7 @@ def test_embedding_and_head_of_a_shared_stage() -> None:
     launches_s = HEAD_LAUNCHES * START_S
     part = (float(one.head_s(16)) - launches_s) / 4 + launches_s
     assert float(four.head_s(16)) == pytest.approx(part + best)
-    assert float(four.stage_prefill_s(2, 9)) == 0.0
+    assert float(four.stage_prefill_s(2, 9)) == STAGE_CALL_S  # every device is called
 
 
 def test_a_shared_stage_takes_arrays_everywhere() -> None:
@@ -498,17 +505,27 @@ def test_graphs_keep_what_decode_steps_compute_in() -> None:
 def test_messages_by_hand() -> None:
     """Three stages: four prefills of two prompts, and two lanes' steps; 16 bytes of header each.
 
-    One prefill more where messages come in.
+    One prefill more for what is computed, or sent on top of what is kept.
     """
     prompt, step = 16 + 2 * 30 * H * 2, 16 + 4 * H * 2
     waiting = 4 * prompt + 2 * step
     for first, last, held in (
         (True, True, 0),
-        (True, False, waiting),
+        (True, False, waiting + prompt),
         (False, False, 2 * waiting + prompt),
         (False, True, waiting + prompt),
     ):
         assert memory.buffer_bytes(SPEC, SIZES, first=first, last=last) == held
+    few = replace(SIZES, lanes=(LaneShape(4, 40),))  # of four prompts two each are under way
+    coming, going = 4 * 16 + 4 * 30 * H * 2 + step, 4 * prompt + step
+    assert memory.buffer_bytes(SPEC, few, first=False, last=True) == coming + prompt
+    assert memory.buffer_bytes(SPEC, few, first=False, last=False) == coming + going + prompt
+    chunks = replace(few, prompt_tokens=300)
+    assert memory.buffer_bytes(SPEC, chunks, first=False, last=True) == going + prompt
+    wide = replace(SIZES, lanes=(LaneShape(99, 40),), chunk_tokens=1, prompt_tokens=1)
+    assert memory.buffer_bytes(SPEC, wide, first=True, last=False) == (
+        4 * (16 + 2 * H * 2) + 2 * (16 + 99 * H * 2)
+    )
     stage = stage_memory(SPEC, ["16"], first=False, last=True, sizes=SIZES, context=99)
     assert (stage.buffers, stage.context) == (waiting + prompt, 99)
     assert stage.total == stage.weights + stage.cache + stage.activations + stage.buffers

@@ -5,17 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from llmpq.costs import fits
-from llmpq.costs.fits import (
-    BEYOND,
-    RECIPES,
-    Points,
-    chosen_models,
-    fit,
-    fit_all,
-    non_negative,
-    worst,
-)
+from llmpq.costs import recipes
+from llmpq.costs.fits import BEYOND, chosen_models, fit, fit_all, worst
+from llmpq.costs.least_squares import non_negative
+from llmpq.costs.recipes import RECIPES, Points
 from llmpq.profile_data import Candidate, Phase, ProfileRow
 
 SIZES = [(p, s) for p in (1, 2, 4, 8, 16) for s in (8, 16, 32, 64, 128, 256)]
@@ -62,9 +55,9 @@ def test_every_recipe_recovers_the_papers_plane(name: str) -> None:
     assert float(found.seconds(8, 100)) * 1e3 == pytest.approx(exact, rel=0.03)
 
 
-def fit_by(name: str, rows: list[ProfileRow]) -> fits.Model:
+def fit_by(name: str, rows: list[ProfileRow]) -> recipes.Model:
     """The model of one recipe."""
-    return RECIPES[name](fits.points_of(rows))
+    return RECIPES[name](recipes.points_of(rows))
 
 
 @pytest.mark.parametrize("time_ms", [roofline, kernels])
@@ -72,7 +65,7 @@ def test_pieces_follow_what_a_plane_cannot(time_ms: Callable[[int, int], float])
     """Rooflines bend and kernels jump; the choice sees it and beats the regression by far."""
     rows = prefills(time_ms)
     found = fit(rows)
-    paper = fit_by(fits.REGRESSION, rows)
+    paper = fit_by(recipes.REGRESSION, rows)
     unseen = [(p, s) for p in (1, 3, 6, 12) for s in (12, 24, 90, 200)]
     ours, theirs = (
         np.mean([abs(float(model.seconds(p, s)) * 1e3 / time_ms(p, s) - 1) for p, s in unseen])
@@ -128,7 +121,7 @@ def test_errors_are_relative_to_noise() -> None:
 def test_few_rows_get_the_tamest_model() -> None:
     """Any tool may write a profile, however small; no coefficient swings below 0 then."""
     found = fit([row("decode", q, past, 1.0 + q) for q in (1, 4) for past in (16, 64)])
-    assert found.name == fits.NON_NEGATIVE
+    assert found.name == recipes.NON_NEGATIVE
     assert float(found.seconds(2, 30)) * 1e3 == pytest.approx(3.0, rel=1e-6)
 
 
@@ -173,13 +166,13 @@ def test_one_recipe_a_phase_is_chosen_over_all_precisions() -> None:
     found = fit_all([*prefills(kernels), *others, *few])
     assert found["16", "prefill"].name == found["4", "prefill"].name
     assert "switch" in found["4", "prefill"].name
-    assert found["3", "prefill"].name == fits.NON_NEGATIVE
-    known = fit_all([*prefills(kernels), *others], {("4", "prefill"): fits.REGRESSION})
-    assert known["4", "prefill"].name == fits.REGRESSION
+    assert found["3", "prefill"].name == recipes.NON_NEGATIVE
+    known = fit_all([*prefills(kernels), *others], {("4", "prefill"): recipes.REGRESSION})
+    assert known["4", "prefill"].name == recipes.REGRESSION
 
 
 def test_points_average_repeated_rows() -> None:
     """Two profiles of one device hold the same point."""
-    points = fits.points_of([row("head", 2, 0, 1.0), row("head", 2, 0, 3.0)])
+    points = recipes.points_of([row("head", 2, 0, 1.0), row("head", 2, 0, 3.0)])
     assert isinstance(points, Points)
     assert points.seconds.tolist() == pytest.approx([0.002])

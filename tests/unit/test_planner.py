@@ -144,6 +144,8 @@ def profile_data(spec: ModelSpec) -> dict[str, Any]:
         add("embedding", size, length, 0.01 + 1e-4 * size * length)
     for size in (1, 2, 4, 8, 16):
         add("head", size, 0, 0.05 + 0.01 * size)
+    for call in ("stage_prefill", "stage_decode"):
+        add(call, 1, 8, 1e-6)
     device = {"name": "Test CPU", "type": "cpu", "memory_bytes": 2**33, "num_threads": 1}
     return {"schema_version": 1, "kind": "profile", "device": device, "rows": rows}
 

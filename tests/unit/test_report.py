@@ -17,6 +17,7 @@ from llmpq.planner.baselines import Outcome
 from llmpq.planner.frontier import Point, frontier
 from llmpq.planner.offload import flexgen
 from llmpq.planner.report import (
+    expected_time,
     kernel_line,
     print_changes,
     print_comparison,
@@ -62,6 +63,22 @@ def test_the_report_names_stages_memory_and_times_in_plain_text(
     for part in ("MiB", "#", "free", "prefill ms", "decode ms", "tokens/s", "a prior", "gap"):
         assert part in text
     assert "[take] note" in text and "\x1b" not in text
+
+
+def test_a_plans_time_says_when_first_tokens_are_there_and_how_many_requests_a_second(
+    console: PlainConsole, plan: Plan
+) -> None:
+    assert plan.predicted is not None
+    long = plan.predicted.model_copy(
+        update={"total_s": 9000.0, "prefill_s": 8000.0, "prefill_share": 0.25}
+    )
+    text = " ".join(report(console, plan.model_copy(update={"predicted": long})).split())
+    assert f"tokens/s, {long.requests_per_s:.3g} requests/s predicted" in text
+    assert "9000.00 s (2.50 hours); every request has its first token after 8000.00 s" in text
+    assert "prefills are 25 % of the busiest stage's work" in text
+    earlier = long.model_copy(update={"requests_per_s": None, "prefill_share": None})
+    assert earlier.share_of_prefills == pytest.approx(8 / 9)
+    assert expected_time(earlier) == "9000.00 s (2.50 hours)"
 
 
 def test_the_kernels_that_a_plan_counts_on_are_one_line(console: PlainConsole, plan: Plan) -> None:

@@ -135,6 +135,27 @@ def test_every_request_gets_its_tokens_once(seed: int, refill: bool) -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_the_prefill_ends_when_every_request_has_its_first_token(seed: int, refill: bool) -> None:
+    """Newcomers in the slots of ended requests count, and so do the chunks of long prompts."""
+    case = Case(seed)
+    first_job: dict[int, int] = {}
+    jobs: list[Job] = []
+
+    def seconds(job: Job) -> list[float]:
+        if job.chooses:
+            for member in job.members:
+                first_job.setdefault(member.number, len(jobs))
+        jobs.append(job)
+        return case.seconds(job)
+
+    played = play(case.schedule(refill), seconds, 2 * case.num_stages)
+    assert len(first_job) == len(case.lengths)
+    assert played.prefill_s == max(played.end_s[job, -1] for job in first_job.values())
+    assert 0 < played.prefill_share <= 1
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**6))
 def test_servers_do_one_job_at_a_time_and_in_one_order(seed: int) -> None:
     case = Case(seed)
@@ -169,7 +190,8 @@ def test_one_request_on_paper() -> None:
     played = play(schedule, lambda job: (2, 1, 3, 1) if job.prefill else (1, 1, 2, 1), 4)
     assert played.start_s.tolist() == [[0, 2, 3, 6], [7, 8, 9, 11], [12, 13, 14, 16]]
     assert played.total_s == 17 and played.busy_s.tolist() == [4, 3, 7, 3]
-    assert played.prefill_s == pytest.approx(17 * 3 / 7) and played.busy_share == 7 / 14
+    assert played.prefill_s == 7 and played.busy_share == 7 / 14
+    assert played.prefill_share == pytest.approx(3 / 7)
     jobs = played.jobs
     assert (jobs.step.tolist(), jobs.parent.tolist()) == ([0, 1, 2], [-1, 0, 1])
     assert (jobs.tokens.tolist(), jobs.past.tolist()) == ([4, 1, 1], [0, 4, 5])

@@ -219,6 +219,8 @@ def test_predictions_are_of_the_simulated_run() -> None:
     assert (found.total_s, found.prefill_s) == (played.total_s, pytest.approx(played.prefill_s))
     assert found.prefill_s + found.decode_s == pytest.approx(found.total_s)
     assert found.tokens_per_s == pytest.approx(problem.num_new_tokens / played.total_s)
+    assert found.requests_per_s == pytest.approx(len(problem.lengths) / played.total_s)
+    assert found.prefill_share == played.prefill_share
     assert found.closed_form_s == found.priced_s == closed.total_s == closed.priced_s
     assert found.objective == found.total_s and closed.closed_form_s is None
 
