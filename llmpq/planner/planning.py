@@ -114,6 +114,15 @@ class _Run:
         theta = self.problem.theta / self.problem.repeats
         return replace(self.problem, num_requests=None, theta=theta, _known={})
 
+    @cached_property
+    def _runs(self) -> Confirmed:
+        return Confirmed(self.unit, self.solver, 0.0)
+
+    def compared(self, until: float, seconds: float) -> Confirmed:
+        """Simulated runs, for as long as that; what was simulated is known."""
+        deadline = min(until, time.monotonic() + seconds)
+        return replace(self._runs, deadline=deadline)
+
     def by(self, share: float, least_s: float = 0.0) -> float:
         """When a share of the time limit is over (monotonic); `least_s` from now at least."""
         limit = self.start + share * self.options.time_limit_s
@@ -171,30 +180,42 @@ def _by_moves(run: _Run, space: Space) -> Plan | None:
     return _made(run, [found], bound, "heuristic")
 
 
-def _made(run: _Run, candidates: Sequence[Assignment], bound: float, method: str) -> Plan:
-    """The plan of the candidate with the shortest run; of the first one without simulation."""
+def _made(
+    run: _Run,
+    candidates: Sequence[Assignment],
+    bound: float,
+    method: str,
+    others: Sequence[Assignment] = (),
+) -> Plan:
+    """The plan of the candidate with the shortest run; of the first one without simulation.
+
+    Or one of the `others`, should that be shorter after all.
+    """
     best = candidates[0]
     if run.options.simulate:
-        until = run.by(CONFIRM_SHARE, LEAST_S)
-        confirmed = Confirmed(run.unit, run.solver, min(until, time.monotonic() + CONFIRM_S))
-        best = confirmed.improved(confirmed.best_of(candidates))
-    predicted = _simulated(run, best, evaluate(run.problem, best))
-    predicted = bounded(predicted, bound * run.problem.repeats, run.seconds)
+        runs = run.compared(run.by(CONFIRM_SHARE, LEAST_S), CONFIRM_S)
+        best = runs.improved(runs.best_of([*candidates, *others]))
+    best = min([best, *others], key=lambda one: _predicted(run, one).objective)
+    predicted = bounded(_predicted(run, best), bound * run.problem.repeats, run.seconds)
     return to_plan(run.problem, best, method, predicted)
 
 
-def _simulated(run: _Run, assignment: Assignment, predicted: Predicted) -> Predicted:
-    if not run.options.simulate:
-        return predicted
-    return with_run(run.problem, assignment, predicted)
+def _predicted(run: _Run, assignment: Assignment) -> Predicted:
+    """Priced, and simulated where that is asked for."""
+
+    def compute() -> Predicted:
+        priced = evaluate(run.problem, assignment)
+        return with_run(run.problem, assignment, priced) if run.options.simulate else priced
+
+    return run.problem.once(("predicted", run.options.simulate, assignment), compute)
 
 
 def _plan_of(run: _Run, found: Search | None, outcomes: Sequence[Outcome]) -> Plan:
     """Ours, or another method's where that one is faster and within the budget."""
     assert found is not None
     others = [o.assignment for o in outcomes if o.assignment is not None and o.within_budget]
-    candidates = [*found.finalists[:FINALISTS], *others]
-    return _made(run, candidates, found.lower_bound, run.options.method)
+    finalists = found.finalists[:FINALISTS]
+    return _made(run, finalists, found.lower_bound, run.options.method, others)
 
 
 def _no_plan(run: _Run, found: Search, offered: Sequence[str]) -> InfeasibleError:
@@ -233,10 +254,9 @@ def _played(run: _Run, outcome: Outcome) -> Outcome:
         return outcome
     best = outcome.assignment
     if run.options.simulate:
-        until = min(run.by(1.0, LEAST_S), time.monotonic() + CONFIRM_S / len(BASELINES))
-        best = Confirmed(run.unit, run.solver, until).with_other_sizes(best)
-    predicted = _simulated(run, best, evaluate(run.problem, best))
-    return replace(outcome, assignment=best, predicted=predicted)
+        runs = run.compared(run.by(1.0, LEAST_S), CONFIRM_S / len(BASELINES))
+        best = runs.with_other_sizes(best)
+    return replace(outcome, assignment=best, predicted=_predicted(run, best))
 
 
 def _offloaded(plan: OffloadPlan | None) -> Outcome:

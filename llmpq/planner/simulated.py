@@ -74,7 +74,16 @@ def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Pla
     """
     share = len(sample.lengths) / (problem.repeats * len(problem.lengths))
     window = max(LEAST_WAVES * assignment.setting.batch, math.ceil(WINDOW * share))
-    return simulate(sample, assignment, problem.lengths, window=window)
+    grain = _grain(sample, assignment.setting)
+    return simulate(sample, assignment, problem.lengths, window=window, grain=grain)
+
+
+def _grain(problem: Problem, setting: Setting) -> int:
+    """How many requests can be played as one: equal ones that come and go together."""
+    if len(set(problem.lengths)) > 1:
+        return 1
+    sizes = setting.batch, setting.prefill_micro_batch, setting.decode_micro_batch
+    return math.gcd(*sizes, len(problem.lengths))
 
 
 def sample_of(problem: Problem, setting: Setting, most_jobs: int) -> Problem:
@@ -107,16 +116,28 @@ def simulate(
     refill: bool = True,
     window: int = WINDOW,
     told: Callable[[int], None] = lambda _: None,
+    grain: int = 1,
 ) -> Played:
     """The run of all requests that are listed; `told` hears how many have ended.
 
     `planned`: the lengths that the plan was made for, where these are others than the workload's;
-    `window`: how many requests are looked at ahead of their turn.
+    `window`: how many requests are looked at ahead of their turn; `grain`: so many equal requests
+    are played as one.
     Raises `UserError` where one request needs more cache than the whole plan has.
     """
-    works = actor_works(problem, assignment)
-    schedule = make_schedule(problem, assignment.setting, planned, refill=refill, window=window)
-    return play(schedule, _Seconds(works), len(works), told)
+    works, setting = actor_works(problem, assignment), assignment.setting
+    seconds = _Seconds(works, grain)
+    if grain > 1:
+        problem = replace(problem, lengths=problem.lengths[::grain], _known={})
+        prefill, decode = setting.prefill_micro_batch, setting.decode_micro_batch
+        sizes = (size // grain for size in (setting.batch, prefill, decode))
+        setting = Setting(setting.places, *sizes)
+    schedule = make_schedule(problem, setting, planned, refill=refill, window=window)
+    played = play(schedule, seconds, len(works), told)
+    jobs = replace(
+        played.jobs, requests=grain * played.jobs.requests, rows=grain * played.jobs.rows
+    )
+    return replace(played, jobs=jobs)
 
 
 def make_schedule(
@@ -150,8 +171,8 @@ def least_jobs(problem: Problem, setting: Setting) -> int:
 class _Seconds:
     """What each server needs for a job; what was asked once is known."""
 
-    def __init__(self, works: Sequence[Work]) -> None:
-        self.works = works
+    def __init__(self, works: Sequence[Work], grain: int) -> None:
+        self.works, self.grain = works, grain
         self.prefills: dict[tuple[int, int, int], list[float]] = {}
         self.decodes: dict[tuple[int, int], list[list[float]]] = {}
 
@@ -159,21 +180,23 @@ class _Seconds:
         return self._prefill(job) if job.prefill else self._decode(job)
 
     def _prefill(self, job: Job) -> list[float]:
-        key, tokens = (job.rows, job.begin, job.end), job.end - job.begin
+        rows, tokens = self.grain * job.rows, job.end - job.begin
+        key = rows, job.begin, job.end
         if key not in self.prefills:
             *_, way_back = self.works
             self.prefills[key] = [
-                prefill_s(work, *key) if place % 2 == 0 else _prefill(work, job.rows, tokens)
+                prefill_s(work, *key) if place % 2 == 0 else _prefill(work, rows, tokens)
                 for place, work in enumerate(self.works[:-1])
-            ] + [float(way_back.decode(job.rows, 0.0))]
+            ] + [float(way_back.decode(rows, 0.0))]
         return self.prefills[key]
 
     def _decode(self, job: Job) -> list[float]:
         block, place = divmod(job.end - job.begin - 1, BLOCK)
-        key = job.rows, block
+        rows = self.grain * job.rows
+        key = rows, block
         if key not in self.decodes:
             past = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=float)
-            each = [np.broadcast_to(w.decode(job.rows, past), past.shape) for w in self.works]
+            each = [np.broadcast_to(w.decode(rows, past), past.shape) for w in self.works]
             self.decodes[key] = np.stack(each, axis=1).tolist()
         return self.decodes[key][place]
 
