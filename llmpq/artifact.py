@@ -27,7 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmpq import __version__
-from llmpq.errors import UserError
+from llmpq.errors import UserError, one_line
 
 SCHEMA_VERSION: Final = 1
 MAX_DIGITS = 19
@@ -150,7 +150,7 @@ class RepeatedKey(ValueError):
     """A key is twice in one object, and nothing says which value is meant."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"the key {_show(key)} is there twice")
+        super().__init__(f"the key {show_value(key)} is there twice")
         self.key = key
 
 
@@ -181,7 +181,7 @@ def read_yaml(path: Path, kind: type[M]) -> M:
     except RecursionError:
         raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except Exception as error:  # a tag that does not fit its value raises one of many kinds
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
     return validate(data, kind, path)
 
 
@@ -192,7 +192,7 @@ class _Loader(yaml.SafeLoader):
         """The mapping, where no key is there twice."""
         repeated = _repeated(node)
         if repeated is not None:
-            what = f"the key {_show(repeated.value)} is there twice"
+            what = f"the key {show_value(repeated.value)} is there twice"
             raise yaml.constructor.ConstructorError(None, None, what, repeated.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -200,7 +200,7 @@ class _Loader(yaml.SafeLoader):
 def validate(data: Any, kind: type[M], path: Path) -> M:
     """`data` as a `kind`, or one `UserError` that lists every fault with its line in `path`."""
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected keys and values, found {_show(data)}")
+        raise UserError(f"{path}: expected keys and values, found {show_value(data)}")
     try:
         value = kind.model_validate(data)
         if faults := list(_converted(data, value.model_dump(), ())):
@@ -280,7 +280,7 @@ def _converted_fault(
     line = _line_of(root, list(keys))
     where = f"{path}:{line}" if line else str(path)
     name = ".".join(map(str, keys))
-    return f"{where}: {name}: expected {_sort(taken)} (found {_show(found)})"
+    return f"{where}: {name}: expected {_sort(taken)} (found {show_value(found)})"
 
 
 def _fault(path: Path, root: yaml.Node | None, data: Any, fault: Any, kind: type[BaseModel]) -> str:
@@ -295,7 +295,7 @@ def _fault(path: Path, root: yaml.Node | None, data: Any, fault: Any, kind: type
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if keys and not isinstance(fault["input"], dict | list):
-        message += f" (found {_show(fault['input'])})"
+        message += f" (found {show_value(fault['input'])})"
     return f"{where}: {name}: {message}"
 
 
@@ -388,6 +388,7 @@ def _child(node: yaml.Node, key: Any) -> tuple[yaml.Mark, yaml.Node] | None:
     return None
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
+    """A value of a file for a message: 60 characters at most, however long or deep it is."""
     text = reprlib.repr(value)  # bounded in depth and length, whatever a file's aliases unfold to
     return text if len(text) <= 60 else text[:57] + "..."

@@ -12,6 +12,17 @@ Each holds the whole message, so that a command prints it and exits without a tr
 Programming mistakes stay `AssertionError`, `TypeError` and the like, with their traceback.
 """
 
+MOST_SAID = 160  # characters of what a library says, as part of a message
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of a fault: one line of `MOST_SAID` characters at most.
+
+    Some of them quote whole values of a broken file.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MOST_SAID else f"{text[: MOST_SAID - 3]}..."
+
 
 class LlmpqError(Exception):
     """Base of all errors a user is meant to read."""

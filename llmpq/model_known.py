@@ -6,6 +6,7 @@ values: a model with "num_experts": 0 is no mixture, one with "moe_num_experts":
 Not covered: weights, and settings that no family in the table reads.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,7 @@ ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 NUMBERS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_pct")
 NUM_EXPERTS = r"(moe_)?(num|n)_(local_|routed_)?experts"
+EPSILONS = ("_eps", "_epsilon")
 SPECIAL = ("Infinity", "-Infinity", "NaN")
 
 
@@ -38,6 +40,23 @@ def with_floats(value: Any) -> Any:
             return float(value["__float__"])
         return {key: with_floats(each) for key, each in value.items()}
     return [with_floats(each) for each in value] if isinstance(value, list) else value
+
+
+def odd_number(value: Any, key: str = "") -> tuple[str, float] | None:
+    """Key and value of a number that gives NaN or nonsense: NaN, a base or an epsilon that is
+    infinite or below zero; None where there is none.
+
+    Elsewhere transformers' own classes may use infinity for what is not limited.
+    """
+    if isinstance(value, dict):
+        found = (odd_number(each, f"{key}.{name}" if key else name) for name, each in value.items())
+        return next((one for one in found if one is not None), None)
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        return None
+    name = key.rpartition(".")[2]
+    least = 1e-300 if name == "rope_theta" else 0.0 if name.endswith(EPSILONS) else -math.inf
+    most = 1e12 if least > -math.inf else math.inf
+    return None if least <= value <= most else (key, value)
 
 
 def num_experts(config: Any) -> int:
@@ -90,7 +109,8 @@ def _works(rope: Any) -> bool:
         return False
     kind = rope.get("rope_type", rope.get("type", "default"))
     needed = ROPE_KEYS.get(kind) if isinstance(kind, str) else None
-    return needed is not None and all(_is_number(rope.get(key)) for key in needed)
+    given = ("rope_theta",) if rope.get("rope_theta") is not None else ()
+    return needed is not None and all(_is_number(rope.get(key)) for key in (*needed, *given))
 
 
 def _fits(types: Any, num_layers: int) -> bool:

@@ -29,9 +29,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from llmpq import __version__
-from llmpq.artifact import Strict, cache_folder, parse_json, write_text
+from llmpq.artifact import Strict, cache_folder, parse_json, show_value, write_text
 from llmpq.errors import UserError
-from llmpq.model_known import is_known, num_experts, with_floats
+from llmpq.model_known import is_known, num_experts, odd_number, with_floats
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = "tiny-tales"  # ships inside the package
@@ -245,6 +245,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def refuse_plainly(config: dict[str, Any], source: str) -> None:
     """Refuses by the settings alone what needs no more to be refused."""
     model_type = config["model_type"]
+    if odd := odd_number(config):
+        raise UserError(f"{source}: '{odd[0]}' is {show_value(odd[1])}, which no model can have")
     if not isinstance(config.get("text_config", {}), dict):
         raise UserError(f"{source}: 'text_config' must be an object")
     if "text_config" in config and model_type not in FAMILIES:
@@ -363,7 +365,9 @@ class _Config:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                self.faults.append(f"{self.source}: '{name}' must be a positive integer: {value!r}")
+                self.faults.append(
+                    f"{self.source}: '{name}' must be a positive integer: {show_value(value)}"
+                )
                 return 1
             return value
         if default is None:
@@ -373,7 +377,7 @@ class _Config:
     def flag(self, key: str, default: bool) -> bool:
         value = self.data.get(key, default)
         if value is not None and not isinstance(value, bool):
-            self.faults.append(f"{self.source}: '{key}' must be true or false: {value!r}")
+            self.faults.append(f"{self.source}: '{key}' must be true or false: {show_value(value)}")
         return bool(value)
 
     def raise_faults(self) -> None:

@@ -20,9 +20,7 @@ from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.plan_diff import Place, PlanDiff, changes, layer_ranges
 from llmpq.precision import PRECISIONS
 from llmpq.quantizer import Quantizer
-from llmpq.workload import Workload
-
-MAX_BATCH = 100_000  # requests in flight; a plan with more is a mistake
+from llmpq.workload import MAX_BATCH, Workload
 
 
 class Stage(Strict):

@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from llmpq.artifact import Strict, read_yaml, text_encoding
-from llmpq.errors import UserError
+from llmpq.errors import UserError, one_line
 from llmpq.schedule import LaneShape, cache_tokens
 
+MAX_BATCH = 100_000  # requests in flight; more is a mistake
 CLASSES = 5  # of requests by length
 LEAST_CHUNK_TOKENS = 64
 DELIMITERS = ",;\t"  # of traces
@@ -79,7 +80,7 @@ class Workload(Strict):
     prompt_tokens: Lengths
     new_tokens: Lengths
     num_requests: PositiveInt = Field(le=10_000_000)
-    batch: PositiveInt | Literal["auto"] = "auto"
+    batch: Annotated[PositiveInt, Field(le=MAX_BATCH)] | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _trace_column(source: Trace, folder: Path) -> list[int]:
         encoding, delimiter = _form_of(path, source.column)
         table = pandas.read_csv(path, encoding=encoding, sep=delimiter)
     except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable CSV file ({error})") from None
+        raise UserError(f"{path}: not a readable CSV file ({one_line(error)})") from None
     if source.column not in table:
         raise UserError(f"{path}: no column '{source.column}'; it has {', '.join(table.columns)}")
     column = pandas.to_numeric(table[source.column], errors="coerce")

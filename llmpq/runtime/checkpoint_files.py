@@ -16,8 +16,8 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llmpq.artifact import parse_json
-from llmpq.errors import UserError
+from llmpq.artifact import parse_json, show_value
+from llmpq.errors import UserError, one_line
 
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -84,7 +84,9 @@ def weights_file(folder: Path) -> Path:
     named = config.get("transformers_weights") if isinstance(config, dict) else None
     if isinstance(named, str):
         if Path(named).name != named or not named.endswith((".safetensors", ".index.json")):
-            raise UserError(f"{path}: 'transformers_weights' {named!r} names no safetensors here")
+            raise UserError(
+                f"{path}: 'transformers_weights' {show_value(named)} names no safetensors here"
+            )
         if not (folder / named).is_file():
             raise UserError(f"{folder / named}: missing, but {path} names it")
         return folder / named
@@ -119,7 +121,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 def load_bin(path: Path) -> dict[str, torch.Tensor]:
@@ -164,8 +166,8 @@ def _header(path: Path) -> dict[str, Stored]:
             return {n: Stored(path, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{path}: not a readable safetensors file ({path.stat().st_size} bytes): {error}; "
-            "was it fetched whole?"
+            f"{path}: not a readable safetensors file ({path.stat().st_size} bytes): "
+            f"{one_line(error)}; was it fetched whole?"
         ) from None
 
 

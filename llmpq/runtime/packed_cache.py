@@ -33,12 +33,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from llmpq import __version__
-from llmpq.errors import UserError
+from llmpq.errors import UserError, one_line
 from llmpq.models.stage_model import RawTensor
 from llmpq.precision import group_size
 from llmpq.quant import QuantizedLinear
 
-FORMAT = 1  # of the files; another one finds none of the old
+FORMAT = 2  # of the files; another one finds none of the old
 UNFINISHED = ".part"  # ends the name of a file that is being written
 LEFT_BEHIND_S = 3600  # one this old has lost its writer
 
@@ -151,7 +151,7 @@ class PackedCache:
         except FileNotFoundError:
             return False
         except (SafetensorError, OSError, ValueError) as error:
-            self._say(f"{path}: cannot be used, so the weight is packed again ({error})")
+            self._say(f"{path}: cannot be used, so the weight is packed again ({one_line(error)})")
             return False
         linear.restore(state)
         return True
@@ -206,13 +206,14 @@ def _read(path: Path, recipe: Recipe) -> dict[str, Tensor]:
 
 def _about(recipe: Recipe, state: Mapping[str, Tensor]) -> dict[str, str]:
     """What a file says of itself: the recipe, and the SHA-256 of the packed weight."""
-    digest = _digest(state[name] for name in sorted(state))
+    names = json.dumps(sorted(state))
+    digest = _digest((state[name] for name in sorted(state)), names)
     return {"about": json.dumps(recipe | {"packed_sha256": digest})}
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of types, shapes and values."""
-    digest = hashlib.sha256()
+def _digest(tensors: Iterable[Tensor], names: str = "") -> str:
+    """SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256(names.encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 from zlib import crc32
 
-from llmpq.artifact import no_repeated_keys
+from llmpq.artifact import no_repeated_keys, show_value
+from llmpq.errors import one_line
 from llmpq.runtime.chat_messages import Refused, messages_of, refuse_half_characters, text_of
 from llmpq.runtime.request import Request
 
@@ -123,6 +124,7 @@ class _Fields:
     data: dict[str, Any]
     is_openai: bool = False
     url: str | None = None
+    method: Any = None
     left_out: list[str] = field(default_factory=list)
 
 
@@ -156,6 +158,8 @@ class Rules:
         tokens: list[int] = []
         num_cut, refusal = 0, None
         try:
+            if fields.method is not None and fields.method != "POST":
+                raise Refused(f"method {show_value(fields.method)}: only POST asks for a text")
             if fields.url is not None:
                 _check_url(fields.url, ways[0])
             tokens = self._tokens(data, ways[0], left_out)
@@ -191,7 +195,10 @@ class Rules:
             raise ValueError("'url' must be a text")
         outside = sorted(set(data) - BATCH_KEYS)
         inside = [key for key in sorted(set(body) - BODY_KEYS) if not self._is_done(key, body[key])]
-        return _Fields(name, body, True, url, [*outside, *(f"body.{key}" for key in inside)])
+        method = data.get("method")
+        return _Fields(
+            name, body, True, url, method, [*outside, *(f"body.{key}" for key in inside)]
+        )
 
     def _is_done(self, key: str, value: Any) -> bool:
         """Whether a key of a body asks for nothing but what is done anyway."""
@@ -215,7 +222,7 @@ class Rules:
         outside = next((t for t in token_ids if not 0 <= t < self.limits.vocab_size), None)
         if outside is not None:
             size = self.limits.vocab_size
-            raise ValueError(f"token {outside} is outside the vocabulary of {size}")
+            raise ValueError(f"token {show_value(outside)} is outside the vocabulary of {size}")
         return token_ids
 
     def _encode(self, text: str, data: dict[str, Any], left_out: list[str]) -> list[int]:
@@ -333,7 +340,7 @@ def _json(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+        raise ValueError(f"not valid JSON: {one_line(error)}") from None
 
 
 def show(text: str) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from llmpq.errors import UserError
+from llmpq.errors import UserError, one_line
 
 PROMPT_COLUMNS = ("prompt", "text", "messages", "prompt_token_ids")
 ID_COLUMNS = ("id", "custom_id")
@@ -70,7 +70,7 @@ def csv_rows(file: TextIO, path: Path, delimiter: str) -> Iterator[Row]:
                 else:
                     names = _checked_names(_names(cells), path, number)
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+            raise UserError(f"{path}:{reader.line_num}: not valid CSV: {one_line(error)}") from None
         except UnicodeDecodeError as error:
             where = f"{path}:{reader.line_num + 1}"
             raise UserError(f"{where} or after: not UTF-8 text ({error.reason})") from None
@@ -232,4 +232,4 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         for number, row in enumerate(rows, 1):
             yield Row(number, {k.lower(): v for k, v in row.items() if v is not None})
     except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({error})") from None
+        raise UserError(f"{path}: cannot be read as Parquet ({one_line(error)})") from None

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from zlib import crc32
 
-from llmpq.artifact import MAX_FAULTS
+from llmpq.artifact import MAX_FAULTS, show_value
 from llmpq.errors import UserError
 from llmpq.runtime.prompt_rules import (
     BATCH_KEYS,
@@ -209,7 +209,7 @@ def _check(found: PromptFile, on_line: Callable[[int], None] | None) -> Iterator
             asked = found._rules.asked(line.text, len(found))
             name = asked.request.id
             if name in seen:
-                raise ValueError(f"id {name!r} was used on line {seen[name]}")
+                raise ValueError(f"id {show_value(name)} was used on line {seen[name]}")
             seen[name] = line.number
             found.add(asked, line)
         except ValueError as error:

@@ -12,13 +12,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from llmpq.artifact import BYTE_ORDER_MARKS, parse_json, read_text
+from llmpq.artifact import BYTE_ORDER_MARKS, parse_json, read_text, show_value
 from llmpq.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 TEXTS = (".json", ".txt", ".jinja")  # of these files, what is text
 PROBE = "Once"  # what every tokenizer must be able to encode and decode
-MOST_SHOWN = 300  # characters of what a library says
+MOST_SHOWN = 300  # characters of a message, what a library says included
 
 
 def load_tokenizer(folder: Path) -> Any | None:
@@ -50,6 +50,11 @@ def end_tokens(folder: Path, config: Any) -> frozenset[int]:
             raise UserError(
                 f"{source}: 'eos_token_id' must be a token id or a list of them, found "
                 f"{repr(value)[:60]}"
+            )
+        if not 0 <= one < config.vocab_size:
+            raise UserError(
+                f"{source}: 'eos_token_id' {show_value(one)} is outside the vocabulary of "
+                f"{config.vocab_size}, so that no text would end; --ignore-eos wants that"
             )
     return frozenset(found)
 
@@ -89,5 +94,6 @@ def _told(folder: Path) -> Iterator[None]:
     except BaseException as error:  # a panic of the Rust library is no `Exception`
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SHOWN]
-        raise UserError(f"{folder}: its tokenizer cannot be loaded: {what}") from None
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        message = f"{folder}: its tokenizer cannot be loaded: "
+        raise UserError(message + said[: max(120, MOST_SHOWN - len(message))]) from None
