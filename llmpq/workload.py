@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
-from llmpq.artifact import Strict, read_yaml, text_encoding
+from llmpq.artifact import Strict, read_yaml, show_value, text_encoding
 from llmpq.errors import UserError, one_line
 from llmpq.schedule import LaneShape, cache_tokens
 
+MAX_LENGTH = 10**9  # tokens of a request; more is another column
 MAX_BATCH = 100_000  # requests in flight; more is a mistake
 CLASSES = 5  # of requests by length
 LEAST_CHUNK_TOKENS = 64
@@ -207,9 +208,11 @@ def _trace_column(source: Trace, folder: Path) -> list[int]:
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a readable CSV file ({one_line(error)})") from None
     if source.column not in table:
-        raise UserError(f"{path}: no column '{source.column}'; it has {', '.join(table.columns)}")
-    column = pandas.to_numeric(table[source.column], errors="coerce")
-    bad = column.isna() | (column < 0) | (column == math.inf)
+        names = ", ".join(map(str, table.columns))[:120]
+        raise UserError(f"{path}: no column {show_value(source.column)}; it has {names}")
+    column = pandas.to_numeric(table[source.column], errors="coerce").astype(float)
+    bad = column.isna() | (column < 0) | (column > MAX_LENGTH) | (column % 1 != 0)
+    bad |= table[source.column].dtype == bool
     if bad.any() or column.empty:
         line = int(bad.idxmax()) + 2 if bad.any() else 1
         raise UserError(f"{path}:{line}: column '{source.column}' is not a length in tokens")

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from llmpq.errors import UserError, one_line
+from llmpq.runtime.own_settings import SETTINGS
 
 PROMPT_COLUMNS = ("prompt", "text", "messages", "prompt_token_ids")
 ID_COLUMNS = ("id", "custom_id")
 JSON_COLUMNS = (
     *("messages", "prompt_token_ids"),
     *("max_new_tokens", "max_tokens", "max_completion_tokens"),
+    *SETTINGS,
 )
 COLUMNS = (*ID_COLUMNS, "prompt", "text", *JSON_COLUMNS)
 DELIMITERS = ",;\t"
