@@ -2,8 +2,9 @@
 
 Sampling draws by noise that is a function of (seed, request, position, token) alone, so that the
 draw does not depend on which others share its micro-batch (the logits may, in their last bits), nor
-on the device. `Sampling` is one way for all requests, `Draws` a table of ways, by the requests'
-numbers; rows of a micro-batch then differ, and greedy ones stay so. Nothing here waits for a device or looks at values, so a CUDA graph may hold it.
+on the device. `Sampling` is one way for all requests; `Draws` is a table of ways by the requests'
+numbers: rows of a micro-batch then differ, and greedy ones stay so. Nothing here waits for a device
+or looks at values, so a CUDA graph may hold it.
 """
 
 from collections.abc import Sequence
