@@ -229,6 +229,7 @@ def _write_questions() -> None:
 def _write_prompts() -> None:
     lines: list[dict[str, Any]] = [{"id": i, "prompt": f"Once upon {i}"} for i in range(2)]
     lines += [{"id": f"t{i}", "prompt_token_ids": [i + 3, 5], "max_new_tokens": 2} for i in (0, 1)]
+    lines[1] |= {"temperature": 0.7, "top_k": 5, "stop": ["."]}
     text = "".join(json.dumps(line) + "\n" for line in lines)
     Path("in.jsonl").write_text(text)
     Path("prompts.jsonl").write_text(text)
@@ -239,9 +240,15 @@ def _write_prompts() -> None:
             "custom_id": f"b{i}",
             "method": "POST",
             "url": "/v1/completions",
-            "body": {"model": "any", "prompt": f"Once {i}", "max_tokens": 2, "temperature": 0.5},
+            "body": {"model": "any", "prompt": f"Once {i}", "max_tokens": 2, "n": 1} | own,
         }
-        for i in range(3)
+        for i, own in enumerate(
+            (
+                {"temperature": 0.5, "top_p": 0.9, "seed": 1},
+                {"stop": "a", "presence_penalty": 0, "logprobs": 0},
+                {"top_k": 3, "response_format": {"type": "text"}, "user": "u"},
+            )
+        )
     ]
     Path("prompts-batch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in batch))
     rows = [{"id": f"c{i}", "prompt": f"One day, {i}", "max_new_tokens": "2"} for i in range(3)]
