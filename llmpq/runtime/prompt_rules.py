@@ -163,14 +163,8 @@ class Rules:
         drawn: dict[str, float] = {}
         stops: tuple[str, ...] = ()
         try:
-            refuse_unmet(data, fields.is_openai)
+            _check_meaning(fields, ways[0], is_chat or self.chat)
             drawn, stops = drawn_by(data), self._stops(data)
-            if data.get("tools") and not (is_chat or self.chat):
-                raise Refused("'tools' need 'messages', which the model's chat template renders")
-            if fields.method is not None and fields.method != "POST":
-                raise Refused(f"method {show_value(fields.method)}: only POST asks for a text")
-            if fields.url is not None:
-                _check_url(fields.url, ways[0])
             tokens = self._tokens(data, ways[0])
             tokens, num_cut = self._fitting(tokens, new_tokens)
             if crossing := self.limits.crossing(len(tokens), new_tokens):
@@ -325,6 +319,17 @@ def _new_tokens(data: dict[str, Any]) -> int | None:
 def _whole(value: Any) -> Any:
     """A number such as 16.0, which tables with gaps have for 16, as that."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _check_meaning(fields: _Fields, way: str, is_chat: bool) -> None:
+    """Raises `Refused` for what asks for something else than llmpq does."""
+    refuse_unmet(fields.data, fields.is_openai)
+    if fields.data.get("tools") and not is_chat:
+        raise Refused("'tools' need 'messages', which the model's chat template renders")
+    if fields.method is not None and fields.method != "POST":
+        raise Refused(f"method {show_value(fields.method)}: only POST asks for a text")
+    if fields.url is not None:
+        _check_url(fields.url, way)
 
 
 def _check_url(url: str, way: str) -> None:

@@ -282,42 +282,6 @@ def test_an_output_that_is_removed_meanwhile_ends_the_run_with_4(job, monkeypatc
     assert set(job.lines()) == {0, 1, 2, 3}
 
 
-# ---- settings of a request's own
-
-
-def test_requests_with_settings_of_their_own(job):
-    """One alone fails that cannot be done; a stop ends an answer, and is not part of it."""
-    start = {"prompt": "Once upon a time", "max_new_tokens": 12}
-    job.write(start | {"id": "all"})
-    assert job.run().exit_code == 0
-    whole = job.lines()["all"]
-    stop = whole["text"].split()[3]
-    lines = [
-        start | {"id": "all"},
-        start | {"id": "stopped", "stop": ["never", stop]},
-        start | {"id": "drawn", "temperature": 3.0, "seed": 1},
-        start | {"id": "again", "temperature": 3.0, "seed": 1},
-        start | {"id": "other", "temperature": 3.0, "seed": 2},
-        start | {"id": "refused", "response_format": {"type": "json_object"}},
-    ]
-    job.write(*lines)
-    result = job.run()
-    assert result.exit_code == 5 and "say themselves how their tokens are drawn: 3" in result.stderr
-    found = job.lines()
-    assert found["all"]["token_ids"] == whole["token_ids"]
-    assert found["stopped"]["text"] == whole["text"][: whole["text"].index(stop)]
-    assert found["stopped"]["finish_reason"] == "stop"
-    count = found["stopped"]["num_new_tokens"]
-    assert found["stopped"]["token_ids"] == whole["token_ids"][:count] and 0 < count < 12
-    assert found["drawn"]["token_ids"] == found["again"]["token_ids"] != whole["token_ids"]
-    assert found["drawn"]["token_ids"] != found["other"]["token_ids"]
-    assert "'response_format'" in found["refused"]["error"]
-    lines[2]["temperature"] = 2.0
-    job.write(*lines)
-    other = job.run("--resume")
-    assert other.exit_code == 2 and "other settings of their own, than now: drawn" in other.stderr
-
-
 # ---- what may not be mixed
 
 
