@@ -33,7 +33,7 @@ SCHEMA_VERSION: Final = 1
 MAX_DIGITS = 19
 # What makes a JSON text worth a second look: integers beyond 64 bits, halves of characters.
 _LONG_INTEGER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
-_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF_CHARACTER = re.compile(r"\\(u|U0000)[dD][89a-fA-F]")
 MAX_FAULTS = 20  # a file with more is broken throughout; the first ones say how
 MAX_TEXT_BYTES = 1 << 28  # of JSON and plain text: reading more takes minutes and all memory
 MAX_YAML_BYTES = 1 << 22  # YAML is written by hand, and slow to read
@@ -114,8 +114,12 @@ def refuse_unless_regular(path: Path) -> None:
 
 def read_json(path: Path, kind: type[M]) -> M:
     """Reads and validates a JSON file."""
-    value = validate(parse_json(path), kind, path)
-    if _HALF_CHARACTER.search(read_text(path)):
+    return _writable(validate(parse_json(path), kind, path), read_text(path), path)
+
+
+def _writable(value: M, text: str, path: Path) -> M:
+    """The value, if it can be written again; only escapes in the file's text can make it not so."""
+    if _HALF_CHARACTER.search(text):
         try:
             value.model_dump_json()
         except ValueError:
@@ -182,7 +186,7 @@ def read_yaml(path: Path, kind: type[M]) -> M:
         raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except Exception as error:  # a tag that does not fit its value raises one of many kinds
         raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
-    return validate(data, kind, path)
+    return _writable(validate(data, kind, path), text, path)
 
 
 class _Loader(yaml.SafeLoader):

@@ -38,6 +38,8 @@ DEFAULT_MODEL = "tiny-tales"  # ships inside the package
 JUDGE_LIMIT_S = 300.0
 JUDGED_WITH = ("torch", "transformers")  # what it takes to judge a model of an unknown family
 MOST_SAID = 290  # characters of a refusal
+MOST_SIZE = 2**31 - 1  # of anything that a configuration counts
+MOST_LAYERS, LAYER_KEYS = 10_000, ("num_hidden_layers", "n_layer")
 # Families whose pipelines are tested to give the tokens of the whole model.
 TESTED = frozenset(
     {"opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text"}
@@ -364,6 +366,11 @@ class _Config:
             value = self.data.get(name)
             if value is None:
                 continue
+            most = MOST_LAYERS if name in LAYER_KEYS else MOST_SIZE
+            if isinstance(value, int) and value > most:
+                large = f"'{name}' is {show_value(value)}, more than {most}"
+                self.faults.append(f"{self.source}: {large}, the most that llmpq takes")
+                return 1
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 self.faults.append(
                     f"{self.source}: '{name}' must be a positive integer: {show_value(value)}"

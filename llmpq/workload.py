@@ -26,13 +26,14 @@ CLASSES = 5  # of requests by length
 LEAST_CHUNK_TOKENS = 64
 DELIMITERS = ",;\t"  # of traces
 MAX_TRACE_BYTES = 1 << 30  # all of it is held in memory
+Length = Annotated[PositiveInt, Field(le=MAX_LENGTH)]
 
 
 class MinMax(Strict):
     """Lengths spread evenly from `min` to `max`, both included."""
 
-    min: PositiveInt
-    max: PositiveInt
+    min: Length
+    max: Length
 
     @model_validator(mode="after")
     def _ordered(self) -> "MinMax":
@@ -62,10 +63,10 @@ def _kind_of_lengths(value: Any) -> str | None:
 
 
 Lengths = Annotated[
-    Annotated[PositiveInt, Tag("Number")]
+    Annotated[Length, Tag("Number")]
     | Annotated[MinMax, Tag("MinMax")]
     | Annotated[Trace, Tag("Trace")]
-    | Annotated[Annotated[tuple[PositiveInt, ...], Field(min_length=1)], Tag("List")],
+    | Annotated[Annotated[tuple[Length, ...], Field(min_length=1)], Tag("List")],
     Discriminator(
         _kind_of_lengths,
         custom_error_type="lengths",

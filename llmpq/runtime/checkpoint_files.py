@@ -22,6 +22,7 @@ from llmpq.errors import UserError, one_line
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
 STANDARD = (SAFETENSORS, f"{SAFETENSORS}.index.json", BIN, f"{BIN}.index.json")
+MOST_NAME = 255  # bytes that file systems take
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 # What folders without standard names hold, and what helps: the first that is there is named.
 OTHERS = (
@@ -148,12 +149,19 @@ def _shards(index: Path) -> list[Path]:
     names = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
         raise UserError(f"{index}: has no 'weight_map' from tensor names to files")
+    odd = next((name for name in names.values() if not _is_plain(name)), None)
+    if odd is not None:
+        raise UserError(f"{index}: {show_value(odd)} is no name of a file beside it")
     paths = [index.parent / name for name in sorted(set(names.values()))]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]}: missing{more}, but {index} names it")
     return paths
+
+
+def _is_plain(name: str) -> bool:
+    return Path(name).name == name and len(name.encode(errors="replace")) < MOST_NAME
 
 
 def _header(path: Path) -> dict[str, Stored]:

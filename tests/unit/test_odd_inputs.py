@@ -129,6 +129,12 @@ def test_what_is_far_too_large(folder, command, words):
     assert "ODD" in end(command, words)
 
 
+def test_a_text_in_place_of_a_name(folder):
+    """Longer than a name of a file may be."""
+    message = end(plan.main, f"{PLAN} --model {'x' * 3000}")
+    assert "xxx" in message and "too long" in message and len(message) < 300
+
+
 # ---- values of the wrong sort, in every file
 
 
@@ -167,6 +173,8 @@ def test_a_value_of_the_wrong_sort_is_named_with_its_line(folder, name, old, new
     [
         ("num_hidden_layers", "8"),
         ("num_hidden_layers", True),
+        ("num_hidden_layers", 2**62),
+        ("vocab_size", 2**31),
         ("vocab_size", 1536.5),
         ("tie_word_embeddings", "false"),
         ("tie_word_embeddings", 1),
