@@ -6,7 +6,6 @@ values: a model with "num_experts": 0 is no mixture, one with "moe_num_experts":
 Not covered: weights, and settings that no family in the table reads.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -42,21 +41,22 @@ def with_floats(value: Any) -> Any:
     return [with_floats(each) for each in value] if isinstance(value, list) else value
 
 
-def odd_number(value: Any, key: str = "") -> tuple[str, float] | None:
-    """Key and value of a number that gives NaN or nonsense: NaN, a base or an epsilon that is
-    infinite or below zero; None where there is none.
+def odd_number(value: Any, key: str = "") -> tuple[str, Any] | None:
+    """Key and value of a setting that no model can have; None where there is none.
 
-    Elsewhere transformers' own classes may use infinity for what is not limited.
+    Such are NaN, an epsilon that is infinite or below zero, and a base of rotary positions that is
+    no positive number. Elsewhere transformers' classes may use infinity for what has no limit.
     """
     if isinstance(value, dict):
         found = (odd_number(each, f"{key}.{name}" if key else name) for name, each in value.items())
         return next((one for one in found if one is not None), None)
-    if not isinstance(value, float | int) or isinstance(value, bool):
-        return None
     name = key.rpartition(".")[2]
-    least = 1e-300 if name == "rope_theta" else 0.0 if name.endswith(EPSILONS) else -math.inf
-    most = 1e12 if least > -math.inf else math.inf
-    return None if least <= value <= most else (key, value)
+    if name == "rope_theta":
+        return None if value is None or _is_number(value) else (key, value)
+    if not isinstance(value, int | float):
+        return None
+    is_odd = not 0 <= value < 1e12 if name.endswith(EPSILONS) else value != value  # NaN
+    return (key, value) if is_odd else None
 
 
 def num_experts(config: Any) -> int:

@@ -165,7 +165,7 @@ def test_a_few_damaged_inputs_of_every_kind(kind, sound, tmp_path):
             "run model/config.json",
             "10000.0",
             '""',
-            "not supported: with llmpq's cache and attention",
+            "rope_theta' is '', which no model can have",
         ),
         ("plan model/config.json", '": true', f'": "{"x" * 5000}"', "must be true or false: 'xx"),
         ("run prompts.jsonl", "[3, 5]", f"[3, {'9' * 300}]", "token 99999"),
