@@ -195,8 +195,13 @@ class MomentsFile:
             deviation, correlation = (
                 file.get_tensor(f"{key}.{part}") for part in ("deviation", "correlation")
             )
-        if deviation.dim() != 2 or not torch.isfinite(deviation).all():
-            raise UserError(f"{self.path}: '{key}.deviation' is no matrix of finite numbers")
+        if deviation.dim() != 2:
+            raise UserError(f"{self.path}: '{key}.deviation' is no matrix")
+        if not torch.isfinite(deviation).all():
+            raise UserError(
+                f"{self.path}: '{key}.deviation' has NaN or infinite numbers: the file is damaged, "
+                "or the model that it was made with has such activations"
+            )
         blocks, size = deviation.shape
         if tuple(correlation.shape) != (blocks, size * (size - 1) // 2):
             raise UserError(f"{self.path}: '{key}.correlation' does not fit '{key}.deviation'")

@@ -14,7 +14,7 @@ from typing import Any
 from zlib import crc32
 
 from llmpq.artifact import show_value
-from llmpq.runtime.chat_messages import Refused
+from llmpq.runtime.chat_messages import Refused, refuse_half_characters
 
 SETTINGS = ("temperature", "top_p", "top_k", "seed")
 MOST_STOPS, MOST_STOP_CHARACTERS = 16, 1000
@@ -104,7 +104,10 @@ def _fits(key: str, value: float) -> bool:
 
 
 def stops_of(data: Mapping[str, Any]) -> tuple[str, ...]:
-    """The texts before which an answer ends; raises `Refused` for what are none."""
+    """The texts before which an answer ends; raises `Refused` for what are none.
+
+    Raises `ValueError` for half a character, as in any text of a line.
+    """
     given = data.get("stop")
     texts = [given] if isinstance(given, str) else [] if given is None else given
     if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
@@ -113,6 +116,8 @@ def stops_of(data: Mapping[str, Any]) -> tuple[str, ...]:
         raise Refused(
             f"'stop' may be {MOST_STOPS} texts of {MOST_STOP_CHARACTERS} characters at most"
         )
+    for one in texts:
+        refuse_half_characters("'stop'", one)
     return tuple(one for one in texts if one)
 
 

@@ -513,3 +513,8 @@ def test_a_resumed_run_notices_other_settings(tmp_path, setting):
     changed = {key: value * 2 for key, value in setting.items()}
     assert checksum(**changed) not in (checksum(), checksum(**setting))
     assert checksum(temperature=None, user="u", presence_penalty=0) == checksum()
+
+
+def test_half_a_character_to_stop_at_refuses_the_file(tmp_path):
+    with pytest.raises(UserError, match="in.jsonl:1: 'stop' holds half a character"):
+        of_lines(tmp_path, {"id": 1, "prompt": "a", "stop": ["\ud800"]})
