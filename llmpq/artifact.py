@@ -26,14 +26,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmpq import __version__
-from llmpq.errors import UserError
+from llmpq.errors import UserError, one_line
 from llmpq.whole_file import whole_file
 
 SCHEMA_VERSION: Final = 1
 MAX_DIGITS = 19
 # What makes a JSON text worth a second look: integers beyond 64 bits, halves of characters.
 _LONG_INTEGER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
-_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF_CHARACTER = re.compile(r"\\(u|U0000)[dD][89a-fA-F]")
 MAX_FAULTS = 20  # a file with more is broken throughout; the first ones say how
 MAX_TEXT_BYTES = 1 << 28  # of JSON and plain text: reading more takes minutes and all memory
 MAX_YAML_BYTES = 1 << 22  # YAML is written by hand, and slow to read
@@ -114,8 +114,12 @@ def refuse_unless_regular(path: Path) -> None:
 
 def read_json(path: Path, kind: type[M]) -> M:
     """Reads and validates a JSON file."""
-    value = validate(parse_json(path), kind, path)
-    if _HALF_CHARACTER.search(read_text(path)):
+    return _writable(validate(parse_json(path), kind, path), read_text(path), path)
+
+
+def _writable(value: M, text: str, path: Path) -> M:
+    """The value, if it can be written again; only escapes in the file's text can make it not so."""
+    if _HALF_CHARACTER.search(text):
         try:
             value.model_dump_json()
         except ValueError:
@@ -150,7 +154,7 @@ class RepeatedKey(ValueError):
     """A key is twice in one object, and nothing says which value is meant."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"the key {_show(key)} is there twice")
+        super().__init__(f"the key {show_value(key)} is there twice")
         self.key = key
 
 
@@ -181,8 +185,8 @@ def read_yaml(path: Path, kind: type[M]) -> M:
     except RecursionError:
         raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except Exception as error:  # a tag that does not fit its value raises one of many kinds
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    return validate(data, kind, path)
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
+    return _writable(validate(data, kind, path), text, path)
 
 
 class _Loader(yaml.SafeLoader):
@@ -192,7 +196,7 @@ class _Loader(yaml.SafeLoader):
         """The mapping, where no key is there twice."""
         repeated = _repeated(node)
         if repeated is not None:
-            what = f"the key {_show(repeated.value)} is there twice"
+            what = f"the key {show_value(repeated.value)} is there twice"
             raise yaml.constructor.ConstructorError(None, None, what, repeated.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -200,7 +204,7 @@ class _Loader(yaml.SafeLoader):
 def validate(data: Any, kind: type[M], path: Path) -> M:
     """`data` as a `kind`, or one `UserError` that lists every fault with its line in `path`."""
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected keys and values, found {_show(data)}")
+        raise UserError(f"{path}: expected keys and values, found {show_value(data)}")
     try:
         value = kind.model_validate(data)
         if faults := list(_converted(data, value.model_dump(), ())):
@@ -273,7 +277,7 @@ def _converted_fault(
     line = _line_of(root, list(keys))
     where = f"{path}:{line}" if line else str(path)
     name = ".".join(map(str, keys))
-    return f"{where}: {name}: expected {_sort(taken)} (found {_show(found)})"
+    return f"{where}: {name}: expected {_sort(taken)} (found {show_value(found)})"
 
 
 def _fault(path: Path, root: yaml.Node | None, data: Any, fault: Any, kind: type[BaseModel]) -> str:
@@ -288,7 +292,7 @@ def _fault(path: Path, root: yaml.Node | None, data: Any, fault: Any, kind: type
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if keys and not isinstance(fault["input"], dict | list):
-        message += f" (found {_show(fault['input'])})"
+        message += f" (found {show_value(fault['input'])})"
     return f"{where}: {name}: {message}"
 
 
@@ -381,6 +385,7 @@ def _child(node: yaml.Node, key: Any) -> tuple[yaml.Mark, yaml.Node] | None:
     return None
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
+    """A value of a file for a message: 60 characters at most, however long or deep it is."""
     text = reprlib.repr(value)  # bounded in depth and length, whatever a file's aliases unfold to
     return text if len(text) <= 60 else text[:57] + "..."

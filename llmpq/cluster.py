@@ -16,6 +16,9 @@ from llmpq.artifact import Strict, read_yaml
 from llmpq.devices import DeviceType, device_library
 from llmpq.machine import LIBRARIES, parse_capability, served_libraries
 
+MAX_LATENCY_US = 1e9  # a thousand seconds
+MAX_TFLOPS = 1e6
+MAX_GBS = 1e6  # a petabyte a second: more is a slip of the unit
 GIB = 1024**3
 MIB = 1024**2
 MAX_MEMORY_GIB = 1 << 20  # a pebibyte: more is a slip of the unit
@@ -28,8 +31,8 @@ FIGURES = ("bandwidth_gbs", "tflops", "compute_capability", "kind")
 class Link(Strict):
     """Latency + bytes / bandwidth."""
 
-    bandwidth_gbs: float = Field(gt=0)
-    latency_us: float = Field(ge=0)
+    bandwidth_gbs: float = Field(gt=0, le=MAX_GBS)
+    latency_us: float = Field(ge=0, le=MAX_LATENCY_US)
 
     def seconds(self, num_bytes: float) -> float:
         """Time to send one message."""
@@ -51,8 +54,8 @@ class DeviceGroup(Strict):
     memory_gib: float | None = Field(default=None, gt=0, le=MAX_MEMORY_GIB)
     price_per_hour: float | None = Field(default=None, gt=0)
     kernels: list[str] | None = None
-    bandwidth_gbs: float | None = Field(default=None, gt=0)
-    tflops: float | None = Field(default=None, gt=0)
+    bandwidth_gbs: float | None = Field(default=None, gt=0, le=MAX_GBS)
+    tflops: float | None = Field(default=None, gt=0, le=MAX_TFLOPS)
     compute_capability: str | None = None
     kind: Literal["gpu", "cpu"] | None = None
 

@@ -12,6 +12,26 @@ Each holds the whole message, so that a command prints it and exits without a tr
 Programming mistakes stay `AssertionError`, `TypeError` and the like, with their traceback.
 """
 
+from collections.abc import Sequence
+
+MOST_SAID = 160  # characters of what a library says, as part of a message
+MOST_LISTED = 4
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of a fault: one line of `MOST_SAID` characters at most.
+
+    Some of them quote whole values of a broken file.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MOST_SAID else f"{text[: MOST_SAID - 3]}..."
+
+
+def listed(faults: Sequence[str]) -> str:
+    """The first of many faults of one kind, and how many more there are."""
+    more = [f"and {len(faults) - MOST_LISTED} more"] if len(faults) > MOST_LISTED else []
+    return "; ".join([*faults[:MOST_LISTED], *more])
+
 
 class LlmpqError(Exception):
     """Base of all errors a user is meant to read."""

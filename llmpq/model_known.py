@@ -28,6 +28,7 @@ ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 NUMBERS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_pct")
 NUM_EXPERTS = r"(moe_)?(num|n)_(local_|routed_)?experts"
+EPSILONS = ("_eps", "_epsilon")
 SPECIAL = ("Infinity", "-Infinity", "NaN")
 
 
@@ -38,6 +39,24 @@ def with_floats(value: Any) -> Any:
             return float(value["__float__"])
         return {key: with_floats(each) for key, each in value.items()}
     return [with_floats(each) for each in value] if isinstance(value, list) else value
+
+
+def odd_number(value: Any, key: str = "") -> tuple[str, Any] | None:
+    """Key and value of a setting that no model can have; None where there is none.
+
+    Such are NaN, an epsilon that is infinite or below zero, and a base of rotary positions that is
+    no positive number. Elsewhere transformers' classes may use infinity for what has no limit.
+    """
+    if isinstance(value, dict):
+        found = (odd_number(each, f"{key}.{name}" if key else name) for name, each in value.items())
+        return next((one for one in found if one is not None), None)
+    name = key.rpartition(".")[2]
+    if name == "rope_theta":
+        return None if value is None or _is_number(value) else (key, value)
+    if not isinstance(value, int | float):
+        return None
+    is_odd = not 0 <= value < 1e12 if name.endswith(EPSILONS) else value != value  # NaN
+    return (key, value) if is_odd else None
 
 
 def num_experts(config: Any) -> int:
@@ -90,7 +109,8 @@ def _works(rope: Any) -> bool:
         return False
     kind = rope.get("rope_type", rope.get("type", "default"))
     needed = ROPE_KEYS.get(kind) if isinstance(kind, str) else None
-    return needed is not None and all(_is_number(rope.get(key)) for key in needed)
+    given = ("rope_theta",) if rope.get("rope_theta") is not None else ()
+    return needed is not None and all(_is_number(rope.get(key)) for key in (*needed, *given))
 
 
 def _fits(types: Any, num_layers: int) -> bool:

@@ -29,15 +29,17 @@ from typing import Any, Literal
 from pydantic import Field
 
 from llmpq import __version__
-from llmpq.artifact import Strict, cache_folder, parse_json, write_text
+from llmpq.artifact import Strict, cache_folder, parse_json, show_value, write_text
 from llmpq.errors import UserError
-from llmpq.model_known import is_known, num_experts, with_floats
+from llmpq.model_known import is_known, num_experts, odd_number, with_floats
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = "tiny-tales"  # ships inside the package
 JUDGE_LIMIT_S = 300.0
 JUDGED_WITH = ("torch", "transformers")  # what it takes to judge a model of an unknown family
 MOST_SAID = 290  # characters of a refusal
+MOST_SIZE = 2**31 - 1  # of anything that a configuration counts
+MOST_LAYERS, LAYER_KEYS = 10_000, ("num_hidden_layers", "n_layer")
 # Families whose pipelines are tested to give the tokens of the whole model.
 TESTED = frozenset(
     {"opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma2", "gemma3_text"}
@@ -245,6 +247,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def refuse_plainly(config: dict[str, Any], source: str) -> None:
     """Refuses by the settings alone what needs no more to be refused."""
     model_type = config["model_type"]
+    if odd := odd_number(config):
+        raise UserError(f"{source}: '{odd[0]}' is {show_value(odd[1])}, which no model can have")
     if not isinstance(config.get("text_config", {}), dict):
         raise UserError(f"{source}: 'text_config' must be an object")
     if "text_config" in config and model_type not in FAMILIES:
@@ -362,8 +366,15 @@ class _Config:
             value = self.data.get(name)
             if value is None:
                 continue
+            most = MOST_LAYERS if name in LAYER_KEYS else MOST_SIZE
+            if isinstance(value, int) and value > most:
+                large = f"'{name}' is {show_value(value)}, more than {most}"
+                self.faults.append(f"{self.source}: {large}, the most that llmpq takes")
+                return 1
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                self.faults.append(f"{self.source}: '{name}' must be a positive integer: {value!r}")
+                self.faults.append(
+                    f"{self.source}: '{name}' must be a positive integer: {show_value(value)}"
+                )
                 return 1
             return value
         if default is None:
@@ -373,7 +384,7 @@ class _Config:
     def flag(self, key: str, default: bool) -> bool:
         value = self.data.get(key, default)
         if value is not None and not isinstance(value, bool):
-            self.faults.append(f"{self.source}: '{key}' must be true or false: {value!r}")
+            self.faults.append(f"{self.source}: '{key}' must be true or false: {show_value(value)}")
         return bool(value)
 
     def raise_faults(self) -> None:

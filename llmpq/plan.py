@@ -15,14 +15,12 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict, read_json
 from llmpq.cluster import GIB, Cluster
-from llmpq.errors import UserError
+from llmpq.errors import UserError, listed
 from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.plan_diff import Place, PlanDiff, changes, layer_ranges
 from llmpq.precision import PRECISIONS
 from llmpq.quantizer import Quantizer
-from llmpq.workload import Workload
-
-MAX_BATCH = 100_000  # requests in flight; a plan with more is a mistake
+from llmpq.workload import MAX_BATCH, Workload
 
 
 class Stage(Strict):
@@ -62,7 +60,7 @@ class Stage(Strict):
             )
         faults += [f"stage {self.rank}: {fault}" for fault in self._sharing_faults()]
         if faults:
-            raise ValueError("; ".join(faults))
+            raise ValueError(listed(faults))
         return self
 
     def _sharing_faults(self) -> list[str]:
@@ -189,7 +187,7 @@ class Plan(Strict):
             if getattr(self, name) > self.batch:
                 faults.append(f"{name} {getattr(self, name)} is above batch {self.batch}")
         if faults:
-            raise ValueError("; ".join(faults))
+            raise ValueError(listed(faults))
         return self
 
     def _layer_faults(self) -> list[str]:

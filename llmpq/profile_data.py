@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict, parse_json, read_json, validate
-from llmpq.errors import UserError
+from llmpq.errors import UserError, listed
 from llmpq.precision import PRECISIONS
 from llmpq.quantizer import Quantizer
 
@@ -205,7 +205,7 @@ class Sensitivity(Strict):
     ) -> list[LayerSensitivity]:
         faults = list(_row_faults(layers, info.data.get("num_layers", math.inf)))
         if faults:
-            raise ValueError("; ".join(faults))
+            raise ValueError(listed(faults))
         return layers
 
     def table(self) -> dict[str, list[float]]:

@@ -7,7 +7,7 @@ Reports of earlier versions have neither, and can still be read.
 
 from typing import Literal
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict
 from llmpq.plan import Plan, Predicted
@@ -40,23 +40,25 @@ class MeasuredTime(Strict):
 class StageReport(Strict):
     """One stage: seconds computing in each phase, waiting and handing over."""
 
-    rank: int
-    busy_prefill_s: float
-    busy_decode_s: float
+    rank: NonNegativeInt
+    busy_prefill_s: NonNegativeFloat
+    busy_decode_s: NonNegativeFloat
     idle_s: float
     comm_s: float
-    peak_memory_bytes: int
-    load_s: float
+    peak_memory_bytes: NonNegativeInt
+    load_s: NonNegativeFloat
     measured: list[MeasuredTime] = []
-    weights_bytes: int | None = None  # parts of the account
-    cache_bytes: int | None = None
-    activation_bytes: int | None = None
-    buffer_bytes: int | None = None
+    weights_bytes: NonNegativeInt | None = None  # parts of the account
+    cache_bytes: NonNegativeInt | None = None
+    activation_bytes: NonNegativeInt | None = None
+    buffer_bytes: NonNegativeInt | None = None
     busy_share: float | None = None  # of the run's time, computing
-    most_prefill_rows: int | None = None  # at once, since memory ran out; None: it never did
-    most_decode_rows: int | None = None
-    num_graphs: int | None = None  # CUDA graphs that decode steps were captured in
-    graph_bytes: int | None = None  # that these keep
+    most_prefill_rows: NonNegativeInt | None = (
+        None  # at once, since memory ran out; None: it never did
+    )
+    most_decode_rows: NonNegativeInt | None = None
+    num_graphs: NonNegativeInt | None = None  # CUDA graphs that decode steps were captured in
+    graph_bytes: NonNegativeInt | None = None  # that these keep
     weights_sha256: str | None = None  # of what was served; `llmpq-eval --json` says the same
 
 
@@ -85,16 +87,16 @@ class Report(Strict):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Literal["report"] = "report"
-    tokens_per_s: float
-    requests_per_s: float | None = None
-    prefill_share: float | None = None
-    prefill_s: float
+    tokens_per_s: NonNegativeFloat
+    requests_per_s: NonNegativeFloat | None = None
+    prefill_share: NonNegativeFloat | None = None
+    prefill_s: NonNegativeFloat
     decode_s: float
-    total_s: float
-    load_s: float
-    num_requests: int
-    num_new_tokens: int
-    num_failed: int = 0
+    total_s: NonNegativeFloat
+    load_s: NonNegativeFloat
+    num_requests: NonNegativeInt
+    num_new_tokens: NonNegativeInt
+    num_failed: NonNegativeInt = 0
     stages: list[StageReport]
     predicted: Predicted | None = None
     plan: Plan | None = None

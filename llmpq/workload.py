@@ -16,10 +16,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
-from llmpq.artifact import Strict, read_yaml, text_encoding
-from llmpq.errors import UserError
+from llmpq.artifact import Strict, read_yaml, show_value, text_encoding
+from llmpq.errors import UserError, one_line
 from llmpq.schedule import LaneShape, cache_tokens
 
+MAX_LENGTH = 10**9  # tokens of a request; more is another column
+MAX_BATCH = 100_000  # requests in flight; more is a mistake
 CLASSES = 5  # of requests by length
 LEAST_CHUNK_TOKENS = 64
 PLANNED = 2048  # requests that a plan is made for: of more a sample of their lengths
@@ -28,13 +30,14 @@ MOST_LISTED = 200_000  # pairs of two lists of lengths that are looked at
 WAVES = 4  # of requests in flight that such a sample has at least
 DELIMITERS = ",;\t"  # of traces
 MAX_TRACE_BYTES = 1 << 30  # all of it is held in memory
+Length = Annotated[PositiveInt, Field(le=MAX_LENGTH)]
 
 
 class MinMax(Strict):
     """Lengths spread evenly from `min` to `max`, both included."""
 
-    min: PositiveInt
-    max: PositiveInt
+    min: Length
+    max: Length
 
     @model_validator(mode="after")
     def _ordered(self) -> "MinMax":
@@ -64,10 +67,10 @@ def _kind_of_lengths(value: Any) -> str | None:
 
 
 Lengths = Annotated[
-    Annotated[PositiveInt, Tag("Number")]
+    Annotated[Length, Tag("Number")]
     | Annotated[MinMax, Tag("MinMax")]
     | Annotated[Trace, Tag("Trace")]
-    | Annotated[Annotated[tuple[PositiveInt, ...], Field(min_length=1)], Tag("List")],
+    | Annotated[Annotated[tuple[Length, ...], Field(min_length=1)], Tag("List")],
     Discriminator(
         _kind_of_lengths,
         custom_error_type="lengths",
@@ -83,7 +86,7 @@ class Workload(Strict):
     prompt_tokens: Lengths
     new_tokens: Lengths
     num_requests: PositiveInt = Field(le=10_000_000)
-    batch: PositiveInt | Literal["auto"] = "auto"
+    batch: Annotated[PositiveInt, Field(le=MAX_BATCH)] | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -247,11 +250,13 @@ def _trace_column(source: Trace, folder: Path) -> list[int]:
         encoding, delimiter = _form_of(path, source.column)
         table = pandas.read_csv(path, encoding=encoding, sep=delimiter)
     except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable CSV file ({error})") from None
+        raise UserError(f"{path}: not a readable CSV file ({one_line(error)})") from None
     if source.column not in table:
-        raise UserError(f"{path}: no column '{source.column}'; it has {', '.join(table.columns)}")
-    column = pandas.to_numeric(table[source.column], errors="coerce")
-    bad = column.isna() | (column < 0) | (column == math.inf)
+        names = ", ".join(map(str, table.columns))[:120]
+        raise UserError(f"{path}: no column {show_value(source.column)}; it has {names}")
+    column = pandas.to_numeric(table[source.column], errors="coerce").astype(float)
+    bad = column.isna() | (column < 0) | (column > MAX_LENGTH) | (column % 1 != 0)
+    bad |= table[source.column].dtype == bool
     if bad.any() or column.empty:
         line = int(bad.idxmax()) + 2 if bad.any() else 1
         raise UserError(f"{path}:{line}: column '{source.column}' is not a length in tokens")

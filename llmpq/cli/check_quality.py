@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeFloat, PositiveInt
 
-from llmpq.artifact import Strict, cache_folder, read_json, write_json
+from llmpq.artifact import Strict, cache_folder, read_json, read_text, write_json
 from llmpq.errors import UserError
 from llmpq.model_spec import ASSETS
 from llmpq.report import Quality, Report
@@ -112,7 +112,7 @@ def _key(folder: Path, windows: Any, dtype: Any, device: Any) -> str:
     """Changes with the configuration, the weight files, the tokens and how they are computed."""
     files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    config = (folder / "config.json").read_text(encoding="utf-8")
+    config = read_text(folder / "config.json")
     about = [config, stats, list(windows.shape), str(dtype), device.type]
     digest = hashlib.sha256(json.dumps(about).encode())
     digest.update(windows.contiguous().numpy().tobytes())

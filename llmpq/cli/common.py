@@ -9,13 +9,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import ENAMETOOLONG
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from llmpq import __version__
-from llmpq.artifact import write_text
+from llmpq.artifact import show_value, write_text
 from llmpq.errors import LlmpqError, UserError
 from llmpq.plain import plain
 
@@ -91,6 +92,13 @@ class Command(PlainErrors):
             if error.name not in RUN_EXTRA:
                 raise
             _fail(f"this command needs {error.name}: pip install 'llmpq[run]'", UserError.exit_code)
+        except OSError as error:
+            if error.errno != ENAMETOOLONG:  # others are told where files are opened
+                raise
+            _fail(
+                f"{show_value(error.filename)}: no such file: its name is too long",
+                UserError.exit_code,
+            )
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)

@@ -139,7 +139,7 @@ def make_problem(
     """The problem, all precisions that could be allowed, and notes."""
     from llmpq.planner.problem import Problem
 
-    _check_lengths(inputs)
+    _check_lengths(inputs, arguments)
     times = _times(inputs)
     asked = _asked(arguments, plan)
     offered = [p for p in _offered(times, asked or ()) if p in inputs.quality.omega]
@@ -163,13 +163,14 @@ def make_problem(
     return problem, offered, notes
 
 
-def _check_lengths(inputs: Inputs) -> None:
+def _check_lengths(inputs: Inputs, arguments: Arguments) -> None:
     """No request is longer than the model can read: the runtime would refuse it."""
     prompt, new = max(inputs.lengths, key=sum)
     if prompt + new > inputs.spec.max_positions:
+        where = "" if arguments.workload is None else f"{arguments.workload}: "
         raise UserError(
-            f"workload '{inputs.workload.name}': a prompt of {prompt} tokens and {new} new ones "
-            f"are more than the {inputs.spec.max_positions} positions of {inputs.spec.name}"
+            f"{where}workload '{inputs.workload.name}': a prompt of {prompt} tokens and {new} new "
+            f"ones are more than the {inputs.spec.max_positions} positions of {inputs.spec.name}"
         )
 
 

@@ -58,8 +58,9 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
         return Prepared(config, weights, None, None, eos_ids, roundings, cache)
     _check_files(plan, options)
     tokenizer = load_tokenizer(folder)
-    limits, settings = _limits(plan, options, config), sampling_settings(options)
-    prompts = check_prompts(options.prompts, tokenizer, limits, options.chat, None, settings)
+    prompts = check_prompts(
+        options.prompts, tokenizer, _limits(plan, options, config), options.chat
+    )
     prepared = Prepared(config, weights, tokenizer, prompts, eos_ids, roundings, cache, notes)
     if options.check_quality:
         most, positions = options.check_windows, plan.model.max_positions
@@ -92,12 +93,6 @@ def _limits(plan: Plan, options: RunOptions, config: Any) -> "Limits":
         too_long=options.too_long,
         switches_at=switches_at(config),
     )
-
-
-def sampling_settings(options: RunOptions) -> dict[str, float]:
-    """What tokens are drawn by, under the names that OpenAI's requests have for it."""
-    names = ("temperature", "top_p", "top_k", "seed")
-    return {name: getattr(options, name) for name in names}
 
 
 def output_files(plan: Plan, options: RunOptions) -> list[Named]:

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from llmpq.cli.run_input import Prepared
     from llmpq.runtime.evaluate import Loss
     from llmpq.runtime.journal import Results
-    from llmpq.runtime.leader import Status
+    from llmpq.runtime.leader import Ends, Status
     from llmpq.runtime.prompts import PromptFile
-    from llmpq.runtime.request import Finished
+    from llmpq.runtime.request import Finished, Request
     from llmpq.runtime.result_stream import ResultStream
+    from llmpq.runtime.sampler import Sampling
 
 NOW_S = 10.0  # what "now" means: the last so many seconds
 
@@ -112,6 +113,8 @@ def lead(
             collector.show,
             options.refill,
             options.prefill_chunk,
+            _samplings(prepared.prompts, options),
+            _ends(prepared.tokenizer),
         )
         total_s = time.perf_counter() - collector.started
         results.check_files()
@@ -123,6 +126,35 @@ def lead(
         return report, None
     with progress(out, "checking quality, windows", len(prepared.windows)) as shown:
         return report, engine.lead_text(prepared.windows, shown.update)
+
+
+def _samplings(prompts: "PromptFile", options: RunOptions) -> "list[Sampling]":
+    """How the tokens of each request are drawn, by its number; empty where all are drawn alike."""
+    from llmpq.runtime.sampler import Sampling
+
+    run = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    samplings = [run] * len(prompts) if prompts.drawn else []
+    for number, own in prompts.drawn.items():
+        changes: dict[str, Any] = {**own, "own_seed": "seed" in own}
+        samplings[number] = replace(run, **changes)
+    return samplings
+
+
+def _ends(tokenizer: Any) -> "Ends":
+    """Whether a request's answer holds one of the texts where it stops."""
+    from llmpq.runtime.own_settings import has_stopped, tail_tokens
+
+    def ends(request: "Request", tokens: list[int]) -> bool:
+        if not request.stops:
+            return False
+        tail = tokens[-tail_tokens(request.stops) :]
+        try:
+            text = tokenizer.decode(tail, skip_special_tokens=True)
+        except Exception:  # tokenizers raise plain exceptions; told where all tokens are decoded
+            return False
+        return has_stopped(text, request.stops)
+
+    return ends
 
 
 def finish(
@@ -236,10 +268,13 @@ class _Collector:
 
     def finish(self, finished: "Finished") -> None:
         """One more request has ended."""
+        from llmpq.runtime.own_settings import cut_at
+
         tokenizer, tokens = self.prepared.tokenizer, list(finished.token_ids)
         text = ""
         try:
             text = tokenizer.decode(tokens, skip_special_tokens=True) if tokenizer else ""
+            text = cut_at(text, finished.request.stops)
         except Exception as error:  # tokenizers raise plain exceptions
             why = f"the model's tokenizer cannot decode its tokens ({error})"
             finished = replace(finished, reason="error", error=finished.error or why)

@@ -29,7 +29,8 @@ from transformers import (
     __version__,
 )
 
-from llmpq.errors import UserError
+from llmpq.artifact import show_value
+from llmpq.errors import UserError, one_line
 from llmpq.model_spec import read_config
 from llmpq.models.attention import implementation_for
 from llmpq.models.buffers import compute_buffers, stored_buffers
@@ -315,13 +316,14 @@ def load_config(model: Path) -> Any:
     data = _without_code(read_config(path))
     model_type = data.pop("model_type", None)
     data.pop("quantization_config", None)  # how files hold weights is the loader's business
-    if model_type not in CONFIG_MAPPING:
-        raise UserError(f"{path}: transformers {__version__} has no models of type '{model_type}'")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        kind = show_value(model_type)
+        raise UserError(f"{path}: transformers {__version__} has no models of type {kind}")
     try:
         config = AutoConfig.for_model(model_type, **data)
         return config.get_text_config(decoder=True)
     except Exception as error:  # strict configurations raise classes of their own
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{path}: transformers cannot use this configuration: {reason}") from None
 
 

@@ -16,12 +16,13 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llmpq.artifact import parse_json
-from llmpq.errors import UserError
+from llmpq.artifact import parse_json, show_value
+from llmpq.errors import UserError, one_line
 
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
 STANDARD = (SAFETENSORS, f"{SAFETENSORS}.index.json", BIN, f"{BIN}.index.json")
+MOST_NAME = 255  # bytes that file systems take
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 # What folders without standard names hold, and what helps: the first that is there is named.
 OTHERS = (
@@ -84,7 +85,9 @@ def weights_file(folder: Path) -> Path:
     named = config.get("transformers_weights") if isinstance(config, dict) else None
     if isinstance(named, str):
         if Path(named).name != named or not named.endswith((".safetensors", ".index.json")):
-            raise UserError(f"{path}: 'transformers_weights' {named!r} names no safetensors here")
+            raise UserError(
+                f"{path}: 'transformers_weights' {show_value(named)} names no safetensors here"
+            )
         if not (folder / named).is_file():
             raise UserError(f"{folder / named}: missing, but {path} names it")
         return folder / named
@@ -119,7 +122,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 def load_bin(path: Path) -> dict[str, torch.Tensor]:
@@ -146,12 +149,19 @@ def _shards(index: Path) -> list[Path]:
     names = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
         raise UserError(f"{index}: has no 'weight_map' from tensor names to files")
+    odd = next((name for name in names.values() if not _is_plain(name)), None)
+    if odd is not None:
+        raise UserError(f"{index}: {show_value(odd)} is no name of a file beside it")
     paths = [index.parent / name for name in sorted(set(names.values()))]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]}: missing{more}, but {index} names it")
     return paths
+
+
+def _is_plain(name: str) -> bool:
+    return Path(name).name == name and len(name.encode(errors="replace")) < MOST_NAME
 
 
 def _header(path: Path) -> dict[str, Stored]:
@@ -164,8 +174,8 @@ def _header(path: Path) -> dict[str, Stored]:
             return {n: Stored(path, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{path}: not a readable safetensors file ({path.stat().st_size} bytes): {error}; "
-            "was it fetched whole?"
+            f"{path}: not a readable safetensors file ({path.stat().st_size} bytes): "
+            f"{one_line(error)}; was it fetched whole?"
         ) from None
 
 

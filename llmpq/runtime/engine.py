@@ -21,11 +21,12 @@ from llmpq.models.sharding import ALONE, Shard, ShardGroup
 from llmpq.models.stage_model import LayerRange, StageModel
 from llmpq.plan import Plan
 from llmpq.report import MeasuredTime, StageReport
+from llmpq.runtime.agreed import agree_on_draws
 from llmpq.runtime.checkpoint import Weights
 from llmpq.runtime.evaluate import TOKENS_AT_ONCE, Loss
 from llmpq.runtime.jobs import headers_for
 from llmpq.runtime.kernels import OnCompiled, prepare_kernels
-from llmpq.runtime.leader import Leader, Status
+from llmpq.runtime.leader import Ends, Leader, Status, never
 from llmpq.runtime.loader import load_stage
 from llmpq.runtime.packed_cache import NO_CACHE, WeightCache
 from llmpq.runtime.pipeline_loss import PipelineLoss, gather_hashes
@@ -98,6 +99,7 @@ class Engine:
         """
         started = time.perf_counter()
         self.plan, self.transport, self.eos_ids = plan, transport, eos_ids
+        self.sampling = sampling
         self.reserve = reserve_of(plan)
         self.account, factor = _rehearsal(plan, transport.rank, rehearse)
         with loading or nullcontext():
@@ -125,22 +127,25 @@ class Engine:
         on_status: Callable[[Status], None] = lambda _: None,
         refill: bool = True,
         chunk: int | None = None,
+        samplings: Sequence[Sampling] = (),
+        ends: Ends = never,
     ) -> None:
         """First stage: runs all requests, each fetched by its number when its turn has come.
 
         `lengths` are their (prompt, new) tokens by number; `chunk`: tokens of a prompt that are
-        computed at once, where not as planned; without `refill`, batch after batch.
+        computed at once, where not as planned; without `refill`, batch after batch. `samplings`:
+        by number, where requests differ; `ends`: whether a request has all that it asked for.
         """
         plan = self.plan
         sizes = plan.batch, plan.decode_micro_batch
         shapes = lanes_for(list(lengths.values()), self.reserve.lanes, *sizes)
-        self._agree(shapes)
+        self._agree(shapes, samplings)
         most = min(chunk or self.reserve.chunk_tokens, self.reserve.chunk_tokens)
         items = (Item(number, *both) for number, both in lengths.items())
         rows, stages = plan.prefill_micro_batch, self.transport.size
         ahead = _steps_ahead(self.worker.stage.device, stages)
         schedule = Schedule(shapes, rows, most, stages, items, refill, ahead=ahead)
-        Leader(self.worker, schedule, fetch, self.eos_ids, on_finished, on_status).run()
+        Leader(self.worker, schedule, fetch, self.eos_ids, on_finished, on_status, ends).run()
 
     def follow(self) -> None:
         """Other stages: does what the first decides, until it ends."""
@@ -150,8 +155,9 @@ class Engine:
         else:
             self.worker.assist()
 
-    def _agree(self, shapes: Sequence[LaneShape]) -> None:
-        """All stages cut their cache as the first one says."""
+    def _agree(self, shapes: Sequence[LaneShape], samplings: Sequence[Sampling] = ()) -> None:
+        """All stages cut their cache, and choose tokens, as the first one says."""
+        self.worker.use_sampling(agree_on_draws(samplings, self.transport) or self.sampling)
         count = torch.tensor([len(shapes)])
         self.transport.broadcast(count)
         table = torch.tensor(shapes or [(0, 0)] * int(count), dtype=torch.int64)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmpq.artifact import show_value
 from llmpq.errors import UserError
 from llmpq.runtime.prequantized import Tensors, settings_of
 
@@ -63,7 +64,9 @@ def float8_of(folder: Path) -> Float8 | None:
     if block is None:
         return Float8(None)
     if not (isinstance(block, list) and len(block) == 2 and all(_is_size(n) for n in block)):
-        raise UserError(f"{path}: weight_block_size is {block!r}, expected rows and columns")
+        raise UserError(
+            f"{path}: weight_block_size is {show_value(block)}, expected rows and columns"
+        )
     return Float8((block[0], block[1]))
 
 

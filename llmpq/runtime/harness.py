@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from math import isfinite, nan
 from typing import Any
 
 import torch
 
+from llmpq.errors import UserError
 from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import StageModel
 from llmpq.runtime.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE
@@ -28,7 +30,13 @@ FEWSHOT_SEED = 1234  # lm-eval's own default
 BOOTSTRAPS = 1000  # for the standard errors of metrics that have no formula
 NEW_TOKENS = 256  # where a task does not say, as lm-eval's own models do
 
+NO_NUMBER = "logits are no finite numbers, as activations became NaN or infinite"
+
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
+
+
+class NoNumber(UserError):
+    """A score or a continuation that cannot be had: the model's logits are NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ class Scorer:
         self, pairs: Sequence[Pair], on_scored: Callable[[int], None] = lambda _: None
     ) -> list[tuple[float, bool]]:
         """For each pair the log-likelihood (nats) of the continuation after the context, and
-        whether greedy decoding would give it. What is too long loses its beginning.
+        whether greedy decoding would give it. What is too long loses its beginning. Raises
+        `NoNumber` where a log-likelihood is not finite: metrics would take it for a wrong answer.
         """
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         inputs = [self._cut([*context, *continuation])[:-1] for context, continuation in pairs]
@@ -69,7 +78,8 @@ class Scorer:
     ) -> list[list[int]]:
         """Up to `new_tokens` tokens after each prompt; fewer where `ends(tokens so far)` is true.
 
-        Prompts lose their beginning where they leave no room for new tokens.
+        Prompts lose their beginning where they leave no room for new tokens. Raises `NoNumber`
+        where logits are not finite.
         """
         room = max(1, self.max_positions - new_tokens)
         requests = [Request(i, i, tuple(p[-room:]), new_tokens) for i, p in enumerate(prompts)]
@@ -102,12 +112,14 @@ class Scorer:
             scores = last.head(some).float().log_softmax(dim=-1)
             total += float(scores.gather(1, tokens).sum())
             greedy &= bool((scores.argmax(dim=-1, keepdim=True) == tokens).all())
+        if not isfinite(total):
+            raise NoNumber(NO_NUMBER)
         return total, greedy
 
     def _continue(
         self, requests: list[Request], sampling: Sampling, ends: Callable[[list[int]], bool]
     ) -> list[list[int]]:
-        """New tokens of each request of one batch; none after logits that are not finite."""
+        """New tokens of each request of one batch."""
         new_tokens = requests[0].new_tokens
         lane = LaneShape(len(requests), max(len(r.prompt) for r in requests) + new_tokens)
         caches = [LaneCache(s.layers.end - s.layers.first, [lane]) for s in self.stages]
@@ -126,10 +138,10 @@ class Scorer:
                 tokens = given
             found = tokens.tolist()
             for i in sorted(live):
-                token = found[i]
-                if token != BROKEN:
-                    answers[i].append(token)
-                if token == BROKEN or ends(answers[i]):
+                if found[i] == BROKEN:
+                    raise NoNumber(NO_NUMBER)
+                answers[i].append(found[i])
+                if ends(answers[i]):
                     live.remove(i)
             if not live:
                 break
@@ -282,15 +294,20 @@ class TaskScore:
 
 
 def run_tasks(tasks: Any, model: Any, limit: int | None) -> list[TaskScore]:
-    """Every metric of lm-eval's loaded tasks (see `load_tasks`); `limit`: samples a task."""
+    """Every metric of lm-eval's loaded tasks (see `load_tasks`); `limit`: samples a task.
+
+    Where the model's logits are no numbers, each task has one score, which is NaN.
+    """
     from lm_eval.evaluator import evaluate
 
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples for every model
-    with redirect_stdout(StringIO()):  # it prints there what belongs to nobody's result
-        found = evaluate(
-            model, tasks, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False, verbosity=None
-        )
+    more = {"limit": limit, "bootstrap_iters": BOOTSTRAPS, "log_samples": False, "verbosity": None}
+    try:
+        with redirect_stdout(StringIO()):  # it prints there what belongs to nobody's result
+            found = evaluate(model, tasks, **more)
+    except NoNumber:
+        return [TaskScore(str(name), "no metric", nan, None, 0, 0) for name in tasks["tasks"]]
     return [score for name in found["results"] for score in _scores(name, found)]
 
 

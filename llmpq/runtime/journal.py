@@ -219,8 +219,8 @@ class Results:
             more = f" and {len(changed) - MOST_SHOWN} more" if len(changed) > MOST_SHOWN else ""
             raise UserError(
                 f"{self._path}: finished requests were of other prompts, or of another number of "
-                f"new tokens, than now: {names}{more}; give another --output, or the prompts, the "
-                "tokenizer and --too-long as they were"
+                f"new tokens or other settings of their own, than now: {names}{more}; give another "
+                "--output, or the prompts, the tokenizer and --too-long as they were"
             )
         if unknown := sum(was is None for _, was in sums):
             self.notes.append(

@@ -15,6 +15,13 @@ from llmpq.runtime.steps import BROKEN
 from llmpq.runtime.worker import Result, Worker
 from llmpq.schedule import Job, Schedule
 
+Ends = Callable[[Request, list[int]], bool]  # whether a request's new tokens are all it asks for
+
+
+def never(request: Request, tokens: list[int]) -> bool:
+    """For runs that nothing but lengths and end-of-text tokens ends."""
+    return False
+
 
 @dataclass(frozen=True)
 class Status:
@@ -50,9 +57,10 @@ class Leader:
         eos_ids: frozenset[int],
         on_finished: Callable[[Finished], None],
         on_status: Callable[[Status], None] = lambda _: None,
+        ends: Ends = never,
     ) -> None:
         self.worker, self.eos_ids = worker, eos_ids
-        self.on_finished, self.on_status = on_finished, on_status
+        self.on_finished, self.on_status, self._ends = on_finished, on_status, ends
         self._open: dict[int, _Open] = {}
         self._schedule, self._fetch = schedule, fetch
         self._results: deque[Result] = deque()  # of a stage alone, not looked at yet
@@ -145,12 +153,20 @@ class Leader:
     def _note(self, tokens: list[int]) -> None:
         """The tokens of the oldest job; a request that had stopped before it takes no more."""
         job = self._schedule.oldest
-        stops = [token in self.eos_ids or token == BROKEN for token in tokens]
+        stops = [
+            token in self.eos_ids or token == BROKEN or self._has_ended(member.number, token)
+            for member, token in zip(job.members, tokens, strict=job.chooses)
+        ]
         ended = self._schedule.returned(stops)
         for member, token, last in zip(job.members, tokens, ended, strict=job.chooses):
             if member.number in self._open:
                 self._take(member.number, token, last)
         self.on_status(self._status())
+
+    def _has_ended(self, number: int, token: int) -> bool:
+        """With this token; what had ended before it is not asked again."""
+        one = self._open.get(number)
+        return one is not None and self._ends(one.request, [*one.tokens, token])
 
     def _take(self, number: int, token: int, last: bool) -> None:
         tokens = self._open[number].tokens
@@ -162,7 +178,8 @@ class Leader:
             return
         request = self._open.pop(number).request
         self.num_done += 1
-        reason: Reason = "stop" if token in self.eos_ids else "length"
+        stopped = token in self.eos_ids or self._ends(request, tokens)
+        reason: Reason = "stop" if stopped else "length"
         error = None
         if token == BROKEN:
             reason = "error"

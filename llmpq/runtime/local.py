@@ -29,6 +29,7 @@ def generate_locally(
     eos_ids: frozenset[int] = frozenset(),
     refill: bool = True,
     chunk: int | None = None,
+    samplings: Sequence[Sampling] = (),
 ) -> dict[str | int, list[int]]:
     """The new tokens of every request, by its id. The plan's rehearsal is not played."""
     crew = _Crew(plan)
@@ -43,7 +44,7 @@ def generate_locally(
     def work(place: _Place) -> None:
         engine = crew.engine(place, folder, dtype, sampling, eos_ids)
         if place == (0, 0):
-            engine.lead(lengths, fetch, keep, refill=refill, chunk=chunk)
+            engine.lead(lengths, fetch, keep, refill=refill, chunk=chunk, samplings=samplings)
         else:
             engine.follow()
 

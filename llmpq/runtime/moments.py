@@ -28,9 +28,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llmpq.artifact import refuse_unless_regular
-from llmpq.errors import UserError
+from llmpq.errors import UserError, one_line
 from llmpq.models.stage_model import StageModel
 from llmpq.precision import group_size
+from llmpq.runtime.checkpoint_files import reading
 from llmpq.whole_file import whole_file
 
 KIND, VERSION = "llmpq-moments", "1"
@@ -185,9 +186,16 @@ class MomentsFile:
     def moments(self, name: str) -> Tensor:
         """fp32 `[blocks, B, B]` of the inputs of weight `name`."""
         key = self.key(name)
-        with self._open() as file:
+        with reading(self.path), self._open() as file:
             deviation, correlation = (
                 file.get_tensor(f"{key}.{part}") for part in ("deviation", "correlation")
+            )
+        if deviation.dim() != 2:
+            raise UserError(f"{self.path}: '{key}.deviation' is no matrix")
+        if not torch.isfinite(deviation).all():
+            raise UserError(
+                f"{self.path}: '{key}.deviation' has NaN or infinite numbers: the file is damaged, "
+                "or the model that it was made with has such activations"
             )
         blocks, size = deviation.shape
         if tuple(correlation.shape) != (blocks, size * (size - 1) // 2):
@@ -201,7 +209,9 @@ class MomentsFile:
         except FileNotFoundError:
             raise UserError(f"{self.path}: no such file") from None
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{self.path}: not a readable safetensors file: {error}") from None
+            raise UserError(
+                f"{self.path}: not a readable safetensors file: {one_line(error)}"
+            ) from None
 
     def _read_keys(self, text: str) -> dict[str, str]:
         try:

@@ -36,7 +36,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from llmpq import __version__
-from llmpq.errors import UserError
+from llmpq.errors import UserError, one_line
 from llmpq.models.stage_model import RawTensor
 from llmpq.others_files import OWN, OWN_FILE, refuse_others_files
 from llmpq.precision import group_size
@@ -44,7 +44,7 @@ from llmpq.quant import QuantizedLinear
 from llmpq.quant.base import Shapes
 from llmpq.whole_file import create
 
-FORMAT = 1  # of the files; another one finds none of the old
+FORMAT = 2  # of the files; another one finds none of the old
 UNFINISHED = ".part"  # ends the name of a file that is being written
 LEFT_BEHIND_S = 3600  # one this old has lost its writer
 
@@ -159,7 +159,7 @@ class PackedCache:
         except FileNotFoundError:
             return False
         except (SafetensorError, OSError, ValueError) as error:
-            self._say(f"{path}: cannot be used, so the weight is packed again ({error})")
+            self._say(f"{path}: cannot be used, so the weight is packed again ({one_line(error)})")
             return False
         linear.restore(state)
         return True
@@ -217,13 +217,14 @@ def _read(path: Path, recipe: Recipe, shapes: Shapes) -> dict[str, Tensor]:
 
 def _about(recipe: Recipe, state: Mapping[str, Tensor]) -> dict[str, str]:
     """What a file says of itself: the recipe, and the SHA-256 of the packed weight."""
-    digest = _digest(state[name] for name in sorted(state))
+    names = json.dumps(sorted(state))
+    digest = _digest((state[name] for name in sorted(state)), names)
     return {"about": json.dumps(recipe | {"packed_sha256": digest})}
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of types, shapes and values."""
-    digest = hashlib.sha256()
+def _digest(tensors: Iterable[Tensor], names: str = "") -> str:
+    """SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256(names.encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

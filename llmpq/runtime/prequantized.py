@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmpq.artifact import parse_json
+from llmpq.artifact import parse_json, show_value
 from llmpq.errors import UserError
 from llmpq.quant import PackedWeight
 from llmpq.quant.packing import unpack_words
@@ -37,6 +37,11 @@ OLD_GPTQ = "quantize_config.json"  # AutoGPTQ's settings, beside config.json
 WHAT_LOADS = (
     "what loads is gptq (3, 4 or 8 bits), compressed-tensors (pack-quantized or int-quantized, "
     "3, 4 or 8 bits), fp8 with weight_scale_inv, or weights that are not quantised"
+)
+GPTQ_SETTINGS = (
+    ("group_size", int, "an integer"),
+    ("desc_act", bool, "true or false"),
+    ("sym", bool, "true or false"),
 )
 ONE_A_CODE = {4: 0x11111111, 8: 0x01010101}  # a word with each of its codes one up
 DENSE_SINCE = (0, 18)  # compressed-tensors: codes of 3 bits run on across words
@@ -83,7 +88,9 @@ def packing_of(folder: Path) -> Packing | None:
         return Gptq(settings, path)
     if method == "compressed-tensors":
         return CompressedTensors(settings, path)
-    raise UserError(f"{path}: weights quantised by {method!r} cannot be read; {WHAT_LOADS}")
+    raise UserError(
+        f"{path}: weights quantised by {show_value(method)} cannot be read; {WHAT_LOADS}"
+    )
 
 
 def settings_of(folder: Path) -> tuple[Any, Path]:
@@ -117,9 +124,11 @@ class Gptq:
         layout = settings.get("checkpoint_format", "gptq")
         if layout not in ("gptq", "gptq_v2"):
             raise UserError(
-                f"{path}: GPTQ weights laid out for {layout!r} cannot be read; {WHAT_LOADS}"
+                f"{path}: GPTQ weights laid out for {show_value(layout)} cannot be read; "
+                f"{WHAT_LOADS}"
             )
         _check_bits(settings.get("bits"), path)
+        _check_sorts(settings, path)
         self.precisions = frozenset({str(settings["bits"])})
         self._less_one = layout == "gptq"
 
@@ -314,11 +323,11 @@ def _scheme(name: str, group: Any, path: Path) -> _Scheme:
         raise UserError(f"{where} has no 'weights' and 'targets' of its own")
     if weights.get("type", "int") != "int":
         raise UserError(
-            f"{where}: weights of type {weights['type']!r} cannot be read; {WHAT_LOADS}"
+            f"{where}: weights of type {show_value(weights['type'])} cannot be read; {WHAT_LOADS}"
         )
     if weights.get("strategy") not in ("group", "channel", "tensor"):
         raise UserError(
-            f"{where}: scales by {weights.get('strategy')!r} cannot be read; "
+            f"{where}: scales by {show_value(weights.get('strategy'))} cannot be read; "
             "what loads has one a group, channel or tensor"
         )
     _check_bits(weights.get("num_bits"), path)
@@ -326,9 +335,17 @@ def _scheme(name: str, group: Any, path: Path) -> _Scheme:
     return _Scheme(tuple(group["targets"]), weights["num_bits"], activations)
 
 
+def _check_sorts(settings: Mapping[str, Any], path: Path) -> None:
+    """Of what the tensors themselves say too, and other readers of the file go by."""
+    for key, sort, what in GPTQ_SETTINGS:
+        value = settings.get(key)
+        if value is not None and type(value) is not sort:
+            raise UserError(f"{path}: '{key}' must be {what}, found {show_value(value)}")
+
+
 def _check_bits(bits: Any, path: Path) -> None:
-    if bits not in BITS:
-        raise UserError(f"{path}: weights of {bits} bits cannot be read; {WHAT_LOADS}")
+    if type(bits) is not int or bits not in BITS:
+        raise UserError(f"{path}: weights of {show_value(bits)} bits cannot be read; {WHAT_LOADS}")
 
 
 def _rank(target: str, linear: str) -> int:

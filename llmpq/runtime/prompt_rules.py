@@ -4,8 +4,8 @@ A line is llmpq's own ({"id", "prompt" | "prompt_token_ids" | "messages", "max_n
 of OpenAI's batch files ({"custom_id", "method", "url", "body": {...}}); a file may have both.
 There are three kinds of trouble. What makes a line no request at all (not JSON, no id, a number of
 tokens that is none) is a `ValueError`: the file is not run. What only this model or this run cannot
-do (too long, an image, an odd chat) makes that request fail alone: `Asked.refusal` says why. What
-has no meaning here is left out and counted: `Asked.left_out` names it.
+do (too long, an image, an odd chat, several answers) makes that request fail alone:
+`Asked.refusal` says why. What changes no answer is left out and counted: `Asked.left_out` names it.
 
 Messages become tokens by the model's own chat template, which transformers renders in a sandbox.
 """
@@ -13,25 +13,31 @@ Messages become tokens by the model's own chat template, which transformers rend
 import json
 import reprlib
 from array import array
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 from zlib import crc32
 
-from llmpq.artifact import no_repeated_keys
+from llmpq.artifact import no_repeated_keys, show_value
+from llmpq.errors import one_line
 from llmpq.runtime.chat_messages import Refused, messages_of, refuse_half_characters, text_of
+from llmpq.runtime.own_settings import (
+    BODY_KNOWN,
+    OWN_KNOWN,
+    drawn_by,
+    refuse_unmet,
+    stops_of,
+    with_settings,
+)
 from llmpq.runtime.request import Request
 
 TooLong = Literal["error", "truncate", "fail"]
 
 LENGTH_KEYS = ("max_new_tokens", "max_tokens", "max_completion_tokens")  # all mean the same
 WAYS = ("prompt", "prompt_token_ids", "messages")  # to give the prompt, one a line
-OWN_KEYS = {"id", "custom_id", "tools", "text", *WAYS, *LENGTH_KEYS}
+OWN_KEYS = {"id", "custom_id", "tools", "text", *WAYS, *LENGTH_KEYS, *OWN_KNOWN}
 BATCH_KEYS = {"id", "custom_id", "method", "url", "body"}
-BODY_KEYS = {"model", "messages", "prompt", "prompt_token_ids", "tools", *LENGTH_KEYS}
+BODY_KEYS = {"model", "messages", "prompt", "prompt_token_ids", "tools", *LENGTH_KEYS, *BODY_KNOWN}
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
-# Keys of a body that say no more than what is done anyway.
-NOTHING_NEW: dict[str, Any] = {"n": 1, "best_of": 1, "stream": False, "echo": False, "logprobs": 0}
 MOST_SHOWN = 300  # characters of what a library says
 # What jinja2 raises for a template that is wrong whatever it is given.
 BROKEN_TEMPLATE = {"TemplateSyntaxError", "SecurityError", "TemplateAssertionError"}
@@ -123,6 +129,7 @@ class _Fields:
     data: dict[str, Any]
     is_openai: bool = False
     url: str | None = None
+    method: Any = None
     left_out: list[str] = field(default_factory=list)
 
 
@@ -130,14 +137,12 @@ class _Fields:
 class Rules:
     """How a line becomes a request; every fault of the line is a `ValueError`.
 
-    `chat`: a prompt that is a text is the message of a user. `settings`: what the run draws tokens
-    by, so that a line that asks for just that is not told off.
+    `chat`: a prompt that is a text is the message of a user.
     """
 
     tokenizer: Tokenizer | None
     limits: Limits
     chat: bool
-    settings: Mapping[str, float] = field(default_factory=dict)
 
     def request(self, line: bytes, number: int) -> Request:
         """The request alone; of a line that was checked and not refused."""
@@ -155,17 +160,22 @@ class Rules:
         is_chat = ways[0] == "messages" or fields.url == CHAT_URL
         tokens: list[int] = []
         num_cut, refusal = 0, None
+        drawn: dict[str, float] = {}
+        stops: tuple[str, ...] = ()
         try:
-            if fields.url is not None:
-                _check_url(fields.url, ways[0])
-            tokens = self._tokens(data, ways[0], left_out)
+            _check_meaning(fields, ways[0], is_chat or self.chat)
+            drawn, stops = drawn_by(data), self._stops(data)
+            tokens = self._tokens(data, ways[0])
             tokens, num_cut = self._fitting(tokens, new_tokens)
             if crossing := self.limits.crossing(len(tokens), new_tokens):
                 raise Refused(crossing)
         except Refused as error:
             refusal = str(error)
-        checksum = _checksum(tokens, said) if refusal is None else crc32(line)
-        request = Request(fields.id, number, tuple(tokens), new_tokens, checksum, is_chat)
+        checksum = with_settings(_checksum(tokens, said), drawn, stops)
+        checksum = checksum if refusal is None else crc32(line)
+        request = Request(
+            fields.id, number, tuple(tokens), new_tokens, checksum, is_chat, drawn, stops
+        )
         model = data.get("model") if fields.is_openai else None
         shown = None if model is None else text_of("'model'", model)
         return Asked(request, fields.is_openai, refusal, tuple(left_out), shown, num_cut)
@@ -190,37 +200,42 @@ class Rules:
         if url is not None and not isinstance(url, str):
             raise ValueError("'url' must be a text")
         outside = sorted(set(data) - BATCH_KEYS)
-        inside = [key for key in sorted(set(body) - BODY_KEYS) if not self._is_done(key, body[key])]
-        return _Fields(name, body, True, url, [*outside, *(f"body.{key}" for key in inside)])
-
-    def _is_done(self, key: str, value: Any) -> bool:
-        """Whether a key of a body asks for nothing but what is done anyway."""
-        usual = self.settings.get(key, NOTHING_NEW.get(key))
-        return value is None or (usual is not None and value == usual)
+        unknown = sorted(set(body) - BODY_KEYS)
+        inside = [k for k in unknown if body[k] is not None and (k, body[k]) != ("stream", False)]
+        method = data.get("method")
+        return _Fields(
+            name, body, True, url, method, [*outside, *(f"body.{key}" for key in inside)]
+        )
 
     # ---- tokens
 
-    def _tokens(self, data: dict[str, Any], way: str, left_out: list[str]) -> list[int]:
+    def _stops(self, data: dict[str, Any]) -> tuple[str, ...]:
+        stops = stops_of(data)
+        if stops and self.tokenizer is None:
+            raise Refused("'stop' needs a tokenizer, which the model has not")
+        return stops
+
+    def _tokens(self, data: dict[str, Any], way: str) -> list[int]:
         given = data[way]
         if way == "prompt" and isinstance(given, list):  # as OpenAI's completions allow
             way, given = _listed_prompt(given)
         if way == "prompt_token_ids":
             token_ids = given
         elif way == "prompt":
-            token_ids = self._encode(text_of("'prompt'", given), data, left_out)
+            token_ids = self._encode(text_of("'prompt'", given), data)
         else:
-            token_ids = self._render(messages_of(given), data, left_out)
+            token_ids = self._render(messages_of(given), data)
         if not isinstance(token_ids, list) or not token_ids or not all(map(is_int, token_ids)):
             raise ValueError("the prompt must hold at least one token")
         outside = next((t for t in token_ids if not 0 <= t < self.limits.vocab_size), None)
         if outside is not None:
             size = self.limits.vocab_size
-            raise ValueError(f"token {outside} is outside the vocabulary of {size}")
+            raise ValueError(f"token {show_value(outside)} is outside the vocabulary of {size}")
         return token_ids
 
-    def _encode(self, text: str, data: dict[str, Any], left_out: list[str]) -> list[int]:
+    def _encode(self, text: str, data: dict[str, Any]) -> list[int]:
         if self.chat:
-            return self._render([{"role": "user", "content": text}], data, left_out)
+            return self._render([{"role": "user", "content": text}], data)
         if self.tokenizer is None:
             raise ValueError("the model has no tokenizer; give 'prompt_token_ids'")
         try:
@@ -228,9 +243,7 @@ class Rules:
         except Exception as error:  # tokenizers raise plain exceptions
             raise Refused(f"the model's tokenizer fails ({_one_line(error)})") from None
 
-    def _render(
-        self, messages: list[dict[str, Any]], data: dict[str, Any], left_out: list[str]
-    ) -> list[int]:
+    def _render(self, messages: list[dict[str, Any]], data: dict[str, Any]) -> list[int]:
         template = str(getattr(self.tokenizer, "chat_template", None) or "")
         if self.tokenizer is None or not template:
             raise ValueError(
@@ -239,10 +252,9 @@ class Rules:
             )
         more = {}
         if data.get("tools"):
-            if "tools" in template:
-                more["tools"] = data["tools"]
-            else:
-                left_out.append("tools, which the chat template does not know")
+            if "tools" not in template:
+                raise Refused("'tools', which the model's chat template does not know")
+            more["tools"] = data["tools"]
         if "tool_calls" not in template and any(m.get("tool_calls") for m in messages):
             raise Refused("a message calls a tool, which the model's chat template does not know")
         try:
@@ -309,6 +321,17 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _check_meaning(fields: _Fields, way: str, is_chat: bool) -> None:
+    """Raises `Refused` for what asks for something else than llmpq does."""
+    refuse_unmet(fields.data, fields.is_openai)
+    if fields.data.get("tools") and not is_chat:
+        raise Refused("'tools' need 'messages', which the model's chat template renders")
+    if fields.method is not None and fields.method != "POST":
+        raise Refused(f"method {show_value(fields.method)}: only POST asks for a text")
+    if fields.url is not None:
+        _check_url(fields.url, way)
+
+
 def _check_url(url: str, way: str) -> None:
     """Raises `Refused` for what is no request of a completion."""
     path = "/" + url.split("://")[-1].partition("/")[2] if "://" in url else url
@@ -333,7 +356,7 @@ def _json(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+        raise ValueError(f"not valid JSON: {one_line(error)}") from None
 
 
 def show(text: str) -> str:

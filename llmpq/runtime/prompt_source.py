@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from llmpq.artifact import no_repeated_keys, read_text, refuse_unless_regular, text_encoding
-from llmpq.errors import UserError
+from llmpq.errors import UserError, one_line
 from llmpq.runtime.prompt_tables import Row, array_rows, csv_columns, csv_rows, parquet_rows
 
 MAX_LINE_BYTES = 1 << 26  # a longer line is no prompt; and all of it would have to be in memory
@@ -265,9 +265,9 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path}: packed, and not whole ({error})") from None
+        raise UserError(f"{path}: packed, and not whole ({one_line(error)})") from None
     except UnicodeError as error:
-        raise UserError(f"{path}: not valid text ({error})") from None
+        raise UserError(f"{path}: not valid text ({one_line(error)})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 

@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from llmpq.errors import UserError
+from llmpq.errors import UserError, one_line
+from llmpq.runtime.own_settings import SETTINGS
 
 PROMPT_COLUMNS = ("prompt", "text", "messages", "prompt_token_ids")
 ID_COLUMNS = ("id", "custom_id")
 JSON_COLUMNS = (
     *("messages", "prompt_token_ids"),
     *("max_new_tokens", "max_tokens", "max_completion_tokens"),
+    *SETTINGS,
 )
 COLUMNS = (*ID_COLUMNS, "prompt", "text", *JSON_COLUMNS)
 DELIMITERS = ",;\t"
@@ -70,7 +72,7 @@ def csv_rows(file: TextIO, path: Path, delimiter: str) -> Iterator[Row]:
                 else:
                     names = _checked_names(_names(cells), path, number)
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+            raise UserError(f"{path}:{reader.line_num}: not valid CSV: {one_line(error)}") from None
         except UnicodeDecodeError as error:
             where = f"{path}:{reader.line_num + 1}"
             raise UserError(f"{where} or after: not UTF-8 text ({error.reason})") from None
@@ -232,4 +234,4 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         for number, row in enumerate(rows, 1):
             yield Row(number, {k.lower(): v for k, v in row.items() if v is not None})
     except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({error})") from None
+        raise UserError(f"{path}: cannot be read as Parquet ({one_line(error)})") from None

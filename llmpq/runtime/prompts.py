@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from zlib import crc32
 
-from llmpq.artifact import MAX_FAULTS
+from llmpq.artifact import MAX_FAULTS, show_value
 from llmpq.errors import UserError
 from llmpq.runtime.prompt_rules import (
     BATCH_KEYS,
@@ -33,13 +33,13 @@ from llmpq.runtime.result_lines import Form, Id
 
 MAX_NAMES = 1000  # of keys that are counted one by one
 MOST_SHOWN = 8  # of these in a message
-SAMPLING = ("temperature", "top_p", "top_k", "seed")
 
 
 class PromptFile:
     """A file of prompts that was checked: the ids and lengths of its requests, not their tokens.
 
     `refused`: requests that cannot be done, by their numbers, with the reason; their lengths are 0.
+    `drawn`: how tokens are drawn, of requests that say so themselves.
     `notes`: what a user should know of how the file was read.
     """
 
@@ -48,6 +48,7 @@ class PromptFile:
         self.ids: list[Id] = []
         self.lengths: list[tuple[int, int]] = []  # (prompt tokens, new tokens), like the ids
         self.refused: dict[int, str] = {}
+        self.drawn: dict[int, Mapping[str, float]] = {}
         self.notes: list[str] = []
         self._source, self._rules = source, rules
         self._checksums, self._line_numbers = array("I"), array("Q")
@@ -104,6 +105,8 @@ class PromptFile:
         self._line_numbers.append(line.number)
         if asked.refusal is None:
             self.lengths.append((len(request.prompt), request.new_tokens))
+            if request.drawn:
+                self.drawn[number] = request.drawn
         else:
             self.refused[number] = asked.refusal
             self.lengths.append((0, 0))
@@ -136,9 +139,11 @@ class _Told:
         self._left_out: Counter[str] = Counter()
         self._models: Counter[str] = Counter()
         self._num_cut, self._first_cut = 0, ""
+        self._num_drawn = 0
 
     def add(self, asked: Asked, line_number: int) -> None:
         self.num_openai += asked.is_openai
+        self._num_drawn += bool(asked.request.drawn)
         for name in asked.left_out:
             _count(self._left_out, name)
         if asked.model is not None:
@@ -153,8 +158,11 @@ class _Told:
         if self._left_out:
             names = (f"{_suggested(k)} ({n} lines)" for k, n in _most(self._left_out))
             yield f"keys that are not known, and were left out: {_joined(names, self._left_out)}"
-        if any(key.partition(".")[2] in SAMPLING for key in self._left_out):
-            yield "how tokens are drawn is said once for the run: --temperature, --top-p, --seed"
+        if self._num_drawn:
+            yield (
+                f"requests that say themselves how their tokens are drawn: {self._num_drawn}; what "
+                "they do not say is as --temperature, --top-p, --top-k and --seed say"
+            )
         if self._models:
             names = (f"{show(k)} ({n} lines)" for k, n in _most(self._models))
             yield f"lines name a model; the plan's answers: {_joined(names, self._models)}"
@@ -171,11 +179,10 @@ def check_prompts(
     limits: Limits,
     chat: bool = False,
     on_line: Callable[[int], None] | None = None,
-    settings: Mapping[str, float] = {},
 ) -> PromptFile:
     """Checks every line of a file; `on_line` is called with the number of lines read so far.
 
-    `settings`: what the run draws tokens by. Raises one `UserError` that lists every broken line
+    Raises one `UserError` that lists every broken line
     (the first 20, and how many more).
     """
     if chat and not getattr(tokenizer, "chat_template", None):
@@ -184,7 +191,7 @@ def check_prompts(
             "use a chat model, or give whole prompts without --chat"
         )
     source = open_source(path)
-    found = PromptFile(source, Rules(tokenizer, limits, chat, settings))
+    found = PromptFile(source, Rules(tokenizer, limits, chat))
     faults: list[str] = []
     num_faults = 0
     for number, fault in (*source.faults, *_check(found, on_line)):
@@ -209,7 +216,7 @@ def _check(found: PromptFile, on_line: Callable[[int], None] | None) -> Iterator
             asked = found._rules.asked(line.text, len(found))
             name = asked.request.id
             if name in seen:
-                raise ValueError(f"id {name!r} was used on line {seen[name]}")
+                raise ValueError(f"id {show_value(name)} was used on line {seen[name]}")
             seen[name] = line.number
             found.add(asked, line)
         except ValueError as error:

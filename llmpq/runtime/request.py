@@ -1,5 +1,6 @@
 """One prompt, and what became of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,8 +11,9 @@ Reason = Literal["stop", "length", "error"]
 class Request:
     """One prompt. `number` is its position in the prompts file.
 
-    `checksum`: of the prompt, by which a resumed run knows it again. `is_chat`: it is a chat, so
-    that the answer is a message.
+    `checksum`: of the prompt and the request's own settings, by which a resumed run knows it again.
+    `is_chat`: it is a chat, so that the answer is a message. `drawn`: how its tokens are drawn
+    where that is not as the run says. `stops`: texts before which the answer ends.
     """
 
     id: str | int
@@ -20,6 +22,8 @@ class Request:
     new_tokens: int
     checksum: int | None = field(default=None, compare=False)
     is_chat: bool = field(default=False, compare=False)
+    drawn: Mapping[str, float] = field(default_factory=dict, compare=False)
+    stops: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

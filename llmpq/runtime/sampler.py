@@ -2,10 +2,14 @@
 
 Sampling draws by noise that is a function of (seed, request, position, token) alone, so that the
 draw does not depend on which others share its micro-batch (the logits may, in their last bits), nor
-on the device. Nothing here waits for a device or looks at values, so a CUDA graph may hold it.
+on the device. `Sampling` is one way for all requests; `Draws` is a table of ways by the requests'
+numbers: rows of a micro-batch then differ, and greedy ones stay so. Nothing here waits for a device
+or looks at values, so a CUDA graph may hold it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,6 +19,7 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 SHIFTS = (30, 27, 31)
 
+MOST_K = 2**31  # of top-k: more tokens than any vocabulary has
 GREEDY_BELOW = 1e-5  # as in vLLM (_SAMPLING_EPS)
 
 
@@ -23,55 +28,131 @@ class Sampling:
     """How tokens are chosen; temperature 0 is greedy. `top_k` 0 and `top_p` 1 cut nothing.
 
     So are temperatures below `GREEDY_BELOW`: there logits that differ at all are so far apart that
-    the most likely token is drawn, and logits over the temperature overflow.
+    the most likely token is drawn, and logits over the temperature overflow. `own_seed`: the seed
+    is the request's own, so that its draws do not depend on its place among the others.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    own_seed: bool = False
 
     @property
     def greedy(self) -> bool:
         """Always the most likely token."""
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def cuts(self) -> bool:
+        """Not every token may be drawn."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1)
 
-def choose(logits: Tensor, sampling: Sampling, requests: Tensor, positions: Tensor) -> Tensor:
+
+@dataclass(frozen=True)
+class Draws:
+    """How each request's tokens are chosen where requests differ, on the device, by their numbers.
+
+    `whole` int64 `[N, 2]`: what the noise of a request begins with, and its `top_k`. `parts` fp32
+    `[N, 2]`: its temperature and `top_p`. `cuts`: some request has a `top_k` or `top_p`.
+    """
+
+    whole: Tensor
+    parts: Tensor
+    cuts: bool
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return type(self)(self.whole.to(device), self.parts.to(device), self.cuts)
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling]) -> Self:
+        """Those of requests 0, 1, 2 and so on, in main memory."""
+        whole = [
+            (_start(one.seed, 0 if one.own_seed else number), min(one.top_k, MOST_K))
+            for number, one in enumerate(samplings)
+        ]
+        parts = [(one.temperature, one.top_p) for one in samplings]
+        return cls(
+            torch.tensor(whole, dtype=torch.int64),
+            torch.tensor(parts, dtype=torch.float32),
+            any(one.cuts for one in samplings),
+        )
+
+
+def choose(
+    logits: Tensor, sampling: Sampling | Draws, requests: Tensor, positions: Tensor
+) -> Tensor:
     """`[B, V]` logits to `[B]` token ids.
 
     `requests` `[B]` are the numbers of the requests, `positions` `[B]` those of the tokens among
-    their new ones, both int64.
+    their new ones, both int64. A request of `Draws` gets the tokens that it would get of its
+    `Sampling` alone.
     """
+    if isinstance(sampling, Draws):
+        return _choose_each(logits, sampling, requests, positions)
     if sampling.greedy:
         return logits.argmax(dim=-1)
-    scaled = _cut(logits.float() / sampling.temperature, sampling)
-    return (scaled + _gumbel(scaled.shape[1], sampling.seed, requests, positions)).argmax(dim=-1)
-
-
-def _cut(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Sets what top-k and top-p exclude to minus infinity."""
+    # By a tensor, as that is how `Draws` do it: division by a number may round otherwise.
+    scaled = logits.float() / torch.full((1, 1), sampling.temperature, device=logits.device)
     if 0 < sampling.top_k < logits.shape[-1]:
-        threshold = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
+        threshold = scaled.topk(sampling.top_k, dim=-1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < threshold, float("-inf"))
     if sampling.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        above = probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p
-        above[..., 0] = False  # the most likely token always stays
-        excluded = torch.zeros_like(above).scatter(-1, order, above)
-        logits = logits.masked_fill(excluded, float("-inf"))
-    return logits
+        scaled = _cut_tail(scaled, torch.full((1, 1), sampling.top_p, device=logits.device))
+    seeded = torch.full_like(requests, _signed(_mix(sampling.seed)))
+    numbers = torch.zeros_like(requests) if sampling.own_seed else requests
+    return (scaled + _gumbel(logits.shape[1], _mixed(seeded + numbers), positions)).argmax(dim=-1)
 
 
-def _gumbel(size: int, seed: int, requests: Tensor, positions: Tensor) -> Tensor:
+def _choose_each(logits: Tensor, draws: Draws, requests: Tensor, positions: Tensor) -> Tensor:
+    starts, top_k = draws.whole[requests].unbind(dim=-1)
+    temperature, top_p = draws.parts[requests].split(1, dim=-1)
+    is_drawn = temperature >= GREEDY_BELOW
+    scaled = logits.float() / torch.where(is_drawn, temperature, 1.0)
+    if draws.cuts:
+        scaled = _cut_tail(_cut_each(scaled, top_k[:, None]), top_p)
+    drawn = (scaled + _gumbel(logits.shape[1], starts, positions)).argmax(dim=-1)
+    return torch.where(is_drawn[:, 0], drawn, logits.argmax(dim=-1))
+
+
+def _cut_each(logits: Tensor, top_k: Tensor) -> Tensor:
+    """Sets what top-k `[B, 1]` excludes to minus infinity."""
+    size = logits.shape[-1]
+    last = torch.where(top_k > 0, top_k, size).clamp(max=size) - 1
+    threshold = logits.sort(dim=-1, descending=True).values.gather(1, last)
+    return logits.masked_fill(logits < threshold, float("-inf"))
+
+
+def _cut_tail(logits: Tensor, top_p: Tensor) -> Tensor:
+    """Sets what top-p `[B, 1]` or `[1, 1]` excludes to minus infinity."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    above = (probabilities.cumsum(dim=-1) - probabilities >= top_p) & (top_p < 1)
+    above[..., 0] = False  # the most likely token always stays
+    excluded = torch.zeros_like(above).scatter(-1, order, above)
+    return logits.masked_fill(excluded, float("-inf"))
+
+
+def _gumbel(size: int, starts: Tensor, positions: Tensor) -> Tensor:
     """`[B, size]` noise whose arg-max with the logits is a draw from their softmax."""
-    tokens = torch.arange(size, device=requests.device)
-    seeded = _mixed(torch.full_like(requests, _signed(seed)))
-    start = _mixed(_mixed(seeded + requests) + positions)
-    bits = _mixed(start[:, None] + tokens * GOLDEN)
+    tokens = torch.arange(size, device=starts.device)
+    bits = _mixed(_mixed(starts + positions)[:, None] + tokens * GOLDEN)
     uniform = (((bits >> 12) & (2**52 - 1)).double() + 0.5) * 2.0**-52  # neither 0 nor 1
     return -torch.log(-torch.log(uniform)).float()
+
+
+def _start(seed: int, number: int) -> int:
+    """What the noise of a request begins with, as int64 holds it."""
+    return _signed(_mix(_mix(seed) + number))
+
+
+def _mix(state: int) -> int:
+    """`_mixed` of one number, from 0 to 2^64 - 1."""
+    state = (state + GOLDEN) % 2**64
+    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, 1), strict=True):
+        state = (state ^ (state >> shift)) * multiplier % 2**64
+    return state
 
 
 def _mixed(state: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from llmpq.kernel import graph_lengths
 from llmpq.models.lanes import LaneCache, on_device
 from llmpq.models.stage_model import StageModel
-from llmpq.runtime.sampler import Sampling, choose
+from llmpq.runtime.sampler import Draws, Sampling, choose
 from llmpq.schedule import Job, LaneShape, Member
 
 BROKEN = -1  # in place of a token: the logits are not finite
@@ -71,7 +71,7 @@ class DecodeSteps:
     """The decode steps of a stage that fill a cache; `graphs` False: none are captured."""
 
     def __init__(
-        self, stage: StageModel, cache: LaneCache, sampling: Sampling, graphs: bool = True
+        self, stage: StageModel, cache: LaneCache, sampling: Sampling | Draws, graphs: bool = True
     ) -> None:
         self.stage, self.cache, self.sampling = stage, cache, sampling
         self.graphs = Graphs(_why_no_graphs(stage, graphs))
@@ -213,7 +213,11 @@ class DecodeSteps:
 
 
 def first_tokens(
-    stage: StageModel, hidden: Tensor, job: Job, members: Sequence[Member], sampling: Sampling
+    stage: StageModel,
+    hidden: Tensor,
+    job: Job,
+    members: Sequence[Member],
+    sampling: Sampling | Draws,
 ) -> tuple[Tensor, Tensor]:
     """What `choose_tokens` gives after a prefill's `[b, S, H]` of these members."""
     rows = torch.arange(len(members), device=hidden.device)
@@ -224,7 +228,11 @@ def first_tokens(
 
 
 def choose_tokens(
-    stage: StageModel, states: Tensor, sampling: Sampling, requests: Tensor, positions: Tensor
+    stage: StageModel,
+    states: Tensor,
+    sampling: Sampling | Draws,
+    requests: Tensor,
+    positions: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """From `[b, H]` to the tokens int64 `[b]`, and int32 `[b]` with `BROKEN` where logits are not
     finite."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpq.artifact import read_text, write_text
-from llmpq.errors import UserError
+from llmpq.errors import UserError, one_line
 from llmpq.runtime.texts import INSTALL
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -149,7 +149,7 @@ def _labelled(path: Path, scratch: Path) -> Path:
             for row, label in zip(rows, labels, strict=True)
         ]
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: rows or labels are not as expected: {error}") from None
+        raise UserError(f"{path}: rows or labels are not as expected: {one_line(error)}") from None
     write_text(scratch / path.name, "\n".join(whole) + "\n")
     return scratch / path.name
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from llmpq.artifact import BYTE_ORDER_MARKS, parse_json, read_text
+from llmpq.artifact import BYTE_ORDER_MARKS, parse_json, read_text, show_value
 from llmpq.errors import UserError
 
 CONFIG = "tokenizer_config.json"
@@ -23,7 +23,7 @@ NEEDS_CODE = (
     "the tokenizer asks for Python code of its own ('auto_map'), which is never run; with a "
     "tokenizer.json, a copy of the model's folder without that entry can be read"
 )
-MOST_SHOWN = 300  # characters of what a library says
+MOST_SHOWN = 300  # characters of a message, what a library says included
 
 
 def load_tokenizer(folder: Path) -> Any | None:
@@ -55,6 +55,11 @@ def end_tokens(folder: Path, config: Any) -> frozenset[int]:
             raise UserError(
                 f"{source}: 'eos_token_id' must be a token id or a list of them, found "
                 f"{repr(value)[:60]}"
+            )
+        if not 0 <= one < config.vocab_size:
+            raise UserError(
+                f"{source}: 'eos_token_id' {show_value(one)} is outside the vocabulary of "
+                f"{config.vocab_size}, so that no text would end; --ignore-eos wants that"
             )
     return frozenset(found)
 
@@ -96,5 +101,6 @@ def _told(folder: Path) -> Iterator[None]:
             raise
         if "trust_remote_code" in str(error):
             raise UserError(f"{folder / CONFIG}: {NEEDS_CODE}") from None
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SHOWN]
-        raise UserError(f"{folder}: its tokenizer cannot be loaded: {what}") from None
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        message = f"{folder}: its tokenizer cannot be loaded: "
+        raise UserError(message + said[: max(120, MOST_SHOWN - len(message))]) from None

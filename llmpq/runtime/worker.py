@@ -26,7 +26,7 @@ from llmpq.runtime.inbox import Inbox
 from llmpq.runtime.jobs import END, Headers, shape
 from llmpq.runtime.outbox import Outbox
 from llmpq.runtime.rehearsal import Throttle
-from llmpq.runtime.sampler import Sampling
+from llmpq.runtime.sampler import Draws, Sampling
 from llmpq.runtime.steps import DecodeSteps, first_tokens, prefill
 from llmpq.runtime.stopwatch import Stopwatch
 from llmpq.runtime.transport import Pending, Transport, message_bytes, pack, payload, unpack
@@ -67,7 +67,7 @@ class Worker:
     transport: Transport
     cache: LaneCache
     throttle: Throttle
-    sampling: Sampling
+    sampling: Sampling | Draws
     headers: Headers
     graphs: bool = True
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -93,6 +93,13 @@ class Worker:
         """Takes another cache in place of this one."""
         self.cache = cache
         self.__dict__.pop("steps", None)
+
+    def use_sampling(self, sampling: Sampling | Draws) -> None:
+        """Chooses tokens otherwise from now on; steps that were captured are captured anew."""
+        if self.is_last and sampling is not self.sampling:
+            here = sampling.to(self.stage.device) if isinstance(sampling, Draws) else sampling
+            self.sampling = here
+            self.__dict__.pop("steps", None)
 
     @torch.inference_mode()
     def assist(self) -> None:

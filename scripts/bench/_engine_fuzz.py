@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from _damage import damage
+
 from llmpq.artifact import write_json
 from llmpq.errors import LlmpqError
 from llmpq.model_spec import ASSETS, load_model_spec
@@ -31,13 +33,6 @@ MODEL = ASSETS / "tiny-tales"
 CLI_EVERY = 25
 LIMITS = Limits(new_tokens=4, max_positions=64, vocab_size=300)
 RUN: dict[str, object] = {"model": "tiny", "seed": 0, "precisions": ["16", "8"]}
-DEEP = "@deep@"  # stands for a value nested deeper than JSON readers go
-
-ODD_VALUES: list[Any] = [
-    *(None, True, False, 0, -1, 1, 0.5, 2**31, 2**63, 10**30, 10**300, -(10**18), 1e308),
-    *(float("inf"), float("nan"), "", "16", "\0", "\ud800", "é\u2028", "x" * 5000, "1e9"),
-    *([], {}, [[]], [None], {"": None}, {"type": "t4-16g"}, {"min": 5, "max": 1}, DEEP),
-]
 
 
 class ByteTokenizer:
@@ -205,94 +200,6 @@ def intact(shown: bytes, logged: bytes, sound: bytes) -> list[bytes]:
         if line in in_journal or (line in in_output and is_alone):
             found.append(line)
     return found
-
-
-def damage(rng: random.Random, sound: bytes) -> bytes:
-    """One to three random damages to a file."""
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        sound = rng.choice(DAMAGES)(rng, sound)
-    return sound
-
-
-def flip_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Other values for a few bytes."""
-    content = bytearray(data)
-    for _ in range(rng.randint(1, 8)):
-        place = rng.randrange(len(content) + 1)
-        content[place : place + 1] = bytes([rng.randrange(256)])
-    return bytes(content)
-
-
-def cut(rng: random.Random, data: bytes) -> bytes:
-    """The end is missing."""
-    return data[: rng.randrange(len(data) + 1)]
-
-
-def remove(rng: random.Random, data: bytes) -> bytes:
-    """A piece is missing."""
-    start = rng.randrange(len(data) + 1)
-    return data[:start] + data[start + rng.randrange(200) :]
-
-
-def repeat(rng: random.Random, data: bytes) -> bytes:
-    """A piece is there twice."""
-    start = rng.randrange(len(data) + 1)
-    end = start + rng.randrange(300)
-    return data[:end] + data[start:]
-
-
-def insert(rng: random.Random, data: bytes) -> bytes:
-    """Zeros, garbage or line breaks somewhere, or at the end."""
-    garbage = bytes(rng.randrange(256) for _ in range(rng.randrange(40)))
-    nonsense = (b"\0" * rng.randrange(1, 9000), garbage, b"\n\n", b"\r", b"{}\n", b"\xef\xbb\xbf")
-    place = rng.choice((0, len(data), rng.randrange(len(data) + 1)))
-    return data[:place] + rng.choice(nonsense) + data[place:]
-
-
-def swap_lines(rng: random.Random, data: bytes) -> bytes:
-    """Lines in another order."""
-    lines = data.splitlines(keepends=True)
-    rng.shuffle(lines)
-    return b"".join(lines)
-
-
-def change_value(rng: random.Random, data: bytes) -> bytes:
-    """JSON with a value of another type or size, or without a key, or with one more."""
-    lines = [data] if data.startswith(b"{\n") else data.split(b"\n")
-    place = rng.randrange(len(lines))
-    try:
-        value = json.loads(lines[place])
-    except (ValueError, RecursionError):
-        return flip_bytes(rng, data)
-    lines[place] = _odd_json(_changed(rng, value))
-    return b"\n".join(lines)
-
-
-DAMAGES: list[Callable[[random.Random, bytes], bytes]] = [
-    *(flip_bytes, cut, remove, repeat, insert, swap_lines),
-    *[change_value] * 6,
-]
-
-
-def _changed(rng: random.Random, value: Any) -> Any:
-    """`value`, changed at one random place."""
-    inside = isinstance(value, dict | list) and value and rng.random() < 0.85
-    if not inside:
-        return rng.choice(ODD_VALUES)
-    key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
-    way = rng.random()
-    if way < 0.1:
-        del value[key]
-    elif way < 0.15 and isinstance(value, dict):
-        value[rng.choice(("extra", "id", "messages", "", "\ud800"))] = rng.choice(ODD_VALUES)
-    else:
-        value[key] = _changed(rng, value[key])
-    return value
-
-
-def _odd_json(value: Any) -> bytes:
-    deep = "[" * 100_000 + "]" * 100_000
-    return json.dumps(value).replace(json.dumps(DEEP), deep).encode()
 
 
 def _check_message(error: LlmpqError) -> None:

@@ -95,6 +95,20 @@ def test_sampled_tokens_do_not_depend_on_stages_or_micro_batches(family_model, f
         assert model.generate(ends, sampling=sampling, **sizes) == first, (ends, sizes)
 
 
+def test_requests_that_are_drawn_in_ways_of_their_own(family_model):
+    """Greedy ones stay so, others get what they get where all are drawn so, however they share."""
+    model = family_model("llama")
+    ways = [Sampling(), Sampling(0.8, 20, 0.9, 7), Sampling(1.5, seed=3, own_seed=True)]
+    samplings = [ways[request.number % 3] for request in model.requests]
+    uniform = [model.generate([4], sampling=way) for way in ways]
+    expected = {r.id: uniform[r.number % 3][r.id] for r in model.requests}
+    assert all(expected[i] == model.expected[i] for i in expected if i % 3 == 0)
+    assert any(expected[i] != model.expected[i] for i in expected)
+    how = {"samplings": samplings}
+    for ends, sizes in zip(([4], [1, 4], [1, 2, 3, 4]), MICRO_BATCHES, strict=False):
+        assert model.generate(ends, how=how, **sizes) == expected, (ends, sizes)
+
+
 def test_tiny_tales_generates_what_transformers_does(tiny_tales):
     for ends in ([8], [3, 8], [1, 3, 6, 8]):
         assert tiny_tales.generate(ends, new=20) == tiny_tales.expected, ends

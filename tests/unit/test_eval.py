@@ -6,7 +6,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 
 from llmpq.cli.check_quality import compare, summary
 from llmpq.cli.eval import main
-from llmpq.errors import UserError
+from llmpq.cli.eval_output import show
+from llmpq.errors import FailedRequests, UserError
 from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import load_config
 from llmpq.runtime import evaluate as evaluation
@@ -27,7 +28,7 @@ from llmpq.runtime.evaluate import (
     weights_hash,
     window_tokens,
 )
-from llmpq.runtime.harness import Scorer
+from llmpq.runtime.harness import NoNumber, Scorer, run_tasks
 from llmpq.runtime.pipeline_loss import PipelineLoss, gather_hashes
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.tasks import load_tasks
@@ -158,6 +159,37 @@ def test_scores_do_not_depend_on_the_others_of_a_batch(three):
     for (value, _), pair in zip(scores, pairs, strict=True):
         assert value == pytest.approx(alone(three, *pair), rel=1e-4)
     assert done[-1] == len(pairs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_is_neither_a_score_nor_a_continuation(bad):
+    broken = stages(CUTS, ["16"] * 8)
+    with torch.no_grad():
+        list(broken[1].linears().values())[-1].weight[0, 0] = bad
+    ids, scorer = token_ids(1, 12)[0].tolist(), Scorer(broken, 512)
+    with pytest.raises(NoNumber, match="no finite numbers"):
+        scorer.score([(ids[:8], ids[8:])])
+    with pytest.raises(NoNumber, match="no finite numbers"):
+        scorer.generate([ids], 4)
+
+
+def test_tasks_on_broken_logits_have_scores_that_are_no_numbers(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise NoNumber("as a scorer does")
+
+    evaluator = ModuleType("lm_eval.evaluator")
+    evaluator.evaluate = fail
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", evaluator)
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    task = SimpleNamespace(set_fewshot_seed=lambda seed: None)
+    [score] = run_tasks({"tasks": {"piqa": task}}, None, None)
+    assert score.task == "piqa" and math.isnan(score.value)
+    subject = SimpleNamespace(name="uniform-4", precisions=("4",))
+    flags = {"window": None, "json_path": Path("-"), "quiet": True, "verbose": False}
+    with pytest.raises(FailedRequests, match="uniform-4 on piqa"):
+        show([], [(subject, score)], flags, "stages", SimpleNamespace(max_positions=512))
+    data = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert data["tasks"][0]["value"] is None
 
 
 def test_what_is_too_long_loses_its_beginning(three):

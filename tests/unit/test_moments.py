@@ -1,6 +1,7 @@
 """Second moments: measured on a running stage, written, read, and used to load weights."""
 
 import json
+import math
 import os
 import weakref
 
@@ -170,6 +171,14 @@ def test_bad_files_are_named(tmp_path, path):
     save_file(wrong, tmp_path / "bad", {**kind, "keys": json.dumps({"a": "a"})})
     with pytest.raises(UserError, match="'a.correlation'"):
         MomentsFile(tmp_path / "bad").moments("a")
+    for odd in (math.nan, math.inf):
+        save_file(
+            wrong | {"a.deviation": torch.full((1, 64), odd)},
+            tmp_path / "bad",
+            {**kind, "keys": json.dumps({"a": "a"})},
+        )
+        with pytest.raises(UserError, match="'a.deviation' has NaN or infinite numbers"):
+            MomentsFile(tmp_path / "bad").moments("a")
 
 
 # Loading weights with it

@@ -342,6 +342,10 @@ def test_a_trace_as_spreadsheets_write_it(tmp_path, encoding, delimiter, pack) -
         (b"tokens\n3\nx\n", "t.csv:3: column 'tokens' is not a length"),
         (b"tokens\n3\n-4\n", "t.csv:3: column 'tokens' is not a length"),
         (b"tokens\n3\ninf\n", "t.csv:3: column 'tokens' is not a length"),
+        (b"tokens\n3\n1e30\n", "t.csv:3: column 'tokens' is not a length"),
+        (b"tokens\n3\n" + b"9" * 40 + b"\n", "t.csv:3: column 'tokens' is not a length"),
+        (b"tokens\n3\n4.5\n", "t.csv:3: column 'tokens' is not a length"),
+        (b"tokens\ntrue\nfalse\n", "t.csv:2: column 'tokens' is not a length"),
         (b"tokens\n3\n\n4,5,6\n", "not a readable CSV file"),
     ],
 )

@@ -13,6 +13,8 @@ from click.testing import CliRunner
 
 pytest.importorskip("torch")
 
+from safetensors.torch import load_file
+
 from llmpq.artifact import write_json
 from llmpq.cli import eval as eval_module
 from llmpq.cli import plan, profile, run
@@ -125,6 +127,12 @@ def test_what_is_far_too_large(folder, command, words):
     assert "ODD" in end(command, words)
 
 
+def test_a_text_in_place_of_a_name(folder):
+    """Longer than a name of a file may be."""
+    message = end(plan.main, f"{PLAN} --model {'x' * 3000}")
+    assert "xxx" in message and "too long" in message and len(message) < 300
+
+
 # ---- values of the wrong sort, in every file
 
 
@@ -136,6 +144,7 @@ def odd_files() -> list[tuple[str, str, str, str]]:
         ("cluster.yaml", "count: 2", "count: 2\n    count: 3", "5"),
         ("cluster.yaml", "name: lab", "name: lab\nname: other", ""),
         ("workload.yaml", "batch: 4", "batch: '4'", "1"),
+        ("workload.yaml", "batch: 4", f"batch: {10**30}", "1"),
         ("workload.yaml", "new_tokens: 8", "new_tokens: true", "2"),
         ("workload.yaml", "new_tokens: 8", "new_tokens: 8\nnew_tokens: 9", "3"),
         ("workload.yaml", "prompt_tokens: 32", "prompt_tokens: {min: '1', max: 3}", "4"),
@@ -162,9 +171,15 @@ def test_a_value_of_the_wrong_sort_is_named_with_its_line(folder, name, old, new
     [
         ("num_hidden_layers", "8"),
         ("num_hidden_layers", True),
+        ("num_hidden_layers", 2**62),
+        ("vocab_size", 2**31),
         ("vocab_size", 1536.5),
         ("tie_word_embeddings", "false"),
         ("tie_word_embeddings", 1),
+        ("rms_norm_eps", float("inf")),
+        ("rms_norm_eps", -1e-5),
+        ("initializer_range", float("nan")),
+        ("rope_theta", 0),
     ],
 )
 def test_a_configuration_with_values_of_the_wrong_sort(folder, key, value):
@@ -184,6 +199,39 @@ def test_odd_end_tokens_of_a_model(folder, value):
 def test_odd_files_of_a_model(folder, name, content):
     Path("model", name).write_text(content)
     assert "model" in end(run.main, RUN)
+
+
+SIZES = "--device cpu --window 16 --max-windows 1"
+TIMES = "--device cpu --threads 1 --budget-s 1 --precisions 16 --prompt-tokens 8 --past-tokens 8"
+TIMES += " --prefill-micro-batches 1 --decode-micro-batches 1"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (run.main, f"{RUN} --check-quality --check-windows 1"),
+        (eval_module.main, f"--model model --precisions 8 {SIZES}"),
+        (eval_module.main, f"plan.json --model model --stream {SIZES}"),
+        (profile.main, f"layers --model model {TIMES} -o p.json"),
+        (
+            profile.main,
+            f"sensitivity --model model --precisions 16,8 --quantizer rtn {SIZES} -o s.json",
+        ),
+    ],
+    ids=["run", "eval", "eval --stream", "layers", "sensitivity"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks_in_every_file_of_a_model(folder, monkeypatch, command, words, encoding):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    weights = folder / "model/model.safetensors"
+    names = load_file(weights)
+    weights.rename(folder / "model/one.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "one.safetensors")}
+    (folder / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    for path in folder.glob("model/*.json"):
+        path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
+    result = CliRunner().invoke(command, words.split())
+    assert result.exit_code == 0, (result.stderr, result.exception)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

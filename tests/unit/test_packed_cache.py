@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_loader import FFN, HIDDEN, LARGEST_BYTES, MEASURE, MIB, SLACK_BYTES, write_checkpoint
 from test_prequantized import SIZES, write_gptq
@@ -307,12 +308,20 @@ def overwrite(path):
     path.write_bytes(os.urandom(path.stat().st_size))
 
 
+def rename(path):
+    """Sound tensors under another name."""
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    tensors = {f"other_{name}": tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, about)
+
+
 def swap(path):
     other = next(p for p in packed_files(path.parent) if p != path)
     shutil.copy(other, path)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, empty, overwrite, swap])
+@pytest.mark.parametrize("damage", [cut, flip, empty, overwrite, rename, swap])
 def test_a_damaged_file_is_told_of_and_made_anew(model, tmp_path, damage):
     first, _, _ = load(model, tmp_path / "cache")
     path = packed_files(tmp_path / "cache")[3]

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,6 @@ def test_lines_of_openais_batch_files(tmp_path):
         batch("r5", "/v1/completions", prompt=["one"]),
         batch("r6", None, prompt=[[7]]),
         limits=LONG,
-        settings={"temperature": 0.0},
     )
     assert found.form == "openai" and not found.is_mixed and not found.refused
     requests = list(found.stream())
@@ -283,7 +283,10 @@ def test_lines_of_openais_batch_files(tmp_path):
     assert [r.new_tokens for r in requests] == [8, 3, 2, 4, 4, 4]
     assert [r.is_chat for r in requests] == [True, True, False, False, False, False]
     assert [r.prompt for r in requests[3:]] == [(5, 6), tuple(b"one"), (7,)]
-    assert found.notes == [f"{found.path}: lines name a model; the plan's answers: 'm' (6 lines)"]
+    *drawn, models = found.notes
+    assert models == f"{found.path}: lines name a model; the plan's answers: 'm' (6 lines)"
+    assert "say themselves how their tokens are drawn: 1;" in drawn[0] and len(drawn) == 1
+    assert found.drawn == {1: {"temperature": 0.0}}
 
 
 @pytest.mark.parametrize(
@@ -294,6 +297,23 @@ def test_lines_of_openais_batch_files(tmp_path):
         (batch(prompt="a"), "does not go with 'prompt'"),
         (batch(url="/v1/completions", prompt=["a", "b"]), "2 prompts in one request"),
         (batch(messages=[{"role": "odd", "content": "a"}]), "template fails .ValueError: no such"),
+        (batch(messages=[USER], n=2), "'n' 2 cannot be done (only 1)"),
+        (batch(messages=[USER], logprobs=True, top_logprobs=5), "'logprobs' True cannot be done"),
+        (batch(messages=[USER], response_format={"type": "json_object"}), "'response_format'"),
+        (batch(messages=[USER], presence_penalty=0.5), "'presence_penalty' 0.5 cannot be done"),
+        (batch(messages=[USER], tool_choice="required"), "'tool_choice' 'required' cannot be"),
+        (batch(url="/v1/completions", prompt="a", tools=[{"type": "function"}]), "need 'messages'"),
+        (batch(messages=[USER], temperature=-1), "'temperature' must be a number from 0 to 1000"),
+        (batch(messages=[USER], temperature="0.5"), "'temperature' must be a number from 0"),
+        (batch(messages=[USER], temperature=True), "'temperature' must be a number from 0"),
+        (batch(messages=[USER], temperature=math.inf), "'temperature' must be a number from 0"),
+        (batch(messages=[USER], temperature=math.nan), "'temperature' must be a number from 0"),
+        (batch(messages=[USER], top_p=0), "'top_p' must be a number above 0, up to 1, found 0"),
+        (batch(messages=[USER], top_k=2.5), "'top_k' must be an integer from 1"),
+        (batch(messages=[USER], seed=2**64), "'seed' must be an integer of 64 bits"),
+        (batch(messages=[USER], stop=["a", 5]), "'stop' must be a text or a list of texts"),
+        (batch(messages=[USER], stop="x" * 1001), "'stop' may be 16 texts of 1000 characters"),
+        (batch(messages=[USER]) | {"method": "GET"}, "method 'GET': only POST"),
         (batch(messages=[USER], max_tokens=9999), "9999 new tokens are more than the 4096 positi"),
     ],
 )
@@ -345,8 +365,14 @@ def test_calls_of_tools(tmp_path):
         tokenizer=NoTools(),
         limits=LONG,
     )
-    assert list(blind.refused) == [0] and "calls a tool" in blind.refused[0]
-    assert any("tools, which the chat template does not know" in note for note in blind.notes)
+    assert list(blind.refused) == [0, 1]
+    assert (
+        "calls a tool"
+        in of_lines(
+            tmp_path, {"id": 1, "messages": messages}, tokenizer=NoTools(), limits=LONG
+        ).refused[0]
+    )
+    assert "'tools', which the model's chat template does not know" in blind.refused[1]
     function["arguments"] = "{"
     assert "are no JSON" in of_lines(tmp_path, line, limits=LONG).refused[0]
 
@@ -425,12 +451,11 @@ def test_the_plans_cache_is_a_limit_too(tmp_path):
 
 def test_keys_without_a_meaning_are_told_once_with_their_count(tmp_path):
     lines = [{"id": i, "prompt": "a", "max_new_token": 5, "source": "x"} for i in range(30)]
-    found = of_lines(tmp_path, *lines, batch("b", messages=[USER], temperature=0.7, stop=["x"]))
+    found = of_lines(tmp_path, *lines, batch("b", messages=[USER], user="u", metadata={}))
     (left_out,) = [note for note in found.notes if "not known" in note]
     assert "'max_new_token', perhaps 'max_new_tokens' is meant (30 lines)" in left_out
-    assert "'source' (30 lines)" in left_out and "'body.temperature' (1 lines)" in left_out
-    assert "'body.stop' (1 lines)" in left_out
-    assert any("--temperature" in note for note in found.notes)
+    assert "'source' (30 lines)" in left_out
+    assert "'body.user' (1 lines)" in left_out and "'body.metadata' (1 lines)" in left_out
 
 
 def test_ever_new_keys_fill_no_memory(tmp_path):
@@ -452,3 +477,44 @@ def test_a_prompts_checksum_knows_the_prompt_and_no_spaces(tmp_path):
     assert of('{"prompt":"abc",   "id":"a"}') == first
     others = ['"prompt": "abd"', '"prompt": "abc", "max_tokens": 4', '"prompt": "ab"']
     assert len({first, *(of(f'{{"id": "a", {other}}}') for other in others)}) == 4
+
+
+# ---- settings of a request's own
+
+
+def test_settings_of_single_requests(tmp_path):
+    lines = [
+        {"id": 0, "prompt": "a"},
+        {"id": 1, "prompt": "a", "temperature": 0.5, "top_p": 0.9, "top_k": -1, "seed": 7},
+        {"id": 2, "prompt": "a", "stop": "x", "top_k": 5.0, "n": 3, "user": "a column of a table"},
+        batch("b", "/v1/completions", prompt="a", stop=["y", ""], seed=0, n=1, logprobs=None),
+    ]
+    found = of_lines(tmp_path, *lines)
+    assert found.drawn == {
+        1: {"temperature": 0.5, "top_p": 0.9, "top_k": 0, "seed": 7},
+        2: {"top_k": 5},
+        3: {"seed": 0},
+    }
+    assert [request.stops for request in found.stream()] == [(), (), ("x",), ("y",)]
+    assert not found.refused
+    path = tmp_path / "in.csv"
+    path.write_text("id,prompt,temperature,top_k,stop\n1,a,0.5,3,END\n2,b,,,\n")
+    table = check(path)
+    assert table.drawn == {0: {"temperature": 0.5, "top_k": 3}}
+    assert [request.stops for request in table.stream()] == [("END",), ()]
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0.5}, {"seed": 1}, {"stop": ["x"]}])
+def test_a_resumed_run_notices_other_settings(tmp_path, setting):
+    def checksum(**more: Any) -> int:
+        return of_lines(tmp_path, {"id": 1, "prompt": "a", **more}).checksums()[1]
+
+    assert checksum() != checksum(**setting) == checksum(**setting)
+    changed = {key: value * 2 for key, value in setting.items()}
+    assert checksum(**changed) not in (checksum(), checksum(**setting))
+    assert checksum(temperature=None, user="u", presence_penalty=0) == checksum()
+
+
+def test_half_a_character_to_stop_at_refuses_the_file(tmp_path):
+    with pytest.raises(UserError, match="in.jsonl:1: 'stop' holds half a character"):
+        of_lines(tmp_path, {"id": 1, "prompt": "a", "stop": ["\ud800"]})

@@ -456,3 +456,13 @@ def test_old_reports_can_still_be_read():
     for stage in value["stages"]:
         del stage["measured"]
     assert Report.model_validate(value).stages[0].measured == []
+
+
+@pytest.mark.parametrize("key", ["num_new_tokens", "num_requests", "total_s", "tokens_per_s"])
+def test_numbers_below_zero_are_no_report(tmp_path, key):
+    plan = plan_of([("quick", ["16"] * 2), ("slow", ["16"] * 4)])
+    path = tmp_path / "report.json"
+    value = measured_report(plan, {}).model_dump(mode="json") | {key: -1}
+    path.write_text(json.dumps(value))
+    done = command("--report", path, "-o", tmp_path / "out")
+    assert done.exit_code == 2 and f"{key}: input should be greater" in done.output

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmpq.runtime import sampler
-from llmpq.runtime.sampler import Sampling
+from llmpq.runtime.sampler import Draws, Sampling
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
 
@@ -89,3 +89,37 @@ def test_half_precision_logits_are_drawn_from_as_fp32():
     sampling = Sampling(1.0, seed=1)
     half = LOGITS.to(torch.bfloat16)  # these values are exact in bf16
     assert draws(sampling, 100, half).tolist() == draws(sampling, 100).tolist()
+
+
+# ---- requests that differ
+
+MANY = [
+    Sampling(temperature, top_k, top_p, seed, own_seed)
+    for temperature in (0.0, 0.5, 2.0)
+    for top_k in (0, 3, 10**12)
+    for top_p in (1.0, 0.7)
+    for seed, own_seed in ((0, False), (-5, False), (2**63, True))
+]
+
+
+@pytest.mark.parametrize("kinds", [MANY, [one for one in MANY if not one.cuts]])
+def test_each_request_gets_what_it_would_get_alone(kinds):
+    logits = 3 * torch.randn(len(kinds), 200, generator=torch.Generator().manual_seed(0))
+    draws_of_all = Draws.of(kinds)
+    assert draws_of_all.cuts == (kinds is MANY)
+    order = torch.randperm(len(kinds), generator=torch.Generator().manual_seed(1))
+    positions = order % 7
+    found = sampler.choose(logits[order], draws_of_all, order, positions).tolist()
+    alone = [choose(logits[i : i + 1], kinds[i], [i], [i % 7]).item() for i in order.tolist()]
+    assert found == alone
+    greedy = [i for i, one in enumerate(kinds) if one.greedy]
+    assert all(alone[order.tolist().index(i)] == logits[i].argmax() for i in greedy)
+
+
+def test_an_own_seed_gives_the_same_draws_at_any_place():
+    logits = torch.randn(1, 200, generator=torch.Generator().manual_seed(0)).expand(8, -1)
+    own = Draws.of([Sampling(2.0, seed=3, own_seed=True)] * 8)
+    by_place = Draws.of([Sampling(2.0, seed=3)] * 8)
+    numbers, positions = torch.arange(8), torch.zeros(8, dtype=torch.int64)
+    assert len(set(sampler.choose(logits, own, numbers, positions).tolist())) == 1
+    assert len(set(sampler.choose(logits, by_place, numbers, positions).tolist())) > 1

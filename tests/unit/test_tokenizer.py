@@ -13,7 +13,7 @@ from llmpq.errors import UserError
 from llmpq.model_spec import ASSETS
 from llmpq.runtime.tokenizer import end_tokens, load_tokenizer
 
-FROM_CONFIG = SimpleNamespace(eos_token_id=2)
+FROM_CONFIG = SimpleNamespace(eos_token_id=2, vocab_size=1536)
 
 
 @pytest.fixture
@@ -86,6 +86,15 @@ def test_odd_end_tokens_are_refused(tmp_path, content):
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=r"generation_config.json"):
         end_tokens(tmp_path, FROM_CONFIG)
+
+
+@pytest.mark.parametrize("value", [-1, 1536, [2, 10**9]])
+def test_end_tokens_that_the_model_never_gives_are_refused(tmp_path, value):
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(UserError, match="is outside the vocabulary of 1536") as told:
+        end_tokens(tmp_path, FROM_CONFIG)
+    assert str(path) in str(told.value) and "--ignore-eos" in str(told.value)
 
 
 def test_an_odd_end_token_of_the_configuration_is_refused(tmp_path):
