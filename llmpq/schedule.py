@@ -115,6 +115,7 @@ class _Row:
     """A request in its slot."""
 
     item: Item
+    new_tokens: int  # the item's
     lane: "_Lane"
     slot: int
     join: int  # the step of its lane that is its first
@@ -127,10 +128,6 @@ class _Row:
     def stored(self) -> int:
         """Columns of its slot that are filled once every job given out so far is done."""
         return self.computed + max(0, self.num_given - 1)
-
-    def is_ready(self, ahead: int) -> bool:
-        """Fewer than `ahead` of its tokens are under way, its first one at least."""
-        return 0 < self.num_given < self.num_new + ahead
 
 
 @dataclass(eq=False)
@@ -156,15 +153,18 @@ class _Lane:
 
     def due(self) -> list[_Row]:
         """Rows that take part in the next step, ready or not; skips steps that nobody takes."""
-        rows = [row for row in self.occupied() if row.num_given < row.item.new_tokens]
+        rows = [row for row in self.rows if row is not None and row.num_given < row.new_tokens]
         if rows:
-            self.step = max(self.step, min(row.join for row in rows))
-        return [row for row in rows if row.join <= self.step]
+            self.step = max(self.step, min([row.join for row in rows]))
+        step = self.step
+        return [row for row in rows if row.join <= step]
 
     def is_ready(self, ahead: int) -> bool:
-        """A step can be given out."""
+        """A step can be given out: its rows have their first token, and fewer than `ahead` more
+        under way.
+        """
         due = [] if self.num_steps >= ahead else self.due()
-        return bool(due) and all(row.is_ready(ahead) for row in due)
+        return bool(due) and all([0 < row.num_given < row.num_new + ahead for row in due])
 
 
 @dataclass
@@ -233,7 +233,7 @@ class Schedule:
             self._lanes[job.lane].num_steps -= 1
         if not job.chooses:
             return (False,) * len(rows)
-        return tuple(self._note(row, stop) for row, stop in zip(rows, stops, strict=True))
+        return tuple([self._note(row, stop) for row, stop in zip(rows, stops, strict=True)])
 
     @property
     def oldest(self) -> Job:
@@ -348,7 +348,7 @@ class Schedule:
         Without refill they wait until all have come.
         """
         late = self.refill and any(row.num_new > 0 for row in lane.occupied())
-        row = _Row(item, lane, slot, join=lane.step + late)
+        row = _Row(item, item.new_tokens, lane, slot, join=lane.step + late)
         lane.rows[slot] = row
         lane.num_free -= 1
         return row
@@ -375,8 +375,11 @@ class Schedule:
     def _step(self, lane: _Lane) -> Job:
         """The next token of a lane's requests."""
         moves = [] if self._num_waiting and self.refill else self._close_ranks(lane)
-        members = tuple(self._member(row) for row in lane.due())
-        seen = 1 + max(member.column for member in members)
+        due, index = lane.due(), lane.index
+        members = tuple(
+            [Member(index, r.slot, r.item.prompt_tokens, r.item.number, r.num_given) for r in due]
+        )
+        seen = max([row.item.prompt_tokens + row.num_given for row in due])  # the new one included
         lane.step, lane.num_steps = lane.step + 1, lane.num_steps + 1
         self._steps += 1
         return Job(
@@ -384,7 +387,7 @@ class Schedule:
             members=members,
             begin=0,
             end=min(padded_width(seen), lane.shape.tokens),
-            rows=1 + max(member.row for member in members),
+            rows=1 + max([row.slot for row in due]),
             moves=tuple(moves),
         )
 
@@ -408,8 +411,9 @@ class Schedule:
         return Member(lane, row.slot, item.prompt_tokens, item.number, row.num_given)
 
     def _give_out(self, job: Job) -> Job:
-        rows = [self._lanes[member.lane].rows[member.row] for member in job.members]
-        members = tuple(row for row in rows if row is not None)
+        lanes = [lane.rows for lane in self._lanes]
+        rows = [lanes[member.lane][member.row] for member in job.members]
+        members = tuple([row for row in rows if row is not None])
         if job.chooses:
             for row in members:
                 row.num_given += 1
@@ -422,7 +426,7 @@ class Schedule:
         if row.has_ended:
             return False
         row.num_new += 1
-        row.has_ended = stop or row.num_new >= row.item.new_tokens
+        row.has_ended = stop or row.num_new >= row.new_tokens
         if row.has_ended:
             row.lane.rows[row.slot] = None
             if self.refill:

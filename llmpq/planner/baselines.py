@@ -35,7 +35,7 @@ from llmpq.planner.value import (
 if TYPE_CHECKING:
     from llmpq.planner.offload import OffloadPlan
 
-PATIENCE = 200  # settings, the most promising first
+PATIENCE = 80  # settings, the most promising first
 BASELINES = ("uniform", "pipeedge", "adabits")
 
 Proposals = Iterator[tuple[Choice, str]]  # choices, and the precision (or "") each stands for

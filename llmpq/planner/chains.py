@@ -29,11 +29,11 @@ from llmpq.planner.simulated import prefill_s, simulate
 from llmpq.planner.solver import Programme, Solver
 from llmpq.planner.value import to_assignment
 
-ROUNDS = 5  # of simulating and solving, at most
+ROUNDS = 4  # of simulating and solving, at most
 GAP = 1e-3  # of one solve
 SOLVE_S = 0.5  # at most, of one solve
 POLISH_S = 0.05  # at most, to place layers of unequal sensitivity
-LEAST_GAIN = 1e-3  # relative; less is not worth another round
+LEAST_GAIN = 3e-3  # relative; less is not worth another round
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from llmpq.planner.solver import Solver
 
 BETTER = 0.995  # of the time so far: what is worth taking
 JOBS = 1_500  # that a run plays while plans are compared
-ROUNDS = 3  # of varying sizes and layers, at most
+ROUNDS = 2  # of varying sizes and layers, at most
 
 
 @dataclass
@@ -67,15 +67,17 @@ class Confirmed:
         for _ in range(ROUNDS):
             before = best
             best = self.with_other_sizes(best)
+            for setting in _batches(best.setting, len(self.problem.lengths)):
+                best = self._better(best, replace(best, setting=setting))
             best = self._better(best, self._with_other_layers(best))
             if best is before or self.is_over:
                 break
         return best
 
     def with_other_sizes(self, best: Assignment) -> Assignment:
-        """The same layers with another batch or other micro-batches where that is faster."""
-        for sizes in (_decode_sizes, _prefill_sizes, _batches):
-            for setting in sizes(best.setting, len(self.problem.lengths)):
+        """The same layers and batch with other micro-batches where that is faster."""
+        for sizes in (_decode_sizes, _prefill_sizes):
+            for setting in sizes(best.setting):
                 best = self._better(best, replace(best, setting=setting))
         return best
 
@@ -91,7 +93,7 @@ class Confirmed:
         return with_best_layers(self.problem, sample, best, self.solver, self.deadline)
 
 
-def _decode_sizes(setting: Setting, num_requests: int) -> Iterator[Setting]:
+def _decode_sizes(setting: Setting) -> Iterator[Setting]:
     """More and smaller lanes first: what few lanes lack."""
     size = setting.decode_micro_batch
     for other in (size // 2, size // 4, 2 * size):
@@ -99,7 +101,7 @@ def _decode_sizes(setting: Setting, num_requests: int) -> Iterator[Setting]:
             yield replace(setting, decode_micro_batch=other)
 
 
-def _prefill_sizes(setting: Setting, num_requests: int) -> Iterator[Setting]:
+def _prefill_sizes(setting: Setting) -> Iterator[Setting]:
     size = setting.prefill_micro_batch
     for other in (2 * size, size // 2, size // 4):
         if 1 <= other <= setting.batch:

@@ -75,7 +75,9 @@ def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Pla
     share = len(sample.lengths) / (problem.repeats * len(problem.lengths))
     window = max(LEAST_WAVES * assignment.setting.batch, math.ceil(WINDOW * share))
     grain = _grain(sample, assignment.setting)
-    return simulate(sample, assignment, problem.lengths, window=window, grain=grain)
+    key = ("seconds", assignment.setting.places, assignment.stages, grain)
+    seconds = problem.once(key, lambda: Seconds(actor_works(problem, assignment), grain))
+    return simulate(sample, assignment, problem.lengths, window=window, seconds=seconds)
 
 
 def _grain(problem: Problem, setting: Setting) -> int:
@@ -116,24 +118,23 @@ def simulate(
     refill: bool = True,
     window: int = WINDOW,
     told: Callable[[int], None] = lambda _: None,
-    grain: int = 1,
+    seconds: "Seconds | None" = None,
 ) -> Played:
     """The run of all requests that are listed; `told` hears how many have ended.
 
     `planned`: the lengths that the plan was made for, where these are others than the workload's;
-    `window`: how many requests are looked at ahead of their turn; `grain`: so many equal requests
-    are played as one.
+    `window`: how many requests are looked at ahead of their turn; `seconds`: what is known of jobs.
     Raises `UserError` where one request needs more cache than the whole plan has.
     """
-    works, setting = actor_works(problem, assignment), assignment.setting
-    seconds = _Seconds(works, grain)
+    seconds = seconds or Seconds(actor_works(problem, assignment))
+    setting, grain = assignment.setting, seconds.grain
     if grain > 1:
         problem = replace(problem, lengths=problem.lengths[::grain], _known={})
         prefill, decode = setting.prefill_micro_batch, setting.decode_micro_batch
         sizes = (size // grain for size in (setting.batch, prefill, decode))
         setting = Setting(setting.places, *sizes)
     schedule = make_schedule(problem, setting, planned, refill=refill, window=window)
-    played = play(schedule, seconds, len(works), told)
+    played = play(schedule, seconds, len(seconds.works), told)
     jobs = replace(
         played.jobs, requests=grain * played.jobs.requests, rows=grain * played.jobs.rows
     )
@@ -168,10 +169,13 @@ def least_jobs(problem: Problem, setting: Setting) -> int:
     return int(prefills + steps / setting.decode_micro_batch)
 
 
-class _Seconds:
-    """What each server needs for a job; what was asked once is known."""
+class Seconds:
+    """What each server needs for a job; what was asked once is known.
 
-    def __init__(self, works: Sequence[Work], grain: int) -> None:
+    `grain`: so many equal requests are played as one.
+    """
+
+    def __init__(self, works: Sequence[Work], grain: int = 1) -> None:
         self.works, self.grain = works, grain
         self.prefills: dict[tuple[int, int, int], list[float]] = {}
         self.decodes: dict[tuple[int, int], list[list[float]]] = {}

@@ -53,12 +53,16 @@ def what_if(problem: Problem, plan: Plan, replan: Replan, deadline: float) -> li
     `deadline` is an instant of `time.monotonic`. A change whose problem `replan` finds no plan
     for is left out too. Raises `ValueError` where the plan has no prediction.
     """
-    found = []
+    found: list[Change] = []
+    try:
+        before = replan(problem).predicted
+    except InfeasibleError:  # not within the little time that a change is given
+        before = plan.predicted
     for text, changed in changes(problem, plan):
         if time.monotonic() > deadline:
             break
         try:
-            found.append(_compare(text, plan, replan(changed)))
+            found.append(_compare(text, plan, before, replan(changed)))
         except InfeasibleError:
             continue
     return sorted(found, key=lambda change: -change.gain)
@@ -78,17 +82,19 @@ def changes(problem: Problem, plan: Plan) -> Iterator[tuple[str, Problem]]:
     yield from _faster_links(problem, plan)
 
 
-def _compare(text: str, plan: Plan, changed: Plan) -> Change:
-    before, after = plan.predicted, changed.predicted
-    if before is None or after is None:
+def _compare(text: str, plan: Plan, before: Predicted | None, changed: Plan) -> Change:
+    """In closed form, as plans of changed problems are not simulated: best plan to best plan."""
+    after = changed.predicted
+    if plan.predicted is None or before is None or after is None:
         raise ValueError("a plan without a prediction cannot be compared")
-    gain = before.tokens_per_s * max(0.0, before.priced_s / after.priced_s - 1)
+    tokens_per_s = plan.predicted.tokens_per_s
+    gain = tokens_per_s * max(0.0, before.priced_s / after.priced_s - 1)
     return Change(
         text=text,
-        tokens_per_s=before.tokens_per_s + gain,
+        tokens_per_s=tokens_per_s + gain,
         gain=gain,
-        gain_percent=100 * gain / before.tokens_per_s,
-        within_gap=gain <= _open_gain(before.tokens_per_s, before.gap),
+        gain_percent=100 * gain / tokens_per_s,
+        within_gap=gain <= _open_gain(tokens_per_s, before.gap),
         at_most_percent=_most_percent(before, after),
     )
 

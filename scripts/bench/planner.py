@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import _planner_random
 import numpy as np
 import yaml
 from _common import Benchmark, Check, arguments, finish, machine
@@ -430,15 +431,29 @@ def infeasible_checks(rows: list[dict[str, Any]]) -> list[Check]:
 
 def main() -> None:
     """Runs all checks."""
-    given = arguments(__doc__ or "").parse_args()
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--part", choices=("all", "random"), default="all")
+    parser.add_argument("--rigs", type=int, default=60, help="random ones")
+    given = parser.parse_args()
     result = Benchmark("planner", machine())
-    proven = list(proofs(given.quick))
+    if given.part == "all":
+        configured(result, given.quick)
+    found = list(_planner_random.rows(2 if given.quick else given.rigs))
+    same = [] if given.quick else list(_planner_random.same_plan_rows())
+    result.rows += found + same
+    result.checks += _planner_random.checks(found, same)
+    finish(result, given.json)
+
+
+def configured(result: Benchmark, quick: bool) -> None:
+    """Everything that is asked of the configured clusters."""
+    proven = list(proofs(quick))
     result.rows += proven
     result.checks += proof_checks(proven)
-    big = large(given.quick)
+    big = large(quick)
     result.rows += big
     result.checks += large_checks(big)
-    plain = against_plain(given.quick)
+    plain = against_plain(quick)
     result.rows += plain
     result.checks += plain_checks(plain)
     result.checks += brute_force_checks()
@@ -451,14 +466,13 @@ def main() -> None:
     moved = moves(best)
     result.rows += moved
     result.checks += moves_checks(moved)
-    played = simulations(given.quick)
+    played = simulations(quick)
     result.rows += played
     result.checks += simulation_checks(played)
-    result.checks += command_checks(10 if given.quick else 30)
-    stuck = infeasible_rows(given.quick)
+    result.checks += command_checks(10 if quick else 30)
+    stuck = infeasible_rows(quick)
     result.rows += stuck
     result.checks += infeasible_checks(stuck)
-    finish(result, given.json)
 
 
 if __name__ == "__main__":
