@@ -28,7 +28,8 @@ typical requests. On 180 random plans of 1 to 4 stages the closed form was off b
 prefill of newcomers then holds up decoding, and prefills are smaller than planned; too high where
 most of the requests are in flight at once and a few outlast the others; and far too low where any
 prefill takes as long as many decode steps (34 % in the median of 30 plans for the shipped model,
-whose decode steps are CUDA graphs). So it ranks plans; what is predicted of one is simulated.
+whose decode steps are CUDA graphs). So it ranks plans; runs of the best ones are simulated, which
+decides between them (`planner.confirm`).
 Not covered: what `costs.simulate` does not cover.
 """
 

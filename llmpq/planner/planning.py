@@ -2,7 +2,9 @@
 
 The time limit covers all: a quarter at most to list the ways to use the devices, a moment for a
 first plan by moves, then the search, and what is left, a fifth at least, for the other methods.
-They get the same space as our own search: its orders, batches and micro-batches.
+They get the same space as our own search: its orders, batches and micro-batches. The best plans of
+the search and those of the other methods within the budget are candidates alike: their simulated
+runs decide, and what is told of a plan is its run.
 """
 
 import time
