@@ -121,7 +121,7 @@ def proofs(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def proof(case: Case, theta: float, uneven: bool) -> dict[str, Any]:
-    """One full search, as `llmpq-plan` does it, without simulations: bound and gap in closed form."""
+    """One full search without simulations: bound and gap are those of the closed form."""
     start = time.monotonic()
     options = Options(gap=GAP, time_limit_s=60, compare=False, simulate=False)
     plan = replan(problem_of(case, theta, uneven), options)
