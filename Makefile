@@ -9,11 +9,12 @@ TEST_PROCESSES ?= 2
 SPREAD := $(if $(filter-out 0,$(TEST_PROCESSES)),\
     -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help quickstart test check bench env clean
+.PHONY: help quickstart test newest check bench env clean
 
 help:
 	@echo "make quickstart  profile, plan and run the shipped model on a rehearsed cluster"
 	@echo "make test        all tests, two files at a time (PYTEST_ARGS='-k name' for some)"
+	@echo "make newest      tests of planning with the newest versions that are allowed, without torch"
 	@echo "make check       lint, formatting and types"
 	@echo "make bench       every benchmark, quickly, into bench-out/"
 	@echo "make env         the environment in .venv"
@@ -24,6 +25,9 @@ quickstart:
 
 test:
 	@$(RUN) python -m pytest -q $(SPREAD) $(PYTEST_ARGS)
+
+newest:
+	@bash scripts/newest.sh
 
 check:
 	@$(RUN) ruff check .
@@ -44,6 +48,6 @@ env:
 	@$(RUN)
 
 clean:
-	rm -rf .venv build dist *.egg-info quickstart-out bench-out gpu-out
+	rm -rf .venv .venv-newest build dist *.egg-info quickstart-out bench-out gpu-out
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find llmpq tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

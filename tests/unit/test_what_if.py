@@ -143,11 +143,31 @@ def test_a_gain_within_the_gap_is_marked() -> None:
     problem = tiny(2.0)
     plan = faked(replan(problem), 100.0, gap=0.1)
     for speed, within in ((90.0, True), (111.0, True), (112.0, False)):
-        found = w.what_if(problem, plan, lambda _, s=speed: faked(plan, s), NEVER)
+
+        def again(changed: Problem, speed: float = speed) -> Plan:
+            return plan if changed is problem else faked(plan, speed)
+
+        found = w.what_if(problem, plan, again, NEVER)
         assert {change.within_gap for change in found} == {within}
         assert {round(change.gain, 9) for change in found} == {max(0.0, speed - 100)}
     unknown = faked(plan, 100.0, gap=1.0)
-    assert w.what_if(problem, unknown, lambda _: faked(plan, 1e6), NEVER)[0].within_gap
+
+    def much_faster(changed: Problem) -> Plan:
+        return unknown if changed is problem else faked(plan, 1e6)
+
+    assert w.what_if(problem, unknown, much_faster, NEVER)[0].within_gap
+
+
+def test_changes_are_compared_in_closed_form_and_not_with_the_simulated_run() -> None:
+    """A plan chosen by its run may be dear in closed form; that is no gain of any change."""
+    problem = tiny(2.0)
+    best = replan(problem)
+    assert best.predicted is not None
+    closed = 2 * best.predicted.priced_s
+    run = best.predicted.model_copy(update={"closed_form_s": closed})
+    chosen = best.model_copy(update={"predicted": run})
+    found = w.what_if(problem, chosen, lambda _: best, NEVER)
+    assert found and all(change.gain == 0 for change in found)
 
 
 def test_changes_without_a_plan_or_time_are_left_out() -> None:
