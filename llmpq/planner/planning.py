@@ -38,8 +38,8 @@ HEURISTIC_S = 0.5
 OTHERS_S = 5.0  # or three times our own search: at most, for the other methods
 TIMED_OUT = "the time limit ended the search; a longer --time-limit may find better"
 LOOSE = (
-    "the gap is above the one asked for: where batches or micro-batches are of unequal size the "
-    "bound is a little low, and another plan may be better by up to the gap"
+    "the gap is above the one asked for, as the bound is of the closed form and the time of the "
+    "simulated run; another plan may be better by up to the gap"
 )
 
 
