@@ -147,14 +147,15 @@ def _file_name(device_type: str) -> str:
 
 def _run(path: Path) -> Run:
     """A report that holds what is needed."""
-    from llmpq.artifact import parse_json, validate
+    from llmpq.artifact import parse_json, show_value, validate
     from llmpq.report import Report
 
     data = parse_json(path)
     kind = data.get("kind", "something else") if isinstance(data, dict) else "something else"
     if kind != "report":
         raise UserError(
-            f"{path}: is a {kind}, expected a report, as 'llmpq-run --report' writes it"
+            f"{path}: is of the kind {show_value(kind)}, expected a report, as "
+            "'llmpq-run --report' writes it"
         )
     report = validate(data, Report, path)
     if report.plan is None or not any(stage.measured for stage in report.stages):

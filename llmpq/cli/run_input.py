@@ -48,7 +48,7 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
 
     folder = model_folder(options.model or plan.model.name)
     config = load_config(folder)
-    _check_model(plan, folder)
+    _check_model(plan, options.plan, folder)
     weights = Checkpoint(folder)
     notes = check_checkpoint(config, weights)
     roundings = load_roundings(plan.quantizer, options.moments, options.plan)
@@ -68,15 +68,16 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     return prepared
 
 
-def _check_model(plan: Plan, folder: Path) -> None:
+def _check_model(plan: Plan, path: Path, folder: Path) -> None:
+    """Raises `UserError` where the plan in the file `path` is for another model."""
     spec = load_model_spec(str(folder))
     if (spec.num_layers, spec.model_key) != (plan.model.num_layers, plan.model.model_key):
         raise UserError(
-            f"{folder}: has {spec.num_layers} layers, the plan is for {plan.model.num_layers} "
-            f"({spec.model_key} against {plan.model.model_key})"
+            f"{folder}: has {spec.num_layers} layers, the plan {path} is for "
+            f"{plan.model.num_layers} ({spec.model_key} against {plan.model.model_key})"
         )
     if spec.linears != plan.model.linears:
-        raise UserError(f"{folder}: has other linear layers than the plan's model")
+        raise UserError(f"{folder}: has other linear layers than the model of the plan {path}")
 
 
 def _limits(plan: Plan, options: RunOptions, config: Any) -> "Limits":

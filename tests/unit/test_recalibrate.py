@@ -428,8 +428,11 @@ def test_bad_input_is_one_message(files, tmp_path):
     known = ["--profiles", files["profiles"], "-o", files["out"]]
     for words, part in (
         (["--report", stale, *known], "run again with this version"),
-        (["--report", files["plan"], *known], "is a plan, expected a report"),
-        (["--report", files["profiles"] / "cpu.json", *known], "is a profile, expected a report"),
+        (["--report", files["plan"], *known], "is of the kind 'plan', expected a report"),
+        (
+            ["--report", files["profiles"] / "cpu.json", *known],
+            "is of the kind 'profile', expected a report",
+        ),
         (["--report", tmp_path / "none.json", *known], "no such file"),
         (["--report", files["report"], "-o", files["out"]], "has no profile of"),
         (["--report", files["report"], *known[:2], "-o", files["profiles"]], "need their own"),
