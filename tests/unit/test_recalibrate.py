@@ -431,7 +431,7 @@ def test_bad_input_is_one_message(files, tmp_path):
         (["--report", files["plan"], *known], "is of the kind 'plan', expected a report"),
         (
             ["--report", files["profiles"] / "cpu.json", *known],
-            "is of the kind 'profile', expected a report",
+            "of the kind 'profile', expected",
         ),
         (["--report", tmp_path / "none.json", *known], "no such file"),
         (["--report", files["report"], "-o", files["out"]], "has no profile of"),
