@@ -645,3 +645,18 @@ def test_there_is_one_way_to_print():
     }
     marked = [c for _, c in calls("print", "TextColumn") for k in c.keywords if k.arg == "markup"]
     assert all(ast.unparse(call).endswith("markup=False)") for call in marked)
+
+
+def test_a_second_signal_shows_no_traceback() -> None:
+    """People press Ctrl-C again while the first one is still being dealt with."""
+    text = (
+        "import os, signal, time\n"
+        "from llmpq.runtime.ending import ended_by_signals\n"
+        "with ended_by_signals('again', look=lambda: os.kill(os.getpid(), signal.SIGINT)):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    while True: time.sleep(0.05)\n"
+    )
+    command = [sys.executable, "-c", text]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[0].startswith("error: interrupted by SIGINT")
