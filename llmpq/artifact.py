@@ -34,6 +34,7 @@ MAX_DIGITS = 19
 # What makes a JSON text worth a second look: integers beyond 64 bits, halves of characters.
 _LONG_INTEGER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 _HALF_CHARACTER = re.compile(r"\\(u|U0000)[dD][89a-fA-F]")
+FETCH_LFS = "a Git LFS pointer, not the file itself; fetch it with 'git lfs pull'"
 MAX_FAULTS = 20  # a file with more is broken throughout; the first ones say how
 MAX_TEXT_BYTES = 1 << 28  # of JSON and plain text: reading more takes minutes and all memory
 MAX_YAML_BYTES = 1 << 22  # YAML is written by hand, and slow to read
@@ -142,12 +143,19 @@ def parse_json(path: Path) -> Any:
         where = f"{path}:{line}" if line else str(path)
         raise UserError(f"{where}: not valid JSON: {error}") from None
     except json.JSONDecodeError as error:
+        if is_lfs_pointer(text.encode()):
+            raise UserError(f"{path}: {FETCH_LFS}") from None
         where = f"{path}:{error.lineno}"
         raise UserError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise UserError(f"{path}: not valid JSON: nested too deeply") from None
     except ValueError as error:  # an integer too large
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file that begins so stands for another one, which Git LFS has yet to fetch."""
+    return start.startswith(b"version https://git-lfs.github.com/spec")
 
 
 class RepeatedKey(ValueError):

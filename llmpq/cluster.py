@@ -5,15 +5,16 @@ that a plan for unequal devices runs on a laptop.
 """
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from llmpq.artifact import Strict, read_yaml
+from llmpq.artifact import Strict, read_yaml, show_value
 from llmpq.devices import DeviceType, device_library
+from llmpq.errors import listed
 from llmpq.machine import LIBRARIES, parse_capability, served_libraries
 
 MAX_LATENCY_US = 1e9  # a thousand seconds
@@ -101,7 +102,7 @@ class Cluster(Strict):
     def _check_types(self) -> "Cluster":
         known = {*device_library(), *self.rehearse}
         unknown = {g.type for g in self._groups if g.type not in known and g.memory_gib is None}
-        faults = [unknown_type(name, known) for name in sorted(unknown)]
+        faults = _unknown_types(sorted(unknown), known)
         faults += [
             f"{name} is rehearsed: memory_gib does not hold for it, give rehearse.{name}.memory_mib"
             for name in sorted(self._rehearsed_with_memory())
@@ -117,7 +118,7 @@ class Cluster(Strict):
     def _doubts(self, known: set[str]) -> list[str]:
         """Beside other faults: types that nothing but a profile could make known."""
         names = {g.type for g in self._groups if g.bandwidth_gbs is None}
-        return [unknown_type(name, known & set(device_library())) for name in sorted(names - known)]
+        return _unknown_types(sorted(names - known), known & set(device_library()))
 
     @property
     def _groups(self) -> list[DeviceGroup]:
@@ -269,6 +270,13 @@ def _why_no_library(name: str, capability: str) -> str:
     return f"needs compute capability {least} (this device: {capability or 'none'})"
 
 
+OTHER_CARDS = (
+    "('llmpq-profile devices' lists all; any other card: give memory_gib with bandwidth_gbs "
+    "and tflops, or memory_gib and a profile of that type; a `rehearse` entry makes any name "
+    "known)"
+)
+
+
 def group_gib(group: DeviceGroup) -> float:
     """Memory of each device of a group that is not rehearsed."""
     return group.memory_gib or device_library()[group.type].memory_gib
@@ -288,11 +296,15 @@ def _figures(group: DeviceGroup) -> tuple[object, ...]:
 
 def unknown_type(name: str, known: Collection[str]) -> str:
     """What to say of a type that nothing is known of, and what would make it usable."""
-    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
-    return (
-        f"unknown device type '{name}'; {hint} "
-        "('llmpq-profile devices' lists all; any other card: give memory_gib with bandwidth_gbs "
-        "and tflops, or memory_gib and a profile of that type; a `rehearse` entry makes any name "
-        "known)"
-    )
+    return f"{_nearest(name, known)} {OTHER_CARDS}"
+
+
+def _unknown_types(names: Sequence[str], known: Collection[str]) -> list[str]:
+    """The same of several types; what would make them usable is said once."""
+    return [f"{listed([_nearest(name, known) for name in names])} {OTHER_CARDS}"] if names else []
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), sorted(known), n=3, cutoff=0.3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "it is like no known one"
+    return f"unknown device type {show_value(name)}; {hint}"

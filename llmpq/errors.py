@@ -18,12 +18,14 @@ MOST_SAID = 160  # characters of what a library says, as part of a message
 MOST_LISTED = 4
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, with_kind: bool = False) -> str:
     """What a library says of a fault: one line of `MOST_SAID` characters at most.
 
-    Some of them quote whole values of a broken file.
+    Some of them quote whole values of a broken file. `with_kind` puts the error's class first,
+    for libraries whose messages are no sentences (a `KeyError` says only the key).
     """
-    text = " ".join(str(error).split()) or type(error).__name__
+    kind = f"{type(error).__name__}: " if with_kind else ""
+    text = " ".join(f"{kind}{error}".split()) or type(error).__name__
     return text if len(text) <= MOST_SAID else f"{text[: MOST_SAID - 3]}..."
 
 

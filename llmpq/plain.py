@@ -3,7 +3,7 @@
 Names of files, models, devices and workers, texts of other libraries and of other hosts may hold
 escape sequences, returns that hide what was said before, and marks that turn the order of letters
 round. `plain` writes each such character as Python does (`\\x1b`, `\\u202e`). Line feeds and
-tabs stay, as messages have several lines; `one_line` spells out those as well.
+tabs stay, as messages have several lines; `plain_line` spells out those as well.
 
 Not covered: letters of different scripts that look alike, and data (`--json -`, `--output -`).
 """
@@ -22,7 +22,7 @@ def plain(text: str) -> str:
     return _STEERS.sub(lambda found: _spelled(found[0]), text)
 
 
-def one_line(text: str) -> str:
+def plain_line(text: str) -> str:
     """The same, with line feeds and tabs spelled out too."""
     return re.sub(r"[\n\t]", lambda found: _spelled(found[0]), plain(text))
 

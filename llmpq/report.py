@@ -53,10 +53,8 @@ class StageReport(Strict):
     activation_bytes: NonNegativeInt | None = None
     buffer_bytes: NonNegativeInt | None = None
     busy_share: float | None = None  # of the run's time, computing
-    most_prefill_rows: NonNegativeInt | None = (
-        None  # at once, since memory ran out; None: it never did
-    )
-    most_decode_rows: NonNegativeInt | None = None
+    most_prefill_rows: NonNegativeInt | None = None  # at once, since memory ran out
+    most_decode_rows: NonNegativeInt | None = None  # None, of both: memory never ran out
     num_graphs: NonNegativeInt | None = None  # CUDA graphs that decode steps were captured in
     graph_bytes: NonNegativeInt | None = None  # that these keep
     weights_sha256: str | None = None  # of what was served; `llmpq-eval --json` says the same

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from llmpq.cluster import Link
 from llmpq.errors import WorkerError
 from llmpq.link_data import LinkPair, LinkRow, NodeLink
-from llmpq.plain import one_line
+from llmpq.plain import plain_line
 from llmpq.profiler.sampling import median_interval
 from llmpq.runtime.transport import Transport
 
@@ -193,7 +193,7 @@ class LinkMeter:
         name = socket.gethostname().encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")
         everyone = self.transport.gather(torch.frombuffer(bytearray(name), dtype=torch.uint8))
         names = (bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in everyone)
-        return [one_line(name) for name in names]
+        return [plain_line(name) for name in names]
 
     # ---- one pair
 

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from llmpq.errors import UserError, WorkerError
 from llmpq.placement import FoundCard, Refusal
-from llmpq.plain import one_line
+from llmpq.plain import plain_line
 from llmpq.plan import Plan
 from llmpq.runtime.process import Role, all_gather
 from llmpq.seats import Process, Seat, take_seats
@@ -119,7 +119,7 @@ def read_process(text: bytes, rank: int) -> Process:
         raise _unreadable(rank) from None
     cards = (*found.cards, *found.everywhere)
     texts = [t for card in cards for t in (card.name, card.compute_capability, card.uuid)]
-    if found.rank != rank or any(one_line(text) != text for text in (found.host, *texts)):
+    if found.rank != rank or any(plain_line(text) != text for text in (found.host, *texts)):
         raise _unreadable(rank)
     return found
 

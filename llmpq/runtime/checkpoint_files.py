@@ -16,14 +16,13 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llmpq.artifact import parse_json, show_value
+from llmpq.artifact import FETCH_LFS, is_lfs_pointer, parse_json, show_value
 from llmpq.errors import UserError, one_line
 
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
 STANDARD = (SAFETENSORS, f"{SAFETENSORS}.index.json", BIN, f"{BIN}.index.json")
 MOST_NAME = 255  # bytes that file systems take
-LFS_POINTER = b"version https://git-lfs.github.com/spec"
 # What folders without standard names hold, and what helps: the first that is there is named.
 OTHERS = (
     ("adapter_config.json", "is of a LoRA adapter; merge it into its base model and save that"),
@@ -137,7 +136,7 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
             raise TypeError("it does not map names to tensors")
         return data
     except Exception as error:  # unpicklers raise anything; weights_only never runs code
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        reason = one_line(error)
         raise UserError(
             f"{path}: not readable as plain weights ({reason}); convert the model to "
             "safetensors, for example with model.save_pretrained(...)"
@@ -188,12 +187,9 @@ def _stored(path: Path, tensor: torch.Tensor) -> Stored:
 
 def _refuse_pointer(path: Path) -> None:
     with reading(path), path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        raise UserError(
-            f"{path}: a Git LFS pointer of {path.stat().st_size} bytes, not the weights; "
-            "fetch them with 'git lfs pull'"
-        )
+        start = file.read(64)
+    if is_lfs_pointer(start):
+        raise UserError(f"{path}: {FETCH_LFS}")
 
 
 def _refuse_unless_equal(name: str, first: Path, second: Path) -> None:

@@ -75,12 +75,12 @@ def ended_by_signals(
 
     def wait() -> None:
         received = os.read(reader, 1)
-        os.close(reader)
-        if received:  # else closed below
+        if received:  # else closed below; a second signal still finds the pipe open
             look()
             time.sleep(TOGETHER_S)
             interrupted = Interrupted(received[0], advice)
             end_process(str(interrupted) if speaks else "", interrupted.exit_code)
+        os.close(reader)
 
     threading.Thread(target=wait, daemon=True).start()
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

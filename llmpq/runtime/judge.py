@@ -40,8 +40,9 @@ def judge(path: Path) -> ModelSpec:
         raise
     except Exception as error:  # modules of any make raise anything
         reason = " ".join(str(error).split())[:120]
+        what = f"this '{kind}' model is" if kind in TESTED else f"models of type '{kind}' are"
         raise UserError(
-            f"models of type '{kind}' are not supported: with llmpq's cache and attention their "
+            f"{what} not supported: with llmpq's cache and attention their "
             f"layers fail ({type(error).__name__}: {reason})"
         ) from None
     return spec

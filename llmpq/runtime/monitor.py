@@ -34,7 +34,7 @@ import torch.distributed as dist
 from pydantic import AfterValidator, NonNegativeInt, PositiveInt, TypeAdapter
 
 from llmpq.errors import FailedRequests, LlmpqError, NeighbourLost, UserError
-from llmpq.plain import one_line
+from llmpq.plain import plain_line
 from llmpq.runtime.ending import RESUME, SUPERVISED, end_process
 
 PERIOD_S = 1.0  # between two beats, and between two looks
@@ -49,7 +49,7 @@ NO_SIGN = f"no sign of life for {(SILENT_LOOKS + 1) * PERIOD_S:.0f} s"  # beats 
 MOST_BYTES, MOST_CHARACTERS = 1 << 16, 1000  # of what a worker tells, and of a text in it
 
 T = TypeVar("T")
-Told = Annotated[str, AfterValidator(lambda text: one_line(text[:MOST_CHARACTERS]))]
+Told = Annotated[str, AfterValidator(lambda text: plain_line(text[:MOST_CHARACTERS]))]
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ def stops_of(data: Mapping[str, Any]) -> tuple[str, ...]:
         raise Refused(f"'stop' must be a text or a list of texts, found {show_value(given)}")
     if len(texts) > MOST_STOPS or any(len(one) > MOST_STOP_CHARACTERS for one in texts):
         raise Refused(
-            f"'stop' may be {MOST_STOPS} texts of {MOST_STOP_CHARACTERS} characters at most"
+            f"'stop' may hold at most {MOST_STOPS} texts, of at most {MOST_STOP_CHARACTERS} "
+            "characters each"
         )
     for one in texts:
         refuse_half_characters("'stop'", one)

@@ -11,14 +11,13 @@ Messages become tokens by the model's own chat template, which transformers rend
 """
 
 import json
-import reprlib
 from array import array
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 from zlib import crc32
 
-from llmpq.artifact import no_repeated_keys, show_value
-from llmpq.errors import one_line
+from llmpq.artifact import FETCH_LFS, is_lfs_pointer, no_repeated_keys, show_value
+from llmpq.errors import MOST_LISTED, one_line
 from llmpq.runtime.chat_messages import Refused, messages_of, refuse_half_characters, text_of
 from llmpq.runtime.own_settings import (
     BODY_KNOWN,
@@ -38,7 +37,6 @@ OWN_KEYS = {"id", "custom_id", "tools", "text", *WAYS, *LENGTH_KEYS, *OWN_KNOWN}
 BATCH_KEYS = {"id", "custom_id", "method", "url", "body"}
 BODY_KEYS = {"model", "messages", "prompt", "prompt_token_ids", "tools", *LENGTH_KEYS, *BODY_KNOWN}
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
-MOST_SHOWN = 300  # characters of what a library says
 # What jinja2 raises for a template that is wrong whatever it is given.
 BROKEN_TEMPLATE = {"TemplateSyntaxError", "SecurityError", "TemplateAssertionError"}
 
@@ -154,7 +152,7 @@ class Rules:
         data, left_out = fields.data, fields.left_out
         ways = [name for name in WAYS if data.get(name) is not None]
         if len(ways) != 1:
-            raise ValueError("give either 'prompt' or 'prompt_token_ids' or 'messages'")
+            raise _not_one_prompt(fields, ways)
         said = _new_tokens(data)
         new_tokens = self.limits.new_tokens if said is None else said
         is_chat = ways[0] == "messages" or fields.url == CHAT_URL
@@ -225,8 +223,10 @@ class Rules:
             token_ids = self._encode(text_of("'prompt'", given), data)
         else:
             token_ids = self._render(messages_of(given), data)
-        if not isinstance(token_ids, list) or not token_ids or not all(map(is_int, token_ids)):
+        if not isinstance(token_ids, list) or not token_ids:
             raise ValueError("the prompt must hold at least one token")
+        if (odd := next((t for t in token_ids if not is_int(t)), None)) is not None:
+            raise ValueError(f"token ids must be integers, found {show_value(odd)}")
         outside = next((t for t in token_ids if not 0 <= t < self.limits.vocab_size), None)
         if outside is not None:
             size = self.limits.vocab_size
@@ -241,7 +241,9 @@ class Rules:
         try:
             return self.tokenizer.encode(text)
         except Exception as error:  # tokenizers raise plain exceptions
-            raise Refused(f"the model's tokenizer fails ({_one_line(error)})") from None
+            raise Refused(
+                f"the model's tokenizer fails ({one_line(error, with_kind=True)})"
+            ) from None
 
     def _render(self, messages: list[dict[str, Any]], data: dict[str, Any]) -> list[int]:
         template = str(getattr(self.tokenizer, "chat_template", None) or "")
@@ -277,9 +279,22 @@ class Rules:
         raise Refused(excess)
 
 
+def _not_one_prompt(fields: _Fields, ways: list[str]) -> ValueError:
+    """What a line without a prompt, or with two, is told: what it has in its place."""
+    url, where = fields.url, "'body'" if fields.is_openai else "the line"
+    if url is not None and not _is_served(url):
+        return ValueError(f"url {show_value(url)}: only {CHAT_URL} and {TEXT_URL} are served")
+    found = ways or sorted(fields.data)
+    names = ", ".join(show_value(name) for name in found[:MOST_LISTED])
+    return ValueError(
+        "give either 'prompt' or 'prompt_token_ids' or 'messages'; "
+        f"{where} has {names or 'nothing'}{', ...' if len(found) > MOST_LISTED else ''}"
+    )
+
+
 def _template_fault(error: Exception) -> Exception:
     """Of the chat's alone, or of any chat's."""
-    message = f"the model's chat template fails ({_one_line(error)})"
+    message = f"the model's chat template fails ({one_line(error, with_kind=True)})"
     broken = BROKEN_TEMPLATE & {kind.__name__ for kind in type(error).__mro__}
     return ValueError(message) if broken else Refused(message)
 
@@ -295,10 +310,6 @@ def _id(data: dict[str, Any]) -> str | int:
     return name
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SHOWN]
-
-
 def _checksum(tokens: list[int], new_tokens: int | None) -> int:
     """Of all that the answer depends on; a number of tokens that the line does not give is not."""
     return crc32(array("q", tokens).tobytes(), new_tokens or 0)
@@ -309,7 +320,7 @@ def _new_tokens(data: dict[str, Any]) -> int | None:
     said = {key: _whole(data[key]) for key in LENGTH_KEYS if data.get(key) is not None}
     for key, value in said.items():
         if not is_int(value) or value < 1:
-            raise ValueError(f"'{key}' must be a positive integer, found {reprlib.repr(value)}")
+            raise ValueError(f"'{key}' must be a positive integer, found {show_value(value)}")
     if len(set(said.values())) > 1:
         both = " and ".join(f"'{key}' is {value}" for key, value in said.items())
         raise ValueError(f"{both}, though they mean the same; give one of them")
@@ -334,11 +345,19 @@ def _check_meaning(fields: _Fields, way: str, is_chat: bool) -> None:
 
 def _check_url(url: str, way: str) -> None:
     """Raises `Refused` for what is no request of a completion."""
+    if not _is_served(url):
+        raise Refused(f"url {show_value(url)}: only {CHAT_URL} and {TEXT_URL} are served")
+    if (_path_of(url) == CHAT_URL) != (way == "messages"):
+        raise Refused(f"url {show_value(url)} does not go with '{way}'")
+
+
+def _path_of(url: str) -> str:
     path = "/" + url.split("://")[-1].partition("/")[2] if "://" in url else url
-    if path.rstrip("/") not in (CHAT_URL, TEXT_URL):
-        raise Refused(f"url {url[:80]}: only {CHAT_URL} and {TEXT_URL} are served")
-    if (path.rstrip("/") == CHAT_URL) != (way == "messages"):
-        raise Refused(f"url {url[:80]} does not go with '{way}'")
+    return path.rstrip("/")
+
+
+def _is_served(url: str) -> bool:
+    return _path_of(url) in (CHAT_URL, TEXT_URL)
 
 
 def _listed_prompt(given: list[Any]) -> tuple[str, Any]:
@@ -356,7 +375,16 @@ def _json(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {one_line(error)}") from None
+        raise ValueError(_not_json(line, error)) from None
+
+
+def _not_json(line: bytes, error: Exception) -> str:
+    """What a line of another kind of file is told."""
+    if is_lfs_pointer(line):
+        return f"not valid JSON: {FETCH_LFS}"
+    if line.lstrip()[:1] != b"{":  # plain text, a web page, a list
+        return 'not valid JSON: expected a line such as {"id": "1", "prompt": "..."}'
+    return f"not valid JSON: {one_line(error)}"
 
 
 def show(text: str) -> str:

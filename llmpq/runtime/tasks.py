@@ -183,7 +183,7 @@ def _overrides(
 def _not_to_be_had(
     names: Sequence[str], manager: Any, folder: Path | None, error: Exception
 ) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = one_line(error)
     leaves = dict.fromkeys(leaf for name in names for leaf in _leaves(name, manager.task_index))
     where = f"{folder} has not all of it, and " if folder else ""
     example = next(iter(leaves), names[0])

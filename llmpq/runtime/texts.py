@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmpq.artifact import read_text
-from llmpq.errors import UserError
+from llmpq.errors import UserError, one_line
 
 INSTALL = "pip install 'llmpq[eval]'"
 
@@ -100,7 +100,7 @@ def _read_files(files: list[Path]) -> Any:
     try:
         return load(kind, data_files=[str(file) for file in files], split="train")
     except Exception as error:  # the library passes on whatever its readers raise
-        raise UserError(f"{files[0]}: cannot be read: {_first_line(error)}") from None
+        raise UserError(f"{files[0]}: cannot be read: {one_line(error)}") from None
 
 
 def _from_hub(name: str, wanted: DataSet, folder: Path | None) -> Any:
@@ -114,7 +114,7 @@ def _from_hub(name: str, wanted: DataSet, folder: Path | None) -> Any:
     try:
         return load(wanted.hub, **dict(wanted.options))
     except Exception as error:  # offline, gone, or of another form: all mean it is not to be had
-        reason = _first_line(error)
+        reason = one_line(error)
         raise UserError(
             f"--dataset {name}: {looked}the hub did not give it ({reason}); {fix}"
         ) from None
@@ -126,7 +126,3 @@ def _loader(what: str) -> Any:
     except ImportError:
         raise UserError(f"{what}: this needs the datasets library: {INSTALL}") from None
     return partial(load_dataset, trust_remote_code=False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

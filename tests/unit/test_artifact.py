@@ -54,6 +54,7 @@ def fault(path: Path, text: str | bytes, kind: type[Strict] = Outer) -> str:
     ("name", "text", "expected"),
     [
         ("a.json", "", "a.json:1: not valid JSON"),
+        ("a.json", "version https://git-lfs.github.com/spec/v1\n", "a.json: a Git LFS pointer"),
         ("a.json", '{"name": "x"\n"ratio": 1}', "a.json:2: not valid JSON"),
         ("a.json", "[1, 2]", "a.json: expected keys and values, found [1, 2]"),
         ("a.json", "null", "expected keys and values, found None"),

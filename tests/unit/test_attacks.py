@@ -36,7 +36,7 @@ from llmpq.cli.progress import progress
 from llmpq.errors import UserError, WorkerError
 from llmpq.model_spec import ASSETS, load_model_spec
 from llmpq.placement import FoundCard
-from llmpq.plain import one_line, plain
+from llmpq.plain import plain, plain_line
 from llmpq.plan import Plan
 from llmpq.planner.report import styled
 from llmpq.quant import available_precisions
@@ -83,7 +83,7 @@ def test_what_would_steer_a_terminal_is_spelled_out(text, shown):
 
 
 def test_a_text_from_elsewhere_cannot_begin_a_line():
-    assert one_line("gpu0\nerror: all is lost\t!\x1b") == r"gpu0\x0aerror: all is lost\x09!\x1b"
+    assert plain_line("gpu0\nerror: all is lost\t!\x1b") == r"gpu0\x0aerror: all is lost\x09!\x1b"
 
 
 def test_the_console_takes_texts_as_they_are(monkeypatch):
@@ -645,3 +645,18 @@ def test_there_is_one_way_to_print():
     }
     marked = [c for _, c in calls("print", "TextColumn") for k in c.keywords if k.arg == "markup"]
     assert all(ast.unparse(call).endswith("markup=False)") for call in marked)
+
+
+def test_a_second_signal_shows_no_traceback() -> None:
+    """People press Ctrl-C again while the first one is still being dealt with."""
+    text = (
+        "import os, signal, time\n"
+        "from llmpq.runtime.ending import ended_by_signals\n"
+        "with ended_by_signals('again', look=lambda: os.kill(os.getpid(), signal.SIGINT)):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    while True: time.sleep(0.05)\n"
+    )
+    command = [sys.executable, "-c", text]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[0].startswith("error: interrupted by SIGINT")

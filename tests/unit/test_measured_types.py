@@ -155,3 +155,12 @@ def test_rehearsals_use_one_thread():
     assert unused_profiles(lab, SPEC, [profile("cpu", num_threads=1)]) == []
     (note,) = unused_profiles(lab, SPEC, [profile("cpu", num_threads=8)])
     assert "--threads 1" in note
+
+
+def test_what_helps_with_unknown_cards_is_said_once():
+    """However many there are, and whatever their names: the message stays short."""
+    with pytest.raises(ValueError, match="and 26 more") as caught:
+        cluster(*({"type": f"{number:02} {'x' * 200}"} for number in range(30)))
+    (fault,) = caught.value.errors()
+    assert fault["msg"].count("memory_gib with bandwidth_gbs") == 1
+    assert len(fault["msg"]) < 1000

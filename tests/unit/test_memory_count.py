@@ -202,6 +202,16 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         load_model_spec(str(folder))
 
 
+LLAMA_SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+}
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -209,6 +219,7 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         ({"model_type": "fuyu"}, "'fuyu' is a model of text ('persimmon') and something else"),
         ({"model_type": "baichuan"}, "has no models of type 'baichuan'"),
         ({"model_type": "youtu", **MLA}, "models of type 'youtu' are not supported"),
+        ({**LLAMA_SHAPE, "num_key_value_heads": 3}, "this 'llama' model is not supported"),
         ({"model_type": "qwen3_5_text", **MLA}, "differ from each other"),
         ({"model_type": "olmoe", **MLA, "num_experts": 1}, "mixture-of-experts"),
     ],

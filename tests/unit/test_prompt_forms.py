@@ -312,7 +312,10 @@ def test_lines_of_openais_batch_files(tmp_path):
         (batch(messages=[USER], top_k=2.5), "'top_k' must be an integer from 1"),
         (batch(messages=[USER], seed=2**64), "'seed' must be an integer of 64 bits"),
         (batch(messages=[USER], stop=["a", 5]), "'stop' must be a text or a list of texts"),
-        (batch(messages=[USER], stop="x" * 1001), "'stop' may be 16 texts of 1000 characters"),
+        (
+            batch(messages=[USER], stop="x" * 1001),
+            "'stop' may hold at most 16 texts, of at most 1000",
+        ),
         (batch(messages=[USER]) | {"method": "GET"}, "method 'GET': only POST"),
         (batch(messages=[USER], max_tokens=9999), "9999 new tokens are more than the 4096 positi"),
     ],

@@ -15,6 +15,7 @@ from llmpq.runtime.request import Request
 
 LIMITS = Limits(new_tokens=4, max_positions=10, vocab_size=50)
 NESTED = "[" * 500 + "]" * 500
+EMBEDDING = '{"custom_id": "a", "url": "/v1/embeddings", "body": {"input": "x"}}'
 LINE = '{"id": "ok", "prompt_token_ids": [1]}'
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no such role') }}"
@@ -75,7 +76,12 @@ def test_requests_keep_order_ids_and_limits(tmp_path):
         ('{"id": "a", "prompt": "x", "prompt_token_ids": [1]}', "give either"),
         ('{"id": "a", "prompt": "x"}', "no tokenizer"),
         ('{"id": "a", "prompt_token_ids": []}', "at least one token"),
-        ('{"id": "a", "prompt_token_ids": [1.5]}', "at least one token"),
+        ('{"id": "a", "prompt_token_ids": [1.5]}', "token ids must be integers, found 1.5"),
+        ('{"id": "a", "conversations": []}', "the line has 'conversations', 'id'"),
+        (EMBEDDING, "'/v1/embeddings': only /v1/chat/completions and /v1/completions are served"),
+        ("Once upon a time", 'expected a line such as {"id": "1", "prompt": "..."}'),
+        ("<!DOCTYPE html>", 'expected a line such as {"id": "1", "prompt": "..."}'),
+        ("version https://git-lfs.github.com/spec/v1", "a Git LFS pointer, not the file itself"),
         ('{"id": "a", "prompt_token_ids": [50]}', "outside the vocabulary of 50"),
         ('{"id": "a", "prompt_token_ids": [-1]}', "outside the vocabulary of 50"),
         ('{"id": "a", "prompt_token_ids": [1], "max_new_tokens": 0}', "positive integer"),
