@@ -103,7 +103,8 @@ class Predicted(Strict):
     what prefills are of the busiest stage's work.
     `error_percent`: the expected error of `total_s`, as far as the slowest stages' times go.
     `objective`: `total_s`, and what its sensitivity costs where that has a price. `lower_bound`: no
-    plan of the space has a smaller one in closed form; `gap`: how far the objective is above it.
+    plan of the space has a smaller one in closed form (in proportion, where the closed form is
+    above the simulation); `gap`: how far the objective is above it.
     `closed_form_s`: this plan's total in closed form, where `total_s` was simulated.
     """
 

@@ -62,8 +62,14 @@ def speeds(problem: Problem, total_s: float) -> dict[str, float]:
 
 
 def bounded(predicted: Predicted, lower_bound: float, planning_s: float) -> Predicted:
-    """The same prediction with a lower bound of its objective."""
-    bound = min(max(lower_bound, 0.0), predicted.objective)
+    """The same prediction with a lower bound of its objective, from one of the closed form.
+
+    Where the closed form is above the simulated time, its bound is taken in proportion: else it
+    would say of a plan that runs faster than priced that no other one can be better.
+    """
+    priced = predicted.objective + predicted.priced_s - predicted.total_s
+    share = max(lower_bound, 0.0) / max(priced, predicted.objective)
+    bound = min(share, 1.0) * predicted.objective
     gap = (predicted.objective - bound) / predicted.objective
     return predicted.model_copy(update={"lower_bound": bound, "gap": gap, "planning_s": planning_s})
 

@@ -363,7 +363,7 @@ def _bound(predicted: Predicted) -> str:
     model = ""
     if predicted.closed_form_s is not None:
         off = 100 * (predicted.closed_form_s / predicted.total_s - 1)
-        model = f" in closed form, which is {off:+.1f} % off the simulation of this plan"
+        model = f" by the closed form, which is {off:+.1f} % off the simulation of this plan"
     gap = f"gap {100 * predicted.gap:.2f} %"
     return f"no plan searched is below {predicted.lower_bound:.4g}{model} ({gap})"
 

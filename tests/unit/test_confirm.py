@@ -10,6 +10,7 @@ from test_simulate_run import assign, make_problem, random_lengths, random_plan
 
 from llmpq.planner.chains import build, chains_of, longest, with_best_layers
 from llmpq.planner.confirm import Confirmed
+from llmpq.planner.evaluate import bounded, evaluate
 from llmpq.planner.instance import make_instance
 from llmpq.planner.planning import Options, make_plan
 from llmpq.planner.problem import Assignment, Problem
@@ -130,6 +131,26 @@ def test_no_plan_is_slower_than_another_method_within_the_budget() -> None:
             and baseline.quality_loss_percent <= 1.0
         ]
         assert rivals and plan.predicted.tokens_per_s >= max(rivals) * (1 - 1e-9)
+
+
+# ---- bounds of printed times
+
+
+@pytest.mark.parametrize(
+    "total, closed, bound, expected",
+    [
+        (100.0, None, 90.0, 0.1),  # not simulated
+        (100.0, 95.0, 94.0, 0.06),  # the simulation is above the closed form
+        (100.0, 130.0, 117.0, 0.1),  # below it: nothing is proven of 100 seconds
+        (100.0, 100.0, 0.0, 1.0),
+    ],
+)
+def test_the_gap_is_of_the_printed_time(total, closed, bound, expected) -> None:
+    problem, assignment = random_plan(1, equal=True)
+    figures = {"total_s": total, "objective": total, "closed_form_s": closed}
+    found = bounded(evaluate(problem, assignment).model_copy(update=figures), bound, 0.0)
+    assert found.gap == pytest.approx(expected)
+    assert found.lower_bound == pytest.approx(total * (1 - expected))
 
 
 # ---- any number of requests
