@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_simulate_run import assign, make_problem, random_lengths, random_plan
 
+from llmpq.planner import planning
 from llmpq.planner.chains import build, chains_of, longest, with_best_layers
 from llmpq.planner.confirm import Confirmed
 from llmpq.planner.evaluate import bounded, evaluate
@@ -192,19 +193,27 @@ def test_a_large_batch_is_planned_for_with_several_waves() -> None:
     assert len(planned_lengths(workload(100_000, 9, 9, batch=5000))) >= 4 * 5000
 
 
-def test_ten_million_requests_get_the_plan_of_twenty_thousand() -> None:
-    plans = []
+@pytest.mark.parametrize("new", [9, {"min": 5, "max": 12}])
+def test_ten_million_requests_get_the_plan_of_twenty_thousand(
+    monkeypatch: pytest.MonkeyPatch, new: object
+) -> None:
+    """As long as no time limit ends the comparison of runs early.
+
+    A run looks 100,000 requests ahead: of more than that, prompts of like length are found less
+    often where lengths differ, so that a request takes longer; never less than in proportion.
+    """
+    monkeypatch.setattr(planning, "CONFIRM_S", math.inf)
+    options, plans = Options(compare=False, time_limit_s=600), []
     for count in (20_000, 10_000_000):
-        job = workload(count, {"min": 5, "max": 50}, {"min": 5, "max": 30})
-        lengths = planned_lengths(job)
-        problem = make_problem(lengths, ["t4-16g", "v100-32g"])
+        job = workload(count, 24 if new == 9 else {"min": 5, "max": 50}, new)
+        problem = make_problem(planned_lengths(job), ["t4-16g", "v100-32g"])
         problem = replace(problem, workload=job, num_requests=count)
-        plans.append(make_plan(problem, Options(compare=False), ("16",)).plan)
+        plans.append(make_plan(problem, options, ("16",)).plan)
     sizes = [(p.batch, p.prefill_micro_batch, p.decode_micro_batch, p.stages) for p in plans]
     assert sizes[0] == sizes[1]
     first, second = (plan.predicted for plan in plans)
     assert first is not None and second is not None
-    assert second.total_s / first.total_s == pytest.approx(500, rel=0.03)
+    assert 485 < second.total_s / first.total_s < (515 if new == 9 else 1000)
 
 
 def test_a_sample_costs_its_part_of_the_sensitivity() -> None:
