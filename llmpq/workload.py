@@ -148,15 +148,24 @@ def _evenly(lengths: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
     """`most` of them at equal distances in the order of their lengths, and the longest ones."""
     if len(lengths) <= most:
         return lengths
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    order = by_length(lengths)
     longest = {
         max(order, key=lambda i: lengths[i][0]),
         max(order, key=lambda i: lengths[i][1]),
         max(order, key=lambda i: sum(lengths[i])),
     }
-    count = most - len(longest)
-    chosen = {order[int((i + 0.5) * len(order) / count)] for i in range(count)} | longest
+    chosen = longest.union(evenly_spaced(order, most - len(longest)))
     return [lengths[i] for i in sorted(chosen)]
+
+
+def by_length(lengths: Sequence[tuple[int, int]]) -> list[int]:
+    """The positions of requests in the order of their lengths."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
+def evenly_spaced(order: Sequence[int], count: int) -> list[int]:
+    """`count` of them at equal distances; where there are fewer, some more than once."""
+    return [order[int((i + 0.5) * len(order) / count)] for i in range(count)]
 
 
 def lanes(lengths: Sequence[tuple[int, int]], batch: int, rows: int) -> tuple[LaneShape, ...]:

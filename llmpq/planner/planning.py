@@ -24,7 +24,7 @@ from llmpq.planner.heuristic import heuristic
 from llmpq.planner.offload import OffloadPlan, flexgen
 from llmpq.planner.problem import OVER, Assignment, Problem
 from llmpq.planner.search import Progress, Search, Space, make_space, search
-from llmpq.planner.simulated import with_run
+from llmpq.planner.simulated import these_alone, with_run
 from llmpq.planner.solver import Solver, make_solver
 from llmpq.planner.value import to_assignment
 
@@ -113,8 +113,7 @@ class _Run:
         """
         if self.problem.repeats == 1:
             return self.problem
-        theta = self.problem.theta / self.problem.repeats
-        return replace(self.problem, num_requests=None, theta=theta, _known={})
+        return these_alone(self.problem, self.problem.lengths)
 
     @cached_property
     def _runs(self) -> Confirmed:

@@ -17,7 +17,7 @@ from llmpq.plan import Predicted
 from llmpq.planner.evaluate import actor_works, speeds
 from llmpq.planner.problem import Assignment, Problem, Setting, Work
 from llmpq.schedule import WINDOW, Item, Job, Schedule
-from llmpq.workload import chunk_tokens, lanes, lanes_for
+from llmpq.workload import by_length, chunk_tokens, evenly_spaced, lanes, lanes_for
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request
 BLOCK = 256  # columns whose times are computed at once
@@ -58,7 +58,7 @@ def _played(problem: Problem, assignment: Assignment, most_jobs: int) -> tuple[P
     more = problem.repeats * len(problem.lengths) - len(sample.lengths)
     if more <= 0:
         return played, played.total_s
-    half = _of_sample(problem, _with_lengths(sample, sorted(sample.lengths)[::2]), assignment)
+    half = _of_sample(problem, these_alone(sample, sorted(sample.lengths)[::2]), assignment)
     busiest = 2 * int(played.busy_s[::2].argmax())
     work = float(played.busy_s[busiest])
     added = work - float(half.busy_s[busiest])
@@ -96,14 +96,13 @@ def sample_of(problem: Problem, setting: Setting, most_jobs: int) -> Problem:
     count = max(int(share * len(problem.lengths)), LEAST_WAVES * setting.batch)
     if count >= in_all:
         every = -(-in_all // len(problem.lengths)) * problem.lengths
-        return problem if problem.repeats == 1 else _with_lengths(problem, every[:in_all])
+        return problem if problem.repeats == 1 else these_alone(problem, every[:in_all])
     count -= count % (2 * setting.batch)
-    order = sorted(range(len(problem.lengths)), key=problem.lengths.__getitem__)
-    chosen = sorted(order[int((i + 0.5) * len(order) / count)] for i in range(count))
-    return _with_lengths(problem, [problem.lengths[i] for i in chosen])
+    chosen = sorted(evenly_spaced(by_length(problem.lengths), count))
+    return these_alone(problem, [problem.lengths[i] for i in chosen])
 
 
-def _with_lengths(problem: Problem, lengths: Lengths) -> Problem:
+def these_alone(problem: Problem, lengths: Lengths) -> Problem:
     """Requests of these lengths alone; sensitivity costs as much in relation to their time."""
     in_all = problem.repeats * len(problem.lengths)
     theta = problem.theta * len(lengths) / in_all
