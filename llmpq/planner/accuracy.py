@@ -115,13 +115,12 @@ def _total(predicted: Predicted, stages: Sequence[PredictedStage]) -> float | No
 
 
 def _parts(problem: Problem, assignment: Assignment, rank: int, phase: str) -> Iterator[Part]:
-    """The terms of a stage's time for one micro-batch of the longest prompts (decode: past)."""
+    """The terms of a stage's time for one micro-batch of usual prompts (decode: past)."""
     setting = assignment.setting
     times = problem.times_at(setting.places[rank])
-    group = problem.groups(setting.batch)[0]
+    counts = problem.job_counts(*setting.micro_batches)
     size = setting.prefill_micro_batch if phase == "prefill" else setting.decode_micro_batch
-    lengths = group.prompt_tokens if phase == "prefill" else group.past_tokens
-    tokens = float(lengths.max())
+    tokens = counts.mean_prompt if phase == "prefill" else counts.mean_past
     for precision, count in Counter(assignment.stages[rank]).items():
         what = f"{phase} of {size} x {tokens:.0f} tokens at {precision} bits"
         yield from _part(times, what, precision, phase, size, tokens, count)

@@ -1,4 +1,4 @@
-"""The programme of one order over counts: how many layers each stage holds at each option.
+"""The ILP of one order over counts: how many layers each stage holds at each option.
 
 Layers cost the same, so seconds and bytes need N x B whole numbers, not L x N x B binaries. Which
 layers get the low precisions is a transport problem: layers of equal sensitivity (G groups) to
@@ -8,10 +8,10 @@ lies on stage j or before, and a share z[i, j, b] of layer i on stage j at optio
 t are whole, a whole z is among the cheapest, as a transport problem's is.
 
 Columns: c[j, b] counts, u[j] = 1: stage j holds a packed option and so an unpacked matrix, T the
-run's seconds, R and S the slowest actor's of prefill and decode, P[j] and E[j] the way of the first
-prefill and the last decode micro-batch down to stage j, U[j] and V[j] the slowest in prefill up to
-stage j and in decode from it on, W the loops of all decode steps but one; then y[g, b] or t and z.
-The chains that T is above are those of `value.run_seconds`. Rows are scaled to about 1.
+run's seconds, R what the slowest resource takes for prefill jobs outside bursts, S the longer of
+the loop and the slowest resource's pace, P[j] and E[j] the first prefill job's and the last decode
+step's way down to stage j; then y[g, b] or t and z. The chains that T is above are those of
+`costs.timeline.run_s`. Rows are scaled to about 1.
 """
 
 import math
@@ -80,8 +80,8 @@ class Columns:
         self.size = 0
         self.c = self._take(stages, options)
         self.u = self._take(stages)
-        self.T, self.R, self.S, self.W = (self._take(1) for _ in range(4))
-        self.P, self.E, self.U, self.V = (self._take(stages) for _ in range(4))
+        self.T, self.R, self.S = (self._take(1) for _ in range(3))
+        self.P, self.E = (self._take(stages) for _ in range(2))
         self.y = self.t = self.z = np.zeros(0, dtype=int)
 
     def _take(self, *shape: int) -> np.ndarray:
@@ -195,9 +195,13 @@ def _common(
     for j in range(instance.num_stages):
         rows.add(1, math.inf, (columns.c[j], 1.0))
     memory_rows(rows, columns, instance)
-    _ways_down(rows, columns, instance, scale)
     _slowest(rows, columns, instance, scale)
-    _chains(rows, columns, instance, scale, any_order)
+    _passing(rows, columns, instance, scale)
+    if any_order:
+        _without_pause_in_any_order(rows, columns, instance, scale)
+    else:
+        _ways_down(rows, columns, instance, scale)
+        _without_pause(rows, columns, instance, scale)
 
 
 def memory_rows(rows: Rows, columns: Columns, instance: Instance) -> None:
@@ -211,12 +215,32 @@ def memory_rows(rows: Rows, columns: Columns, instance: Instance) -> None:
         rows.add(-math.inf, 0, (columns.c[j][instance.packed], 1.0), (columns.u[j], -most[j]))
 
 
+def _slowest(rows: Rows, columns: Columns, instance: Instance, scale: float) -> None:
+    """R and S are at least every stage's, S at least the loop; those of links are bounds."""
+    layer, fixed, link = instance.layer, instance.fixed, instance.link
+    for j in range(instance.num_stages):
+        for column, name in ((columns.R, "others"), (columns.S, "pace")):
+            held = columns.c[j], -finite(getattr(layer, name)[j]) / scale
+            rows.add(getattr(fixed, name)[j] / scale, math.inf, (column, 1.0), held)
+    loop = (fixed.loop.sum() + link.loop.sum()) / scale
+    held = columns.c, -finite(layer.loop) / scale
+    rows.add(loop, math.inf, (columns.S, 1.0), held)
+
+
+def _passing(rows: Rows, columns: Columns, instance: Instance, scale: float) -> None:
+    """Bursts that pass all resources, and between them the slowest one or the loop."""
+    layer, fixed, link = instance.layer, instance.fixed, instance.link
+    constant = (fixed.bursts + fixed.step + link.bursts + link.step).sum() / scale
+    held = columns.c, -finite(layer.bursts + layer.step) / scale
+    rows.add(constant, math.inf, (columns.T, 1.0), (columns.R, -1.0), (columns.S, -1.0), held)
+
+
 def _ways_down(rows: Rows, columns: Columns, instance: Instance, scale: float) -> None:
-    """P[j] = P[j - 1] + link + stage, E alike, W over all stages."""
+    """P[j] = P[j - 1] + link + stage, E alike."""
     layer, fixed, link = instance.layer, instance.fixed, instance.link
     ways = (
-        (columns.P, layer.prefill_once, fixed.prefill_once, link.prefill_once),
-        (columns.E, layer.step_last, fixed.step_last, link.step_last),
+        (columns.P, layer.first, fixed.first, link.first),
+        (columns.E, layer.step, fixed.step, link.step),
     )
     for way, each, beside, hop in ways:
         for j in range(instance.num_stages):
@@ -224,79 +248,37 @@ def _ways_down(rows: Rows, columns: Columns, instance: Instance, scale: float) -
             before = [(way[j - 1], -1.0)] if j else []
             held = columns.c[j], -finite(each[j]) / scale
             rows.add(constant, constant, (way[j], 1.0), *before, held)
-    loops = (fixed.later_once.sum() + link.later_once.sum()) / scale
-    rows.add(loops, loops, (columns.W, 1.0), (columns.c, -finite(layer.later_once) / scale))
 
 
-def _slowest(rows: Rows, columns: Columns, instance: Instance, scale: float) -> None:
-    """R and S are at least every stage's; those of links are bounds."""
-    layer, fixed = instance.layer, instance.fixed
-    for j in range(instance.num_stages):
-        held = columns.c[j], -finite(layer.prefill_rest[j]) / scale
-        rows.add(fixed.prefill_rest[j] / scale, math.inf, (columns.R, 1.0), held)
-        after = instance.overlap.after * finite(layer.step_others[j])
-        after_fixed = instance.overlap.after * fixed.step_others[j]
-        held = columns.c[j], -(finite(layer.later_every[j]) + after) / scale
-        constant = (fixed.later_every[j] + after_fixed) / scale
-        rows.add(constant, math.inf, (columns.S, 1.0), held)
-        if instance.overlap.after or j == 0:
-            loop: list[Term] = [(columns.W, -1.0), (columns.c[j], -after / scale)]
-            rows.add(after_fixed / scale, math.inf, (columns.S, 1.0), *loop)
-
-
-def _chains(
-    rows: Rows, columns: Columns, instance: Instance, scale: float, any_order: bool
-) -> None:
-    """T is at least every chain; in any order, those that stay at the ends of the pipeline."""
+def _without_pause(rows: Rows, columns: Columns, instance: Instance, scale: float) -> None:
+    """T is at least what each stage, and each link, needs from the first job to the end."""
     layer, fixed, link = instance.layer, instance.fixed, instance.link
-    run, prefill, step = (columns.T, 1.0), (columns.P[-1], -1.0), (columns.E[-1], -1.0)
-    back, waits = link.step_last[-1] / scale, (columns.R, -instance.overlap.waits)
-    tail = columns.c[-1], -finite(layer.prefill_tail[-1]) / scale
-    constant = back + fixed.prefill_tail[-1] / scale
-    rows.add(constant, math.inf, run, prefill, (columns.R, -1.0), tail, step, (columns.S, -1.0))
-    others = finite(layer.step_others)
-    stay = finite(layer.decode_every) - finite(layer.step_last)
-    stay_fixed = fixed.decode_every - fixed.step_last
-    for j in range(instance.num_stages):
-        held = columns.c[j], -others[j] / scale
-        constant = fixed.step_others[j] / scale + back
-        rows.add(constant, math.inf, run, prefill, waits, step, (columns.W, -1.0), held)
-        held = columns.c[j], -stay[j] / scale
-        constant = stay_fixed[j] / scale
-        rows.add(constant + back, math.inf, run, prefill, waits, step, held)
-        rows.add(constant, math.inf, (columns.V[0 if any_order else j], 1.0), held)
-    _stays(rows, columns, instance, scale, any_order)
-
-
-def _stays(rows: Rows, columns: Columns, instance: Instance, scale: float, any_order: bool) -> None:
-    """U[j]: the slowest in prefill up to stage j; V[j]: the slowest in decode from it on."""
-    link, last = instance.link, instance.num_stages - 1
-    layer, fixed = instance.layer, instance.fixed
+    busy, last = finite(layer.busy), instance.num_stages - 1
+    run, end = (columns.T, 1.0), (columns.E[-1], -1.0)
     for j in range(last + 1):
-        held = columns.c[j], -finite(layer.prefill_rest[j]) / scale
-        if any_order and 0 < j < last:
-            continue
-        rows.add(fixed.prefill_rest[j] / scale, math.inf, (columns.U[j], 1.0), held)
-        if any_order and 0 < j == last:
-            rows.add(0, math.inf, (columns.U[j], 1.0), (columns.R, -1.0))
-            _stay_at_the_end(rows, columns, instance, scale)
-            continue
-        if not any_order and j > 0:
-            rows.add(0, math.inf, (columns.U[j], 1.0), (columns.U[j - 1], -1.0))
-            rows.add(0, math.inf, (columns.V[j - 1], 1.0), (columns.V[j], -1.0))
-        before: list[Term] = [(columns.E[j - 1], 1.0)] if j else []
-        hop = link.step_last[j - 1] if j else 0.0
-        chain = [(columns.P[j], -1.0), (columns.U[j], -1.0), (columns.V[j], -1.0)]
-        constant = (link.step_last[-1] - hop) / scale
-        rows.add(constant, math.inf, (columns.T, 1.0), *chain, (columns.E[-1], -1.0), *before)
+        before: list[Term] = [(columns.P[j - 1], -1.0)] if j else []
+        constant = fixed.busy[j] + (link.first[j - 1] if j else 0.0) + link.step[last]
+        held = columns.c[j], -busy[j] / scale
+        rows.add(constant / scale, math.inf, run, *before, held, end, (columns.E[j], 1.0))
+        constant = link.busy[j] + (link.step[last] - link.step[j])
+        after: list[Term] = [] if j == last else [end, (columns.E[j], 1.0)]
+        rows.add(constant / scale, math.inf, run, (columns.P[j], -1.0), *after)
 
 
-def _stay_at_the_end(rows: Rows, columns: Columns, instance: Instance, scale: float) -> None:
-    """All of the last stage's decode after the slowest prefill of any."""
-    held = columns.c[-1], -finite(instance.layer.decode_every[-1]) / scale
-    constant = (instance.fixed.decode_every[-1] + instance.link.step_last[-1]) / scale
-    chain = [(columns.P[-1], -1.0), (columns.U[-1], -1.0)]
-    rows.add(constant, math.inf, (columns.T, 1.0), *chain, held)
+def _without_pause_in_any_order(
+    rows: Rows, columns: Columns, instance: Instance, scale: float
+) -> None:
+    """The same with the least that a job takes the other resources, before or after."""
+    layer, fixed, link = instance.layer, instance.fixed, instance.link
+    busy, least = finite(layer.busy), finite(layer.least)
+    others = fixed.least.sum() + link.least.sum()
+    for j in range(instance.num_stages):
+        each = least.copy()
+        each[j] = busy[j]
+        constant = others - fixed.least[j] + fixed.busy[j]
+        rows.add(constant / scale, math.inf, (columns.T, 1.0), (columns.c, -each / scale))
+    constant = others + float((link.busy - link.least).max())
+    rows.add(constant / scale, math.inf, (columns.T, 1.0), (columns.c, -least / scale))
 
 
 def add_transport(rows: Rows, y: np.ndarray, c: np.ndarray, groups: LayerGroups) -> None:
@@ -367,9 +349,8 @@ def finished(
     bounds[1, columns.u] = 1.0
     for array in (columns.y, columns.t, columns.z):
         bounds[1, array] = instance.num_layers if array is columns.y else 1.0
-    bounds[0, columns.W] = -math.inf  # see Costs.later_once
-    bounds[0, columns.R] = instance.link.prefill_rest.max() / scale
-    bounds[0, columns.S] = instance.link.later_every.max() / scale
+    bounds[0, columns.R] = instance.link.others.max() / scale
+    bounds[0, columns.S] = instance.link.pace.max() / scale
     integral = np.zeros(columns.size, dtype=bool)
     for array in (columns.c, columns.u, columns.t):
         integral[array] = True

@@ -1,25 +1,30 @@
 """The one price of a plan: every method's plans, and hand-written ones, are compared by it.
 
-In closed form (see `costs.timeline`), for waves of typical requests (`Problem.groups`); the smaller
-last micro-batch and wave are included. What is predicted of a plan that was found is simulated
-(`simulated.with_run`). Also turns assignments into plans and plans into assignments.
+In closed form (see `costs.timeline`), from the jobs of a run (`costs.job_counts`). What is
+predicted of a plan that was found is simulated (`simulated.with_run`). Also turns assignments into
+plans and plans into assignments.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from functools import partial
 
 import numpy as np
 
 from llmpq.artifact import Provenance
 from llmpq.cluster import Cluster, Device
 from llmpq.costs.memory import StageMemory, stage_memory
-from llmpq.costs.timeline import PhaseTimes, batch_s, split, wait_counts
+from llmpq.costs.timeline import Costs, combined, run_s
 from llmpq.plan import Plan, Predicted, PredictedStage, Stage
 from llmpq.planner.accuracy import with_accuracy
+from llmpq.planner.instance import (
+    fixed_costs,
+    layer_costs,
+    link_costs,
+    of_only_pair,
+    stack,
+)
 from llmpq.planner.problem import (
     Assignment,
-    BatchGroup,
-    Cost,
     Place,
     Problem,
     Setting,
@@ -32,16 +37,20 @@ from llmpq.serving import serving
 
 def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
     """Times, memory and quality of an assignment; no lower bound is known here."""
-    groups = problem.groups(assignment.setting.batch)
-    parts = [_seconds(problem, assignment, group) for group in groups]
-    prefill, total = (sum(seconds) for seconds in zip(*parts, strict=True))
-    decode = (parts[-1][1] - parts[-1][0]) / float(groups[-1].num_batches.sum())  # the last batch's
+    setting = assignment.setting
+    stage, link = stage_costs(problem, assignment), hop_costs(problem, setting)
+    total = float(run_s(stage, link))
+    counts = problem.job_counts(*setting.micro_batches)
+    step = max(float((stage.step + link.step).sum()), counts.num_lanes * float(stage.step.max()))
+    decode = min(counts.rounds_after * step, total)
+    busiest = int(stage.busy.argmax())
     omega = problem.quality.sum_omega(assignment.precisions)
+    num_prefills = counts.num_first + counts.num_refills
     return Predicted(
         total_s=total,
         prefill_s=total - decode,
         decode_s=decode,
-        prefill_share=prefill / total,
+        prefill_share=float(stage.prefill[busiest] / stage.busy[busiest]),
         **speeds(problem, total),
         quality_loss_percent=problem.quality.expected_percent(omega),
         sum_sensitivity=omega,
@@ -49,7 +58,16 @@ def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
         lower_bound=0.0,
         gap=1.0,
         planning_s=0.0,
-        stages=[_stage(problem, assignment, rank) for rank in range(len(assignment.stages))],
+        stages=[
+            PredictedStage(
+                prefill_s=float(stage.prefill[rank]) / num_prefills,
+                decode_step_s=float(stage.step[rank]),
+                peak_memory_bytes=memory_of(problem, assignment, rank).total,
+                memory_capacity_bytes=place.memory_bytes,
+                provenance=problem.times_at(place).provenance,
+            )
+            for rank, place in enumerate(setting.places)
+        ],
     )
 
 
@@ -174,37 +192,30 @@ def _stages(assignment: Assignment) -> list[Stage]:
     return stages
 
 
-def _seconds(problem: Problem, assignment: Assignment, group: BatchGroup) -> tuple[float, float]:
-    """(prefill, all) of a group's batches."""
-    setting = assignment.setting
-    works = actor_works(problem, assignment)
-    sizes = group.num_requests, setting.prefill_micro_batch, setting.decode_micro_batch
-    prefill, total = batch_s(
-        actor_times(works, group, setting), group.num_steps, wait_counts(*sizes)
-    )
-    return float((group.num_batches * prefill).sum()), float((group.num_batches * total).sum())
+def stage_costs(problem: Problem, assignment: Assignment) -> Costs:
+    """[N]: what the run takes each stage."""
+    setting, last = assignment.setting, len(assignment.stages) - 1
+    each = []
+    for rank, (place, precisions) in enumerate(zip(setting.places, assignment.stages, strict=True)):
+        fixed = fixed_costs(problem, setting.sizes, place, rank == 0, rank == last)
+        layer = layer_costs(problem, setting.sizes, place)
+        layers = [
+            layer.map(partial(_layers_at, problem.precisions.index(name), number))
+            for name, number in Counter(precisions).items()
+        ]
+        each.append(combined([fixed, *layers], np.sum).map(of_only_pair))
+    return stack(each)
 
 
-def actor_times(works: Sequence[Work], group: BatchGroup, setting: Setting) -> PhaseTimes:
-    """[actors, batches]: the first micro-batch and all of them, in both phases."""
-    sizes = (setting.prefill_micro_batch, setting.decode_micro_batch)
-    pairs = [
-        (
-            *once_and_every(work.prefill, group, sizes[0], group.prompt_tokens),
-            *once_and_every(work.decode, group, sizes[1], group.past_tokens),
-        )
-        for work in works
-    ]
-    shape = group.prompt_tokens.shape
-    return PhaseTimes(*(np.stack([np.broadcast_to(p[i], shape) for p in pairs]) for i in range(4)))
+def _layers_at(option: int, number: int, layer: np.ndarray) -> np.ndarray:
+    """So many layers at an option, of arrays whose last axis are the options."""
+    return np.asarray(number * layer[..., option])
 
 
-def once_and_every(cost: Cost, group: BatchGroup, size: int, tokens: Any) -> tuple[Any, Any]:
-    """(the first, largest micro-batch; all micro-batches of a batch), for a group's batches."""
-    parts = split(group.num_requests, size)
-    once = cost(parts.size, tokens)
-    rest = cost(parts.rest, tokens) if parts.rest else 0.0
-    return once, once * parts.count + rest
+def hop_costs(problem: Problem, setting: Setting) -> Costs:
+    """[N]: and the link after each stage; the last is the tokens' return."""
+    hops = link_costs(problem, setting.sizes, [place.node for place in setting.places])
+    return stack([hop.map(of_only_pair) for hop in hops])
 
 
 def actor_works(problem: Problem, assignment: Assignment) -> list[Work]:
@@ -220,22 +231,3 @@ def stage_work_at(problem: Problem, assignment: Assignment, rank: int) -> Work:
     times = problem.times_at(assignment.setting.places[rank])
     last = rank == len(assignment.stages) - 1
     return stage_work(times, rank == 0, last, assignment.stages[rank])
-
-
-def _stage(problem: Problem, assignment: Assignment, rank: int) -> PredictedStage:
-    """One micro-batch's times, the mean over the batches."""
-    setting = assignment.setting
-    work, place = stage_work_at(problem, assignment, rank), setting.places[rank]
-    seconds, count = np.zeros(2), 0.0
-    for group in problem.groups(setting.batch):
-        times = actor_times([work], group, setting)
-        for phase, once in enumerate((times.prefill_once[0], times.decode_once[0])):
-            seconds[phase] += (group.num_batches * once).sum()
-        count += float(group.num_batches.sum())
-    return PredictedStage(
-        prefill_s=float(seconds[0]) / count,
-        decode_step_s=float(seconds[1]) / count,
-        peak_memory_bytes=memory_of(problem, assignment, rank).total,
-        memory_capacity_bytes=place.memory_bytes,
-        provenance=problem.times_at(place).provenance,
-    )

@@ -24,9 +24,10 @@ from functools import cached_property
 
 import numpy as np
 
-from llmpq.planner.instance import Costs, Instance, make_instance
+from llmpq.costs.timeline import Costs, run_s
+from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.problem import OVER, Problem, Setting
-from llmpq.planner.value import Choice, count_options, objective, run_seconds
+from llmpq.planner.value import Choice, count_options, objective
 
 MAX_SETTINGS = 64
 STEPS = (1, 2, 5, 12)  # layers that move at once
@@ -404,7 +405,7 @@ def _after(table: _Table, state: _State, moves: _Moves) -> _After:
 def _outcomes(table: _Table, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[M] each, of `totals` [costs + 2, N, M]: seconds, bytes of all layers, whether they fit."""
     instance = table.instance
-    seconds = run_seconds(Costs(*totals[:NUM_COSTS]), table.link, instance.overlap)
+    seconds = run_s(Costs(*totals[:NUM_COSTS]), table.link)
     num_bytes, packed = totals[NUM_COSTS:]
     unpacked = instance.unpacked_bytes[:, None] * (packed > 0.5)
     fits = (num_bytes + unpacked <= instance.capacity[:, None]).all(axis=0)

@@ -13,7 +13,7 @@ Not covered: what a choice of layers costs (`value`).
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from llmpq.costs import memory
-from llmpq.costs.links import Seconds
-from llmpq.costs.timeline import split, wait_counts
+from llmpq.costs.job_counts import DecodeSteps, PrefillJob
+from llmpq.costs.timeline import Costs, Shares, combined, shares
 from llmpq.planner.problem import (
     Place,
     Problem,
@@ -34,48 +34,6 @@ from llmpq.planner.problem import (
     layer_work,
 )
 from llmpq.schedule import cache_tokens
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of an actor, summed over the workload's batches.
-
-    prefill_once: the first, largest micro-batch; prefill_rest: all others of that size;
-    prefill_tail: a smaller last one.
-    step_last: the last, smallest micro-batch of one decode step; step_others: all but the first of
-    a step; step_every: all of a step. later_once, later_every: the first micro-batch, and all, of
-    all decode steps but one. Where the last one is smaller, `later_once` is less by it: a chain
-    that has waited for the whole prefill goes on with that one, and not once more round the loop.
-    """
-
-    prefill_once: np.ndarray
-    prefill_rest: np.ndarray
-    prefill_tail: np.ndarray
-    step_last: np.ndarray
-    step_others: np.ndarray
-    step_every: np.ndarray
-    later_once: np.ndarray
-    later_every: np.ndarray
-
-    def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Costs":
-        """`change` done to each array."""
-        return Costs(*(change(getattr(self, f.name)) for f in fields(self)))
-
-    @property
-    def decode_every(self) -> np.ndarray:
-        """All micro-batches of all decode steps."""
-        return np.asarray(self.step_every + self.later_every)
-
-    @property
-    def busy(self) -> np.ndarray:
-        """Seconds of work over the whole workload."""
-        prefill = self.prefill_once + self.prefill_rest + self.prefill_tail
-        return np.asarray(prefill + self.decode_every)
-
-
-def combined(costs: Sequence[Costs], how: Callable[..., np.ndarray], axis: int = 0) -> Costs:
-    """Costs of several, array by array: `how` is np.stack, np.sum, np.min or np.max."""
-    return Costs(*(how([getattr(c, f.name) for c in costs], axis=axis) for f in fields(Costs)))
 
 
 def stack(costs: Sequence[Costs]) -> Costs:
@@ -99,19 +57,6 @@ def layer_groups(omega: np.ndarray, budget: float, theta: float) -> LayerGroups:
 
 
 @dataclass(frozen=True)
-class Overlap:
-    """How decoding starts while others still prefill.
-
-    `waits`: share of the prefill's rest before the first decode micro-batch can start. `after`:
-    share of a step's other decode micro-batches that come after the first one that waits for the
-    whole prefill.
-    """
-
-    waits: float = 0.0
-    after: float = 0.0
-
-
-@dataclass(frozen=True)
 class Instance:
     """N stages in order, L layers, B options. Unavailable options cost infinity."""
 
@@ -123,7 +68,6 @@ class Instance:
     unpacked_bytes: np.ndarray  # [N], taken by a device that holds any packed option
     packed: np.ndarray  # [B], booleans
     omega: np.ndarray  # [L, B]
-    overlap: Overlap = Overlap()
     budget: float = math.inf
     theta: float = 0.0
     known_groups: LayerGroups | None = None
@@ -151,7 +95,7 @@ class Instance:
     @property
     def available(self) -> np.ndarray:
         """[N, B]: which options a place offers."""
-        return np.isfinite(self.layer.prefill_once) & np.isfinite(self.layer.later_once)
+        return np.isfinite(self.layer.bursts)
 
 
 def make_instance(problem: Problem, setting: Setting) -> Instance:
@@ -165,9 +109,11 @@ def make_instance(problem: Problem, setting: Setting) -> Instance:
         for place, end in zip(places, ends, strict=True)
     ]
     return Instance(
-        layer=stack([layer_costs(problem, sizes, place).map(_first) for place in places]),
-        fixed=stack([costs.map(_first) for costs in fixed]),
-        link=stack([c.map(_first) for c in link_costs(problem, sizes, [p.node for p in places])]),
+        layer=stack([layer_costs(problem, sizes, place).map(of_only_pair) for place in places]),
+        fixed=stack([costs.map(of_only_pair) for costs in fixed]),
+        link=stack(
+            [c.map(of_only_pair) for c in link_costs(problem, sizes, [p.node for p in places])]
+        ),
         layer_bytes=np.stack([layer_bytes(problem, sizes, place) for place in places]),
         capacity=np.array(room),
         unpacked_bytes=np.array(
@@ -178,7 +124,6 @@ def make_instance(problem: Problem, setting: Setting) -> Instance:
         ),
         packed=np.array([memory.is_packed(p) for p in problem.precisions]),
         omega=omega_of(problem),
-        overlap=_overlap(problem, setting),
         budget=problem.budget,
         theta=problem.theta,
         known_groups=groups_of(problem),
@@ -192,9 +137,9 @@ def groups_of(problem: Problem) -> LayerGroups:
     )
 
 
-def _first(array: np.ndarray) -> np.ndarray:
+def of_only_pair(array: np.ndarray) -> np.ndarray:
     """Of the only pair of micro-batches."""
-    return np.asarray(array[0])
+    return np.asarray(array[0, 0])
 
 
 def capacity(
@@ -318,72 +263,56 @@ def omega_of(problem: Problem) -> np.ndarray:
     return problem.once("omega", compute)
 
 
-def _overlap(problem: Problem, setting: Setting) -> Overlap:
-    """The least of all batches, so that no chain gets longer than it is."""
-    sizes = setting.prefill_micro_batch, setting.decode_micro_batch
-    each = [overlap(group.num_requests, *sizes) for group in problem.groups(setting.batch)]
-    return Overlap(min(o.waits for o in each), min(o.after for o in each))
-
-
-def overlap(num_requests: int, prefill_micro_batch: int, decode_micro_batch: int) -> Overlap:
-    """Of one batch. A smaller last decode micro-batch comes after no other: a lower bound."""
-    waits = wait_counts(num_requests, prefill_micro_batch, decode_micro_batch)
-    in_all, others = waits[-1], len(waits) - 1
-    after = others - waits.index(in_all) if num_requests % decode_micro_batch == 0 else 0
-    return Overlap(
-        waits=(waits[0] - 1) / (in_all - 1) if in_all > 1 else 0.0,
-        after=after / others if others else 0.0,
-    )
-
-
 def kind_of(problem: Problem, place: Place) -> Hashable:
     """What times of a place depend on: equal kinds have equal times."""
     link = problem.cluster.link_between(place.node, place.node)
     return (place.type, place.tensor_parallel, link if place.tensor_parallel > 1 else None)
 
 
-# ---- cost tables: [P] in the prefill's arrays, [Q] in the decode's, of all pairs of `sizes`
+# ---- cost tables: [P, Q, ...], of all pairs of micro-batches of `sizes`
 
 
 def layer_costs(problem: Problem, sizes: Sizes, place: Place) -> Costs:
-    """[P | Q, B]: one layer at each precision; infinity where a place does not offer it."""
+    """[P, Q, B]: one layer at each precision; infinity where a place does not offer it."""
     kind = kind_of(problem, place)
 
     def compute() -> Costs:
         times = problem.times_at(place)
         each = [
-            summed(problem, sizes, ("layer", kind, name), layer_work(times, name))
+            table_of(problem, sizes).costs(layer_work(times, name))
             if name in times.precisions
             else _never(sizes)
             for name in problem.precisions
         ]
-        return stack(each).map(np.transpose)
+        return combined(each, np.stack, axis=-1)
 
     return problem.once(("layers", kind, sizes), compute)
 
 
 def _never(sizes: Sizes) -> Costs:
-    prefill, decode = (np.full(len(some), math.inf) for some in (sizes.prefill, sizes.decode))
-    return Costs(prefill, prefill, prefill, *(decode,) * 5)
+    return Costs(*(np.full(sizes.shape, math.inf) for _ in fields(Costs)))
 
 
 def fixed_costs(problem: Problem, sizes: Sizes, place: Place, first: bool, last: bool) -> Costs:
-    """[P | Q]: what a stage costs beside its layers."""
-    key = ("fixed", kind_of(problem, place), first, last)
+    """[P, Q]: what a stage costs beside its layers."""
+    key = ("fixed", kind_of(problem, place), first, last, sizes)
     work = fixed_work(problem.times_at(place), first, last)
-    return problem.once((*key, sizes), lambda: summed(problem, sizes, key, work))
+    return problem.once(key, lambda: table_of(problem, sizes).costs(work))
 
 
 def link_costs(problem: Problem, sizes: Sizes, nodes: Sequence[str]) -> list[Costs]:
-    """[P | Q] of the link after each stage; the last is the way back."""
+    """[P, Q] of the link after each stage; the last is the tokens' return."""
     works = hop_works(problem, nodes)
     ends = [("hop", *pair) for pair in zip(nodes, nodes[1:], strict=False)]
     ends.append(("back", *((nodes[-1], nodes[0]) if len(nodes) > 1 else ())))
-    return [summed(problem, sizes, end, work) for end, work in zip(ends, works, strict=True)]
+    return [
+        problem.once((end, sizes), partial(table_of(problem, sizes).costs, work))
+        for end, work in zip(ends, works, strict=True)
+    ]
 
 
 def least_hop(problem: Problem, sizes: Sizes, node: str, nodes: tuple[str, ...]) -> Costs:
-    """[P | Q] of a hand-over from a place of `node` in any order of places on `nodes`.
+    """[P, Q] of a hand-over from a place of `node` in any order of places on `nodes`.
 
     Inside the node, or to another one where that is cheaper.
     """
@@ -395,7 +324,7 @@ def least_hop(problem: Problem, sizes: Sizes, node: str, nodes: tuple[str, ...])
 def least_way_back(
     problem: Problem, sizes: Sizes, nodes: tuple[str, ...], num_stages: int
 ) -> Costs:
-    """[P | Q] of the tokens' way back in any order of places on `nodes`."""
+    """[P, Q] of the tokens' return in any order of places on `nodes`."""
     if num_stages == 1:
         return link_costs(problem, sizes, [nodes[0]])[-1]
     ways = [[node, node] for node in nodes] + [list(nodes[:2])] * (len(nodes) > 1)
@@ -417,58 +346,98 @@ def in_any_order(problem: Problem, setting: Setting, instance: Instance) -> Inst
         for a, b in zip(nodes, nodes[1:], strict=False)
     ]
     back = link_costs(problem, sizes, nodes)[-1]
-    link = stack([costs.map(_first) for costs in (*hops, back)])
+    link = stack([costs.map(of_only_pair) for costs in (*hops, back)])
     return replace(instance, link=link)
 
 
-def summed(problem: Problem, sizes: Sizes, key: Hashable, work: Work) -> Costs:
-    """[P | Q]: an actor's costs over all batches. `key` names the actor."""
-    prefill = np.array([_prefill_sums(problem, sizes.batch, p, key, work) for p in sizes.prefill])
-    decode = np.array([_decode_sums(problem, sizes.batch, q, key, work) for q in sizes.decode])
-    return Costs(*prefill.T, *decode.T)
+# ---- from the jobs of a run to seconds
 
 
-def _prefill_sums(
-    problem: Problem, batch: int, size: int, key: Hashable, work: Work
-) -> tuple[float, ...]:
-    """The prefill costs of `Costs`, in order."""
+@dataclass(frozen=True, eq=False)
+class JobTable:
+    """The jobs of the runs of all pairs of micro-batches, by what a resource is asked for.
 
-    def compute() -> tuple[float, ...]:
-        total = np.zeros(3)
-        for group in problem.groups(batch):
-            parts = split(group.num_requests, size)
-            first = _dot(group.num_batches, work.prefill(parts.size, group.prompt_tokens))
-            total[:2] += first, first * (parts.count - 1)
-            if parts.rest:
-                total[2] += _dot(group.num_batches, work.prefill(parts.rest, group.prompt_tokens))
-        return tuple(total.tolist())
+    Prefill jobs are told apart by rows and tokens, decode steps by rows and past; `first`,
+    `refills`, `steps` and `longest` [P, Q, jobs] say how many of them a run has.
+    """
 
-    return problem.once(("p", key, batch, size), compute)
+    prefill: tuple[PrefillJob, ...]
+    decode: tuple[tuple[int, float], ...]
+    first: np.ndarray
+    refills: np.ndarray
+    steps: np.ndarray
+    longest: np.ndarray
+    shares: Shares
+
+    def costs(self, work: Work) -> Costs:
+        """[P, Q]: what a resource is asked for in the whole run."""
+        prefill, decode = self._prefill_s(work), self._decode_s(work)
+        return self.shares.costs(
+            self.first @ prefill, self.refills @ prefill, self.steps @ decode, self.longest @ decode
+        )
+
+    def _prefill_s(self, work: Work) -> np.ndarray:
+        """Seconds of each prefill job: later chunks as `simulated.prefill_s` has them."""
+        jobs = np.array(self.prefill, dtype=float)
+        seconds = np.zeros(len(jobs))
+        for rows in np.unique(jobs[:, 0]):
+            own = jobs[:, 0] == rows
+            begin, end = jobs[own, 1], jobs[own, 2]
+            whole = work.prefill(int(rows), end)
+            more = whole - work.prefill(int(rows), begin) + work.prefill(int(rows), 1.0)
+            later = np.maximum(more, work.prefill(int(rows), end - begin))
+            seconds[own] = np.where(begin > 0, later, whole)
+        return seconds
+
+    def _decode_s(self, work: Work) -> np.ndarray:
+        steps = np.array(self.decode, dtype=float).reshape(-1, 2)
+        seconds = np.zeros(len(steps))
+        for rows in np.unique(steps[:, 0]):
+            own = steps[:, 0] == rows
+            seconds[own] = work.decode(int(rows), steps[own, 1])
+        return seconds
 
 
-def _decode_sums(
-    problem: Problem, batch: int, size: int, key: Hashable, work: Work
-) -> tuple[float, ...]:
-    """The decode costs of `Costs`, in order."""
-
-    def compute() -> tuple[float, ...]:
-        total = np.zeros(5)
-        for group in problem.groups(batch):
-            parts = split(group.num_requests, size)
-            once = work.decode(parts.size, group.past_tokens)
-            last = work.decode(parts.rest, group.past_tokens) if parts.rest else once
-            every = once * parts.count + (last if parts.rest else 0.0)
-            some = group.num_batches * (group.num_steps > 0)
-            later = group.num_batches * np.maximum(group.num_steps - 1, 0)
-            weights = (some, some, some, later, later)
-            least = np.minimum(once, last)  # a chain's way down is with either
-            seconds = (least, every - once, every, once, every)
-            total += [_dot(*pair) for pair in zip(weights, seconds, strict=True)]
-            total[3] -= _dot(some, last) if parts.rest else 0.0
-        return tuple(total.tolist())
-
-    return problem.once(("d", key, batch, size), compute)
+def table_of(problem: Problem, sizes: Sizes) -> JobTable:
+    """The jobs of all pairs of micro-batches."""
+    return problem.once(("table", sizes), lambda: _make_table(problem, sizes))
 
 
-def _dot(weight: np.ndarray, seconds: Seconds) -> float:
-    return float((weight * seconds).sum())
+def _make_table(problem: Problem, sizes: Sizes) -> JobTable:
+    counts = [
+        problem.job_counts(sizes.batch, rows, decode_rows)
+        for rows in sizes.prefill
+        for decode_rows in sizes.decode
+    ]
+    prefills: dict[PrefillJob, int] = {}
+    decodes: dict[tuple[int, float], int] = {}
+
+    def of_prefills(jobs: Mapping[PrefillJob, float]) -> dict[int, float]:
+        return {prefills.setdefault(job, len(prefills)): count for job, count in jobs.items()}
+
+    def of_steps(steps: Sequence[DecodeSteps]) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for rows, past, count in steps:
+            at = decodes.setdefault((rows, past), len(decodes))
+            found[at] = found.get(at, 0.0) + count
+        return found
+
+    columns = [
+        (of_prefills(c.first), of_prefills(c.refills), of_steps(c.steps), of_steps(c.longest_lane))
+        for c in counts
+    ]
+    widths = len(prefills), len(prefills), len(decodes), len(decodes)
+    arrays = [np.zeros((len(counts), width)) for width in widths]
+    for row, found in enumerate(columns):
+        for array, some in zip(arrays, found, strict=True):
+            array[row, list(some)] = list(some.values())
+    first, refills, steps, longest = (array.reshape(*sizes.shape, -1) for array in arrays)
+    return JobTable(
+        prefill=tuple(prefills),
+        decode=tuple(decodes),
+        first=first,
+        refills=refills,
+        steps=steps,
+        longest=longest,
+        shares=shares(counts, sizes.shape),
+    )

@@ -20,9 +20,9 @@ import numpy as np
 from llmpq.cluster import DEFAULT_LINK_GBS, MIB, Device
 from llmpq.costs import memory
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
-from llmpq.planner.evaluate import once_and_every
-from llmpq.planner.problem import OVER, BatchGroup, Problem, fixed_work, layer_work
+from llmpq.planner.problem import OVER, Problem, fixed_work, layer_work
 from llmpq.planner.search import batch_options, micro_batch_options
+from llmpq.planner.waves import BatchGroup, groups, seconds_of_all
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _seconds(
     streamed = (1 - weights_share[:, None]) * held.weights / problem.spec.num_layers
     missing = 1 - cache_share[:, None]
     total, last = np.zeros(len(weights_share)), np.zeros(len(weights_share))
-    for group in problem.groups(block.batch):
+    for group in groups(problem, block.batch):
         total += _prefill_s(problem, block, group, streamed, missing) @ group.num_batches
         decode = _step_s(problem, block, group, streamed, missing) * group.num_steps
         total += decode @ group.num_batches
@@ -171,8 +171,8 @@ def _prefill_s(
     """[K, batches]: `streamed` bytes of a layer's weights come, `missing` shares of cache go."""
     times = problem.times[block.device.type]
     tokens, size = group.prompt_tokens, block.micro_batch
-    _, compute = once_and_every(layer_work(times, block.precision).prefill, group, size, tokens)
-    _, beside = once_and_every(fixed_work(times, True, True).prefill, group, size, tokens)
+    compute = seconds_of_all(layer_work(times, block.precision).prefill, group, size, tokens)
+    beside = seconds_of_all(fixed_work(times, True, True).prefill, group, size, tokens)
     stored = missing * _cache_bytes(problem, group) * tokens
     each = layer_s(compute, streamed, stored, host_link_bytes_per_s(problem, block.device))
     return np.asarray(problem.spec.num_layers * each + beside)
@@ -184,8 +184,8 @@ def _step_s(
     """[K, batches]: one step; `missing` shares of the past come, those of the new token go."""
     times = problem.times[block.device.type]
     past, size = group.past_tokens, block.micro_batch
-    _, compute = once_and_every(layer_work(times, block.precision).decode, group, size, past)
-    _, beside = once_and_every(fixed_work(times, True, True).decode, group, size, past)
+    compute = seconds_of_all(layer_work(times, block.precision).decode, group, size, past)
+    beside = seconds_of_all(fixed_work(times, True, True).decode, group, size, past)
     cache = missing * _cache_bytes(problem, group)
     loaded = streamed + cache * past
     each = layer_s(compute, loaded, cache, host_link_bytes_per_s(problem, block.device))

@@ -12,17 +12,16 @@ Arrays: K kinds of places, P prefill and Q decode micro-batches, B options, G gr
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from llmpq.costs.memory import is_packed
+from llmpq.costs.timeline import Costs, combined
 from llmpq.planner.counts import Rows, Term, add_transport, finite
 from llmpq.planner.instance import (
-    Costs,
     LayerGroups,
     capacity,
-    combined,
     fixed_costs,
     groups_of,
     kind_of,
@@ -41,16 +40,17 @@ from llmpq.planner.solver import Programme, Solver
 
 @dataclass(frozen=True)
 class Pool:
-    """Costs are [P, ...] for prefill and [Q, ...] for decode arrays."""
+    """Costs are [P, Q, ...]."""
 
     many: np.ndarray  # [K], stages of each kind
     offered: np.ndarray  # [K, B], booleans
-    layer: Costs  # [P | Q, K, B], 0 where not offered
-    fixed: Costs  # [P | Q, K]: of a stage in the middle
+    layer: Costs  # [P, Q, K, B], 0 where not offered
+    fixed: Costs  # [P, Q, K]: of a stage in the middle
     ends: tuple["End", ...]  # what embedding and head add where they lie; none of one stage alone
-    link_sum: Costs  # [P | Q]
-    least_rest: np.ndarray  # [P], that the slowest actor takes in prefill beside the first
-    least_pace: np.ndarray  # [Q], and in decode
+    link_sum: Costs  # [P, Q]
+    least_others: np.ndarray  # [P, Q], that the slowest resource takes for prefills beside bursts
+    least_pace: np.ndarray  # [P, Q], and for decode steps
+    least_busy: np.ndarray  # [P, Q], and in all
     layer_bytes: np.ndarray  # [K, B], the share of an unpacked matrix included
     capacity: np.ndarray  # [P, Q, K]
     groups: LayerGroups
@@ -62,17 +62,23 @@ class Pool:
 class End:
     """What the first or the last stage has on top, by the kind it is of."""
 
-    costs: Costs  # [P | Q, K]
+    costs: Costs  # [P, Q, K]
     num_bytes: np.ndarray  # [P, Q, K]
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Seconds for a unit: of a kind's time in prefill and decode, the loop, memory, sensitivity."""
+    """Duals: what one more second, byte or unit of sensitivity somewhere costs in seconds.
 
-    rest: np.ndarray  # [K]
+    `passing`: of the chain of bursts and what comes between them, and in it `others` and `pace` of
+    a kind's stages and the `loop`; `busy`: of a kind's stages that never pause.
+    """
+
+    passing: float
+    others: np.ndarray  # [K]
     pace: np.ndarray  # [K]
     loop: float
+    busy: np.ndarray  # [K]
     memory: np.ndarray  # [K], of a byte
     least: np.ndarray  # [K], of a stage having a layer
     omega: float
@@ -90,19 +96,25 @@ def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
     num_bytes = np.stack([_least_bytes(problem, sizes, place, alone) for place in places])
     many = np.array([count for _, count in kinds], dtype=float)
     held = np.floor(room.max(axis=(0, 1)) * OVER / num_bytes.min(axis=1))
-    rest, pace = layer.prefill_rest.min(axis=-1), layer.later_every.min(axis=-1)
-    whole = problem.spec.num_layers
-    least_rest = slowest_of_whole(rest, fixed.prefill_rest, many, held, whole)
-    least_pace = slowest_of_whole(pace, fixed.later_every, many, held, whole)
+
+    def slowest(name: str) -> np.ndarray:
+        """[P, Q]: of stages that hold whole layers, and of links."""
+        each, beside = getattr(layer, name).min(axis=-1), getattr(fixed, name)
+        shape = each.shape[:2]
+        flat = each.reshape(-1, len(many)), beside.reshape(-1, len(many))
+        found = slowest_of_whole(*flat, many, held, problem.spec.num_layers)
+        return np.maximum(getattr(link_most, name), found.reshape(shape))
+
     return Pool(
         many=many,
-        offered=np.isfinite(layer.prefill_once[0]),
+        offered=np.isfinite(layer.bursts[0, 0]),
         layer=layer.map(finite),
         fixed=fixed,
         ends=() if alone else tuple(_end(problem, sizes, mix, places, k) for k in (False, True)),
         link_sum=link_sum,
-        least_rest=np.maximum(link_most.prefill_rest, least_rest),
-        least_pace=np.maximum(link_most.later_every, least_pace),
+        least_others=slowest("others"),
+        least_pace=slowest("pace"),
+        least_busy=slowest("busy"),
         layer_bytes=num_bytes,
         capacity=room,
         groups=groups_of(problem),
@@ -142,8 +154,8 @@ def _kinds(problem: Problem, mix: Mix) -> list[tuple[Place, int]]:
 
 
 def _stack(costs: list[Costs]) -> Costs:
-    """[P | Q, K, ...]"""
-    return combined(costs, np.stack, axis=1)
+    """[P, Q, K, ...]"""
+    return combined(costs, np.stack, axis=2)
 
 
 def _end(problem: Problem, sizes: Sizes, mix: Mix, places: list[Place], last: bool) -> End:
@@ -154,7 +166,7 @@ def _end(problem: Problem, sizes: Sizes, mix: Mix, places: list[Place], last: bo
 def _end_at(
     problem: Problem, sizes: Sizes, place: Place, last: bool, num_stages: int
 ) -> tuple[Costs, np.ndarray]:
-    """What an end adds to a stage in the middle: costs [P | Q], bytes [P, Q]."""
+    """What an end adds to a stage in the middle: costs [P, Q], bytes [P, Q]."""
 
     def compute() -> tuple[Costs, np.ndarray]:
         middle = fixed_costs(problem, sizes, place, False, False).map(np.negative)
@@ -222,75 +234,74 @@ def relaxed(pool: Pool, prefill: int, decode: int, solver: Solver) -> tuple[floa
 
 def bounds(pool: Pool, prices: Prices) -> np.ndarray:
     """[P, Q]: what no plan with these micro-batches is below, for any prices."""
-    prefill, decode = _constants(pool, prices)
     taken = (pool.capacity * (prices.memory * pool.many)).sum(axis=-1)
-    total = prefill[:, None] + decode[None] - taken + (prices.least * pool.many).sum()
+    total = _constants(pool, prices) - taken + (prices.least * pool.many).sum()
     if prices.omega:
         total = total - prices.omega * pool.budget
-    total = total + sum(_cheapest_place(pool, end, prices) for end in pool.ends)
+    for end in pool.ends:
+        each = _priced(end.costs, prices, pool.many) + prices.memory * end.num_bytes
+        total = total + each.min(axis=-1)
     return np.asarray(total + _layers(pool, prices))
 
 
 # ---- prices
 
 
-def _cheapest_place(pool: Pool, end: End, prices: Prices) -> np.ndarray:
-    """[P, Q]: an end where it costs least."""
-    costs = end.costs
-    first = costs.prefill_once + prices.rest * costs.prefill_rest / pool.many
-    then = costs.step_last + prices.pace * costs.later_every / pool.many
-    then = then + prices.loop * costs.later_once
-    each = first[:, None] + then[None] + prices.memory * end.num_bytes
-    return np.asarray(each.min(axis=-1))
+def _priced(costs: Costs, prices: Prices, many: np.ndarray) -> np.ndarray:
+    """[P, Q, K]: what lies on a stage of kind k, of which there are `many`."""
+    passing = prices.passing * (costs.bursts + costs.step) + prices.loop * costs.loop
+    slowest = prices.others * costs.others + prices.pace * costs.pace + prices.busy * costs.busy
+    return np.asarray(passing + slowest / many)
 
 
 def _layers(pool: Pool, prices: Prices) -> np.ndarray:
     """[P, Q]: every layer where it is cheapest."""
-    layer, many = pool.layer, pool.many[:, None]
-    first = layer.prefill_once + prices.rest[:, None] * layer.prefill_rest / many
-    first = first + prices.memory[:, None] * pool.layer_bytes - prices.least[:, None]
-    then = layer.step_last + prices.pace[:, None] * layer.later_every / many
-    then = then + prices.loop * layer.later_once
-    pairs = first[:, None] + then[None] + np.where(pool.offered, 0.0, np.inf)  # [P, Q, K, B]
+    by_option = pool.layer.map(lambda array: array.swapaxes(-1, -2))
+    each = _priced(by_option, prices, pool.many).swapaxes(-1, -2)
+    held = prices.memory[:, None] * pool.layer_bytes - prices.least[:, None]
+    pairs = each + held + np.where(pool.offered, 0.0, np.inf)  # [P, Q, K, B]
     cheapest = pairs.min(axis=2)[:, :, None, :] + (prices.omega + pool.theta) * pool.groups.omega
     return np.asarray((cheapest.min(axis=-1) * pool.groups.sizes).sum(axis=-1))
 
 
-def _constants(pool: Pool, prices: Prices) -> tuple[np.ndarray, np.ndarray]:
-    """[P] and [Q]: all that does not depend on where layers lie."""
-    fixed, link = pool.fixed, pool.link_sum
-    many = pool.many
-    first = (fixed.prefill_once * many).sum(axis=-1) + link.prefill_once
-    first = first + (fixed.prefill_rest * prices.rest).sum(axis=-1)
-    first = first + (1 - prices.rest.sum()) * pool.least_rest
-    step = (fixed.step_last * many).sum(axis=-1) + link.step_last
-    loop = (fixed.later_once * many).sum(axis=-1) + link.later_once
-    pace = (fixed.later_every * prices.pace).sum(axis=-1)
-    left = 1 - prices.pace.sum() - prices.loop
-    pace = pace + left * pool.least_pace
-    return first, step + prices.loop * loop + pace
+def _constants(pool: Pool, prices: Prices) -> np.ndarray:
+    """[P, Q]: all that does not depend on where layers lie."""
+    link, many = pool.link_sum, pool.many
+    total = (_priced(pool.fixed, prices, many) * many).sum(axis=-1)
+    total = total + prices.passing * (link.bursts + link.step) + prices.loop * link.loop
+    total = total + (prices.passing - prices.others.sum()) * pool.least_others
+    total = total + (prices.passing - prices.pace.sum() - prices.loop) * pool.least_pace
+    return np.asarray(total + (1 - prices.passing - prices.busy.sum()) * pool.least_busy)
 
 
 # ---- the linear programme
 
 
 class _Programme:
-    """Columns: layers [K, B], transport [G, B] of several groups, both ends' places [K], R, S."""
+    """Columns: layers [K, B], transport [G, B] of several groups, both ends' places [K], R, S, T.
+
+    As in `counts`: T seconds, R the slowest for other prefills, S the loop or the slowest pace.
+    """
 
     def __init__(self, pool: Pool, prefill: int, decode: int) -> None:
-        self.pool, self.prefill, self.decode = pool, prefill, decode
-        self.layer = _at(pool.layer, prefill, decode)
-        self.fixed = _at(pool.fixed, prefill, decode)
-        self.capacity = pool.capacity[prefill, decode]
-        shape = self.layer.prefill_once.shape
+        self.pool, self.pair = pool, (prefill, decode)
+
+        def at(array: np.ndarray) -> np.ndarray:
+            return np.asarray(array[prefill, decode])
+
+        self.layer, self.fixed = pool.layer.map(at), pool.fixed.map(at)
+        self.link = pool.link_sum.map(at)
+        self.ends = [end.costs.map(at) for end in pool.ends]
+        self.end_bytes = [at(end.num_bytes) for end in pool.ends]
+        self.capacity = at(pool.capacity)
+        shape = self.layer.bursts.shape
         self.c = np.arange(math.prod(shape)).reshape(shape)
         num_groups = len(pool.groups.sizes)
         self.y = self.c.size + np.arange(num_groups * shape[1]).reshape(num_groups, -1)
         self.y = self.y if num_groups > 1 else self.y[:0]
         size = self.c.size + self.y.size
         self.where = size + np.arange(len(pool.ends) * shape[0]).reshape(len(pool.ends), shape[0])
-        self.ends = [_at(end.costs, prefill, decode) for end in pool.ends]
-        self.R, self.S = size + self.where.size, size + self.where.size + 1
+        self.R, self.S, self.T = size + self.where.size + np.arange(3)
         busy = self.layer.busy[pool.offered]
         typical = float(pool.groups.sizes.sum() * busy.mean()) if busy.size else 1.0
         self.scale = typical or 1.0
@@ -298,23 +309,18 @@ class _Programme:
 
     def build(self) -> Programme:
         """The programme; its rows come in the order that `prices` reads."""
-        pool, rows, scale = self.pool, self.rows, self.scale
-        layer, fixed, inf = self.layer, self.fixed, math.inf
-        for k, many in enumerate(pool.many):
-            held = self.c[k], -layer.prefill_rest[k] / many / scale
-            ends = self._ends("prefill_rest", k, -1 / many / scale)
-            rows.add(fixed.prefill_rest[k] / scale, inf, (self.R, 1.0), held, *ends)
-        for k, many in enumerate(pool.many):
-            held = self.c[k], -layer.later_every[k] / many / scale
-            ends = self._ends("later_every", k, -1 / many / scale)
-            rows.add(fixed.later_every[k] / scale, inf, (self.S, 1.0), held, *ends)
-        ends = [e for k in range(len(pool.many)) for e in self._ends("later_once", k, -1 / scale)]
-        loop = self.c, -layer.later_once / scale
-        rows.add(self._loop_constant() / scale, inf, (self.S, 1.0), loop, *ends)
+        pool, rows, inf = self.pool, self.rows, math.inf
+        for column, name in ((self.R, "others"), (self.S, "pace"), (self.T, "busy")):
+            self._slowest(int(column), name)
+        self._summed((int(self.S), 1.0), names=("loop",))
+        run = (int(self.T), 1.0), (int(self.R), -1.0), (int(self.S), -1.0)
+        self._summed(*run, names=("bursts", "step"))
         for k, many in enumerate(pool.many):
             unit = max(self.capacity[k] * many, 1.0)
-            taken = [end.num_bytes[self.prefill, self.decode, k] / unit for end in pool.ends]
-            ends = [(int(where[k]), value) for where, value in zip(self.where, taken, strict=True)]
+            ends = [
+                (int(where[k]), taken[k] / unit)
+                for where, taken in zip(self.where, self.end_bytes, strict=True)
+            ]
             held = self.c[k], pool.layer_bytes[k] / unit
             rows.add(-inf, self.capacity[k] * many / unit, held, *ends)
         for k, many in enumerate(pool.many):
@@ -325,33 +331,55 @@ class _Programme:
             rows.add(1, 1, (where, 1.0))
         return self._finish()
 
-    def _ends(self, name: str, k: int, factor: float) -> list[Term]:
-        """What ends on stages of kind k add to a row."""
-        pairs = zip(self.where, self.ends, strict=True)
-        return [(int(where[k]), factor * getattr(end, name)[k]) for where, end in pairs]
+    def _slowest(self, column: int, name: str) -> None:
+        """A column is at least what the stages of each kind take on average."""
+        layer, fixed = getattr(self.layer, name), getattr(self.fixed, name)
+        for k, many in enumerate(self.pool.many):
+            held = self.c[k], -layer[k] / many / self.scale
+            ends = [
+                (int(where[k]), -getattr(end, name)[k] / many / self.scale)
+                for where, end in zip(self.where, self.ends, strict=True)
+            ]
+            self.rows.add(fixed[k] / self.scale, math.inf, (column, 1.0), held, *ends)
+
+    def _summed(self, *columns: Term, names: tuple[str, ...]) -> None:
+        """Columns are at least what all resources take together."""
+        scale = self.scale
+
+        def total(costs: Costs) -> np.ndarray:
+            return np.asarray(sum(getattr(costs, name) for name in names))
+
+        constant = float((total(self.fixed) * self.pool.many).sum() + total(self.link))
+        held = self.c, -total(self.layer) / scale
+        ends = [
+            (where, -total(end) / scale) for where, end in zip(self.where, self.ends, strict=True)
+        ]
+        self.rows.add(constant / scale, math.inf, *columns, held, *ends)
 
     def prices(self, duals: np.ndarray) -> Prices:
-        """From the duals of the rows, in order."""
+        """From the duals of the rows, in order; rounded so that they add up to no more than 1."""
         kinds = len(self.pool.many)
         units = np.maximum(self.capacity * self.pool.many, 1.0)
-        at = 3 * kinds + 1
+        positive = np.maximum(duals, 0.0)
+        others, pace, busy = positive[: 3 * kinds].reshape(3, kinds)
+        loop, passing = positive[3 * kinds : 3 * kinds + 2]
+        total = max(1.0, passing + busy.sum())
+        passing, busy = passing / total, busy / total
+        others = others * min(1.0, passing / max(others.sum(), 1e-12))
+        slowest = min(1.0, passing / max(pace.sum() + loop, 1e-12))
+        at = 3 * kinds + 2
         budget = self.pool.budget
-        priced = max(0.0, -duals[at + kinds]) * self.scale / (budget or 1.0)
-        rest = np.maximum(duals[:kinds], 0.0)
-        pace = np.maximum(duals[kinds : 2 * kinds], 0.0)
+        priced = max(0.0, -duals[at + 2 * kinds]) * self.scale / (budget or 1.0)
         return Prices(
-            rest=rest / max(1.0, rest.sum()),
-            pace=pace / max(1.0, pace.sum() + max(0.0, duals[2 * kinds])),
-            loop=max(0.0, duals[2 * kinds]) / max(1.0, pace.sum() + max(0.0, duals[2 * kinds])),
-            memory=np.maximum(-duals[2 * kinds + 1 : at], 0.0) * self.scale / units,
-            least=np.maximum(duals[at : at + kinds], 0.0) * self.scale,
+            passing=passing,
+            others=others,
+            pace=pace * slowest,
+            loop=loop * slowest,
+            busy=busy,
+            memory=np.maximum(-duals[at : at + kinds], 0.0) * self.scale / units,
+            least=positive[at + kinds : at + 2 * kinds] * self.scale,
             omega=priced if budget < math.inf else 0.0,
         )
-
-    def _loop_constant(self) -> float:
-        pool, q = self.pool, self.decode
-        fixed = (self.fixed.later_once * pool.many).sum()
-        return float(fixed + pool.link_sum.later_once[q])
 
     def _sensitivity(self) -> None:
         """The budget's row comes first; then which layers have which option."""
@@ -364,30 +392,16 @@ class _Programme:
             add_transport(rows, self.y, self.c, groups)
 
     def _finish(self) -> Programme:
-        pool, layer, scale = self.pool, self.layer, self.scale
-        cost = np.zeros(self.S + 1)
-        cost[self.c] = (layer.prefill_once + layer.step_last) / scale
+        pool, scale = self.pool, self.scale
+        cost = np.zeros(self.T + 1)
         where = self.y if self.y.size else self.c
         cost[where] += pool.theta * np.broadcast_to(pool.groups.omega, where.shape) / scale
-        for place, end in zip(self.where, self.ends, strict=True):
-            cost[place] = (end.prefill_once + end.step_last) / scale
-        cost[[self.R, self.S]] = 1.0
+        cost[self.T] = 1.0
         bounds = np.zeros((2, len(cost)))
         bounds[1] = math.inf
         bounds[1, self.c[~pool.offered]] = 0.0
-        bounds[0, self.R] = pool.least_rest[self.prefill] / scale
-        bounds[0, self.S] = pool.least_pace[self.decode] / scale
+        least = (self.R, pool.least_others), (self.S, pool.least_pace), (self.T, pool.least_busy)
+        for column, values in least:
+            bounds[0, column] = values[self.pair] / scale
         whole = np.zeros(len(cost), dtype=bool)
-        return self.rows.programme(cost, bounds, whole, scale, self._constant() / scale)
-
-    def _constant(self) -> float:
-        """Seconds of the first micro-batches beside the layers."""
-        pool, p, q = self.pool, self.prefill, self.decode
-        once = ((self.fixed.prefill_once + self.fixed.step_last) * pool.many).sum()
-        return float(once + pool.link_sum.prefill_once[p] + pool.link_sum.step_last[q])
-
-
-def _at(costs: Costs, prefill: int, decode: int) -> Costs:
-    """One pair of micro-batches."""
-    arrays = [getattr(costs, f.name) for f in fields(costs)]
-    return Costs(*[a[prefill] for a in arrays[:3]], *[a[decode] for a in arrays[3:]])
+        return self.rows.programme(cost, bounds, whole, scale)

@@ -2,8 +2,7 @@
 
 A `Setting` fixes everything but which stage holds which layers at which precisions; an
 `Assignment` fixes that too. A `Problem` is model, machines, workload, times and the price of
-quality; for pricing, a workload is waves of typical requests, as many as are in flight: those of
-equal size come as one `BatchGroup`.
+quality; for pricing, a workload is the jobs of its run (`costs.job_counts`).
 
 An actor is a stage or the link after it. Its `Work` says how long a micro-batch takes it in both
 phases. All prices of plans rest on these works: the exact one (`evaluate`), the arrays that the
@@ -15,24 +14,33 @@ Not covered: what a whole plan costs, and how works of several actors make a sch
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
-
-import numpy as np
 
 from llmpq.cluster import Cluster
 from llmpq.costs import links
+from llmpq.costs.job_counts import (
+    JobCounts,
+    Tokens,
+    alike_together,
+    count_jobs,
+    of_groups,
+    tokens_of,
+)
 from llmpq.costs.latency import LayerTimes
 from llmpq.costs.links import Seconds
 from llmpq.costs.memory import RunSizes
 from llmpq.costs.quality import QualityModel
 from llmpq.costs.shards import tensor_parallel_times
-from llmpq.costs.timeline import mean_past
 from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Profile
-from llmpq.schedule import PADDED, LaneShape
-from llmpq.workload import Workload, chunk_tokens, lanes
+from llmpq.schedule import LaneShape
+from llmpq.workload import Workload, chunk_tokens, evenly_spaced
+from llmpq.workload import lanes as lanes_of
 
+WAVES, FEW_WAVES = 4, 2  # of requests in flight, in a sample whose jobs are counted
+MANY_ROWS = 256  # in flight, of which few waves are enough
+LEAST_COUNTED = 256  # requests of a sample
 OVER = 1 + 1e-9  # rounding of sums of sensitivities and bytes: so far a limit may be overstepped
 
 T = TypeVar("T")
@@ -57,6 +65,11 @@ class Sizes:
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many micro-batches there are of either phase."""
+        return len(self.prefill), len(self.decode)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -66,6 +79,11 @@ class Setting:
     batch: int
     prefill_micro_batch: int
     decode_micro_batch: int
+
+    @property
+    def micro_batches(self) -> tuple[int, int, int]:
+        """Requests in flight, of a prefill job and of a decode step."""
+        return self.batch, self.prefill_micro_batch, self.decode_micro_batch
 
     @property
     def sizes(self) -> Sizes:
@@ -84,26 +102,6 @@ class Assignment:
     def precisions(self) -> list[str]:
         """The precision of every layer of the model."""
         return [p for stage in self.stages for p in stage]
-
-
-@dataclass(frozen=True)
-class BatchGroup:
-    """Waves of so many typical requests each; arrays over distinct lengths."""
-
-    num_requests: int
-    prompt_tokens: np.ndarray
-    new_tokens: np.ndarray
-    num_batches: np.ndarray  # how many waves have these lengths
-
-    @property
-    def num_steps(self) -> np.ndarray:
-        """Decode steps of a wave; its first token comes from the prefill."""
-        return self.new_tokens - 1
-
-    @property
-    def past_tokens(self) -> np.ndarray:
-        """Mean past of the decode steps."""
-        return mean_past(self.prompt_tokens, self.new_tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,14 +146,49 @@ class Problem:
         """Tokens to generate."""
         return self.repeats * self.once("new", lambda: sum(new for _, new in self.lengths))
 
-    def groups(self, batch: int) -> list[BatchGroup]:
-        """The waves that a run is priced by, by number of requests: see `_groups`."""
+    def job_counts(self, batch: int, prefill_rows: int, decode_rows: int) -> JobCounts:
+        """The jobs of a run with these sizes: see `costs.job_counts`.
 
-        def compute() -> list[BatchGroup]:
-            found = _groups(self.lengths, batch)
-            return [replace(g, num_batches=self.repeats * g.num_batches) for g in found]
+        Of many requests a sample is counted, of all lengths.
+        """
+        key = ("jobs", batch, prefill_rows, decode_rows)
+        return self.once(key, lambda: self._count_jobs(batch, prefill_rows, decode_rows))
 
-        return self.once(("groups", batch), compute)
+    def _count_jobs(self, batch: int, prefill_rows: int, decode_rows: int) -> JobCounts:
+        lengths, whole = self._sample(batch), self._tokens
+        group = alike_together(lengths, batch, prefill_rows, decode_rows)
+        if group == 1:
+            lanes = self.lanes(batch, decode_rows)
+            return count_jobs(lengths, lanes, prefill_rows, self.chunk_tokens, whole)
+        lanes = lanes_of(lengths, batch // group, decode_rows // group)
+        sizes = prefill_rows // group, self.chunk_tokens
+        part = Tokens(whole.prompt / group, whole.new / group)
+        return of_groups(count_jobs(lengths[::group], lanes, *sizes, part), group)
+
+    @property
+    def _tokens(self) -> Tokens:
+        """Of all requests."""
+        listed = self.once("tokens", lambda: tokens_of(self.lengths))
+        return Tokens(self.repeats * listed.prompt, self.repeats * listed.new)
+
+    def _sample(self, batch: int) -> Lengths:
+        """Some waves of `batch` requests, fewer where that is many; all if there are no more."""
+        waves = FEW_WAVES if self.are_equal or batch >= MANY_ROWS else WAVES
+        return self.sample(max(waves * batch, LEAST_COUNTED))
+
+    def sample(self, count: int) -> Lengths:
+        """`count` of the requests at equal distances in the order of their outputs."""
+
+        def compute() -> Lengths:
+            by_output = sorted(range(len(self.lengths)), key=lambda i: self.lengths[i][::-1])
+            return tuple(self.lengths[i] for i in sorted(evenly_spaced(by_output, count)))
+
+        return self.lengths if count >= len(self.lengths) else self.once(("sample", count), compute)
+
+    @property
+    def are_equal(self) -> bool:
+        """All requests have the same lengths."""
+        return self.once("equal", lambda: len(set(self.lengths)) == 1)
 
     @property
     def max_tokens(self) -> int:
@@ -170,7 +203,7 @@ class Problem:
     def lanes(self, batch: int, decode_micro_batch: int) -> tuple[LaneShape, ...]:
         """The KV cache of a run."""
         key = ("lanes", batch, decode_micro_batch)
-        return self.once(key, lambda: lanes(self.lengths, batch, decode_micro_batch))
+        return self.once(key, lambda: lanes_of(self.lengths, batch, decode_micro_batch))
 
     def run_sizes(self, setting: Setting) -> RunSizes:
         """What the memory of a run depends on."""
@@ -198,41 +231,6 @@ class Problem:
         return tensor_parallel_times(
             self.cluster, place.type, place.node, self.spec, place.tensor_parallel, self.profiles
         )
-
-
-def _groups(lengths: Lengths, batch: int) -> list[BatchGroup]:
-    """As many requests as are in flight, again and again, then those that are left.
-
-    A run refills the slots of ended requests, so a wave of typical requests takes what they do in
-    the mean: their prompt, padded to others like it, and their number of steps. Requests with the
-    longest outputs begin first. Where the longest one of all outlasts the others, places stay free
-    meanwhile: those steps count half, as they are taken with half of the places in the mean. Equal
-    requests are what they are.
-    """
-    steps = np.sort(np.array([new for _, new in lengths]) - 1)[::-1]
-    waves, rest = divmod(len(lengths), batch)
-    prompt = _padded_prompt(lengths)
-    groups = []
-    if waves:
-        mean = float(steps[: waves * batch].mean())
-        groups.append(_group(batch, prompt, max(mean, (mean + steps[0] / waves) / 2), waves))
-    if rest:
-        groups.append(_group(rest, prompt, float(steps[waves * batch]), 1))
-    return groups
-
-
-def _padded_prompt(lengths: Lengths) -> float:
-    """Mean prompt, padded as in micro-batches of like prompts."""
-    total, like = 0, 0
-    for prompt, count in sorted(Counter(prompt for prompt, _ in lengths).items(), reverse=True):
-        like = prompt if prompt * PADDED < like or not like else like
-        total += count * like
-    return total / len(lengths)
-
-
-def _group(num_requests: int, prompt_tokens: float, steps: float, count: int) -> BatchGroup:
-    arrays = np.array([prompt_tokens]), np.array([steps + 1]), np.array([count])
-    return BatchGroup(num_requests, *arrays)
 
 
 # ---- the time of one actor (a stage or a link) for one batch

@@ -1,28 +1,25 @@
 """What a choice of layers costs at one instance, and whether it fits.
 
-A `Choice` gives every stage's layers their options. Its seconds are the longest of a schedule's
-chains, with the times of all batches summed first, so that one actor is the slowest for all of
-them. That never exceeds the exact time of `evaluate` (a sum of maxima is at least the maximum of
-sums), and equals it where the batches have the same bottleneck. The linear programmes of `counts`
-and `pool` hold the same chains as rows.
+A `Choice` gives every stage's layers their options. Its seconds are those of `costs.timeline`; the
+ILPs of `counts` and `pool` hold the same chains as rows.
 
-Not covered: exact times, batch by batch; those are `evaluate`'s.
+Not covered: the simulated run (`simulated`).
 """
 
 import math
 from dataclasses import fields
-from typing import Any
 
 import numpy as np
 
-from llmpq.planner.instance import Costs, Instance, Overlap
+from llmpq.costs.timeline import Costs, run_s
+from llmpq.planner.instance import Instance
 from llmpq.planner.problem import Assignment, Problem, Setting
 
 Choice = tuple[tuple[int, ...], ...]  # for each stage, the option of each of its layers
 
 
 def objective(instance: Instance, choice: Choice) -> float:
-    """Seconds of the instance (never above the exact time) + theta * summed sensitivity."""
+    """Seconds of the instance + theta * summed sensitivity."""
     value = seconds(instance, count_options(instance, choice))
     return value + instance.theta * sum_omega(instance, choice)
 
@@ -30,7 +27,7 @@ def objective(instance: Instance, choice: Choice) -> float:
 def seconds(instance: Instance, counts: np.ndarray) -> float:
     """Seconds of a run where the stages hold `counts` [N, B] layers: see `costs.timeline`."""
     totals = stage_totals(instance, counts)
-    return float(run_seconds(totals, instance.link, instance.overlap))
+    return float(run_s(totals, instance.link))
 
 
 def stage_totals(instance: Instance, counts: np.ndarray) -> Costs:
@@ -44,41 +41,6 @@ def stage_totals(instance: Instance, counts: np.ndarray) -> Costs:
         (getattr(instance.layer, f.name), getattr(instance.fixed, f.name)) for f in fields(Costs)
     )
     return Costs(*(total(*pair) for pair in pairs))
-
-
-def run_seconds(stage: Costs, link: Costs, overlap: Overlap) -> Any:
-    """The longest of the schedule's chains, from costs [N, ...] of stages and links after them.
-
-    Chains that `costs.timeline` has for stages, each linear in costs and maxima, so that the
-    programmes of `counts` and `pool` hold the same rows. Never above the exact time.
-    """
-    once = (stage.prefill_once + link.prefill_once).sum(axis=0)
-    step = (stage.step_last + link.step_last).sum(axis=0)
-    loop = (stage.later_once + link.later_once).sum(axis=0)
-    rest = np.maximum(stage.prefill_rest, link.prefill_rest).max(axis=0)
-    after = overlap.after * stage.step_others
-    slowest = np.maximum((stage.later_every + after).max(axis=0), link.later_every.max(axis=0))
-    stay = stage.decode_every - stage.step_last
-    waited = once + overlap.waits * rest + step
-    chains = (
-        once + rest + stage.prefill_tail[-1] + step + np.maximum(loop + after.max(axis=0), slowest),
-        waited + loop + stage.step_others.max(axis=0),
-        waited + stay.max(axis=0),
-        _stays(stage, link, stay).max(axis=0),
-    )
-    return np.maximum.reduce(chains)
-
-
-def _stays(stage: Costs, link: Costs, stay: np.ndarray) -> np.ndarray:
-    """Down to a stage and on to the end, staying in prefill before and in decode after it.
-
-    Shaped as the costs.
-    """
-    down = np.cumsum(stage.prefill_once + link.prefill_once, axis=0) - link.prefill_once
-    up = np.cumsum((stage.step_last + link.step_last)[::-1], axis=0)[::-1]
-    before = np.maximum.accumulate(stage.prefill_rest)
-    after = np.maximum.accumulate(stay[::-1])[::-1]
-    return np.asarray(down + before + up + after)
 
 
 def sum_omega(instance: Instance, choice: Choice) -> float:
