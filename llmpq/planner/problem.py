@@ -31,7 +31,7 @@ from llmpq.costs.timeline import mean_past
 from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Profile
 from llmpq.schedule import PADDED, LaneShape
-from llmpq.workload import Workload, chunk_tokens, lanes
+from llmpq.workload import Workload, chunk_tokens, lanes, lanes_for
 
 OVER = 1 + 1e-9  # rounding of sums of sensitivities and bytes: so far a limit may be overstepped
 
@@ -56,21 +56,34 @@ class Sizes:
     batch: int
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
+    chunk_tokens: int | None = None  # None, of both: as the workload's lengths say
+    lanes: tuple[LaneShape, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The places of the stages in order, and the sizes of batch and micro-batches."""
+    """The places of the stages in order, and the sizes of batch, micro-batches, chunks and lanes.
+
+    A plan says how many tokens of a prompt are computed at once and how its cache is cut into
+    lanes; where these are None, both follow from the workload's lengths.
+    """
 
     places: tuple[Place, ...]
     batch: int
     prefill_micro_batch: int
     decode_micro_batch: int
+    chunk_tokens: int | None = None
+    lanes: tuple[LaneShape, ...] | None = None
 
     @property
     def sizes(self) -> Sizes:
         """The one pair of micro-batches."""
-        return Sizes(self.batch, (self.prefill_micro_batch,), (self.decode_micro_batch,))
+        pair = (self.prefill_micro_batch,), (self.decode_micro_batch,)
+        return Sizes(self.batch, *pair, self.chunk_tokens, self.lanes)
+
+    def resized(self, **sizes: Any) -> "Setting":
+        """With other batch, micro-batches or chunk, and the lanes that follow from the workload."""
+        return replace(self, lanes=None, **sizes)
 
 
 @dataclass(frozen=True)
@@ -162,23 +175,38 @@ class Problem:
         """Of the longest request, prompt and new tokens."""
         return self.once("most", lambda: max(prompt + new for prompt, new in self.lengths))
 
-    @property
-    def chunk_tokens(self) -> int:
+    def chunk_tokens(self, sizes: Setting | Sizes) -> int:
         """Tokens of a prompt that are computed at once, at most."""
+        if sizes.chunk_tokens is not None:
+            return min(sizes.chunk_tokens, self.max_prompt_tokens)
         return self.once("chunk", lambda: chunk_tokens(self.lengths))
 
-    def lanes(self, batch: int, decode_micro_batch: int) -> tuple[LaneShape, ...]:
-        """The KV cache of a run."""
-        key = ("lanes", batch, decode_micro_batch)
-        return self.once(key, lambda: lanes(self.lengths, batch, decode_micro_batch))
+    def lanes(self, sizes: Sizes, decode_micro_batch: int) -> tuple[LaneShape, ...]:
+        """The KV cache of a run; the given lanes serve longer requests as `lanes_for` says.
+
+        Raises `UserError` where one request needs more cache than these have.
+        """
+        given, pair = sizes.lanes, (sizes.batch, decode_micro_batch)
+
+        def compute() -> tuple[LaneShape, ...]:
+            if given is None:
+                return lanes(self.lengths, *pair)
+            return lanes_for(self.lengths, given, *pair)
+
+        return self.once(("lanes", *pair, given), compute)
+
+    def resolved(self, setting: Setting) -> Setting:
+        """The same setting with its chunk and lanes in numbers."""
+        shapes = self.lanes(setting.sizes, setting.decode_micro_batch)
+        return replace(setting, chunk_tokens=self.chunk_tokens(setting), lanes=shapes)
 
     def run_sizes(self, setting: Setting) -> RunSizes:
         """What the memory of a run depends on."""
         return RunSizes(
-            lanes=self.lanes(setting.batch, setting.decode_micro_batch),
+            lanes=self.lanes(setting.sizes, setting.decode_micro_batch),
             prefill_micro_batch=setting.prefill_micro_batch,
             prompt_tokens=self.max_prompt_tokens,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=self.chunk_tokens(setting),
             num_stages=len(setting.places),
         )
 

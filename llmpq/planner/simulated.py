@@ -1,7 +1,7 @@
 """A plan's whole run, played with the same times that price it in closed form.
 
-The runtime's own schedule decides every job: lanes and chunks as a run cuts them, newcomers in the
-slots of ended requests, caches that grow column by column. Every request has its own lengths.
+The runtime's own schedule decides every job: lanes and chunks as the plan has them, newcomers in
+the slots of ended requests, caches that grow column by column. Every request has its own lengths.
 
 Not covered: stop tokens (a request generates as many tokens as the workload says).
 """
@@ -17,7 +17,7 @@ from llmpq.plan import Predicted
 from llmpq.planner.evaluate import actor_works, speeds
 from llmpq.planner.problem import Assignment, Problem, Setting, Work
 from llmpq.schedule import WINDOW, Item, Job, Schedule
-from llmpq.workload import by_length, chunk_tokens, evenly_spaced, lanes, lanes_for
+from llmpq.workload import by_length, evenly_spaced
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request
 BLOCK = 256  # columns whose times are computed at once
@@ -74,18 +74,22 @@ def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Pla
     """
     share = len(sample.lengths) / (problem.repeats * len(problem.lengths))
     window = max(LEAST_WAVES * assignment.setting.batch, math.ceil(WINDOW * share))
-    grain = _grain(sample, assignment.setting)
+    grain = _grain(sample, problem.resolved(assignment.setting))
     key = ("seconds", assignment.setting.places, assignment.stages, grain)
     seconds = problem.once(key, lambda: Seconds(actor_works(problem, assignment), grain))
-    return simulate(sample, assignment, problem.lengths, window=window, seconds=seconds)
+    return simulate(sample, assignment, problem, window=window, seconds=seconds)
 
 
 def _grain(problem: Problem, setting: Setting) -> int:
-    """How many requests can be played as one: equal ones that come and go together."""
-    if len(set(problem.lengths)) > 1:
+    """How many requests can be played as one: equal ones that come and go together.
+
+    Prompts that are computed in chunks come one by one. The setting's lanes are known.
+    """
+    if len(set(problem.lengths)) > 1 or problem.chunk_tokens(setting) < problem.max_prompt_tokens:
         return 1
     sizes = setting.batch, setting.prefill_micro_batch, setting.decode_micro_batch
-    return math.gcd(*sizes, len(problem.lengths))
+    rows = [lane.rows for lane in setting.lanes or ()]
+    return math.gcd(*sizes, *rows, len(problem.lengths))
 
 
 def sample_of(problem: Problem, setting: Setting, most_jobs: int) -> Problem:
@@ -112,7 +116,7 @@ def these_alone(problem: Problem, lengths: Lengths) -> Problem:
 def simulate(
     problem: Problem,
     assignment: Assignment,
-    planned: Lengths | None = None,
+    planned: Problem | None = None,
     *,
     refill: bool = True,
     window: int = WINDOW,
@@ -121,18 +125,16 @@ def simulate(
 ) -> Played:
     """The run of all requests that are listed; `told` hears how many have ended.
 
-    `planned`: the lengths that the plan was made for, where these are others than the workload's;
+    `planned`: the problem whose lengths say what the setting leaves open, where these are others;
     `window`: how many requests are looked at ahead of their turn; `seconds`: what is known of jobs.
     Raises `UserError` where one request needs more cache than the whole plan has.
     """
     seconds = seconds or Seconds(actor_works(problem, assignment))
-    setting, grain = assignment.setting, seconds.grain
+    setting, grain = (planned or problem).resolved(assignment.setting), seconds.grain
     if grain > 1:
         problem = replace(problem, lengths=problem.lengths[::grain], _known={})
-        prefill, decode = setting.prefill_micro_batch, setting.decode_micro_batch
-        sizes = (size // grain for size in (setting.batch, prefill, decode))
-        setting = Setting(setting.places, *sizes)
-    schedule = make_schedule(problem, setting, planned, refill=refill, window=window)
+        setting = _coarser(setting, grain)
+    schedule = make_schedule(problem, setting, refill=refill, window=window)
     played = play(schedule, seconds, len(seconds.works), told)
     jobs = replace(
         played.jobs, requests=grain * played.jobs.requests, rows=grain * played.jobs.rows
@@ -140,20 +142,29 @@ def simulate(
     return replace(played, jobs=jobs)
 
 
+def _coarser(setting: Setting, grain: int) -> Setting:
+    """The setting, whose lanes are known, for requests that stand for so many each."""
+    return Setting(
+        setting.places,
+        setting.batch // grain,
+        setting.prefill_micro_batch // grain,
+        setting.decode_micro_batch // grain,
+        setting.chunk_tokens,
+        tuple(lane._replace(rows=lane.rows // grain) for lane in setting.lanes or ()),
+    )
+
+
 def make_schedule(
-    problem: Problem,
-    setting: Setting,
-    planned: Lengths | None = None,
-    *,
-    refill: bool = True,
-    window: int = WINDOW,
+    problem: Problem, setting: Setting, *, refill: bool = True, window: int = WINDOW
 ) -> Schedule:
-    """The runtime's schedule of the workload's requests."""
-    foreseen, sizes = planned or problem.lengths, (setting.batch, setting.decode_micro_batch)
+    """The runtime's schedule of the workload's requests.
+
+    Raises `UserError` where one request needs more cache than the setting's lanes have.
+    """
     return Schedule(
-        lanes_for(problem.lengths, lanes(foreseen, *sizes), *sizes),
+        problem.lanes(setting.sizes, setting.decode_micro_batch),
         setting.prefill_micro_batch,
-        chunk_tokens(foreseen),
+        problem.chunk_tokens(setting),
         len(setting.places),
         iter(Item(number, *lengths) for number, lengths in enumerate(problem.lengths)),
         refill=refill,
