@@ -8,6 +8,7 @@ commands that cannot do with them yet.
 
 import itertools
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,17 @@ from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.plan_diff import Place, PlanDiff, changes, layer_ranges
 from llmpq.precision import PRECISIONS
 from llmpq.quantizer import Quantizer
-from llmpq.workload import MAX_BATCH, Workload
+from llmpq.schedule import LaneShape
+from llmpq.workload import (
+    MAX_BATCH,
+    MAX_LENGTH,
+    Reserve,
+    Workload,
+    chunk_tokens,
+    lanes,
+    lanes_for,
+    planned_lengths,
+)
 
 
 class Stage(Strict):
@@ -73,6 +84,13 @@ class Stage(Strict):
             types = ", ".join(sorted(set(self.devices)))
             faults.append(f"the devices of a stage must be of one type, found {types}")
         return faults
+
+
+class Lane(Strict):
+    """Slots of the KV cache that take their decode steps together: `rows`, of `tokens` each."""
+
+    rows: PositiveInt = Field(le=MAX_BATCH)
+    tokens: PositiveInt = Field(le=2 * MAX_LENGTH)
 
 
 class PredictedStage(Strict):
@@ -147,7 +165,13 @@ class Baseline(Strict):
 
 
 class Plan(Strict):
-    """plan.json."""
+    """plan.json.
+
+    `chunk_tokens`: tokens of a prompt that are computed at once, at most; longer prompts are
+    computed in chunks, one prompt at a time. `lanes`: the KV cache, as slots that take their decode
+    steps together; a decode micro-batch each, `batch` slots in all. Plans of earlier versions say
+    neither: `reserve_of` then computes both from the workload.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Literal["plan"] = "plan"
@@ -158,6 +182,8 @@ class Plan(Strict):
     batch: PositiveInt = Field(le=MAX_BATCH)
     prefill_micro_batch: PositiveInt
     decode_micro_batch: PositiveInt
+    chunk_tokens: PositiveInt | None = Field(default=None, le=MAX_LENGTH)
+    lanes: list[Lane] | None = Field(default=None, min_length=1)
     kv_precision: Literal["16"] = "16"
     quantizer: Quantizer = Quantizer()
     stages: list[Stage] = Field(min_length=1)
@@ -182,6 +208,7 @@ class Plan(Strict):
     @model_validator(mode="after")
     def _check(self) -> "Plan":
         faults = [*self._layer_faults(), *self._device_faults(), *self._sharing_faults()]
+        faults += self._lane_faults()
         if not self.model.linears:
             faults.append("model.linears is empty, so its layers hold no weights")
         for name in ("prefill_micro_batch", "decode_micro_batch"):
@@ -201,6 +228,21 @@ class Plan(Strict):
             expected = stage.end_layer
         if expected != self.model.num_layers:
             faults.append(f"stages end at layer {expected}, the model has {self.model.num_layers}")
+        return faults
+
+    def _lane_faults(self) -> list[str]:
+        if self.lanes is None:
+            return []
+        slots, most = sum(lane.rows for lane in self.lanes), max(lane.rows for lane in self.lanes)
+        faults = []
+        if slots != self.batch:
+            faults.append(
+                f"lanes have {slots} rows in all, but batch is {self.batch}; without lanes they "
+                "are computed from the workload"
+            )
+        if most > self.decode_micro_batch:
+            limit = f"decode_micro_batch {self.decode_micro_batch}"
+            faults.append(f"a lane has {most} rows, which is above {limit}")
         return faults
 
     def _sharing_faults(self) -> list[str]:
@@ -229,6 +271,33 @@ class Plan(Strict):
 def load_plan(path: Path | str) -> Plan:
     """Reads and validates plan.json."""
     return read_json(Path(path), Plan)
+
+
+def reserve_of(plan: Plan) -> Reserve:
+    """What a run of the plan has room for: its chunk and its lanes, and what follows from them.
+
+    What the plan leaves open is computed from its workload. Lanes too short for the longest request
+    of the workload are replaced as `lanes_for` says, which raises `UserError` where none will do.
+    """
+    lengths, sizes = planned_lengths(plan.workload), (plan.batch, plan.decode_micro_batch)
+    longest = max(prompt for prompt, _ in lengths)
+    shapes = (
+        lanes(lengths, *sizes)
+        if plan.lanes is None
+        else lanes_for(lengths, shapes_of(plan.lanes), *sizes)
+    )
+    chunk = chunk_tokens(lengths) if plan.chunk_tokens is None else plan.chunk_tokens
+    return Reserve(shapes, min(chunk, longest), longest)
+
+
+def shapes_of(given: Iterable[Lane]) -> tuple[LaneShape, ...]:
+    """Lanes of a plan file as the schedule takes them."""
+    return tuple(LaneShape(lane.rows, lane.tokens) for lane in given)
+
+
+def lanes_of(shapes: Iterable[LaneShape]) -> list[Lane]:
+    """Lanes of the schedule as a plan file has them."""
+    return [Lane(rows=rows, tokens=tokens) for rows, tokens in shapes]
 
 
 def refuse_shared_stages(plan: Plan, path: Path) -> None:
@@ -261,15 +330,24 @@ def diff(a: Plan, b: Plan) -> PlanDiff:
 
 def _settings(plan: Plan) -> dict[str, object]:
     """What a plan decides beside its layers, by the name a reader knows."""
+    reserve = reserve_of(plan)
     return {
         "method": plan.method,
         "batch": plan.batch,
         "prefill micro-batch": plan.prefill_micro_batch,
         "decode micro-batch": plan.decode_micro_batch,
+        "prompt chunk, tokens": reserve.chunk_tokens,
+        "cache lanes": _lanes_text(reserve.lanes),
         "cache precision": plan.kv_precision,
         "devices": tuple(f"{stage.devices[0]} on {stage.node}" for stage in plan.stages),
         "tensor parallelism": tuple(stage.tensor_parallel for stage in plan.stages),
     }
+
+
+def _lanes_text(shapes: Iterable[LaneShape]) -> str:
+    """As "3 of 4 x 612, 1 of 2 x 306": lanes of so many rows and tokens."""
+    counts = Counter(shapes).items()
+    return ", ".join(f"{count} of {rows} x {tokens}" for (rows, tokens), count in counts)
 
 
 def _places(plan: Plan) -> list[Place]:

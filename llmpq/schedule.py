@@ -358,7 +358,7 @@ class Schedule:
         total, begin = row.item.prompt_tokens, row.computed
         # As many tokens as attention was given room for.
         most = self.prefill_rows * self.chunk_tokens**2 // total
-        end = min(total, begin + max(LEAST_CHUNK, min(self.chunk_tokens, most)))
+        end = min(total, begin + min(self.chunk_tokens, max(LEAST_CHUNK, most)))
         row.computed = end
         if end == total:
             self._chunked.popleft()

@@ -1,7 +1,8 @@
 """What is to be generated: how many requests, how long, and the room that a run has for them.
 
 Lengths are a number, a range (`{min, max}`, spread evenly), a column of a trace file or a list.
-`lanes` and `chunk_tokens` are asked by the runtime and by the planner alike.
+`lanes` and `chunk_tokens` are what a plan decides where nobody chose otherwise; a run keeps to what
+its plan says (`llmpq.plan.reserve_of`).
 """
 
 import gzip
@@ -99,6 +100,33 @@ class Batch:
     requests: tuple[int, ...]
     prompt_tokens: int
     new_tokens: int
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """What a run has room for: the cache's lanes, and tokens of a prompt computed at once.
+
+    `prompt_tokens`: the longest prompt; no more than that is computed at once.
+    """
+
+    lanes: tuple[LaneShape, ...]
+    chunk_tokens: int
+    prompt_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the cache, in all."""
+        return cache_tokens(self.lanes)
+
+    @property
+    def rows(self) -> int:
+        """Of the largest decode step."""
+        return max(lane.rows for lane in self.lanes)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request."""
+        return max(lane.tokens for lane in self.lanes)
 
 
 def load_workload(path: Path) -> Workload:
@@ -217,7 +245,10 @@ def lanes_within(
 
 
 def chunk_tokens(lengths: Sequence[tuple[int, int]]) -> int:
-    """Tokens of a prompt that are computed at once: all, unless a few are far longer than most."""
+    """Tokens of a prompt that are computed at once, unless a plan says otherwise.
+
+    All of them, unless a few prompts are far longer than most.
+    """
     prompts = [prompt for prompt, _ in lengths]
     usual = 2 * math.ceil(sum(prompts) / len(prompts))
     return min(max(prompts), max(LEAST_CHUNK_TOKENS, usual))

@@ -151,19 +151,12 @@ def compressed(precisions: Sequence[str]) -> str:
 def memory_of(plan: Plan, rank: int) -> StageMemory:
     """What each device of a stage holds, as the planner counts it."""
     stage = plan.stages[rank]
-    sizes = run_sizes(
-        planned_lengths(plan.workload),
-        plan.batch,
-        plan.prefill_micro_batch,
-        plan.decode_micro_batch,
-        len(plan.stages),
-    )
     return stage_memory(
         plan.model.shard(stage.tensor_parallel),
         stage.precisions,
         first=rank == 0,
         last=rank == len(plan.stages) - 1,
-        sizes=sizes,
+        sizes=run_sizes(plan),
         machine=machine_of(plan.cluster, stage.devices[0]),
     )
 

@@ -224,9 +224,19 @@ def write_with_run(
 
 
 def _in_flight(plan: "Plan", num_requests: int) -> "Plan":
-    """No more requests are in flight than there are."""
+    """No more requests are in flight than there are; chunk and lanes are those of a run.
+
+    They are written out, as the plan may go on with another workload than that which says them.
+    """
+    from llmpq.plan import lanes_of, reserve_of
+
     names = ("batch", "prefill_micro_batch", "decode_micro_batch")
-    return plan.model_copy(update={name: min(getattr(plan, name), num_requests) for name in names})
+    sizes = {name: min(getattr(plan, name), num_requests) for name in names}
+    kept = plan.lanes if sizes["batch"] == plan.batch else None
+    fewer = plan.model_copy(update={**sizes, "lanes": kept})
+    reserve = reserve_of(fewer)
+    decided = {"chunk_tokens": reserve.chunk_tokens, "lanes": kept or lanes_of(reserve.lanes)}
+    return fewer.model_copy(update=decided)
 
 
 def _check_evaluable(problem: "Problem", plan: "Plan", path: Path) -> None:

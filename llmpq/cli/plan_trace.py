@@ -46,7 +46,7 @@ def show_run(
     from llmpq.planner.evaluate import to_assignment
     from llmpq.planner.timeline_view import print_timeline
 
-    played = _play(arguments, problem, to_assignment(filed, problem.cluster), filed)
+    played = _play(arguments, problem, to_assignment(filed, problem.cluster))
     bubbles = find_bubbles(played)
     out = console(arguments.quiet)
     print_timeline(out, played, bubbles)
@@ -58,11 +58,9 @@ def show_run(
     return values
 
 
-def _play(
-    arguments: Arguments, problem: "Problem", assignment: "Assignment", filed: "Plan"
-) -> "Played":
+def _play(arguments: Arguments, problem: "Problem", assignment: "Assignment") -> "Played":
     from llmpq.planner.simulated import least_jobs, simulate
-    from llmpq.workload import planned_lengths, request_lengths
+    from llmpq.workload import request_lengths
 
     every = tuple(request_lengths(problem.workload))
     problem = replace(problem, lengths=every, num_requests=None, _known={})
@@ -73,14 +71,13 @@ def _play(
             f"a run of {len(problem.lengths)} requests has {count} jobs to simulate, {most} at "
             f"most; give --workload with about {most / count:.0%} of the requests"
         )
-    planned = planned_lengths(filed.workload)
     with progress(console(arguments.quiet), "simulating", len(problem.lengths)) as bar:
 
         def told(num_ended: int) -> None:
             if bar.is_due():
                 bar.update(num_ended, "requests")
 
-        return simulate(problem, assignment, planned, told=told)
+        return simulate(problem, assignment, told=told)
 
 
 def figures(played: "Played", bubbles: "list[Bubble]", plan: "Plan") -> dict[str, Any]:

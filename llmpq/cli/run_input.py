@@ -9,7 +9,7 @@ from llmpq.cli.paths import Named, check_files, model_files
 from llmpq.cli.run_options import RunOptions
 from llmpq.errors import UserError
 from llmpq.model_spec import load_model_spec
-from llmpq.plan import Plan
+from llmpq.plan import Plan, reserve_of
 from llmpq.workload import planned_lengths
 
 if TYPE_CHECKING:
@@ -83,7 +83,6 @@ def _check_model(plan: Plan, path: Path, folder: Path) -> None:
 def _limits(plan: Plan, options: RunOptions, config: Any) -> "Limits":
     """What a request may ask for: of the model, and of the cache that the plan reserves."""
     from llmpq.models.rope import switches_at
-    from llmpq.runtime.engine import reserve_of
     from llmpq.runtime.prompt_rules import Limits
 
     return Limits(

@@ -128,13 +128,12 @@ def count_jobs(
     return rounds.counted(whole or tokens_of(lengths))
 
 
-def alike_together(
-    lengths: Sequence[tuple[int, int]], batch: int, prefill_rows: int, decode_rows: int
-) -> int:
-    """How many requests can be counted as one: equal ones that come and go together."""
-    if len(set(lengths)) > 1:
-        return 1
-    return math.gcd(batch, prefill_rows, decode_rows, len(lengths))
+def alike_together(lengths: Sequence[tuple[int, int]], rows: Sequence[int]) -> int:
+    """How many requests can be counted as one: equal ones that come and go together.
+
+    `rows` of all lanes and of a prefill job.
+    """
+    return math.gcd(*rows, len(lengths)) if len(set(lengths)) == 1 else 1
 
 
 def of_groups(counts: JobCounts, size: int) -> JobCounts:

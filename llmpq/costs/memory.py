@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from llmpq import workload
 from llmpq.kernel import GRAPH_BYTES, graph_lengths
 from llmpq.kernel_table import held_bytes, kernel_for
 from llmpq.machine import TORCH_CARD, Machine
 from llmpq.model_spec import ALL_HEADS, ASSETS, Activations, Linear, ModelSpec, Moment
+from llmpq.plan import Plan, reserve_of
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.schedule import LaneShape, cache_tokens
 from llmpq.workspace import HALF, SINGLE, Product, num_partitions
@@ -73,20 +73,15 @@ class RunSizes:
         return LaneShape(*(max(sizes) for sizes in zip(*self.lanes, strict=True)))
 
 
-def run_sizes(
-    lengths: Sequence[tuple[int, int]],
-    batch: int,
-    prefill_micro_batch: int,
-    decode_micro_batch: int,
-    num_stages: int,
-) -> RunSizes:
-    """Those of requests of such (prompt, new) tokens, `batch` of them in flight."""
+def run_sizes(plan: Plan) -> RunSizes:
+    """Those of a plan's run of its own workload."""
+    reserve = reserve_of(plan)
     return RunSizes(
-        lanes=workload.lanes(lengths, batch, decode_micro_batch),
-        prefill_micro_batch=prefill_micro_batch,
-        prompt_tokens=max(prompt for prompt, _ in lengths),
-        chunk_tokens=workload.chunk_tokens(lengths),
-        num_stages=num_stages,
+        lanes=reserve.lanes,
+        prefill_micro_batch=plan.prefill_micro_batch,
+        prompt_tokens=reserve.prompt_tokens,
+        chunk_tokens=reserve.chunk_tokens,
+        num_stages=len(plan.stages),
     )
 
 

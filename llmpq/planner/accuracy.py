@@ -118,7 +118,7 @@ def _parts(problem: Problem, assignment: Assignment, rank: int, phase: str) -> I
     """The terms of a stage's time for one micro-batch of usual prompts (decode: past)."""
     setting = assignment.setting
     times = problem.times_at(setting.places[rank])
-    counts = problem.job_counts(*setting.micro_batches)
+    counts = problem.job_counts(setting.sizes)
     size = setting.prefill_micro_batch if phase == "prefill" else setting.decode_micro_batch
     tokens = counts.mean_prompt if phase == "prefill" else counts.mean_past
     for precision, count in Counter(assignment.stages[rank]).items():

@@ -56,7 +56,7 @@ def with_best_layers(
     seen, best, best_value = {assignment}, assignment, math.inf
     current = assignment
     for _ in range(ROUNDS):
-        played = simulate(sample, current, problem.lengths)
+        played = simulate(sample, current, problem)
         omega = problem.quality.sum_omega(current.precisions)
         value = played.total_s + sample.theta * omega
         if value < best_value:

@@ -98,14 +98,14 @@ def _decode_sizes(setting: Setting) -> Iterator[Setting]:
     size = setting.decode_micro_batch
     for other in (size // 2, size // 4, 2 * size):
         if 1 <= other <= setting.batch:
-            yield replace(setting, decode_micro_batch=other)
+            yield setting.resized(decode_micro_batch=other)
 
 
 def _prefill_sizes(setting: Setting) -> Iterator[Setting]:
     size = setting.prefill_micro_batch
     for other in (2 * size, size // 2, size // 4):
         if 1 <= other <= setting.batch:
-            yield replace(setting, prefill_micro_batch=other)
+            yield setting.resized(prefill_micro_batch=other)
 
 
 def _batches(setting: Setting, num_requests: int) -> Iterator[Setting]:
@@ -119,4 +119,5 @@ def _batches(setting: Setting, num_requests: int) -> Iterator[Setting]:
             setting.decode_micro_batch * batch // setting.batch,
         ):
             if 1 <= decode <= batch:
-                yield Setting(setting.places, batch, prefill, decode)
+                pair = {"prefill_micro_batch": prefill, "decode_micro_batch": decode}
+                yield setting.resized(batch=batch, **pair)

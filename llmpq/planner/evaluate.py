@@ -14,7 +14,7 @@ from llmpq.artifact import Provenance
 from llmpq.cluster import Cluster, Device
 from llmpq.costs.memory import StageMemory, stage_memory
 from llmpq.costs.timeline import Costs, combined, run_s
-from llmpq.plan import Plan, Predicted, PredictedStage, Stage
+from llmpq.plan import Plan, Predicted, PredictedStage, Stage, lanes_of, reserve_of
 from llmpq.planner.accuracy import with_accuracy
 from llmpq.planner.instance import (
     fixed_costs,
@@ -40,7 +40,7 @@ def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
     setting = assignment.setting
     stage, link = stage_costs(problem, assignment), hop_costs(problem, setting)
     total = float(run_s(stage, link))
-    counts = problem.job_counts(*setting.micro_batches)
+    counts = problem.job_counts(setting.sizes)
     step = max(float((stage.step + link.step).sum()), counts.num_lanes * float(stage.step.max()))
     decode = min(counts.rounds_after * step, total)
     busiest = int(stage.busy.argmax())
@@ -117,6 +117,7 @@ def shortages(problem: Problem, assignment: Assignment) -> dict[int, int]:
 def to_plan(problem: Problem, assignment: Assignment, method: str, predicted: Predicted) -> Plan:
     """The plan file's value."""
     setting = assignment.setting
+    shapes = problem.lanes(setting.sizes, setting.decode_micro_batch)
     return Plan(
         model=problem.spec,
         workload=problem.workload,
@@ -125,6 +126,8 @@ def to_plan(problem: Problem, assignment: Assignment, method: str, predicted: Pr
         batch=setting.batch,
         prefill_micro_batch=setting.prefill_micro_batch,
         decode_micro_batch=setting.decode_micro_batch,
+        chunk_tokens=problem.chunk_tokens(setting),
+        lanes=lanes_of(shapes),
         quantizer=problem.quality.quantizer,
         stages=_stages(assignment),
         predicted=_with_kernels(problem, assignment, with_accuracy(problem, assignment, predicted)),
@@ -146,12 +149,14 @@ def _with_kernels(problem: Problem, assignment: Assignment, predicted: Predicted
 
 
 def to_assignment(plan: Plan, cluster: Cluster) -> Assignment:
-    """A plan's assignment on a cluster that has its devices."""
+    """A plan's assignment on a cluster that has its devices, with the plan's chunk and lanes."""
     free = cluster.devices()
     known = plan.predicted.stages if plan.predicted else []
     memory = [stage.memory_capacity_bytes for stage in known] or [-1] * len(plan.stages)
     places = [_take(free, stage, own) for stage, own in zip(plan.stages, memory, strict=True)]
-    setting = Setting(tuple(places), plan.batch, plan.prefill_micro_batch, plan.decode_micro_batch)
+    sizes, reserve = (plan.prefill_micro_batch, plan.decode_micro_batch), reserve_of(plan)
+    room = reserve.chunk_tokens, reserve.lanes
+    setting = Setting(tuple(places), plan.batch, *sizes, *room)
     return Assignment(setting, tuple(tuple(stage.precisions) for stage in plan.stages))
 
 
@@ -190,6 +195,12 @@ def _stages(assignment: Assignment) -> list[Stage]:
         )
         start = end
     return stages
+
+
+def closed_form_s(problem: Problem, assignment: Assignment) -> float:
+    """Seconds of the whole run in closed form."""
+    stage, link = stage_costs(problem, assignment), hop_costs(problem, assignment.setting)
+    return float(run_s(stage, link))
 
 
 def stage_costs(problem: Problem, assignment: Assignment) -> Costs:

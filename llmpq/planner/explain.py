@@ -157,7 +157,7 @@ def _option_bytes(problem: Problem, setting: Setting, rank: int) -> list[tuple[s
 
     def compute() -> list[tuple[str, int, int]]:
         spec = problem.shard(place)
-        lanes = problem.lanes(setting.batch, setting.decode_micro_batch)
+        lanes = problem.lanes(setting.sizes, setting.decode_micro_batch)
         cache = memory.layer_cache_bytes(spec, cache_tokens(lanes))
         unpacked = int(unpacked_bytes(problem, setting.sizes, place, first, last)[0, 0])
         times = problem.times[place.type]

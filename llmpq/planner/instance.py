@@ -170,7 +170,10 @@ def _messages(
 ) -> np.ndarray:
     """[P, Q]: messages are as wide as the model on every device."""
     places = (Place("", "", 0),) * num_stages
-    settings = [[Setting(places, sizes.batch, p, q) for q in sizes.decode] for p in sizes.prefill]
+    fixed = sizes.chunk_tokens, sizes.lanes
+    settings = [
+        [Setting(places, sizes.batch, p, q, *fixed) for q in sizes.decode] for p in sizes.prefill
+    ]
     return np.array(
         [
             [
@@ -199,22 +202,25 @@ def _activations(
     key = ("activations", place.tensor_parallel, machine, first, last, precisions)
     stage: dict[str, Any] = {"first": first, "last": last, "precisions": precisions}
     stage["machine"] = machine
+    chunk = problem.chunk_tokens(sizes)
 
     def prefill(requests: int) -> int:
-        tokens = problem.chunk_tokens, problem.max_prompt_tokens
-        return memory.prefill_bytes(spec, requests, *tokens, **stage)
+        longest = problem.max_prompt_tokens
+        return memory.prefill_bytes(spec, requests, chunk, longest, **stage)
 
     def decode(requests: int) -> int:
         return memory.decode_bytes(spec, requests, problem.max_tokens, **stage)
 
     def kept(requests: int) -> int:
-        lanes = problem.lanes(sizes.batch, requests)
+        lanes = problem.lanes(sizes, requests)
         return memory.step_bytes(spec, lanes, first=first, last=last)
 
     def graphs(requests: int) -> int:
-        return memory.graph_bytes(problem.lanes(sizes.batch, requests), machine)
+        return memory.graph_bytes(problem.lanes(sizes, requests), machine)
 
-    prefills = [problem.once((*key, "prefill", p), partial(prefill, p)) for p in sizes.prefill]
+    prefills = [
+        problem.once((*key, "prefill", p, chunk), partial(prefill, p)) for p in sizes.prefill
+    ]
     decodes = [
         problem.once((*key, "decode", q), partial(decode, q)) + graphs(q) for q in sizes.decode
     ]
@@ -231,13 +237,12 @@ def layer_bytes(problem: Problem, sizes: Sizes, place: Place) -> np.ndarray:
 
     def compute() -> np.ndarray:
         spec = problem.shard(place)
-        tokens = min(cache_tokens(problem.lanes(sizes.batch, q)) for q in sizes.decode)
+        tokens = min(cache_tokens(problem.lanes(sizes, q)) for q in sizes.decode)
         weights = [memory.layer_weight_bytes(spec, p, machine) for p in problem.precisions]
         return np.array(weights, dtype=float) + memory.layer_cache_bytes(spec, tokens)
 
-    return problem.once(
-        ("bytes", machine, sizes.batch, sizes.decode, place.tensor_parallel), compute
-    )
+    key = ("bytes", machine, sizes.batch, sizes.decode, sizes.lanes, place.tensor_parallel)
+    return problem.once(key, compute)
 
 
 def unpacked_bytes(
@@ -405,9 +410,9 @@ def table_of(problem: Problem, sizes: Sizes) -> JobTable:
 
 def _make_table(problem: Problem, sizes: Sizes) -> JobTable:
     counts = [
-        problem.job_counts(sizes.batch, rows, decode_rows)
-        for rows in sizes.prefill
-        for decode_rows in sizes.decode
+        problem.job_counts(sizes, prefill, decode)
+        for prefill in range(len(sizes.prefill))
+        for decode in range(len(sizes.decode))
     ]
     prefills: dict[PrefillJob, int] = {}
     decodes: dict[tuple[int, float], int] = {}

@@ -144,6 +144,7 @@ def _still_fits(problem: Problem, plan: Plan) -> Assignment | None:
         assignment = to_assignment_of(plan, problem.cluster)
     except ValueError:  # its devices are gone
         return None
+    assignment = replace(assignment, setting=assignment.setting.resized())  # for these lengths
     omega = problem.quality.sum_omega(assignment.precisions)
     offered = set(assignment.precisions) <= set(problem.precisions)
     fits = offered and omega <= problem.budget * OVER and not shortages(problem, assignment)

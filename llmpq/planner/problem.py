@@ -14,7 +14,7 @@ Not covered: what a whole plan costs, and how works of several actors make a sch
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from llmpq.cluster import Cluster
@@ -35,8 +35,7 @@ from llmpq.costs.shards import tensor_parallel_times
 from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Profile
 from llmpq.schedule import LaneShape
-from llmpq.workload import Workload, chunk_tokens, evenly_spaced
-from llmpq.workload import lanes as lanes_of
+from llmpq.workload import Workload, chunk_tokens, evenly_spaced, lanes, lanes_for
 
 WAVES, FEW_WAVES = 4, 2  # of requests in flight, in a sample whose jobs are counted
 MANY_ROWS = 256  # in flight, of which few waves are enough
@@ -64,6 +63,8 @@ class Sizes:
     batch: int
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
+    chunk_tokens: int | None = None  # None, of both: as the workload's lengths say
+    lanes: tuple[LaneShape, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,22 +74,28 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Setting:
-    """The places of the stages in order, and the sizes of batch and micro-batches."""
+    """The places of the stages in order, and the sizes of batch, micro-batches, chunks and lanes.
+
+    A plan says how many tokens of a prompt are computed at once and how its cache is cut into
+    lanes; where these are None, both follow from the workload's lengths.
+    """
 
     places: tuple[Place, ...]
     batch: int
     prefill_micro_batch: int
     decode_micro_batch: int
-
-    @property
-    def micro_batches(self) -> tuple[int, int, int]:
-        """Requests in flight, of a prefill job and of a decode step."""
-        return self.batch, self.prefill_micro_batch, self.decode_micro_batch
+    chunk_tokens: int | None = None
+    lanes: tuple[LaneShape, ...] | None = None
 
     @property
     def sizes(self) -> Sizes:
         """The one pair of micro-batches."""
-        return Sizes(self.batch, (self.prefill_micro_batch,), (self.decode_micro_batch,))
+        pair = (self.prefill_micro_batch,), (self.decode_micro_batch,)
+        return Sizes(self.batch, *pair, self.chunk_tokens, self.lanes)
+
+    def resized(self, **sizes: Any) -> "Setting":
+        """With other batch, micro-batches or chunk, and the lanes that follow from the workload."""
+        return replace(self, lanes=None, **sizes)
 
 
 @dataclass(frozen=True)
@@ -146,24 +153,25 @@ class Problem:
         """Tokens to generate."""
         return self.repeats * self.once("new", lambda: sum(new for _, new in self.lengths))
 
-    def job_counts(self, batch: int, prefill_rows: int, decode_rows: int) -> JobCounts:
-        """The jobs of a run with these sizes: see `costs.job_counts`.
+    def job_counts(self, sizes: Sizes, prefill: int = 0, decode: int = 0) -> JobCounts:
+        """The jobs of a run with a pair of micro-batches, given by their places in `sizes`.
 
-        Of many requests a sample is counted, of all lengths.
+        See `costs.job_counts`. Of many requests a sample is counted, of all lengths.
         """
-        key = ("jobs", batch, prefill_rows, decode_rows)
-        return self.once(key, lambda: self._count_jobs(batch, prefill_rows, decode_rows))
+        rows, decode_rows = sizes.prefill[prefill], sizes.decode[decode]
+        key = ("jobs", sizes.batch, rows, decode_rows, sizes.chunk_tokens, sizes.lanes)
+        return self.once(key, lambda: self._count_jobs(sizes, rows, decode_rows))
 
-    def _count_jobs(self, batch: int, prefill_rows: int, decode_rows: int) -> JobCounts:
-        lengths, whole = self._sample(batch), self._tokens
-        group = alike_together(lengths, batch, prefill_rows, decode_rows)
-        if group == 1:
-            lanes = self.lanes(batch, decode_rows)
-            return count_jobs(lengths, lanes, prefill_rows, self.chunk_tokens, whole)
-        lanes = lanes_of(lengths, batch // group, decode_rows // group)
-        sizes = prefill_rows // group, self.chunk_tokens
-        part = Tokens(whole.prompt / group, whole.new / group)
-        return of_groups(count_jobs(lengths[::group], lanes, *sizes, part), group)
+    def _count_jobs(self, sizes: Sizes, prefill_rows: int, decode_rows: int) -> JobCounts:
+        lengths, whole = self._sample(sizes.batch), self._tokens
+        lanes, chunk = self.lanes(sizes, decode_rows), self.chunk_tokens(sizes)
+        size = alike_together(lengths, (prefill_rows, *(lane.rows for lane in lanes)))
+        if size == 1 or chunk < self.max_prompt_tokens:  # chunked prompts come one by one
+            return count_jobs(lengths, lanes, prefill_rows, chunk, whole)
+        fewer = [LaneShape(lane.rows // size, lane.tokens) for lane in lanes]
+        part = Tokens(whole.prompt / size, whole.new / size)
+        counts = count_jobs(lengths[::size], fewer, prefill_rows // size, chunk, part)
+        return of_groups(counts, size)
 
     @property
     def _tokens(self) -> Tokens:
@@ -195,23 +203,38 @@ class Problem:
         """Of the longest request, prompt and new tokens."""
         return self.once("most", lambda: max(prompt + new for prompt, new in self.lengths))
 
-    @property
-    def chunk_tokens(self) -> int:
+    def chunk_tokens(self, sizes: Setting | Sizes) -> int:
         """Tokens of a prompt that are computed at once, at most."""
+        if sizes.chunk_tokens is not None:
+            return min(sizes.chunk_tokens, self.max_prompt_tokens)
         return self.once("chunk", lambda: chunk_tokens(self.lengths))
 
-    def lanes(self, batch: int, decode_micro_batch: int) -> tuple[LaneShape, ...]:
-        """The KV cache of a run."""
-        key = ("lanes", batch, decode_micro_batch)
-        return self.once(key, lambda: lanes_of(self.lengths, batch, decode_micro_batch))
+    def lanes(self, sizes: Sizes, decode_micro_batch: int) -> tuple[LaneShape, ...]:
+        """The KV cache of a run; the given lanes serve longer requests as `lanes_for` says.
+
+        Raises `UserError` where one request needs more cache than these have.
+        """
+        given, pair = sizes.lanes, (sizes.batch, decode_micro_batch)
+
+        def compute() -> tuple[LaneShape, ...]:
+            if given is None:
+                return lanes(self.lengths, *pair)
+            return lanes_for(self.lengths, given, *pair)
+
+        return self.once(("lanes", *pair, given), compute)
+
+    def resolved(self, setting: Setting) -> Setting:
+        """The same setting with its chunk and lanes in numbers."""
+        shapes = self.lanes(setting.sizes, setting.decode_micro_batch)
+        return replace(setting, chunk_tokens=self.chunk_tokens(setting), lanes=shapes)
 
     def run_sizes(self, setting: Setting) -> RunSizes:
         """What the memory of a run depends on."""
         return RunSizes(
-            lanes=self.lanes(setting.batch, setting.decode_micro_batch),
+            lanes=self.lanes(setting.sizes, setting.decode_micro_batch),
             prefill_micro_batch=setting.prefill_micro_batch,
             prompt_tokens=self.max_prompt_tokens,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=self.chunk_tokens(setting),
             num_stages=len(setting.places),
         )
 

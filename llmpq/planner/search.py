@@ -18,7 +18,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -414,8 +414,7 @@ class EndsNode(Node):
             return
         found, complete = orders(self.setting.places)
         for order in found:
-            sizes = self.setting.prefill_micro_batch, self.setting.decode_micro_batch
-            state.push(bound, OrderNode(Setting(order, self.setting.batch, *sizes)))
+            state.push(bound, OrderNode(replace(self.setting, places=order)))
         if not complete:
             state.close(bound)
 

@@ -1,7 +1,7 @@
 """A plan's whole run, played with the same times that price it in closed form.
 
-The runtime's own schedule decides every job: lanes and chunks as a run cuts them, newcomers in the
-slots of ended requests, caches that grow column by column. Every request has its own lengths.
+The runtime's own schedule decides every job: lanes and chunks as the plan has them, newcomers in
+the slots of ended requests, caches that grow column by column. Every request has its own lengths.
 
 Not covered: stop tokens (a request generates as many tokens as the workload says).
 """
@@ -14,10 +14,9 @@ import numpy as np
 
 from llmpq.costs.simulate import Played, play
 from llmpq.plan import Predicted
-from llmpq.planner.evaluate import actor_works, speeds
+from llmpq.planner.evaluate import actor_works, closed_form_s, speeds
 from llmpq.planner.problem import Assignment, Problem, Setting, Work
 from llmpq.schedule import WINDOW, Item, Job, Schedule
-from llmpq.workload import by_length, chunk_tokens, evenly_spaced, lanes, lanes_for
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request
 BLOCK = 256  # columns whose times are computed at once
@@ -49,22 +48,15 @@ def run_s(problem: Problem, assignment: Assignment, most_jobs: int = MOST_JOBS) 
 def _played(problem: Problem, assignment: Assignment, most_jobs: int) -> tuple[Played, float]:
     """A sample's run, and the seconds of the whole one.
 
-    A run of many requests goes on at its pace, the time that it takes for a second of work of its
-    busiest stage; what its beginning and its end take beside that counts once. The pace is that of
-    the sample against half of it, at least 1 and at most the sample's own mean.
+    The whole run takes as much longer as it does in closed form, which knows all tokens.
     """
     sample = sample_of(problem, assignment.setting, most_jobs)
     played = _of_sample(problem, sample, assignment)
-    more = problem.repeats * len(problem.lengths) - len(sample.lengths)
-    if more <= 0:
+    if sample is problem:
         return played, played.total_s
-    half = _of_sample(problem, these_alone(sample, sorted(sample.lengths)[::2]), assignment)
-    busiest = 2 * int(played.busy_s[::2].argmax())
-    work = float(played.busy_s[busiest])
-    added = work - float(half.busy_s[busiest])
-    pace = (played.total_s - half.total_s) / added if added > 0 else math.inf
-    pace = max(1.0, min(pace, played.total_s / work))
-    return played, played.total_s + pace * work * more / len(sample.lengths)
+    same = replace(assignment, setting=problem.resolved(assignment.setting))
+    times = closed_form_s(problem, same) / closed_form_s(sample, same)
+    return played, played.total_s * times
 
 
 def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Played:
@@ -74,32 +66,42 @@ def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Pla
     """
     share = len(sample.lengths) / (problem.repeats * len(problem.lengths))
     window = max(LEAST_WAVES * assignment.setting.batch, math.ceil(WINDOW * share))
-    grain = _grain(sample, assignment.setting)
+    grain = _grain(sample, problem.resolved(assignment.setting))
     key = ("seconds", assignment.setting.places, assignment.stages, grain)
     seconds = problem.once(key, lambda: Seconds(actor_works(problem, assignment), grain))
-    return simulate(sample, assignment, problem.lengths, window=window, seconds=seconds)
+    return simulate(sample, assignment, problem, window=window, seconds=seconds)
 
 
 def _grain(problem: Problem, setting: Setting) -> int:
-    """How many requests can be played as one: equal ones that come and go together."""
-    if len(set(problem.lengths)) > 1:
+    """How many requests can be played as one: equal ones that come and go together.
+
+    Prompts that are computed in chunks come one by one. The setting's lanes are known.
+    """
+    if len(set(problem.lengths)) > 1 or problem.chunk_tokens(setting) < problem.max_prompt_tokens:
         return 1
     sizes = setting.batch, setting.prefill_micro_batch, setting.decode_micro_batch
-    return math.gcd(*sizes, len(problem.lengths))
+    rows = [lane.rows for lane in setting.lanes or ()]
+    return math.gcd(*sizes, *rows, len(problem.lengths))
 
 
 def sample_of(problem: Problem, setting: Setting, most_jobs: int) -> Problem:
-    """As many of the requests, of all lengths, as can be played in a moment; whole batches."""
+    """As many of the requests, of all lengths, as can be played in a moment; whole batches.
+
+    The problem itself where that is all of them.
+    """
     in_all = round(problem.repeats * len(problem.lengths))
     tokens = sum(new for _, new in problem.lengths)
     share = most_jobs / max(1.0, least_jobs(problem, setting) + tokens / TOKENS_OF_A_JOB)
     count = max(int(share * len(problem.lengths)), LEAST_WAVES * setting.batch)
-    if count >= in_all:
-        every = -(-in_all // len(problem.lengths)) * problem.lengths
-        return problem if problem.repeats == 1 else these_alone(problem, every[:in_all])
-    count -= count % (2 * setting.batch)
-    chosen = sorted(evenly_spaced(by_length(problem.lengths), count))
-    return these_alone(problem, [problem.lengths[i] for i in chosen])
+    if count >= in_all and problem.repeats == 1:
+        return problem
+    count = min(in_all, count - count % (2 * setting.batch))
+
+    def compute() -> Problem:
+        whole, rest = divmod(count, len(problem.lengths))
+        return these_alone(problem, whole * problem.lengths + problem.sample(rest))
+
+    return problem.once(("problem of", count), compute)
 
 
 def these_alone(problem: Problem, lengths: Lengths) -> Problem:
@@ -112,7 +114,7 @@ def these_alone(problem: Problem, lengths: Lengths) -> Problem:
 def simulate(
     problem: Problem,
     assignment: Assignment,
-    planned: Lengths | None = None,
+    planned: Problem | None = None,
     *,
     refill: bool = True,
     window: int = WINDOW,
@@ -121,18 +123,16 @@ def simulate(
 ) -> Played:
     """The run of all requests that are listed; `told` hears how many have ended.
 
-    `planned`: the lengths that the plan was made for, where these are others than the workload's;
+    `planned`: the problem whose lengths say what the setting leaves open, where these are others;
     `window`: how many requests are looked at ahead of their turn; `seconds`: what is known of jobs.
     Raises `UserError` where one request needs more cache than the whole plan has.
     """
     seconds = seconds or Seconds(actor_works(problem, assignment))
-    setting, grain = assignment.setting, seconds.grain
+    setting, grain = (planned or problem).resolved(assignment.setting), seconds.grain
     if grain > 1:
         problem = replace(problem, lengths=problem.lengths[::grain], _known={})
-        prefill, decode = setting.prefill_micro_batch, setting.decode_micro_batch
-        sizes = (size // grain for size in (setting.batch, prefill, decode))
-        setting = Setting(setting.places, *sizes)
-    schedule = make_schedule(problem, setting, planned, refill=refill, window=window)
+        setting = _coarser(setting, grain)
+    schedule = make_schedule(problem, setting, refill=refill, window=window)
     played = play(schedule, seconds, len(seconds.works), told)
     jobs = replace(
         played.jobs, requests=grain * played.jobs.requests, rows=grain * played.jobs.rows
@@ -140,20 +140,29 @@ def simulate(
     return replace(played, jobs=jobs)
 
 
+def _coarser(setting: Setting, grain: int) -> Setting:
+    """The setting, whose lanes are known, for requests that stand for so many each."""
+    return Setting(
+        setting.places,
+        setting.batch // grain,
+        setting.prefill_micro_batch // grain,
+        setting.decode_micro_batch // grain,
+        setting.chunk_tokens,
+        tuple(lane._replace(rows=lane.rows // grain) for lane in setting.lanes or ()),
+    )
+
+
 def make_schedule(
-    problem: Problem,
-    setting: Setting,
-    planned: Lengths | None = None,
-    *,
-    refill: bool = True,
-    window: int = WINDOW,
+    problem: Problem, setting: Setting, *, refill: bool = True, window: int = WINDOW
 ) -> Schedule:
-    """The runtime's schedule of the workload's requests."""
-    foreseen, sizes = planned or problem.lengths, (setting.batch, setting.decode_micro_batch)
+    """The runtime's schedule of the workload's requests.
+
+    Raises `UserError` where one request needs more cache than the setting's lanes have.
+    """
     return Schedule(
-        lanes_for(problem.lengths, lanes(foreseen, *sizes), *sizes),
+        problem.lanes(setting.sizes, setting.decode_micro_batch),
         setting.prefill_micro_batch,
-        chunk_tokens(foreseen),
+        problem.chunk_tokens(setting),
         len(setting.places),
         iter(Item(number, *lengths) for number, lengths in enumerate(problem.lengths)),
         refill=refill,

@@ -9,7 +9,6 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from llmpq.kernel import graph_lengths
 from llmpq.models.lanes import LaneCache
 from llmpq.models.sharding import ALONE, Shard, ShardGroup
 from llmpq.models.stage_model import LayerRange, StageModel
-from llmpq.plan import Plan
+from llmpq.plan import Plan, reserve_of
 from llmpq.report import MeasuredTime, StageReport
 from llmpq.runtime.agreed import agree_on_draws
 from llmpq.runtime.checkpoint import Weights
@@ -37,37 +36,8 @@ from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.stopwatch import SPAN_COLUMNS, TIME_COLUMNS, Stopwatch, measured_times
 from llmpq.runtime.transport import Transport
 from llmpq.runtime.worker import Worker
-from llmpq.schedule import Item, Job, LaneShape, Member, Schedule, cache_tokens
-from llmpq.workload import chunk_tokens, lanes, lanes_for, planned_lengths
-
-
-@dataclass(frozen=True)
-class Reserve:
-    """What the plan made room for: the cache's lanes, and tokens of a prompt computed at once."""
-
-    lanes: tuple[LaneShape, ...]
-    chunk_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        """Of the cache, in all."""
-        return cache_tokens(self.lanes)
-
-    @property
-    def rows(self) -> int:
-        """Of the largest decode step."""
-        return max(lane.rows for lane in self.lanes)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest request."""
-        return max(lane.tokens for lane in self.lanes)
-
-
-def reserve_of(plan: Plan) -> Reserve:
-    """Room for the plan's workload."""
-    lengths = planned_lengths(plan.workload)
-    return Reserve(lanes(lengths, plan.batch, plan.decode_micro_batch), chunk_tokens(lengths))
+from llmpq.schedule import Item, Job, LaneShape, Member, Schedule
+from llmpq.workload import lanes_for, planned_lengths
 
 
 class Engine:
@@ -333,11 +303,11 @@ class Engine:
     def _largest_jobs(self) -> list[Job]:
         """A prefill of unequal prompts, a chunk at the end of a long one, a decode step."""
         longest, chunk = self.reserve.longest, self.reserve.chunk_tokens
+        prompt = self.reserve.prompt_tokens
         lane = max(range(len(self.reserve.lanes)), key=lambda i: self.reserve.lanes[i].tokens)
         rows = self.reserve.lanes[lane].rows
         prompts = [max(1, chunk - 1), *[chunk] * (self.plan.prefill_micro_batch - 1)]
         newcomers = tuple(Member(lane, i % rows, n, i, 0) for i, n in enumerate(prompts))
-        prompt = max(prompt for prompt, _ in planned_lengths(self.plan.workload))
         ends = newcomers[0]._replace(prompt_tokens=prompt)
         steps = tuple(Member(lane, row, longest - 1, row, 1) for row in range(rows))
         return [

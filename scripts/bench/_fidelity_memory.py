@@ -24,7 +24,6 @@ from llmpq.costs.memory import StageMemory, run_sizes, stage_memory
 from llmpq.model_spec import DEFAULT_MODEL, ModelSpec, load_model_spec
 from llmpq.plan import Plan
 from llmpq.quant import machine_here
-from llmpq.workload import request_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 DEEPER_MODEL = (shared_data() or ROOT) / "models" / "tale-llama-11m"
@@ -141,15 +140,12 @@ def _llmpq_run(files: dict[str, Path], device: str) -> int:
 
 def predicted(plan: Plan, rank: int, device: str) -> StageMemory:
     """What the model says of a stage."""
-    lengths = request_lengths(plan.workload)
-    micro_batches = plan.prefill_micro_batch, plan.decode_micro_batch
-    sizes = run_sizes(lengths, plan.batch, *micro_batches, len(plan.stages))
     return stage_memory(
         plan.model,
         plan.stages[rank].precisions,
         first=rank == 0,
         last=rank == len(plan.stages) - 1,
-        sizes=sizes,
+        sizes=run_sizes(plan),
         machine=machine_here(torch.device(device), torch.bfloat16),
     )
 

@@ -26,7 +26,7 @@ from _quality_common import (
 
 from llmpq.cluster import MIB, Cluster
 from llmpq.costs.latency import device_times
-from llmpq.costs.memory import run_sizes, stage_memory
+from llmpq.costs.memory import RunSizes, stage_memory
 from llmpq.costs.quality import QualityModel, measured_quality
 from llmpq.errors import InfeasibleError
 from llmpq.model_spec import ModelSpec
@@ -36,6 +36,7 @@ from llmpq.planner.problem import Problem
 from llmpq.precision import PRECISIONS as KNOWN
 from llmpq.profile_data import Profile, load_sensitivity
 from llmpq.runtime.roundings import load_roundings
+from llmpq.schedule import LaneShape
 from llmpq.workload import Workload, request_lengths
 
 BUDGETS = (0.5, 1.0, 2.0, 5.0)  # percent of perplexity
@@ -159,7 +160,8 @@ def random_cluster(rng: np.random.Generator, spec: ModelSpec) -> Cluster:
 def needed_mib(spec: ModelSpec, precision: str, num_stages: int) -> float:
     """Of all stages together, about: layers are shared out evenly."""
     per_stage = -(-spec.num_layers // num_stages)
-    sizes = run_sizes([(JOB["prompt_tokens"], JOB["new_tokens"])], JOB["batch"], 1, 1, num_stages)
+    prompt, lane = JOB["prompt_tokens"], LaneShape(1, JOB["prompt_tokens"] + JOB["new_tokens"])
+    sizes = RunSizes((lane,) * JOB["batch"], 1, prompt, prompt, num_stages)
     needs = [
         stage_memory(
             spec,

@@ -302,9 +302,8 @@ def simulations(quick: bool) -> list[dict[str, Any]]:
         for prefill, decode in sizes[:1] if quick else sizes:
             if max(prefill, decode) > plan.batch:
                 continue
-            setting = replace(
-                assignment.setting, prefill_micro_batch=prefill, decode_micro_batch=decode
-            )
+            pair = {"prefill_micro_batch": prefill, "decode_micro_batch": decode}
+            setting = assignment.setting.resized(**pair)
             changed = replace(assignment, setting=setting)
             predicted = evaluate(problem, changed).total_s
             simulated = simulate(problem, changed).total_s

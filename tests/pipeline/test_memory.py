@@ -9,12 +9,12 @@ from families import CPU, FAMILIES, hand_made_plan
 
 from llmpq.costs.memory import run_sizes, stage_memory
 from llmpq.models.stage_model import load_config
+from llmpq.plan import Plan
 from llmpq.quant import available_precisions, machine_here
 from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.request import Request
 from llmpq.runtime.transport import LocalHub, LocalTransport
-from llmpq.workload import request_lengths
 
 # (batch, p, q, prompt, new)
 SHAPES = [(8, 1, 8, 24, 12), (16, 16, 16, 48, 4), (4, 2, 1, 100, 20), (6, 3, 6, 2, 30)]
@@ -42,9 +42,7 @@ def engines(model, plan):
 
 def predictions(plan):
     """What the planner says of each stage."""
-    micro_batches = plan.prefill_micro_batch, plan.decode_micro_batch
-    lengths = request_lengths(plan.workload)
-    sizes = run_sizes(lengths, plan.batch, *micro_batches, len(plan.stages))
+    sizes = run_sizes(plan)
     for rank, stage in enumerate(plan.stages):
         yield stage_memory(
             plan.model,
@@ -86,6 +84,19 @@ def test_memory_is_what_the_planner_predicts(name, family_model, tiny_tales, rec
     print(f"{name}: measured / predicted activations {min(ratios):.2f} .. {max(ratios):.2f}")
     assert max(ratios) <= 1
     assert min(ratios) >= 1 / TIGHTEST
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_memory_is_that_of_an_edited_plans_chunk_and_lanes(family, family_model):
+    model = family_model(family)
+    plan = hand_made_plan(model.spec, [1, 4], "16", batch=6, p=2, q=4, prompt=90, new=6)
+    lanes = [{"rows": 4, "tokens": 40}, {"rows": 2, "tokens": 100}]
+    changed = Plan.model_validate(plan.model_dump() | {"chunk_tokens": 24, "lanes": lanes})
+    before = [held for held, _ in accounts(model, plan)]
+    for (held, predicted), whole in zip(accounts(model, changed), before, strict=True):
+        assert held.cache == predicted.cache == whole.cache * (160 + 200) // (6 * 96)
+        assert held.activations < whole.activations
+        assert 1 / TIGHTEST <= held.activations / predicted.activations <= 1
 
 
 def run(crew, lengths):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import CPU, FAMILIES, MAX_NEW
 
+from llmpq.plan import Plan
 from llmpq.quant import available_precisions
 from llmpq.runtime.local import generate_locally
 from llmpq.runtime.sampler import Sampling
@@ -82,6 +83,29 @@ def test_fp32_tokens_do_not_depend_on_refill_or_chunks(family_model, family):
     for how in ({"refill": False}, {"chunk": 16}, {"chunk": 16, "refill": False}):
         for ends in ([4], [1, 4]):
             assert model.generate(ends, batch=6, p=3, q=2, how=how) == model.expected, (ends, how)
+
+
+# Chunks and lanes of a plan that somebody edited: shorter and longer ones than the workload's.
+EDITED = [
+    {"chunk_tokens": 5},
+    {"chunk_tokens": 23, "lanes": [(5, 36), (2, 20), (1, 36)]},
+    {"chunk_tokens": 1000, "lanes": [(1, 40), (4, 24), (3, 12)]},
+    {"lanes": [(3, 9), (5, 12)]},  # of as many tokens as two of the longest requests
+]
+
+
+@pytest.mark.parametrize("changes", EDITED, ids=str)
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_fp32_tokens_do_not_depend_on_the_plans_chunk_and_lanes(family_model, family, changes):
+    model = family_model(family)
+    for ends in ([4], [1, 4]):
+        data = model.plan(ends).model_dump() | changes
+        data["lanes"] = [
+            {"rows": rows, "tokens": tokens} for rows, tokens in changes.get("lanes", [])
+        ] or None
+        plan = Plan.model_validate(data)
+        found = generate_locally(plan, model.folder, model.requests, eos_ids=model.eos_ids)
+        assert found == model.expected, ends
 
 
 @pytest.mark.parametrize("family", ["bloom", "llama", "mistral"])

@@ -114,6 +114,7 @@ def test_every_kind_of_change_is_one_short_line() -> None:
         "batch: 4 -> 2",
         "prefill micro-batch: 2 -> 1",
         "decode micro-batch: 4 -> 2",
+        "cache lanes: 1 of 4 x 12 -> 1 of 2 x 12",
         "layers 3-4: v100-32g on a (stage 1) -> t4-16g on a (stage 0)",
         "layer 1: 16 -> 8",
         "layers 2-4: 8 -> 4",
@@ -179,7 +180,7 @@ def test_a_plan_without_prediction() -> None:
 
 def test_inputs_that_differ_are_named() -> None:
     plan = make_plan((T4, ["8"] * 8))
-    work = Workload(prompt_tokens=9, new_tokens=4, num_requests=4)
+    work = Workload(prompt_tokens=8, new_tokens=4, num_requests=5)
     found = diff(plan, plan.model_copy(update={"workload": work}))
     assert found and found.inputs == ("workload",)
     assert str(found) == "another workload"

@@ -16,6 +16,7 @@ from llmpq.costs.simulate import Played, play
 from llmpq.devices import device_library
 from llmpq.errors import UserError
 from llmpq.model_spec import ASSETS, DEFAULT_MODEL, ModelSpec, load_model_spec
+from llmpq.plan import Plan
 from llmpq.planner.bubbles import by_cause, describe, find_bubbles, remedy, server_names
 from llmpq.planner.evaluate import evaluate, to_plan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting
@@ -70,6 +71,7 @@ def random_lengths(seed: int, count: int, prompt: int, new: int) -> list[tuple[i
 
 # ---- the runtime's jobs
 
+FEW = [(9, 7)] * 8
 LENGTHS = [(9, 7)] * 3 + [(5, 2), (8, 1), (1, 9), (90, 3), (3, 6), (7, 7), (2, 2), (6, 9)]
 
 
@@ -87,6 +89,29 @@ def test_one_stage_does_the_jobs_that_it_does_in_the_runtime(
     assert (jobs.past[jobs.step == 0] > 0).any(), "the long prompt comes in chunks"
 
 
+# Lanes beside those that the lengths ask for, of one to four rows, and a chunk.
+EDITED = [(4, (90, 60, 90)), (24, (93, 93, 93, 93)), (90, (93, 20, 50)), (10**6, (200, 12, 93))]
+
+
+@pytest.mark.parametrize(("chunk", "tokens"), EDITED)
+def test_an_edited_plan_does_the_same_jobs_when_simulated_and_in_the_runtime(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, tokens: tuple[int, ...]
+) -> None:
+    problem = make_problem(LENGTHS, ["t4-16g"])
+    shapes = tuple(LaneShape(1 + i, size) for i, size in enumerate(tokens))
+    rows = [shape.rows for shape in shapes]
+    assignment = assign(problem, sum(rows), 2, max(rows))
+    setting = replace(assignment.setting, chunk_tokens=chunk, lanes=shapes)
+    edited = replace(assignment, setting=setting)
+    jobs, before = (simulate(problem, one).jobs for one in (edited, assignment))
+    simulated = list(zip(jobs.step == 0, jobs.requests, jobs.tokens, jobs.past, strict=True))
+    assert simulated == runtime_jobs(monkeypatch, problem, edited, refill=True)
+    assert (len(jobs) != len(before)) or (jobs.tokens != before.tokens).any()
+    prefills = jobs.step == 0
+    assert int(jobs.tokens[prefills].max()) <= min(chunk, 90)
+    assert (jobs.past[prefills] > 0).any() == (chunk < 90)
+
+
 def runtime_jobs(
     monkeypatch: pytest.MonkeyPatch, problem: Problem, assignment: Assignment, refill: bool
 ) -> list[tuple[bool, int, int, int]]:
@@ -97,6 +122,7 @@ def runtime_jobs(
     from llmpq.runtime.worker import Worker
 
     plan = to_plan(problem, assignment, "hand-made", evaluate(problem, assignment))
+    plan = Plan.model_validate_json(plan.model_dump_json())
     seen = []
     do = Worker.do
 
@@ -121,14 +147,14 @@ def runtime_jobs(
 
 
 def test_requests_longer_than_planned_get_longer_lanes_of_no_more_tokens() -> None:
-    problem, planned = make_problem([(9, 7)] * 8 + [(20, 12)], ["t4-16g"]), [(9, 7)] * 8
-    setting = assign(problem, 4, 2, 2).setting
-    shapes = make_schedule(problem, setting, planned).shapes
+    problem, planned = (make_problem(x, ["t4-16g"]) for x in (FEW + [(20, 12)], FEW))
+    setting = planned.resolved(assign(problem, 4, 2, 2).setting)
+    shapes = make_schedule(problem, setting).shapes
     assert max(shape.tokens for shape in shapes) == 32
     assert sum(shape.rows * shape.tokens for shape in shapes) <= 4 * 16
     longest = make_problem([(60, 12)], ["t4-16g"])
     with pytest.raises(UserError, match="72 tokens of cache; the plan reserves 64"):
-        make_schedule(longest, setting, planned)
+        make_schedule(longest, setting)
 
 
 def test_a_trace_keeps_the_prompt_and_the_output_of_a_request_together(tmp_path: Path) -> None:
