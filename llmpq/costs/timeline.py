@@ -4,19 +4,20 @@ Stages, the links between them and the tokens' return to the first stage are ali
 in a row that all jobs pass in one order. A run takes as long as its longest chain of jobs that wait
 for each other, and two kinds of chains are long:
   - a resource works without a pause, from when the first prefill job reaches it until its last
-    decode step leaves it;
-  - a prefill job passes all resources while the lanes behind it wait, then the lanes take their
-    steps until the next one: `bursts`, one for each round with newcomers, and between them either
-    the longest lane goes through all resources again and again (`loop`), or the steps of all lanes
-    keep the slowest resource busy (`pace`). In the round of a burst the lanes' steps are hidden
-    behind it (`hidden`).
+    decode step leaves it (`busy`);
+  - prefill jobs come in bursts, one for each round with newcomers. One job of a burst passes all
+    resources (`bursts`), the others keep the slowest one busy (`others`), and the lanes wait
+    behind them; a round of steps is hidden there. From one burst to the next either the longest
+    lane goes through all resources again and again (`loop`), or the steps of all lanes keep the
+    slowest one busy (`pace`). Where bursts come in each round, every second one is passed: the
+    next one is already on its way then.
 The jobs themselves come from `costs.job_counts` and depend on no times, so that `run_s` is linear
 in the resources' seconds and in maxima over resources: the search optimizes exactly this.
 
-Measured against the simulated run (`costs.simulate`) on 288 random plans of 48 random rigs (1 to 10
-stages, 1 to 64 lanes): 0.8 % off in the median for equal lengths (90 % of them within 8 %), 2.1 %
-for unequal ones (9 %); worst 38 %: many prompts in one prefill job that the run splits, or lanes
-that wait for one another in ways that no single chain shows.
+Against the simulated run (`costs.simulate`), 288 random plans of 48 random rigs (1 to 10 stages, 1
+to 64 lanes): 0.8 % off in the median for equal lengths (90 % of them within 8 %), 3 % for unequal
+ones (11 %). It is up to 44 % too low where a prefill job is to hold more prompts than a lane has
+slots, or where bursts of many jobs meet one or two lanes.
 Not covered: what `costs.simulate` does not cover.
 """
 
@@ -32,32 +33,23 @@ from llmpq.costs.job_counts import JobCounts
 class Costs:
     """Seconds of a resource (or of a part of its work) over the whole run; arrays of one shape.
 
-    first: one of the first prefill jobs; bursts: it, and one prefill job of each burst; others: all
-    other prefill jobs. step: one decode step; loop: the longest lane's steps, pace: those of all
-    lanes, both without the ones behind a burst; hidden: those of all lanes behind bursts.
+    prefill: all prefill jobs; busy: all jobs; first: one of the first prefill jobs; step: one
+    decode step. Of the chain of bursts: bursts, others: prefill jobs that pass all resources, or
+    the slowest one; loop, pace: decode steps of the longest lane, or of all lanes.
     """
 
+    prefill: np.ndarray
+    busy: np.ndarray
     first: np.ndarray
+    step: np.ndarray
     bursts: np.ndarray
     others: np.ndarray
-    step: np.ndarray
     loop: np.ndarray
     pace: np.ndarray
-    hidden: np.ndarray
 
     def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Costs":
         """`change` done to each array."""
         return Costs(*(change(getattr(self, f.name)) for f in fields(self)))
-
-    @property
-    def prefill(self) -> np.ndarray:
-        """All prefill jobs."""
-        return np.asarray(self.bursts + self.others)
-
-    @property
-    def busy(self) -> np.ndarray:
-        """All jobs."""
-        return np.asarray(self.bursts + self.others + self.pace + self.hidden)
 
     @property
     def least(self) -> np.ndarray:
@@ -72,7 +64,7 @@ def combined(costs: Sequence[Costs], how: Callable[..., np.ndarray], axis: int =
 
 @dataclass(frozen=True)
 class Shares:
-    """Which part of a run's jobs lies on which chain, from `JobCounts`; arrays of one shape.
+    """Which part of a run's jobs lies on the chain of bursts, from `JobCounts`; arrays of one shape.
 
     Multiplied by the seconds of all first prefill jobs, of all refills, of all decode steps and of
     the longest lane's steps, they are `Costs`.
@@ -88,16 +80,17 @@ class Shares:
         self, first_s: np.ndarray, refill_s: np.ndarray, steps_s: np.ndarray, longest_s: np.ndarray
     ) -> Costs:
         """From seconds of jobs in all."""
-        first, bursts = self.first * first_s, self.bursts * refill_s
-        pace = self.pace * steps_s
+        first = self.first * first_s
+        bursts = first + self.bursts * refill_s
         return Costs(
+            prefill=first_s + refill_s,
+            busy=first_s + refill_s + steps_s,
             first=first,
-            bursts=first + bursts,
-            others=first_s - first + refill_s - bursts,
             step=self.step * steps_s,
+            bursts=bursts,
+            others=first_s + refill_s - bursts,
             loop=self.loop * longest_s,
-            pace=pace,
-            hidden=steps_s - pace,
+            pace=self.pace * steps_s,
         )
 
 
@@ -107,16 +100,15 @@ def shares(counts: Sequence[JobCounts], shape: tuple[int, ...]) -> Shares:
     return Shares(*(np.array(column).reshape(shape) for column in columns))
 
 
-def _shares(counts: JobCounts) -> tuple[float, float, float, float, float]:
-    """Between two bursts lanes take one step at least: bursts are half of the rounds at most."""
+def _shares(counts: JobCounts) -> tuple[float, ...]:
     steps, rounds, refills = counts.num_steps, counts.num_rounds, counts.num_refills
-    bursts = min(counts.num_bursts, refills, rounds / 2)
+    passed = min(counts.num_bursts, refills, rounds / 2)
     return (
         1 / counts.num_first,
-        bursts / refills if refills else 0.0,
+        passed / refills if refills else 0.0,
         1 / steps if steps else 0.0,
-        1 - bursts / rounds if rounds else 0.0,
-        max(0.0, 1 - bursts * counts.num_lanes / steps) if steps else 0.0,
+        1 - passed / rounds if rounds else 0.0,
+        max(0.0, 1 - passed * counts.num_lanes / steps) if steps else 0.0,
     )
 
 
