@@ -211,13 +211,15 @@ class _Rounds:
         found = False
         while free:
             left: list[int] = []
-            rows, like = 0, 0
+            rows, like, none_for = 0, 0, 0
             for place, index in enumerate(free):
                 if rows == self.prefill_rows or like > self.chunk_tokens:
                     left += free[place:]
                     break
-                item = self._take(self.lanes[index].tokens, like)
+                tokens = self.lanes[index].tokens
+                item = None if tokens == none_for else self._take(tokens, like)
                 if item is None:
+                    none_for = tokens
                     left.append(index)
                     continue
                 rows, like = rows + 1, like or -item[1]
@@ -235,13 +237,12 @@ class _Rounds:
             if room > tokens:
                 continue
             waiting = self.waiting[room]
-            if not like:
-                if waiting:
-                    return waiting.pop()
-                continue
-            for place in range(len(waiting) - 1, max(-1, len(waiting) - 1 - NEAR), -1):
-                if like <= -PADDED * waiting[place][1] and -waiting[place][1] <= like:
-                    return waiting.pop(place)
+            if waiting and not like:
+                return waiting.pop()
+            least = like / PADDED
+            for back, (_, prompt) in enumerate(waiting[: -NEAR - 1 : -1], start=1):
+                if least <= -prompt <= like:
+                    return waiting.pop(-back)
         return None
 
     def _settle(self, index: int, begin: int, item: _Waiting) -> None:

@@ -64,7 +64,7 @@ def combined(costs: Sequence[Costs], how: Callable[..., np.ndarray], axis: int =
 
 @dataclass(frozen=True)
 class Shares:
-    """Which part of a run's jobs lies on the chain of bursts, from `JobCounts`; arrays of one shape.
+    """Which part of a run's jobs lies on the chain of bursts: from `JobCounts`, of one shape.
 
     Multiplied by the seconds of all first prefill jobs, of all refills, of all decode steps and of
     the longest lane's steps, they are `Costs`.

@@ -16,13 +16,14 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from llmpq.costs import memory
 from llmpq.costs.job_counts import DecodeSteps, PrefillJob
 from llmpq.costs.timeline import Costs, Shares, combined, shares
+from llmpq.machine import Machine
 from llmpq.planner.problem import (
     Place,
     Problem,
@@ -198,36 +199,51 @@ def _activations(
 
     And what decode steps keep beside it.
     """
-    spec, machine = problem.shard(place), problem.times[place.type].machine
-    key = ("activations", place.tensor_parallel, machine, first, last, precisions)
-    stage: dict[str, Any] = {"first": first, "last": last, "precisions": precisions}
-    stage["machine"] = machine
-    chunk = problem.chunk_tokens(sizes)
+    machine = problem.times[place.type].machine
+    stage = _StageKind(place.tensor_parallel, machine, first, last, precisions)
+    return problem.once((stage, sizes), lambda: _activations_of(problem, sizes, stage))
+
+
+class _StageKind(NamedTuple):
+    """What the activations of a stage depend on, beside sizes."""
+
+    tensor_parallel: int
+    machine: Machine
+    first: bool
+    last: bool
+    precisions: tuple[str, ...]
+
+
+def _activations_of(problem: Problem, sizes: Sizes, stage: _StageKind) -> np.ndarray:
+    spec, chunk, machine = (
+        problem.shard_of(stage.tensor_parallel),
+        problem.chunk_tokens(sizes),
+        stage.machine,
+    )
+    ends = {"first": stage.first, "last": stage.last}
+    run: dict[str, Any] = {**ends, "precisions": stage.precisions, "machine": machine}
 
     def prefill(requests: int) -> int:
         longest = problem.max_prompt_tokens
-        return memory.prefill_bytes(spec, requests, chunk, longest, **stage)
+        return memory.prefill_bytes(spec, requests, chunk, longest, **run)
 
     def decode(requests: int) -> int:
-        return memory.decode_bytes(spec, requests, problem.max_tokens, **stage)
-
-    def kept(requests: int) -> int:
-        lanes = problem.lanes(sizes, requests)
-        return memory.step_bytes(spec, lanes, first=first, last=last)
-
-    def graphs(requests: int) -> int:
-        return memory.graph_bytes(problem.lanes(sizes, requests), machine)
+        return memory.decode_bytes(spec, requests, problem.max_tokens, **run)
 
     prefills = [
-        problem.once((*key, "prefill", p, chunk), partial(prefill, p)) for p in sizes.prefill
+        problem.once((stage, "prefill", p, chunk), partial(prefill, p)) for p in sizes.prefill
     ]
+    lanes = [problem.lanes(sizes, rows) for rows in sizes.decode]
     decodes = [
-        problem.once((*key, "decode", q), partial(decode, q)) + graphs(q) for q in sizes.decode
+        problem.once((stage, "decode", rows), partial(decode, rows))
+        + memory.graph_bytes(shapes, machine)
+        for rows, shapes in zip(sizes.decode, lanes, strict=True)
     ]
     both = memory.of_both_phases(
         np.array(prefills, dtype=float)[:, None], np.array(decodes, dtype=float), machine
     )
-    return np.asarray(both + np.array([kept(q) for q in sizes.decode], dtype=float))
+    kept = [memory.step_bytes(spec, shapes, **ends) for shapes in lanes]
+    return np.asarray(both + np.array(kept, dtype=float))
 
 
 def layer_bytes(problem: Problem, sizes: Sizes, place: Place) -> np.ndarray:

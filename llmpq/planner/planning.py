@@ -117,7 +117,7 @@ class _Run:
 
     @cached_property
     def _runs(self) -> Confirmed:
-        return Confirmed(self.unit, self.solver, 0.0)
+        return Confirmed(self.unit, 0.0)
 
     def compared(self, until: float, seconds: float) -> Confirmed:
         """Simulated runs, for as long as that; what was simulated is known."""

@@ -240,7 +240,10 @@ class Problem:
 
     def shard(self, place: Place) -> ModelSpec:
         """What one device of a place holds of the model."""
-        degree = place.tensor_parallel
+        return self.shard_of(place.tensor_parallel)
+
+    def shard_of(self, degree: int) -> ModelSpec:
+        """What one of `degree` devices holds of the model."""
         return self.once(("shard", degree), lambda: self.spec.shard(degree))
 
     def times_at(self, place: Place) -> LayerTimes:

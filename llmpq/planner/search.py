@@ -35,6 +35,8 @@ from llmpq.planner.solver import Solver
 from llmpq.planner.value import to_assignment
 
 AUTO_BATCHES = (8, 16, 32, 64, 128, 256, 512)
+MOST_PROMPTS = 16  # of unequal requests in a prefill micro-batch
+MOST_LANES = 64
 MOST_SMALLEST = 16
 POLISH_S = 0.1  # at most, to make a plan of counts better by moves
 
@@ -188,11 +190,19 @@ def make_tables(
 
 
 def all_sizes(problem: Problem) -> list[Sizes]:
-    """Every batch with its micro-batches."""
-    return [
-        Sizes(batch, micro_batch_options(batch), micro_batch_options(batch))
-        for batch in batch_options(problem)
-    ]
+    """Every batch with its micro-batches.
+
+    Slots of unequal requests become free one by one, so that large prefill micro-batches never
+    fill; more lanes than `MOST_LANES` keep no pipeline busier.
+    """
+    found = []
+    for batch in batch_options(problem):
+        options = micro_batch_options(batch)
+        most = batch if problem.are_equal else MOST_PROMPTS
+        prefill = tuple(rows for rows in options if rows <= most)
+        decode = tuple(rows for rows in options if rows * MOST_LANES >= batch)
+        found.append(Sizes(batch, prefill, decode))
+    return found
 
 
 def batch_options(problem: Problem) -> list[int]:
