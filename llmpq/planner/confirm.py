@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from llmpq.planner.evaluate import shortages
+from llmpq.planner.evaluate import closed_form_s, shortages
 from llmpq.planner.problem import Assignment, Problem, Setting
 from llmpq.planner.simulated import run_s
 
 BETTER = 0.995  # of the time so far: what is worth taking
 JOBS = 1_500  # that a run plays while plans are compared
+CLOSE = 0.03  # of the closed form to the simulated run, as it is in the median
 ROUNDS = 4  # of varying micro-batches, at most
 
 
@@ -41,7 +42,12 @@ class Confirmed:
         if shortages(self.problem, assignment):
             return math.inf
         omega = self.problem.quality.sum_omega(assignment.precisions)
-        return run_s(self.problem, assignment, JOBS) + self.problem.theta * omega
+        return self.seconds(assignment) + self.problem.theta * omega
+
+    def seconds(self, assignment: Assignment) -> float:
+        """Of the whole run."""
+        key = ("compared", assignment)
+        return self.problem.once(key, lambda: run_s(self.problem, assignment, JOBS))
 
     @property
     def is_over(self) -> bool:
@@ -60,7 +66,13 @@ class Confirmed:
         return best
 
     def improved(self, best: Assignment) -> Assignment:
-        """Other micro-batches as long as the run gets shorter."""
+        """Other micro-batches as long as the run gets shorter.
+
+        None where the closed form is close, as the search has chosen them by it.
+        """
+        closed = closed_form_s(self.problem, best)
+        if self.is_over or abs(closed / self.seconds(best) - 1) < CLOSE:
+            return best
         for _ in range(ROUNDS):
             before, best = best, self.with_other_sizes(best)
             if best is before or self.is_over:

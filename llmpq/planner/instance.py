@@ -16,7 +16,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -149,7 +149,7 @@ def capacity(
     """[P, Q]: bytes that layers may take on each device, beside ends, activations, messages."""
     room = _room_beside_messages(problem, sizes, place, first, last)
     key = ("messages", first, last, num_stages, sizes)
-    taken = problem.once(key, lambda: _messages(problem, sizes, first, last, num_stages))
+    taken = problem.shared(key, lambda: _messages(problem, sizes, first, last, num_stages))
     return np.asarray(room - taken)
 
 
@@ -201,7 +201,7 @@ def _activations(
     """
     machine = problem.times[place.type].machine
     stage = _StageKind(place.tensor_parallel, machine, first, last, precisions)
-    return problem.once((stage, sizes), lambda: _activations_of(problem, sizes, stage))
+    return problem.shared((stage, sizes), lambda: _activations_of(problem, sizes, stage))
 
 
 class _StageKind(NamedTuple):
@@ -231,11 +231,11 @@ def _activations_of(problem: Problem, sizes: Sizes, stage: _StageKind) -> np.nda
         return memory.decode_bytes(spec, requests, problem.max_tokens, **run)
 
     prefills = [
-        problem.once((stage, "prefill", p, chunk), partial(prefill, p)) for p in sizes.prefill
+        problem.shared((stage, "prefill", p, chunk), partial(prefill, p)) for p in sizes.prefill
     ]
     lanes = [problem.lanes(sizes, rows) for rows in sizes.decode]
     decodes = [
-        problem.once((stage, "decode", rows), partial(decode, rows))
+        problem.shared((stage, "decode", rows), partial(decode, rows))
         + memory.graph_bytes(shapes, machine)
         for rows, shapes in zip(sizes.decode, lanes, strict=True)
     ]
@@ -421,7 +421,7 @@ class JobTable:
 
 def table_of(problem: Problem, sizes: Sizes) -> JobTable:
     """The jobs of all pairs of micro-batches."""
-    return problem.once(("table", sizes), lambda: _make_table(problem, sizes))
+    return problem.shared(("table", sizes, problem.repeats), lambda: _make_table(problem, sizes))
 
 
 def _make_table(problem: Problem, sizes: Sizes) -> JobTable:

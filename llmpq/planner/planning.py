@@ -24,7 +24,7 @@ from llmpq.planner.heuristic import heuristic
 from llmpq.planner.offload import OffloadPlan, flexgen
 from llmpq.planner.problem import OVER, Assignment, Problem
 from llmpq.planner.search import Progress, Search, Space, make_space, search
-from llmpq.planner.simulated import these_alone, with_run
+from llmpq.planner.simulated import with_run
 from llmpq.planner.solver import Solver, make_solver
 from llmpq.planner.value import to_assignment
 
@@ -32,6 +32,7 @@ SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
 CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
 CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before
 FINALISTS = 4  # plans of the search whose runs are simulated
+VERY_MANY = 10_000  # requests, whose plan more of them get too
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
 MOVES_S = 0.1  # for a first plan by moves; where it is the whole method, HEURISTIC_S
 HEURISTIC_S = 0.5
@@ -107,13 +108,20 @@ class _Run:
 
     @cached_property
     def unit(self) -> Problem:
-        """The requests that are listed alone: what is best for them is best for any number.
+        """The problem, or of very many requests so many: what is best for them is best for more.
 
         So equal lengths give equal plans.
         """
-        if self.problem.repeats == 1:
-            return self.problem
-        return these_alone(self.problem, self.problem.lengths)
+        problem, in_all = self.problem, self.problem.repeats * len(self.problem.lengths)
+        if in_all <= VERY_MANY:
+            return problem
+        theta = problem.theta * VERY_MANY / in_all
+        return replace(problem, num_requests=VERY_MANY, theta=theta, _known={})
+
+    @property
+    def times(self) -> float:
+        """How often the problem holds `unit`."""
+        return self.problem.repeats / self.unit.repeats
 
     @cached_property
     def _runs(self) -> Confirmed:
@@ -198,7 +206,7 @@ def _made(
         runs = run.compared(run.by(CONFIRM_SHARE, LEAST_S), CONFIRM_S)
         best = runs.improved(runs.best_of([*candidates, *others]))
     best = min([best, *others], key=lambda one: _predicted(run, one).objective)
-    predicted = bounded(_predicted(run, best), bound * run.problem.repeats, run.seconds)
+    predicted = bounded(_predicted(run, best), bound * run.times, run.seconds)
     return to_plan(run.problem, best, method, predicted)
 
 
@@ -257,7 +265,7 @@ def _played(run: _Run, outcome: Outcome) -> Outcome:
     best = outcome.assignment
     if run.options.simulate:
         runs = run.compared(run.by(1.0, LEAST_S), CONFIRM_S / len(BASELINES))
-        best = runs.with_other_sizes(best)
+        best = runs.improved(best)
     return replace(outcome, assignment=best, predicted=_predicted(run, best))
 
 

@@ -111,6 +111,17 @@ class Assignment:
         return [p for stage in self.stages for p in stage]
 
 
+class _SharedCache:
+    """What is known of each model and list of requests; both are kept, so that none is confused."""
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[int, int], tuple[object, object, dict[Hashable, Any]]] = {}
+
+    def of(self, spec: ModelSpec, lengths: Lengths) -> dict[Hashable, Any]:
+        """The values of these very objects."""
+        return self.entries.setdefault((id(spec), id(lengths)), (spec, lengths, {}))[2]
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """Model, machines, work and costs. `budget`: largest summed sensitivity; `theta`: its price.
@@ -131,6 +142,17 @@ class Problem:
     profiles: Sequence[Profile] = ()  # where times of several devices a stage are looked up
     num_requests: int | None = None  # that the lengths stand for; None: for themselves
     _known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    _of_run: "_SharedCache" = field(default_factory=lambda: _SharedCache(), repr=False)
+
+    def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`once` for what depends on the model and the requests alone.
+
+        Problems that are made from one another by `dataclasses.replace` share it.
+        """
+        known = self._of_run.of(self.spec, self.lengths)
+        if key not in known:
+            known[key] = compute()
+        return known[key]
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()`, kept for the next time the same is asked."""
@@ -141,7 +163,7 @@ class Problem:
     @property
     def max_prompt_tokens(self) -> int:
         """The longest prompt."""
-        return self.once("longest", lambda: max(prompt for prompt, _ in self.lengths))
+        return self.shared("longest", lambda: max(prompt for prompt, _ in self.lengths))
 
     @property
     def repeats(self) -> float:
@@ -151,7 +173,7 @@ class Problem:
     @property
     def num_new_tokens(self) -> float:
         """Tokens to generate."""
-        return self.repeats * self.once("new", lambda: sum(new for _, new in self.lengths))
+        return self.repeats * self.shared("new", lambda: sum(new for _, new in self.lengths))
 
     def job_counts(self, sizes: Sizes, prefill: int = 0, decode: int = 0) -> JobCounts:
         """The jobs of a run with a pair of micro-batches, given by their places in `sizes`.
@@ -160,7 +182,7 @@ class Problem:
         """
         rows, decode_rows = sizes.prefill[prefill], sizes.decode[decode]
         key = ("jobs", sizes.batch, rows, decode_rows, sizes.chunk_tokens, sizes.lanes)
-        return self.once(key, lambda: self._count_jobs(sizes, rows, decode_rows))
+        return self.shared((*key, self.repeats), lambda: self._count_jobs(sizes, rows, decode_rows))
 
     def _count_jobs(self, sizes: Sizes, prefill_rows: int, decode_rows: int) -> JobCounts:
         lengths, whole = self._sample(sizes.batch), self._tokens
@@ -176,7 +198,7 @@ class Problem:
     @property
     def _tokens(self) -> Tokens:
         """Of all requests."""
-        listed = self.once("tokens", lambda: tokens_of(self.lengths))
+        listed = self.shared("tokens", lambda: tokens_of(self.lengths))
         return Tokens(self.repeats * listed.prompt, self.repeats * listed.new)
 
     def _sample(self, batch: int) -> Lengths:
@@ -191,23 +213,25 @@ class Problem:
             by_output = sorted(range(len(self.lengths)), key=lambda i: self.lengths[i][::-1])
             return tuple(self.lengths[i] for i in sorted(evenly_spaced(by_output, count)))
 
-        return self.lengths if count >= len(self.lengths) else self.once(("sample", count), compute)
+        return (
+            self.lengths if count >= len(self.lengths) else self.shared(("sample", count), compute)
+        )
 
     @property
     def are_equal(self) -> bool:
         """All requests have the same lengths."""
-        return self.once("equal", lambda: len(set(self.lengths)) == 1)
+        return self.shared("equal", lambda: len(set(self.lengths)) == 1)
 
     @property
     def max_tokens(self) -> int:
         """Of the longest request, prompt and new tokens."""
-        return self.once("most", lambda: max(prompt + new for prompt, new in self.lengths))
+        return self.shared("most", lambda: max(prompt + new for prompt, new in self.lengths))
 
     def chunk_tokens(self, sizes: Setting | Sizes) -> int:
         """Tokens of a prompt that are computed at once, at most."""
         if sizes.chunk_tokens is not None:
             return min(sizes.chunk_tokens, self.max_prompt_tokens)
-        return self.once("chunk", lambda: chunk_tokens(self.lengths))
+        return self.shared("chunk", lambda: chunk_tokens(self.lengths))
 
     def lanes(self, sizes: Sizes, decode_micro_batch: int) -> tuple[LaneShape, ...]:
         """The KV cache of a run; the given lanes serve longer requests as `lanes_for` says.
@@ -221,7 +245,7 @@ class Problem:
                 return lanes(self.lengths, *pair)
             return lanes_for(self.lengths, given, *pair)
 
-        return self.once(("lanes", *pair, given), compute)
+        return self.shared(("lanes", *pair, given), compute)
 
     def resolved(self, setting: Setting) -> Setting:
         """The same setting with its chunk and lanes in numbers."""
@@ -244,7 +268,7 @@ class Problem:
 
     def shard_of(self, degree: int) -> ModelSpec:
         """What one of `degree` devices holds of the model."""
-        return self.once(("shard", degree), lambda: self.spec.shard(degree))
+        return self.shared(("shard", degree), lambda: self.spec.shard(degree))
 
     def times_at(self, place: Place) -> LayerTimes:
         """Times of a place, the messages between its devices included."""

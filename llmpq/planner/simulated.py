@@ -99,7 +99,10 @@ def sample_of(problem: Problem, setting: Setting, most_jobs: int) -> Problem:
 
     def compute() -> Problem:
         whole, rest = divmod(count, len(problem.lengths))
-        return these_alone(problem, whole * problem.lengths + problem.sample(rest))
+        return these_alone(
+            problem,
+            problem.sample(rest) if not whole else whole * problem.lengths + problem.sample(rest),
+        )
 
     return problem.once(("problem of", count), compute)
 
