@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from llmpq.planner.counts import Columns, Rows, finite
 from llmpq.planner.exact import realised
 from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.problem import Assignment, Place, Problem, Work, layer_work
-from llmpq.planner.simulated import prefill_s, simulate
+from llmpq.planner.simulated import chunk_s, simulate
 from llmpq.planner.solver import Programme, Solver
 from llmpq.planner.value import to_assignment
 
@@ -136,6 +137,13 @@ def chains_of(problem: Problem, assignment: Assignment, played: Played) -> Itera
         yield work.chain(stay)
 
 
+def _prefill_s(work: Work, rows: int, past: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Seconds of whole prompts and, where some of their tokens are computed, of chunks."""
+    whole = partial(work.prefill, rows)
+    chunks = chunk_s(whole, np.maximum(past, 1), past + tokens)
+    return np.where(past > 0, chunks, whole(tokens))
+
+
 def longest(played: Played) -> np.ndarray:
     """[jobs, servers], booleans: the jobs of the chain that ends with the run.
 
@@ -181,14 +189,15 @@ class _Layers:
         return np.stack([never if seconds is None else seconds for seconds in each])
 
     def _times(self, work: Work) -> np.ndarray:
-        return np.array(
-            [
-                float(work.decode(rows, float(past)))
-                if is_decode
-                else prefill_s(work, rows, past, past + tokens)
-                for is_decode, rows, past, tokens in self.kinds.tolist()
-            ]
-        )
+        """[kinds]; those of one phase and of as many rows at once."""
+        found = np.zeros(len(self.kinds))
+        for is_decode, rows in np.unique(self.kinds[:, :2], axis=0).tolist():
+            mine = (self.kinds[:, :2] == (is_decode, rows)).all(axis=1)
+            past, tokens = self.kinds[mine, 2:].T.astype(float)
+            found[mine] = (
+                work.decode(rows, past) if is_decode else _prefill_s(work, rows, past, tokens)
+            )
+        return found
 
     def chain(self, on_chain: np.ndarray) -> Chain:
         """As a linear function of the counts that is exact at the counts that were simulated."""
