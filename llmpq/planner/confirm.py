@@ -3,8 +3,8 @@
 The closed form, on which the search rests, ranks plans; it overlooks what requests of unequal
 lengths do to few lanes: slots that become free one by one, lanes that wait for prefills. So the
 candidates (the search's best plans at several sizes, and the other methods' plans) are simulated.
-The shortest run is then varied as long as that helps: its batch and micro-batches, one at a time,
-and its layers (`chains`). A run whose busiest stage never waits cannot get shorter that way.
+The shortest run is then varied as long as that helps: its batch, micro-batches and chunk, one at a
+time, and its layers (`chains`). A run whose busiest stage never waits cannot get shorter that way.
 
 Not covered: other devices or another order of them than the candidates have.
 """
@@ -19,9 +19,11 @@ from llmpq.planner.evaluate import shortages
 from llmpq.planner.problem import Assignment, Problem, Setting
 from llmpq.planner.simulated import run_s, sample_of
 from llmpq.planner.solver import Solver
+from llmpq.workload import LEAST_CHUNK_TOKENS
 
 BETTER = 0.995  # of the time so far: what is worth taking
 JOBS = 1_500  # that a run plays while plans are compared
+LONG = 1024  # tokens: prompts that are alike and shorter are computed whole
 ROUNDS = 2  # of varying sizes and layers, at most
 
 
@@ -75,9 +77,19 @@ class Confirmed:
         return best
 
     def with_other_sizes(self, best: Assignment) -> Assignment:
-        """The same layers and batch with other micro-batches where that is faster."""
+        """The same layers and batch with other micro-batches and chunks where that is faster."""
         for sizes in (_decode_sizes, _prefill_sizes):
             for setting in sizes(best.setting):
+                best = self._better(best, replace(best, setting=setting))
+        return self._with_other_chunks(best)
+
+    def _with_other_chunks(self, best: Assignment) -> Assignment:
+        """Longer chunks, or shorter ones, for as long as the run gets shorter."""
+        for factor in (2.0, 0.5):
+            before = None
+            while before is not best and (chunk := _chunk(self.problem, best.setting, factor)):
+                before = best
+                setting = best.setting.resized(chunk_tokens=chunk)
                 best = self._better(best, replace(best, setting=setting))
         return best
 
@@ -106,6 +118,14 @@ def _prefill_sizes(setting: Setting) -> Iterator[Setting]:
     for other in (2 * size, size // 2, size // 4):
         if 1 <= other <= setting.batch:
             yield setting.resized(prefill_micro_batch=other)
+
+
+def _chunk(problem: Problem, setting: Setting, factor: float) -> int | None:
+    """A longer or shorter chunk; None where there is none, or prompts are short and alike."""
+    now, longest = problem.chunk_tokens(setting), problem.max_prompt_tokens
+    alike = longest < LONG and min(prompt for prompt, _ in problem.lengths) == longest
+    chunk = min(longest, round(now * factor))
+    return None if alike or chunk == now or chunk < LEAST_CHUNK_TOKENS else chunk
 
 
 def _batches(setting: Setting, num_requests: int) -> Iterator[Setting]:

@@ -1,8 +1,9 @@
 """The one price of a plan: every method's plans, and hand-written ones, are compared by it.
 
 In closed form (see `costs.timeline`), for waves of typical requests (`Problem.groups`); the smaller
-last micro-batch and wave are included. What is predicted of a plan that was found is simulated
-(`simulated.with_run`). Also turns assignments into plans and plans into assignments.
+last micro-batch and wave are included, what chunks of a prompt take beyond the whole prompt is not.
+What is predicted of a plan that was found is simulated (`simulated.with_run`). Also turns
+assignments into plans and plans into assignments.
 """
 
 from collections.abc import Sequence

@@ -25,7 +25,7 @@ from llmpq.planner.baselines import amount, in_bits
 from llmpq.planner.explain import least_loss, may_fit, roomiest_mixes, why
 from llmpq.planner.frontier import round_up
 from llmpq.planner.problem import Problem
-from llmpq.planner.search import batch_options
+from llmpq.planner.sizes import least_batch
 from llmpq.planner.what_if import (
     Kind,
     Replan,
@@ -94,7 +94,7 @@ Lever = Callable[[Problem, Sequence[str]], Iterator[Fix]]
 
 def fewer_requests(problem: Problem, precisions: Sequence[str]) -> Iterator[Fix]:
     """The most requests in flight that may fit, then fewer."""
-    most = largest(1, min(batch_options(problem)) - 1, lambda n: may_fit(with_batch(problem, n)))
+    most = largest(1, least_batch(problem) - 1, lambda n: may_fit(with_batch(problem, n)))
     for batch in _fewer(most, 1):
         text = "1 request in flight" if batch == 1 else f"{batch} requests in flight"
         yield Fix(text, f"workload: batch: {batch}", with_batch(problem, batch))

@@ -22,7 +22,7 @@ from llmpq.costs import memory
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
 from llmpq.planner.evaluate import once_and_every
 from llmpq.planner.problem import OVER, BatchGroup, Problem, fixed_work, layer_work
-from llmpq.planner.search import batch_options, micro_batch_options
+from llmpq.planner.sizes import batch_options, micro_batch_options
 
 
 @dataclass(frozen=True)

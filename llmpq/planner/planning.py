@@ -9,7 +9,7 @@ runs decide, and what is told of a plan is its run.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -22,9 +22,10 @@ from llmpq.planner.evaluate import bounded, evaluate, shortages, to_plan
 from llmpq.planner.evaluate import to_assignment as to_assignment_of
 from llmpq.planner.heuristic import heuristic
 from llmpq.planner.offload import OffloadPlan, flexgen
-from llmpq.planner.problem import OVER, Assignment, Problem
+from llmpq.planner.problem import OVER, Assignment, Problem, Sizes
 from llmpq.planner.search import Progress, Search, Space, make_space, search
 from llmpq.planner.simulated import these_alone, with_run
+from llmpq.planner.sizes import spare_sizes
 from llmpq.planner.solver import Solver, make_solver
 from llmpq.planner.value import to_assignment
 
@@ -74,7 +75,9 @@ def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Pla
         plan, outcomes = _by_baseline(run, space)
         return _planned(run, space, with_baselines(plan, outcomes), outcomes)
     moved = _by_moves(run, space) if options.method == "heuristic" else None
-    found = None if moved else _searched(run, space)
+    found = None
+    if not moved:
+        found, space = _searched(run, space)
     if found is not None and found.assignment is None:
         raise _no_plan(run, found, offered)
     outcomes = _outcomes(run, space, BASELINES) if options.compare else []
@@ -90,7 +93,7 @@ def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan
     """
     run = _Run(problem, options, make_solver(options.solver), time.monotonic())
     space = make_space(run.unit, run.solver, run.by(SPACE_SHARE, LEAST_S))
-    found = _searched(run, space, _still_fits(problem, like) if like else None)
+    found, _ = _searched(run, space, _still_fits(problem, like) if like else None)
     if found.assignment is None:
         raise InfeasibleError("no plan fits")
     return _plan_of(run, found, [])
@@ -151,7 +154,26 @@ def _still_fits(problem: Problem, plan: Plan) -> Assignment | None:
     return assignment if fits else None
 
 
-def _searched(run: _Run, space: Space, first: Assignment | None = None) -> Search:
+def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple[Search, Space]:
+    """The search of a space, or of the first of those that need less memory that has a plan."""
+    found = _search_of(run, space, first)
+    for sizes in _spare_sizes(run) if found.assignment is None else ():
+        if found.timed_out or found.assignment is not None:
+            break
+        until = run.by(SEARCH_SHARE, LEAST_S)
+        space = make_space(run.unit, run.solver, until, run.options.progress, sizes)
+        found = _search_of(run, space)
+    return found, space
+
+
+def _spare_sizes(run: _Run) -> Iterator[list[Sizes]]:
+    """None where not even the cheapest settings have room, which is quickly known."""
+    from llmpq.planner.explain import lacks_memory
+
+    return iter(()) if lacks_memory(run.unit) else spare_sizes(run.unit)
+
+
+def _search_of(run: _Run, space: Space, first: Assignment | None = None) -> Search:
     options = run.options
     first = first or _moves(run, space, MOVES_S)
     return search(
@@ -168,9 +190,12 @@ def _searched(run: _Run, space: Space, first: Assignment | None = None) -> Searc
 
 def _moves(run: _Run, space: Space, seconds: float) -> Assignment | None:
     """The best plan by moves over the settings of least bound."""
-    settings = space.best_first(run.unit, run.solver)
-    found = heuristic(run.unit, settings, time.monotonic() + seconds)
-    return to_assignment(run.unit, *found) if found else None
+    until = time.monotonic() + seconds
+    for part in space.parts:
+        found = heuristic(run.unit, part.best_first(run.unit, run.solver), until)
+        if found is not None:
+            return to_assignment(run.unit, *found)
+    return None
 
 
 def _by_moves(run: _Run, space: Space) -> Plan | None:

@@ -10,6 +10,9 @@ The least bound is taken each time. The search ends where it is within the gap o
 or at the time limit; the bound it returns holds for every plan of the space, solved or not. What
 space that is, `Space.notes` says. There is a plan from the first solved node on, and before that
 those that other methods offer.
+
+Shorter chunks of prompts than the default one are searched last (`Space.parts`), as the closed form
+prices prompts as if they were computed whole.
 """
 
 import heapq
@@ -31,10 +34,10 @@ from llmpq.planner.exact import realised, solve, with_less_loss
 from llmpq.planner.instance import Instance, in_any_order, make_instance
 from llmpq.planner.layouts import Mix, canonical, ends, mixes, orders
 from llmpq.planner.problem import Assignment, Place, Problem, Setting, Sizes
+from llmpq.planner.sizes import all_sizes, with_shorter_chunks
 from llmpq.planner.solver import Solver
 from llmpq.planner.value import to_assignment
 
-AUTO_BATCHES = (8, 16, 32, 64, 128, 256, 512)
 MOST_SMALLEST = 16
 POLISH_S = 0.1  # at most, to make a plan of counts better by moves
 
@@ -79,6 +82,20 @@ class Space:
             for table in self.tables
         )
 
+    @property
+    def parts(self) -> list["Space"]:
+        """The space by chunk: first what has the default one, then the longest chunks.
+
+        A shorter chunk takes longer, which the closed form does not say. So it is searched when the
+        best plan of longer ones is known, for plans that are better by more than the gap.
+        """
+        chunks = {table.sizes.chunk_tokens for table in self.tables}
+        ordered = sorted(chunks, key=lambda chunk: -math.inf if chunk is None else -chunk)
+        return [
+            replace(self, tables=[t for t in self.tables if t.sizes.chunk_tokens == chunk])
+            for chunk in ordered
+        ]
+
     def pairs(self) -> list[tuple[float, Tables, tuple[int, int]]]:
         """Every pair that may be feasible, the least bound first."""
         found = [
@@ -111,10 +128,12 @@ class Space:
                 yield bound, setting
 
     def smallest(self, problem: Problem) -> list[Setting]:
-        """With the least batch and micro-batches, which take least memory; one for each mix."""
+        """With the least batch, micro-batches and chunk, which take least memory; one a mix."""
         least = min((table.sizes.batch for table in self.tables), default=0)
-        tables = [table for table in self.tables if table.sizes.batch == least]
-        return [settings_of(problem, table, (0, 0))[0] for table in tables[:MOST_SMALLEST]]
+        tables = [t for part in self.parts for t in part.tables if t.sizes.batch == least]
+        last = {table.mix: table for table in tables}  # of each mix, that of the shortest chunk
+        some = list(last.values())[:MOST_SMALLEST]
+        return [settings_of(problem, table, (0, 0))[0] for table in some]
 
 
 def settings_of(problem: Problem, table: Tables, pair: tuple[int, int]) -> list[Setting]:
@@ -122,10 +141,8 @@ def settings_of(problem: Problem, table: Tables, pair: tuple[int, int]) -> list[
     sizes = table.sizes
     key = ("orders", table.mix)
     found = problem.once(key, lambda: _canonical_orders(problem, table.mix))
-    return [
-        Setting(order, sizes.batch, sizes.prefill[pair[0]], sizes.decode[pair[1]])
-        for order in found
-    ]
+    micro_batches = sizes.prefill[pair[0]], sizes.decode[pair[1]]
+    return [Setting(order, sizes.batch, *micro_batches, sizes.chunk_tokens) for order in found]
 
 
 def tighten(table: Tables, pair: tuple[int, int], solver: Solver) -> float:
@@ -149,14 +166,18 @@ def make_space(
     solver: Solver,
     deadline: float = math.inf,
     progress: Callable[[Progress], None] = lambda _: None,
+    sizes: Sequence[Sizes] | None = None,
 ) -> Space:
-    """Every mix and batch with its bounds; those not reached by `deadline` (monotonic) are not."""
+    """Every mix and batch with its bounds; those not reached by `deadline` (monotonic) are not.
+
+    `sizes`: in place of those that are tried first.
+    """
     degrees = tensor_parallel_degrees(problem.spec, problem.max_tensor_parallel)
     found, notes = mixes(problem.cluster, degrees, problem.spec.num_layers)
-    todo = [(mix, sizes) for sizes in all_sizes(problem) for mix in found]
+    todo = _todo(problem, found, sizes)
     tables: list[Tables] = []
     best = (0, 0)
-    for index, (mix, sizes) in enumerate(todo):
+    for index, (mix, some) in enumerate(todo):
         if time.monotonic() > deadline:
             notes = [
                 *notes,
@@ -164,13 +185,23 @@ def make_space(
                 "use the devices",
             ]
             return Space(tables, len(todo) - index, notes)
-        table = make_tables(problem, mix, sizes, best, solver)
+        table = make_tables(problem, mix, some, best, solver)
         place = int(table.bounds.argmin())
         best = divmod(place, table.bounds.shape[1])
         tables.append(table)
         if index % 64 == 0:
             progress(Progress(index, len(todo), 0.0, "ways to use the devices"))
     return Space(tables, 0, notes)
+
+
+def _todo(
+    problem: Problem, found: Sequence[Mix], sizes: Sequence[Sizes] | None
+) -> list[tuple[Mix, Sizes]]:
+    """What to make tables of: the default chunk of all mixes first."""
+    if sizes is not None:
+        return [(mix, some) for some in sizes for mix in found]
+    usual = [(mix, some) for some in all_sizes(problem) for mix in found]
+    return usual + [(mix, some) for mix in found for some in with_shorter_chunks(problem, mix)]
 
 
 def make_tables(
@@ -185,27 +216,6 @@ def make_tables(
         prefill, decode = free[np.abs(free - np.array(near)).sum(axis=1).argmin()]
         tighten(table, (int(prefill), int(decode)), solver)
     return table
-
-
-def all_sizes(problem: Problem) -> list[Sizes]:
-    """Every batch with its micro-batches."""
-    return [
-        Sizes(batch, micro_batch_options(batch), micro_batch_options(batch))
-        for batch in batch_options(problem)
-    ]
-
-
-def batch_options(problem: Problem) -> list[int]:
-    """Requests in flight that are tried."""
-    count = len(problem.lengths)
-    if problem.workload.batch != "auto":
-        return [min(problem.workload.batch, count)]
-    return sorted({min(batch, count) for batch in AUTO_BATCHES})
-
-
-def micro_batch_options(batch: int) -> tuple[int, ...]:
-    """Powers of two up to the batch, and the batch itself."""
-    return tuple(sorted({2**k for k in range(batch.bit_length())} | {batch}))
 
 
 # ---- the search
@@ -227,7 +237,7 @@ class Search:
     num_solved: int = 0
     timed_out: bool = False
     queue: list["Entry"] = field(default_factory=list)
-    by_sizes: dict[tuple[int, int, int], tuple[float, Assignment]] = field(default_factory=dict)
+    by_sizes: dict[Sizes, tuple[float, Assignment]] = field(default_factory=dict)
     serial: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -242,10 +252,15 @@ class Search:
 
     @property
     def finalists(self) -> list[Assignment]:
-        """The best plan, then the best ones of other sizes."""
+        """The best plan, then the best one of each other chunk, then those of other sizes."""
+        if self.assignment is None:
+            return []
         ranked = sorted(self.by_sizes.values(), key=lambda entry: entry[0])
         others = [found for _, found in ranked if found != self.assignment]
-        return [] if self.assignment is None else [self.assignment, *others]
+        chunks = {found.setting.chunk_tokens: found for found in reversed(others)}
+        chunks.pop(self.assignment.setting.chunk_tokens, None)
+        first = [found for found in others if found in chunks.values()]
+        return [self.assignment, *first, *(found for found in others if found not in first)]
 
     @property
     def seconds_left(self) -> float:
@@ -272,8 +287,7 @@ class Search:
     def offer(self, assignment: Assignment) -> None:
         """Keeps an assignment if it is the best, or the best of its sizes."""
         predicted = evaluate(self.problem, assignment)
-        setting = assignment.setting
-        sizes = setting.batch, setting.prefill_micro_batch, setting.decode_micro_batch
+        sizes = assignment.setting.sizes
         if sizes not in self.by_sizes or predicted.objective < self.by_sizes[sizes][0]:
             self.by_sizes[sizes] = predicted.objective, assignment
         if predicted.objective < self.best:
@@ -315,22 +329,27 @@ def search(
     state = Search(problem, gap, deadline, solver, plain)
     for seed in seeds:
         state.offer(seed)
-    for bound, table, pair in space.pairs():
-        state.push(bound, PairNode(table, pair))
-    total = space.num_settings
-    while state.queue and state.queue[0].bound < state.target:
-        if state.seconds_left <= 0:
-            state.timed_out = True
-            break
-        entry = heapq.heappop(state.queue)
-        entry.node.work(state, entry.bound)
-        progress(Progress(max(0, total - len(state.queue)), total, _speed(state)))
+    for part in space.parts:
+        for bound, table, pair in part.pairs():
+            state.push(bound, PairNode(table, pair))
+        _work_off(state, space.num_settings, progress)
     if state.assignment is not None and not problem.theta:
         _lose_less(state, state.assignment)
     if space.num_left_out:
         state.closed = 0.0
         state.timed_out = True
     return state
+
+
+def _work_off(state: Search, total: int, progress: Callable[[Progress], None]) -> None:
+    """Takes nodes from the queue until none may be better, or the time is over."""
+    while state.queue and state.queue[0].bound < state.target:
+        if state.seconds_left <= 0:
+            state.timed_out = True
+            return
+        entry = heapq.heappop(state.queue)
+        entry.node.work(state, entry.bound)
+        progress(Progress(max(0, total - len(state.queue)), total, _speed(state)))
 
 
 def _lose_less(state: Search, best: Assignment) -> None:
