@@ -2,8 +2,8 @@
 
 The closed form, on which the search rests, is off by a few percent, more where bursts of prefill
 jobs meet few lanes. So the candidates (the search's best plans at several sizes, and the other
-methods' plans) are simulated, and the micro-batches of the one with the shortest run are varied as
-long as that makes it shorter still.
+methods' plans) are simulated, and the chunk and the micro-batches of the one with the shortest run
+are varied as long as that makes it shorter still.
 
 Not covered: other devices, batches or layers than the candidates have. Varying those too, on 18
 random rigs, made one run shorter, by 2 %.
@@ -17,10 +17,12 @@ from dataclasses import dataclass, field, replace
 from llmpq.planner.evaluate import closed_form_s, shortages
 from llmpq.planner.problem import Assignment, Problem, Setting
 from llmpq.planner.simulated import run_s
+from llmpq.workload import LEAST_CHUNK_TOKENS
 
 BETTER = 0.995  # of the time so far: what is worth taking
 JOBS = 1_500  # that a run plays while plans are compared
 CLOSE = 0.03  # of the closed form to the simulated run, as it is in the median
+LONG = 1024  # tokens: prompts that are alike and shorter are computed whole
 ROUNDS = 4  # of varying micro-batches, at most
 
 
@@ -66,23 +68,35 @@ class Confirmed:
         return best
 
     def improved(self, best: Assignment) -> Assignment:
-        """Other micro-batches as long as the run gets shorter.
+        """Another chunk and other micro-batches as long as the run gets shorter.
 
-        None where the closed form is close, as the search has chosen them by it.
+        Micro-batches stay where the closed form is close, as the search has chosen them by it.
         """
-        closed = closed_form_s(self.problem, best)
-        if self.is_over or abs(closed / self.seconds(best) - 1) < CLOSE:
+        best = self._with_other_chunks(best)
+        if self.is_over:
+            return best
+        if abs(closed_form_s(self.problem, best) / self.seconds(best) - 1) < CLOSE:
             return best
         for _ in range(ROUNDS):
-            before, best = best, self.with_other_sizes(best)
+            before, best = best, self._with_other_sizes(best)
             if best is before or self.is_over:
                 break
         return best
 
-    def with_other_sizes(self, best: Assignment) -> Assignment:
+    def _with_other_sizes(self, best: Assignment) -> Assignment:
         """The same layers and batch with other micro-batches where that is faster."""
         for sizes in (_decode_sizes, _prefill_sizes):
             for setting in sizes(best.setting):
+                best = self._better(best, replace(best, setting=setting))
+        return best
+
+    def _with_other_chunks(self, best: Assignment) -> Assignment:
+        """Longer chunks, or shorter ones, for as long as the run gets shorter."""
+        for factor in (2.0, 0.5):
+            before = None
+            while before is not best and (chunk := _chunk(self.problem, best.setting, factor)):
+                before = best
+                setting = best.setting.resized(chunk_tokens=chunk)
                 best = self._better(best, replace(best, setting=setting))
         return best
 
@@ -105,3 +119,11 @@ def _prefill_sizes(setting: Setting) -> Iterator[Setting]:
     for other in (2 * size, size // 2, size // 4):
         if 1 <= other <= setting.batch:
             yield setting.resized(prefill_micro_batch=other)
+
+
+def _chunk(problem: Problem, setting: Setting, factor: float) -> int | None:
+    """A longer or shorter chunk; None where there is none, or prompts are short and alike."""
+    now, longest = problem.chunk_tokens(setting), problem.max_prompt_tokens
+    alike = longest < LONG and min(prompt for prompt, _ in problem.lengths) == longest
+    chunk = min(longest, round(now * factor))
+    return None if alike or chunk == now or chunk < LEAST_CHUNK_TOKENS else chunk

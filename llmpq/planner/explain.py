@@ -1,8 +1,8 @@
 """Why nothing fits: what is short, where and by how much.
 
 What is short is said of the cheapest setting: the lowest precision, the fewest requests in flight,
-micro-batches of one, the best order. Where memory would do and the quality budget does not, the
-least loss that memory allows is named.
+micro-batches of one, the best chunk of a prompt, the best order. Where memory would do and the
+quality budget does not, the least loss that memory allows is named.
 
 `may_fit` is the quick question below it all: has some layout room for all layers within the
 budget? It looks at memory and sensitivity alone, at `NUM_PRICED` settings at most where there is a
@@ -12,7 +12,7 @@ Not covered: what would help (`fixes`).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -20,10 +20,10 @@ import numpy as np
 from llmpq.costs import memory
 from llmpq.model_spec import tensor_parallel_degrees
 from llmpq.planner.baselines import amount, in_bits, least_omega
-from llmpq.planner.instance import capacity, unpacked_bytes
+from llmpq.planner.instance import capacity, most_room, unpacked_bytes
 from llmpq.planner.layouts import Mix, canonical, ends, mixes
 from llmpq.planner.problem import OVER, Problem, Setting
-from llmpq.planner.search import batch_options
+from llmpq.planner.sizes import batch_options, chunk_options
 from llmpq.schedule import cache_tokens
 
 NUM_PRICED = 16  # settings, of those with most room, that are looked at closely
@@ -69,12 +69,19 @@ def roomiest_mixes(problem: Problem) -> list[Mix]:
 def _cheapest_settings(problem: Problem, mix: Mix) -> Iterator[Setting]:
     """The fewest requests in flight, micro-batches of 1; an order for each first and last place.
 
+    Each with every chunk.
+
     Other orders between the same ends need the same memory. (Messages of larger micro-batches have
     fewer headers: for models a few dozen wide, that can outweigh what their computing takes.)
     """
-    batch = min(batch_options(problem))
     for first, last in ends(problem.cluster, mix):
-        yield Setting(canonical(mix, first, last), batch, 1, 1)
+        for sizes in _cheapest_sizes(problem):
+            yield Setting(canonical(mix, first, last), *sizes)
+
+
+def _cheapest_sizes(problem: Problem) -> list[tuple[int, int, int, int]]:
+    """The fewest requests in flight, micro-batches of 1, and each chunk."""
+    return [(min(batch_options(problem)), 1, 1, chunk) for chunk in chunk_options(problem)]
 
 
 def _roomy_settings(problem: Problem) -> Iterator[Setting]:
@@ -89,12 +96,19 @@ def _roomy_settings(problem: Problem) -> Iterator[Setting]:
 
 
 def _room_between(problem: Problem, mix: Mix) -> int:
-    """Layers that a mix holds if embedding and head take nothing; 0 where a place holds none."""
-    batch = min(batch_options(problem))
-    held = [
-        (_held_by(problem, Setting((place,) * 3, batch, 1, 1), 1), count) for place, count in mix
-    ]
-    return sum(n * count for n, count in held) if min(n for n, _ in held) >= 1 else 0
+    """Layers that a mix holds if ends and messages take nothing; 0 where a place holds none."""
+    most = 0
+    for sizes in _cheapest_sizes(problem):
+        held = [(_held_between(problem, Setting((place,) * 3, *sizes)), n) for place, n in mix]
+        if min(n for n, _ in held) >= 1:
+            most = max(most, sum(n * count for n, count in held))
+    return most
+
+
+def _held_between(problem: Problem, setting: Setting) -> int:
+    """Layers that the place of three equal stages holds in the middle, if messages take nothing."""
+    room = most_room(problem, setting.sizes, setting.places[1], alone=False)
+    return _held_in(int(room[0, 0]), _option_bytes(problem, setting, 1))
 
 
 # ---- what is short
@@ -106,9 +120,12 @@ def _memory_text(problem: Problem) -> str:
     settings = (setting for mix in some for setting in _cheapest_settings(problem, mix))
     best = min(settings, key=lambda setting: _missing_in_all(problem, setting))
     lowest = _least_layer(problem, best, 0)[0]
+    chunk = problem.chunk_tokens(best)
+    chunks = f", chunks of {chunk} tokens" if chunk < problem.max_prompt_tokens else ""
     return (
         f"no plan fits the memory: {problem.spec.name} at {in_bits(lowest)} with {best.batch} "
-        f"requests in flight, micro-batches of 1: {_where(problem, best)}"
+        f"request{'s' * (best.batch > 1)} in flight, micro-batches of 1{chunks}: "
+        f"{_where(problem, best)}"
     )
 
 
@@ -132,8 +149,11 @@ def _layers_held(problem: Problem, setting: Setting) -> np.ndarray:
 
 
 def _held_by(problem: Problem, setting: Setting, rank: int) -> int:
-    room = _room(problem, setting, rank)
-    options = _option_bytes(problem, setting, rank)
+    return _held_in(_room(problem, setting, rank), _option_bytes(problem, setting, rank))
+
+
+def _held_in(room: int, options: Sequence[tuple[str, int, int]]) -> int:
+    """Layers that so many bytes hold at the best of these precisions (see `_option_bytes`)."""
     return max(0, *(int((room - unpacked) // size) for _, size, unpacked in options))
 
 

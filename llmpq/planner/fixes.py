@@ -25,7 +25,7 @@ from llmpq.planner.baselines import amount, in_bits
 from llmpq.planner.explain import least_loss, may_fit, roomiest_mixes, why
 from llmpq.planner.frontier import round_up
 from llmpq.planner.problem import Problem
-from llmpq.planner.search import batch_options
+from llmpq.planner.sizes import batch_options
 from llmpq.planner.what_if import (
     Kind,
     Replan,

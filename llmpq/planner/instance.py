@@ -398,7 +398,7 @@ class JobTable:
         )
 
     def _prefill_s(self, work: Work) -> np.ndarray:
-        """Seconds of each prefill job: later chunks as `simulated.prefill_s` has them."""
+        """Seconds of each prefill job: later chunks as `simulated.chunk_s` has them."""
         jobs = np.array(self.prefill, dtype=float)
         seconds = np.zeros(len(jobs))
         for rows in np.unique(jobs[:, 0]):

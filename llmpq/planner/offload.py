@@ -21,7 +21,7 @@ from llmpq.cluster import DEFAULT_LINK_GBS, MIB, Device
 from llmpq.costs import memory
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
 from llmpq.planner.problem import OVER, Problem, fixed_work, layer_work
-from llmpq.planner.search import batch_options, micro_batch_options
+from llmpq.planner.sizes import batch_options, micro_batch_options
 from llmpq.planner.waves import BatchGroup, groups, seconds_of_all
 
 

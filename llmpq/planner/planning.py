@@ -25,6 +25,7 @@ from llmpq.planner.offload import OffloadPlan, flexgen
 from llmpq.planner.problem import OVER, Assignment, Problem
 from llmpq.planner.search import Progress, Search, Space, make_space, search
 from llmpq.planner.simulated import with_run
+from llmpq.planner.sizes import spare_sizes
 from llmpq.planner.solver import Solver, make_solver
 from llmpq.planner.value import to_assignment
 
@@ -75,7 +76,9 @@ def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Pla
         plan, outcomes = _by_baseline(run, space)
         return _planned(run, space, with_baselines(plan, outcomes), outcomes)
     moved = _by_moves(run, space) if options.method == "heuristic" else None
-    found = None if moved else _searched(run, space)
+    found = None
+    if not moved:
+        found, space = _searched(run, space)
     if found is not None and found.assignment is None:
         raise _no_plan(run, found, offered)
     outcomes = _outcomes(run, space, BASELINES) if options.compare else []
@@ -91,7 +94,7 @@ def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan
     """
     run = _Run(problem, options, make_solver(options.solver), time.monotonic())
     space = make_space(run.unit, run.solver, run.by(SPACE_SHARE, LEAST_S))
-    found = _searched(run, space, _still_fits(problem, like) if like else None)
+    found, _ = _searched(run, space, _still_fits(problem, like) if like else None)
     if found.assignment is None:
         raise InfeasibleError("no plan fits")
     return _plan_of(run, found, [])
@@ -159,7 +162,19 @@ def _still_fits(problem: Problem, plan: Plan) -> Assignment | None:
     return assignment if fits else None
 
 
-def _searched(run: _Run, space: Space, first: Assignment | None = None) -> Search:
+def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple[Search, Space]:
+    """The search of a space; where it holds no plan, that of sizes that need less memory."""
+    from llmpq.planner.explain import lacks_memory
+
+    found = _search_of(run, space, first)
+    if found.assignment is not None or found.timed_out or lacks_memory(run.unit):
+        return found, space
+    until, sizes = run.by(SEARCH_SHARE, LEAST_S), spare_sizes(run.unit)
+    space = make_space(run.unit, run.solver, until, run.options.progress, sizes)
+    return _search_of(run, space), space
+
+
+def _search_of(run: _Run, space: Space, first: Assignment | None = None) -> Search:
     options = run.options
     first = first or _moves(run, space, MOVES_S)
     return search(

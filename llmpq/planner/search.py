@@ -31,12 +31,10 @@ from llmpq.planner.exact import realised, solve, with_less_loss
 from llmpq.planner.instance import Instance, in_any_order, make_instance
 from llmpq.planner.layouts import Mix, canonical, ends, mixes, orders
 from llmpq.planner.problem import Assignment, Place, Problem, Setting, Sizes
+from llmpq.planner.sizes import all_sizes, with_shorter_chunks
 from llmpq.planner.solver import Solver
 from llmpq.planner.value import to_assignment
 
-AUTO_BATCHES = (8, 16, 32, 64, 128, 256, 512)
-MOST_PROMPTS = 16  # of unequal requests in a prefill micro-batch
-MOST_LANES = 64
 MOST_SMALLEST = 16
 POLISH_S = 0.1  # at most, to make a plan of counts better by moves
 
@@ -113,10 +111,12 @@ class Space:
                 yield bound, setting
 
     def smallest(self, problem: Problem) -> list[Setting]:
-        """With the least batch and micro-batches, which take least memory; one for each mix."""
+        """With the least batch, micro-batches and chunk, which take least memory; one a mix."""
         least = min((table.sizes.batch for table in self.tables), default=0)
         tables = [table for table in self.tables if table.sizes.batch == least]
-        return [settings_of(problem, table, (0, 0))[0] for table in tables[:MOST_SMALLEST]]
+        last = {table.mix: table for table in tables}  # of each mix, that of the shortest chunk
+        some = list(last.values())[:MOST_SMALLEST]
+        return [settings_of(problem, table, (0, 0))[0] for table in some]
 
 
 def settings_of(problem: Problem, table: Tables, pair: tuple[int, int]) -> list[Setting]:
@@ -124,10 +124,8 @@ def settings_of(problem: Problem, table: Tables, pair: tuple[int, int]) -> list[
     sizes = table.sizes
     key = ("orders", table.mix)
     found = problem.once(key, lambda: _canonical_orders(problem, table.mix))
-    return [
-        Setting(order, sizes.batch, sizes.prefill[pair[0]], sizes.decode[pair[1]])
-        for order in found
-    ]
+    micro_batches = sizes.prefill[pair[0]], sizes.decode[pair[1]]
+    return [Setting(order, sizes.batch, *micro_batches, sizes.chunk_tokens) for order in found]
 
 
 def tighten(table: Tables, pair: tuple[int, int], solver: Solver) -> float:
@@ -151,14 +149,18 @@ def make_space(
     solver: Solver,
     deadline: float = math.inf,
     progress: Callable[[Progress], None] = lambda _: None,
+    sizes: Sequence[Sizes] | None = None,
 ) -> Space:
-    """Every mix and batch with its bounds; those not reached by `deadline` (monotonic) are not."""
+    """Every mix and batch with its bounds; those not reached by `deadline` (monotonic) are not.
+
+    `sizes`: in place of those that are tried first.
+    """
     degrees = tensor_parallel_degrees(problem.spec, problem.max_tensor_parallel)
     found, notes = mixes(problem.cluster, degrees, problem.spec.num_layers)
-    todo = [(mix, sizes) for sizes in all_sizes(problem) for mix in found]
+    todo = _todo(problem, found, sizes)
     tables: list[Tables] = []
     best = (0, 0)
-    for index, (mix, sizes) in enumerate(todo):
+    for index, (mix, some) in enumerate(todo):
         if time.monotonic() > deadline:
             notes = [
                 *notes,
@@ -166,13 +168,23 @@ def make_space(
                 "use the devices",
             ]
             return Space(tables, len(todo) - index, notes)
-        table = make_tables(problem, mix, sizes, best, solver)
+        table = make_tables(problem, mix, some, best, solver)
         place = int(table.bounds.argmin())
         best = divmod(place, table.bounds.shape[1])
         tables.append(table)
         if index % 64 == 0:
             progress(Progress(index, len(todo), 0.0, "ways to use the devices"))
     return Space(tables, 0, notes)
+
+
+def _todo(
+    problem: Problem, found: Sequence[Mix], sizes: Sequence[Sizes] | None
+) -> list[tuple[Mix, Sizes]]:
+    """What to make tables of: the default chunk of all mixes first."""
+    if sizes is not None:
+        return [(mix, some) for some in sizes for mix in found]
+    usual = [(mix, some) for some in all_sizes(problem) for mix in found]
+    return usual + [(mix, some) for mix in found for some in with_shorter_chunks(problem, mix)]
 
 
 def make_tables(
@@ -187,35 +199,6 @@ def make_tables(
         prefill, decode = free[np.abs(free - np.array(near)).sum(axis=1).argmin()]
         tighten(table, (int(prefill), int(decode)), solver)
     return table
-
-
-def all_sizes(problem: Problem) -> list[Sizes]:
-    """Every batch with its micro-batches.
-
-    Slots of unequal requests become free one by one, so that large prefill micro-batches never
-    fill; more lanes than `MOST_LANES` keep no pipeline busier.
-    """
-    found = []
-    for batch in batch_options(problem):
-        options = micro_batch_options(batch)
-        most = batch if problem.are_equal else MOST_PROMPTS
-        prefill = tuple(rows for rows in options if rows <= most)
-        decode = tuple(rows for rows in options if rows * MOST_LANES >= batch)
-        found.append(Sizes(batch, prefill, decode))
-    return found
-
-
-def batch_options(problem: Problem) -> list[int]:
-    """Requests in flight that are tried."""
-    count = len(problem.lengths)
-    if problem.workload.batch != "auto":
-        return [min(problem.workload.batch, count)]
-    return sorted({min(batch, count) for batch in AUTO_BATCHES})
-
-
-def micro_batch_options(batch: int) -> tuple[int, ...]:
-    """Powers of two up to the batch, and the batch itself."""
-    return tuple(sorted({2**k for k in range(batch.bit_length())} | {batch}))
 
 
 # ---- the search
@@ -237,7 +220,7 @@ class Search:
     num_solved: int = 0
     timed_out: bool = False
     queue: list["Entry"] = field(default_factory=list)
-    by_sizes: dict[tuple[int, int, int], tuple[float, Assignment]] = field(default_factory=dict)
+    by_sizes: dict[Sizes, tuple[float, Assignment]] = field(default_factory=dict)
     serial: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -282,8 +265,7 @@ class Search:
     def offer(self, assignment: Assignment) -> None:
         """Keeps an assignment if it is the best, or the best of its sizes."""
         predicted = evaluate(self.problem, assignment)
-        setting = assignment.setting
-        sizes = setting.batch, setting.prefill_micro_batch, setting.decode_micro_batch
+        sizes = assignment.setting.sizes
         if sizes not in self.by_sizes or predicted.objective < self.by_sizes[sizes][0]:
             self.by_sizes[sizes] = predicted.objective, assignment
         if predicted.objective < self.best:

@@ -9,6 +9,8 @@ Not covered: stop tokens (a request generates as many tokens as the workload say
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -189,6 +191,7 @@ class Seconds:
     def __init__(self, works: Sequence[Work], grain: int = 1) -> None:
         self.works, self.grain = works, grain
         self.prefills: dict[tuple[int, int, int], list[float]] = {}
+        self.whole: dict[tuple[int, int], np.ndarray] = {}
         self.decodes: dict[tuple[int, int], list[list[float]]] = {}
 
     def __call__(self, job: Job) -> list[float]:
@@ -198,12 +201,34 @@ class Seconds:
         rows, tokens = self.grain * job.rows, job.end - job.begin
         key = rows, job.begin, job.end
         if key not in self.prefills:
-            *_, way_back = self.works
-            self.prefills[key] = [
-                prefill_s(work, *key) if place % 2 == 0 else _prefill(work, rows, tokens)
-                for place, work in enumerate(self.works[:-1])
-            ] + [float(way_back.decode(rows, 0.0))]
+            *forward, way_back = self.works
+            each = (
+                self._chunk(*key)
+                if job.begin
+                else [_prefill(work, rows, tokens) for work in forward]
+            )
+            self.prefills[key] = [*each, float(way_back.decode(rows, 0.0))]
         return self.prefills[key]
+
+    def _chunk(self, rows: int, begin: int, end: int) -> list[float]:
+        """As `chunk_s` on stages; links take what a prompt of the chunk's tokens does."""
+        whole = partial(self._whole, rows)
+        seconds = whole(end - begin).copy()
+        seconds[::2] = chunk_s(whole, begin, end)[::2]
+        return list(seconds.tolist())
+
+    def _whole(self, rows: int, tokens: int) -> np.ndarray:
+        """[servers but the way back] for whole prompts; those of a block of lengths at once.
+
+        Chunks of unequal prompts end at almost any length.
+        """
+        block, place = divmod(tokens - 1, BLOCK)
+        key = rows, block
+        if key not in self.whole:
+            lengths = np.arange(block * BLOCK + 1, (block + 1) * BLOCK + 1, dtype=float)
+            each = [w.prefill(rows, lengths) for w in self.works[:-1]]
+            self.whole[key] = np.stack([np.broadcast_to(e, lengths.shape) for e in each], axis=1)
+        return np.asarray(self.whole[key][place])
 
     def _decode(self, job: Job) -> list[float]:
         block, place = divmod(job.end - job.begin - 1, BLOCK)
@@ -216,15 +241,13 @@ class Seconds:
         return self.decodes[key][place]
 
 
-def prefill_s(work: Work, rows: int, begin: int, end: int) -> float:
-    """Tokens `begin` to `end` of prompts: what the longer prompt takes more, and a call.
+def chunk_s(whole: Callable[[Any], Any], begin: Any, end: Any) -> np.ndarray:
+    """Tokens `begin` (not 0) to `end` of prompts: what the longer prompt takes more, and a call.
 
-    A call is priced as a prompt of one token: it reads all weights too.
+    Of a stage whose whole prompts of so many tokens take `whole`; numbers or arrays. A call is
+    priced as a prompt of one token: it reads all weights too.
     """
-    if begin == 0:
-        return _prefill(work, rows, end)
-    more = _prefill(work, rows, end) - _prefill(work, rows, begin) + _prefill(work, rows, 1)
-    return max(more, _prefill(work, rows, end - begin))
+    return np.maximum(whole(end) - whole(begin) + whole(1), whole(end - begin))
 
 
 def _prefill(work: Work, rows: int, tokens: int) -> float:

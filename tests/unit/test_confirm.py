@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_simulate_run import assign, make_problem, random_lengths, random_plan
 
-from llmpq.planner import planning
+from llmpq.planner import confirm, planning
 from llmpq.planner.chains import build, chains_of, longest, with_best_layers
 from llmpq.planner.confirm import Confirmed
 from llmpq.planner.evaluate import bounded, evaluate
@@ -97,6 +97,20 @@ def test_other_sizes_make_runs_shorter_and_never_longer() -> None:
         found = confirmed.improved(plan)
         gains.append(run_s(problem, plan) / run_s(problem, found))
     assert min(gains) >= 1 and max(gains) > 1.1
+
+
+def test_other_chunks_make_runs_shorter_and_never_longer() -> None:
+    """Tiny chunks become longer; where all prompts are short and alike nothing is tried."""
+    problem = make_problem([(600, 9)] * 8 + [(60, 40)] * 40, ["t4-16g"] * 3)
+    plan = assign(problem, 8, 2, 2)
+    small = replace(plan, setting=replace(plan.setting, chunk_tokens=64))
+    confirmed = Confirmed(problem, Solver(), UNLIMITED)
+    found = confirmed.with_other_sizes(small)
+    assert problem.chunk_tokens(found.setting) > 64
+    assert run_s(problem, found) < 0.9 * run_s(problem, small)
+    assert run_s(problem, confirmed.with_other_sizes(plan)) <= run_s(problem, plan)
+    alike = make_problem([(200, 9)] * 24, ["t4-16g"] * 3)
+    assert confirm._chunk(alike, assign(alike, 8, 2, 2).setting, 0.5) is None
 
 
 def test_the_candidate_with_the_shortest_run_is_taken_whatever_its_price() -> None:

@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": True,
 }
-SHORT = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 8}
+SHORT = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 8, "batch": 8}
 LONG = {"prompt_tokens": 96, "new_tokens": 32, "num_requests": 64}
 
 
@@ -151,7 +151,7 @@ CASES: dict[str, Problem] = {
     "equal and unequal devices": tiny(0.13, 0.2, counts=[3, 1], layers=10, percent=50),
     "many requests in flight": tiny(0.6, 0.5, percent=1e3, job=LONG | {"batch": 64}),
     "many requests and a tight budget": tiny(0.6, 0.5, percent=0.01, job=LONG | {"batch": 64}),
-    "requests in flight left to us": tiny(0.3, 0.3, percent=1e3, job=LONG),
+    "requests in flight left to us": tiny(0.2, 0.2, percent=1e3, job=LONG),
     "only 16 bits": tiny(0.36, 0.3, percent=1e3, precisions=["16"]),
     "only 16 bits and a tight budget": tiny(0.36, 0.3, percent=0.01, precisions=["16"]),
     "only 16 and 8 bits": tiny(0.3, 0.25, percent=0.5, precisions=["16", "8"]),
@@ -303,6 +303,14 @@ def test_a_problem_that_may_fit_is_not_called_short() -> None:
 def test_the_largest_number_that_holds(most: int) -> None:
     found = largest(1, 12, lambda n: n <= most)
     assert found == (most or None)
+
+
+def test_requests_in_flight_that_are_left_to_us_are_fewer_where_no_more_fit() -> None:
+    plan = replan(tiny(0.3, 0.3, percent=1e3, job=LONG))
+    assert plan.batch < 8 and plan.predicted is not None
+    with pytest.raises(InfeasibleError):
+        replan(tiny(0.3, 0.3, percent=1e3, job=LONG | {"batch": 8}))
+    assert re.search(r"with 1 request in flight", why(tiny(0.2, 0.2, percent=1e3, job=LONG)))
 
 
 def test_joined_changes_read_as_one() -> None:

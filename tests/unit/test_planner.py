@@ -25,7 +25,7 @@ from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
 from llmpq.model_spec import ModelSpec, spec_from_config
 from llmpq.plan import Plan, load_plan
-from llmpq.planner import baselines, search
+from llmpq.planner import baselines, search, sizes
 from llmpq.planner.evaluate import evaluate, shortages, to_assignment, to_plan
 from llmpq.planner.exact import solve
 from llmpq.planner.instance import Costs, Instance, make_instance
@@ -417,10 +417,10 @@ def test_a_plan_never_takes_a_byte_too_much() -> None:
 def test_batches_and_micro_batches_that_are_tried() -> None:
     job = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 48}
     auto = make_problem(1, workload=dict(job))
-    assert search.batch_options(auto) == [8, 16, 32, 48]
-    assert search.batch_options(make_problem(1, workload=job | {"batch": 12})) == [12]
-    assert search.batch_options(make_problem(1, workload=job | {"num_requests": 3})) == [3]
-    assert search.micro_batch_options(12) == (1, 2, 4, 8, 12)
+    assert sizes.batch_options(auto) == [8, 16, 32, 48]
+    assert sizes.batch_options(make_problem(1, workload=job | {"batch": 12})) == [12]
+    assert sizes.batch_options(make_problem(1, workload=job | {"num_requests": 3})) == [3]
+    assert sizes.micro_batch_options(12) == (1, 2, 4, 8, 12)
 
 
 # ---- baselines

@@ -18,10 +18,10 @@ from llmpq.errors import UserError
 from llmpq.model_spec import ASSETS, DEFAULT_MODEL, ModelSpec, load_model_spec
 from llmpq.plan import Plan
 from llmpq.planner.bubbles import by_cause, describe, find_bubbles, remedy, server_names
-from llmpq.planner.evaluate import evaluate, to_plan
-from llmpq.planner.problem import Assignment, Place, Problem, Setting
-from llmpq.planner.simulated import least_jobs, make_schedule, run_s, simulate, with_run
-from llmpq.schedule import Item, LaneShape, Schedule
+from llmpq.planner.evaluate import actor_works, evaluate, to_plan
+from llmpq.planner.problem import Assignment, Place, Problem, Setting, Work
+from llmpq.planner.simulated import Seconds, least_jobs, make_schedule, run_s, simulate, with_run
+from llmpq.schedule import Item, Job, LaneShape, Member, Schedule
 from llmpq.workload import Workload, load_workload, request_lengths
 
 Lengths = Sequence[tuple[int, int]]
@@ -195,6 +195,23 @@ def test_a_chunk_takes_what_the_longer_prompt_takes_more_and_a_call() -> None:
     call_s = (call.end_s - call.start_s)[0]
     expected = once[0] + (len(chunks) - 1) * call_s[0]
     assert seconds[:, 0].sum() == pytest.approx(expected, rel=0.02)
+
+
+def test_seconds_of_chunks_are_those_of_their_ends() -> None:
+    problem = make_problem([(10, 2)], ["t4-16g", "v100-32g"])
+    works = actor_works(problem, assign(problem, 1, 1, 1))
+    seconds, member = Seconds(works), Member(0, 0, 900, 0, 0)
+    for begin, end in [(256, 512), (1, 2), (512, 513), (511, 900), (60, 64)]:
+        found = seconds(Job(True, (member,), begin, end, 1))
+        stage, link, *_, back = works
+
+        def whole(tokens: float, work: Work = stage) -> float:
+            return float(work.prefill(1, float(tokens)))
+
+        more = whole(end) - whole(begin) + whole(1)
+        assert found[0] == pytest.approx(max(more, whole(end - begin)))
+        assert found[1] == pytest.approx(whole(end - begin, link))
+        assert found[3] == float(back.decode(1, 0.0)) and len(found) == 4
 
 
 def test_a_run_of_equal_requests_takes_what_the_closed_form_says() -> None:
