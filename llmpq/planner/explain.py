@@ -107,9 +107,14 @@ def _memory_text(problem: Problem) -> str:
     best = min(settings, key=lambda setting: _missing_in_all(problem, setting))
     lowest = _least_layer(problem, best, 0)[0]
     return (
-        f"no plan fits the memory: {problem.spec.name} at {in_bits(lowest)} with {best.batch} "
-        f"requests in flight, micro-batches of 1: {_where(problem, best)}"
+        f"no plan fits the memory: {problem.spec.name} at {in_bits(lowest)} with "
+        f"{in_flight(best.batch)}, micro-batches of 1: {_where(problem, best)}"
     )
+
+
+def in_flight(batch: int) -> str:
+    """So many requests in flight, in words."""
+    return "1 request in flight" if batch == 1 else f"{batch} requests in flight"
 
 
 def missing_bytes(problem: Problem, setting: Setting) -> np.ndarray:

@@ -34,7 +34,7 @@ from llmpq.planner.problem import Assignment, Place, Problem, Setting, Sizes
 from llmpq.planner.solver import Solver
 from llmpq.planner.value import to_assignment
 
-AUTO_BATCHES = (8, 16, 32, 64, 128, 256, 512)
+AUTO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # 1: what fits at all fits with it
 MOST_SMALLEST = 16
 POLISH_S = 0.1  # at most, to make a plan of counts better by moves
 

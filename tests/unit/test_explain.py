@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": True,
 }
-SHORT = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 8}
+SHORT = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 8, "batch": 8}
 LONG = {"prompt_tokens": 96, "new_tokens": 32, "num_requests": 64}
 
 
@@ -151,7 +151,7 @@ CASES: dict[str, Problem] = {
     "equal and unequal devices": tiny(0.13, 0.2, counts=[3, 1], layers=10, percent=50),
     "many requests in flight": tiny(0.6, 0.5, percent=1e3, job=LONG | {"batch": 64}),
     "many requests and a tight budget": tiny(0.6, 0.5, percent=0.01, job=LONG | {"batch": 64}),
-    "requests in flight left to us": tiny(0.3, 0.3, percent=1e3, job=LONG),
+    "requests in flight left to us": tiny(0.2, 0.2, percent=1e3, job=LONG),
     "only 16 bits": tiny(0.36, 0.3, percent=1e3, precisions=["16"]),
     "only 16 bits and a tight budget": tiny(0.36, 0.3, percent=0.01, precisions=["16"]),
     "only 16 and 8 bits": tiny(0.3, 0.25, percent=0.5, precisions=["16", "8"]),
