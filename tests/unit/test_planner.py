@@ -310,6 +310,20 @@ def test_every_mix_of_a_small_cluster_is_there_once() -> None:
     }
 
 
+def test_devices_of_unequal_memory_are_joined_too() -> None:
+    groups = [{"type": "t4-16g", "count": n, "memory_gib": gib} for n, gib in ((2, 8), (1, 4))]
+    groups.append({"type": "l4-24g", "count": 1})
+    cluster = Cluster.model_validate({"nodes": [{"name": "box", "devices": groups[:2]}]})
+    found, notes = mixes(cluster, (1, 2), 40)
+    cuts = {tuple((p.memory_bytes >> 30, p.tensor_parallel, n) for p, n in mix) for mix in found}
+    equal = {(), ((7, 1, 1),), ((7, 1, 2),), ((7, 2, 1),)}
+    alone = {(*cut, (3, 1, 1)) for cut in equal}
+    assert not notes and len(found) == len(cuts)
+    assert cuts == (equal | alone | {((3, 2, 1),), ((7, 1, 1), (3, 2, 1))}) - {()}
+    other = Cluster.model_validate({"nodes": [{"name": "box", "devices": groups[1:]}]})
+    assert all(p.tensor_parallel == 1 for mix in mixes(other, (1, 2), 40)[0] for p, _ in mix)
+
+
 def test_nodes_that_are_alike_are_not_told_apart() -> None:
     found, _ = mixes(cluster_of({"t4-16g": 1}, {"t4-16g": 1}, {"t4-16g": 1}), (1,), 40)
     assert [num_stages(mix) for mix in found] == [3, 2, 1]

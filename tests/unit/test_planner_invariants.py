@@ -265,6 +265,20 @@ def test_a_card_whose_times_are_all_shorter_makes_no_plan_slower(seed: int) -> N
     assert_no_slower(problem, better, CLOSED_FORM)
 
 
+def test_more_memory_on_one_of_two_cards_leaves_them_joined() -> None:
+    case = case_of(2)
+    card = "t4-16g", 0.6
+    alike = problem_of(replace(case, nodes=((card, card),), inside=(50, 1), percent=30))
+    unlike = problem_of(replace(case, nodes=((card, ("t4-16g", 3.0)),), inside=(50, 1), percent=30))
+    before, after = (
+        plan_of(replace(problem, max_tensor_parallel=2), CLOSED_FORM) for problem in (alike, unlike)
+    )
+    assert before is not None and after is not None
+    assert before.stages[0].tensor_parallel == 2
+    limit = predicted_of(before).objective * ROUNDING
+    assert predicted_of(after).lower_bound <= limit
+
+
 # ---- what fits
 
 
