@@ -163,14 +163,20 @@ def to_assignment(plan: Plan, cluster: Cluster) -> Assignment:
 def _take(free: list[Device], stage: Stage, memory_bytes: int) -> Place:
     """The place of a stage's devices, which are taken; those of `memory_bytes` first.
 
-    The least memory of them counts. Raises `ValueError` where there is none (left).
+    Then those of the least memory above that. The least memory of all that are taken counts.
+    Raises `ValueError` where there is none (left).
     """
+
+    def distance(device: Device) -> tuple[bool, int]:
+        more = device.memory_bytes - memory_bytes
+        return more < 0, more if memory_bytes >= 0 else 0
+
     taken = []
     for name in stage.devices:
         there = [d for d in free if (d.node, d.type) == (stage.node, name)]
         if not there:
             raise ValueError(f"stage {stage.rank}: the cluster has no (more) {name}")
-        found = min(there, key=lambda device: device.memory_bytes != memory_bytes)
+        found = min(there, key=distance)
         free.remove(found)
         taken.append(found)
     least = min(device.memory_bytes for device in taken)

@@ -123,10 +123,14 @@ def _memory_text(problem: Problem) -> str:
     chunk = problem.chunk_tokens(best)
     chunks = f", chunks of {chunk} tokens" if chunk < problem.max_prompt_tokens else ""
     return (
-        f"no plan fits the memory: {problem.spec.name} at {in_bits(lowest)} with {best.batch} "
-        f"request{'s' * (best.batch > 1)} in flight, micro-batches of 1{chunks}: "
-        f"{_where(problem, best)}"
+        f"no plan fits the memory: {problem.spec.name} at {in_bits(lowest)} with "
+        f"{in_flight(best.batch)}, micro-batches of 1{chunks}: {_where(problem, best)}"
     )
+
+
+def in_flight(batch: int) -> str:
+    """So many requests in flight, in words."""
+    return "1 request in flight" if batch == 1 else f"{batch} requests in flight"
 
 
 def missing_bytes(problem: Problem, setting: Setting) -> np.ndarray:

@@ -22,7 +22,7 @@ from itertools import islice
 from llmpq.cluster import GIB, MIB, Cluster
 from llmpq.errors import InfeasibleError
 from llmpq.planner.baselines import amount, in_bits
-from llmpq.planner.explain import least_loss, may_fit, roomiest_mixes, why
+from llmpq.planner.explain import in_flight, least_loss, may_fit, roomiest_mixes, why
 from llmpq.planner.frontier import round_up
 from llmpq.planner.problem import Problem
 from llmpq.planner.sizes import batch_options
@@ -93,11 +93,10 @@ Lever = Callable[[Problem, Sequence[str]], Iterator[Fix]]
 
 
 def fewer_requests(problem: Problem, precisions: Sequence[str]) -> Iterator[Fix]:
-    """The most requests in flight that may fit, then fewer."""
+    """Where `batch` is a number: the most requests in flight that may fit, then fewer."""
     most = largest(1, min(batch_options(problem)) - 1, lambda n: may_fit(with_batch(problem, n)))
     for batch in _fewer(most, 1):
-        text = "1 request in flight" if batch == 1 else f"{batch} requests in flight"
-        yield Fix(text, f"workload: batch: {batch}", with_batch(problem, batch))
+        yield Fix(in_flight(batch), f"workload: batch: {batch}", with_batch(problem, batch))
 
 
 def other_precision(problem: Problem, precisions: Sequence[str]) -> Iterator[Fix]:

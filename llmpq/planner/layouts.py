@@ -1,15 +1,16 @@
 """Which devices make stages, and in which order: what there is to search besides sizes.
 
-A `Mix` says how many stages of which place a plan has; it leaves devices out, and joins equal
-devices of a node into stages of several (tensor parallelism). An order of a mix is a layout.
-Nodes that hold the same devices are alike: which of them is used for what makes no difference.
+A `Mix` says how many stages of which place a plan has; it leaves devices out, and joins devices of
+a type on a node into stages of several (tensor parallelism), which count with the least memory of
+theirs. An order of a mix is a layout. Nodes that hold the same devices are alike: which of them is
+used for what makes no difference.
 
-All mixes are searched where they are at most `MAX_MIXES`. Where there are more, first alike nodes
-are used alike, then the equal devices of a node are cut into stages of one size only, then they are
-used together or not at all, then at most one kind is left out; `mixes` says which. Orders of a mix
-that have the same first and last place differ in little (links crossed twice, where layers of low
-precision may lie): `canonical` is one that crosses the fewest links, `orders` are the others, up to
-`MAX_ORDERS`.
+All mixes are searched where they are at most `MAX_MIXES`. Where there are more, first devices of
+unequal memory are not joined, then alike nodes are used alike, then the equal devices of a node are
+cut into stages of one size only, then they are used together or not at all, then at most one kind
+is left out; `mixes` says which. Orders of a mix that have the same first and last place differ in
+little (links crossed twice, where layers of low precision may lie): `canonical` is one that crosses
+the fewest links, `orders` are the others, up to `MAX_ORDERS`.
 """
 
 import itertools
@@ -26,8 +27,10 @@ MAX_ORDERS = 24
 
 Mix = tuple[tuple[Place, int], ...]  # places and how many stages have each, both above 0
 Cut = tuple[tuple[int, int], ...]  # of one node's equal devices: (tensor parallel, stages)
+Group = tuple[str, int, int]  # equal devices of a node: type, memory, how many
 Use = tuple[Cut, ...]  # of a node: a cut for each of its groups of equal devices, () for none
 
+UNEQUAL = "devices of unequal memory were not joined into one stage"
 ALIKE = "nodes that hold the same devices were used alike, or not at all"
 ONE_SIZE = "equal devices of a node were cut into stages of one size only"
 TOGETHER = "equal devices were used together or not at all"
@@ -36,10 +39,10 @@ ALL_BUT_ONE = "at most one kind of device was left out"
 
 @dataclass(frozen=True)
 class Alike:
-    """Nodes that hold the same: for each group of equal devices (type, memory, how many)."""
+    """Nodes that hold the same groups of equal devices."""
 
     nodes: tuple[str, ...]
-    groups: tuple[tuple[str, int, int], ...]
+    groups: tuple[Group, ...]
 
     def places(self, uses: Sequence[Use]) -> Iterator[tuple[Place, int]]:
         """What uses of the first nodes make."""
@@ -99,9 +102,12 @@ def _by_richness(
 ) -> Iterator[tuple[list[Options], list[str]]]:
     """What alike nodes may choose from: less and less, and what that leaves out."""
     most = max_stages * max(degrees)
-    several = [ALIKE] if any(len(kind.nodes) > 1 for kind in kinds) else []
+    joined = [_joining_uses(kind, lambda n: _every_cut(min(n, most), degrees)) for kind in kinds]
+    yield [_freely(kind, uses) for kind, uses in zip(kinds, joined, strict=True)], []
     every = [_uses(kind, lambda n: _every_cut(min(n, most), degrees)) for kind in kinds]
-    yield [_freely(kind, uses) for kind, uses in zip(kinds, every, strict=True)], []
+    several = [UNEQUAL] if any(map(_is_unequal, kinds)) and most > max_stages else []
+    yield [_freely(kind, uses) for kind, uses in zip(kinds, every, strict=True)], several
+    several = [*several, ALIKE] if any(len(kind.nodes) > 1 for kind in kinds) else several
     yield [_alike(kind, uses) for kind, uses in zip(kinds, every, strict=True)], several
     single = [_uses(kind, lambda n: _single_cuts(min(n, most), degrees)) for kind in kinds]
     fewer = any(len(a) < len(b) for a, b in zip(single, every, strict=True))
@@ -118,6 +124,42 @@ def _uses(kind: Alike, cuts: Callable[[int], Iterator[Cut]]) -> list[Use]:
     """Every way to use one node, not at all included; no more than are of use."""
     each = [[(), *itertools.islice(cuts(count), MAX_MIXES)] for _, _, count in kind.groups]
     return list(itertools.islice(itertools.product(*each), MAX_MIXES + 1))
+
+
+def _joining_uses(kind: Alike, cuts: Callable[[int], Iterator[Cut]]) -> list[Use]:
+    """`_uses`, and those in which devices of more memory join stages of others of their type."""
+    if not _is_unequal(kind):
+        return _uses(kind, cuts)
+    found: list[Use] = [((),) * len(kind.groups)]
+    for index, group in enumerate(kind.groups):
+        each = [(), *itertools.islice(cuts(_at_least(kind, group)), MAX_MIXES)]
+        more = ((*use[:index], cut, *use[index + 1 :]) for use in found for cut in each)
+        found = list(itertools.islice((use for use in more if _is_there(kind, use)), MAX_MIXES + 1))
+    return found
+
+
+def _is_unequal(kind: Alike) -> bool:
+    """Whether a type is there with several memories."""
+    return len({name for name, *_ in kind.groups}) < len(kind.groups)
+
+
+def _at_least(kind: Alike, group: Group) -> int:
+    """How many devices of a group's type have as much memory or more."""
+    return sum(n for name, memory, n in kind.groups if name == group[0] and memory >= group[1])
+
+
+def _is_there(kind: Alike, use: Use) -> bool:
+    """Whether a node has the devices. A stage has one at least of the group that it counts as."""
+    for group, cut in zip(kind.groups, use, strict=True):
+        taken = sum(
+            degree * stages
+            for (name, memory, _), other in zip(kind.groups, use, strict=True)
+            if name == group[0] and memory >= group[1]
+            for degree, stages in other
+        )
+        if taken > _at_least(kind, group) or sum(stages for _, stages in cut) > group[2]:
+            return False
+    return True
 
 
 def _freely(kind: Alike, uses: Sequence[Use]) -> Options:

@@ -23,6 +23,7 @@ from llmpq.cli.plan import main
 from llmpq.cluster import Cluster, DeviceGroup, Link
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
+from llmpq.errors import InfeasibleError
 from llmpq.model_spec import ModelSpec, spec_from_config
 from llmpq.plan import Plan, load_plan
 from llmpq.planner import baselines, search, sizes
@@ -30,7 +31,7 @@ from llmpq.planner.evaluate import evaluate, shortages, to_assignment, to_plan
 from llmpq.planner.exact import solve
 from llmpq.planner.instance import Costs, Instance, make_instance
 from llmpq.planner.layouts import canonical, ends, mixes, num_devices, num_stages, orders
-from llmpq.planner.planning import Options, make_plan
+from llmpq.planner.planning import Options, make_plan, replan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting
 from llmpq.planner.simulated import with_run
 from llmpq.planner.solver import Solver
@@ -309,6 +310,20 @@ def test_every_mix_of_a_small_cluster_is_there_once() -> None:
     }
 
 
+def test_devices_of_unequal_memory_are_joined_too() -> None:
+    groups = [{"type": "t4-16g", "count": n, "memory_gib": gib} for n, gib in ((2, 8), (1, 4))]
+    groups.append({"type": "l4-24g", "count": 1})
+    cluster = Cluster.model_validate({"nodes": [{"name": "box", "devices": groups[:2]}]})
+    found, notes = mixes(cluster, (1, 2), 40)
+    cuts = {tuple((p.memory_bytes >> 30, p.tensor_parallel, n) for p, n in mix) for mix in found}
+    equal = {(), ((7, 1, 1),), ((7, 1, 2),), ((7, 2, 1),)}
+    alone = {(*cut, (3, 1, 1)) for cut in equal}
+    assert not notes and len(found) == len(cuts)
+    assert cuts == (equal | alone | {((3, 2, 1),), ((7, 1, 1), (3, 2, 1))}) - {()}
+    other = Cluster.model_validate({"nodes": [{"name": "box", "devices": groups[1:]}]})
+    assert all(p.tensor_parallel == 1 for mix in mixes(other, (1, 2), 40)[0] for p, _ in mix)
+
+
 def test_nodes_that_are_alike_are_not_told_apart() -> None:
     found, _ = mixes(cluster_of({"t4-16g": 1}, {"t4-16g": 1}, {"t4-16g": 1}), (1,), 40)
     assert [num_stages(mix) for mix in found] == [3, 2, 1]
@@ -388,7 +403,8 @@ def test_the_bound_of_a_mix_is_below_every_plan_of_it(seed: int) -> None:
     problem = make_problem(*memory, layers=5, percent=float(rng.choice([0.5, 2.0, 30.0])))
     space = search.make_space(problem, Solver())
     for table in space.tables:
-        for pair in ((0, 0), (1, 2), (3, 1)):
+        pairs = [p for p in ((0, 0), (1, 2), (3, 1)) if max(p) < len(table.bounds)]
+        for pair in pairs:
             for setting in search.settings_of(problem, table, pair):
                 found = solve(make_instance(problem, setting), Solver())
                 if found.choice is None:
@@ -417,13 +433,25 @@ def test_a_plan_never_takes_a_byte_too_much() -> None:
 def test_batches_and_micro_batches_that_are_tried() -> None:
     job = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 48}
     auto = make_problem(1, workload=dict(job))
-    assert sizes.batch_options(auto) == [8, 16, 32, 48]
+    assert sizes.batch_options(auto) == [1, 2, 4, 8, 16, 32, 48]
     assert sizes.batch_options(make_problem(1, workload=job | {"batch": 12})) == [12]
-    assert sizes.batch_options(make_problem(1, workload=job | {"num_requests": 3})) == [3]
+    assert sizes.batch_options(make_problem(1, workload=job | {"num_requests": 3})) == [1, 2, 3]
     assert sizes.micro_batch_options(12) == (1, 2, 4, 8, 12)
 
 
+def test_fewer_than_eight_requests_in_flight_are_tried_before_nothing_is_said_to_fit() -> None:
+    job = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 8}
+    pinned = make_problem(0.36, 0.3, workload=job | {"batch": 8}, percent=0.01)
+    with pytest.raises(InfeasibleError):
+        replan(pinned, Options(compare=False))
+    plan = replan(make_problem(0.36, 0.3, workload=dict(job), percent=0.01), Options(compare=False))
+    assert plan.batch < 8
+
+
 # ---- baselines
+
+
+EIGHT_AT_ONCE = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 8, "batch": 8}
 
 
 def outcomes_of(problem: Problem) -> dict[str, baselines.Outcome]:
@@ -473,14 +501,16 @@ def test_adabits_at_several_batches() -> None:
 
 
 def test_a_baseline_that_cannot_run_says_what_is_short() -> None:
-    problem = replace(make_problem(0.5, 0.5, 0.12, layers=8), precisions=("16",))
+    problem = make_problem(0.5, 0.5, 0.12, layers=8, workload=dict(EIGHT_AT_ONCE))
+    problem = replace(problem, precisions=("16",))
     outcome = outcomes_of(problem)["uniform"]
     assert not outcome.feasible
     assert re.search(r"16 bits: \d+\.\d\d MiB short on d\d#\d", outcome.why_not)
 
 
 def test_a_baseline_over_the_budget_says_so() -> None:
-    outcome = outcomes_of(make_problem(0.36, 0.3, percent=0.01))["pipeedge"]
+    problem = make_problem(0.36, 0.3, percent=0.01, workload=dict(EIGHT_AT_ONCE))
+    outcome = outcomes_of(problem)["pipeedge"]
     assert outcome.feasible and not outcome.within_budget
     assert "over the quality budget" in outcome.why_not
 

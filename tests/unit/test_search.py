@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import random
 import time
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +16,10 @@ from llmpq.costs.latency import device_times
 from llmpq.costs.quality import QualityModel
 from llmpq.model_spec import spec_from_config
 from llmpq.planner import search
-from llmpq.planner.evaluate import evaluate
+from llmpq.planner.evaluate import evaluate, shortages
 from llmpq.planner.exact import solve
 from llmpq.planner.instance import make_instance
-from llmpq.planner.problem import Place, Problem, Setting
+from llmpq.planner.problem import Assignment, Place, Problem, Setting
 from llmpq.planner.solver import Solver
 from llmpq.planner.value import to_assignment
 from llmpq.workload import Workload
@@ -125,6 +128,84 @@ def test_the_search_is_as_good_as_every_order_solved_by_itself(case: str) -> Non
     assert found.best == pytest.approx(best, rel=1e-6)
     assert found.lower_bound <= best * (1 + 1e-7)
     assert found.lower_bound >= best * (1 - 1e-4)
+
+
+# ---- small problems against every assignment
+
+
+def small_problem(seed: int, cards: int) -> Problem:
+    """`cards` on one node or several, 4 or 5 layers, 2 precisions, whole batches of 1 to 8."""
+    draw = random.Random(seed)
+    kinds = [draw.choice(("t4-16g", "l4-24g", "v100-32g")) for _ in range(cards)]
+    first = draw.randint(1, cards)
+    nodes = [dict(Counter(some)) for some in (kinds[:first], kinds[first:]) if some]
+    between = draw.choice((BETWEEN, (25, 5), (0.1, 500)))
+    cluster = cluster_of(*nodes, mib=draw.uniform(100, 160) / cards, between=between)
+    precisions = draw.choice((("16", "4"), ("16", "8"), ("8", "3")))
+    problem = problem_on(cluster, draw.randint(4, 5), 1024, precisions)
+    batch, new = draw.choice((1, 2, 4, 8) if cards == 2 else (1, 2, 4)), draw.choice((1, 2, 9))
+    count = batch * draw.randint(1, 3)
+    job = {"prompt_tokens": 96, "new_tokens": new, "num_requests": count, "batch": batch}
+    theta = draw.choice((0.0, 0.0, 0.1, 2.0))
+    return replace(
+        problem,
+        workload=Workload.model_validate(job),
+        lengths=((96, new),) * count,
+        budget=math.inf if theta else draw.choice((0.001, 0.02, 0.06, 0.3)),
+        theta=theta,
+    )
+
+
+def least_of_all_assignments(problem: Problem) -> float:
+    """By `evaluate` alone: every order, sizes, stage boundaries and precisions."""
+    best = math.inf
+    [sizes] = search.all_sizes(problem)
+    places = [Place(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices()]
+    for num_stages in range(1, len(places) + 1):
+        orders = set(itertools.permutations(places, num_stages))
+        stages = layers_worth_a_look(problem, num_stages)
+        pairs = itertools.product(sizes.prefill, sizes.decode)
+        for order, pair, layers in itertools.product(orders, pairs, stages):
+            assignment = Assignment(Setting(order, sizes.batch, *pair), layers)
+            if not shortages(problem, assignment):
+                best = min(best, evaluate(problem, assignment).objective)
+    return best
+
+
+def layers_worth_a_look(problem: Problem, num_stages: int) -> list[tuple[tuple[str, ...], ...]]:
+    """Stages of all plans within the budget that may be the best ones.
+
+    Layers take equal times, so of plans whose stages hold as many layers at each precision, the one
+    of least sensitivity is the best one.
+    """
+    least: dict[object, tuple[float, tuple[tuple[str, ...], ...]]] = {}
+    whole = problem.spec.num_layers
+    for cuts in itertools.combinations(range(1, whole), num_stages - 1):
+        ranges = list(itertools.pairwise((0, *cuts, whole)))
+        for precisions in itertools.product(problem.precisions, repeat=whole):
+            omega = problem.quality.sum_omega(precisions)
+            stages = tuple(precisions[a:b] for a, b in ranges)
+            key = tuple(tuple(sorted(stage)) for stage in stages)
+            if omega <= problem.budget and omega < least.get(key, (math.inf,))[0]:
+                least[key] = omega, stages
+    return [stages for _, stages in least.values()]
+
+
+@pytest.mark.parametrize("cards", [2, 3])
+def test_the_search_is_as_good_as_every_assignment_of_small_problems(cards: int) -> None:
+    num_feasible = 0
+    for seed in range({2: 40, 3: 4}[cards]):
+        problem, solver = small_problem(seed, cards), Solver()
+        best = least_of_all_assignments(problem)
+        space = search.make_space(problem, solver)
+        until = time.monotonic() + 60
+        found = search.search(problem, space, solver, gap=0.0, deadline=until)
+        assert math.isfinite(found.best) == math.isfinite(best), seed
+        if math.isfinite(best):
+            num_feasible += 1
+            assert found.best == pytest.approx(best, rel=1e-6), seed
+            assert found.lower_bound <= best * (1 + 1e-7), seed
+    assert num_feasible
 
 
 def test_a_plan_loses_no_quality_that_speed_does_not_need() -> None:
