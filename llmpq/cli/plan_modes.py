@@ -46,6 +46,7 @@ def quick_replan(
         time_limit_s=time_limit,
         compare=False,
         simulate=like is None,
+        near=like is not None,
         solver=arguments.solver,
     )
     return lambda problem: replan(problem, options, like)

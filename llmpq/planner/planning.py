@@ -25,7 +25,7 @@ from llmpq.planner.offload import OffloadPlan, flexgen
 from llmpq.planner.problem import OVER, Assignment, Problem
 from llmpq.planner.search import Progress, Search, Space, make_space, search
 from llmpq.planner.simulated import with_run
-from llmpq.planner.sizes import spare_sizes
+from llmpq.planner.sizes import sizes_near, spare_sizes
 from llmpq.planner.solver import Solver, make_solver
 from llmpq.planner.value import to_assignment
 
@@ -47,13 +47,17 @@ LOOSE = (
 
 @dataclass(frozen=True)
 class Options:
-    """How to search. `compare`: the other methods too. `simulate`: plans' runs, not only prices."""
+    """How to search. `compare`: the other methods too. `simulate`: plans' runs, not only prices.
+
+    `near`: only sizes like those of the plan that is given to `replan`.
+    """
 
     method: str = "auto"
     gap: float = 0.005
     time_limit_s: float = 60.0
     compare: bool = True
     simulate: bool = True
+    near: bool = False
     solver: Literal["highs", "gurobi"] = "highs"
     progress: Callable[[Progress], None] = lambda _: None
 
@@ -93,8 +97,10 @@ def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan
     nothing fits.
     """
     run = _Run(problem, options, make_solver(options.solver), time.monotonic())
-    space = make_space(run.unit, run.solver, run.by(SPACE_SHARE, LEAST_S))
-    found, _ = _searched(run, space, _still_fits(problem, like) if like else None)
+    first = _still_fits(run.unit, like) if like else None
+    sizes = sizes_near(run.unit, first.setting) if first and options.near else None
+    space = make_space(run.unit, run.solver, run.by(SPACE_SHARE, LEAST_S), sizes=sizes or None)
+    found, _ = _searched(run, space, first)
     if found.assignment is None:
         raise InfeasibleError("no plan fits")
     return _plan_of(run, found, [])

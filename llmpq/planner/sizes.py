@@ -15,7 +15,7 @@ more lanes than `MOST_LANES` keep no pipeline busier.
 
 from llmpq.planner.instance import capacity
 from llmpq.planner.layouts import Mix, num_stages
-from llmpq.planner.problem import Place, Problem, Sizes
+from llmpq.planner.problem import Place, Problem, Setting, Sizes
 from llmpq.workload import LEAST_CHUNK_TOKENS
 
 AUTO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # 1: what fits at all fits with it
@@ -28,6 +28,16 @@ MUCH_ROOM = 0.03  # of a device's memory: what a shorter chunk must save
 def all_sizes(problem: Problem) -> list[Sizes]:
     """Every batch with its micro-batches and the default chunk."""
     return [_sizes(problem, batch) for batch in batch_options(problem)]
+
+
+def sizes_near(problem: Problem, like: Setting | Sizes) -> list[Sizes]:
+    """Half as many requests in flight, as many and twice as many, with the same chunk."""
+    near = {like.batch // 2, like.batch, 2 * like.batch}
+    return [
+        _sizes(problem, batch, like.chunk_tokens)
+        for batch in batch_options(problem)
+        if batch in near
+    ]
 
 
 def _sizes(problem: Problem, batch: int, chunk_tokens: int | None = None) -> Sizes:

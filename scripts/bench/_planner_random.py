@@ -153,7 +153,7 @@ def rows(count: int) -> Iterator[dict[str, Any]]:
         except InfeasibleError:
             yield row | {"feasible": False, "seconds": time.monotonic() - start}
             continue
-        replanned = Options(gap=0.02, time_limit_s=2.0, compare=False, simulate=False)
+        replanned = Options(gap=0.02, time_limit_s=2.0, compare=False, simulate=False, near=True)
         again = partial(replan, options=replanned, like=planned.plan)
         what_if(rig.problem, planned.plan, again, time.monotonic() + WHAT_IF_S)
         seconds = time.monotonic() - start
