@@ -1,4 +1,4 @@
-"""How many jobs a run has, counted in rounds, against the jobs that the runtime's schedule gives."""
+"""How many jobs a run has, counted in rounds, against those that the runtime's schedule gives."""
 
 import itertools
 import math
