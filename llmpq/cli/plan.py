@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from llmpq.planner.planning import Options
     from llmpq.planner.problem import Problem
     from llmpq.planner.search import Progress
-    from llmpq.planner.what_if import Change
+    from llmpq.planner.what_if import WhatIf
 
 PATH = click.Path(path_type=Path)
 METHODS = ("auto", "ilp", "heuristic", "adabits", "pipeedge", "uniform", "flexgen")
 TENSOR_PARALLEL = ("off", "auto")
-WHAT_IF_S = 10.0  # at most, for what would change a plan
+WHAT_IF_S = 6.0  # at most, for what would change a plan
 
 
 @click.command(cls=Command, name="plan", context_settings={"show_default": True})
@@ -225,8 +225,8 @@ def _plan(arguments: Arguments, trace: Path | None) -> None:
     if trace is None:
         write_plan(arguments, planned.plan)
     write_baselines(arguments, problem, planned)
-    changes = _what_if(arguments, out, problem, planned.plan)
-    report(out, arguments, problem, planned, notes, changes)
+    what_if = _what_if(arguments, out, problem, planned.plan)
+    report(out, arguments, problem, planned, notes, what_if)
     if trace is not None:
         write_with_run(arguments, problem, planned.plan, trace)
 
@@ -244,13 +244,11 @@ def _options(arguments: Arguments, shown: "Callable[[Progress], None]") -> "Opti
     )
 
 
-def _what_if(
-    arguments: Arguments, out: "Console", problem: "Problem", plan: "Plan"
-) -> "list[Change]":
-    from llmpq.planner.what_if import changes, what_if
+def _what_if(arguments: Arguments, out: "Console", problem: "Problem", plan: "Plan") -> "WhatIf":
+    from llmpq.planner.what_if import WhatIf, changes, what_if
 
     if not arguments.what_if or arguments.quiet or arguments.method not in ("auto", "ilp"):
-        return []
+        return WhatIf()
     with progress(out, "what would change it", len(list(changes(problem, plan)))) as bar:
         deadline = time.monotonic() + min(WHAT_IF_S, arguments.time_limit)
         replan = counted(bar, quick_replan(arguments, like=plan))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llmpq.plan import Plan
     from llmpq.planner.planning import Planned
     from llmpq.planner.problem import Problem
-    from llmpq.planner.what_if import Change
+    from llmpq.planner.what_if import WhatIf
 
 
 def report(
@@ -25,7 +25,7 @@ def report(
     problem: "Problem",
     planned: "Planned",
     notes: Sequence[str],
-    changes: "Sequence[Change]",
+    what_if: "WhatIf",
 ) -> None:
     """For people: the plan, what other methods would do, what would change it."""
     from llmpq.planner.report import print_changes, print_outcomes, print_report
@@ -36,8 +36,8 @@ def report(
     print_report(out, planned.plan, problem.quality.source, notes, _limits(arguments))
     if arguments.compare and planned.outcomes:
         print_outcomes(out, planned.plan, planned.outcomes)
-    if changes:
-        print_changes(out, planned.plan, changes)
+    if what_if.changes or what_if.num_left_out:
+        print_changes(out, planned.plan, what_if)
     _print_launch(out, arguments, planned.plan)
 
 

@@ -53,6 +53,8 @@ class JobCounts:
     `first`: prefill jobs that fill the lanes at the beginning; `refills`: all others, which come in
     `num_bursts` rounds; both by size. `steps`: decode steps of all lanes, `longest_lane`: those of
     the lane that takes most; `rounds_after`: how many of them come after the last prefill job.
+    `empty_steps`, `empty_rounds`: steps of all lanes and of the longest one that nobody takes, as
+    all requests of the lane have ended and others are on their way; not among the steps.
     """
 
     num_lanes: int
@@ -62,6 +64,8 @@ class JobCounts:
     steps: tuple[DecodeSteps, ...]
     longest_lane: tuple[DecodeSteps, ...]
     rounds_after: float
+    empty_steps: float = 0.0
+    empty_rounds: float = 0.0
 
     @cached_property
     def num_first(self) -> float:
@@ -276,14 +280,15 @@ class _Rounds:
         turns = _times(whole.new, int((end - begin).sum()), while_waiting)
         ends = np.zeros(len(self.lanes), dtype=int)
         np.maximum.at(ends, lane, end)
-        longest = max(range(len(ends)), key=lambda i: (ends[i], self.lanes[i].tokens))
+        empty = _empty_rounds(lane, begin, end, len(self.lanes))
+        longest = max(range(len(ends)), key=lambda i: (ends[i] - empty[i], self.lanes[i].tokens))
         parts = [(0, last, turns)] if last else []
         parts.append((last, int(ends.max()), 1.0))
         steps: list[DecodeSteps] = []
         of_longest: list[DecodeSteps] = []
         for start, stop, times in parts:
             rows, past = self._looked_at(start, stop, shrink=start == last)
-            taken = np.clip(ends - start, 0, stop - start)
+            taken = np.clip(ends - start, 0, stop - start) - (0 if start else empty)
             steps += _steps(rows, past, times * float(taken.sum()))
             one = slice(longest, longest + 1)
             of_longest += _steps(rows[:, one], past[:, one], times * float(taken[longest]))
@@ -295,6 +300,8 @@ class _Rounds:
             steps=tuple(steps),
             longest_lane=tuple(of_longest),
             rounds_after=float(max(0, ends.max() - last)),
+            empty_steps=turns * float(empty.sum()),
+            empty_rounds=turns * float(empty[longest]),
         )
 
     def _looked_at(self, start: int, stop: int, shrink: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -318,6 +325,19 @@ class _Rounds:
         rows[:, there] = number if shrink else np.where(number > 0, slots[there], 0)
         past[:, there] = np.minimum(_padded(longest), tokens[there]) - 1
         return rows, past
+
+
+def _empty_rounds(
+    lane: np.ndarray, begin: np.ndarray, end: np.ndarray, num_lanes: int
+) -> np.ndarray:
+    """[lanes]: rounds between its steps in which a lane has none, as all slots change hands."""
+    found = np.zeros(num_lanes, dtype=int)
+    for index in np.unique(lane):
+        own = lane == index
+        order = np.argsort(begin[own], kind="stable")
+        until = np.maximum.accumulate(end[own][order])
+        found[index] = np.clip(begin[own][order][1:] - until[:-1], 0, None).sum()
+    return found
 
 
 def _times(whole: float, counted: float, repeated: float) -> float:

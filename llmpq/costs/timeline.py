@@ -102,13 +102,15 @@ def shares(counts: Sequence[JobCounts], shape: tuple[int, ...]) -> Shares:
 
 def _shares(counts: JobCounts) -> tuple[float, ...]:
     steps, rounds, refills = counts.num_steps, counts.num_rounds, counts.num_refills
-    passed = min(counts.num_bursts, refills, rounds / 2)
+    passed = min(counts.num_bursts, refills, (rounds + counts.empty_rounds) / 2)
+    of_loop = max(1.0, passed - counts.empty_rounds)  # `step` has one of each
+    of_all = max(1.0, passed * counts.num_lanes - counts.empty_steps)
     return (
         1 / counts.num_first,
         passed / refills if refills else 0.0,
         1 / steps if steps else 0.0,
-        1 - passed / rounds if rounds else 0.0,
-        max(0.0, 1 - passed * counts.num_lanes / steps) if steps else 0.0,
+        1 - of_loop / rounds if rounds else 0.0,
+        max(0.0, 1 - of_all / steps) if steps else 0.0,
     )
 
 

@@ -254,14 +254,14 @@ def _without_pause(rows: Rows, columns: Columns, instance: Instance, scale: floa
     """T is at least what each stage, and each link, needs from the first job to the end."""
     layer, fixed, link = instance.layer, instance.fixed, instance.link
     busy, last = finite(layer.busy), instance.num_stages - 1
-    run, end = (columns.T, 1.0), (columns.E[-1], -1.0)
+    run = (columns.T, 1.0)
     for j in range(last + 1):
         before: list[Term] = [(columns.P[j - 1], -1.0)] if j else []
+        after: list[Term] = [] if j == last else [(columns.E[-1], -1.0), (columns.E[j], 1.0)]
         constant = fixed.busy[j] + (link.first[j - 1] if j else 0.0) + link.step[last]
         held = columns.c[j], -busy[j] / scale
-        rows.add(constant / scale, math.inf, run, *before, held, end, (columns.E[j], 1.0))
+        rows.add(constant / scale, math.inf, run, *before, held, *after)
         constant = link.busy[j] + (link.step[last] - link.step[j])
-        after: list[Term] = [] if j == last else [end, (columns.E[j], 1.0)]
         rows.add(constant / scale, math.inf, run, (columns.P[j], -1.0), *after)
 
 

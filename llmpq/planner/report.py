@@ -14,7 +14,7 @@ from llmpq.plain import plain
 from llmpq.plan import Plan, Predicted, PredictedStage, Stage
 from llmpq.planner.baselines import Outcome, amount, in_bits
 from llmpq.planner.offload import OffloadPlan
-from llmpq.planner.what_if import Change
+from llmpq.planner.what_if import Change, WhatIf
 from llmpq.report import SECONDS_PER_HOUR, duration
 from llmpq.serving import needs_library
 
@@ -71,14 +71,16 @@ def print_outcomes(console: Console, plan: Plan, outcomes: Sequence[Outcome]) ->
     console.print(table)
 
 
-def print_changes(console: Console, plan: Plan, changes: Sequence[Change]) -> None:
-    """What would make the plan faster, and what would not."""
+def print_changes(console: Console, plan: Plan, what_if: WhatIf) -> None:
+    """What would make the plan faster, what would not, and how much was not looked at."""
     predicted = plan.predicted
     assert predicted is not None
     table = empty_table(["change"], ["tokens/s", "gain"], "what would change it")
-    for change in changes:
+    for change in what_if.changes:
         table.add_row(change.text, f"{change.tokens_per_s:.1f}", _gain(change, predicted))
     console.print(table)
+    if what_if.num_left_out:
+        console.print(f"{what_if.num_left_out} more changes were not looked at, for lack of time")
 
 
 def _gain(change: Change, predicted: Predicted) -> str:

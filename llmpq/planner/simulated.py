@@ -24,7 +24,7 @@ Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every requ
 BLOCK = 256  # columns whose times are computed at once
 MOST_JOBS = 6_000  # that a prediction plays; of more requests a sample
 TOKENS_OF_A_JOB = 30  # that take as long to play as a job beside its tokens
-LEAST_WAVES = 4  # of requests in flight that a sample has: of its halves, one has come to pace
+LEAST_WAVES = 2  # of requests in flight that a sample has
 
 
 def with_run(

@@ -133,7 +133,8 @@ def _highs(programme: Programme, integral: bool) -> Any:
     if integral:
         kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
         model.integrality_ = [kinds[int(whole)] for whole in programme.integral]
-    highs.passModel(model)
+    status = highs.passModel(model)
+    assert status != highspy.HighsStatus.kError, "a column stands twice in a row, or the like"
     return highs
 
 

@@ -47,25 +47,34 @@ class Change:
     at_most_percent: float = math.inf
 
 
-def what_if(problem: Problem, plan: Plan, replan: Replan, deadline: float) -> list[Change]:
-    """What each change would gain, most first; changes not reached by `deadline` are left out.
+@dataclass(frozen=True)
+class WhatIf:
+    """Changes by what they gain, most first, and how many there was no time to look at."""
 
-    `deadline` is an instant of `time.monotonic`. A change whose problem `replan` finds no plan
-    for is left out too. Raises `ValueError` where the plan has no prediction.
+    changes: tuple[Change, ...] = ()
+    num_left_out: int = 0
+
+
+def what_if(problem: Problem, plan: Plan, replan: Replan, deadline: float) -> WhatIf:
+    """What each change would gain, for as many as are reached by `deadline` (`time.monotonic`).
+
+    A change whose problem `replan` finds no plan for is left out. Raises `ValueError` where the
+    plan has no prediction.
     """
     found: list[Change] = []
     try:
         before = replan(problem).predicted
     except InfeasibleError:  # not within the little time that a change is given
         before = plan.predicted
-    for text, changed in changes(problem, plan):
-        if time.monotonic() > deadline:
-            break
+    todo = changes(problem, plan)
+    while time.monotonic() <= deadline and (one := next(todo, None)) is not None:
+        text, changed = one
         try:
             found.append(_compare(text, plan, before, replan(changed)))
         except InfeasibleError:
             continue
-    return sorted(found, key=lambda change: -change.gain)
+    ranked = sorted(found, key=lambda change: -change.gain)
+    return WhatIf(tuple(ranked), sum(1 for _ in todo))
 
 
 def changes(problem: Problem, plan: Plan) -> Iterator[tuple[str, Problem]]:

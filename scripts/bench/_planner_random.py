@@ -15,6 +15,7 @@ from typing import Any
 
 from _common import Check
 
+from llmpq.cli.plan import WHAT_IF_S
 from llmpq.cluster import Cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
@@ -55,7 +56,6 @@ MODELS = (
 )
 COUNTS = (64, 200, 1_000, 5_000, 20_000, 200_000)
 PRECISIONS = ("16", "8", "4", "3")
-WHAT_IF_S = 20.0  # as llmpq-plan has it
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from llmpq.planner.chains import build, chains_of, longest, with_best_layers
 from test_simulate_run import assign, make_problem, random_lengths, random_plan
 
 from llmpq.planner import confirm, planning
-from llmpq.planner.chains import build, chains_of, longest, with_best_layers
 from llmpq.planner.confirm import Confirmed
 from llmpq.planner.evaluate import bounded, evaluate
 from llmpq.planner.instance import make_instance

@@ -1,4 +1,4 @@
-"""Costs: latency from profiles and spec sheets, memory by hand, quality, the pipeline's time."""
+"""Costs: latency from profiles and spec sheets, memory by hand, quality."""
 
 import math
 from dataclasses import replace
@@ -15,7 +15,6 @@ from llmpq.costs.memory import RunSizes, stage_memory
 from llmpq.costs.quality import measured_quality, prior_quality
 from llmpq.costs.shards import WithExchange, tensor_parallel_times
 from llmpq.costs.spec_sheet import Roofline, efficiency
-from llmpq.costs.timeline import Split, mean_past, split
 from llmpq.devices import device_library
 from llmpq.errors import UserError
 from llmpq.kernel import (
@@ -595,18 +594,6 @@ def test_measured_quality_uses_the_table_and_the_fit() -> None:
     assert measured_quality(sensitivity(LAYERS, 0), SPEC, "s.json").budget(1) == math.inf
     with pytest.raises(UserError, match="4 layers, llama has 3"):
         measured_quality(sensitivity(4), SPEC, "s.json")
-
-
-# ---- timeline (its closed form against a simulation: test_timeline)
-
-
-def test_split_and_mean_past() -> None:
-    assert split(10, 4) == Split(4, 2, 2)
-    assert split(3, 8) == Split(3, 1, 0)
-    prompt, new = np.array([10.0, 10.0, 10.0]), np.array([1.0, 2.0, 5.0])
-    steps = [[], [10], [10, 11, 12, 13]]
-    means = mean_past(prompt, new)
-    assert means.tolist() == [np.mean(past) if past else 10 for past in steps]
 
 
 def test_layer_times_take_arrays_everywhere() -> None:

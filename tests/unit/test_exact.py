@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmpq.costs.timeline import Costs, run_s
 from llmpq.planner import counts
 from llmpq.planner.exact import allowed, build, is_even, solve, spread
-from llmpq.planner.instance import Costs, Instance, Overlap
+from llmpq.planner.instance import Instance
 from llmpq.planner.solver import Solver
-from llmpq.planner.value import Choice, count_options, objective, run_seconds, seconds, sum_omega
+from llmpq.planner.value import Choice, count_options, objective, seconds, sum_omega
 
 SOLVER = Solver()
 
@@ -26,7 +27,7 @@ def random_costs(rng: np.random.Generator, *shape: int) -> Costs:
 def random_links(rng: np.random.Generator, stages: int) -> Costs:
     """The last one is the tokens' way back, which is no part of the prefill."""
     links = Costs(*(rng.integers(0, 5, stages).astype(float) for _ in fields(Costs)))
-    for part in (links.prefill_once, links.prefill_rest, links.prefill_tail):
+    for part in (links.prefill, links.first, links.bursts, links.others):
         part[-1] = 0.0
     return links
 
@@ -50,7 +51,6 @@ def random_instance(seed: int, layers: int, stages: int, options: int) -> Instan
         unpacked_bytes=rng.integers(0, 4, stages).astype(float),
         packed=rng.random(options) < 0.6,
         omega=np.broadcast_to(omega, (layers, options)).copy(),
-        overlap=Overlap(float(rng.choice([0.0, 0.3, 1.0])), float(rng.choice([0.0, 0.5]))),
         budget=float(rng.integers(0, 4 * layers)) if rng.random() < 0.6 else math.inf,
         theta=float(rng.choice([0.0, 0.5, 3.0])),
     )
@@ -85,9 +85,7 @@ def brute_force(instance: Instance) -> float:
     best = math.inf
     for ranges in cuts(instance.num_layers, instance.num_stages):
         options, held = all_counts(instance, ranges)
-        value = run_seconds(
-            totals(instance, held), instance.link.map(lambda a: a[:, None]), instance.overlap
-        )
+        value = run_s(totals(instance, held), instance.link.map(lambda a: a[:, None]))
         omega = instance.omega[np.arange(instance.num_layers), options].sum(axis=1)
         value = np.where(fitting(instance, held), value + instance.theta * omega, math.inf)
         best = min(best, float(value[omega <= instance.budget].min(initial=math.inf)))

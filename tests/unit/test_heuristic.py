@@ -13,16 +13,16 @@ from test_exact import random_instance
 from llmpq.cluster import Cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import QualityModel, prior_quality
+from llmpq.costs.timeline import Costs, run_s
 from llmpq.model_spec import spec_from_config
 from llmpq.planner.heuristic import assign_layers, heuristic, start_choice, transfer
-from llmpq.planner.instance import Costs, Instance, make_instance
+from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.problem import OVER, Place, Problem, Setting
 from llmpq.planner.value import (
     Choice,
     count_options,
     fits,
     objective,
-    run_seconds,
     shortage,
     sum_omega,
 )
@@ -123,7 +123,7 @@ def best_of_cut(instance: Instance, ends: list[int]) -> float:
     picked = [axis.ravel() for axis in grid]
     omega = sum(o[i] for o, i in zip(omegas, picked, strict=True))
     totals = np.stack([h[i] for h, i in zip(held, picked, strict=True)])  # [N, M, B]
-    value = run_seconds(many_totals(instance, totals), column(instance.link), instance.overlap)
+    value = run_s(many_totals(instance, totals), column(instance.link))
     allowed = omega <= instance.budget * (1 + 1e-12)  # sums of another order round otherwise
     value = np.where(allowed, value + instance.theta * omega, np.inf)
     return float(value.min(initial=np.inf))

@@ -23,13 +23,14 @@ from llmpq.cli.plan import main
 from llmpq.cluster import Cluster, DeviceGroup, Link
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
+from llmpq.costs.timeline import Costs
 from llmpq.errors import InfeasibleError
 from llmpq.model_spec import ModelSpec, spec_from_config
 from llmpq.plan import Plan, load_plan
 from llmpq.planner import baselines, search, sizes
 from llmpq.planner.evaluate import evaluate, shortages, to_assignment, to_plan
 from llmpq.planner.exact import solve
-from llmpq.planner.instance import Costs, Instance, make_instance
+from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.layouts import canonical, ends, mixes, num_devices, num_stages, orders
 from llmpq.planner.planning import Options, make_plan, replan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting
@@ -418,7 +419,7 @@ def test_a_plan_never_takes_a_byte_too_much() -> None:
     one = Costs(*(np.ones((1, 2)) for _ in fields(Costs)))
     instance = replace(
         random_instance(1, 1, 1, 2),
-        layer=replace(one, prefill_once=np.array([[1.0, 2.0]])),
+        layer=replace(one, bursts=np.array([[1.0, 2.0]])),
         layer_bytes=np.array([[1e10 + 1, 1e9]]),
         capacity=np.array([1e10]),
         packed=np.array([False, False]),

@@ -1,308 +1,276 @@
-"""The time of a batch in closed form against the schedule that it is of, played job by job.
+"""A run's time in closed form: on paper, what must hold of it, and against simulated runs.
 
-Two simulations are worked out on paper below; all else compares the two, which share no code.
-How near both are to runs that refill places: test_simulate_run. Random cases are seeded: stages
-within 10x of each other in prefill and decode, their ratio of prefill to decode too.
+The simulation is `costs.simulate`: the runtime's own schedule, played job by job. Random pipelines
+are seeded. A stage's prefill takes some seconds a call and a token, a decode step some seconds a
+call, a row and a token that it attends to; links take a hundredth to a tenth of a stage.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
-from fixed_order import Batch, Played, simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_job_counts import Run, equal, unequal
 
-from llmpq.costs.timeline import PhaseTimes, batch_s, starts, wait_counts
+from llmpq.costs.job_counts import DecodeSteps, JobCounts, PrefillJob
+from llmpq.costs.simulate import Played, play
+from llmpq.costs.timeline import Costs, combined, run_s, shares
+from llmpq.schedule import Item, Job, Schedule
 
-# ---- the simulation, on paper
+
+def costs(**known: Sequence[float]) -> Costs:
+    """Of as many resources as there are numbers; what is left out is 0."""
+    size = len(next(iter(known.values())))
+    return Costs(*(np.array(known.get(f.name, [0.0] * size), dtype=float) for f in fields(Costs)))
 
 
-def constant(
-    prefill: Sequence[float],
-    decode: Sequence[float],
-    num_prefills: int,
-    steps: int,
-    waits: tuple[int, ...],
-) -> Batch:
-    """Every server's micro-batches are all alike."""
-    ones = np.ones((len(waits), steps))
-    return Batch(
-        np.outer(prefill, np.ones(num_prefills)),
-        np.multiply.outer(np.array(decode, dtype=float), ones),
-        waits,
+# ---- on paper
+
+
+def test_one_stage_is_never_idle() -> None:
+    alone = costs(busy=[100], first=[4], step=[1], bursts=[20], others=[30], loop=[40], pace=[45])
+    assert run_s(alone, costs(busy=[0.0])) == 100
+
+
+# Three prefill jobs of 2 and 3 s, one lane of ten steps of 1 and 2 s; link and way back take none.
+# Stage 1 gets the first job at 2 and works until 2 + 3 x 3, and from then on until its last step
+# has ended, at 2 + 29. Where nothing is refilled, the loop takes longer: the first job passes both
+# stages (5 s), the others keep stage 1 busy (6 s), and ten steps go round (30 s).
+def test_a_loop_of_two_stages_after_the_prefill() -> None:
+    stage = costs(
+        busy=[16, 29], first=[2, 3], step=[1, 2], bursts=[2, 3], others=[4, 6], loop=[9, 18]
     )
+    assert run_s(stage, costs(busy=[0, 0])) == 5 + 6 + 27 + 3
+    lanes = replace(stage, pace=np.array([90.0, 180.0]), busy=np.array([106.0, 209.0]))
+    assert run_s(lanes, costs(busy=[0, 0])) == max(2 + 209, 5 + 6 + 180 + 3)
 
 
-def times(played: Played, server: int) -> list[tuple[float, float]]:
-    """(start, end) of every job of a server."""
-    return [(start[server], end[server]) for start, end in played.spans]
+def test_a_slow_link_is_a_resource_like_any_other() -> None:
+    stage = costs(busy=[16, 29], first=[2, 3], step=[1, 2])
+    link = costs(busy=[500, 0], first=[50, 0], step=[20, 1])
+    assert run_s(stage, link) == 2 + 500 + (2 + 1)
 
 
-# Two stages, the link between them, the way back: two micro-batches, two steps.
-#   prefill      stage 0   link    stage 1  back     (2, 1, 3 and 1 s)
-#     1           0-2      2-3      3-6     6-7
-#     2           2-4      4-5      6-9     9-10
-#   step 1                                           (1, 1, 2 and 1 s)
-#     1           7-8      8-9      9-11   11-12     stage 1 is just free again
-#     2          10-11    11-12    12-14   14-15
-#   step 2
-#     1          12-13    13-14    14-16   16-17
-#     2          15-16    16-17    17-19   19-20
-def test_decoding_starts_while_the_prefill_still_runs() -> None:
-    batch = constant((2, 1, 3, 1), (1, 1, 2, 1), num_prefills=2, steps=2, waits=(1, 2))
-    result = simulate(batch)
-    assert (result.first_tokens_s, result.total_s) == (10, 20)
-    assert times(result, 0) == [(0, 2), (2, 4), (7, 8), (10, 11), (12, 13), (15, 16)]
-    assert times(result, 2) == [(3, 6), (6, 9), (9, 11), (12, 14), (14, 16), (17, 19)]
-
-
-# The same, but both decode micro-batches hold a request of the second prefill micro-batch.
-#   step 1       stage 0   link    stage 1  back
-#     1          10-11    11-12    12-14   14-15
-#     2          11-12    12-13    14-16   16-17
-#   step 2
-#     1          15-16    16-17    17-19   19-20
-#     2          17-18    18-19    19-21   21-22
-def test_decoding_waits_for_all_of_its_requests() -> None:
-    batch = constant((2, 1, 3, 1), (1, 1, 2, 1), num_prefills=2, steps=2, waits=(2, 2))
-    assert (simulate(batch).first_tokens_s, simulate(batch).total_s) == (10, 22)
-
-
-def test_one_device_does_one_job_after_another() -> None:
-    batch = Batch(
-        prefill=np.array([[5.0, 2.0], [0.0, 0.0]]),
-        decode=np.array([[[1.0, 2.0], [3.0, 4.0]], np.zeros((2, 2))]),
-        waits=(1, 2),
-    )
-    result = simulate(batch)
-    assert (result.first_tokens_s, result.total_s) == (7, 17)
-    assert times(result, 0) == [(0, 5), (5, 7), (7, 8), (8, 11), (11, 13), (13, 17)]
-
-
-def test_a_batch_of_one_token_ends_with_its_prefill() -> None:
-    batch = constant((1, 2), (1, 1), num_prefills=3, steps=0, waits=(1, 2, 3))
-    result = simulate(batch)
-    assert result.first_tokens_s == result.total_s == 7  # 1 + 3 x 2
-    assert times(result, 0) == [(0, 1), (1, 2), (2, 3)]
-
-
-# ---- random batches
-
-
-@dataclass(frozen=True)
-class Range:
-    """What a random batch may be like; all times are relative."""
-
-    equal: bool = False  # micro-batches of one size
-    powers: bool = False  # micro-batches of powers of two
-    links: tuple[float, float] = (0.001, 0.3)  # in mean stage times
-    overhead: tuple[float, float] = (0.5, 0.95)  # what a smaller decode micro-batch does not save
-    growth: float = 0.0  # of a stage's time with each step, at most; relative to the first
-    max_steps: int = 80
-
-
-@dataclass(frozen=True)
-class Case:
-    """A random batch: for the simulation, and for the closed form."""
-
-    batch: Batch
-    times: PhaseTimes
-    steps: int
-
-
-def random_case(rng: np.random.Generator, within: Range) -> Case:
-    """A batch of 1 .. 12 stages."""
-    stages = int(rng.integers(1, 13))
-    num_requests, prefill_size, decode_size = random_sizes(rng, within)
-    prefill_parts = sizes(num_requests, prefill_size)
-    decode_parts = sizes(num_requests, decode_size)
-    steps = int(np.exp(rng.uniform(0, np.log(within.max_steps))))
-    full_prefill, full_decode = random_servers(rng, stages, within.links)
-    prefill = by_size(full_prefill, rng.uniform(0, 0.5, 2 * stages), prefill_parts)
-    decode = by_size(full_decode, rng.uniform(*within.overhead, 2 * stages), decode_parts)
-    growth = np.where(is_stage(stages), within.growth * rng.uniform(0.5, 1, 2 * stages), 0)
-    grown = 1 + np.outer(growth, np.arange(steps))
-    seconds = decode[:, :, None] * grown[:, None, :]
-    waits = wait_counts(num_requests, prefill_size, decode_size)
-    return Case(Batch(prefill, seconds, waits), phase_times(prefill, seconds.mean(axis=2)), steps)
-
-
-def random_sizes(rng: np.random.Generator, within: Range) -> tuple[int, int, int]:
-    """Requests, prefill and decode micro-batch."""
-    if within.powers:
-        prefill, decode = 2 ** int(rng.integers(0, 5)), 2 ** int(rng.integers(0, 6))
-    else:
-        prefill, decode = int(rng.integers(1, 9)), int(rng.integers(1, 17))
-    if within.equal:
-        both = int(np.lcm(prefill, decode))
-        return both * int(rng.integers(1, max(2, 64 // both))), prefill, decode
-    num_requests = int(rng.integers(1, 65))
-    return num_requests, min(prefill, num_requests), min(decode, num_requests)
-
-
-def random_servers(
-    rng: np.random.Generator, stages: int, links: tuple[float, float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of a full micro-batch of prefill and of decode, [servers]."""
-    while True:
-        decode = 10 ** rng.uniform(0, 1, stages)
-        prefill = decode * 10 ** (
-            rng.uniform(-0.3, 1.7) + rng.uniform(0, rng.uniform(0, 1), stages)
-        )
-        if prefill.max() <= 10 * prefill.min():
-            break
-    both = []
-    for seconds in (prefill, decode):
-        servers = seconds.mean() * np.exp(rng.uniform(*np.log(links), 2 * stages))
-        servers[::2] = seconds
-        both.append(servers)
-    both[0][-1] = 0.0
-    both[1][-1] = 0.0 if stages == 1 else 0.02 * both[1][-1]
-    return both[0], both[1]
-
-
-def is_stage(stages: int) -> np.ndarray:
-    """Which servers are stages."""
-    return np.arange(2 * stages) % 2 == 0
-
-
-def sizes(num_requests: int, micro_batch: int) -> np.ndarray:
-    """Requests of every micro-batch."""
-    return np.array(
-        [min(micro_batch, num_requests - i) for i in range(0, num_requests, micro_batch)]
-    )
-
-
-def by_size(full: np.ndarray, overhead: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """[servers, micro-batches]: a smaller one saves its share of what is no overhead."""
-    share = overhead[:, None] + (1 - overhead[:, None]) * parts / parts[0]
-    return full[:, None] * share
-
-
-def phase_times(prefill: np.ndarray, decode: np.ndarray) -> PhaseTimes:
-    """For one batch, from [servers, micro-batches]."""
-    return PhaseTimes(
-        prefill[:, :1],
-        prefill.sum(axis=1, keepdims=True),
-        decode[:, :1],
-        decode.sum(axis=1, keepdims=True),
-    )
-
-
-def errors(within: Range, count: int = 150, seed: int = 0) -> np.ndarray:
-    """Relative errors of the closed form's total; its prefill must always be exact."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        case = random_case(rng, within)
-        result = simulate(case.batch)
-        prefill, total = batch_s(case.times, np.array([case.steps]), case.batch.waits)
-        assert prefill[0] == pytest.approx(result.first_tokens_s, rel=1e-9)
-        found.append(total[0] / result.total_s - 1)
-    return np.array(found)
-
-
-SLOW_LINKS = (0.5, 3.0)
-
-
-@pytest.mark.parametrize("links", [Range.links, SLOW_LINKS])
-@pytest.mark.parametrize("powers", [True, False])
-def test_exact_for_micro_batches_of_one_size(links: tuple[float, float], powers: bool) -> None:
-    found = errors(Range(equal=True, powers=powers, links=links))
-    assert np.abs(found).max() < 1e-9
-
-
-@pytest.mark.parametrize("links", [Range.links, SLOW_LINKS])
-@pytest.mark.parametrize("powers", [True, False])
-def test_a_smaller_last_one_within_one_percent_and_never_above(
-    links: tuple[float, float], powers: bool
-) -> None:
-    found = errors(Range(powers=powers, links=links))
-    assert found.min() > -0.01 and found.max() < 1e-9
-    assert np.mean(np.abs(found) < 1e-9) > 0.95
-
-
-@pytest.mark.parametrize("equal", [True, False])
-def test_growing_caches_within_one_percent(equal: bool) -> None:
-    found = errors(Range(equal=equal, growth=0.003))
-    assert np.abs(found).max() < 0.01
-    assert np.median(np.abs(found)) < 1e-4
-
-
-# ---- chains that hypothesis looks for
-
-SECONDS = st.integers(0, 20)
-
-
-@st.composite
-def equal_cases(draw: st.DrawFn) -> tuple[Batch, PhaseTimes, int]:
-    """Any whole seconds, any counts, any waits that a batch can have."""
-    servers = draw(st.integers(1, 4))
-    prefill = draw(st.lists(SECONDS, min_size=servers, max_size=servers))
-    decode = draw(st.lists(SECONDS, min_size=servers, max_size=servers))
-    prefill_size, decode_size = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    num_requests = int(np.lcm(prefill_size, decode_size)) * draw(st.integers(1, 3))
-    waits = wait_counts(num_requests, prefill_size, decode_size)
-    steps = draw(st.integers(0, 6))
-    batch = constant(prefill, decode, waits[-1], steps, waits)
-    times = phase_times(batch.prefill, np.outer(decode, np.ones(len(waits))))
-    return batch, times, steps
-
-
-@settings(max_examples=300, deadline=None)
-@given(equal_cases())
-def test_exact_for_any_times_of_equal_micro_batches(case: tuple[Batch, PhaseTimes, int]) -> None:
-    batch, times, steps = case
-    result = simulate(batch)
-    prefill, total = batch_s(times, np.array([steps]), batch.waits)
-    assert prefill[0] == pytest.approx(result.first_tokens_s)
-    assert total[0] == pytest.approx(result.total_s)
-
-
-# ---- the closed form itself
-
-
-def test_a_loop_of_equal_stages() -> None:
-    """Four stages of 1 s: a step takes max(4, micro-batches), whichever is longer."""
-    for count, step in ((1, 4), (2, 4), (4, 4), (6, 6)):
-        times = phase_times(np.ones((4, count)), np.ones((4, count)))
-        waits = tuple(range(1, count + 1))
-        short, long = (batch_s(times, np.array([k]), waits)[1][0] for k in (10, 30))
-        assert long - short == 20 * step
-
-
-def test_one_device_is_never_idle() -> None:
-    times = phase_times(np.array([[5.0, 5.0, 2.0]]), np.array([[3.0, 1.0]]))
-    prefill, total = batch_s(times, np.array([7]), (2, 3))
-    assert (prefill[0], total[0]) == (12, 12 + 7 * 4)
-
-
-def test_batches_are_priced_side_by_side() -> None:
+def test_many_plans_are_priced_side_by_side() -> None:
     rng = np.random.default_rng(1)
-    once = rng.uniform(1, 2, (2, 5, 6))
-    times = PhaseTimes(once[0], 2.5 * once[0], once[1], 3.5 * once[1])
-    steps, waits = np.array([0, 1, 2, 3, 10, 100]), (1, 2, 3, 3)
-    prefill, total = batch_s(times, steps, waits)
-    assert (total[1:] > prefill[1:]).all() and total[0] == prefill[0]
-    for i, k in enumerate(steps):
-        columns = (times.prefill_once, times.prefill_every, times.decode_once, times.decode_every)
-        alone = batch_s(PhaseTimes(*(c[:, i : i + 1] for c in columns)), np.array([k]), waits)
-        assert (alone[0][0], alone[1][0]) == pytest.approx((prefill[i], total[i]))
+    stage, link = (Costs(*rng.uniform(1, 9, (8, 3, 20))) for _ in range(2))
+    together = run_s(stage, link)
+    alone = [run_s(*(c.map(lambda a, i=i: a[:, i]) for c in (stage, link))) for i in range(20)]
+    assert together.tolist() == pytest.approx(alone)
 
 
-def test_wait_counts_hold_all_requests_of_a_micro_batch() -> None:
-    assert wait_counts(8, 2, 2) == (1, 2, 3, 4)
-    assert wait_counts(8, 4, 2) == (1, 1, 2, 2)
-    assert wait_counts(8, 2, 4) == (2, 4)
-    assert wait_counts(10, 4, 3) == (1, 2, 3, 3)
-    assert wait_counts(7, 3, 16) == (3,)
+# ---- which jobs lie on the chains
 
 
-def test_starts_are_the_corners_of_what_decoding_waits_for() -> None:
-    assert starts((4,)) == (0,)
-    assert starts((1, 2, 3, 4)) == (0, 2)  # the last one, smaller perhaps, is priced apart
-    assert starts((1, 1, 2, 2, 3, 3)) == (0, 2, 4)
-    assert starts((1, 1, 1, 2, 3, 4, 4)) == (0, 4, 5)
-    assert starts((2, 2)) == (0,)
+def counts_of(**changes: object) -> JobCounts:
+    """Two lanes, two prefill jobs at first and eight in four rounds, 20 rounds of steps."""
+    counts = JobCounts(
+        num_lanes=2,
+        first={PrefillJob(2, 0, 9): 2},
+        refills={PrefillJob(2, 0, 9): 8},
+        num_bursts=4,
+        steps=(DecodeSteps(4, 12.0, 40),),
+        longest_lane=(DecodeSteps(4, 12.0, 20),),
+        rounds_after=6,
+    )
+    return replace(counts, **changes)
+
+
+def test_of_each_burst_one_job_passes_and_a_round_is_hidden_behind_it() -> None:
+    found = shares([counts_of()], ()).costs(*map(np.array, (2.0, 8.0, 40.0, 20.0)))
+    expected = {"prefill": 10, "busy": 50, "first": 1, "step": 1, "bursts": 5, "others": 5}
+    for name, value in (expected | {"loop": 16, "pace": 32}).items():
+        assert getattr(found, name) == pytest.approx(value), name
+
+
+def test_of_bursts_in_each_round_every_second_one_passes() -> None:
+    always = counts_of(num_bursts=20, refills={PrefillJob(2, 0, 9): 40})
+    found = shares([always], ()).costs(*map(np.array, (2.0, 40.0, 40.0, 20.0)))
+    assert (found.bursts, found.loop, found.pace) == pytest.approx((11, 10, 20))
+
+
+def test_a_run_without_decode_steps_is_its_prefill() -> None:
+    none = counts_of(steps=(), longest_lane=(), rounds_after=0.0)
+    found = shares([none], ()).costs(*map(np.array, (2.0, 8.0, 0.0, 0.0)))
+    assert (found.busy, found.step, found.loop, found.pace) == (10, 0, 0, 0)
+
+
+# ---- random pipelines
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Seconds a call and a token of a prefill; of a step, a call, a row and a token before it."""
+
+    prefill: tuple[float, float]
+    decode: tuple[float, float, float]
+
+    def prefill_s(self, rows: int, tokens: int) -> float:
+        return self.prefill[0] + self.prefill[1] * rows * tokens
+
+    def decode_s(self, rows: int, past: float) -> float:
+        return self.decode[0] + rows * (self.decode[1] + self.decode[2] * past)
+
+    def __call__(self, job: Job) -> float:
+        tokens = job.end - job.begin
+        return self.prefill_s(job.rows, tokens) if job.prefill else self.decode_s(job.rows, tokens)
+
+    def costs(self, counts: JobCounts) -> Costs:
+        """Of all jobs of a run."""
+
+        def prefills(jobs: Mapping[PrefillJob, float]) -> np.ndarray:
+            return np.array(
+                sum(n * self.prefill_s(rows, end - begin) for (rows, begin, end), n in jobs.items())
+            )
+
+        def steps(some: Sequence[DecodeSteps]) -> np.ndarray:
+            return np.array(sum(n * self.decode_s(rows, past + 1) for rows, past, n in some))
+
+        of_jobs = prefills(counts.first), prefills(counts.refills)
+        return shares([counts], ()).costs(*of_jobs, steps(counts.steps), steps(counts.longest_lane))
+
+
+def random_resources(rng: np.random.Generator, stages: int) -> list[Resource]:
+    """Stage, link, ..., way back; stages are within three times of each other."""
+    found = []
+    for place in range(2 * stages):
+        is_stage, is_back = place % 2 == 0, place == 2 * stages - 1
+        share = rng.uniform(1, 3) if is_stage else 10 ** rng.uniform(-2, -1)
+        prefill = share * rng.uniform(0.5, 2) * np.array([2.0, 0.05]) * (not is_back)
+        decode = share * rng.uniform(0.5, 2) * np.array([1.0, 0.05, 0.0005 * is_stage])
+        found.append(Resource(tuple(prefill), tuple(decode * (stages > 1 or not is_back))))
+    return found
+
+
+def closed_s(resources: Sequence[Resource], counts: JobCounts) -> float:
+    each = [resource.costs(counts) for resource in resources]
+    stage, link = (combined(some, np.stack) for some in (each[::2], each[1::2]))
+    return float(run_s(stage, link))
+
+
+def played(resources: Sequence[Resource], run: Run) -> Played:
+    items = (Item(i, *pair) for i, pair in enumerate(run.lengths))
+    stages = len(resources) // 2
+    schedule = Schedule(run.lanes, run.prefill_rows, run.chunk_tokens, stages, items)
+    return play(schedule, lambda job: [one(job) for one in resources], len(resources))
+
+
+def ratio(seed: int, run: Run, stages: int) -> float:
+    """Of the closed form to the simulated run."""
+    resources = random_resources(np.random.default_rng([seed, stages]), stages)
+    return closed_s(resources, run.counted()) / played(resources, run).total_s
+
+
+def random_equal(seed: int) -> Run:
+    """Several waves of equal requests; a prefill job serves one lane and fills it."""
+    rng = np.random.default_rng(seed)
+    decode = int(rng.choice([1, 2, 4]))
+    batch = decode * int(rng.integers(1, 7))
+    count = batch * int(rng.integers(1, 6))
+    prompt, new = int(rng.integers(1, 60)), int(rng.integers(1, 60))
+    return equal(count, prompt, new, (batch, decode, decode))
+
+
+# ---- against simulated runs
+
+# Measured, 60 runs each. One stage, equal requests: 0.1 % off in the median, 0.3 % at most; of a
+# range: 0.5 % and 10 % (where lanes fall out of step, they take more steps than are counted);
+# skewed: 0.8 % and 5 %. On 2 to 6 stages: 1.5 % and 13 %, 2.2 % and 14 %, 3.5 % and 12 %.
+NEAR = [
+    ("equal", (1,), 0.002, 0.01, 0.01),
+    ("range", (1,), 0.01, 0.04, 0.13),
+    ("skewed", (1,), 0.015, 0.05, 0.08),
+    ("equal", (2, 3, 4, 5, 6), 0.02, 0.06, 0.16),
+    ("range", (2, 3, 4, 5, 6), 0.03, 0.08, 0.18),
+    ("skewed", (2, 3, 4, 5, 6), 0.045, 0.1, 0.16),
+]
+
+
+def run_of(kind: str, seed: int) -> Run:
+    return random_equal(seed) if kind == "equal" else unequal(seed, kind == "skewed")
+
+
+@pytest.mark.parametrize(("kind", "stages", "median", "most", "worst"), NEAR)
+def test_the_closed_form_is_near_the_simulated_run(kind, stages, median, most, worst) -> None:
+    """`most`: of nine runs in ten."""
+    ratios = [ratio(seed, run_of(kind, seed), stages[seed % len(stages)]) for seed in range(60)]
+    errors = np.abs(np.array(ratios) - 1)
+    assert np.isfinite(errors).all()
+    assert np.median(errors) < median and np.quantile(errors, 0.9) < most and errors.max() < worst
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_one_request_passes_all_stages_again_and_again(stages: int) -> None:
+    """Nothing else is there that it could wait for."""
+    for new in (1, 2, 3, 20):
+        assert ratio(1, equal(1, 30, new, (1, 1, 1)), stages) == pytest.approx(1, rel=0.005)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_one_lane_of_one_wave_is_priced_exactly(stages: int) -> None:
+    for new in (2, 20):
+        assert ratio(2, equal(4, 30, new, (4, 4, 4)), stages) == pytest.approx(1, rel=0.005)
+
+
+def test_prefill_alone_keeps_the_slowest_stage_busy() -> None:
+    """A burst is priced as if lanes waited for it, though they take no steps: here 15 % more."""
+    for seed, stages in ((1, 1), (2, 3), (3, 5)):
+        run = equal(24, 30, 1, (8, 2, 2))
+        assert 1 - 1e-9 <= ratio(seed, run, stages) < 1.16
+
+
+# ---- what must hold
+
+SEEDS = st.integers(0, 10**6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(SEEDS, st.integers(1, 5), st.booleans())
+def test_no_run_gets_shorter_where_a_resource_gets_slower(seed, stages, skewed) -> None:
+    rng = np.random.default_rng(seed)
+    counts, resources = unequal(seed, skewed).counted(), random_resources(rng, stages)
+    before, which = closed_s(resources, counts), int(rng.integers(2 * stages))
+    phase = ("prefill", "decode")[rng.integers(2)]
+    figures = np.array(getattr(resources[which], phase))
+    figures[rng.integers(len(figures))] *= rng.uniform(1, 10)
+    resources[which] = replace(resources[which], **{phase: tuple(figures)})
+    after = closed_s(resources, counts)
+    assert np.isfinite(after) and after >= before * (1 - 1e-12) > 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(SEEDS, st.integers(1, 5))
+def test_seconds_never_fall_with_any_of_the_costs(seed: int, stages: int) -> None:
+    rng = np.random.default_rng(seed)
+    both = rng.uniform(0, 9, (2, 8, stages))
+    more = both.copy()
+    more[tuple(rng.integers(both.shape))] += rng.uniform(0, 20)
+    before, after = (run_s(Costs(*stage), Costs(*link)) for stage, link in (both, more))
+    assert after >= before - 1e-9
+    assert run_s(*(Costs(*(3 * some)) for some in both)) == pytest.approx(3 * before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SEEDS, st.booleans())
+def test_parts_of_the_chain_of_bursts_are_parts_of_the_whole(seed: int, skewed: bool) -> None:
+    counts = unequal(seed, skewed).counted()
+    resource = random_resources(np.random.default_rng(seed), 1)[0]
+    found = resource.costs(counts)
+    assert found.bursts + found.others == pytest.approx(found.prefill)
+    assert min(getattr(found, f.name) for f in fields(Costs)) >= 0
+    steps = found.busy - found.prefill
+    assert found.first <= found.prefill and found.step <= steps + 1e-9
+    assert found.loop <= steps + 1e-9 and found.pace <= steps + 1e-9
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_no_run_is_shorter_than_its_busiest_resource(skewed: bool) -> None:
+    for seed in range(20):
+        counts, resources = (
+            unequal(seed, skewed).counted(),
+            random_resources(np.random.default_rng(seed), 3),
+        )
+        busiest = max(float(resource.costs(counts).busy) for resource in resources)
+        assert closed_s(resources, counts) >= busiest * (1 - 1e-12)

@@ -130,7 +130,7 @@ def test_theta_is_halved_where_there_is_no_budget() -> None:
 def test_more_quality_loss_helps_where_memory_is_short() -> None:
     problem = tiny(0.36, 0.3, percent=0.1)
     plan = replan(problem)
-    found = w.what_if(problem, plan, replan, NEVER)
+    found = w.what_if(problem, plan, replan, NEVER).changes
     assert plan.predicted is not None and found
     assert [c.gain for c in found] == sorted((c.gain for c in found), reverse=True)
     for change in found:
@@ -147,7 +147,7 @@ def test_a_gain_within_the_gap_is_marked() -> None:
         def again(changed: Problem, speed: float = speed) -> Plan:
             return plan if changed is problem else faked(plan, speed)
 
-        found = w.what_if(problem, plan, again, NEVER)
+        found = w.what_if(problem, plan, again, NEVER).changes
         assert {change.within_gap for change in found} == {within}
         assert {round(change.gain, 9) for change in found} == {max(0.0, speed - 100)}
     unknown = faked(plan, 100.0, gap=1.0)
@@ -155,7 +155,7 @@ def test_a_gain_within_the_gap_is_marked() -> None:
     def much_faster(changed: Problem) -> Plan:
         return unknown if changed is problem else faked(plan, 1e6)
 
-    assert w.what_if(problem, unknown, much_faster, NEVER)[0].within_gap
+    assert w.what_if(problem, unknown, much_faster, NEVER).changes[0].within_gap
 
 
 def test_changes_are_compared_in_closed_form_and_not_with_the_simulated_run() -> None:
@@ -166,7 +166,7 @@ def test_changes_are_compared_in_closed_form_and_not_with_the_simulated_run() ->
     closed = 2 * best.predicted.priced_s
     run = best.predicted.model_copy(update={"closed_form_s": closed})
     chosen = best.model_copy(update={"predicted": run})
-    found = w.what_if(problem, chosen, lambda _: best, NEVER)
+    found = w.what_if(problem, chosen, lambda _: best, NEVER).changes
     assert found and all(change.gain == 0 for change in found)
 
 
@@ -176,8 +176,9 @@ def test_changes_without_a_plan_or_time_are_left_out() -> None:
 
     problem = tiny(2.0)
     plan = replan(problem)
-    assert w.what_if(problem, plan, never, NEVER) == []
-    assert w.what_if(problem, plan, replan, time.monotonic() - 1) == []
+    assert w.what_if(problem, plan, never, NEVER) == w.WhatIf()
+    late = w.what_if(problem, plan, replan, time.monotonic() - 1)
+    assert late == w.WhatIf((), len(list(w.changes(problem, plan))))
 
 
 # ---- the frontier
