@@ -178,6 +178,7 @@ def evaluate_plan(arguments: Arguments, path: Path, trace: Path | None = None) -
     from llmpq.planner.accuracy import with_accuracy
     from llmpq.planner.evaluate import evaluate, shortages, to_assignment
     from llmpq.planner.planning import Planned
+    from llmpq.planner.what_if import WhatIf
     from llmpq.planner.simulated import with_run
 
     start = time.monotonic()
@@ -197,7 +198,7 @@ def evaluate_plan(arguments: Arguments, path: Path, trace: Path | None = None) -
             "workload": problem.workload,
         }
     )
-    report(console(arguments.quiet), arguments, problem, Planned(priced), notes, [])
+    report(console(arguments.quiet), arguments, problem, Planned(priced), notes, WhatIf())
     if trace is not None or arguments.verbose:
         write_with_run(arguments, problem, priced, trace, filed)
     else:

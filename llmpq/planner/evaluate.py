@@ -41,8 +41,9 @@ def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
     stage, link = stage_costs(problem, assignment), hop_costs(problem, setting)
     total = float(run_s(stage, link))
     counts = problem.job_counts(setting.sizes)
-    step = max(float((stage.step + link.step).sum()), counts.num_lanes * float(stage.step.max()))
-    decode = min(counts.rounds_after * step, total)
+    loop = float((stage.step + link.step).sum())
+    pace = float((stage.busy - stage.prefill).max()) / max(counts.num_rounds, 1.0)
+    decode = min(counts.rounds_after * max(loop, pace), total)
     busiest = int(stage.busy.argmax())
     omega = problem.quality.sum_omega(assignment.precisions)
     num_prefills = counts.num_first + counts.num_refills
