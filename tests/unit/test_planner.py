@@ -23,12 +23,13 @@ from llmpq.cli.plan import main
 from llmpq.cluster import Cluster, DeviceGroup, Link
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
+from llmpq.costs.timeline import Costs
 from llmpq.model_spec import ModelSpec, spec_from_config
 from llmpq.plan import Plan, load_plan
 from llmpq.planner import baselines, search
 from llmpq.planner.evaluate import evaluate, shortages, to_assignment, to_plan
 from llmpq.planner.exact import solve
-from llmpq.planner.instance import Costs, Instance, make_instance
+from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.layouts import canonical, ends, mixes, num_devices, num_stages, orders
 from llmpq.planner.planning import Options, make_plan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting

@@ -198,11 +198,11 @@ def test_a_chunk_takes_what_the_longer_prompt_takes_more_and_a_call() -> None:
 
 
 def test_a_run_of_equal_requests_takes_what_the_closed_form_says() -> None:
-    """One wave; on one stage any number of waves, but for caches that lanes pad."""
+    """One stage: any number of waves. Two: a step begins while other prompts are still computed."""
     problem = make_problem([(16, 9)] * 8, ["t4-16g", "v100-32g"])
     assignment = assign(problem, 8, 2, 2)
     closed = evaluate(problem, assignment).total_s
-    assert simulate(problem, assignment).total_s == pytest.approx(closed, rel=5e-3)
+    assert simulate(problem, assignment).total_s == pytest.approx(closed, rel=0.03)
     alone = make_problem([(16, 9)] * 24, ["t4-16g"])
     assignment = assign(alone, 8, 4, 4)
     closed = evaluate(alone, assignment).total_s
@@ -271,8 +271,8 @@ def test_requests_that_stand_for_many_take_what_the_many_do(seed: int) -> None:
     whole = simulate(problem, assignment).total_s
     assert run_s(listed, assignment, 2000) == pytest.approx(whole, rel=0.03)
     assert evaluate(listed, assignment).total_s == pytest.approx(
-        5 * evaluate(replace(listed, num_requests=None, _known={}), assignment).total_s
-    )
+        5 * evaluate(replace(listed, num_requests=None, _known={}), assignment).total_s, rel=0.005
+    ), "the first fill and the end come once"
 
 
 # ---- bubbles
