@@ -178,8 +178,8 @@ def evaluate_plan(arguments: Arguments, path: Path, trace: Path | None = None) -
     from llmpq.planner.accuracy import with_accuracy
     from llmpq.planner.evaluate import evaluate, shortages, to_assignment
     from llmpq.planner.planning import Planned
-    from llmpq.planner.what_if import WhatIf
     from llmpq.planner.simulated import with_run
+    from llmpq.planner.what_if import WhatIf
 
     start = time.monotonic()
     filed = load_plan(path)

@@ -73,4 +73,4 @@ def test_what_is_beyond_the_profile_is_named_once_a_device_type() -> None:
     (line,) = warnings(problem, assignment)
     assert line.startswith("v100-32g: beyond what was profiled")
     assert "prefill of 1 x 96 tokens at 16 bits (+-50 %)" in line
-    assert "decode of 2 x 99 tokens at 16 bits (+-50 %)" in line
+    assert "decode of 2 x 103 tokens at 16 bits (+-50 %)" in line

@@ -144,7 +144,7 @@ def test_all_streamed_by_hand() -> None:
 
 @pytest.mark.parametrize("precision", ["16", "4"])
 def test_what_fits_takes_as_long_and_as_much_as_one_stage(precision: str) -> None:
-    problem = make_problem(64.0, link_gbs=1e-6)
+    problem = make_problem(64.0, link_gbs=1e-6, lengths=((32, 9),) * 16)  # whole blocks
     device = device_of(problem)
     plan = offload_plan(problem, device, precision, 8, 2)
     assert (plan.weights_share, plan.cache_share, plan.host_bytes) == (1.0, 1.0, 0)

@@ -31,7 +31,7 @@ from llmpq.planner.what_if import Change
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     """Two stages."""
-    return replan(tiny(0.36, 0.3, percent=5))
+    return replan(tiny(0.3, 0.3, percent=5))
 
 
 @pytest.fixture

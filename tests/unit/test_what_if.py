@@ -110,7 +110,7 @@ def test_what_is_asked_depends_on_the_cluster_and_the_plan() -> None:
         "one more d0 on box",
         "0.2 MiB more on each d0",
     ]
-    two = tiny(0.36, 0.36, percent=5)
+    two = tiny(0.3, 0.3, percent=5)
     assert "2 times the bandwidth inside nodes" in texts(two, replan(two))
 
 
