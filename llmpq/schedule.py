@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 WINDOW = 100_000  # requests that are looked at ahead of their turn
+BLOCKS = 16  # more requests are looked at when one in so many of the window is left
 NEAR = 64  # of them, how many are looked at for a prompt of like length
 PADDED = 1.25  # a prefill micro-batch is at most so much longer than its prompts
 LEAST_CHUNK = 16
@@ -266,6 +267,13 @@ class Schedule:
     # ---- requests that wait
 
     def _look_ahead(self) -> None:
+        """In blocks of requests, so that longest outputs come first in each of them.
+
+        If each one that begins made room for the next, those that wait would soon be the shortest
+        of all, and the others would begin in the order in which they come.
+        """
+        if self._num_waiting > self.window // BLOCKS:
+            return
         while not self._exhausted and self._num_waiting < self.window:
             item = next(self.source, None)
             if item is None:

@@ -62,16 +62,11 @@ def _played(problem: Problem, assignment: Assignment, most_jobs: int) -> tuple[P
 
 
 def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Played:
-    """The run of a sample, which looks ahead at as large a part of the requests as the whole run.
-
-    Some waves are seen at least.
-    """
-    share = len(sample.lengths) / (problem.repeats * len(problem.lengths))
-    window = max(LEAST_WAVES * assignment.setting.batch, math.ceil(WINDOW * share))
+    """The run of a sample with the chunk and lanes of the whole one."""
     grain = _grain(sample, problem.resolved(assignment.setting))
     key = ("seconds", assignment.setting.places, assignment.stages, grain)
     seconds = problem.once(key, lambda: Seconds(actor_works(problem, assignment), grain))
-    return simulate(sample, assignment, problem, window=window, seconds=seconds)
+    return simulate(sample, assignment, problem, seconds=seconds)
 
 
 def _grain(problem: Problem, setting: Setting) -> int:

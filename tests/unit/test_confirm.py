@@ -1,88 +1,20 @@
 """Plans are chosen by their simulated runs: chains, layers, sizes, and samples of many requests."""
 
 import math
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from llmpq.planner.chains import build, chains_of, longest, with_best_layers
 from test_simulate_run import assign, make_problem, random_lengths, random_plan
 
 from llmpq.planner import confirm, planning
 from llmpq.planner.confirm import Confirmed
 from llmpq.planner.evaluate import bounded, evaluate
-from llmpq.planner.instance import make_instance
 from llmpq.planner.planning import Options, make_plan
-from llmpq.planner.problem import Assignment, Problem
-from llmpq.planner.simulated import run_s, sample_of, simulate
-from llmpq.planner.solver import Solver
+from llmpq.planner.simulated import run_s, sample_of
 from llmpq.workload import PLANNED, Workload, planned_lengths, request_lengths
 
 UNLIMITED = math.inf
-
-
-def counts_of(problem: Problem, assignment: Assignment) -> np.ndarray:
-    stages = assignment.stages
-    return np.array([[stage.count(p) for p in problem.precisions] for stage in stages])
-
-
-# ---- chains
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_the_longest_chain_is_the_run_and_no_other_is_longer(seed: int) -> None:
-    problem, assignment = random_plan(seed, equal=seed % 2 == 0)
-    played = simulate(problem, assignment)
-    seconds = (played.end_s - played.start_s)[longest(played)].sum()
-    assert seconds == pytest.approx(played.total_s, rel=1e-9)
-    held = counts_of(problem, assignment)
-    values = [c.fixed + (c.layer * held).sum() for c in chains_of(problem, assignment, played)]
-    assert values[0] == pytest.approx(played.total_s, rel=1e-9)
-    assert max(values) <= played.total_s * (1 + 1e-9)
-
-
-def test_chains_foresee_the_run_of_other_layers() -> None:
-    """Within what another order of the jobs makes of it."""
-    errors = []
-    for seed in range(12):
-        problem, assignment = random_plan(seed, equal=False)
-        if len(assignment.stages) == 1:
-            continue
-        played = simulate(problem, assignment)
-        first, second, *others = assignment.stages
-        moved = replace(assignment, stages=(first[:-1], (*second, first[-1]), *others))
-        held = counts_of(problem, moved)
-        chains = chains_of(problem, assignment, played)
-        foreseen = max(chain.fixed + (chain.layer * held).sum() for chain in chains)
-        errors.append(abs(foreseen / simulate(problem, moved).total_s - 1))
-    print(sorted(errors))
-    assert len(errors) > 6 and np.median(errors) < 0.03 and max(errors) < 0.15
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_layers_by_chains_are_never_slower_and_mend_a_bad_partition(seed: int) -> None:
-    lengths = random_lengths(seed, 150, 100, 120)
-    problem = make_problem(lengths, ["t4-16g", "a100-40g"])
-    bad = assign(problem, 24, 2, 4)
-    layers = bad.precisions
-    bad = replace(bad, stages=(tuple(layers[:-1]), tuple(layers[-1:])))  # nearly all on the T4
-    found = with_best_layers(problem, problem, bad, Solver(), time.monotonic() + 60)
-    before, after = (simulate(problem, one).total_s for one in (bad, found))
-    assert after < 0.8 * before
-    others = [
-        replace(bad, stages=(tuple(layers[:n]), tuple(layers[n:]))) for n in range(1, len(layers))
-    ]
-    assert after <= 1.01 * min(simulate(problem, one).total_s for one in others)
-
-
-def test_the_optimum_of_the_chains_is_a_bound_of_what_they_foresee() -> None:
-    problem, assignment = random_plan(3, equal=False)
-    played = simulate(problem, assignment)
-    chains = list(chains_of(problem, assignment, played))
-    instance = make_instance(problem, assignment.setting)
-    answer = Solver().integers(build(instance, chains), gap=1e-6)
-    assert answer.bound <= played.total_s * (1 + 1e-6)
 
 
 # ---- sizes and candidates
@@ -93,7 +25,7 @@ def test_other_sizes_make_runs_shorter_and_never_longer() -> None:
     for seed in range(4):
         problem = make_problem(random_lengths(seed, 150, 100, 120), ["t4-16g"] * 3)
         plan = assign(problem, 24, 2, 12)  # two lanes for three stages
-        confirmed = Confirmed(problem, Solver(), UNLIMITED)
+        confirmed = Confirmed(problem, UNLIMITED)
         found = confirmed.improved(plan)
         gains.append(run_s(problem, plan) / run_s(problem, found))
     assert min(gains) >= 1 and max(gains) > 1.1
@@ -104,11 +36,11 @@ def test_other_chunks_make_runs_shorter_and_never_longer() -> None:
     problem = make_problem([(600, 9)] * 8 + [(60, 40)] * 40, ["t4-16g"] * 3)
     plan = assign(problem, 8, 2, 2)
     small = replace(plan, setting=replace(plan.setting, chunk_tokens=64))
-    confirmed = Confirmed(problem, Solver(), UNLIMITED)
-    found = confirmed.with_other_sizes(small)
+    confirmed = Confirmed(problem, UNLIMITED)
+    found = confirmed.improved(small)
     assert problem.chunk_tokens(found.setting) > 64
     assert run_s(problem, found) < 0.9 * run_s(problem, small)
-    assert run_s(problem, confirmed.with_other_sizes(plan)) <= run_s(problem, plan)
+    assert run_s(problem, confirmed.improved(plan)) <= run_s(problem, plan)
     alike = make_problem([(200, 9)] * 24, ["t4-16g"] * 3)
     assert confirm._chunk(alike, assign(alike, 8, 2, 2).setting, 0.5) is None
 
@@ -118,7 +50,7 @@ def test_the_candidate_with_the_shortest_run_is_taken_whatever_its_price() -> No
     few, many = assign(problem, 24, 2, 12), assign(problem, 24, 2, 4)
     expected = min((few, many), key=lambda one: run_s(problem, one))
     for candidates in ([few, many], [many, few]):
-        assert Confirmed(problem, Solver(), UNLIMITED).best_of(candidates) == expected
+        assert Confirmed(problem, UNLIMITED).best_of(candidates) == expected
 
 
 def test_a_candidate_that_does_not_fit_is_never_taken() -> None:
@@ -126,7 +58,7 @@ def test_a_candidate_that_does_not_fit_is_never_taken() -> None:
     plan = assign(problem, 8, 2, 4)
     places = tuple(replace(place, memory_bytes=1) for place in plan.setting.places)
     tight = replace(plan, setting=replace(plan.setting, places=places))
-    confirmed = Confirmed(problem, Solver(), UNLIMITED)
+    confirmed = Confirmed(problem, UNLIMITED)
     assert confirmed.value(tight) == math.inf
     assert confirmed.best_of([tight, plan]) == plan
 

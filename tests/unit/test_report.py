@@ -25,7 +25,7 @@ from llmpq.planner.report import (
     print_outcomes,
     print_report,
 )
-from llmpq.planner.what_if import Change
+from llmpq.planner.what_if import Change, WhatIf
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +139,10 @@ def test_a_gain_within_the_gap_is_not_a_number(console: PlainConsole, plan: Plan
         Change("1 GiB more", 120.0, 20.0, 20.0, False),
         Change("[fast] links", 100.1, 0.1, 0.1, True),
     ]
-    print_changes(console, plan, changes)
+    print_changes(console, plan, WhatIf(tuple(changes), 3))
     text = shown(console)
     assert "+20.0 (+20.0 %)" in text and "[fast] links" in text
+    assert "3 more changes were not looked at, for lack of time" in text
     assert f"no more than the gap ({100 * plan.predicted.gap:.2f} %)" in text
 
 

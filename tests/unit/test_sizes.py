@@ -11,14 +11,14 @@ from llmpq.errors import InfeasibleError
 from llmpq.plan import Plan
 from llmpq.planner.evaluate import shortages, to_assignment
 from llmpq.planner.layouts import mixes
-from llmpq.planner.problem import Problem
-from llmpq.planner.search import make_space, search
+from llmpq.planner.problem import Problem, Sizes
+from llmpq.planner.search import make_space
 from llmpq.planner.sizes import (
     MOST_SHORTER,
     all_sizes,
     chunk_options,
-    least_batch,
     shorter_chunks,
+    sizes_near,
     spare_sizes,
 )
 from llmpq.planner.solver import Solver
@@ -63,28 +63,25 @@ def test_shorter_chunks_are_tried_only_where_they_leave_much_more_room() -> None
         assert any(t.sizes.chunk_tokens is not None for t in tables) == some
 
 
-def test_the_default_chunk_is_searched_first_and_every_chunk_has_a_finalist() -> None:
-    problem = job([(1400, 4)] * 9, [1.5, 1.5])
-    space = make_space(problem, Solver())
-    chunks = [part.tables[0].sizes.chunk_tokens for part in space.parts]
-    assert chunks[0] is None and len(chunks) > 2
-    assert chunks[1:] == sorted((c for c in chunks[1:] if c is not None), reverse=True)
-    assert sum(len(part.tables) for part in space.parts) == len(space.tables)
-    found = search(problem, space, Solver(), gap=0.01, deadline=float("inf"))
-    tried = {sizes.chunk_tokens for sizes in found.by_sizes}
-    first = [one.setting.chunk_tokens for one in found.finalists[: len(tried)]]
-    assert set(first) == tried
-
-
-def test_where_nothing_fits_fewer_requests_and_every_chunk_follow() -> None:
+def test_where_nothing_fits_one_request_and_every_chunk_follow() -> None:
     problem = job([(300, 4)] * 30, [1.0])
-    steps = list(spare_sizes(problem))
-    assert [step[0].batch for step in steps] == [8, 4, 2, 1] and least_batch(problem) == 1
-    assert [[sizes.chunk_tokens for sizes in step] for step in steps] == [[300, 150, 75, 64]] * 4
-    few = job([(300, 4)] * 3, [1.0])
-    assert [step[0].batch for step in spare_sizes(few)] == [3, 2, 1]
+    assert {sizes.batch for sizes in spare_sizes(problem)} == {1}
+    assert [sizes.chunk_tokens for sizes in spare_sizes(problem)] == [300, 150, 75, 64]
     pinned = tiny(1.0, job={"prompt_tokens": 300, "new_tokens": 4, "num_requests": 30, "batch": 6})
-    assert [step[0].batch for step in spare_sizes(pinned)] == [6] and least_batch(pinned) == 6
+    assert {sizes.batch for sizes in spare_sizes(pinned)} == {6}
+
+
+def test_large_micro_batches_of_unequal_prompts_and_very_many_lanes_are_left_out() -> None:
+    unequal = job([(300, 4), (20, 9)] * 300, [1.0])
+    largest = all_sizes(unequal)[-1]
+    assert largest.batch == 512 and max(largest.prefill) == 16 and min(largest.decode) == 8
+    equal = all_sizes(job([(300, 4)] * 600, [1.0]))[-1]
+    assert max(equal.prefill) == 512 and min(equal.decode) == 8
+
+
+def test_sizes_near_those_of_a_plan_have_its_chunk() -> None:
+    near = sizes_near(job([(300, 4)] * 600, [1.0]), Sizes(16, (1,), (4,), 150))
+    assert [(sizes.batch, sizes.chunk_tokens) for sizes in near] == [(8, 150), (16, 150), (32, 150)]
 
 
 # ---- what fits
