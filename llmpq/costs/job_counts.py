@@ -262,7 +262,7 @@ class _Rounds:
             jobs[PrefillJob(rows, 0, min(self.chunk_tokens, padded_width(prompt)))] += 1
             return
         most = self.prefill_rows * self.chunk_tokens**2 // prompt
-        chunk = max(LEAST_CHUNK, min(self.chunk_tokens, most))
+        chunk = min(self.chunk_tokens, max(LEAST_CHUNK, most))
         for start in range(0, prompt, chunk):
             jobs[PrefillJob(1, start, min(prompt, start + chunk))] += 1
 
@@ -273,9 +273,7 @@ class _Rounds:
         lane, begin, end = np.array(self.lane), np.array(self.begin), np.array(self.end)
         last = int(begin.max())  # from then on slots stay free
         while_waiting = int(np.clip(np.minimum(end, last) - begin, 0, None).sum())
-        refilled = sum(self.prompt) - sum(
-            p for p, at in zip(self.prompt, begin, strict=True) if not at
-        )
+        refilled = int(np.array(self.prompt)[begin > 0].sum())
         prefills = _times(whole.prompt, sum(self.prompt), refilled)
         turns = _times(whole.new, int((end - begin).sum()), while_waiting)
         ends = np.zeros(len(self.lanes), dtype=int)

@@ -286,8 +286,10 @@ def omega_of(problem: Problem) -> np.ndarray:
 
 def kind_of(problem: Problem, place: Place) -> Hashable:
     """What times of a place depend on: equal kinds have equal times."""
+    if place.tensor_parallel == 1:
+        return (place.type, 1, None)
     link = problem.cluster.link_between(place.node, place.node)
-    return (place.type, place.tensor_parallel, link if place.tensor_parallel > 1 else None)
+    return (place.type, place.tensor_parallel, link)
 
 
 # ---- cost tables: [P, Q, ...], of all pairs of micro-batches of `sizes`
