@@ -7,7 +7,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 venv="$root/.venv-newest"
 tests=(silence nouns artifact costs devices_library exact heuristic planner plan_modes report search
-       simulate_trace what_if)
+       simulate_trace what_if sizes job_counts timeline)
 
 "$python" -m venv "$venv"
 "$venv/bin/pip" install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
