@@ -38,6 +38,16 @@ def padded_width(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def chunk_length(prompt_tokens: int, prefill_rows: int, chunk_tokens: int) -> int:
+    """Tokens of a long prompt that are computed at once, alone.
+
+    As many as attention was given room for: it takes a micro-batch of `prefill_rows` prompts of
+    `chunk_tokens` each.
+    """
+    most = prefill_rows * chunk_tokens**2 // prompt_tokens
+    return min(chunk_tokens, max(LEAST_CHUNK, most))
+
+
 class LaneShape(NamedTuple):
     """Slots of a lane, and how many tokens each has room for."""
 
@@ -364,9 +374,7 @@ class Schedule:
     def _next_chunk(self) -> Job:
         row = self._chunked[0]
         total, begin = row.item.prompt_tokens, row.computed
-        # As many tokens as attention was given room for.
-        most = self.prefill_rows * self.chunk_tokens**2 // total
-        end = min(total, begin + min(self.chunk_tokens, max(LEAST_CHUNK, most)))
+        end = min(total, begin + chunk_length(total, self.prefill_rows, self.chunk_tokens))
         row.computed = end
         if end == total:
             self._chunked.popleft()

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmpq.schedule import LEAST_CHUNK, NEAR, PADDED, LaneShape, padded_width
+from llmpq.schedule import NEAR, PADDED, LaneShape, chunk_length, padded_width
 
 SAMPLES = 12  # rounds at which the lanes are looked at
 OCTAVE = 8  # widths an octave: `schedule.padded_width`
@@ -261,8 +261,7 @@ class _Rounds:
         if prompt <= self.chunk_tokens:
             jobs[PrefillJob(rows, 0, min(self.chunk_tokens, padded_width(prompt)))] += 1
             return
-        most = self.prefill_rows * self.chunk_tokens**2 // prompt
-        chunk = min(self.chunk_tokens, max(LEAST_CHUNK, most))
+        chunk = chunk_length(prompt, self.prefill_rows, self.chunk_tokens)
         for start in range(0, prompt, chunk):
             jobs[PrefillJob(1, start, min(prompt, start + chunk))] += 1
 

@@ -30,6 +30,7 @@ from llmpq.planner.problem import (
     Setting,
     Sizes,
     Work,
+    chunk_s,
     fixed_work,
     hop_works,
     layer_work,
@@ -400,16 +401,14 @@ class JobTable:
         )
 
     def _prefill_s(self, work: Work) -> np.ndarray:
-        """Seconds of each prefill job: later chunks as `simulated.chunk_s` has them."""
+        """Seconds of each prefill job."""
         jobs = np.array(self.prefill, dtype=float)
         seconds = np.zeros(len(jobs))
         for rows in np.unique(jobs[:, 0]):
             own = jobs[:, 0] == rows
             begin, end = jobs[own, 1], jobs[own, 2]
-            whole = work.prefill(int(rows), end)
-            more = whole - work.prefill(int(rows), begin) + work.prefill(int(rows), 1.0)
-            later = np.maximum(more, work.prefill(int(rows), end - begin))
-            seconds[own] = np.where(begin > 0, later, whole)
+            whole = partial(work.prefill, int(rows))
+            seconds[own] = np.where(begin > 0, chunk_s(whole, begin, end), whole(end))
         return seconds
 
     def _decode_s(self, work: Work) -> np.ndarray:

@@ -170,10 +170,12 @@ def _still_fits(problem: Problem, plan: Plan) -> Assignment | None:
 
 def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple[Search, Space]:
     """The search of a space; where it holds no plan, that of sizes that need less memory."""
-    from llmpq.planner.explain import lacks_memory
-
     found = _search_of(run, space, first)
-    if found.assignment is not None or found.timed_out or lacks_memory(run.unit):
+    if found.assignment is not None or found.timed_out:
+        return found, space
+    from llmpq.planner.explain import lacks_memory  # start-up time where there is a plan
+
+    if lacks_memory(run.unit):
         return found, space
     until, sizes = run.by(SEARCH_SHARE, LEAST_S), spare_sizes(run.unit)
     space = make_space(run.unit, run.solver, until, run.options.progress, sizes)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import numpy as np
+
 from llmpq.cluster import Cluster
 from llmpq.costs import links
 from llmpq.costs.job_counts import (
@@ -142,7 +144,7 @@ class Problem:
     profiles: Sequence[Profile] = ()  # where times of several devices a stage are looked up
     num_requests: int | None = None  # that the lengths stand for; None: for themselves
     _known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-    _of_run: "_SharedCache" = field(default_factory=lambda: _SharedCache(), repr=False)
+    _of_run: _SharedCache = field(default_factory=_SharedCache, repr=False)
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`once` for what depends on the model and the requests alone.
@@ -294,6 +296,15 @@ class Work:
 
     prefill: Cost
     decode: Cost
+
+
+def chunk_s(whole: Callable[[Any], Any], begin: Any, end: Any) -> np.ndarray:
+    """Tokens `begin` (not 0) to `end` of prompts: what the longer prompt takes more, and a call.
+
+    Of a stage whose whole prompts of so many tokens take `whole`; numbers or arrays. A call is
+    priced as a prompt of one token: it reads all weights too.
+    """
+    return np.maximum(whole(end) - whole(begin) + whole(1), whole(end - begin))
 
 
 def layer_work(times: LayerTimes, precision: str) -> Work:

@@ -10,15 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from llmpq.costs.simulate import Played, play
 from llmpq.plan import Predicted
 from llmpq.planner.evaluate import actor_works, closed_form_s, speeds
-from llmpq.planner.problem import Assignment, Problem, Setting, Work
-from llmpq.schedule import WINDOW, Item, Job, Schedule
+from llmpq.planner.problem import Assignment, Problem, Setting, Work, chunk_s
+from llmpq.schedule import Item, Job, Schedule
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request
 BLOCK = 256  # columns whose times are computed at once
@@ -117,14 +116,13 @@ def simulate(
     planned: Problem | None = None,
     *,
     refill: bool = True,
-    window: int = WINDOW,
     told: Callable[[int], None] = lambda _: None,
     seconds: "Seconds | None" = None,
 ) -> Played:
     """The run of all requests that are listed; `told` hears how many have ended.
 
     `planned`: the problem whose lengths say what the setting leaves open, where these are others;
-    `window`: how many requests are looked at ahead of their turn; `seconds`: what is known of jobs.
+    `seconds`: what is known of jobs.
     Raises `UserError` where one request needs more cache than the whole plan has.
     """
     seconds = seconds or Seconds(actor_works(problem, assignment))
@@ -132,7 +130,7 @@ def simulate(
     if grain > 1:
         problem = replace(problem, lengths=problem.lengths[::grain], _known={})
         setting = _coarser(setting, grain)
-    schedule = make_schedule(problem, setting, refill=refill, window=window)
+    schedule = make_schedule(problem, setting, refill=refill)
     played = play(schedule, seconds, len(seconds.works), told)
     jobs = replace(
         played.jobs, requests=grain * played.jobs.requests, rows=grain * played.jobs.rows
@@ -152,9 +150,7 @@ def _coarser(setting: Setting, grain: int) -> Setting:
     )
 
 
-def make_schedule(
-    problem: Problem, setting: Setting, *, refill: bool = True, window: int = WINDOW
-) -> Schedule:
+def make_schedule(problem: Problem, setting: Setting, *, refill: bool = True) -> Schedule:
     """The runtime's schedule of the workload's requests.
 
     Raises `UserError` where one request needs more cache than the setting's lanes have.
@@ -166,7 +162,6 @@ def make_schedule(
         len(setting.places),
         iter(Item(number, *lengths) for number, lengths in enumerate(problem.lengths)),
         refill=refill,
-        window=window,
     )
 
 
@@ -234,15 +229,6 @@ class Seconds:
             each = [np.broadcast_to(w.decode(rows, past), past.shape) for w in self.works]
             self.decodes[key] = np.stack(each, axis=1).tolist()
         return self.decodes[key][place]
-
-
-def chunk_s(whole: Callable[[Any], Any], begin: Any, end: Any) -> np.ndarray:
-    """Tokens `begin` (not 0) to `end` of prompts: what the longer prompt takes more, and a call.
-
-    Of a stage whose whole prompts of so many tokens take `whole`; numbers or arrays. A call is
-    priced as a prompt of one token: it reads all weights too.
-    """
-    return np.maximum(whole(end) - whole(begin) + whole(1), whole(end - begin))
 
 
 def _prefill(work: Work, rows: int, tokens: int) -> float:
