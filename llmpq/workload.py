@@ -23,6 +23,7 @@ from llmpq.schedule import LaneShape, cache_tokens
 
 MAX_LENGTH = 10**9  # tokens of a request; more is another column
 MAX_BATCH = 100_000  # requests in flight; more is a mistake
+SPARE = 0.1  # of a lane: what its class may have more than its lanes
 CLASSES = 5  # of requests by length
 LEAST_CHUNK_TOKENS = 64
 PLANNED = 2048  # requests that a plan is made for: of more a sample of their lengths
@@ -210,7 +211,7 @@ def lanes(lengths: Sequence[tuple[int, int]], batch: int, rows: int) -> tuple[La
         shares[min(CLASSES - 1, (longest // (prompt + new)).bit_length() - 1)] += new
     ends = [len(sizes) * part / sum(shares) for part in itertools.accumulate(shares)]
     ends[0] = max(1.0, ends[0])
-    classes = [next(k for k, end in enumerate(ends) if i + 0.5 <= end) for i in range(len(sizes))]
+    classes = [next(k for k, end in enumerate(ends) if i + SPARE <= end) for i in range(len(sizes))]
     tokens = [-(-longest // 2**k) for k in range(CLASSES)]
     return tuple(LaneShape(size, tokens[k]) for size, k in zip(sizes, classes, strict=True))
 

@@ -16,9 +16,11 @@ busy; stop tokens.
 
 import heapq
 import math
+from array import array
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ import numpy as np
 from llmpq.schedule import NEAR, PADDED, LaneShape, chunk_length, padded_width
 
 SAMPLES = 12  # rounds at which the lanes are looked at
+BINS = 16  # lengths of prompts in chunks that are told apart
 OCTAVE = 8  # widths an octave: `schedule.padded_width`
 
 
@@ -127,201 +130,269 @@ def count_jobs(
     the requests are a sample of. What happens while requests wait is then repeated until the tokens
     add up; the first fill and the end are not.
     """
-    rounds = _Rounds(lanes, prefill_rows, chunk_tokens, _by_room(lengths, lanes))
-    rounds.play()
-    return rounds.counted(whole or tokens_of(lengths))
-
-
-def alike_together(lengths: Sequence[tuple[int, int]], rows: Sequence[int]) -> int:
-    """How many requests can be counted as one: equal ones that come and go together.
-
-    `rows` of all lanes and of a prefill job.
-    """
-    return math.gcd(*rows, len(lengths)) if len(set(lengths)) == 1 else 1
-
-
-def of_groups(counts: JobCounts, size: int) -> JobCounts:
-    """The jobs where each request that was counted stands for `size` equal ones."""
-
-    def larger(jobs: Mapping[PrefillJob, float]) -> Mapping[PrefillJob, float]:
-        return {job._replace(rows=size * job.rows): count for job, count in jobs.items()}
-
-    def wider(steps: Sequence[DecodeSteps]) -> tuple[DecodeSteps, ...]:
-        return tuple(some._replace(rows=size * some.rows) for some in steps)
-
-    return replace(
-        counts,
-        first=larger(counts.first),
-        refills=larger(counts.refills),
-        steps=wider(counts.steps),
-        longest_lane=wider(counts.longest_lane),
-    )
+    rounds = run_in_rounds(lengths, slots_of(lanes), prefill_rows)
+    decode = count_steps(rounds, lanes)
+    prefill = count_prefills(rounds, prefill_rows, chunk_tokens)
+    return together(rounds, prefill, decode, whole or tokens_of(lengths))
 
 
 # ---- the run in rounds
 
-_Waiting = tuple[int, int]  # (-new tokens, -prompt tokens)
+
+@dataclass(frozen=True, eq=False)
+class Rounds:
+    """When requests begin and end; arrays [requests] in the order in which they begin.
+
+    `begin` is the round before a request's first decode step, `end` that of its last one; `slot` is
+    where it lies, counted from the slots of the shortest lanes.
+    """
+
+    slot: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    prompt: np.ndarray
+
+    @cached_property
+    def last(self) -> int:
+        """From this round on slots stay free."""
+        return int(self.begin.max())
+
+    @cached_property
+    def num_bursts(self) -> int:
+        """Rounds with newcomers, beside the first."""
+        return len(np.unique(self.begin)) - 1
+
+
+def slots_of(lanes: Sequence[LaneShape]) -> tuple[tuple[int, int], ...]:
+    """How many slots there are of each number of tokens, the shortest first."""
+    rows: Counter[int] = Counter()
+    for lane in lanes:
+        rows[lane.tokens] += lane.rows
+    return tuple(sorted(rows.items()))
+
+
+def run_in_rounds(
+    lengths: Sequence[tuple[int, int]],
+    slots: Sequence[tuple[int, int]],
+    prefill_rows: int,
+) -> Rounds:
+    """Every request takes the first slot that is free and has room for it; longest outputs first.
+
+    As `schedule.Schedule` takes requests, but for those of like prompts, of which some come sooner.
+    """
+    rooms = [tokens for tokens, _ in slots]
+    waiting = _by_room(lengths, rooms)
+    room_of = [index for index, (_, rows) in enumerate(slots) for _ in range(rows)]
+    places, begins, ends, prompts = (array("q") for _ in range(4))
+    running: list[int] = []  # (end, slot) as one number each; a heap
+    size = len(room_of)
+
+    def fill(free: Iterable[int], begin: int) -> None:
+        rows, like = 0, 0
+        for place in free:
+            for room in range(room_of[place], -1, -1):
+                if waiting[room]:
+                    new, prompt = _take(waiting[room], like)
+                    rows = rows + 1
+                    like = 0 if rows % prefill_rows == 0 else like or prompt
+                    places.append(place)
+                    begins.append(begin)
+                    ends.append(begin + new - 1)
+                    prompts.append(prompt)
+                    heapq.heappush(running, (begin + new - 1) * size + place)
+                    break
+
+    fill(range(size), 0)
+    while running:
+        now, place = divmod(heapq.heappop(running), size)
+        free, until = [place], (now + 1) * size
+        while running and running[0] < until:
+            free.append(heapq.heappop(running) - now * size)
+        fill(free, now + 1)
+    return Rounds(*(np.array(values, dtype=np.int64) for values in (places, begins, ends, prompts)))
 
 
 def _by_room(
-    lengths: Sequence[tuple[int, int]], lanes: Sequence[LaneShape]
-) -> dict[int, list[_Waiting]]:
-    """Requests by the least lane that has room for one; the longest outputs last."""
-    rooms = sorted({lane.tokens for lane in lanes})
-    waiting: dict[int, list[_Waiting]] = {room: [] for room in rooms}
+    lengths: Sequence[tuple[int, int]], rooms: Sequence[int]
+) -> list[list[tuple[int, int]]]:
+    """(new tokens, prompt tokens) by the least lane that has room; the longest outputs last."""
+    waiting: list[list[tuple[int, int]]] = [[] for _ in rooms]
     for prompt, new in lengths:
-        room = next((room for room in rooms if room >= prompt + new), rooms[-1])
-        waiting[room].append((-new, -prompt))
-    for some in waiting.values():
-        some.sort(reverse=True)
+        waiting[min(bisect_left(rooms, prompt + new), len(rooms) - 1)].append((new, prompt))
+    for some in waiting:
+        some.sort()
     return waiting
 
 
-@dataclass
-class _Rounds:
-    """Requests in lanes, round by round. Lists have an entry for every request that began."""
+def _take(waiting: list[tuple[int, int]], like: int) -> tuple[int, int]:
+    """The last one, or of the next `NEAR` one of about `like` prompt tokens (0: any)."""
+    if like:
+        for back, (_, prompt) in enumerate(waiting[: -NEAR - 1 : -1], start=1):
+            if like <= PADDED * prompt and prompt <= like:
+                return waiting.pop(-back)
+    return waiting.pop()
 
-    lanes: Sequence[LaneShape]
-    prefill_rows: int
-    chunk_tokens: int
-    waiting: dict[int, list[_Waiting]]
-    first: Counter[PrefillJob] = field(default_factory=Counter)
-    refills: Counter[PrefillJob] = field(default_factory=Counter)
-    num_bursts: int = 0
-    lane: list[int] = field(default_factory=list)
-    begin: list[int] = field(default_factory=list)  # the round before its first decode step
-    end: list[int] = field(default_factory=list)  # the round of its last one
-    prompt: list[int] = field(default_factory=list)
-    running: list[tuple[int, int]] = field(default_factory=list)  # (end, lane), a heap
 
-    def play(self) -> None:
-        """Until all requests have ended."""
-        order = sorted(range(len(self.lanes)), key=lambda i: (self.lanes[i].tokens, i))
-        free = [index for index in order for _ in range(self.lanes[index].rows)]
-        self._fill(free, 0, self.first)
-        running, last_burst = self.running, -1
-        while running:
-            now, index = heapq.heappop(running)
-            free = [index]
-            while running and running[0] == (now, index):
-                heapq.heappop(running)
-                free.append(index)
-            if self._fill(free, now + 1, self.refills) and now != last_burst:
-                self.num_bursts += 1
-                last_burst = now
+# ---- prefill jobs
 
-    def _fill(self, free: list[int], begin: int, jobs: Counter[PrefillJob]) -> bool:
-        """Requests for free slots, given as the lanes they are in; whether there were any."""
-        found = False
-        while free:
-            left: list[int] = []
-            rows, like, none_for = 0, 0, 0
-            for place, index in enumerate(free):
-                if rows == self.prefill_rows or like > self.chunk_tokens:
-                    left += free[place:]
-                    break
-                tokens = self.lanes[index].tokens
-                item = None if tokens == none_for else self._take(tokens, like)
-                if item is None:
-                    none_for = tokens
-                    left.append(index)
-                    continue
-                rows, like = rows + 1, like or -item[1]
-                self._settle(index, begin, item)
-            if not rows:
-                break
-            found = True
-            self._add_prefill(jobs, rows, like)
-            free = left
-        return found
+PrefillJobs = Mapping[PrefillJob, int]
 
-    def _take(self, tokens: int, like: int) -> _Waiting | None:
-        """As `schedule.Schedule` takes requests; `like` 0: any."""
-        for room in reversed(self.waiting):
-            if room > tokens:
-                continue
-            waiting = self.waiting[room]
-            if waiting and not like:
-                return waiting.pop()
-            least = like / PADDED
-            for back, (_, prompt) in enumerate(waiting[: -NEAR - 1 : -1], start=1):
-                if least <= -prompt <= like:
-                    return waiting.pop(-back)
-        return None
 
-    def _settle(self, index: int, begin: int, item: _Waiting) -> None:
-        end = begin - item[0] - 1
-        self.lane.append(index)
-        self.begin.append(begin)
-        self.end.append(end)
-        self.prompt.append(-item[1])
-        heapq.heappush(self.running, (end, index))
+def count_prefills(
+    rounds: Rounds, prefill_rows: int, chunk_tokens: int
+) -> tuple[PrefillJobs, PrefillJobs]:
+    """Those that fill the lanes at the beginning, and all others.
 
-    def _add_prefill(self, jobs: Counter[PrefillJob], rows: int, prompt: int) -> None:
-        if prompt <= self.chunk_tokens:
-            jobs[PrefillJob(rows, 0, min(self.chunk_tokens, padded_width(prompt)))] += 1
-            return
-        chunk = chunk_length(prompt, self.prefill_rows, self.chunk_tokens)
-        for start in range(0, prompt, chunk):
-            jobs[PrefillJob(1, start, min(prompt, start + chunk))] += 1
-
-    # ---- what was counted
-
-    def counted(self, whole: Tokens) -> JobCounts:
-        """All jobs of a workload of so many tokens."""
-        lane, begin, end = np.array(self.lane), np.array(self.begin), np.array(self.end)
-        last = int(begin.max())  # from then on slots stay free
-        while_waiting = int(np.clip(np.minimum(end, last) - begin, 0, None).sum())
-        refilled = int(np.array(self.prompt)[begin > 0].sum())
-        prefills = _times(whole.prompt, sum(self.prompt), refilled)
-        turns = _times(whole.new, int((end - begin).sum()), while_waiting)
-        ends = np.zeros(len(self.lanes), dtype=int)
-        np.maximum.at(ends, lane, end)
-        empty = _empty_rounds(lane, begin, end, len(self.lanes))
-        longest = max(range(len(ends)), key=lambda i: (ends[i] - empty[i], self.lanes[i].tokens))
-        parts = [(0, last, turns)] if last else []
-        parts.append((last, int(ends.max()), 1.0))
-        steps: list[DecodeSteps] = []
-        of_longest: list[DecodeSteps] = []
-        for start, stop, times in parts:
-            rows, past = self._looked_at(start, stop, shrink=start == last)
-            taken = np.clip(ends - start, 0, stop - start) - (0 if start else empty)
-            steps += _steps(rows, past, times * float(taken.sum()))
-            one = slice(longest, longest + 1)
-            of_longest += _steps(rows[:, one], past[:, one], times * float(taken[longest]))
-        return JobCounts(
-            num_lanes=len(self.lanes),
-            first=dict(self.first),
-            refills={job: prefills * count for job, count in self.refills.items()},
-            num_bursts=prefills * self.num_bursts,
-            steps=tuple(steps),
-            longest_lane=tuple(of_longest),
-            rounds_after=float(max(0, ends.max() - last)),
-            empty_steps=turns * float(empty.sum()),
-            empty_rounds=turns * float(empty[longest]),
+    Requests that begin in one round share jobs. Of the next `NEAR` that wait, those of like prompts
+    are taken together.
+    """
+    prompt, begin = rounds.prompt, rounds.begin
+    first: Counter[PrefillJob] = Counter()
+    refills: Counter[PrefillJob] = Counter()
+    whole = prompt <= chunk_tokens
+    kinds = np.floor(np.log(prompt) / math.log(PADDED)).astype(np.int64)
+    changes = np.flatnonzero((np.diff(begin[whole]) != 0) | (np.diff(kinds[whole]) != 0)) + 1
+    starts = np.concatenate([[0], changes]) if whole.any() else np.zeros(0, dtype=np.int64)
+    run = np.diff(np.append(starts, whole.sum()))
+    number = -(-run // prefill_rows)  # jobs of each run of like newcomers
+    of_run = np.repeat(np.arange(len(run)), number)
+    at = np.arange(len(of_run)) - np.repeat(np.cumsum(number) - number, number)
+    begins = starts[of_run] + at * prefill_rows
+    rows = np.minimum(prefill_rows, run[of_run] - at * prefill_rows)
+    widths = np.minimum(_padded(prompt[whole][begins]).astype(np.int64), chunk_tokens)
+    is_first = begin[whole][begins] == 0
+    for jobs, those in ((first, is_first), (refills, ~is_first)):
+        pairs, counts = np.unique(
+            np.stack([rows[those], widths[those]], axis=1), axis=0, return_counts=True
         )
+        for (some, width), count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            jobs[PrefillJob(some, 0, width)] += count
+        long = ~whole & ((begin == 0) if jobs is first else (begin > 0))
+        for total, count in _binned(prompt[long]).items():
+            chunk = chunk_length(total, prefill_rows, chunk_tokens)
+            for start in range(0, total, chunk):
+                jobs[PrefillJob(1, start, min(total, start + chunk))] += count
+    return first, refills
 
-    def _looked_at(self, start: int, stop: int, shrink: bool) -> tuple[np.ndarray, np.ndarray]:
-        """[samples, lanes]: rows that a step computes, and their past; rows are 0 without a step.
 
-        A step attends to as many tokens as its longest request has. Where slots stay free
-        (`shrink`), requests move together, so that steps have fewer rows.
-        """
-        at = start + (np.arange(SAMPLES)[:, None] + 0.5) * (stop - start) / SAMPLES
-        lane, order = np.array(self.lane), np.argsort(self.lane, kind="stable")
-        begin, end, prompt = (np.array(x)[order] for x in (self.begin, self.end, self.prompt))
-        there, starts = np.unique(lane[order], return_index=True)
-        runs = (begin <= at) & (end > at)
-        seen = np.where(runs, prompt + at - begin + 1, 0)
-        longest = np.maximum.reduceat(seen, starts, axis=1)
-        number = np.add.reduceat(runs.astype(int), starts, axis=1)
-        rows = np.zeros((SAMPLES, len(self.lanes)), dtype=int)
-        past = np.zeros(rows.shape)
-        slots = np.array([shape.rows for shape in self.lanes])
-        tokens = np.array([shape.tokens for shape in self.lanes])
-        rows[:, there] = number if shrink else np.where(number > 0, slots[there], 0)
-        past[:, there] = np.minimum(_padded(longest), tokens[there]) - 1
-        return rows, past
+
+
+def _binned(prompt: np.ndarray) -> Mapping[int, int]:
+    """How many prompts there are of each length; of many lengths, those of `BINS` parts alike."""
+    tokens, counts = np.unique(prompt, return_counts=True)
+    if len(tokens) <= BINS:
+        return dict(zip(tokens.tolist(), counts.tolist(), strict=True))
+    parts = np.array_split(np.sort(prompt), BINS)
+    found: Counter[int] = Counter()
+    for part in parts:
+        found[round(part.mean())] += len(part)
+    return found
+
+
+# ---- decode steps
+
+
+@dataclass(frozen=True, eq=False)
+class LaneSteps:
+    """Steps of lanes, before and after the round from which on slots stay free.
+
+    `taken` [parts, lanes]; `rows` and `past` [parts, SAMPLES, lanes] at some rounds of the parts;
+    `empty` [lanes]: rounds without a step, as all slots change hands.
+    """
+
+    taken: np.ndarray
+    rows: np.ndarray
+    past: np.ndarray
+    empty: np.ndarray
+    longest: int  # the lane that takes most
+    until: int  # the last round
+
+
+def count_steps(rounds: Rounds, lanes: Sequence[LaneShape]) -> LaneSteps:
+    """The decode steps of every lane."""
+    order = sorted(range(len(lanes)), key=lambda i: (lanes[i].tokens, i))
+    shapes = [lanes[index] for index in order]
+    lane_of = np.repeat(np.arange(len(shapes)), [shape.rows for shape in shapes])
+    lane = lane_of[rounds.slot]
+    ends = np.zeros(len(shapes), dtype=np.int64)
+    np.maximum.at(ends, lane, rounds.end)
+    empty = _empty_rounds(lane, rounds.begin, rounds.end, len(shapes))
+    longest = max(range(len(ends)), key=lambda i: (ends[i] - empty[i], shapes[i].tokens))
+    parts = [(0, rounds.last), (rounds.last, int(ends.max()))]
+    seen = [
+        _looked_at(rounds, lane, shapes, *part, shrink=number == 1)
+        for number, part in enumerate(parts)
+    ]
+    taken = [
+        np.clip(np.minimum(ends, stop) - start, 0, None) - (0 if number else empty)
+        for number, (start, stop) in enumerate(parts)
+    ]
+    rows, past = (np.stack(some) for some in zip(*seen, strict=True))
+    return LaneSteps(np.stack(taken), rows, past, empty, longest, int(ends.max()))
+
+
+def _looked_at(
+    rounds: Rounds,
+    lane: np.ndarray,
+    shapes: Sequence[LaneShape],
+    start: int,
+    stop: int,
+    shrink: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """[samples, lanes]: rows that a step computes, and their past; rows are 0 without a step.
+
+    A step attends to as many tokens as its longest request has. Where slots stay free (`shrink`),
+    requests move together, so that steps have fewer rows.
+    """
+    rows = np.zeros((SAMPLES, len(shapes)), dtype=np.int64)
+    longest = np.zeros((SAMPLES, len(shapes)))
+    slots = np.array([shape.rows for shape in shapes])
+    tokens = np.array([shape.tokens for shape in shapes])
+    for index in range(SAMPLES):
+        at = start + (index + 0.5) * (stop - start) / SAMPLES
+        runs = (rounds.begin <= at) & (rounds.end > at)
+        own = lane[runs]
+        rows[index] = np.bincount(own, minlength=len(shapes))
+        np.maximum.at(longest[index], own, (rounds.prompt - rounds.begin)[runs] + at + 1)
+    rows = rows if shrink else np.where(rows > 0, slots, 0)
+    return rows, np.minimum(_padded(longest), tokens) - 1
+
+
+# ---- both
+
+
+def together(
+    rounds: Rounds,
+    prefills: tuple[PrefillJobs, PrefillJobs],
+    lane_steps: LaneSteps,
+    whole: Tokens,
+) -> JobCounts:
+    """All jobs of a workload of so many tokens."""
+    begin, end = rounds.begin, rounds.end
+    while_waiting = int(np.clip(np.minimum(end, rounds.last) - begin, 0, None).sum())
+    refilled = int(rounds.prompt[begin > 0].sum())
+    more_prefills = _times(whole.prompt, int(rounds.prompt.sum()), refilled)
+    turns = _times(whole.new, int((end - begin).sum()), while_waiting)
+    steps: list[DecodeSteps] = []
+    of_longest: list[DecodeSteps] = []
+    one = slice(lane_steps.longest, lane_steps.longest + 1)
+    for part, times in enumerate((turns, 1.0)):
+        rows, past = lane_steps.rows[part], lane_steps.past[part]
+        taken = times * lane_steps.taken[part].astype(float)
+        steps += _steps(rows, past, float(taken.sum()))
+        of_longest += _steps(rows[:, one], past[:, one], float(taken[lane_steps.longest]))
+    first, refills = prefills
+    return JobCounts(
+        num_lanes=len(lane_steps.empty),
+        first=first,
+        refills={job: more_prefills * count for job, count in refills.items()},
+        num_bursts=more_prefills * rounds.num_bursts,
+        steps=tuple(steps),
+        longest_lane=tuple(of_longest),
+        rounds_after=float(max(0, lane_steps.until - rounds.last)),
+        empty_steps=turns * float(lane_steps.empty.sum()),
+        empty_rounds=turns * float(lane_steps.empty[lane_steps.longest]),
+    )
 
 
 def _empty_rounds(

@@ -52,6 +52,12 @@ class Costs:
         """`change` done to each array."""
         return Costs(*(change(getattr(self, f.name)) for f in fields(self)))
 
+    def times(self, scale: np.ndarray) -> "Costs":
+        """Arrays [P, Q, ...] multiplied by `scale` [P, Q]."""
+        if np.all(scale == 1.0):
+            return self
+        return self.map(lambda a: a * scale.reshape(scale.shape + (1,) * (a.ndim - scale.ndim)))
+
     @property
     def least(self) -> np.ndarray:
         """What a job of either kind takes at least."""

@@ -11,11 +11,11 @@ random rigs, made one run shorter, by 5 %.
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from llmpq.planner.evaluate import closed_form_s, shortages
-from llmpq.planner.problem import Assignment, Problem, Setting
+from llmpq.planner.problem import Assignment, Problem, RunKind, Setting
 from llmpq.planner.simulated import run_s
 from llmpq.workload import LEAST_CHUNK_TOKENS
 
@@ -55,6 +55,26 @@ class Confirmed:
     def is_over(self) -> bool:
         """The time limit is reached."""
         return time.monotonic() > self.deadline
+
+    def scales(self, candidates: Sequence[Assignment]) -> dict[RunKind, float]:
+        """Seconds of simulated runs over those of the closed form, of the kinds where they differ.
+
+        And where that matters: a plan that is no better than the best one by either is left.
+        """
+        known: dict[Assignment, float] = {}
+        for one in candidates:
+            if known and self.is_over:
+                break
+            known[one] = self.seconds(one)
+        best = min(known.values())
+        found: dict[RunKind, float] = {}
+        for one, seconds in known.items():
+            closed = closed_form_s(self.problem, one)
+            kind = self.problem.kind_of_run(one.setting)
+            off = abs(seconds / closed - 1) > CLOSE
+            if off and min(seconds, closed) < best * (1 + CLOSE):
+                found.setdefault(kind, seconds / closed)
+        return found
 
     def best_of(self, candidates: Iterable[Assignment]) -> Assignment:
         """The one with the shortest run; the first ones where there is no time for all."""

@@ -104,6 +104,7 @@ def make_instance(problem: Problem, setting: Setting) -> Instance:
     """The arrays of one setting."""
     places, sizes = setting.places, setting.sizes
     last = len(places) - 1
+    scale = problem.scale_of(len(places), sizes)
     fixed = [fixed_costs(problem, sizes, p, j == 0, j == last) for j, p in enumerate(places)]
     ends = [(j == 0, j == last) for j in range(len(places))]
     room = [
@@ -111,11 +112,9 @@ def make_instance(problem: Problem, setting: Setting) -> Instance:
         for place, end in zip(places, ends, strict=True)
     ]
     return Instance(
-        layer=stack([layer_costs(problem, sizes, place).map(of_only_pair) for place in places]),
-        fixed=stack([costs.map(of_only_pair) for costs in fixed]),
-        link=stack(
-            [c.map(of_only_pair) for c in link_costs(problem, sizes, [p.node for p in places])]
-        ),
+        layer=_of_pair([layer_costs(problem, sizes, place) for place in places], scale),
+        fixed=_of_pair(fixed, scale),
+        link=_of_pair(link_costs(problem, sizes, [p.node for p in places]), scale),
         layer_bytes=np.stack([layer_bytes(problem, sizes, place) for place in places]),
         capacity=np.array(room),
         unpacked_bytes=np.array(
@@ -137,6 +136,11 @@ def groups_of(problem: Problem) -> LayerGroups:
     return problem.once(
         "layer groups", lambda: layer_groups(omega_of(problem), problem.budget, problem.theta)
     )
+
+
+def _of_pair(costs: Sequence[Costs], scale: np.ndarray) -> Costs:
+    """Costs of several at the only pair of micro-batches, along a new first axis, to scale."""
+    return stack([some.times(scale).map(of_only_pair) for some in costs])
 
 
 def of_only_pair(array: np.ndarray) -> np.ndarray:
@@ -370,8 +374,8 @@ def in_any_order(problem: Problem, setting: Setting, instance: Instance) -> Inst
         for a, b in zip(nodes, nodes[1:], strict=False)
     ]
     back = link_costs(problem, sizes, nodes)[-1]
-    link = stack([costs.map(of_only_pair) for costs in (*hops, back)])
-    return replace(instance, link=link)
+    scale = problem.scale_of(len(nodes), sizes)
+    return replace(instance, link=_of_pair([*hops, back], scale))
 
 
 # ---- from the jobs of a run to seconds

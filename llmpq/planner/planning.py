@@ -9,7 +9,7 @@ runs decide, and what is told of a plan is its run.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -22,8 +22,8 @@ from llmpq.planner.evaluate import bounded, evaluate, shortages, to_plan
 from llmpq.planner.evaluate import to_assignment as to_assignment_of
 from llmpq.planner.heuristic import heuristic
 from llmpq.planner.offload import OffloadPlan, flexgen
-from llmpq.planner.problem import OVER, Assignment, Problem
-from llmpq.planner.search import Progress, Search, Space, make_space, search
+from llmpq.planner.problem import OVER, Assignment, Problem, RunKind
+from llmpq.planner.search import Progress, Search, Space, make_space, rescaled, search
 from llmpq.planner.simulated import with_run
 from llmpq.planner.sizes import sizes_near, spare_sizes
 from llmpq.planner.solver import Solver, make_solver
@@ -32,6 +32,7 @@ from llmpq.planner.value import to_assignment
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
 CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
 CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before
+MOST_FITS = 12
 FINALISTS = 4  # plans of the search whose runs are simulated
 VERY_MANY = 10_000  # requests, whose plan more of them get too
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
@@ -83,6 +84,7 @@ def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Pla
     found = None
     if not moved:
         found, space = _searched(run, space)
+        run, space, found = _fitted(run, space, found)
     if found is not None and found.assignment is None:
         raise _no_plan(run, found, offered)
     outcomes = _outcomes(run, space, BASELINES) if options.compare else []
@@ -100,7 +102,8 @@ def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan
     first = _still_fits(run.unit, like) if like else None
     sizes = sizes_near(run.unit, first.setting) if first and options.near else None
     space = make_space(run.unit, run.solver, run.by(SPACE_SHARE, LEAST_S), sizes=sizes or None)
-    found, _ = _searched(run, space, first)
+    found, space = _searched(run, space, first)
+    run, _, found = _fitted(run, space, found)
     if found.assignment is None:
         raise InfeasibleError("no plan fits")
     return _plan_of(run, found, [])
@@ -126,6 +129,14 @@ class _Run:
             return problem
         theta = problem.theta * VERY_MANY / in_all
         return replace(problem, num_requests=VERY_MANY, theta=theta, _known={})
+
+    def scaled(self, scales: Mapping[RunKind, float]) -> "_Run":
+        """With the closed form of some kinds of runs multiplied by more."""
+        known = self.problem.scales
+        new = {kind: known.get(kind, 1.0) * scale for kind, scale in scales.items()}
+        run = replace(self, problem=self.problem.scaled(new))
+        run.__dict__["unit"] = run.problem if self.unit is self.problem else self.unit.scaled(new)
+        return run
 
     @property
     def times(self) -> float:
@@ -182,16 +193,37 @@ def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple
     return _search_of(run, space), space
 
 
-def _search_of(run: _Run, space: Space, first: Assignment | None = None) -> Search:
+def _fitted(run: _Run, space: Space, found: Search) -> tuple[_Run, Space, Search]:
+    """Searches again for as long as simulated runs contradict the closed form.
+
+    The closed form of the kinds of runs that they contradict is scaled to them.
+    """
+    for number in range(MOST_FITS):
+        if found.assignment is None or not run.options.simulate:
+            break
+        runs = run.compared(run.by(CONFIRM_SHARE, LEAST_S), CONFIRM_S)
+        scales = runs.scales(found.finalists[:FINALISTS])
+        import os
+        if os.environ.get('DBG'):
+            print('  fit', number, round(run.seconds,2), round(found.best,2), found.num_relaxed, found.num_solved, {tuple(k): round(v,3) for k, v in scales.items()}, flush=True)
+        if not scales or runs.is_over:
+            break
+        run, seeds = run.scaled(scales), found.finalists
+        space = rescaled(run.unit, space, scales)
+        found = _search_of(run, space, *seeds)
+    return run, space, found
+
+
+def _search_of(run: _Run, space: Space, *seeds: Assignment | None) -> Search:
     options = run.options
-    first = first or _moves(run, space, MOVES_S)
+    first = [seed for seed in seeds if seed] or [_moves(run, space, MOVES_S)]
     return search(
         run.unit,
         space,
         run.solver,
         gap=options.gap,
         deadline=run.by(SEARCH_SHARE if options.compare else 1.0, LEAST_S),
-        seeds=[first] if first else [],
+        seeds=[seed for seed in first if seed],
         plain=options.method == "ilp",
         progress=options.progress,
     )
@@ -240,7 +272,8 @@ def _predicted(run: _Run, assignment: Assignment) -> Predicted:
         priced = evaluate(run.problem, assignment)
         return with_run(run.problem, assignment, priced) if run.options.simulate else priced
 
-    return run.problem.once(("predicted", run.options.simulate, assignment), compute)
+    key = ("predicted", run.options.simulate, assignment, *run.problem.scales.items())
+    return run.problem.once(key, compute)
 
 
 def _plan_of(run: _Run, found: Search | None, outcomes: Sequence[Outcome]) -> Plan:

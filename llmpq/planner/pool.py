@@ -89,9 +89,11 @@ def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
     kinds = _kinds(problem, mix)
     places = [place for place, _ in kinds]
     alone = num_stages(mix) == 1
-    layer = _stack([layer_costs(problem, sizes, place) for place in places])
+    scale = problem.scale_of(num_stages(mix), sizes)
+    layer = _stack([layer_costs(problem, sizes, place) for place in places]).times(scale)
     fixed = _stack([fixed_costs(problem, sizes, place, alone, alone) for place in places])
-    link_sum, link_most = _links(problem, sizes, mix)
+    fixed = fixed.times(scale)
+    link_sum, link_most = (some.times(scale) for some in _links(problem, sizes, mix))
     room = np.stack([most_room(problem, sizes, place, alone) for place in places], axis=-1)
     num_bytes = np.stack([_least_bytes(problem, sizes, place, alone) for place in places])
     many = np.array([count for _, count in kinds], dtype=float)
@@ -160,7 +162,8 @@ def _stack(costs: list[Costs]) -> Costs:
 
 def _end(problem: Problem, sizes: Sizes, mix: Mix, places: list[Place], last: bool) -> End:
     each = [_end_at(problem, sizes, place, last, num_stages(mix)) for place in places]
-    return End(_stack([costs for costs, _ in each]), np.stack([taken for _, taken in each], -1))
+    scale = problem.scale_of(num_stages(mix), sizes)
+    return End(_stack([costs for costs, _ in each]).times(scale), np.stack([taken for _, taken in each], -1))
 
 
 def _end_at(

@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,9 +24,11 @@ from llmpq.costs import links
 from llmpq.costs.job_counts import (
     JobCounts,
     Tokens,
-    alike_together,
-    count_jobs,
-    of_groups,
+    count_prefills,
+    count_steps,
+    run_in_rounds,
+    slots_of,
+    together,
     tokens_of,
 )
 from llmpq.costs.latency import LayerTimes
@@ -39,9 +41,9 @@ from llmpq.profile_data import Profile
 from llmpq.schedule import LaneShape
 from llmpq.workload import Workload, chunk_tokens, evenly_spaced, lanes, lanes_for
 
-WAVES, FEW_WAVES = 4, 2  # of requests in flight, in a sample whose jobs are counted
-MANY_ROWS = 256  # in flight, of which few waves are enough
-LEAST_COUNTED = 256  # requests of a sample
+MOST_COUNTED = 10_000  # requests whose jobs are counted one by one
+LANES_COUNTED = 16  # by which classes of slots are told apart
+LIKE_ROWS = 4  # of a prefill job, where prompts are unlike: how far it looks for like ones
 OVER = 1 + 1e-9  # rounding of sums of sensitivities and bytes: so far a limit may be overstepped
 
 T = TypeVar("T")
@@ -113,6 +115,16 @@ class Assignment:
         return [p for stage in self.stages for p in stage]
 
 
+class RunKind(NamedTuple):
+    """Runs that are alike in what the closed form does not see, whatever devices they use."""
+
+    num_stages: int
+    batch: int
+    prefill_micro_batch: int
+    decode_micro_batch: int
+    chunk_tokens: int
+
+
 class _SharedCache:
     """What is known of each model and list of requests; both are kept, so that none is confused."""
 
@@ -129,6 +141,8 @@ class Problem:
     """Model, machines, work and costs. `budget`: largest summed sensitivity; `theta`: its price.
 
     `max_tensor_parallel`: the most devices of a stage; 1 leaves tensor parallelism out.
+    `scales`: simulated seconds over those of the closed form, of the kinds of runs for which that
+    is known; the closed form is multiplied by it.
     """
 
     spec: ModelSpec
@@ -143,8 +157,28 @@ class Problem:
     max_tensor_parallel: int = 1
     profiles: Sequence[Profile] = ()  # where times of several devices a stage are looked up
     num_requests: int | None = None  # that the lengths stand for; None: for themselves
+    scales: Mapping[RunKind, float] = field(default_factory=dict)
     _known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     _of_run: _SharedCache = field(default_factory=_SharedCache, repr=False)
+
+    def scaled(self, scales: Mapping[RunKind, float]) -> "Problem":
+        """With the closed form of some kinds of runs multiplied; what is known stays known."""
+        return replace(self, scales={**self.scales, **scales})
+
+    def scale_of(self, num_stages: int, sizes: Sizes) -> np.ndarray:
+        """[P, Q]: what the closed form is multiplied by; 1 where nothing was simulated."""
+        if not self.scales:
+            return np.ones(sizes.shape)
+        batch, chunk = sizes.batch, self.chunk_tokens(sizes)
+        kinds = [
+            RunKind(num_stages, batch, p, q, chunk) for p in sizes.prefill for q in sizes.decode
+        ]
+        return np.array([self.scales.get(kind, 1.0) for kind in kinds]).reshape(sizes.shape)
+
+    def kind_of_run(self, setting: Setting) -> RunKind:
+        """What the closed form of a setting's run is scaled by."""
+        sizes = setting.batch, setting.prefill_micro_batch, setting.decode_micro_batch
+        return RunKind(len(setting.places), *sizes, self.chunk_tokens(setting))
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`once` for what depends on the model and the requests alone.
@@ -187,15 +221,39 @@ class Problem:
         return self.shared((*key, self.repeats), lambda: self._count_jobs(sizes, rows, decode_rows))
 
     def _count_jobs(self, sizes: Sizes, prefill_rows: int, decode_rows: int) -> JobCounts:
-        lengths, whole = self._sample(sizes.batch), self._tokens
         lanes, chunk = self.lanes(sizes, decode_rows), self.chunk_tokens(sizes)
-        size = alike_together(lengths, (prefill_rows, *(lane.rows for lane in lanes)))
-        if size == 1 or chunk < self.max_prompt_tokens:  # chunked prompts come one by one
-            return count_jobs(lengths, lanes, prefill_rows, chunk, whole)
-        fewer = [LaneShape(lane.rows // size, lane.tokens) for lane in lanes]
-        part = Tokens(whole.prompt / size, whole.new / size)
-        counts = count_jobs(lengths[::size], fewer, prefill_rows // size, chunk, part)
-        return of_groups(counts, size)
+        slots = self._slots(sizes)
+        like = 1 if prefill_rows == 1 or self.are_equal else LIKE_ROWS
+        rounds = self.shared(
+            ("rounds", slots, like, self.repeats),
+            lambda: run_in_rounds(self._counted, slots, like),
+        )
+        prefills = self.shared(
+            ("prefills", slots, prefill_rows, chunk, self.repeats),
+            lambda: count_prefills(rounds, prefill_rows, chunk),
+        )
+        steps = self.shared(("steps", lanes, like, self.repeats), lambda: count_steps(rounds, lanes))
+        return together(rounds, prefills, steps, self._tokens)
+
+    def _slots(self, sizes: Sizes) -> tuple[tuple[int, int], ...]:
+        """How many slots there are of each length.
+
+        Where lanes follow from the workload, as of small lanes: so one run in rounds serves all
+        decode micro-batches of a batch.
+        """
+        rows = max(1, sizes.batch // LANES_COUNTED)
+        return slots_of(self.lanes(sizes, rows))
+
+    @property
+    def _counted(self) -> Lengths:
+        """The requests whose jobs are counted: as many as there are, up to `MOST_COUNTED`."""
+
+        def compute() -> Lengths:
+            count = min(round(self.repeats * len(self.lengths)), MOST_COUNTED)
+            by_output = sorted(self.lengths, key=lambda pair: pair[::-1])
+            return tuple(evenly_spaced(by_output, count))
+
+        return self.shared(("counted", self.repeats), compute)
 
     @property
     def _tokens(self) -> Tokens:
@@ -203,21 +261,15 @@ class Problem:
         listed = self.shared("tokens", lambda: tokens_of(self.lengths))
         return Tokens(self.repeats * listed.prompt, self.repeats * listed.new)
 
-    def _sample(self, batch: int) -> Lengths:
-        """Some waves of `batch` requests, fewer where that is many; all if there are no more."""
-        waves = FEW_WAVES if self.are_equal or batch >= MANY_ROWS else WAVES
-        return self.sample(max(waves * batch, LEAST_COUNTED))
+    def waves(self, count: int, batch: int) -> Lengths:
+        """`count` waves of `batch` requests, from equal distances in the order of their outputs.
 
-    def sample(self, count: int) -> Lengths:
-        """`count` of the requests at equal distances in the order of their outputs."""
-
-        def compute() -> Lengths:
-            by_output = sorted(range(len(self.lengths)), key=lambda i: self.lengths[i][::-1])
-            return tuple(self.lengths[i] for i in sorted(evenly_spaced(by_output, count)))
-
-        return (
-            self.lengths if count >= len(self.lengths) else self.shared(("sample", count), compute)
-        )
+        The requests of a wave follow one another in that order, as they do in the run.
+        """
+        found = self._counted
+        starts = [int((i + 0.5) / count * len(found) - batch / 2) for i in range(count)]
+        last = len(found) - batch
+        return tuple(one for at in starts for one in found[max(0, min(at, last)) :][:batch])
 
     @property
     def are_equal(self) -> bool:

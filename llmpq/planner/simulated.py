@@ -56,7 +56,8 @@ def _played(problem: Problem, assignment: Assignment, most_jobs: int) -> tuple[P
     if sample is problem:
         return played, played.total_s
     same = replace(assignment, setting=problem.resolved(assignment.setting))
-    times = closed_form_s(problem, same) / closed_form_s(sample, same)
+    plain = replace(problem, scales={})
+    times = closed_form_s(plain, same) / closed_form_s(sample, same)
     return played, played.total_s * times
 
 
@@ -88,26 +89,21 @@ def sample_of(problem: Problem, setting: Setting, most_jobs: int) -> Problem:
     in_all = round(problem.repeats * len(problem.lengths))
     tokens = sum(new for _, new in problem.lengths)
     share = most_jobs / max(1.0, least_jobs(problem, setting) + tokens / TOKENS_OF_A_JOB)
-    count = max(int(share * len(problem.lengths)), LEAST_WAVES * setting.batch)
-    if count >= in_all and problem.repeats == 1:
+    waves = max(int(share * len(problem.lengths)) // setting.batch, LEAST_WAVES)
+    if waves * setting.batch >= in_all and problem.repeats == 1:
         return problem
-    count = min(in_all, count - count % (2 * setting.batch))
 
     def compute() -> Problem:
-        whole, rest = divmod(count, len(problem.lengths))
-        return these_alone(
-            problem,
-            problem.sample(rest) if not whole else whole * problem.lengths + problem.sample(rest),
-        )
+        return these_alone(problem, problem.waves(waves, setting.batch))
 
-    return problem.once(("problem of", count), compute)
+    return problem.once(("waves", waves, setting.batch), compute)
 
 
 def these_alone(problem: Problem, lengths: Lengths) -> Problem:
     """Requests of these lengths alone; sensitivity costs as much in relation to their time."""
     in_all = problem.repeats * len(problem.lengths)
     theta = problem.theta * len(lengths) / in_all
-    return replace(problem, lengths=tuple(lengths), num_requests=None, theta=theta, _known={})
+    return replace(problem, lengths=tuple(lengths), num_requests=None, theta=theta, scales={}, _known={})
 
 
 def simulate(
