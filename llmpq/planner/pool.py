@@ -218,6 +218,17 @@ def is_hopeless(pool: Pool) -> np.ndarray:
     return np.asarray((held < 1).any(axis=-1) | ((held * pool.many).sum(axis=-1) < layers))
 
 
+def has_no_more_room(pool: Pool, pair: tuple[int, int]) -> np.ndarray:
+    """[P, Q]: pairs of micro-batches that leave no device more bytes than `pair` does.
+
+    Where that one is infeasible they are too: all that limits layers is bytes and sensitivity.
+    """
+    less = (pool.capacity <= pool.capacity[pair]).all(axis=-1)
+    for end in pool.ends:
+        less &= (end.num_bytes >= end.num_bytes[pair]).all(axis=-1)
+    return np.asarray(less)
+
+
 def relaxed(pool: Pool, prefill: int, decode: int, solver: Solver) -> tuple[float, Prices | None]:
     """The bound of one pair of micro-batches (their places in the tables), and its prices.
 

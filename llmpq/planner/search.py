@@ -133,6 +133,8 @@ def tighten(table: Tables, pair: tuple[int, int], solver: Solver) -> float:
     value, prices = pool.relaxed(table.pool, *pair, solver)
     if prices is not None:
         table.bounds = np.maximum(table.bounds, pool.bounds(table.pool, prices))
+    if value == math.inf:  # which has no seconds to do with
+        table.bounds[pool.has_no_more_room(table.pool, pair)] = math.inf
     table.bounds[pair] = max(value, float(table.bounds[pair]))
     return float(table.bounds[pair])
 
