@@ -114,14 +114,17 @@ class Assignment:
 
 
 class _SharedCache:
-    """What is known of each model and list of requests; both are kept, so that none is confused."""
+    """What is known of some objects, such as a model and a list of requests.
+
+    The objects are kept, so that none is confused with a later one.
+    """
 
     def __init__(self) -> None:
-        self.entries: dict[tuple[int, int], tuple[object, object, dict[Hashable, Any]]] = {}
+        self.entries: dict[tuple[int, ...], tuple[object, dict[Hashable, Any]]] = {}
 
-    def of(self, spec: ModelSpec, lengths: Lengths) -> dict[Hashable, Any]:
+    def of(self, *objects: object) -> dict[Hashable, Any]:
         """The values of these very objects."""
-        return self.entries.setdefault((id(spec), id(lengths)), (spec, lengths, {}))[2]
+        return self.entries.setdefault(tuple(map(id, objects)), (objects, {}))[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +155,16 @@ class Problem:
         Problems that are made from one another by `dataclasses.replace` share it.
         """
         known = self._of_run.of(self.spec, self.lengths)
+        if key not in known:
+            known[key] = compute()
+        return known[key]
+
+    def played_once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`once` for what depends on the model, the machines and the listed requests alone.
+
+        How many there are in all, and what quality costs, make no difference to it.
+        """
+        known = self._of_run.of(self.spec, self.lengths, self.cluster, self.times, self.profiles)
         if key not in known:
             known[key] = compute()
         return known[key]
