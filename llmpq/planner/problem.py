@@ -317,7 +317,15 @@ def chunk_s(whole: Callable[[Any], Any], begin: Any, end: Any) -> np.ndarray:
     Of a stage whose whole prompts of so many tokens take `whole`; numbers or arrays. A call is
     priced as a prompt of one token: it reads all weights too.
     """
-    return np.maximum(whole(end) - whole(begin) + whole(1), whole(end - begin))
+    return later_chunk_s(whole(end), whole(begin), whole(end - begin), whole(1))
+
+
+def later_chunk_s(end_s: Any, begin_s: Any, own_s: Any, one_s: Any) -> np.ndarray:
+    """`chunk_s` from seconds of whole prompts.
+
+    They reach to the chunk's end, to its begin, have as many tokens as it has, and one.
+    """
+    return np.maximum(end_s - begin_s + one_s, own_s)
 
 
 def layer_work(times: LayerTimes, precision: str) -> Work:
