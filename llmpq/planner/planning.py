@@ -33,7 +33,6 @@ SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
 CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
 CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before
 FINALISTS = 4  # plans of the search whose runs are simulated
-VERY_MANY = 10_000  # requests, whose plan more of them get too
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
 MOVES_S = 0.1  # for a first plan by moves; where it is the whole method, HEURISTIC_S
 HEURISTIC_S = 0.5
@@ -115,17 +114,10 @@ class _Run:
     solver: Solver
     start: float
 
-    @cached_property
+    @property
     def unit(self) -> Problem:
-        """The problem, or of very many requests so many: what is best for them is best for more.
-
-        So equal lengths give equal plans.
-        """
-        problem, in_all = self.problem, self.problem.repeats * len(self.problem.lengths)
-        if in_all <= VERY_MANY:
-            return problem
-        theta = problem.theta * VERY_MANY / in_all
-        return replace(problem, num_requests=VERY_MANY, theta=theta, _known={})
+        """What is planned: of very many requests so many."""
+        return self.problem.unit
 
     @property
     def times(self) -> float:

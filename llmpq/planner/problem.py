@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,6 +43,7 @@ from llmpq.workload import Workload, chunk_tokens, evenly_spaced, lanes, lanes_f
 WAVES, FEW_WAVES = 4, 2  # of requests in flight, in a sample whose jobs are counted
 MANY_ROWS = 256  # in flight, of which few waves are enough
 LEAST_COUNTED = 256  # requests of a sample
+VERY_MANY = 10_000  # requests, whose plan more of them get too
 OVER = 1 + 1e-9  # rounding of sums of sensitivities and bytes: so far a limit may be overstepped
 
 T = TypeVar("T")
@@ -184,6 +186,15 @@ class Problem:
     def repeats(self) -> float:
         """How many requests each of the lengths stands for."""
         return 1.0 if self.num_requests is None else self.num_requests / len(self.lengths)
+
+    @cached_property
+    def unit(self) -> "Problem":
+        """The problem, or of very many requests so many: what is best for them is best for more."""
+        in_all = self.repeats * len(self.lengths)
+        if in_all <= VERY_MANY:
+            return self
+        theta = self.theta * VERY_MANY / in_all
+        return replace(self, num_requests=VERY_MANY, theta=theta, _known={})
 
     @property
     def num_new_tokens(self) -> float:

@@ -28,6 +28,8 @@ LINK_FACTOR = 2.0
 MAX_TENSOR_PARALLEL = 64
 MORE_LOSS_PERCENT = 0.5
 THETA_FACTOR = 0.5
+# What a problem remembers by keys that name all links that it depends on.
+WITHOUT_LINKS = {"layers", "fixed", "bytes", "end", "shorter chunks"}
 REHEARSED_SHARE = 0.1  # of its cap: what a rehearsed device is given
 
 
@@ -62,11 +64,13 @@ def what_if(problem: Problem, plan: Plan, replan: Replan, deadline: float) -> Wh
     plan has no prediction.
     """
     found: list[Change] = []
+    unit = problem.unit
     try:
-        before = replan(problem).predicted
+        before = replan(unit).predicted
     except InfeasibleError:  # not within the little time that a change is given
         before = plan.predicted
-    todo = changes(problem, plan)
+    texts = (text for text, _ in changes(problem, plan))
+    todo = zip(texts, (changed for _, changed in changes(unit, plan)), strict=True)
     while time.monotonic() <= deadline and (one := next(todo, None)) is not None:
         text, changed = one
         try:
@@ -82,7 +86,8 @@ def changes(problem: Problem, plan: Plan) -> Iterator[tuple[str, Problem]]:
     yield from _more_quality_loss(problem)
     if problem.max_tensor_parallel == 1 and _has_equal_devices(problem.cluster):
         text = "stages of several devices (--tensor-parallel auto)"
-        yield text, replace(problem, max_tensor_parallel=MAX_TENSOR_PARALLEL, _known={})
+        known = dict(problem._known)
+        yield text, replace(problem, max_tensor_parallel=MAX_TENSOR_PARALLEL, _known=known)
     for node, device_type in _first_of_each_type(problem.cluster):
         yield f"one more {device_type} on {node}", with_device(problem, device_type)
     for kind in device_kinds(problem.cluster):
@@ -239,10 +244,12 @@ def with_links(problem: Problem, factor: float, which: Literal["between", "insid
         return link.model_copy(update={"bandwidth_gbs": link.bandwidth_gbs * factor})
 
     cluster = problem.cluster
+    items = problem._known.items()
+    known = {key: value for key, value in items if _first(key) in WITHOUT_LINKS}
     if which == "between":
-        return replace(_with_cluster(problem, link=faster(cluster.link)), _known={})
+        return replace(_with_cluster(problem, link=faster(cluster.link)), _known=known)
     nodes = [node.model_copy(update={"link": faster(node.link)}) for node in cluster.nodes]
-    return replace(_with_cluster(problem, nodes=nodes), _known={})
+    return replace(_with_cluster(problem, nodes=nodes), _known=known)
 
 
 def with_budget(problem: Problem, percent: float) -> Problem:
