@@ -84,7 +84,8 @@ def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Pla
         found, space = _searched(run, space)
     if found is not None and found.assignment is None:
         raise _no_plan(run, found, offered)
-    outcomes = _outcomes(run, space, BASELINES) if options.compare else []
+    ours = found.assignment if found is not None else None
+    outcomes = _outcomes(run, space, BASELINES, ours) if options.compare else []
     plan = moved or _plan_of(run, found, outcomes)
     return _planned(run, space, with_baselines(plan, outcomes), outcomes, found)
 
@@ -260,7 +261,9 @@ def _no_plan(run: _Run, found: Search, offered: Sequence[str]) -> InfeasibleErro
 # ---- the other methods
 
 
-def _outcomes(run: _Run, space: Space, methods: Sequence[str]) -> list[Outcome]:
+def _outcomes(
+    run: _Run, space: Space, methods: Sequence[str], ours: Assignment | None = None
+) -> list[Outcome]:
     total = space.num_orders(run.unit)
 
     def told(done: int) -> None:
@@ -270,17 +273,21 @@ def _outcomes(run: _Run, space: Space, methods: Sequence[str]) -> list[Outcome]:
     now = time.monotonic()
     until = min(run.by(1.0, LEAST_S), now + max(OTHERS_S, 3 * run.seconds))
     found = run_baselines(run.unit, settings, until, methods, smallest, told)
-    return [*(_played(run, outcome) for outcome in found), _offloaded(flexgen(run.problem))]
+    return [*(_played(run, outcome, ours) for outcome in found), _offloaded(flexgen(run.problem))]
 
 
-def _played(run: _Run, outcome: Outcome) -> Outcome:
-    """With its run simulated as that of our own plan."""
+def _played(run: _Run, outcome: Outcome, ours: Assignment | None) -> Outcome:
+    """With its run simulated as that of our own plan.
+
+    Its sizes are varied as those of `ours` are, unless it is too far behind for that to matter.
+    """
     if outcome.assignment is None:
         return outcome
     best = outcome.assignment
     if run.options.simulate:
         runs = run.compared(run.by(1.0, LEAST_S), CONFIRM_S / len(BASELINES))
-        best = runs.improved(best)
+        if ours is None or not runs.is_hopeless(best, ours):
+            best = runs.improved(best)
     return replace(outcome, assignment=best, predicted=_predicted(run, best))
 
 

@@ -182,18 +182,28 @@ def _links(problem: Problem, sizes: Sizes, mix: Mix) -> tuple[Costs, Costs]:
     stages: dict[str, int] = {}
     for place, count in mix:
         stages[place.node] = stages.get(place.node, 0) + count
+    key = ("least links", tuple(stages.items()), sizes)
+    return problem.once(key, lambda: _find_links(problem, sizes, stages))
+
+
+def _find_links(problem: Problem, sizes: Sizes, stages: dict[str, int]) -> tuple[Costs, Costs]:
     hops: list[Costs] = []
     for node, count in stages.items():
         inside = least_hop(problem, sizes, node, tuple(stages))
         hops += [inside] * (count - 1)
     nodes = list(stages)
     hops += [link_costs(problem, sizes, [a, b])[0] for a, b in zip(nodes, nodes[1:], strict=False)]
-    back = least_way_back(problem, sizes, tuple(nodes), num_stages(mix))
+    back = least_way_back(problem, sizes, tuple(nodes), sum(stages.values()))
     return combined([*hops, back], np.sum), combined([*hops, back], np.max)
 
 
 def _least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:
     """[B]: a packed layer takes its share of the unpacked matrix of as many as fit at most."""
+    key = ("least bytes", place.type, place.tensor_parallel, place.memory_bytes, sizes, alone)
+    return problem.once(key, lambda: _find_least_bytes(problem, sizes, place, alone))
+
+
+def _find_least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:
     held = layer_bytes(problem, sizes, place)
     packed = np.array([is_packed(p) for p in problem.precisions])
     unpacked = _least_unpacked(problem, sizes, place, alone)
