@@ -42,6 +42,7 @@ from llmpq.planner.solver import Programme, Solver
 class Pool:
     """Costs are [P, Q, ...]."""
 
+    kinds: tuple[Hashable, ...]  # K, what tells them apart
     many: np.ndarray  # [K], stages of each kind
     offered: np.ndarray  # [K, B], booleans
     layer: Costs  # [P, Q, K, B], 0 where not offered
@@ -87,14 +88,14 @@ class Prices:
 def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
     """The arrays of a mix."""
     kinds = _kinds(problem, mix)
-    places = [place for place, _ in kinds]
+    places = [place for place, _ in kinds.values()]
     alone = num_stages(mix) == 1
     layer = _stack([layer_costs(problem, sizes, place) for place in places])
     fixed = _stack([fixed_costs(problem, sizes, place, alone, alone) for place in places])
     link_sum, link_most = _links(problem, sizes, mix)
     room = np.stack([most_room(problem, sizes, place, alone) for place in places], axis=-1)
     num_bytes = np.stack([_least_bytes(problem, sizes, place, alone) for place in places])
-    many = np.array([count for _, count in kinds], dtype=float)
+    many = np.array([count for _, count in kinds.values()], dtype=float)
     held = np.floor(room.max(axis=(0, 1)) * OVER / num_bytes.min(axis=1))
 
     def slowest(name: str) -> np.ndarray:
@@ -106,6 +107,7 @@ def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
         return np.maximum(getattr(link_most, name), found.reshape(shape))
 
     return Pool(
+        kinds=tuple(kinds),
         many=many,
         offered=np.isfinite(layer.bursts[0, 0]),
         layer=layer.map(finite),
@@ -142,7 +144,7 @@ def slowest_of_whole(
     return np.asarray(np.where(layers[:, -1] >= num_layers, found, np.inf))
 
 
-def _kinds(problem: Problem, mix: Mix) -> list[tuple[Place, int]]:
+def _kinds(problem: Problem, mix: Mix) -> dict[Hashable, tuple[Place, int]]:
     """One place of each kind, and how many stages have it."""
     places: dict[Hashable, Place] = {}
     many: dict[Hashable, int] = {}
@@ -150,7 +152,7 @@ def _kinds(problem: Problem, mix: Mix) -> list[tuple[Place, int]]:
         key = (kind_of(problem, place), place.memory_bytes)
         places.setdefault(key, place)
         many[key] = many.get(key, 0) + count
-    return [(places[key], count) for key, count in many.items()]
+    return {key: (places[key], count) for key, count in many.items()}
 
 
 def _stack(costs: list[Costs]) -> Costs:
@@ -266,6 +268,33 @@ def bounds(pool: Pool, prices: Prices) -> np.ndarray:
 
 
 # ---- prices
+
+
+def carried(prices: Prices, given: Pool, other: Pool) -> Prices | None:
+    """The prices of a pool as a guess for another one of the same sizes; any prices are valid.
+
+    Where all kinds are busy, the price of a kind's time is as its stages are many; what bytes and
+    sensitivity cost in seconds is then as the run takes longer. None where `other` has more kinds.
+    """
+    if not set(other.kinds) <= set(given.kinds):
+        return None
+    at = [given.kinds.index(kind) for kind in other.kinds]
+    ratio = other.many / given.many[at]
+    groups = prices.others, prices.pace, prices.busy
+    before, after = float(sum(groups).sum()), float((sum(groups)[at] * ratio).sum())  # type: ignore[union-attr,index]
+    if after <= 0:
+        return None
+    longer = before / after
+
+    def shared(group: np.ndarray) -> np.ndarray:
+        """As much in all as before."""
+        found = group[at] * ratio
+        return np.asarray(found * (group.sum() / found.sum() if found.sum() else 0.0))
+
+    others, pace, busy = map(shared, groups)
+    memory, least = prices.memory[at] * longer, prices.least[at] * longer
+    loop, omega = prices.loop, prices.omega * longer
+    return Prices(prices.passing, others, pace, loop, busy, memory, least, omega)
 
 
 def _priced(costs: Costs, prices: Prices, many: np.ndarray) -> np.ndarray:
