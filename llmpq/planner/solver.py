@@ -20,6 +20,7 @@ from llmpq.planner.silence import silent_stdout
 
 TOLERANCE = 1e-6  # what a plan may lie beside a limit, at most; solvers are held to less
 OVERSTEP = 1e-8  # by which a solver may overstep a row; their own 1e-6 shows in the objective
+SMALL = 300  # columns of programmes whose presolve takes longer than it saves
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
@@ -167,13 +168,17 @@ def _highs_relaxed(highs: Any, programme: Programme) -> Answer:
 
 
 def _highs_integers(programme: Programme, gap: float, time_limit: float) -> Answer:
-    highs = _started()
+    highs = _started(presolve="off" if len(programme.cost) <= SMALL else "choose")
     _pass(highs, programme, integral=True)
     highs.setOptionValue("mip_rel_gap", gap)
     highs.setOptionValue("mip_abs_gap", 1e-9)
     if time_limit < math.inf:
         highs.setOptionValue("time_limit", time_limit)
     highs.run()
+    if highs.getModelStatus() == highspy.HighsModelStatus.kUnknown:
+        highs.clearSolver()
+        highs.setOptionValue("presolve", "on")
+        highs.run()
     status, info = highs.getModelStatus(), highs.getInfo()
     if status == highspy.HighsModelStatus.kInfeasible:
         return Answer("infeasible", None, math.inf, math.inf)
