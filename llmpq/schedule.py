@@ -200,7 +200,7 @@ class Schedule:
     ahead: int = 1
     _lanes: list[_Lane] = field(init=False)
     _waiting: dict[int, list[tuple[tuple[int, ...], Item]]] = field(init=False)
-    _flight: deque[tuple[Job, tuple[_Row, ...]]] = field(init=False, default_factory=deque)
+    _flight: deque[tuple[Job, Sequence[_Row]]] = field(init=False, default_factory=deque)
     _chunked: deque[_Row] = field(init=False, default_factory=deque)
     _num_waiting: int = field(init=False, default=0)
     _num_prefills: int = field(init=False, default=0)
@@ -222,15 +222,15 @@ class Schedule:
         ready = None if self._filling else self._ready_lane()
         if self._num_prefills <= self.num_stages:
             if self._chunked and not (ready is not None and self._steps == 0):
-                return self._give_out(self._next_chunk())
+                return self._next_chunk()
             if not self._chunked and (job := self._prefill(has_ready=ready is not None)):
-                return self._give_out(job)
+                return job
             if self._filling and not self._chunked:
                 self._filling, ready = False, self._ready_lane()
         if ready is None:
             return None
         self._turn = (ready.index + 1) % len(self._lanes)
-        return self._give_out(self._step(ready))
+        return self._step(ready)
 
     def returned(self, stops: Sequence[bool]) -> tuple[bool, ...]:
         """The oldest job is back; `stops`: of each member, whether it must end with this token.
@@ -333,7 +333,7 @@ class Schedule:
         for row in rows:
             row.computed = row.item.prompt_tokens
         self._steps = 0
-        return Job(True, tuple(map(self._member, rows)), 0, width, len(rows))
+        return self._give_out(Job(True, tuple(map(self._member, rows)), 0, width, len(rows)), rows)
 
     def _open_batch(self) -> None:
         """Without refill, a new batch begins when all requests of the last one have ended."""
@@ -379,7 +379,8 @@ class Schedule:
         if end == total:
             self._chunked.popleft()
         self._steps = 0
-        return Job(True, (self._member(row),), begin, end, 1, chooses=end == total)
+        job = Job(True, (self._member(row),), begin, end, 1, chooses=end == total)
+        return self._give_out(job, [row])
 
     # ---- decode
 
@@ -398,7 +399,7 @@ class Schedule:
         seen = max([row.item.prompt_tokens + row.num_given for row in due])  # the new one included
         lane.step, lane.num_steps = lane.step + 1, lane.num_steps + 1
         self._steps += 1
-        return Job(
+        job = Job(
             prefill=False,
             members=members,
             begin=0,
@@ -406,6 +407,7 @@ class Schedule:
             rows=1 + max([row.slot for row in due]),
             moves=tuple(moves),
         )
+        return self._give_out(job, due)
 
     def _close_ranks(self, lane: _Lane) -> list[Move]:
         """Moves the last requests into slots that stay free, so that steps have fewer rows."""
@@ -426,15 +428,13 @@ class Schedule:
         item, lane = row.item, row.lane.index
         return Member(lane, row.slot, item.prompt_tokens, item.number, row.num_given)
 
-    def _give_out(self, job: Job) -> Job:
-        lanes = [lane.rows for lane in self._lanes]
-        rows = [lanes[member.lane][member.row] for member in job.members]
-        members = tuple([row for row in rows if row is not None])
+    def _give_out(self, job: Job, rows: Sequence[_Row]) -> Job:
+        """`rows`: the job's members."""
         if job.chooses:
-            for row in members:
+            for row in rows:
                 row.num_given += 1
         self._num_prefills += job.prefill
-        self._flight.append((job, members))
+        self._flight.append((job, rows))
         return job
 
     def _note(self, row: _Row, stop: bool) -> bool:

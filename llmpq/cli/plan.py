@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 METHODS = ("auto", "ilp", "heuristic", "adabits", "pipeedge", "uniform", "flexgen")
 TENSOR_PARALLEL = ("off", "auto")
-WHAT_IF_S = 6.0  # at most, for what would change a plan
+WHAT_IF_S = 2.0  # at most, for what would change a plan
 
 
 @click.command(cls=Command, name="plan", context_settings={"show_default": True})

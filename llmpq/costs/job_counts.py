@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmpq.schedule import NEAR, PADDED, LaneShape, chunk_length, padded_width
+from llmpq.schedule import NEAR, PADDED, LaneShape, chunk_length
 
 SAMPLES = 12  # rounds at which the lanes are looked at
 BINS = 16  # lengths of prompts in chunks that are told apart
@@ -273,8 +273,6 @@ def count_prefills(
             for start in range(0, total, chunk):
                 jobs[PrefillJob(1, start, min(total, start + chunk))] += count
     return first, refills
-
-
 
 
 def _binned(prompt: np.ndarray) -> Mapping[int, int]:

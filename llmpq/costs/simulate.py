@@ -126,7 +126,7 @@ def play(
 
     `told` hears after every job how many requests have ended.
     """
-    log, starts, ends = _Log(), array("d"), array("d")
+    log, asked, ends = _Log(), array("d"), array("d")
     free = [0.0] * num_servers
     back: deque[float] = deque()  # when jobs under way will be back
     now, returned, ended = 0.0, 0, 0
@@ -142,16 +142,33 @@ def play(
             now = back[0]
             continue
         log.add(job, returned - 1)
-        for server, needed in enumerate(seconds(job)):
-            now = max(now, free[server])
-            starts.append(now)
-            now += needed
-            ends.append(now)
-            free[server] = now
-        back.append(now)
+        asked.append(now)
+        free = _done(now, seconds(job), free)
+        ends.extend(free)
+        back.append(free[-1])
         now = free[0]
         told(ended)
-    return Played(log.jobs(), _spans(starts, num_servers), _spans(ends, num_servers))
+    end_s = _spans(ends, num_servers)
+    return Played(log.jobs(), _starts(np.array(asked), end_s), end_s)
+
+
+def _done(now: float, seconds: Sequence[float], free: Sequence[float]) -> list[float]:
+    """When each server has done a job that is given out `now`, if they are free from then on."""
+    done = []
+    for needed, since in zip(seconds, free, strict=True):
+        now = (now if now > since else since) + needed
+        done.append(now)
+    return done
+
+
+def _starts(asked: np.ndarray, end_s: np.ndarray) -> np.ndarray:
+    """[jobs, servers]: when a job is there (the first server's is `asked` for) and its server free.
+
+    The same maxima as in `_done`.
+    """
+    there = np.column_stack([asked, end_s[:, :-1]])
+    free = np.vstack([np.zeros(end_s.shape[1]), end_s])[: len(end_s)]
+    return np.asarray(np.maximum(there, free))
 
 
 def _spans(times: "array[float]", num_servers: int) -> np.ndarray:

@@ -261,7 +261,16 @@ def _device_ranges(cache: FrontCache, instance: Instance, rank: int) -> DeviceRa
         if options.any():
             least = float(instance.layer_bytes[rank, options].min())
             _improve(found, cache.fronts(instance, rank, options), room - unpacked, least)
-    return found
+    return _spread(found) if (instance.omega == instance.omega[0]).all() else found
+
+
+def _spread(found: DeviceRanges) -> DeviceRanges:
+    """What ranges from the first layer on have, for all ranges as long: layers are alike."""
+    lengths = range_lengths(len(found.omega) - 1)
+    omega = np.where(lengths > 0, found.omega[0, lengths], np.inf)
+    ends = [(int(start), int(end)) for start, end in np.argwhere(np.isfinite(omega))]
+    choices = {(start, end): found.choices[0, end - start] for start, end in ends}
+    return DeviceRanges(omega, found.counts[0, lengths], choices)
 
 
 def _improve(found: DeviceRanges, fronts: Fronts, room: float, least_bytes: float) -> None:

@@ -13,7 +13,7 @@ Not covered: what a choice of layers costs (`value`).
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -21,16 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmpq.costs import memory
-from llmpq.costs.job_counts import DecodeSteps, PrefillJob
-from llmpq.costs.timeline import Costs, Shares, combined, shares
+from llmpq.costs.timeline import Costs, combined
 from llmpq.machine import Machine
+from llmpq.planner.job_table import table_of
 from llmpq.planner.problem import (
     Place,
     Problem,
     Setting,
     Sizes,
-    Work,
-    chunk_s,
     fixed_work,
     hop_works,
     layer_work,
@@ -376,94 +374,3 @@ def in_any_order(problem: Problem, setting: Setting, instance: Instance) -> Inst
     back = link_costs(problem, sizes, nodes)[-1]
     scale = problem.scale_of(len(nodes), sizes)
     return replace(instance, link=_of_pair([*hops, back], scale))
-
-
-# ---- from the jobs of a run to seconds
-
-
-@dataclass(frozen=True, eq=False)
-class JobTable:
-    """The jobs of the runs of all pairs of micro-batches, by what a resource is asked for.
-
-    Prefill jobs are told apart by rows and tokens, decode steps by rows and past; `first`,
-    `refills`, `steps` and `longest` [P, Q, jobs] say how many of them a run has.
-    """
-
-    prefill: tuple[PrefillJob, ...]
-    decode: tuple[tuple[int, float], ...]
-    first: np.ndarray
-    refills: np.ndarray
-    steps: np.ndarray
-    longest: np.ndarray
-    shares: Shares
-
-    def costs(self, work: Work) -> Costs:
-        """[P, Q]: what a resource is asked for in the whole run."""
-        prefill, decode = self._prefill_s(work), self._decode_s(work)
-        return self.shares.costs(
-            self.first @ prefill, self.refills @ prefill, self.steps @ decode, self.longest @ decode
-        )
-
-    def _prefill_s(self, work: Work) -> np.ndarray:
-        """Seconds of each prefill job."""
-        jobs = np.array(self.prefill, dtype=float)
-        seconds = np.zeros(len(jobs))
-        for rows in np.unique(jobs[:, 0]):
-            own = jobs[:, 0] == rows
-            begin, end = jobs[own, 1], jobs[own, 2]
-            whole = partial(work.prefill, int(rows))
-            seconds[own] = np.where(begin > 0, chunk_s(whole, begin, end), whole(end))
-        return seconds
-
-    def _decode_s(self, work: Work) -> np.ndarray:
-        steps = np.array(self.decode, dtype=float).reshape(-1, 2)
-        seconds = np.zeros(len(steps))
-        for rows in np.unique(steps[:, 0]):
-            own = steps[:, 0] == rows
-            seconds[own] = work.decode(int(rows), steps[own, 1])
-        return seconds
-
-
-def table_of(problem: Problem, sizes: Sizes) -> JobTable:
-    """The jobs of all pairs of micro-batches."""
-    return problem.shared(("table", sizes, problem.repeats), lambda: _make_table(problem, sizes))
-
-
-def _make_table(problem: Problem, sizes: Sizes) -> JobTable:
-    counts = [
-        problem.job_counts(sizes, prefill, decode)
-        for prefill in range(len(sizes.prefill))
-        for decode in range(len(sizes.decode))
-    ]
-    prefills: dict[PrefillJob, int] = {}
-    decodes: dict[tuple[int, float], int] = {}
-
-    def of_prefills(jobs: Mapping[PrefillJob, float]) -> dict[int, float]:
-        return {prefills.setdefault(job, len(prefills)): count for job, count in jobs.items()}
-
-    def of_steps(steps: Sequence[DecodeSteps]) -> dict[int, float]:
-        found: dict[int, float] = {}
-        for rows, past, count in steps:
-            at = decodes.setdefault((rows, past), len(decodes))
-            found[at] = found.get(at, 0.0) + count
-        return found
-
-    columns = [
-        (of_prefills(c.first), of_prefills(c.refills), of_steps(c.steps), of_steps(c.longest_lane))
-        for c in counts
-    ]
-    widths = len(prefills), len(prefills), len(decodes), len(decodes)
-    arrays = [np.zeros((len(counts), width)) for width in widths]
-    for row, found in enumerate(columns):
-        for array, some in zip(arrays, found, strict=True):
-            array[row, list(some)] = list(some.values())
-    first, refills, steps, longest = (array.reshape(*sizes.shape, -1) for array in arrays)
-    return JobTable(
-        prefill=tuple(prefills),
-        decode=tuple(decodes),
-        first=first,
-        refills=refills,
-        steps=steps,
-        longest=longest,
-        shares=shares(counts, sizes.shape),
-    )

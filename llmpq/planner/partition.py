@@ -90,15 +90,24 @@ class Fronts:
         self._extra = sizes - sizes.min()  # the same whatever the cache of a layer takes
         self._omega = omega[:, self.options]
         self.num_layers = len(omega)
-        self.fronts = [self._from(start, self.num_layers) for start in range(self.num_layers)]
+        self.are_alike = bool((omega == omega[0]).all())
+        self.fronts = [self._from(start, self.num_layers) for start in self._starts]
+        if self.are_alike:  # shorter ranges from later starts have the same fronts
+            self.fronts *= self.num_layers
+
+    @property
+    def _starts(self) -> range:
+        """First layers of ranges that differ; of layers that are alike, one."""
+        return range(1 if self.are_alike else self.num_layers)
 
     def best_within(self, room: float, least_bytes: float) -> Iterator[tuple[int, int, int]]:
         """(start, end, point of least omega) of every range that `room` bytes hold.
 
+        Where layers are alike, of those that start with the first one.
         `least_bytes`: of a layer at the smallest option, its cache included.
         """
         most = int(max(0.0, room) * (1 + TIE) // least_bytes) if least_bytes else self.num_layers
-        for start in range(self.num_layers):
+        for start in self._starts:
             for end in range(start + 1, min(start + most, self.num_layers) + 1):
                 slack = room - (end - start) * least_bytes
                 yield start, end, self.front(start, end).best(slack)

@@ -34,7 +34,6 @@ CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
 CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before
 MOST_FITS = 12
 FINALISTS = 4  # plans of the search whose runs are simulated
-VERY_MANY = 10_000  # requests, whose plan more of them get too
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
 MOVES_S = 0.1  # for a first plan by moves; where it is the whole method, HEURISTIC_S
 HEURISTIC_S = 0.5
@@ -87,7 +86,8 @@ def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Pla
         run, space, found = _fitted(run, space, found)
     if found is not None and found.assignment is None:
         raise _no_plan(run, found, offered)
-    outcomes = _outcomes(run, space, BASELINES) if options.compare else []
+    ours = found.assignment if found is not None else None
+    outcomes = _outcomes(run, space, BASELINES, ours) if options.compare else []
     plan = moved or _plan_of(run, found, outcomes)
     return _planned(run, space, with_baselines(plan, outcomes), outcomes, found)
 
@@ -118,25 +118,16 @@ class _Run:
     solver: Solver
     start: float
 
-    @cached_property
+    @property
     def unit(self) -> Problem:
-        """The problem, or of very many requests so many: what is best for them is best for more.
-
-        So equal lengths give equal plans.
-        """
-        problem, in_all = self.problem, self.problem.repeats * len(self.problem.lengths)
-        if in_all <= VERY_MANY:
-            return problem
-        theta = problem.theta * VERY_MANY / in_all
-        return replace(problem, num_requests=VERY_MANY, theta=theta, _known={})
+        """What is planned: of very many requests so many."""
+        return self.problem.unit
 
     def scaled(self, scales: Mapping[RunKind, float]) -> "_Run":
         """With the closed form of some kinds of runs multiplied by more."""
         known = self.problem.scales
         new = {kind: known.get(kind, 1.0) * scale for kind, scale in scales.items()}
-        run = replace(self, problem=self.problem.scaled(new))
-        run.__dict__["unit"] = run.problem if self.unit is self.problem else self.unit.scaled(new)
-        return run
+        return replace(self, problem=self.problem.scaled(new))
 
     @property
     def times(self) -> float:
@@ -204,8 +195,18 @@ def _fitted(run: _Run, space: Space, found: Search) -> tuple[_Run, Space, Search
         runs = run.compared(run.by(CONFIRM_SHARE, LEAST_S), CONFIRM_S)
         scales = runs.scales(found.finalists[:FINALISTS])
         import os
-        if os.environ.get('DBG'):
-            print('  fit', number, round(run.seconds,2), round(found.best,2), found.num_relaxed, found.num_solved, {tuple(k): round(v,3) for k, v in scales.items()}, flush=True)
+
+        if os.environ.get("DBG"):
+            print(
+                "  fit",
+                number,
+                round(run.seconds, 2),
+                round(found.best, 2),
+                found.num_relaxed,
+                found.num_solved,
+                {tuple(k): round(v, 3) for k, v in scales.items()},
+                flush=True,
+            )
         if not scales or runs.is_over:
             break
         run, seeds = run.scaled(scales), found.finalists
@@ -301,7 +302,9 @@ def _no_plan(run: _Run, found: Search, offered: Sequence[str]) -> InfeasibleErro
 # ---- the other methods
 
 
-def _outcomes(run: _Run, space: Space, methods: Sequence[str]) -> list[Outcome]:
+def _outcomes(
+    run: _Run, space: Space, methods: Sequence[str], ours: Assignment | None = None
+) -> list[Outcome]:
     total = space.num_orders(run.unit)
 
     def told(done: int) -> None:
@@ -311,17 +314,21 @@ def _outcomes(run: _Run, space: Space, methods: Sequence[str]) -> list[Outcome]:
     now = time.monotonic()
     until = min(run.by(1.0, LEAST_S), now + max(OTHERS_S, 3 * run.seconds))
     found = run_baselines(run.unit, settings, until, methods, smallest, told)
-    return [*(_played(run, outcome) for outcome in found), _offloaded(flexgen(run.problem))]
+    return [*(_played(run, outcome, ours) for outcome in found), _offloaded(flexgen(run.problem))]
 
 
-def _played(run: _Run, outcome: Outcome) -> Outcome:
-    """With its run simulated as that of our own plan."""
+def _played(run: _Run, outcome: Outcome, ours: Assignment | None) -> Outcome:
+    """With its run simulated as that of our own plan.
+
+    Its sizes are varied as those of `ours` are, unless it is too far behind for that to matter.
+    """
     if outcome.assignment is None:
         return outcome
     best = outcome.assignment
     if run.options.simulate:
         runs = run.compared(run.by(1.0, LEAST_S), CONFIRM_S / len(BASELINES))
-        best = runs.improved(best)
+        if ours is None or not runs.is_hopeless(best, ours):
+            best = runs.improved(best)
     return replace(outcome, assignment=best, predicted=_predicted(run, best))
 
 

@@ -42,6 +42,7 @@ from llmpq.planner.solver import Programme, Solver
 class Pool:
     """Costs are [P, Q, ...]."""
 
+    kinds: tuple[Hashable, ...]  # K, what tells them apart
     many: np.ndarray  # [K], stages of each kind
     offered: np.ndarray  # [K, B], booleans
     layer: Costs  # [P, Q, K, B], 0 where not offered
@@ -87,7 +88,7 @@ class Prices:
 def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
     """The arrays of a mix."""
     kinds = _kinds(problem, mix)
-    places = [place for place, _ in kinds]
+    places = [place for place, _ in kinds.values()]
     alone = num_stages(mix) == 1
     scale = problem.scale_of(num_stages(mix), sizes)
     layer = _stack([layer_costs(problem, sizes, place) for place in places]).times(scale)
@@ -96,7 +97,7 @@ def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
     link_sum, link_most = (some.times(scale) for some in _links(problem, sizes, mix))
     room = np.stack([most_room(problem, sizes, place, alone) for place in places], axis=-1)
     num_bytes = np.stack([_least_bytes(problem, sizes, place, alone) for place in places])
-    many = np.array([count for _, count in kinds], dtype=float)
+    many = np.array([count for _, count in kinds.values()], dtype=float)
     held = np.floor(room.max(axis=(0, 1)) * OVER / num_bytes.min(axis=1))
 
     def slowest(name: str) -> np.ndarray:
@@ -108,6 +109,7 @@ def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
         return np.maximum(getattr(link_most, name), found.reshape(shape))
 
     return Pool(
+        kinds=tuple(kinds),
         many=many,
         offered=np.isfinite(layer.bursts[0, 0]),
         layer=layer.map(finite),
@@ -144,7 +146,7 @@ def slowest_of_whole(
     return np.asarray(np.where(layers[:, -1] >= num_layers, found, np.inf))
 
 
-def _kinds(problem: Problem, mix: Mix) -> list[tuple[Place, int]]:
+def _kinds(problem: Problem, mix: Mix) -> dict[Hashable, tuple[Place, int]]:
     """One place of each kind, and how many stages have it."""
     places: dict[Hashable, Place] = {}
     many: dict[Hashable, int] = {}
@@ -152,7 +154,7 @@ def _kinds(problem: Problem, mix: Mix) -> list[tuple[Place, int]]:
         key = (kind_of(problem, place), place.memory_bytes)
         places.setdefault(key, place)
         many[key] = many.get(key, 0) + count
-    return [(places[key], count) for key, count in many.items()]
+    return {key: (places[key], count) for key, count in many.items()}
 
 
 def _stack(costs: list[Costs]) -> Costs:
@@ -163,7 +165,10 @@ def _stack(costs: list[Costs]) -> Costs:
 def _end(problem: Problem, sizes: Sizes, mix: Mix, places: list[Place], last: bool) -> End:
     each = [_end_at(problem, sizes, place, last, num_stages(mix)) for place in places]
     scale = problem.scale_of(num_stages(mix), sizes)
-    return End(_stack([costs for costs, _ in each]).times(scale), np.stack([taken for _, taken in each], -1))
+    return End(
+        _stack([costs for costs, _ in each]).times(scale),
+        np.stack([taken for _, taken in each], -1),
+    )
 
 
 def _end_at(
@@ -185,18 +190,28 @@ def _links(problem: Problem, sizes: Sizes, mix: Mix) -> tuple[Costs, Costs]:
     stages: dict[str, int] = {}
     for place, count in mix:
         stages[place.node] = stages.get(place.node, 0) + count
+    key = ("least links", tuple(stages.items()), sizes)
+    return problem.once(key, lambda: _find_links(problem, sizes, stages))
+
+
+def _find_links(problem: Problem, sizes: Sizes, stages: dict[str, int]) -> tuple[Costs, Costs]:
     hops: list[Costs] = []
     for node, count in stages.items():
         inside = least_hop(problem, sizes, node, tuple(stages))
         hops += [inside] * (count - 1)
     nodes = list(stages)
     hops += [link_costs(problem, sizes, [a, b])[0] for a, b in zip(nodes, nodes[1:], strict=False)]
-    back = least_way_back(problem, sizes, tuple(nodes), num_stages(mix))
+    back = least_way_back(problem, sizes, tuple(nodes), sum(stages.values()))
     return combined([*hops, back], np.sum), combined([*hops, back], np.max)
 
 
 def _least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:
     """[B]: a packed layer takes its share of the unpacked matrix of as many as fit at most."""
+    key = ("least bytes", place.type, place.tensor_parallel, place.memory_bytes, sizes, alone)
+    return problem.once(key, lambda: _find_least_bytes(problem, sizes, place, alone))
+
+
+def _find_least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:
     held = layer_bytes(problem, sizes, place)
     packed = np.array([is_packed(p) for p in problem.precisions])
     unpacked = _least_unpacked(problem, sizes, place, alone)
@@ -219,6 +234,17 @@ def is_hopeless(pool: Pool) -> np.ndarray:
     held = np.floor(pool.capacity * OVER / least)
     layers = pool.groups.sizes.sum()
     return np.asarray((held < 1).any(axis=-1) | ((held * pool.many).sum(axis=-1) < layers))
+
+
+def has_no_more_room(pool: Pool, pair: tuple[int, int]) -> np.ndarray:
+    """[P, Q]: pairs of micro-batches that leave no device more bytes than `pair` does.
+
+    Where that one is infeasible they are too: all that limits layers is bytes and sensitivity.
+    """
+    less = (pool.capacity <= pool.capacity[pair]).all(axis=-1)
+    for end in pool.ends:
+        less &= (end.num_bytes >= end.num_bytes[pair]).all(axis=-1)
+    return np.asarray(less)
 
 
 def relaxed(pool: Pool, prefill: int, decode: int, solver: Solver) -> tuple[float, Prices | None]:
@@ -248,6 +274,33 @@ def bounds(pool: Pool, prices: Prices) -> np.ndarray:
 
 
 # ---- prices
+
+
+def carried(prices: Prices, given: Pool, other: Pool) -> Prices | None:
+    """The prices of a pool as a guess for another one of the same sizes; any prices are valid.
+
+    Where all kinds are busy, the price of a kind's time is as its stages are many; what bytes and
+    sensitivity cost in seconds is then as the run takes longer. None where `other` has more kinds.
+    """
+    if not set(other.kinds) <= set(given.kinds):
+        return None
+    at = [given.kinds.index(kind) for kind in other.kinds]
+    ratio = other.many / given.many[at]
+    groups = prices.others, prices.pace, prices.busy
+    before, after = float(sum(groups).sum()), float((sum(groups)[at] * ratio).sum())  # type: ignore[union-attr,index]
+    if after <= 0:
+        return None
+    longer = before / after
+
+    def shared(group: np.ndarray) -> np.ndarray:
+        """As much in all as before."""
+        found = group[at] * ratio
+        return np.asarray(found * (group.sum() / found.sum() if found.sum() else 0.0))
+
+    others, pace, busy = map(shared, groups)
+    memory, least = prices.memory[at] * longer, prices.least[at] * longer
+    loop, omega = prices.loop, prices.omega * longer
+    return Prices(prices.passing, others, pace, loop, busy, memory, least, omega)
 
 
 def _priced(costs: Costs, prices: Prices, many: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -44,6 +45,7 @@ from llmpq.workload import Workload, chunk_tokens, evenly_spaced, lanes, lanes_f
 MOST_COUNTED = 10_000  # requests whose jobs are counted one by one
 LANES_COUNTED = 16  # by which classes of slots are told apart
 LIKE_ROWS = 4  # of a prefill job, where prompts are unlike: how far it looks for like ones
+VERY_MANY = 10_000  # requests, whose plan more of them get too
 OVER = 1 + 1e-9  # rounding of sums of sensitivities and bytes: so far a limit may be overstepped
 
 T = TypeVar("T")
@@ -126,14 +128,17 @@ class RunKind(NamedTuple):
 
 
 class _SharedCache:
-    """What is known of each model and list of requests; both are kept, so that none is confused."""
+    """What is known of some objects, such as a model and a list of requests.
+
+    The objects are kept, so that none is confused with a later one.
+    """
 
     def __init__(self) -> None:
-        self.entries: dict[tuple[int, int], tuple[object, object, dict[Hashable, Any]]] = {}
+        self.entries: dict[tuple[int, ...], tuple[object, dict[Hashable, Any]]] = {}
 
-    def of(self, spec: ModelSpec, lengths: Lengths) -> dict[Hashable, Any]:
+    def of(self, *objects: object) -> dict[Hashable, Any]:
         """The values of these very objects."""
-        return self.entries.setdefault((id(spec), id(lengths)), (spec, lengths, {}))[2]
+        return self.entries.setdefault(tuple(map(id, objects)), (objects, {}))[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +168,10 @@ class Problem:
 
     def scaled(self, scales: Mapping[RunKind, float]) -> "Problem":
         """With the closed form of some kinds of runs multiplied; what is known stays known."""
-        return replace(self, scales={**self.scales, **scales})
+        changed = replace(self, scales={**self.scales, **scales})
+        if self.unit is not self:
+            changed.__dict__["unit"] = self.unit.scaled(scales)
+        return changed
 
     def scale_of(self, num_stages: int, sizes: Sizes) -> np.ndarray:
         """[P, Q]: what the closed form is multiplied by; 1 where nothing was simulated."""
@@ -190,6 +198,16 @@ class Problem:
             known[key] = compute()
         return known[key]
 
+    def played_once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`once` for what depends on the model, the machines and the listed requests alone.
+
+        How many there are in all, and what quality costs, make no difference to it.
+        """
+        known = self._of_run.of(self.spec, self.lengths, self.cluster, self.times, self.profiles)
+        if key not in known:
+            known[key] = compute()
+        return known[key]
+
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()`, kept for the next time the same is asked."""
         if key not in self._known:
@@ -205,6 +223,15 @@ class Problem:
     def repeats(self) -> float:
         """How many requests each of the lengths stands for."""
         return 1.0 if self.num_requests is None else self.num_requests / len(self.lengths)
+
+    @cached_property
+    def unit(self) -> "Problem":
+        """The problem, or of very many requests so many: what is best for them is best for more."""
+        in_all = self.repeats * len(self.lengths)
+        if in_all <= VERY_MANY:
+            return self
+        theta = self.theta * VERY_MANY / in_all
+        return replace(self, num_requests=VERY_MANY, theta=theta, _known={})
 
     @property
     def num_new_tokens(self) -> float:
@@ -232,7 +259,9 @@ class Problem:
             ("prefills", slots, prefill_rows, chunk, self.repeats),
             lambda: count_prefills(rounds, prefill_rows, chunk),
         )
-        steps = self.shared(("steps", lanes, like, self.repeats), lambda: count_steps(rounds, lanes))
+        steps = self.shared(
+            ("steps", lanes, slots, like, self.repeats), lambda: count_steps(rounds, lanes)
+        )
         return together(rounds, prefills, steps, self._tokens)
 
     def _slots(self, sizes: Sizes) -> tuple[tuple[int, int], ...]:
@@ -356,7 +385,15 @@ def chunk_s(whole: Callable[[Any], Any], begin: Any, end: Any) -> np.ndarray:
     Of a stage whose whole prompts of so many tokens take `whole`; numbers or arrays. A call is
     priced as a prompt of one token: it reads all weights too.
     """
-    return np.maximum(whole(end) - whole(begin) + whole(1), whole(end - begin))
+    return later_chunk_s(whole(end), whole(begin), whole(end - begin), whole(1))
+
+
+def later_chunk_s(end_s: Any, begin_s: Any, own_s: Any, one_s: Any) -> np.ndarray:
+    """`chunk_s` from seconds of whole prompts.
+
+    They reach to the chunk's end, to its begin, have as many tokens as it has, and one.
+    """
+    return np.maximum(end_s - begin_s + one_s, own_s)
 
 
 def layer_work(times: LayerTimes, precision: str) -> Work:

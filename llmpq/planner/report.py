@@ -80,7 +80,7 @@ def print_changes(console: Console, plan: Plan, what_if: WhatIf) -> None:
         table.add_row(change.text, f"{change.tokens_per_s:.1f}", _gain(change, predicted))
     console.print(table)
     if what_if.num_left_out:
-        console.print(f"{what_if.num_left_out} more changes were not looked at, for lack of time")
+        console.print(f"{what_if.num_left_out} more changes, less promising, were not looked at")
 
 
 def _gain(change: Change, predicted: Predicted) -> str:

@@ -100,7 +100,9 @@ class Space:
                 yield from ((bound, setting) for setting in settings_of(problem, table, pair))
                 continue
             known = float(table.bounds[pair])
-            value = known if known > bound else tighten(table, pair, solver)
+            if known <= bound:
+                tighten(table, pair, solver)
+            value = float(table.bounds[pair])
             if value < math.inf:
                 heapq.heappush(queue, (value, index, table, pair, known <= bound))
 
@@ -128,13 +130,15 @@ def settings_of(problem: Problem, table: Tables, pair: tuple[int, int]) -> list[
     return [Setting(order, sizes.batch, *micro_batches, sizes.chunk_tokens) for order in found]
 
 
-def tighten(table: Tables, pair: tuple[int, int], solver: Solver) -> float:
+def tighten(table: Tables, pair: tuple[int, int], solver: Solver) -> pool.Prices | None:
     """The bound by a pair's own linear programme, whose prices tell on the mix's other pairs."""
     value, prices = pool.relaxed(table.pool, *pair, solver)
     if prices is not None:
         table.bounds = np.maximum(table.bounds, pool.bounds(table.pool, prices))
+    if value == math.inf:  # which has no seconds to do with
+        table.bounds[pool.has_no_more_room(table.pool, pair)] = math.inf
     table.bounds[pair] = max(value, float(table.bounds[pair]))
-    return float(table.bounds[pair])
+    return prices
 
 
 def _canonical_orders(problem: Problem, mix: Mix) -> list[tuple[Place, ...]]:
@@ -159,6 +163,7 @@ def make_space(
     found, notes = mixes(problem.cluster, degrees, problem.spec.num_layers)
     todo = _todo(problem, found, sizes)
     tables: list[Tables] = []
+    priced: list[tuple[pool.Pool, pool.Prices]] = []  # of the same sizes
     best = (0, 0)
     for index, (mix, some) in enumerate(todo):
         if time.monotonic() > deadline:
@@ -168,7 +173,9 @@ def make_space(
                 "use the devices",
             ]
             return Space(tables, len(todo) - index, notes)
-        table = make_tables(problem, mix, some, best, solver)
+        if index and some != todo[index - 1][1]:
+            priced.clear()
+        table = make_tables(problem, mix, some, best, solver, priced)
         place = int(table.bounds.argmin())
         best = divmod(place, table.bounds.shape[1])
         tables.append(table)
@@ -188,16 +195,33 @@ def _todo(
 
 
 def make_tables(
-    problem: Problem, mix: Mix, sizes: Sizes, near: tuple[int, int], solver: Solver
+    problem: Problem,
+    mix: Mix,
+    sizes: Sizes,
+    near: tuple[int, int],
+    solver: Solver,
+    priced: list[tuple[pool.Pool, pool.Prices]],
 ) -> Tables:
-    """Bounds from one linear programme, at a pair of micro-batches `near` the best."""
+    """Bounds by the prices of a mix that has the same kinds of places and more, out of `priced`.
+
+    Where there is none, by a linear programme at a pair of micro-batches `near` the best, whose
+    prices go there.
+    """
     arrays = pool.make_pool(problem, mix, sizes)
     hopeless = pool.is_hopeless(arrays)
     table = Tables(mix, sizes, arrays, np.where(hopeless, math.inf, 0.0))
-    if not hopeless.all():
-        free = np.argwhere(~hopeless)
-        prefill, decode = free[np.abs(free - np.array(near)).sum(axis=1).argmin()]
-        tighten(table, (int(prefill), int(decode)), solver)
+    if hopeless.all():
+        return table
+    guesses = (pool.carried(prices, given, arrays) for given, prices in priced)
+    guess = next((prices for prices in guesses if prices is not None), None)
+    if guess is not None:
+        table.bounds = np.maximum(table.bounds, pool.bounds(arrays, guess))
+        return table
+    free = np.argwhere(~hopeless)
+    prefill, decode = free[np.abs(free - np.array(near)).sum(axis=1).argmin()]
+    prices = tighten(table, (int(prefill), int(decode)), solver)
+    if prices is not None:
+        priced.append((arrays, prices))
     return table
 
 
@@ -381,7 +405,8 @@ class PairNode(Node):
             state.push(known, self)
         elif not self.tight:
             state.num_relaxed += 1
-            value = tighten(self.table, self.pair, state.solver)
+            tighten(self.table, self.pair, state.solver)
+            value = float(self.table.bounds[self.pair])
             state.push(max(bound, value), PairNode(self.table, self.pair, True))
         else:
             for setting in settings_of(state.problem, self.table, self.pair):

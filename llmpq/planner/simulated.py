@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,9 +22,17 @@ from llmpq.schedule import Item, Job, Schedule
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request
 BLOCK = 256  # columns whose times are computed at once
-MOST_JOBS = 6_000  # that a prediction plays; of more requests a sample
+MOST_JOBS = 8_000  # that a prediction plays; of more requests a sample
 TOKENS_OF_A_JOB = 30  # that take as long to play as a job beside its tokens
 LEAST_WAVES = 2  # of requests in flight that a sample has
+
+
+class Run(NamedTuple):
+    """A simulated run: its seconds, those of them after the last prefill, and `Played`'s share."""
+
+    total_s: float
+    decode_s: float
+    prefill_share: float
 
 
 def with_run(
@@ -33,40 +42,42 @@ def with_run(
 
     Of runs of about `most_jobs` and more a sample is played.
     """
-    played, total = _played(problem, assignment, most_jobs)
-    decode = played.decode_s  # of the last requests alone: the same in a sample
+    run = _whole_run(problem, assignment, most_jobs)
+    total, decode = run.total_s, run.decode_s  # of the last requests alone: the same in a sample
     update = {"total_s": total, "prefill_s": total - decode, "decode_s": decode}
     update["objective"] = total + problem.theta * predicted.sum_sensitivity
-    update |= {"prefill_share": played.prefill_share, "closed_form_s": predicted.priced_s}
+    update |= {"prefill_share": run.prefill_share, "closed_form_s": predicted.priced_s}
     return predicted.model_copy(update=update | speeds(problem, total))
 
 
 def run_s(problem: Problem, assignment: Assignment, most_jobs: int = MOST_JOBS) -> float:
     """Seconds of the whole run, as predictions have them."""
-    return _played(problem, assignment, most_jobs)[1]
+    return _whole_run(problem, assignment, most_jobs).total_s
 
 
-def _played(problem: Problem, assignment: Assignment, most_jobs: int) -> tuple[Played, float]:
-    """A sample's run, and the seconds of the whole one.
+def _whole_run(problem: Problem, assignment: Assignment, most_jobs: int) -> Run:
+    """The whole run, from a sample's run.
 
     The whole run takes as much longer as it does in closed form, which knows all tokens.
     """
     sample = sample_of(problem, assignment.setting, most_jobs)
-    played = _of_sample(problem, sample, assignment)
+    key = "run", assignment, len(sample.lengths), min(problem.repeats, problem.unit.repeats)
+    run = problem.played_once(key, lambda: _of_sample(problem, sample, assignment))
     if sample is problem:
-        return played, played.total_s
+        return run
     same = replace(assignment, setting=problem.resolved(assignment.setting))
     plain = replace(problem, scales={})
     times = closed_form_s(plain, same) / closed_form_s(sample, same)
-    return played, played.total_s * times
+    return run._replace(total_s=run.total_s * times)
 
 
-def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Played:
+def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Run:
     """The run of a sample with the chunk and lanes of the whole one."""
     grain = _grain(sample, problem.resolved(assignment.setting))
     key = ("seconds", assignment.setting.places, assignment.stages, grain)
-    seconds = problem.once(key, lambda: Seconds(actor_works(problem, assignment), grain))
-    return simulate(sample, assignment, problem, seconds=seconds)
+    seconds = problem.played_once(key, lambda: Seconds(actor_works(problem, assignment), grain))
+    played = simulate(sample, assignment, problem, seconds=seconds)
+    return Run(played.total_s, played.decode_s, played.prefill_share)
 
 
 def _grain(problem: Problem, setting: Setting) -> int:
@@ -103,7 +114,9 @@ def these_alone(problem: Problem, lengths: Lengths) -> Problem:
     """Requests of these lengths alone; sensitivity costs as much in relation to their time."""
     in_all = problem.repeats * len(problem.lengths)
     theta = problem.theta * len(lengths) / in_all
-    return replace(problem, lengths=tuple(lengths), num_requests=None, theta=theta, scales={}, _known={})
+    return replace(
+        problem, lengths=tuple(lengths), num_requests=None, theta=theta, scales={}, _known={}
+    )
 
 
 def simulate(

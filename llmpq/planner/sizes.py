@@ -33,11 +33,9 @@ def all_sizes(problem: Problem) -> list[Sizes]:
 def sizes_near(problem: Problem, like: Setting | Sizes) -> list[Sizes]:
     """Half as many requests in flight, as many and twice as many, with the same chunk."""
     near = {like.batch // 2, like.batch, 2 * like.batch}
-    return [
-        _sizes(problem, batch, like.chunk_tokens)
-        for batch in batch_options(problem)
-        if batch in near
-    ]
+    default = problem.chunk_tokens(Sizes(like.batch, (1,), (1,)))
+    chunk = None if like.chunk_tokens == default else like.chunk_tokens  # as `all_sizes` has it
+    return [_sizes(problem, batch, chunk) for batch in batch_options(problem) if batch in near]
 
 
 def _sizes(problem: Problem, batch: int, chunk_tokens: int | None = None) -> Sizes:

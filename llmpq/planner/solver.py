@@ -20,6 +20,7 @@ from llmpq.planner.silence import silent_stdout
 
 TOLERANCE = 1e-6  # what a plan may lie beside a limit, at most; solvers are held to less
 OVERSTEP = 1e-8  # by which a solver may overstep a row; their own 1e-6 shows in the objective
+SMALL = 300  # columns of programmes whose presolve takes longer than it saves
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
@@ -58,6 +59,7 @@ class Solver:
 
     name: Literal["highs", "gurobi"] = "highs"
     notes: list[str] = field(default_factory=list)
+    _linear: Any = field(default_factory=lambda: _started(presolve="off"), repr=False)
 
     def integers(
         self,
@@ -74,8 +76,15 @@ class Solver:
         return _highs_integers(programme, gap, time_limit)
 
     def relaxed(self, programme: Programme) -> Answer:
-        """Solved as if every x could be a fraction."""
-        return _highs_relaxed(programme)
+        """Solved as if every x could be a fraction.
+
+        Presolve is dearer than these small programmes themselves; without it HiGHS cannot tell of
+        some that they are infeasible.
+        """
+        answer = _highs_relaxed(self._linear, programme)
+        if answer.status != "unknown":
+            return answer
+        return _highs_relaxed(_started(presolve="on"), programme)
 
     def extents(self, programme: Programme, sums: Sequence[np.ndarray]) -> np.ndarray | None:
         """[sums, 2]: the least and the most that each sum of columns can be, fractions allowed.
@@ -115,13 +124,20 @@ def make_solver(name: Literal["highs", "gurobi"]) -> Solver:
 # ---- HiGHS
 
 
-def _highs(programme: Programme, integral: bool) -> Any:
+def _started(presolve: str = "choose") -> Any:
+    """HiGHS with its options and no model."""
     with silent_stdout():
         highs = highspy.Highs()
     highs.setOptionValue("output_flag", False)
     highs.setOptionValue("threads", 1)
+    highs.setOptionValue("presolve", presolve)
     for option in ("primal_feasibility_tolerance", "mip_feasibility_tolerance"):
         highs.setOptionValue(option, OVERSTEP)
+    return highs
+
+
+def _pass(highs: Any, programme: Programme, integral: bool) -> None:
+    """Gives HiGHS a model in place of the one that it has, and of what it knows of that."""
     model = highspy.HighsLp()
     model.num_col_, model.num_row_ = len(programme.cost), len(programme.row_lower)
     model.col_cost_, model.offset_ = programme.cost, programme.constant
@@ -135,12 +151,10 @@ def _highs(programme: Programme, integral: bool) -> Any:
         model.integrality_ = [kinds[int(whole)] for whole in programme.integral]
     status = highs.passModel(model)
     assert status != highspy.HighsStatus.kError, "a column stands twice in a row, or the like"
-    return highs
 
 
-def _highs_relaxed(programme: Programme) -> Answer:
-    highs = _highs(programme, integral=False)
-    highs.setOptionValue("presolve", "off")  # dearer than these small programmes themselves
+def _highs_relaxed(highs: Any, programme: Programme) -> Answer:
+    _pass(highs, programme, integral=False)
     highs.run()
     status = highs.getModelStatus()
     if status == highspy.HighsModelStatus.kInfeasible:
@@ -154,12 +168,17 @@ def _highs_relaxed(programme: Programme) -> Answer:
 
 
 def _highs_integers(programme: Programme, gap: float, time_limit: float) -> Answer:
-    highs = _highs(programme, integral=True)
+    highs = _started(presolve="off" if len(programme.cost) <= SMALL else "choose")
+    _pass(highs, programme, integral=True)
     highs.setOptionValue("mip_rel_gap", gap)
     highs.setOptionValue("mip_abs_gap", 1e-9)
     if time_limit < math.inf:
         highs.setOptionValue("time_limit", time_limit)
     highs.run()
+    if highs.getModelStatus() == highspy.HighsModelStatus.kUnknown:
+        highs.clearSolver()
+        highs.setOptionValue("presolve", "on")
+        highs.run()
     status, info = highs.getModelStatus(), highs.getInfo()
     if status == highspy.HighsModelStatus.kInfeasible:
         return Answer("infeasible", None, math.inf, math.inf)
@@ -175,8 +194,8 @@ def _highs_integers(programme: Programme, gap: float, time_limit: float) -> Answ
 
 def _highs_extents(programme: Programme, sums: Sequence[np.ndarray]) -> np.ndarray | None:
     """One model throughout: each solve starts from the one before."""
-    highs = _highs(programme, integral=False)
-    highs.setOptionValue("presolve", "off")
+    highs = _started(presolve="off")
+    _pass(highs, programme, integral=False)
     size = len(programme.cost)
     found = np.tile([-math.inf, math.inf], (len(sums), 1))
     for row, columns in enumerate(sums):

@@ -37,7 +37,7 @@ class BatchGroup:
 
 def groups(problem: Problem, batch: int) -> list[BatchGroup]:
     """The waves of a problem, by number of requests."""
-    found = _groups(problem.lengths, batch)
+    found = problem.shared(("waves", batch), lambda: _groups(problem.lengths, batch))
     return [replace(one, num_batches=problem.repeats * one.num_batches) for one in found]
 
 

@@ -10,6 +10,7 @@ is marked: the unchanged problem might have a plan as good as that.
 Not covered: two changes at once, prices, and device types that the cluster does not have.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -27,7 +28,10 @@ Kind = tuple[str, str]  # a node's name and a device type
 LINK_FACTOR = 2.0
 MAX_TENSOR_PARALLEL = 64
 MORE_LOSS_PERCENT = 0.5
+MOST_CHANGES = 8  # that are planned
 THETA_FACTOR = 0.5
+# What a problem remembers by keys that name all links that it depends on.
+WITHOUT_LINKS = {"layers", "fixed", "bytes", "end", "shorter chunks"}
 REHEARSED_SHARE = 0.1  # of its cap: what a rehearsed device is given
 
 
@@ -56,35 +60,46 @@ class WhatIf:
 
 
 def what_if(problem: Problem, plan: Plan, replan: Replan, deadline: float) -> WhatIf:
-    """What each change would gain, for as many as are reached by `deadline` (`time.monotonic`).
+    """What each of the first `MOST_CHANGES` would gain, as far as `deadline` (monotonic) allows.
 
     A change whose problem `replan` finds no plan for is left out. Raises `ValueError` where the
     plan has no prediction.
     """
     found: list[Change] = []
+    unit = problem.unit
     try:
-        before = replan(problem).predicted
+        before = replan(unit).predicted
     except InfeasibleError:  # not within the little time that a change is given
         before = plan.predicted
-    todo = changes(problem, plan)
-    while time.monotonic() <= deadline and (one := next(todo, None)) is not None:
-        text, changed = one
+    texts = (text for text, _ in changes(problem, plan))
+    num_late = 0
+    todo = zip(texts, (changed for _, changed in changes(unit, plan)), strict=True)
+    for text, changed in itertools.islice(todo, MOST_CHANGES):
+        if time.monotonic() > deadline:
+            num_late += 1
+            continue
         try:
             found.append(_compare(text, plan, before, replan(changed)))
         except InfeasibleError:
             continue
     ranked = sorted(found, key=lambda change: -change.gain)
-    return WhatIf(tuple(ranked), sum(1 for _ in todo))
+    return WhatIf(tuple(ranked), num_late + sum(1 for _ in todo))
 
 
 def changes(problem: Problem, plan: Plan) -> Iterator[tuple[str, Problem]]:
-    """Every change that is asked about, in words, with its problem."""
+    """Every change that is asked about, in words, with its problem.
+
+    The most promising first: on 56 random rigs, a device more brought over 1 % in 76 % of cases, a
+    larger quality loss in 43 %, tensor parallelism in 27 %, memory in 20 %, links between nodes in
+    17 %, and those inside never.
+    """
+    for node, device_type in _first_of_each_type(problem.cluster):
+        yield f"one more {device_type} on {node}", with_device(problem, device_type)
     yield from _more_quality_loss(problem)
     if problem.max_tensor_parallel == 1 and _has_equal_devices(problem.cluster):
         text = "stages of several devices (--tensor-parallel auto)"
-        yield text, replace(problem, max_tensor_parallel=MAX_TENSOR_PARALLEL, _known={})
-    for node, device_type in _first_of_each_type(problem.cluster):
-        yield f"one more {device_type} on {node}", with_device(problem, device_type)
+        known = dict(problem._known)
+        yield text, replace(problem, max_tensor_parallel=MAX_TENSOR_PARALLEL, _known=known)
     for kind in device_kinds(problem.cluster):
         num_bytes, text = _some_memory(problem.cluster, kind)
         yield text, with_memory(problem, *kind, num_bytes)
@@ -239,10 +254,12 @@ def with_links(problem: Problem, factor: float, which: Literal["between", "insid
         return link.model_copy(update={"bandwidth_gbs": link.bandwidth_gbs * factor})
 
     cluster = problem.cluster
+    items = problem._known.items()
+    known = {key: value for key, value in items if _first(key) in WITHOUT_LINKS}
     if which == "between":
-        return replace(_with_cluster(problem, link=faster(cluster.link)), _known={})
+        return replace(_with_cluster(problem, link=faster(cluster.link)), _known=known)
     nodes = [node.model_copy(update={"link": faster(node.link)}) for node in cluster.nodes]
-    return replace(_with_cluster(problem, nodes=nodes), _known={})
+    return replace(_with_cluster(problem, nodes=nodes), _known=known)
 
 
 def with_budget(problem: Problem, percent: float) -> Problem:

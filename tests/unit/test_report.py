@@ -142,7 +142,7 @@ def test_a_gain_within_the_gap_is_not_a_number(console: PlainConsole, plan: Plan
     print_changes(console, plan, WhatIf(tuple(changes), 3))
     text = shown(console)
     assert "+20.0 (+20.0 %)" in text and "[fast] links" in text
-    assert "3 more changes were not looked at, for lack of time" in text
+    assert "3 more changes, less promising, were not looked at" in text
     assert f"no more than the gap ({100 * plan.predicted.gap:.2f} %)" in text
 
 

@@ -3,8 +3,10 @@
 import itertools
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from test_planner import CONFIG
 
@@ -12,7 +14,7 @@ from llmpq.cluster import Cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import QualityModel
 from llmpq.model_spec import spec_from_config
-from llmpq.planner import search
+from llmpq.planner import pool, search
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.exact import solve
 from llmpq.planner.instance import make_instance
@@ -125,6 +127,27 @@ def test_the_search_is_as_good_as_every_order_solved_by_itself(case: str) -> Non
     assert found.best == pytest.approx(best, rel=1e-6)
     assert found.lower_bound <= best * (1 + 1e-7)
     assert found.lower_bound >= best * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.01, 0.04])
+def test_pairs_without_more_room_than_an_infeasible_one_are_infeasible(budget: float) -> None:
+    cluster, solver = cluster_of({"t4-16g": 2}, {"v100-32g": 1}, mib=60), Solver()
+    problem = problem_on(cluster, 6, 1024, ("16", "8", "4", "3"))
+    problem = replace(problem, budget=budget, _known={})
+    infeasible = feasible = 0
+    for table in search.make_space(problem, solver).tables:
+        pairs = [tuple(pair) for pair in np.argwhere(~pool.is_hopeless(table.pool))]
+        alone = {pair: pool.relaxed(table.pool, *pair, solver)[0] for pair in pairs}
+        for pair in pairs:
+            if math.isfinite(alone[pair]):
+                feasible += 1
+                continue
+            infeasible += 1
+            no_more_room = pool.has_no_more_room(table.pool, pair)
+            assert no_more_room[pair]
+            assert all(math.isinf(alone[other]) for other in pairs if no_more_room[other])
+    assert infeasible
+    assert feasible or not budget
 
 
 def test_a_plan_loses_no_quality_that_speed_does_not_need() -> None:

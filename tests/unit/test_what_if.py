@@ -106,8 +106,8 @@ def test_lengths_are_cut_in_the_workload_too() -> None:
 def test_what_is_asked_depends_on_the_cluster_and_the_plan() -> None:
     one = tiny(2.0)
     assert texts(one, replan(one)) == [
-        "a quality loss of 1.5 % instead of 1 %",
         "one more d0 on box",
+        "a quality loss of 1.5 % instead of 1 %",
         "0.2 MiB more on each d0",
     ]
     two = tiny(0.3, 0.3, percent=5)
@@ -168,6 +168,17 @@ def test_changes_are_compared_in_closed_form_and_not_with_the_simulated_run() ->
     chosen = best.model_copy(update={"predicted": run})
     found = w.what_if(problem, chosen, lambda _: best, NEVER).changes
     assert found and all(change.gain == 0 for change in found)
+
+
+def test_no_more_than_the_most_promising_changes_are_planned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(w, "MOST_CHANGES", 2)
+    problem = tiny(2.0)
+    plan = replan(problem)
+    found = w.what_if(problem, plan, lambda _: plan, NEVER)
+    assert {change.text for change in found.changes} == set(texts(problem, plan)[:2])
+    assert found.num_left_out == len(texts(problem, plan)) - 2 > 0
 
 
 def test_changes_without_a_plan_or_time_are_left_out() -> None:
