@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from llmpq.planner.evaluate import closed_form_s, shortages
-from llmpq.planner.problem import Assignment, Problem, RunKind, Setting
+from llmpq.planner.problem import Assignment, Problem, ScaledSizes, Setting
 from llmpq.planner.simulated import run_s
 from llmpq.workload import LEAST_CHUNK_TOKENS
 
@@ -67,25 +67,41 @@ class Confirmed:
         """The time limit is reached."""
         return time.monotonic() > self.deadline
 
-    def scales(self, candidates: Sequence[Assignment]) -> dict[RunKind, float]:
-        """Seconds of simulated runs over those of the closed form, of the kinds where they differ.
+    def scales(self, candidates: Sequence[Assignment]) -> dict[tuple[ScaledSizes, int], float]:
+        """Simulated seconds over those of the closed form, where they are apart and that matters.
 
-        And where that matters: a plan that is no better than the best one by either is left.
+        By sizes and number of stages. It matters for the first candidate, which is the best one in
+        closed form, for the same layers with other prefill micro-batches, which tend to be off by
+        as much, and for others that may be better than it.
         """
-        known: dict[Assignment, float] = {}
-        for one in candidates:
-            if known and self.is_over:
+        first = candidates[0]
+        found = self._scales_of(first, self._final_seconds(first))
+        best = self._final_seconds(first)
+        others = [*candidates[1:]]
+        if found:
+            sizes = _prefill_sizes(first.setting)
+            others += [replace(first, setting=setting) for setting in sizes]
+        for other in others:
+            if self.is_over:
                 break
-            known[one] = self.seconds(one)
-        best = min(known.values())
-        found: dict[RunKind, float] = {}
-        for one, seconds in known.items():
-            closed = closed_form_s(self.problem, one)
-            kind = self.problem.kind_of_run(one.setting)
-            off = abs(seconds / closed - 1) > CLOSE
-            if off and min(seconds, closed) < best * (1 + CLOSE):
-                found.setdefault(kind, seconds / closed)
+            if self.is_hopeless(other, first) or shortages(self.problem, other):
+                continue
+            seconds = self.seconds(other)
+            if min(seconds, closed_form_s(self.problem, other)) < best * (1 + CLOSE):
+                found = self._scales_of(other, seconds) | found
         return found
+
+    def _final_seconds(self, assignment: Assignment) -> float:
+        """As they are printed."""
+        key = ("final", assignment)
+        return self.problem.once(key, lambda: run_s(self.problem, assignment))
+
+    def _scales_of(self, one: Assignment, seconds: float) -> dict[tuple[ScaledSizes, int], float]:
+        if abs(seconds / closed_form_s(self.problem, one) - 1) <= CLOSE:
+            return {}
+        plain = replace(self.problem, scales={})
+        sizes = self.problem.scaled_sizes(one.setting), len(one.setting.places)
+        return {sizes: seconds / closed_form_s(plain, one)}
 
     def best_of(self, candidates: Iterable[Assignment]) -> Assignment:
         """The one with the shortest run; the first ones where there is no time for all."""

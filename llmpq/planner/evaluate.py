@@ -39,7 +39,7 @@ def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
     """Times, memory and quality of an assignment; no lower bound is known here."""
     setting = assignment.setting
     stage, link = stage_costs(problem, assignment), hop_costs(problem, setting)
-    total = float(run_s(stage, link)) * scale_of(problem, setting)
+    total = float(run_s(stage, link)) * problem.scale_of(setting)
     counts = problem.job_counts(setting.sizes)
     loop = float((stage.step + link.step).sum())
     pace = float((stage.busy - stage.prefill).max()) / max(counts.num_rounds, 1.0)
@@ -207,12 +207,7 @@ def _stages(assignment: Assignment) -> list[Stage]:
 def closed_form_s(problem: Problem, assignment: Assignment) -> float:
     """Seconds of the whole run in closed form."""
     stage, link = stage_costs(problem, assignment), hop_costs(problem, assignment.setting)
-    return float(run_s(stage, link)) * scale_of(problem, assignment.setting)
-
-
-def scale_of(problem: Problem, setting: Setting) -> float:
-    """What the closed form is multiplied by: see `Problem.scales`."""
-    return problem.scales.get(problem.kind_of_run(setting), 1.0)
+    return float(run_s(stage, link)) * problem.scale_of(assignment.setting)
 
 
 def stage_costs(problem: Problem, assignment: Assignment) -> Costs:

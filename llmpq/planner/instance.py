@@ -102,7 +102,7 @@ def make_instance(problem: Problem, setting: Setting) -> Instance:
     """The arrays of one setting."""
     places, sizes = setting.places, setting.sizes
     last = len(places) - 1
-    scale = problem.scale_of(len(places), sizes)
+    scale = problem.scales_of(len(places), sizes)
     fixed = [fixed_costs(problem, sizes, p, j == 0, j == last) for j, p in enumerate(places)]
     ends = [(j == 0, j == last) for j in range(len(places))]
     room = [
@@ -372,5 +372,5 @@ def in_any_order(problem: Problem, setting: Setting, instance: Instance) -> Inst
         for a, b in zip(nodes, nodes[1:], strict=False)
     ]
     back = link_costs(problem, sizes, nodes)[-1]
-    scale = problem.scale_of(len(nodes), sizes)
+    scale = problem.scales_of(len(nodes), sizes)
     return replace(instance, link=_of_pair([*hops, back], scale))

@@ -9,7 +9,7 @@ runs decide, and what is told of a plan is its run.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -22,7 +22,7 @@ from llmpq.planner.evaluate import bounded, evaluate, shortages, to_plan
 from llmpq.planner.evaluate import to_assignment as to_assignment_of
 from llmpq.planner.heuristic import heuristic
 from llmpq.planner.offload import OffloadPlan, flexgen
-from llmpq.planner.problem import OVER, Assignment, Problem, RunKind
+from llmpq.planner.problem import OVER, Assignment, Problem
 from llmpq.planner.search import Progress, Search, Space, make_space, rescaled, search
 from llmpq.planner.simulated import with_run
 from llmpq.planner.sizes import sizes_near, spare_sizes
@@ -32,7 +32,7 @@ from llmpq.planner.value import to_assignment
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
 CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
 CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before
-MOST_FITS = 12
+MOST_CORRECTIONS = 6  # of the closed form
 FINALISTS = 4  # plans of the search whose runs are simulated
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
 MOVES_S = 0.1  # for a first plan by moves; where it is the whole method, HEURISTIC_S
@@ -83,7 +83,7 @@ def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Pla
     found = None
     if not moved:
         found, space = _searched(run, space)
-        run, space, found = _fitted(run, space, found)
+        run, space, found = _corrected(run, space, found)
     if found is not None and found.assignment is None:
         raise _no_plan(run, found, offered)
     ours = found.assignment if found is not None else None
@@ -103,7 +103,7 @@ def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan
     sizes = sizes_near(run.unit, first.setting) if first and options.near else None
     space = make_space(run.unit, run.solver, run.by(SPACE_SHARE, LEAST_S), sizes=sizes or None)
     found, space = _searched(run, space, first)
-    run, _, found = _fitted(run, space, found)
+    run, _, found = _corrected(run, space, found)
     if found.assignment is None:
         raise InfeasibleError("no plan fits")
     return _plan_of(run, found, [])
@@ -122,12 +122,6 @@ class _Run:
     def unit(self) -> Problem:
         """What is planned: of very many requests so many."""
         return self.problem.unit
-
-    def scaled(self, scales: Mapping[RunKind, float]) -> "_Run":
-        """With the closed form of some kinds of runs multiplied by more."""
-        known = self.problem.scales
-        new = {kind: known.get(kind, 1.0) * scale for kind, scale in scales.items()}
-        return replace(self, problem=self.problem.scaled(new))
 
     @property
     def times(self) -> float:
@@ -184,33 +178,21 @@ def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple
     return _search_of(run, space), space
 
 
-def _fitted(run: _Run, space: Space, found: Search) -> tuple[_Run, Space, Search]:
-    """Searches again for as long as simulated runs contradict the closed form.
+def _corrected(run: _Run, space: Space, found: Search) -> tuple[_Run, Space, Search]:
+    """Searches again for as long as the simulated run of the best plan contradicts its price.
 
-    The closed form of the kinds of runs that they contradict is scaled to them.
+    The closed form is then scaled to the simulated runs of plans of these sizes.
     """
-    for number in range(MOST_FITS):
-        if found.assignment is None or not run.options.simulate:
+    for _ in range(MOST_CORRECTIONS if run.options.simulate else 0):
+        if found.assignment is None:
             break
         runs = run.compared(run.by(CONFIRM_SHARE, LEAST_S), CONFIRM_S)
         scales = runs.scales(found.finalists[:FINALISTS])
-        import os
-
-        if os.environ.get("DBG"):
-            print(
-                "  fit",
-                number,
-                round(run.seconds, 2),
-                round(found.best, 2),
-                found.num_relaxed,
-                found.num_solved,
-                {tuple(k): round(v, 3) for k, v in scales.items()},
-                flush=True,
-            )
         if not scales or runs.is_over:
             break
-        run, seeds = run.scaled(scales), found.finalists
-        space = rescaled(run.unit, space, scales)
+        before, seeds = run.unit, found.finalists
+        run = replace(run, problem=run.problem.scaled(scales))
+        space = rescaled(space, before, run.unit)
         found = _search_of(run, space, *seeds)
     return run, space, found
 
@@ -273,7 +255,7 @@ def _predicted(run: _Run, assignment: Assignment) -> Predicted:
         priced = evaluate(run.problem, assignment)
         return with_run(run.problem, assignment, priced) if run.options.simulate else priced
 
-    key = ("predicted", run.options.simulate, assignment, *run.problem.scales.items())
+    key = ("predicted", run.options.simulate, assignment, run.problem.scale_of(assignment.setting))
     return run.problem.once(key, compute)
 
 

@@ -90,7 +90,7 @@ def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
     kinds = _kinds(problem, mix)
     places = [place for place, _ in kinds.values()]
     alone = num_stages(mix) == 1
-    scale = problem.scale_of(num_stages(mix), sizes)
+    scale = problem.scales_of(num_stages(mix), sizes)
     layer = _stack([layer_costs(problem, sizes, place) for place in places]).times(scale)
     fixed = _stack([fixed_costs(problem, sizes, place, alone, alone) for place in places])
     fixed = fixed.times(scale)
@@ -164,7 +164,7 @@ def _stack(costs: list[Costs]) -> Costs:
 
 def _end(problem: Problem, sizes: Sizes, mix: Mix, places: list[Place], last: bool) -> End:
     each = [_end_at(problem, sizes, place, last, num_stages(mix)) for place in places]
-    scale = problem.scale_of(num_stages(mix), sizes)
+    scale = problem.scales_of(num_stages(mix), sizes)
     return End(
         _stack([costs for costs, _ in each]).times(scale),
         np.stack([taken for _, taken in each], -1),

@@ -117,14 +117,16 @@ class Assignment:
         return [p for stage in self.stages for p in stage]
 
 
-class RunKind(NamedTuple):
-    """Runs that are alike in what the closed form does not see, whatever devices they use."""
+class ScaledSizes(NamedTuple):
+    """Sizes of a run whose closed form is corrected alike."""
 
-    num_stages: int
     batch: int
     prefill_micro_batch: int
     decode_micro_batch: int
     chunk_tokens: int
+
+
+Scales = Mapping[ScaledSizes, Mapping[int, float]]  # by the number of stages
 
 
 class _SharedCache:
@@ -146,8 +148,8 @@ class Problem:
     """Model, machines, work and costs. `budget`: largest summed sensitivity; `theta`: its price.
 
     `max_tensor_parallel`: the most devices of a stage; 1 leaves tensor parallelism out.
-    `scales`: simulated seconds over those of the closed form, of the kinds of runs for which that
-    is known; the closed form is multiplied by it.
+    `scales`: simulated seconds over those of the closed form, where that is known; the closed form
+    is multiplied by it.
     """
 
     spec: ModelSpec
@@ -162,31 +164,47 @@ class Problem:
     max_tensor_parallel: int = 1
     profiles: Sequence[Profile] = ()  # where times of several devices a stage are looked up
     num_requests: int | None = None  # that the lengths stand for; None: for themselves
-    scales: Mapping[RunKind, float] = field(default_factory=dict)
+    scales: Scales = field(default_factory=dict)
     _known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     _of_run: _SharedCache = field(default_factory=_SharedCache, repr=False)
 
-    def scaled(self, scales: Mapping[RunKind, float]) -> "Problem":
-        """With the closed form of some kinds of runs multiplied; what is known stays known."""
-        changed = replace(self, scales={**self.scales, **scales})
+    def scaled(self, found: Mapping[tuple[ScaledSizes, int], float]) -> "Problem":
+        """With other scales for some sizes and numbers of stages; what is known stays known."""
+        scales = {sizes: dict(some) for sizes, some in self.scales.items()}
+        for (sizes, num_stages), scale in found.items():
+            scales.setdefault(sizes, {})[num_stages] = scale
+        changed = replace(self, scales=scales)
         if self.unit is not self:
-            changed.__dict__["unit"] = self.unit.scaled(scales)
+            changed.__dict__["unit"] = self.unit.scaled(found)
         return changed
 
-    def scale_of(self, num_stages: int, sizes: Sizes) -> np.ndarray:
+    def scales_of(self, num_stages: int, sizes: Sizes) -> np.ndarray:
         """[P, Q]: what the closed form is multiplied by; 1 where nothing was simulated."""
         if not self.scales:
             return np.ones(sizes.shape)
         batch, chunk = sizes.batch, self.chunk_tokens(sizes)
-        kinds = [
-            RunKind(num_stages, batch, p, q, chunk) for p in sizes.prefill for q in sizes.decode
+        each = [
+            self._scale(ScaledSizes(batch, p, q, chunk), num_stages)
+            for p in sizes.prefill
+            for q in sizes.decode
         ]
-        return np.array([self.scales.get(kind, 1.0) for kind in kinds]).reshape(sizes.shape)
+        return np.array(each).reshape(sizes.shape)
 
-    def kind_of_run(self, setting: Setting) -> RunKind:
-        """What the closed form of a setting's run is scaled by."""
+    def scale_of(self, setting: Setting) -> float:
+        """Of one setting."""
+        return self._scale(self.scaled_sizes(setting), len(setting.places))
+
+    def _scale(self, sizes: ScaledSizes, num_stages: int) -> float:
+        """As simulated with so many stages, or with the nearest number of them."""
+        some = self.scales.get(sizes)
+        if not some:
+            return 1.0
+        return some[min(some, key=lambda number: (abs(number - num_stages), number))]
+
+    def scaled_sizes(self, setting: Setting) -> ScaledSizes:
+        """What the closed form of a setting's run is scaled by, beside its number of stages."""
         sizes = setting.batch, setting.prefill_micro_batch, setting.decode_micro_batch
-        return RunKind(len(setting.places), *sizes, self.chunk_tokens(setting))
+        return ScaledSizes(*sizes, self.chunk_tokens(setting))
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`once` for what depends on the model and the requests alone.

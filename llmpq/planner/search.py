@@ -17,7 +17,7 @@ import itertools
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -30,7 +30,7 @@ from llmpq.planner.exact import build as build_whole
 from llmpq.planner.exact import realised, solve, with_less_loss
 from llmpq.planner.instance import Instance, in_any_order, make_instance
 from llmpq.planner.layouts import Mix, canonical, ends, mixes, num_stages, orders
-from llmpq.planner.problem import Assignment, Place, Problem, RunKind, Setting, Sizes
+from llmpq.planner.problem import Assignment, Place, Problem, Setting, Sizes
 from llmpq.planner.sizes import all_sizes, with_shorter_chunks
 from llmpq.planner.solver import Solver
 from llmpq.planner.value import to_assignment
@@ -225,29 +225,21 @@ def make_tables(
     return table
 
 
-def rescaled(problem: Problem, space: Space, scales: Mapping[RunKind, float]) -> Space:
-    """The space where the closed form of some kinds of runs was multiplied by `scales`.
+def rescaled(space: Space, before: Problem, problem: Problem) -> Space:
+    """The space of a problem that differs from the one `before` in its scales alone.
 
-    `problem` has the new scales already. Bounds grow or fall as seconds do; where sensitivity has
-    a price they only fall.
+    Bounds grow or fall as seconds do; where sensitivity has a price they only fall.
     """
-    tables = [_rescaled(problem, table, scales) for table in space.tables]
-    return replace(space, tables=tables)
+    return replace(space, tables=[_rescaled(table, before, problem) for table in space.tables])
 
 
-def _rescaled(problem: Problem, table: Tables, scales: Mapping[RunKind, float]) -> Tables:
-    sizes, chunk = table.sizes, problem.chunk_tokens(table.sizes)
-    stages = num_stages(table.mix)
-    factors = np.array(
-        [
-            [scales.get(RunKind(stages, sizes.batch, p, q, chunk), 1.0) for q in sizes.decode]
-            for p in sizes.prefill
-        ]
-    )
+def _rescaled(table: Tables, before: Problem, problem: Problem) -> Tables:
+    which = num_stages(table.mix), table.sizes
+    factors = problem.scales_of(*which) / before.scales_of(*which)
     if np.all(factors == 1.0):
         return table
     bounds = table.bounds * (np.minimum(factors, 1.0) if problem.theta else factors)
-    return replace(table, pool=pool.make_pool(problem, table.mix, sizes), bounds=bounds)
+    return replace(table, pool=pool.make_pool(problem, table.mix, table.sizes), bounds=bounds)
 
 
 # ---- the search
