@@ -17,7 +17,7 @@ from typing import Literal
 from llmpq.errors import InfeasibleError
 from llmpq.plan import Baseline, Plan, Predicted
 from llmpq.planner.baselines import BASELINES, Outcome, run_baselines
-from llmpq.planner.confirm import Confirmed
+from llmpq.planner.confirm import CLOSE, Confirmed
 from llmpq.planner.evaluate import bounded, evaluate, shortages, to_plan
 from llmpq.planner.evaluate import to_assignment as to_assignment_of
 from llmpq.planner.heuristic import heuristic
@@ -166,7 +166,7 @@ def _still_fits(problem: Problem, plan: Plan) -> Assignment | None:
 
 def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple[Search, Space]:
     """The search of a space; where it holds no plan, that of sizes that need less memory."""
-    found = _search_of(run, space, first)
+    found = _search_of(run, space, [first] if first else [])
     if found.assignment is not None or found.timed_out:
         return found, space
     from llmpq.planner.explain import lacks_memory  # start-up time where there is a plan
@@ -193,20 +193,25 @@ def _corrected(run: _Run, space: Space, found: Search) -> tuple[_Run, Space, Sea
         before, seeds = run.unit, found.finalists
         run = replace(run, problem=run.problem.scaled(scales))
         space = rescaled(space, before, run.unit)
-        found = _search_of(run, space, *seeds)
+        found = _search_of(run, space, seeds, max(run.options.gap, CLOSE / 2))
     return run, space, found
 
 
-def _search_of(run: _Run, space: Space, *seeds: Assignment | None) -> Search:
+def _search_of(
+    run: _Run, space: Space, seeds: Sequence[Assignment] = (), gap: float | None = None
+) -> Search:
+    """From plans to start with, or from one that is made by moves; to a gap, or to that asked for."""
     options = run.options
-    first = [seed for seed in seeds if seed] or [_moves(run, space, MOVES_S)]
+    if not seeds:
+        first = _moves(run, space, MOVES_S)
+        seeds = [first] if first else []
     return search(
         run.unit,
         space,
         run.solver,
-        gap=options.gap,
+        gap=options.gap if gap is None else gap,
         deadline=run.by(SEARCH_SHARE if options.compare else 1.0, LEAST_S),
-        seeds=[seed for seed in first if seed],
+        seeds=seeds,
         plain=options.method == "ilp",
         progress=options.progress,
     )

@@ -297,8 +297,8 @@ class Problem:
 
         def compute() -> Lengths:
             count = min(round(self.repeats * len(self.lengths)), MOST_COUNTED)
-            by_output = sorted(self.lengths, key=lambda pair: pair[::-1])
-            return tuple(evenly_spaced(by_output, count))
+            order = sorted(range(len(self.lengths)), key=lambda i: self.lengths[i][::-1])
+            return tuple(self.lengths[i] for i in evenly_spaced(order, count))
 
         return self.shared(("counted", self.repeats), compute)
 
