@@ -23,7 +23,7 @@ BETTER = 0.995  # of the time so far: what is worth taking
 # Times in closed form, of the best plan's, above which none is simulated. On 58 random rigs none
 # above 1.05 had the shorter run.
 HOPELESS = 1.1
-JOBS = 1_500  # that a run plays while plans are compared
+JOBS = 3_000  # that a run plays while plans are compared
 CLOSE = 0.03  # of the closed form to the simulated run, as it is in the median
 LONG = 1024  # tokens: prompts that are alike and shorter are computed whole
 ROUNDS = 4  # of varying micro-batches, at most

@@ -7,6 +7,7 @@ the search and those of the other methods within the budget are candidates alike
 runs decide, and what is told of a plan is its run.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from llmpq.planner.value import to_assignment
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
 CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
 CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before
-MOST_CORRECTIONS = 6  # of the closed form
+MOST_CORRECTIONS, CORRECTIONS_S = 6, 4.0  # of the closed form, and seconds for all of them
 FINALISTS = 4  # plans of the search whose runs are simulated
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
 MOVES_S = 0.1  # for a first plan by moves; where it is the whole method, HEURISTIC_S
@@ -181,10 +182,13 @@ def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple
 def _corrected(run: _Run, space: Space, found: Search) -> tuple[_Run, Space, Search]:
     """Searches again for as long as the simulated run of the best plan contradicts its price.
 
-    The closed form is then scaled to the simulated runs of plans of these sizes.
+    The closed form is then scaled to the simulated runs of plans of these sizes. As it is off by
+    `CLOSE` at any rate, half of that is gap enough.
     """
+    until = time.monotonic() + CORRECTIONS_S
+    gap, timed_out = max(run.options.gap, CLOSE / 2), found.timed_out
     for _ in range(MOST_CORRECTIONS if run.options.simulate else 0):
-        if found.assignment is None:
+        if found.assignment is None or time.monotonic() > until:
             break
         runs = run.compared(run.by(CONFIRM_SHARE, LEAST_S), CONFIRM_S)
         scales = runs.scales(found.finalists[:FINALISTS])
@@ -193,14 +197,20 @@ def _corrected(run: _Run, space: Space, found: Search) -> tuple[_Run, Space, Sea
         before, seeds = run.unit, found.finalists
         run = replace(run, problem=run.problem.scaled(scales))
         space = rescaled(space, before, run.unit)
-        found = _search_of(run, space, seeds, max(run.options.gap, CLOSE / 2))
+        deadline = min(until, run.by(SEARCH_SHARE, LEAST_S))
+        found = _search_of(run, space, seeds, gap=gap, deadline=deadline)
+        found.timed_out = timed_out  # where this one is cut off, the gap tells
     return run, space, found
 
 
 def _search_of(
-    run: _Run, space: Space, seeds: Sequence[Assignment] = (), gap: float | None = None
+    run: _Run,
+    space: Space,
+    seeds: Sequence[Assignment] = (),
+    gap: float | None = None,
+    deadline: float = math.inf,
 ) -> Search:
-    """From plans to start with, or from one that is made by moves; to a gap, or to that asked for."""
+    """From plans to start with, or from one that is made by moves; to a gap, or the one asked for."""
     options = run.options
     if not seeds:
         first = _moves(run, space, MOVES_S)
@@ -210,7 +220,7 @@ def _search_of(
         space,
         run.solver,
         gap=options.gap if gap is None else gap,
-        deadline=run.by(SEARCH_SHARE if options.compare else 1.0, LEAST_S),
+        deadline=min(deadline, run.by(SEARCH_SHARE if options.compare else 1.0, LEAST_S)),
         seeds=seeds,
         plain=options.method == "ilp",
         progress=options.progress,
