@@ -132,7 +132,8 @@ def count_jobs(
     """
     rounds = run_in_rounds(lengths, slots_of(lanes), prefill_rows)
     decode = count_steps(rounds, lanes)
-    prefill = count_prefills(rounds, prefill_rows, chunk_tokens)
+    lane_rows = max(lane.rows for lane in lanes)
+    prefill = count_prefills(rounds, prefill_rows, chunk_tokens, lane_rows)
     return together(rounds, prefill, decode, whole or tokens_of(lengths))
 
 
@@ -239,40 +240,61 @@ PrefillJobs = Mapping[PrefillJob, int]
 
 
 def count_prefills(
-    rounds: Rounds, prefill_rows: int, chunk_tokens: int
+    rounds: Rounds, prefill_rows: int, chunk_tokens: int, lane_rows: int
 ) -> tuple[PrefillJobs, PrefillJobs]:
     """Those that fill the lanes at the beginning, and all others.
 
-    Requests that begin in one round share jobs. Of the next `NEAR` that wait, those of like prompts
-    are taken together.
+    Requests of like prompts that begin in one round share jobs: of `prefill_rows` at the beginning,
+    later of no more than a lane has, as lanes hardly ever wait for each other.
     """
-    prompt, begin = rounds.prompt, rounds.begin
-    first: Counter[PrefillJob] = Counter()
-    refills: Counter[PrefillJob] = Counter()
+    is_first = rounds.begin == 0
+    later = min(prefill_rows, lane_rows)
+    return (
+        _prefill_jobs(rounds, is_first, prefill_rows, prefill_rows, chunk_tokens),
+        _prefill_jobs(rounds, ~is_first, later, prefill_rows, chunk_tokens),
+    )
+
+
+def _prefill_jobs(
+    rounds: Rounds, those: np.ndarray, rows: int, prefill_rows: int, chunk_tokens: int
+) -> PrefillJobs:
+    """Of some requests, with so many `rows` at most; `prefill_rows` say how long a chunk is."""
+    prompt, begin = rounds.prompt[those], rounds.begin[those]
     whole = prompt <= chunk_tokens
-    kinds = np.floor(np.log(prompt) / math.log(PADDED)).astype(np.int64)
-    changes = np.flatnonzero((np.diff(begin[whole]) != 0) | (np.diff(kinds[whole]) != 0)) + 1
-    starts = np.concatenate([[0], changes]) if whole.any() else np.zeros(0, dtype=np.int64)
-    run = np.diff(np.append(starts, whole.sum()))
-    number = -(-run // prefill_rows)  # jobs of each run of like newcomers
-    of_run = np.repeat(np.arange(len(run)), number)
-    at = np.arange(len(of_run)) - np.repeat(np.cumsum(number) - number, number)
-    begins = starts[of_run] + at * prefill_rows
-    rows = np.minimum(prefill_rows, run[of_run] - at * prefill_rows)
-    widths = np.minimum(_padded(prompt[whole][begins]).astype(np.int64), chunk_tokens)
-    is_first = begin[whole][begins] == 0
-    for jobs, those in ((first, is_first), (refills, ~is_first)):
-        pairs, counts = np.unique(
-            np.stack([rows[those], widths[those]], axis=1), axis=0, return_counts=True
-        )
-        for (some, width), count in zip(pairs.tolist(), counts.tolist(), strict=True):
-            jobs[PrefillJob(some, 0, width)] += count
-        long = ~whole & ((begin == 0) if jobs is first else (begin > 0))
-        for total, count in _binned(prompt[long]).items():
-            chunk = chunk_length(total, prefill_rows, chunk_tokens)
-            for start in range(0, total, chunk):
-                jobs[PrefillJob(1, start, min(total, start + chunk))] += count
-    return first, refills
+    jobs = _shared_jobs(prompt[whole], begin[whole], rows, chunk_tokens)
+    for total, count in _binned(prompt[~whole]).items():
+        chunk = chunk_length(total, prefill_rows, chunk_tokens)
+        for start in range(0, total, chunk):
+            jobs[PrefillJob(1, start, min(total, start + chunk))] += count
+    return jobs
+
+
+def _shared_jobs(
+    prompt: np.ndarray, begin: np.ndarray, rows: int, chunk_tokens: int
+) -> Counter[PrefillJob]:
+    """Prompts that are computed whole, in the order in which they begin.
+
+    Like ones are those between the same powers of `PADDED`.
+    """
+    if not len(prompt):
+        return Counter()
+    like = np.floor(np.log(prompt) / math.log(PADDED)).astype(np.int64)
+    changes = np.flatnonzero((np.diff(begin) != 0) | (np.diff(like) != 0)) + 1
+    starts = np.concatenate([[0], changes])
+    sizes = np.diff(np.append(starts, len(prompt)))
+    number = -(-sizes // rows)  # jobs of each run of like newcomers
+    run = np.repeat(np.arange(len(sizes)), number)
+    before = rows * (np.arange(len(run)) - np.repeat(np.cumsum(number) - number, number))
+    longest = np.maximum.reduceat(prompt, starts[run] + before)
+    widths = np.minimum(_padded(longest).astype(np.int64), chunk_tokens)
+    pairs = np.stack([np.minimum(rows, sizes[run] - before), widths], axis=1)
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    return Counter(
+        {
+            PrefillJob(some, 0, width): count
+            for (some, width), count in zip(found.tolist(), counts.tolist(), strict=True)
+        }
+    )
 
 
 def _binned(prompt: np.ndarray) -> Mapping[int, int]:

@@ -210,7 +210,7 @@ def _search_of(
     gap: float | None = None,
     deadline: float = math.inf,
 ) -> Search:
-    """From plans to start with, or from one that is made by moves; to a gap, or the one asked for."""
+    """From plans to start with, or from one that is made by moves; to `gap` or that asked for."""
     options = run.options
     if not seeds:
         first = _moves(run, space, MOVES_S)

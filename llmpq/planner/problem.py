@@ -274,8 +274,8 @@ class Problem:
             lambda: run_in_rounds(self._counted, slots, like),
         )
         prefills = self.shared(
-            ("prefills", slots, prefill_rows, chunk, self.repeats),
-            lambda: count_prefills(rounds, prefill_rows, chunk),
+            ("prefills", slots, prefill_rows, min(prefill_rows, decode_rows), chunk, self.repeats),
+            lambda: count_prefills(rounds, prefill_rows, chunk, decode_rows),
         )
         steps = self.shared(
             ("steps", lanes, slots, like, self.repeats), lambda: count_steps(rounds, lanes)

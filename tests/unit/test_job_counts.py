@@ -1,6 +1,5 @@
 """How many jobs a run has, counted in rounds, against those that the runtime's schedule gives."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,7 @@ from llmpq.costs.job_counts import (
     JobCounts,
     PrefillJob,
     Tokens,
-    alike_together,
     count_jobs,
-    of_groups,
     tokens_of,
 )
 from llmpq.costs.simulate import Jobs, play
@@ -179,7 +176,7 @@ def test_jobs_of_unequal_requests_are_near_those_of_the_schedule(skewed: bool, s
         ratios["jobs"].append((counts.num_first + counts.num_refills) / (~decode).sum())
         ratios["past"].append(counts.mean_past / jobs.past[decode].mean())
         computed = (jobs.rows * jobs.tokens)[~decode].sum()
-        assert prefill_tokens(counts) == pytest.approx(computed, rel=0.02)  # padding differs
+        assert prefill_tokens(counts) == pytest.approx(computed, rel=0.04)  # padding differs
     for name, (median, worst) in TOLERANCES[skewed].items():
         errors = np.abs(np.array(ratios[name]) - 1)
         assert np.median(errors) < median and errors.max() < worst, (name, ratios[name])
@@ -244,27 +241,6 @@ def test_the_share_of_a_large_whole_is_that_of_a_run_of_all_requests() -> None:
     assert scaled.num_steps == pytest.approx(counted.num_steps, rel=0.01)
     assert scaled.num_refills == pytest.approx(counted.num_refills, rel=0.01)
     assert scaled.num_bursts == pytest.approx(counted.num_bursts, rel=0.01)
-
-
-@pytest.mark.parametrize("count", [4, 8, 36, 100])
-@pytest.mark.parametrize("sizes", list(itertools.product((8, 16), (2, 4), (2, 4, 8))))
-def test_equal_requests_that_stand_for_others_are_counted_as_one_by_one(
-    count: int, sizes: tuple[int, int, int]
-) -> None:
-    run = equal(count, 12, 9, sizes)
-    size = alike_together(run.lengths, [run.prefill_rows, *(lane.rows for lane in run.lanes)])
-    assert size == math.gcd(count, *sizes)
-    fewer = tuple(LaneShape(lane.rows // size, lane.tokens) for lane in run.lanes)
-    few = count_jobs(run.lengths[::size], fewer, run.prefill_rows // size, run.chunk_tokens)
-    grouped, counted = of_groups(few, size), run.counted()
-    assert grouped.first == counted.first and grouped.refills == counted.refills
-    assert grouped.steps == counted.steps and grouped.longest_lane == counted.longest_lane
-    assert grouped.num_bursts == counted.num_bursts
-
-
-def test_unequal_requests_are_counted_one_by_one() -> None:
-    assert alike_together([(3, 4)] * 8, [4, 2]) == 2
-    assert alike_together([(3, 4)] * 7 + [(3, 5)], [4, 2]) == 1
 
 
 # ---- edges

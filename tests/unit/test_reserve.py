@@ -113,7 +113,7 @@ def test_a_plan_that_was_made_says_both_and_evaluating_obeys(files: Path) -> Non
     plan = load_plan(output)
     assert plan.chunk_tokens == reserve_of(plan).chunk_tokens and plan.lanes is not None
     assert sum(lane.rows for lane in plan.lanes) == plan.batch
-    wider = [lane.model_copy(update={"tokens": 2 * lane.tokens}) for lane in plan.lanes]
+    wider = [lane.model_copy(update={"tokens": 4 * lane.tokens}) for lane in plan.lanes]
     changed = plan.model_copy(update={"lanes": wider, "chunk_tokens": 7})
     output.write_text(changed.model_dump_json())
     run(files, "--evaluate", str(output), "--json", str(priced))
