@@ -5,7 +5,7 @@ quantised), the other parameters, the embedding, the head and the cache's width.
 described in one small table each; tests compare the counts with transformers' own modules.
 `load_model_spec` is the one judgement of which models can be served, for planning and running.
 A family in the table with settings that are known to work is served. Any other model is judged on
-transformers' own modules by a process of its own (llmpq.runtime.judge), where torch and
+transformers' own modules by a process of its own (llmpq.evaluation.judge), where torch and
 transformers are installed, and what was found is kept in the user's cache folder; elsewhere it is
 refused. `spec_from_config` judges nothing: it takes what is not known for LLaMA-shaped, and says so
 (`guessed`).
@@ -261,7 +261,7 @@ def refuse_plainly(config: dict[str, Any], source: str) -> None:
 
 
 def _judged(config: dict[str, Any], path: Path) -> ModelSpec:
-    """The spec as `llmpq.runtime.judge` finds it; raises `UserError` with what it says."""
+    """The spec as `llmpq.evaluation.judge` finds it; raises `UserError` with what it says."""
     if not all(find_spec(name) for name in JUDGED_WITH):
         raise _refusal(
             path,
@@ -271,7 +271,7 @@ def _judged(config: dict[str, Any], path: Path) -> ModelSpec:
     kept = cache_folder() / f"judged-{_fingerprint(config)}.json"
     with contextlib.suppress(OSError, ValueError):  # not there yet, or broken: judge again
         return ModelSpec.model_validate_json(kept.read_bytes())
-    command = [sys.executable, "-m", "llmpq.runtime.judge", str(path)]
+    command = [sys.executable, "-m", "llmpq.evaluation.judge", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=JUDGE_LIMIT_S)
         spec = ModelSpec.model_validate_json(done.stdout) if done.returncode == 0 else None

@@ -266,7 +266,7 @@ def _why(problem: "Problem") -> InfeasibleError:
 
 def run_and_replan(plan: Plan, options: RunOptions, ground: Ground, words: Sequence[str]) -> None:
     """Runs a plan with workers of this process's own; plans and starts again after each loss."""
-    from llmpq.runtime.ending import RESUME
+    from llmpq.reliability.ending import RESUME
     from llmpq.runtime.process import LostWorkers, start_workers
 
     before, number = _state(options.output), 0
@@ -286,7 +286,7 @@ def run_and_replan(plan: Plan, options: RunOptions, ground: Ground, words: Seque
 
 def _after(loss: Any, ground: Ground, plan: Plan, options: RunOptions, number: int) -> Plan:
     """The next plan: made, written and told."""
-    from llmpq.runtime.ending import RESUME
+    from llmpq.reliability.ending import RESUME
 
     out = console(options.quiet)
     out.print(f"{loss.what}; planning for those that are left", soft_wrap=True)

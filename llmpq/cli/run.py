@@ -141,7 +141,7 @@ def main(**flags: Any) -> None:
       5  the run finished, but some requests failed (their lines say why;
          --resume tries them again)
     """
-    from llmpq.runtime.ending import RESUME, Ended, end_process, interruptible
+    from llmpq.reliability.ending import RESUME, Ended, end_process, interruptible
 
     with interruptible(RESUME):
         try:
@@ -159,7 +159,7 @@ def _run(flags: dict[str, Any]) -> None:
     plan = load_plan(options.plan)
     if options.check_quality:
         refuse_shared_stages(plan, options.plan)
-    from llmpq.runtime.ending import SUPERVISED
+    from llmpq.reliability.ending import SUPERVISED
     from llmpq.runtime.process import role_from_environment
 
     role = role_from_environment()
@@ -194,7 +194,7 @@ def _run_here(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> Non
     """Checks all input, then starts the workers (or is the only one)."""
     from llmpq.cli.run_input import prepare
     from llmpq.cli.run_work import work
-    from llmpq.runtime.ending import RESUME, ended_by_signals
+    from llmpq.reliability.ending import RESUME, ended_by_signals
     from llmpq.runtime.process import Role, start_workers
 
     if len(worker_names(plan)) == 1:
@@ -232,8 +232,8 @@ def _check_replan_files(plan: Plan, options: RunOptions, replanning: ReplanOptio
 def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
     """One worker among several; what went wrong is said once."""
     from llmpq.cli.run_work import work
-    from llmpq.runtime.ending import RESUME, SUPERVISED, end_process, ended_by_signals
-    from llmpq.runtime.monitor import Monitor, restarts
+    from llmpq.reliability.ending import RESUME, SUPERVISED, end_process, ended_by_signals
+    from llmpq.reliability.monitor import Monitor, restarts
     from llmpq.runtime.process import check_meeting_point, end_with_parent
 
     end_with_parent()

@@ -13,11 +13,11 @@ from llmpq.plan import Plan, reserve_of
 from llmpq.workload import planned_lengths
 
 if TYPE_CHECKING:
-    from llmpq.runtime.checkpoint import Checkpoint
-    from llmpq.runtime.packed_cache import PackedCache
-    from llmpq.runtime.prompt_rules import Limits
-    from llmpq.runtime.prompts import PromptFile
-    from llmpq.runtime.roundings import Roundings
+    from llmpq.checkpoint.checkpoint import Checkpoint
+    from llmpq.checkpoint.packed_cache import PackedCache
+    from llmpq.checkpoint.roundings import Roundings
+    from llmpq.prompts.prompt_rules import Limits
+    from llmpq.prompts.prompts import PromptFile
 
 
 @dataclass
@@ -37,14 +37,14 @@ class Prepared:
 
 def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     """Reads and checks all input; only the stage that leads needs the prompts."""
+    from llmpq.checkpoint.checkpoint import Checkpoint
+    from llmpq.checkpoint.inventory import check_checkpoint
+    from llmpq.checkpoint.loader import model_folder
+    from llmpq.checkpoint.roundings import load_roundings
     from llmpq.cli.check_quality import check_windows
     from llmpq.models.stage_model import load_config
-    from llmpq.runtime.checkpoint import Checkpoint
-    from llmpq.runtime.inventory import check_checkpoint
-    from llmpq.runtime.loader import model_folder
-    from llmpq.runtime.prompts import check_prompts
-    from llmpq.runtime.roundings import load_roundings
-    from llmpq.runtime.tokenizer import end_tokens, load_tokenizer
+    from llmpq.prompts.prompts import check_prompts
+    from llmpq.prompts.tokenizer import end_tokens, load_tokenizer
 
     folder = model_folder(options.model or plan.model.name)
     config = load_config(folder)
@@ -83,7 +83,7 @@ def _check_model(plan: Plan, path: Path, folder: Path) -> None:
 def _limits(plan: Plan, options: RunOptions, config: Any) -> "Limits":
     """What a request may ask for: of the model, and of the cache that the plan reserves."""
     from llmpq.models.rope import switches_at
-    from llmpq.runtime.prompt_rules import Limits
+    from llmpq.prompts.prompt_rules import Limits
 
     return Limits(
         new_tokens=max(new for _, new in planned_lengths(plan.workload)),
@@ -98,7 +98,7 @@ def _limits(plan: Plan, options: RunOptions, config: Any) -> "Limits":
 def output_files(plan: Plan, options: RunOptions) -> list[Named]:
     """All files that a run may write, and what earlier ones have kept beside the output."""
     from llmpq.cli.replan import plan_path
-    from llmpq.runtime.journal import files_beside
+    from llmpq.reliability.journal import files_beside
 
     writes: list[Named] = [
         ("--output", options.output),

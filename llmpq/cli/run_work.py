@@ -84,8 +84,9 @@ def _work(
     """What follows once every process knows its seat."""
     import torch
 
-    from llmpq.runtime.ending import SUPERVISED
-    from llmpq.runtime.monitor import restarts
+    from llmpq.evaluation.pipeline_loss import follow_text
+    from llmpq.reliability.ending import SUPERVISED
+    from llmpq.reliability.monitor import restarts
     from llmpq.runtime.process import all_gather, connect
 
     worker, _ = seats[role.rank]
@@ -121,7 +122,7 @@ def _work(
             if options.trace is not None:
                 engine.trace()
             if options.check_quality:
-                engine.follow_text()
+                follow_text(engine)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise InfeasibleError(

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmpq.checkpoint.checkpoint import RandomWeights
+from llmpq.checkpoint.kernels import prepare_kernels
+from llmpq.checkpoint.loader import load_stage
 from llmpq.models.count import with_layers
 from llmpq.models.family import replace
 from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import LayerRange, StageModel
 from llmpq.profile_data import Candidate
 from llmpq.profiler.timer import Timer
-from llmpq.runtime.checkpoint import RandomWeights
-from llmpq.runtime.kernels import prepare_kernels
-from llmpq.runtime.loader import load_stage
 from llmpq.runtime.rehearsal import peak_bytes
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.steps import DecodeSteps, choose_tokens, prefill

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 
+from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.models.stage_model import load_config
 from llmpq.plan import Plan
-from llmpq.runtime.checkpoint import Checkpoint
+from llmpq.prompts.request import Finished, Request
 from llmpq.runtime.engine import Engine
-from llmpq.runtime.request import Finished, Request
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.shard_group import LocalShardHub
 from llmpq.runtime.transport import LocalHub, LocalTransport

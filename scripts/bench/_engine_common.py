@@ -24,8 +24,8 @@ from _common import Check, shared_data
 from llmpq.artifact import write_json
 from llmpq.model_spec import load_model_spec
 from llmpq.plan import Plan
-from llmpq.runtime.request import Request
-from llmpq.runtime.tokenizer import load_tokenizer
+from llmpq.prompts.request import Request
+from llmpq.prompts.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = {"stories-260k": "tinystories.eval.txt", "tale-llama-11m": "wikitext2.test.txt"}

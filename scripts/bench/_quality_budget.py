@@ -24,6 +24,7 @@ from _quality_common import (
     stated,
 )
 
+from llmpq.checkpoint.roundings import load_roundings
 from llmpq.cluster import MIB, Cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.memory import RunSizes, stage_memory
@@ -35,7 +36,6 @@ from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Problem
 from llmpq.precision import PRECISIONS as KNOWN
 from llmpq.profile_data import Profile, load_sensitivity
-from llmpq.runtime.roundings import load_roundings
 from llmpq.schedule import LaneShape
 from llmpq.workload import Workload, request_lengths
 

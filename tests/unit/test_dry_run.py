@@ -204,10 +204,10 @@ def header_of(path):
 def test_what_the_cache_holds_is_not_read_from_the_checkpoint(run, tmp_path, monkeypatch):
     import torch
 
+    from llmpq.checkpoint.checkpoint import Checkpoint
+    from llmpq.checkpoint.loader import load_stage
+    from llmpq.checkpoint.packed_cache import PackedCache
     from llmpq.models.stage_model import LayerRange, load_config
-    from llmpq.runtime.checkpoint import Checkpoint
-    from llmpq.runtime.loader import load_stage
-    from llmpq.runtime.packed_cache import PackedCache
 
     plan = make_plan()
     cache = ["--cache-dir", "cache", "--dtype", "float32"]

@@ -1,7 +1,8 @@
 """The layer cake: who may import whom, and which third-party library is seen where.
 
-Nouns <- costs <- planner <- cli, and nouns <- quant <- models <- runtime <- profiler <- cli. The
-two branches meet only in `cli` and through files, so that planning needs no torch and the runtime
+Nouns <- costs <- planner <- cli, and nouns <- quant <- models <- checkpoint <- runtime <-
+evaluation <- profiler <- cli; the runtime stands on `prompts` and `reliability` too. The two
+branches meet only in `cli` and through files, so that planning needs no torch and the runtime
 needs no planner. Imports inside functions count too; a third-party library that is marked lazy
 may be imported there and nowhere else.
 
@@ -59,26 +60,50 @@ CAKE = [
     Part("2b", "models", _names("nouns quant"), _names(PLAIN + TORCH), _names(KERNELS)),
     Part(
         "3",
-        "runtime",
+        "checkpoint",
         _names("nouns models quant"),
         _names(PLAIN + TORCH),
-        _names(KERNELS + "lm_eval datasets pyarrow"),
+        _names("huggingface_hub"),
     ),
     Part(
         "3",
+        "prompts",
+        _names("nouns"),
+        _names("transformers"),
+        _names("pyarrow"),
+    ),
+    Part("3", "reliability", _names("nouns prompts"), _names("pydantic torch")),
+    Part(
+        "4",
+        "runtime",
+        _names("nouns models quant checkpoint prompts reliability"),
+        _names(PLAIN + TORCH),
+    ),
+    Part(
+        "5",
+        "evaluation",
+        _names("nouns models quant checkpoint prompts runtime"),
+        _names(PLAIN + TORCH),
+        _names("lm_eval datasets"),
+    ),
+    Part(
+        "6",
         "profiler",
-        _names("nouns models quant runtime"),
+        _names("nouns models quant checkpoint runtime evaluation"),
         _names(PLAIN + TORCH),
         _names(KERNELS),
     ),
     Part(
-        "4",
+        "7",
         "cli",
-        _names("nouns costs planner models quant runtime profiler"),
+        _names(
+            "nouns costs planner models quant checkpoint prompts reliability runtime evaluation "
+            "profiler"
+        ),
         _names(PLAIN + "click rich numpy"),
         _names(TORCH + KERNELS + "pandas scipy matplotlib compressed_tensors vllm"),
     ),
-    Part("4", "run", _names("cli")),
+    Part("7", "run", _names("cli")),
 ]
 PARTS = {part.name: part for part in CAKE}
 # Modules that may import a little more than the rest of their part.

@@ -18,13 +18,13 @@ from transformers import AutoConfig  # noqa: E402
 from llmpq import model_spec  # noqa: E402
 from llmpq.costs import memory  # noqa: E402
 from llmpq.errors import UserError  # noqa: E402
+from llmpq.evaluation import judge  # noqa: E402
 from llmpq.machine import INT4_TILES, VNNI, Machine, cpu, host_cpu  # noqa: E402
 from llmpq.model_spec import ASSETS, Linear, ModelSpec, load_model_spec  # noqa: E402
 from llmpq.models import count  # noqa: E402
 from llmpq.models.stage_model import LayerRange, StageModel, load_config  # noqa: E402
 from llmpq.quant import available_precisions, machine_here, make_linear  # noqa: E402
 from llmpq.quant.linear import TiledLinear  # noqa: E402
-from llmpq.runtime import judge  # noqa: E402
 from llmpq.runtime.rehearsal import peak_bytes  # noqa: E402
 from llmpq.runtime.transport import HEADER_BYTES  # noqa: E402
 from llmpq.schedule import LaneShape  # noqa: E402
@@ -181,7 +181,7 @@ def test_the_count_is_kept_and_a_broken_one_ignored(
     monkeypatch.setattr(model_spec.subprocess, "run", runs)
     first, second = load_model_spec(str(folder)), load_model_spec(str(folder))
     assert first == second and first.name == str(folder) and not first.guessed
-    assert calls == [[sys.executable, "-m", "llmpq.runtime.judge", str(folder / "config.json")]]
+    assert calls == [[sys.executable, "-m", "llmpq.evaluation.judge", str(folder / "config.json")]]
     (kept,) = (tmp_path / "cache" / "llmpq").iterdir()
     kept.write_text("{broken")
     assert load_model_spec(str(folder)) == first and len(calls) == 2

@@ -13,6 +13,8 @@ import torch
 from test_prequantized import write_gptq
 from transformers import AutoConfig, LlamaConfig
 
+from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
+from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError, WorkerError
 from llmpq.model_spec import spec_from_config
 from llmpq.models.lanes import LaneCache
@@ -30,8 +32,6 @@ from llmpq.quant import (
 )
 from llmpq.quant.gptq import Gptq
 from llmpq.quant.rounding import quantize_mse
-from llmpq.runtime.checkpoint import Checkpoint, RandomWeights
-from llmpq.runtime.loader import load_stage
 from llmpq.runtime.shard_group import LocalShardHub
 from llmpq.schedule import Job, LaneShape, Member
 

@@ -117,8 +117,8 @@ def runtime_jobs(
 ) -> list[tuple[bool, int, int, int]]:
     """Of each job: whether it is a prefill, its requests, tokens of each, tokens before them."""
     torch = pytest.importorskip("torch")
+    from llmpq.prompts.request import Request
     from llmpq.runtime.local import generate_locally
-    from llmpq.runtime.request import Request
     from llmpq.runtime.worker import Worker
 
     plan = to_plan(problem, assignment, "hand-made", evaluate(problem, assignment))

@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from llmpq.errors import UserError, WorkerError
-from llmpq.runtime.append_file import AppendFile, new_name
-from llmpq.runtime.mending import (
+from llmpq.prompts.request import Finished
+from llmpq.prompts.result_lines import OWN_START, Id, Writer, json_bytes, parse_object
+from llmpq.reliability.append_file import AppendFile, new_name
+from llmpq.reliability.mending import (
     MAX_LINE_BYTES,
     Found,
     Mending,
@@ -40,8 +42,6 @@ from llmpq.runtime.mending import (
     scan,
     unframe,
 )
-from llmpq.runtime.request import Finished
-from llmpq.runtime.result_lines import OWN_START, Id, Writer, json_bytes, parse_object
 
 Fsync = Literal["always", "interval", "never"]
 

@@ -16,12 +16,12 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
+from llmpq.checkpoint.checkpoint_files import Stored, find_weights, load_bin, reading
+from llmpq.checkpoint.fingerprint import fingerprint
+from llmpq.checkpoint.float8 import float8_of
+from llmpq.checkpoint.prequantized import OLD_GPTQ, packing_of
 from llmpq.errors import UserError
 from llmpq.quant import PackedWeight, TensorPart
-from llmpq.runtime.checkpoint_files import Stored, find_weights, load_bin, reading
-from llmpq.runtime.fingerprint import fingerprint
-from llmpq.runtime.float8 import float8_of
-from llmpq.runtime.prequantized import OLD_GPTQ, packing_of
 
 ROWS_AT_ONCE = 4096  # of two matrices that are compared
 

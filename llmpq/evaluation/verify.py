@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError
+from llmpq.evaluation.harness import Scorer
 from llmpq.models.count import ROPES, with_layers
 from llmpq.models.rope import switches_at
 from llmpq.models.stage_model import LayerRange, StageModel
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.harness import Scorer
-from llmpq.runtime.loader import load_stage
 
 CPU = torch.device("cpu")
 LENGTHS, NEW_TOKENS = (13, 7, 5, 1), 4

@@ -17,7 +17,7 @@ from zlib import crc32
 
 from llmpq.artifact import MAX_FAULTS, show_value
 from llmpq.errors import UserError
-from llmpq.runtime.prompt_rules import (
+from llmpq.prompts.prompt_rules import (
     BATCH_KEYS,
     BODY_KEYS,
     OWN_KEYS,
@@ -27,9 +27,9 @@ from llmpq.runtime.prompt_rules import (
     Tokenizer,
     show,
 )
-from llmpq.runtime.prompt_source import Line, Source, open_source
-from llmpq.runtime.request import Request
-from llmpq.runtime.result_lines import Form, Id
+from llmpq.prompts.prompt_source import Line, Source, open_source
+from llmpq.prompts.request import Request
+from llmpq.prompts.result_lines import Form, Id
 
 MAX_NAMES = 1000  # of keys that are counted one by one
 MOST_SHOWN = 8  # of these in a message

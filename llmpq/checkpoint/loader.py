@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmpq.checkpoint.checkpoint import Weights
+from llmpq.checkpoint.packed_cache import NO_CACHE, WeightCache
+from llmpq.checkpoint.roundings import NEAREST, Roundings
 from llmpq.errors import UserError
 from llmpq.model_spec import config_path
 from llmpq.models.family import find
@@ -29,9 +32,6 @@ from llmpq.quant import (
     keep_codes,
     quantize,
 )
-from llmpq.runtime.checkpoint import Weights
-from llmpq.runtime.packed_cache import NO_CACHE, WeightCache
-from llmpq.runtime.roundings import NEAREST, Roundings
 
 
 def model_folder(model: str) -> Path:

@@ -5,11 +5,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llmpq.checkpoint.moments_file import MomentsFile, sha256_of
 from llmpq.errors import UserError
 from llmpq.quant.gptq import NEAREST_BITS, ROWS, Gptq
 from llmpq.quant.rounding import Rounding, quantize, quantize_mse
 from llmpq.quantizer import Quantizer
-from llmpq.runtime.moments import MomentsFile, sha256_of
 
 
 class Roundings(Protocol):

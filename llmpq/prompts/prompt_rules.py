@@ -18,8 +18,8 @@ from zlib import crc32
 
 from llmpq.artifact import FETCH_LFS, is_lfs_pointer, no_repeated_keys, show_value
 from llmpq.errors import MOST_LISTED, one_line
-from llmpq.runtime.chat_messages import Refused, messages_of, refuse_half_characters, text_of
-from llmpq.runtime.own_settings import (
+from llmpq.prompts.chat_messages import Refused, messages_of, refuse_half_characters, text_of
+from llmpq.prompts.own_settings import (
     BODY_KNOWN,
     OWN_KNOWN,
     drawn_by,
@@ -27,7 +27,7 @@ from llmpq.runtime.own_settings import (
     stops_of,
     with_settings,
 )
-from llmpq.runtime.request import Request
+from llmpq.prompts.request import Request
 
 TooLong = Literal["error", "truncate", "fail"]
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from llmpq.runtime.request import Finished, Reason
+from llmpq.prompts.request import Finished, Reason
 
 Id = str | int
 Form = Literal["llmpq", "openai"]

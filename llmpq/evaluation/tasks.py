@@ -17,7 +17,7 @@ from typing import Any
 
 from llmpq.artifact import read_text, write_text
 from llmpq.errors import UserError, one_line
-from llmpq.runtime.texts import INSTALL
+from llmpq.evaluation.texts import INSTALL
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 PARTS = {"train": "train", "valid": "validation", "dev": "validation", "test": "test"}

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from zlib import crc32
 
-from llmpq.runtime.append_file import AppendFile
-from llmpq.runtime.result_lines import Form, Id, read_result
+from llmpq.prompts.result_lines import Form, Id, read_result
+from llmpq.reliability.append_file import AppendFile
 
 MAX_LINE_BYTES = 1 << 28  # what is longer is no result
 CHECKSUM_BYTES = 9  # the space included

@@ -35,7 +35,7 @@ from pydantic import AfterValidator, NonNegativeInt, PositiveInt, TypeAdapter
 
 from llmpq.errors import FailedRequests, LlmpqError, NeighbourLost, UserError
 from llmpq.plain import plain_line
-from llmpq.runtime.ending import RESUME, SUPERVISED, end_process
+from llmpq.reliability.ending import RESUME, SUPERVISED, end_process
 
 PERIOD_S = 1.0  # between two beats, and between two looks
 SILENT_LOOKS = 5  # so many without a new beat: lost

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.checkpoint_files import Stored, unread
 from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, RawTensor, StageModel
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.checkpoint_files import Stored, unread
 
 PLAIN = "what loads: plain weights; gptq, compressed-tensors or fp8 by config.json"
 # Ends of the names of tensors that only quantized weights, or adapters, have.

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from llmpq.errors import UserError
+from llmpq.evaluation.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import StageModel
-from llmpq.runtime.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE
-from llmpq.runtime.request import Request
+from llmpq.prompts.request import Request
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.steps import BROKEN, DecodeSteps, first_tokens, prefill
 from llmpq.schedule import Job, LaneShape, Member

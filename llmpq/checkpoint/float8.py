@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from llmpq.artifact import show_value
+from llmpq.checkpoint.prequantized import Tensors, settings_of
 from llmpq.errors import UserError
-from llmpq.runtime.prequantized import Tensors, settings_of
 
 METHOD = "fp8"
 SCALE = "weight_scale_inv"

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from llmpq.artifact import no_repeated_keys, read_text, refuse_unless_regular, text_encoding
 from llmpq.errors import UserError, one_line
-from llmpq.runtime.prompt_tables import Row, array_rows, csv_columns, csv_rows, parquet_rows
+from llmpq.prompts.prompt_tables import Row, array_rows, csv_columns, csv_rows, parquet_rows
 
 MAX_LINE_BYTES = 1 << 26  # a longer line is no prompt; and all of it would have to be in memory
 HEAD_BYTES = 1 << 16

@@ -14,7 +14,7 @@ from typing import Any
 from zlib import crc32
 
 from llmpq.artifact import show_value
-from llmpq.runtime.chat_messages import Refused, refuse_half_characters
+from llmpq.prompts.chat_messages import Refused, refuse_half_characters
 
 SETTINGS = ("temperature", "top_p", "top_k", "seed")
 MOST_STOPS, MOST_STOP_CHARACTERS = 16, 1000

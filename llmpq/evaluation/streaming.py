@@ -24,11 +24,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmpq.checkpoint.checkpoint import Weights
+from llmpq.checkpoint.loader import load_stage
+from llmpq.checkpoint.roundings import NEAREST, Roundings
+from llmpq.evaluation.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE, Loss
 from llmpq.models.stage_model import LayerPrecision, LayerRange, StageModel
-from llmpq.runtime.checkpoint import Weights
-from llmpq.runtime.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE, Loss
-from llmpq.runtime.loader import load_stage
-from llmpq.runtime.roundings import NEAREST, Roundings
 
 Variant = Sequence[LayerPrecision]
 Prefix = tuple[LayerPrecision, ...]  # the precisions of the layers passed so far

@@ -6,9 +6,8 @@ Perplexity is exp of the mean loss over all predicted tokens. A window is as lon
 see, 2,048 tokens at most, where nothing else is asked for: what GPTQ and most papers since report.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from llmpq.artifact import read_text
+from llmpq.checkpoint.checkpoint import Weights
+from llmpq.checkpoint.kernels import prepare_kernels
+from llmpq.checkpoint.loader import load_stage
+from llmpq.checkpoint.roundings import NEAREST, Roundings
 from llmpq.errors import UserError
-from llmpq.models.stage_model import LayerRange, RawTensor, StageModel
-from llmpq.quant import QuantizedLinear
-from llmpq.runtime.checkpoint import Weights
-from llmpq.runtime.kernels import prepare_kernels
-from llmpq.runtime.loader import load_stage
-from llmpq.runtime.roundings import NEAREST, Roundings
+from llmpq.models.stage_model import LayerRange, StageModel
 
 LONGEST_WINDOW = 2048  # of the standard protocol
 TOKENS_AT_ONCE = 2048  # whose hidden states are held in memory
@@ -149,29 +147,3 @@ def next_token_loss(last: StageModel, hidden: torch.Tensor, token_ids: torch.Ten
         float(cross_entropy(last.head(some).float(), wanted, reduction="sum"))
         for some, wanted in parts
     )
-
-
-def weights_hash(stage: StageModel) -> str:
-    """SHA-256 of a stage's weights as they are held: packed codes, scales, zeros, by name, layer
-    by layer. Equal where the same numbers are served; other devices and data types pack otherwise.
-    """
-    digest = hashlib.sha256()
-    for raw in stage.parameters_to_load():
-        for name, tensor in _held(raw):
-            digest.update(f"{raw.name} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(_bytes_of(tensor))
-    return digest.hexdigest()
-
-
-def _held(raw: RawTensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a module keeps of one tensor of the checkpoint."""
-    names: tuple[str, ...] = (raw.attribute,)
-    if isinstance(raw.module, QuantizedLinear) and raw.attribute == "weight":
-        names = raw.module.weight_buffers
-    held = ((name, getattr(raw.module, name)) for name in names)
-    yield from ((name, tensor) for name, tensor in held if tensor is not None)
-
-
-def _bytes_of(tensor: torch.Tensor) -> Any:
-    plain = tensor.detach() if tensor.layout == torch.strided else tensor.to_dense()
-    return plain.cpu().contiguous().flatten().view(torch.uint8).numpy()

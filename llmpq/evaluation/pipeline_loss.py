@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch
 
+from llmpq.evaluation.evaluate import TOKENS_AT_ONCE, Loss, next_token_loss
 from llmpq.models.stage_model import StageModel
-from llmpq.runtime.evaluate import TOKENS_AT_ONCE, Loss, next_token_loss, weights_hash
+from llmpq.runtime.engine import Engine
 from llmpq.runtime.transport import Pending, Transport, message_bytes, pack, payload, unpack
 
 MESSAGES_UNDER_WAY = 2  # from one stage to the next
@@ -105,8 +106,18 @@ class PipelineLoss:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.transport.message_device)
 
 
-def gather_hashes(stage: StageModel, transport: Transport) -> list[str]:
-    """Every stage's `weights_hash`, on every stage; all must call this."""
-    mine = bytes.fromhex(weights_hash(stage))
-    gathered = transport.gather(torch.tensor(list(mine), dtype=torch.uint8))
-    return [bytes(one.tolist()).hex() for one in gathered]
+def lead_text(
+    engine: Engine, windows: torch.Tensor, on_windows: Callable[[int], None] = lambda _: None
+) -> Loss:
+    """First stage: the loss of `[n, W]` windows through the stages as they are loaded.
+
+    No more tokens at once than the plan's largest prefill, so that memory holds as it did.
+    """
+    planned = engine.plan.prefill_micro_batch * engine.reserve.chunk_tokens
+    pipeline = PipelineLoss(engine.worker.stage, engine.transport)
+    return pipeline.lead(windows, min(TOKENS_AT_ONCE, planned), on_windows)
+
+
+def follow_text(engine: Engine) -> Loss:
+    """Other stages: their part in that."""
+    return PipelineLoss(engine.worker.stage, engine.transport).follow()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from llmpq.errors import UserError, one_line
-from llmpq.runtime.own_settings import SETTINGS
+from llmpq.prompts.own_settings import SETTINGS
 
 PROMPT_COLUMNS = ("prompt", "text", "messages", "prompt_token_ids")
 ID_COLUMNS = ("id", "custom_id")

@@ -1,9 +1,9 @@
 """Whether llmpq can serve a model, judged on transformers' own modules: its spec, or why not.
 
-`python -m llmpq.runtime.judge CONFIG.json` prints the `ModelSpec` as JSON, or ends with 2 and one
-line on standard error. `llmpq.model_spec` runs it for models that are not in its table, and keeps
-what it finds. A model is first counted (`llmpq.models.count`), then tried (`verify`), unless its
-family's pipelines are tested.
+`python -m llmpq.evaluation.judge CONFIG.json` prints the `ModelSpec` as JSON, or ends with 2 and
+one line on standard error. `llmpq.model_spec` runs it for models that are not in its table, and
+keeps what it finds. A model is first counted (`llmpq.models.count`), then tried (`verify`),
+unless its family's pipelines are tested.
 
 Not covered: weights. They may still be missing or of another shape.
 """
@@ -17,10 +17,10 @@ from pathlib import Path
 import transformers
 
 from llmpq.errors import UserError
+from llmpq.evaluation.verify import verify
 from llmpq.model_spec import FAMILIES, TESTED, ModelSpec, read_config
 from llmpq.models.count import count_model
 from llmpq.models.stage_model import load_config
-from llmpq.runtime.verify import verify
 
 
 def judge(path: Path) -> ModelSpec:

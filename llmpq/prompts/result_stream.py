@@ -5,8 +5,8 @@ import sys
 from contextlib import suppress
 
 from llmpq.errors import WorkerError
-from llmpq.runtime.request import Finished
-from llmpq.runtime.result_lines import Id, Writer
+from llmpq.prompts.request import Finished
+from llmpq.prompts.result_lines import Id, Writer
 
 
 class ResultStream:
