@@ -17,11 +17,11 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict, read_json
 from llmpq.cluster import GIB, Cluster
 from llmpq.errors import UserError, listed
+from llmpq.job import LaneShape
 from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.plan_diff import Place, PlanDiff, changes, layer_ranges
 from llmpq.precision import PRECISIONS
 from llmpq.quantizer import Quantizer
-from llmpq.schedule import LaneShape
 from llmpq.workload import (
     MAX_BATCH,
     MAX_LENGTH,

@@ -24,10 +24,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmpq.schedule import NEAR, PADDED, LaneShape, chunk_length, padded_width
+from llmpq.job import LaneShape, chunk_length, padded_width
+from llmpq.schedule import NEAR, PADDED
 
 SAMPLES = 12  # rounds at which the lanes are looked at
-OCTAVE = 8  # widths an octave: `schedule.padded_width`
+OCTAVE = 8  # widths an octave: `job.padded_width`
 
 
 class PrefillJob(NamedTuple):
@@ -343,7 +344,7 @@ def _times(whole: float, counted: float, repeated: float) -> float:
 
 
 def _padded(tokens: np.ndarray) -> np.ndarray:
-    """`schedule.padded_width` of an array."""
+    """`job.padded_width` of an array."""
     whole = np.maximum(tokens, 1)
     step = 2.0 ** np.maximum(0, np.ceil(np.log2(whole)) - np.log2(2 * OCTAVE))
     return np.asarray(np.ceil(whole / step) * step)

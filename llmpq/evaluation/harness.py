@@ -19,12 +19,12 @@ import torch
 
 from llmpq.errors import UserError
 from llmpq.evaluation.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE
+from llmpq.job import Job, LaneShape, Member
 from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import StageModel
 from llmpq.prompts.request import Request
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.steps import BROKEN, DecodeSteps, first_tokens, prefill
-from llmpq.schedule import Job, LaneShape, Member
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 BOOTSTRAPS = 1000  # for the standard errors of metrics that have no formula

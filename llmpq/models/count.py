@@ -31,13 +31,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from llmpq.errors import UserError
+from llmpq.job import LaneShape
 from llmpq.model_spec import ALL_HEADS, Activations, Linear, ModelSpec, Moment
 from llmpq.models.buffers import stored_buffers
 from llmpq.models.family import find
 from llmpq.models.lanes import LaneCache, Stored
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import PlainLinear
-from llmpq.schedule import LaneShape
 
 META = torch.device("meta")
 # Settings with lists that have nothing to do with layers, whatever their length.

@@ -23,6 +23,7 @@ import numpy as np
 from llmpq.costs import memory
 from llmpq.costs.job_counts import DecodeSteps, PrefillJob
 from llmpq.costs.timeline import Costs, Shares, combined, shares
+from llmpq.job import cache_tokens
 from llmpq.machine import Machine
 from llmpq.planner.problem import (
     Place,
@@ -35,7 +36,6 @@ from llmpq.planner.problem import (
     hop_works,
     layer_work,
 )
-from llmpq.schedule import cache_tokens
 
 
 def stack(costs: Sequence[Costs]) -> Costs:

@@ -34,9 +34,9 @@ from llmpq.costs.links import Seconds
 from llmpq.costs.memory import RunSizes
 from llmpq.costs.quality import QualityModel
 from llmpq.costs.shards import tensor_parallel_times
+from llmpq.job import LaneShape
 from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Profile
-from llmpq.schedule import LaneShape
 from llmpq.workload import Workload, chunk_tokens, evenly_spaced, lanes, lanes_for
 
 WAVES, FEW_WAVES = 4, 2  # of requests in flight, in a sample whose jobs are counted

@@ -16,6 +16,7 @@ from torch import nn
 from llmpq.checkpoint.checkpoint import RandomWeights
 from llmpq.checkpoint.kernels import prepare_kernels
 from llmpq.checkpoint.loader import load_stage
+from llmpq.job import Job, LaneShape, Member
 from llmpq.models.count import with_layers
 from llmpq.models.family import replace
 from llmpq.models.lanes import LaneCache
@@ -25,7 +26,6 @@ from llmpq.profiler.timer import Timer
 from llmpq.runtime.rehearsal import peak_bytes
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.steps import DecodeSteps, choose_tokens, prefill
-from llmpq.schedule import Job, LaneShape, Member
 
 # How long a stage of a pipeline rests between calls: prefills follow each other closely, a decode
 # micro-batch comes back only after it has been round all stages.

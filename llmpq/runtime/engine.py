@@ -19,6 +19,7 @@ from llmpq.checkpoint.kernels import OnCompiled, prepare_kernels
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.packed_cache import NO_CACHE, WeightCache
 from llmpq.checkpoint.roundings import NEAREST, Roundings
+from llmpq.job import Item, Job, LaneShape, Member
 from llmpq.kernel import graph_lengths
 from llmpq.models.lanes import LaneCache
 from llmpq.models.sharding import ALONE, Shard, ShardGroup
@@ -35,7 +36,7 @@ from llmpq.runtime.stopwatch import SPAN_COLUMNS, TIME_COLUMNS, Stopwatch, measu
 from llmpq.runtime.transport import Transport
 from llmpq.runtime.weights_hash import gather_hashes
 from llmpq.runtime.worker import Worker
-from llmpq.schedule import Item, Job, LaneShape, Member, Schedule
+from llmpq.schedule import Schedule
 from llmpq.workload import lanes_for, planned_lengths
 
 

@@ -19,6 +19,7 @@ from llmpq import model_spec  # noqa: E402
 from llmpq.costs import memory  # noqa: E402
 from llmpq.errors import UserError  # noqa: E402
 from llmpq.evaluation import judge  # noqa: E402
+from llmpq.job import LaneShape  # noqa: E402
 from llmpq.machine import INT4_TILES, VNNI, Machine, cpu, host_cpu  # noqa: E402
 from llmpq.model_spec import ASSETS, Linear, ModelSpec, load_model_spec  # noqa: E402
 from llmpq.models import count  # noqa: E402
@@ -27,7 +28,6 @@ from llmpq.quant import available_precisions, machine_here, make_linear  # noqa:
 from llmpq.quant.linear import TiledLinear  # noqa: E402
 from llmpq.runtime.rehearsal import peak_bytes  # noqa: E402
 from llmpq.runtime.transport import HEADER_BYTES  # noqa: E402
-from llmpq.schedule import LaneShape  # noqa: E402
 
 CPU = torch.device("cpu")
 SIZES = {

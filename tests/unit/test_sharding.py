@@ -16,6 +16,7 @@ from transformers import AutoConfig, LlamaConfig
 from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
 from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError, WorkerError
+from llmpq.job import Job, LaneShape, Member
 from llmpq.model_spec import spec_from_config
 from llmpq.models.lanes import LaneCache
 from llmpq.models.sharding import ALONE, Shard, Sharding
@@ -33,7 +34,6 @@ from llmpq.quant import (
 from llmpq.quant.gptq import Gptq
 from llmpq.quant.rounding import quantize_mse
 from llmpq.runtime.shard_group import LocalShardHub
-from llmpq.schedule import Job, LaneShape, Member
 
 sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
 from families import FAMILIES, TINY_TALES, build  # noqa: E402
