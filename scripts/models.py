@@ -29,7 +29,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from llmpq.errors import UserError
 from llmpq.evaluation.judge import judge
 from llmpq.evaluation.verify import verify
-from llmpq.model_spec import FAMILIES, load_model_spec, refuse_plainly
+from llmpq.families import has_sizes
+from llmpq.model_lookup import load_model_spec, refuse_plainly
 from llmpq.models.stage_model import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +94,7 @@ def tried(model_type: str, class_name: str) -> Result:
 
 def _serve(path: Path, model_type: str) -> None:
     refuse_plainly(json.loads(path.read_text()), str(path))
-    if model_type in FAMILIES:
+    if has_sizes(model_type):
         load_model_spec(str(path))
     else:
         judge(path)

@@ -20,7 +20,7 @@ from llmpq.checkpoint.checkpoint import Weights
 from llmpq.checkpoint.packed_cache import NO_CACHE, WeightCache
 from llmpq.checkpoint.roundings import NEAREST, Roundings
 from llmpq.errors import UserError
-from llmpq.model_spec import config_path
+from llmpq.model_lookup import config_path
 from llmpq.models.family import find
 from llmpq.models.sharding import ALONE, Shard, ShardGroup
 from llmpq.models.stage_model import LayerPrecision, LayerRange, RawTensor, StageModel

@@ -19,7 +19,8 @@ from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
 from llmpq.errors import UserError, WorkerError
 from llmpq.evaluation.texts import DATASETS, named_text
-from llmpq.model_spec import ASSETS, DEFAULT_MODEL, load_model_spec
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ASSETS
 from llmpq.plan import Plan, load_plan, refuse_shared_stages
 from llmpq.quantizer import Quantizer
 

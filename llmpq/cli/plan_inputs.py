@@ -77,7 +77,7 @@ def read_inputs(arguments: Arguments, plan: "Plan | None") -> Inputs:
     """All files, their faults in one `UserError`. A plan stands for what is not given."""
     from llmpq.cluster import load_cluster
     from llmpq.costs.measured_types import with_measured_types
-    from llmpq.model_spec import DEFAULT_MODEL, load_model_spec
+    from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
     from llmpq.profile_data import load_profiles
     from llmpq.workload import load_workload, planned_lengths
 

@@ -20,7 +20,8 @@ from llmpq.cli.profile_options import Integers, PrecisionNames
 from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
 from llmpq.errors import UserError
-from llmpq.model_spec import DEFAULT_MODEL, ModelSpec, load_model_spec
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Profile, ProfiledDevice, ProfileRow
 from llmpq.serving import switch_rows
 
@@ -143,7 +144,7 @@ def _profiler(
     start_s: float,
 ) -> "tuple[LayerProfiler, PartialFile, Grid | Ranges]":
     from llmpq.costs.fits import worst
-    from llmpq.model_spec import config_path
+    from llmpq.model_lookup import config_path
     from llmpq.models.stage_model import load_config
     from llmpq.profiler.layers import LayerProfiler
     from llmpq.profiler.resume import Identity, PartialFile

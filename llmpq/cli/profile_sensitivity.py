@@ -19,7 +19,8 @@ from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
 from llmpq.cluster import MIB
 from llmpq.errors import UserError
-from llmpq.model_spec import ASSETS, DEFAULT_MODEL, load_model_spec
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ASSETS
 from llmpq.quantizer import Quantizer
 
 if TYPE_CHECKING:

@@ -18,7 +18,9 @@ import transformers
 
 from llmpq.errors import UserError
 from llmpq.evaluation.verify import verify
-from llmpq.model_spec import FAMILIES, TESTED, ModelSpec, read_config
+from llmpq.families import family_for, has_sizes
+from llmpq.model_lookup import read_config
+from llmpq.model_spec import ModelSpec
 from llmpq.models.count import count_model
 from llmpq.models.stage_model import load_config
 
@@ -32,15 +34,16 @@ def judge(path: Path) -> ModelSpec:
             f"'{declared}' is a model of text ('{kind}') and something else, which llmpq cannot "
             "load"
         )
+    is_tested = family_for(kind).is_tested
     try:
         spec = count_model(path)
-        if kind not in TESTED or kind in FAMILIES:  # of a tested family, but with odd settings
+        if not is_tested or has_sizes(kind):  # of a tested family, but with odd settings
             verify(config)
     except UserError:
         raise
     except Exception as error:  # modules of any make raise anything
         reason = " ".join(str(error).split())[:120]
-        what = f"this '{kind}' model is" if kind in TESTED else f"models of type '{kind}' are"
+        what = f"this '{kind}' model is" if is_tested else f"models of type '{kind}' are"
         raise UserError(
             f"{what} not supported: with llmpq's cache and attention their "
             f"layers fail ({type(error).__name__}: {reason})"

@@ -22,7 +22,7 @@ from typing import Any
 from _common import Check, shared_data
 
 from llmpq.artifact import write_json
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 from llmpq.plan import Plan
 from llmpq.prompts.request import Request
 from llmpq.prompts.tokenizer import load_tokenizer

@@ -26,7 +26,8 @@ from click.testing import CliRunner
 from llmpq.checkpoint.checkpoint import RandomWeights
 from llmpq.cli.plan import main as plan_command
 from llmpq.cli.profile_devices import type_of_card, type_of_cpu
-from llmpq.model_spec import ModelSpec, config_path, load_model_spec
+from llmpq.model_lookup import config_path, load_model_spec
+from llmpq.model_spec import ModelSpec
 from llmpq.models.stage_model import load_config
 from llmpq.plan import Plan, load_plan
 from llmpq.prompts.request import Finished, Request

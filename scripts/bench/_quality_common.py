@@ -26,7 +26,8 @@ from llmpq.checkpoint.loader import load_stage, model_folder
 from llmpq.checkpoint.roundings import NEAREST, Roundings
 from llmpq.evaluation.evaluate import text_windows
 from llmpq.evaluation.streaming import DamageSum, Streamed
-from llmpq.model_spec import ASSETS, DEFAULT_MODEL, ModelSpec, load_model_spec
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ASSETS, ModelSpec
 from llmpq.models.family import find
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.plan import Plan

@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from llmpq.model_spec import ASSETS, ModelSpec, load_model_spec
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS, ModelSpec
 from llmpq.plan import Plan
 from llmpq.prompts.request import Request
 from llmpq.prompts.tokenizer import load_tokenizer

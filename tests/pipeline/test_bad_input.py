@@ -21,7 +21,7 @@ from llmpq.cli.eval import main as eval_command
 from llmpq.cli.plan import main as plan_command
 from llmpq.cli.profile import main as profile_command
 from llmpq.cli.run import main as run_command
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.profile_data import CalibrationText, LayerSensitivity, QualityFit, Sensitivity
 

@@ -23,7 +23,8 @@ from llmpq.evaluation.evaluate import evaluate, load_stages, text_windows
 from llmpq.evaluation.harness import Scorer, harness_model, run_tasks
 from llmpq.evaluation.moments import MomentsMeter
 from llmpq.evaluation.tasks import load_tasks
-from llmpq.model_spec import ASSETS, load_model_spec
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import load_config
 from llmpq.prompts.tokenizer import load_tokenizer
 from llmpq.quantizer import Quantizer

@@ -22,7 +22,7 @@ from llmpq.cli.eval import main as eval_command
 from llmpq.cli.profile import main as profile_command
 from llmpq.cli.run import main
 from llmpq.errors import WorkerError
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 from llmpq.reliability import journal
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -13,7 +13,7 @@ from jobs import PATIENCE_S
 
 from llmpq.artifact import write_json
 from llmpq.launch import launch_lines
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 from llmpq.plan import Plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

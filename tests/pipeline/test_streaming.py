@@ -13,8 +13,8 @@ from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
 from llmpq.checkpoint.loader import load_stage
 from llmpq.evaluation.evaluate import evaluate
 from llmpq.evaluation.streaming import stream
-from llmpq.models.count import PeakMemory
 from llmpq.models.family import PartOfLayer
+from llmpq.models.live_tensors import PeakMemory
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import PlainLinear, quantize
 

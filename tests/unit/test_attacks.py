@@ -36,7 +36,8 @@ from llmpq.cli.common import Command
 from llmpq.cli.plain_console import PlainConsole
 from llmpq.cli.progress import progress
 from llmpq.errors import UserError, WorkerError
-from llmpq.model_spec import ASSETS, load_model_spec
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
 from llmpq.placement import FoundCard
 from llmpq.plain import plain, plain_line
 from llmpq.plan import Plan
@@ -641,10 +642,8 @@ def test_there_is_one_way_to_print():
         "Console": set(),
         "Text": set(),
         "echo": {"cli/common.py"},
-        "print": {
-            "models/count.py",
-            "evaluation/judge.py",
-        },  # of counts; for a parent that reads it
+        # of counts; for a parent that reads it
+        "print": {"models/count_families.py", "evaluation/judge.py"},
     }
     marked = [c for _, c in calls("print", "TextColumn") for k in c.keywords if k.arg == "markup"]
     assert all(ast.unparse(call).endswith("markup=False)") for call in marked)

@@ -13,7 +13,8 @@ from llmpq.costs.latency import measured_times, spec_sheet_times
 from llmpq.costs.quality import prior_quality
 from llmpq.devices import device_library
 from llmpq.machine import INT4_TILES, cpu
-from llmpq.model_spec import Linear, load_model_spec
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import Linear
 from llmpq.precision import NF4_BLOCK, PRECISIONS, STANDARD
 from llmpq.profile_data import ProfileRow
 from llmpq.quant import available_precisions, here, make_linear, why_unavailable

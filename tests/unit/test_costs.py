@@ -27,7 +27,8 @@ from llmpq.kernel import (
     graph_lengths,
 )
 from llmpq.machine import TORCH_CARD, cpu
-from llmpq.model_spec import ModelSpec, spec_from_config
+from llmpq.model_lookup import spec_from_config
+from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Phase, Profile, ProfiledDevice, ProfileRow, Sensitivity
 
 H, F, HEADS, KV, DIM, VOCAB, LAYERS = 64, 160, 4, 2, 16, 100, 3

@@ -11,7 +11,8 @@ from llmpq.cli.dry_run import compressed, memory_of
 from llmpq.cli.kernel_notes import say_kernels
 from llmpq.cli.run import main
 from llmpq.cluster import Cluster
-from llmpq.model_spec import ASSETS, load_model_spec
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
 from llmpq.plan import Plan, Predicted, PredictedStage, Stage
 from llmpq.workload import Workload
 

@@ -37,7 +37,8 @@ def _names(text: str) -> frozenset[str]:
 
 
 NOUNS = _names(
-    "llmpq errors precision artifact model_known model_spec workload devices cluster profile_data "
+    "llmpq errors precision artifact config_keys families model_known model_spec model_lookup "
+    "workload devices cluster profile_data "
     "plan plan_diff report link_data quantizer job schedule machine workspace kernel kernel_table "
     "serving device_names placement seats launch plain whole_file "
     "others_files"

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.checkpoint.loader import load_stage
 from llmpq.costs.memory import end_weight_bytes, layer_weight_bytes
-from llmpq.model_spec import ASSETS, load_model_spec
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.quant import available_precisions
 

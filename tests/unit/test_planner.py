@@ -25,7 +25,8 @@ from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
 from llmpq.costs.timeline import Costs
 from llmpq.errors import InfeasibleError
-from llmpq.model_spec import ModelSpec, spec_from_config
+from llmpq.model_lookup import spec_from_config
+from llmpq.model_spec import ModelSpec
 from llmpq.plan import Plan, load_plan
 from llmpq.planner import baselines, search, sizes
 from llmpq.planner.evaluate import evaluate, shortages, to_assignment, to_plan

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llmpq.checkpoint.checkpoint import Checkpoint
-from llmpq.model_spec import ASSETS, load_model_spec
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import load_config
 from llmpq.plan import Plan
 from llmpq.prompts.request import Request

@@ -20,7 +20,7 @@ from llmpq.cli.run import main
 from llmpq.cli.run_options import RunOptions
 from llmpq.cluster import Cluster
 from llmpq.errors import InfeasibleError, UserError
-from llmpq.model_spec import DEFAULT_MODEL, load_model_spec
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
 from llmpq.plan import Plan
 from llmpq.workload import Workload, request_lengths
 

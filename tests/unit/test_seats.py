@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from test_placement import T4, V100, found
 
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 from llmpq.plan import Plan
 from llmpq.seats import Process, Refusal, parts_of, planned_devices, stage_ranks, take_seats
 

@@ -17,7 +17,7 @@ from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
 from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError, WorkerError
 from llmpq.job import Job, LaneShape, Member
-from llmpq.model_spec import spec_from_config
+from llmpq.model_lookup import spec_from_config
 from llmpq.models.lanes import LaneCache
 from llmpq.models.sharding import ALONE, Shard, Sharding
 from llmpq.models.stage_model import LayerRange, load_config

@@ -16,7 +16,8 @@ from llmpq.costs.simulate import Played, play
 from llmpq.devices import device_library
 from llmpq.errors import UserError
 from llmpq.job import Item, Job, LaneShape, Member
-from llmpq.model_spec import ASSETS, DEFAULT_MODEL, ModelSpec, load_model_spec
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ASSETS, ModelSpec
 from llmpq.plan import Plan
 from llmpq.planner.bubbles import by_cause, describe, find_bubbles, remedy, server_names
 from llmpq.planner.evaluate import actor_works, evaluate, to_plan
