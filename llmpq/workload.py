@@ -2,7 +2,7 @@
 
 Lengths are a number, a range (`{min, max}`, spread evenly), a column of a trace file or a list.
 `lanes` and `chunk_tokens` are what a plan decides where nobody chose otherwise; a run keeps to what
-its plan says (`llmpq.plan.reserve_of`).
+its plan says (`llmpq.plan_data.reserve_of`).
 """
 
 import gzip

@@ -25,7 +25,7 @@ from llmpq.costs.latency import machine_of
 from llmpq.costs.memory import StageMemory, run_sizes, stage_memory
 from llmpq.errors import UserError
 from llmpq.launch import launch_lines
-from llmpq.plan import Plan, Predicted
+from llmpq.plan_data import Plan, Predicted
 from llmpq.workload import planned_lengths
 
 if TYPE_CHECKING:

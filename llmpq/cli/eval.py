@@ -21,7 +21,7 @@ from llmpq.errors import UserError, WorkerError
 from llmpq.evaluation.texts import DATASETS, named_text
 from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
 from llmpq.model_spec import ASSETS
-from llmpq.plan import Plan, load_plan, refuse_shared_stages
+from llmpq.plan_data import Plan, load_plan, refuse_shared_stages
 from llmpq.quantizer import Quantizer
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from llmpq.cli.common import console
 from llmpq.cli.progress import Progress, progress
 from llmpq.cli.run_options import RunOptions
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmpq.costs.latency import LayerTimes
     from llmpq.costs.quality import QualityModel
     from llmpq.model_spec import ModelSpec
-    from llmpq.plan import Plan
+    from llmpq.plan_data import Plan
     from llmpq.planner.problem import Problem
     from llmpq.profile_data import Profile
     from llmpq.workload import Workload

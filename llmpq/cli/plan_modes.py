@@ -25,7 +25,7 @@ from llmpq.errors import InfeasibleError, UserError
 
 if TYPE_CHECKING:
     from llmpq.cli.progress import Progress as ProgressBar
-    from llmpq.plan import Plan
+    from llmpq.plan_data import Plan
     from llmpq.planner.frontier import Point
     from llmpq.planner.problem import Problem
 
@@ -174,7 +174,7 @@ def evaluate_plan(arguments: Arguments, path: Path, trace: Path | None = None) -
 
     With a `trace` to write, or verbose, its run is simulated too.
     """
-    from llmpq.plan import load_plan
+    from llmpq.plan_data import load_plan
     from llmpq.planner.accuracy import with_accuracy
     from llmpq.planner.evaluate import evaluate, shortages, to_assignment
     from llmpq.planner.planning import Planned
@@ -230,7 +230,7 @@ def _in_flight(plan: "Plan", num_requests: int) -> "Plan":
 
     They are written out, as the plan may go on with another workload than that which says them.
     """
-    from llmpq.plan import lanes_of, reserve_of
+    from llmpq.plan_data import lanes_of, reserve_of
 
     names = ("batch", "prefill_micro_batch", "decode_micro_batch")
     sizes = {name: min(getattr(plan, name), num_requests) for name in names}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpq.costs.recalibrate import Factor, StageCalls, total_error
-from llmpq.plan import diff
+from llmpq.plan_data import diff
 from llmpq.planner.recalibration import (
     Recalibration,
     Replanned,

@@ -21,7 +21,7 @@ from llmpq.cli.plan_inputs import Arguments, Inputs, read_inputs
 from llmpq.cli.run_options import RunOptions
 from llmpq.cluster import Cluster
 from llmpq.errors import InfeasibleError, UserError
-from llmpq.plan import Plan, diff
+from llmpq.plan_data import Plan, diff
 from llmpq.workload import Workload, planned_lengths
 
 if TYPE_CHECKING:

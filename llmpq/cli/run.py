@@ -11,7 +11,7 @@ from llmpq.cli.common import ARGUMENTS, Command, FiniteRange, common_options, co
 from llmpq.cli.replan import ReplanOptions, run_and_replan, survey, worker_names
 from llmpq.cli.run_options import DTYPE_NAMES, FORMATS, TOO_LONG, RunOptions
 from llmpq.errors import FailedRequests, InfeasibleError, UserError, WorkerError
-from llmpq.plan import Plan, load_plan, refuse_shared_stages
+from llmpq.plan_data import Plan, load_plan, refuse_shared_stages
 
 if TYPE_CHECKING:
     from llmpq.runtime.process import Role

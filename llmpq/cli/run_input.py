@@ -9,7 +9,7 @@ from llmpq.cli.paths import Named, check_files, model_files
 from llmpq.cli.run_options import RunOptions
 from llmpq.errors import UserError
 from llmpq.model_lookup import load_model_spec
-from llmpq.plan import Plan, reserve_of
+from llmpq.plan_data import Plan, reserve_of
 from llmpq.workload import planned_lengths
 
 if TYPE_CHECKING:

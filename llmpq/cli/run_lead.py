@@ -13,7 +13,7 @@ from llmpq.cli.progress import Progress, progress
 from llmpq.cli.run_options import RunOptions
 from llmpq.cli.run_outcome import outcome
 from llmpq.errors import FailedRequests
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.report import Report, StageReport, duration
 from llmpq.workload import request_lengths
 

@@ -22,7 +22,7 @@ from llmpq.cli.run_lead import (
 from llmpq.cli.run_options import RunOptions
 from llmpq.costs.float16 import run_overflow
 from llmpq.errors import FailedRequests, InfeasibleError, UserError
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.seats import Seat, stage_ranks
 
 if TYPE_CHECKING:

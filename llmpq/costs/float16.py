@@ -8,7 +8,7 @@ reason. Not covered: models of other families whose weights happen to overflow; 
 from llmpq.costs.latency import machine_of
 from llmpq.families import family_for
 from llmpq.machine import BFLOAT16_CAPABILITY
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 
 INSTEAD = "--dtype bfloat16 (slow there) or float32 (twice the memory) of llmpq-run has more room"
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmpq.cluster import MIB
-from llmpq.plan import Predicted
+from llmpq.plan_data import Predicted
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.partition import Fronts, least_bottleneck, least_sum, range_lengths

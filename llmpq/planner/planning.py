@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Literal
 
 from llmpq.errors import InfeasibleError
-from llmpq.plan import Baseline, Plan, Predicted
+from llmpq.plan_data import Baseline, Plan, Predicted
 from llmpq.planner.baselines import BASELINES, Outcome, run_baselines
 from llmpq.planner.confirm import Confirmed
 from llmpq.planner.evaluate import bounded, evaluate, shortages, to_plan

@@ -28,7 +28,7 @@ from llmpq.costs.recalibrate import (
     stage_calls,
 )
 from llmpq.errors import InfeasibleError, UserError
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.planner.evaluate import evaluate, to_assignment
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Problem

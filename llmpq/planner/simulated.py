@@ -15,7 +15,7 @@ import numpy as np
 
 from llmpq.costs.simulate import Played, play
 from llmpq.job import Item, Job
-from llmpq.plan import Predicted
+from llmpq.plan_data import Predicted
 from llmpq.planner.evaluate import actor_works, closed_form_s, speeds
 from llmpq.planner.problem import Assignment, Problem, Setting, Work, chunk_s
 from llmpq.schedule import Schedule

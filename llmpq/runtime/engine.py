@@ -24,7 +24,7 @@ from llmpq.kernel import graph_lengths
 from llmpq.models.lanes import LaneCache
 from llmpq.models.sharding import ALONE, Shard, ShardGroup
 from llmpq.models.stage_model import LayerRange, StageModel
-from llmpq.plan import Plan, reserve_of
+from llmpq.plan_data import Plan, reserve_of
 from llmpq.prompts.request import Finished, Request
 from llmpq.report import MeasuredTime, StageReport
 from llmpq.runtime.agreed import agree_on_draws

@@ -12,7 +12,7 @@ import torch
 
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.models.stage_model import load_config
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.prompts.request import Finished, Request
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.sampler import Sampling

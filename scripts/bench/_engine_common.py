@@ -23,7 +23,7 @@ from _common import Check, shared_data
 
 from llmpq.artifact import write_json
 from llmpq.model_lookup import load_model_spec
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.prompts.request import Request
 from llmpq.prompts.tokenizer import load_tokenizer
 

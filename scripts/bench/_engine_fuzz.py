@@ -23,7 +23,7 @@ from llmpq.artifact import write_json
 from llmpq.errors import LlmpqError
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import ASSETS
-from llmpq.plan import Plan, load_plan, refuse_shared_stages
+from llmpq.plan_data import Plan, load_plan, refuse_shared_stages
 from llmpq.prompts.prompts import Limits, check_prompts
 from llmpq.prompts.request import Finished, Request
 from llmpq.reliability.journal import Results

@@ -40,7 +40,7 @@ from _engine_common import (
 
 from llmpq.artifact import write_json
 from llmpq.cluster import MIB
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.prompts.request import Request
 
 GROWTH = Target("6: growth of resident memory after warming up", "%", "<= 1")

@@ -29,7 +29,7 @@ from llmpq.cli.profile_devices import type_of_card, type_of_cpu
 from llmpq.model_lookup import config_path, load_model_spec
 from llmpq.model_spec import ModelSpec
 from llmpq.models.stage_model import load_config
-from llmpq.plan import Plan, load_plan
+from llmpq.plan_data import Plan, load_plan
 from llmpq.prompts.request import Finished, Request
 from llmpq.report import StageReport
 from llmpq.runtime.engine import Engine

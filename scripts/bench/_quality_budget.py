@@ -32,7 +32,7 @@ from llmpq.costs.quality import QualityModel, measured_quality
 from llmpq.errors import InfeasibleError
 from llmpq.job import LaneShape
 from llmpq.model_spec import ModelSpec
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Problem
 from llmpq.precision import PRECISIONS as KNOWN

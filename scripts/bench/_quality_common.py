@@ -30,7 +30,7 @@ from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
 from llmpq.model_spec import ASSETS, ModelSpec
 from llmpq.models.family import find
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.profile_data import Sensitivity, load_sensitivity
 from llmpq.profiler.indicators import cells, random_rows
 from llmpq.prompts.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import ASSETS, ModelSpec
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.prompts.request import Request
 from llmpq.prompts.tokenizer import load_tokenizer
 from llmpq.runtime.local import generate_locally

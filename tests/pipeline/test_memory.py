@@ -10,7 +10,7 @@ from families import CPU, FAMILIES, hand_made_plan
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.costs.memory import run_sizes, stage_memory
 from llmpq.models.stage_model import load_config
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.prompts.request import Request
 from llmpq.quant import available_precisions, machine_here
 from llmpq.runtime.engine import Engine

@@ -40,7 +40,7 @@ from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import ASSETS
 from llmpq.placement import FoundCard
 from llmpq.plain import plain, plain_line
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.planner.report import styled
 from llmpq.quant import available_precisions
 from llmpq.quant.humming_jit import keep_kernels_in

@@ -19,7 +19,7 @@ from llmpq.cli import eval as eval_module
 from llmpq.cli import export, plan, profile, run
 from llmpq.cli.main import COMMANDS
 from llmpq.cli.main import main as umbrella
-from llmpq.plan import load_plan
+from llmpq.plan_data import load_plan
 from llmpq.profile_data import Profile, Sensitivity, load_sensitivity
 from llmpq.quantizer import Quantizer
 

@@ -13,7 +13,7 @@ from llmpq.cli.run import main
 from llmpq.cluster import Cluster
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import ASSETS
-from llmpq.plan import Plan, Predicted, PredictedStage, Stage
+from llmpq.plan_data import Plan, Predicted, PredictedStage, Stage
 from llmpq.workload import Workload
 
 TINY_TALES = ASSETS / "tiny-tales"

@@ -16,7 +16,7 @@ from llmpq.costs.quality import prior_quality
 from llmpq.errors import InfeasibleError
 from llmpq.model_lookup import load_model_spec, spec_from_config
 from llmpq.model_spec import ModelSpec
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.planner import planning
 from llmpq.planner.explain import may_fit, why
 from llmpq.planner.fixes import Fix, fixes, infeasible, largest

@@ -38,10 +38,9 @@ def _names(text: str) -> frozenset[str]:
 
 NOUNS = _names(
     "llmpq errors precision artifact config_keys families model_known model_spec model_lookup "
-    "workload devices cluster profile_data "
-    "plan plan_diff report link_data quantizer job schedule machine workspace kernel kernel_table "
-    "serving device_names placement seats launch plain whole_file "
-    "others_files"
+    "workload devices cluster profile_data plan_data plan_diff report link_data quantizer job "
+    "schedule machine workspace kernel kernel_table serving device_names placement seats launch "
+    "plain whole_file others_files"
 )
 PLAIN = "pydantic yaml "
 TORCH = "torch transformers safetensors tokenizers numpy "
@@ -316,8 +315,8 @@ def test_the_checks_see_faults(tmp_path: Path) -> None:
     assert _why_forbidden("llmpq.planner.ilp", PARTS["planner"], Import("torch", 1, True))
     assert _why_forbidden("llmpq.runtime.x", PARTS["runtime"], Import("llmpq.profiler", 1, True))
     assert _why_forbidden("llmpq.runtime.x", PARTS["runtime"], Import("llmpq.costs.a", 1, False))
-    assert _why_forbidden("llmpq.plan", PARTS["nouns"], Import("pandas", 1, False))
-    assert not _why_forbidden("llmpq.plan", PARTS["nouns"], Import("pandas", 1, True))
+    assert _why_forbidden("llmpq.plan_data", PARTS["nouns"], Import("pandas", 1, False))
+    assert not _why_forbidden("llmpq.plan_data", PARTS["nouns"], Import("pandas", 1, True))
     assert _why_forbidden("llmpq.costs.memory", PARTS["costs"], Import("scipy", 1, True))
     assert _why_forbidden("llmpq.run", PARTS["run"], Import("llmpq.cli.plan", 1, False))
     assert not _why_forbidden("llmpq.run", PARTS["run"], Import("llmpq.cli.run", 1, False))

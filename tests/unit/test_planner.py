@@ -27,7 +27,7 @@ from llmpq.costs.timeline import Costs
 from llmpq.errors import InfeasibleError
 from llmpq.model_lookup import spec_from_config
 from llmpq.model_spec import ModelSpec
-from llmpq.plan import Plan, load_plan
+from llmpq.plan_data import Plan, load_plan
 from llmpq.planner import baselines, search, sizes
 from llmpq.planner.evaluate import evaluate, shortages, to_assignment, to_plan
 from llmpq.planner.exact import solve

@@ -25,7 +25,7 @@ from llmpq.costs.quality import QualityModel
 from llmpq.devices import device_library
 from llmpq.errors import InfeasibleError
 from llmpq.model_lookup import spec_from_config
-from llmpq.plan import Plan, Predicted
+from llmpq.plan_data import Plan, Predicted
 from llmpq.planner.evaluate import evaluate, shortages
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting

@@ -24,7 +24,7 @@ from llmpq.costs.recalibrate import (
     total_error,
 )
 from llmpq.model_lookup import spec_from_config
-from llmpq.plan import Plan, Predicted, PredictedStage, load_plan
+from llmpq.plan_data import Plan, Predicted, PredictedStage, load_plan
 from llmpq.profile_data import Profile, ProfiledDevice, ProfileRow, load_profiles
 from llmpq.report import MeasuredTime, Report, StageReport
 from llmpq.runtime.stopwatch import MAX_KINDS, TIME_COLUMNS, Stopwatch, measured_times

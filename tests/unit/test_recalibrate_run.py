@@ -9,7 +9,7 @@ from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import load_config
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.prompts.request import Request
 from llmpq.report import StageReport
 from llmpq.runtime.engine import Engine

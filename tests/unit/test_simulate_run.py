@@ -18,7 +18,7 @@ from llmpq.errors import UserError
 from llmpq.job import Item, Job, LaneShape, Member
 from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
 from llmpq.model_spec import ASSETS, ModelSpec
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.planner.bubbles import by_cause, describe, find_bubbles, remedy, server_names
 from llmpq.planner.evaluate import actor_works, evaluate, to_plan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting, Work
