@@ -19,13 +19,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llmpq import __version__
 from llmpq.artifact import cache_folder, parse_json, show_value, write_text
 from llmpq.config_keys import ConfigKeys
 from llmpq.errors import UserError
 from llmpq.families import family_for, has_sizes, llama_sizes
 from llmpq.model_known import is_known, num_experts, odd_number, with_floats
 from llmpq.model_spec import ASSETS, Linear, ModelSpec
+from llmpq.version import __version__
 
 DEFAULT_MODEL = "tiny-tales"  # ships inside the package
 JUDGE_LIMIT_S = 300.0
@@ -48,6 +48,18 @@ def load_model_spec(model: str) -> ModelSpec:
             return spec
     refuse_plainly(config, str(path))
     return _judged(config, path).model_copy(update={"name": model})
+
+
+def check_model(folder: Path, planned: ModelSpec, whose: str) -> None:
+    """Raises `UserError` where the model in a folder is not the one of `whose` plan."""
+    spec = load_model_spec(str(folder))
+    if (spec.num_layers, spec.model_key) != (planned.num_layers, planned.model_key):
+        raise UserError(
+            f"{folder}: has {spec.num_layers} layers, {whose} is for "
+            f"{planned.num_layers} ({spec.model_key} against {planned.model_key})"
+        )
+    if spec.linears != planned.linears:
+        raise UserError(f"{folder}: has other linear layers than the model of {whose}")
 
 
 def read_config(path: Path) -> dict[str, Any]:

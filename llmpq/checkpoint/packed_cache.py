@@ -35,13 +35,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from llmpq import __version__
 from llmpq.errors import UserError, one_line
 from llmpq.models.stage_model import RawTensor
 from llmpq.others_files import OWN, OWN_FILE, refuse_others_files
 from llmpq.precision import group_size
 from llmpq.quant import QuantizedLinear
 from llmpq.quant.base import Shapes
+from llmpq.version import __version__
 from llmpq.whole_file import create
 
 FORMAT = 2  # of the files; another one finds none of the old

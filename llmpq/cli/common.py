@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from llmpq import __version__
 from llmpq.artifact import show_value, write_text
 from llmpq.errors import LlmpqError, UserError
 from llmpq.plain import plain
+from llmpq.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console

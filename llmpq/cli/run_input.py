@@ -1,22 +1,18 @@
 """What `llmpq-run` reads and checks before weights are loaded."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpq.cli.loading import open_cache
 from llmpq.cli.paths import Named, check_files, model_files
 from llmpq.cli.run_options import RunOptions
-from llmpq.errors import UserError
-from llmpq.model_lookup import load_model_spec
-from llmpq.plan_data import Plan, reserve_of
-from llmpq.workload import planned_lengths
+from llmpq.model_lookup import check_model
+from llmpq.plan_data import Plan
 
 if TYPE_CHECKING:
     from llmpq.checkpoint.checkpoint import Checkpoint
     from llmpq.checkpoint.packed_cache import PackedCache
     from llmpq.checkpoint.roundings import Roundings
-    from llmpq.prompts.prompt_rules import Limits
     from llmpq.prompts.prompts import PromptFile
 
 
@@ -45,10 +41,11 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     from llmpq.models.stage_model import load_config
     from llmpq.prompts.prompts import check_prompts
     from llmpq.prompts.tokenizer import end_tokens, load_tokenizer
+    from llmpq.runtime.limits import limits_of
 
     folder = model_folder(options.model or plan.model.name)
     config = load_config(folder)
-    _check_model(plan, options.plan, folder)
+    check_model(folder, plan.model, f"the plan {options.plan}")
     weights = Checkpoint(folder)
     notes = check_checkpoint(config, weights)
     roundings = load_roundings(plan.quantizer, options.moments, options.plan)
@@ -59,40 +56,13 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     _check_files(plan, options)
     tokenizer = load_tokenizer(folder)
     prompts = check_prompts(
-        options.prompts, tokenizer, _limits(plan, options, config), options.chat
+        options.prompts, tokenizer, limits_of(plan, config, options.too_long), options.chat
     )
     prepared = Prepared(config, weights, tokenizer, prompts, eos_ids, roundings, cache, notes)
     if options.check_quality:
         most, positions = options.check_windows, plan.model.max_positions
         prepared.windows = check_windows(options.check_text, tokenizer, positions, most)
     return prepared
-
-
-def _check_model(plan: Plan, path: Path, folder: Path) -> None:
-    """Raises `UserError` where the plan in the file `path` is for another model."""
-    spec = load_model_spec(str(folder))
-    if (spec.num_layers, spec.model_key) != (plan.model.num_layers, plan.model.model_key):
-        raise UserError(
-            f"{folder}: has {spec.num_layers} layers, the plan {path} is for "
-            f"{plan.model.num_layers} ({spec.model_key} against {plan.model.model_key})"
-        )
-    if spec.linears != plan.model.linears:
-        raise UserError(f"{folder}: has other linear layers than the model of the plan {path}")
-
-
-def _limits(plan: Plan, options: RunOptions, config: Any) -> "Limits":
-    """What a request may ask for: of the model, and of the cache that the plan reserves."""
-    from llmpq.models.rope import switches_at
-    from llmpq.prompts.prompt_rules import Limits
-
-    return Limits(
-        new_tokens=max(new for _, new in planned_lengths(plan.workload)),
-        max_positions=plan.model.max_positions,
-        vocab_size=plan.model.vocab_size,
-        cache_tokens=reserve_of(plan).tokens,
-        too_long=options.too_long,
-        switches_at=switches_at(config),
-    )
 
 
 def output_files(plan: Plan, options: RunOptions) -> list[Named]:

@@ -2,9 +2,9 @@
 
 Nouns <- costs <- planner <- cli, and nouns <- quant <- models <- checkpoint <- runtime <-
 evaluation <- profiler <- cli; the runtime stands on `prompts` and `reliability` too. The two
-branches meet only in `cli` and through files, so that planning needs no torch and the runtime
-needs no planner. Imports inside functions count too; a third-party library that is marked lazy
-may be imported there and nowhere else.
+branches meet only in `cli`, in `library` and through files, so that planning needs no torch and
+the runtime needs no planner. Imports inside functions count too; a third-party library that is
+marked lazy may be imported there and nowhere else.
 
 `python tests/unit/test_layering.py` prints the cake with the modules it holds.
 """
@@ -37,7 +37,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 NOUNS = _names(
-    "llmpq errors precision artifact config_keys families model_known model_spec model_lookup "
+    "version errors precision artifact config_keys families model_known model_spec model_lookup "
     "workload devices cluster profile_data plan_data plan_diff report link_data quantizer job "
     "schedule machine workspace kernel kernel_table serving device_names placement seats launch "
     "plain whole_file others_files"
@@ -95,6 +95,12 @@ CAKE = [
     ),
     Part(
         "7",
+        "library",
+        _names("nouns costs planner models checkpoint prompts runtime"),
+        lazy=_names("torch"),
+    ),
+    Part(
+        "8",
         "cli",
         _names(
             "nouns costs planner models quant checkpoint prompts reliability runtime evaluation "
@@ -103,7 +109,8 @@ CAKE = [
         _names(PLAIN + "click rich numpy"),
         _names(TORCH + KERNELS + "pandas scipy matplotlib compressed_tensors vllm"),
     ),
-    Part("7", "run", _names("cli")),
+    Part("8", "run", _names("cli")),
+    Part("9", "llmpq", _names("nouns library")),  # what `import llmpq` offers
 ]
 PARTS = {part.name: part for part in CAKE}
 # Modules that may import a little more than the rest of their part.
@@ -142,7 +149,9 @@ def _module_name(path: Path) -> str:
 def part_of(module: str) -> str | None:
     """The slice that a module of llmpq lies in."""
     names = module.split(".")
-    if len(names) == 1 or (len(names) == 2 and names[1] in NOUNS):
+    if len(names) == 1:
+        return "llmpq"
+    if len(names) == 2 and names[1] in NOUNS:
         return "nouns"
     return "run" if module == "llmpq.__main__" else names[1] if names[1] in PARTS else None
 
@@ -207,7 +216,7 @@ def _why_forbidden(name: str, part: Part, item: Import) -> str | None:
 
 def _why_forbidden_inside(name: str, part: Part, target: str) -> str | None:
     other = part_of(target)
-    if target == "llmpq" or other == part.name:
+    if other == part.name:
         return None
     if other is None or other not in part.parts:
         return f"{part.name} (level {part.level}) may not import {target}"
