@@ -131,7 +131,8 @@ def package_graph() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for name, path in known.items():
         own = layers.part_of(name) or name
-        targets = {layers.part_of(i.module) for i in layers.imports(name, path, known)}
+        inside = (i.module for i in layers.imports(name, path, known) if i.module in known)
+        targets = {layers.part_of(module) for module in inside}
         graph.setdefault(own, set()).update(t for t in targets if t and t != own)
     return graph
 

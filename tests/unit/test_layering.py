@@ -150,7 +150,7 @@ def part_of(module: str) -> str | None:
     """The slice that a module of llmpq lies in."""
     names = module.split(".")
     if len(names) == 1:
-        return "llmpq"
+        return "llmpq" if module == "llmpq" else None
     if len(names) == 2 and names[1] in NOUNS:
         return "nouns"
     return "run" if module == "llmpq.__main__" else names[1] if names[1] in PARTS else None

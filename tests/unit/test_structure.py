@@ -29,6 +29,11 @@ def test_the_longest_chain_of_imports():
     assert structure.longest_chain(graph) == ["cli", "planner", "costs", "nouns"]
 
 
+def test_layers_of_the_package_stand_on_the_nouns():
+    chain = structure.longest_chain(structure.package_graph())
+    assert chain[-1] == "nouns" and {"cli", "runtime"} < set(chain)
+
+
 def test_options_of_subcommands_count_too():
     inner = click.Command("inner", params=[click.Option(["--one"]), click.Argument(["file"])])
     group = click.Group("group", {"inner": inner}, params=[click.Option(["--two"])])
