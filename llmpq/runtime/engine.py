@@ -24,7 +24,7 @@ from llmpq.runtime.agreed import agree_on_draws
 from llmpq.runtime.checkpoint import Weights
 from llmpq.runtime.evaluate import TOKENS_AT_ONCE, Loss
 from llmpq.runtime.jobs import headers_for
-from llmpq.runtime.kernels import OnCompiled, prepare_kernels
+from llmpq.runtime.kernels import OnCompiled, planned_rows, prepare_kernels, prepare_rows
 from llmpq.runtime.leader import Ends, Leader, Status, never
 from llmpq.runtime.loader import load_stage
 from llmpq.runtime.packed_cache import NO_CACHE, WeightCache
@@ -76,6 +76,7 @@ class Engine:
             stage = self._load(config, weights, dtype, device, roundings, packed, group)
         most_rows = max(plan.prefill_micro_batch * self.reserve.chunk_tokens, self.reserve.rows)
         self.kernel_notes = prepare_kernels(stage, most_rows, batch_invariant, on_compiled)
+        prepare_rows(stage, *planned_rows(plan))
         micro_batches = plan.prefill_micro_batch, plan.decode_micro_batch
         self.worker = Worker(
             stage=stage,
