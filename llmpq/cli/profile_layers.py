@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmpq.artifact import Provenance, read_json, write_json
-from llmpq.cli.common import Command, FiniteRange, common_options, console, emit
+from llmpq.cli.common import (
+    Command,
+    FiniteRange,
+    bound_kernel_caches,
+    common_options,
+    console,
+    emit,
+)
 from llmpq.cli.paths import check_files, model_files
 from llmpq.cli.profile_devices import cpu_memory_gib, cpu_name, type_of_card
 from llmpq.cli.profile_options import Integers, PrecisionNames
@@ -82,6 +89,7 @@ class Target:
 @common_options
 def layers(**flags: Any) -> None:
     """Time layers in both phases at every precision; embedding and head apart."""
+    bound_kernel_caches()
     spec = load_model_spec(flags["model"])
     out = console(flags["quiet"])
     targets = _targets(flags, out)

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmpq.cli.common import ARGUMENTS, Command, FiniteRange, common_options, console
+from llmpq.cli.common import (
+    ARGUMENTS,
+    Command,
+    FiniteRange,
+    bound_kernel_caches,
+    common_options,
+    console,
+)
 from llmpq.cli.replan import ReplanOptions, run_and_replan, survey, worker_names
 from llmpq.cli.run_options import DTYPE_NAMES, FORMATS, TOO_LONG, RunOptions
 from llmpq.errors import FailedRequests, InfeasibleError, UserError, WorkerError
@@ -16,10 +23,6 @@ from llmpq.plan_data import Plan, load_plan, refuse_shared_stages
 if TYPE_CHECKING:
     from llmpq.runtime.process import Role
 
-# On CPUs torch keeps kernels by shape, 1024 in each of two caches: over hours of unequal lengths
-# that is more than a hundred MiB.
-KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-KERNELS_KEPT = "16"
 END_S = 10.0  # at most until other workers have ended, which torchrun would end where one failed
 
 
@@ -151,8 +154,7 @@ def main(**flags: Any) -> None:
 
 
 def _run(flags: dict[str, Any]) -> None:
-    for name in KERNEL_CACHES:  # read when torch first computes
-        os.environ.setdefault(name, KERNELS_KEPT)
+    bound_kernel_caches()
     replanning = ReplanOptions.taken_from(flags)
     options = RunOptions(**flags)
     _check(options, replanning)

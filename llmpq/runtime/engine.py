@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llmpq.checkpoint.checkpoint import Weights
-from llmpq.checkpoint.kernels import OnCompiled, prepare_kernels
+from llmpq.checkpoint.kernels import OnCompiled, planned_rows, prepare_kernels, prepare_rows
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.packed_cache import NO_CACHE, WeightCache
 from llmpq.checkpoint.roundings import NEAREST, Roundings
@@ -76,6 +76,7 @@ class Engine:
             stage = self._load(config, weights, dtype, device, roundings, packed, group)
         most_rows = max(plan.prefill_micro_batch * self.reserve.chunk_tokens, self.reserve.rows)
         self.kernel_notes = prepare_kernels(stage, most_rows, batch_invariant, on_compiled)
+        prepare_rows(stage, *planned_rows(plan))
         micro_batches = plan.prefill_micro_batch, plan.decode_micro_batch
         self.worker = Worker(
             stage=stage,
