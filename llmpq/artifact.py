@@ -25,8 +25,8 @@ from typing import Any, Final, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llmpq import __version__
 from llmpq.errors import UserError, one_line
+from llmpq.version import __version__
 from llmpq.whole_file import whole_file
 
 SCHEMA_VERSION: Final = 1

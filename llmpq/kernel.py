@@ -48,6 +48,11 @@ CPU_LAYER_S = 200e-6
 # on two cores of an AMD EPYC, whatever the shape (both 2026-11-27). What a network adds is apart.
 STAGE_CALL_S = 0.9e-3
 CPU_STAGE_CALL_S = 0.7e-3
+# Kernels that torch keeps on a CPU in each of two caches, by shape; 1024 if nobody says otherwise,
+# of 0.65 MiB each on a Xeon of 2023. One that was dropped is compiled again, which takes 0.5 ms:
+# more than a small product. A stage has one for each shape of matrix (four in a layer of Llama's)
+# and number of rows, and the jobs of one size come between those of others.
+KERNELS_KEPT = 256
 
 # ---- what CUDA graphs take
 

@@ -9,7 +9,7 @@ results written on that machine. The plan and the model must be on every machine
 import shlex
 from collections.abc import Sequence
 
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.seats import parts_of
 
 PORT = 29500  # torchrun's own default

@@ -5,8 +5,8 @@ values; and for every layer the devices that hold it and its precision. Values t
 a `Change`; neighbouring layers that change alike become one `LayerRange`, so that every changed
 layer lies in exactly one range.
 Equal devices of a node are interchangeable: they are numbered in the order of a plan's stages, and
-a layer has moved where its numbered device is another one. What `llmpq.plan.diff` does not compare:
-provenance, the baselines and the time that planning took.
+a layer has moved where its numbered device is another one. What `llmpq.plan_data.diff` does not
+compare: provenance, the baselines and the time that planning took.
 """
 
 from collections.abc import Mapping, Sequence

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict
-from llmpq.plan import Plan, Predicted
+from llmpq.plan_data import Plan, Predicted
 
 SECONDS_PER_HOUR = 3600
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llmpq.cluster import Cluster, device_gib
 from llmpq.placement import FoundCard, PlannedDevice, Refusal, match_cards, matching, visible_line
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 
 Seat = tuple[int, int | None]  # a worker of the plan, and CUDA's number of its card
 

@@ -1,7 +1,7 @@
 """A file that is there whole or not at all: written beside its place, then moved into it.
 
 A new file's mode follows the umask, as with any program; one that is replaced keeps its mode.
-Not covered: that the bytes outlive a crash of the machine (`runtime.append_file` sees to that).
+Not covered: that the bytes outlive a crash of the machine (`reliability.append_file` sees to that).
 """
 
 import os

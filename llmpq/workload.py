@@ -2,7 +2,7 @@
 
 Lengths are a number, a range (`{min, max}`, spread evenly), a column of a trace file or a list.
 `lanes` and `chunk_tokens` are what a plan decides where nobody chose otherwise; a run keeps to what
-its plan says (`llmpq.plan.reserve_of`).
+its plan says (`llmpq.plan_data.reserve_of`).
 """
 
 import gzip
@@ -19,7 +19,7 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from llmpq.artifact import Strict, read_yaml, show_value, text_encoding
 from llmpq.errors import UserError, one_line
-from llmpq.schedule import LaneShape, cache_tokens
+from llmpq.job import LaneShape, cache_tokens
 
 MAX_LENGTH = 10**9  # tokens of a request; more is another column
 MAX_BATCH = 100_000  # requests in flight; more is a mistake

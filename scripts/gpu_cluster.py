@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from llmpq.cluster import MIB
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 from llmpq.models.stage_model import load_config
 
 if TYPE_CHECKING:

@@ -1,10 +1,10 @@
 """Which of transformers' causal language models llmpq serves: docs/models.md, made anew.
 
 Every class that transformers has for causal language models gets a small configuration, which is
-judged as `llmpq-plan` and `llmpq-run` judge it (`llmpq.runtime.judge`). Whatever is not refused is
-then tried (`llmpq.runtime.verify`): one stage, two stages and stages of one layer, batched and
-single prompts, in fp32. A class is "exact", or refused with a reason; anything else is a fault of
-llmpq, and the exit code is 1.
+judged as `llmpq-plan` and `llmpq-run` judge it (`llmpq.evaluation.judge`). Whatever is not refused
+is then tried (`llmpq.evaluation.verify`): one stage, two stages and stages of one layer, batched
+and single prompts, in fp32. A class is "exact", or refused with a reason; anything else is a fault
+of llmpq, and the exit code is 1.
 
     python scripts/models.py [MODEL_TYPE ...] [--output docs/models.md]
 
@@ -27,10 +27,11 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 from llmpq.errors import UserError
-from llmpq.model_spec import FAMILIES, load_model_spec, refuse_plainly
+from llmpq.evaluation.judge import judge
+from llmpq.evaluation.verify import verify
+from llmpq.families import has_sizes
+from llmpq.model_lookup import load_model_spec, refuse_plainly
 from llmpq.models.stage_model import load_config
-from llmpq.runtime.judge import judge
-from llmpq.runtime.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 # Under the names that most families have; each takes the ones that it knows.
@@ -93,7 +94,7 @@ def tried(model_type: str, class_name: str) -> Result:
 
 def _serve(path: Path, model_type: str) -> None:
     refuse_plainly(json.loads(path.read_text()), str(path))
-    if model_type in FAMILIES:
+    if has_sizes(model_type):
         load_model_spec(str(path))
     else:
         judge(path)

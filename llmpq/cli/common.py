@@ -6,6 +6,7 @@ Human output goes to standard error, so that `--json -` can own standard output.
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,17 +16,28 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from llmpq import __version__
 from llmpq.artifact import show_value, write_text
 from llmpq.errors import LlmpqError, UserError
+from llmpq.kernel import KERNELS_KEPT
 from llmpq.plain import plain
+from llmpq.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 ARGUMENTS = "llmpq.arguments"  # in a context's meta: the words of the command line
 RUN_EXTRA = ("torch", "transformers", "safetensors", "tokenizers")
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def bound_kernel_caches() -> None:
+    """Bounds the memory of torch's kernels on a CPU, in what measures layers as in what runs them.
+
+    Must be called before torch first computes. The user's own settings stay.
+    """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
 class FiniteRange(click.FloatRange):

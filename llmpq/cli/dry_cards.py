@@ -4,7 +4,7 @@ import socket
 
 from llmpq.cli.run_options import RunOptions
 from llmpq.placement import FoundCard, PlannedDevice, Refusal, match_cards, visible_line
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.seats import parts_of, planned_devices
 
 

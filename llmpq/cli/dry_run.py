@@ -25,7 +25,7 @@ from llmpq.costs.latency import machine_of
 from llmpq.costs.memory import StageMemory, run_sizes, stage_memory
 from llmpq.errors import UserError
 from llmpq.launch import launch_lines
-from llmpq.plan import Plan, Predicted
+from llmpq.plan_data import Plan, Predicted
 from llmpq.workload import planned_lengths
 
 if TYPE_CHECKING:
@@ -191,9 +191,9 @@ def _stage(plan: Plan, rank: int, files: Files) -> StagePreview:
 
 def _files(plan: Plan, rank: int, options: RunOptions, prepared: "Prepared") -> Files:
     """What the devices of a stage read. Raises `UserError` where a tensor is not as it must be."""
+    from llmpq.checkpoint.loader import empty_stage
     from llmpq.models.sharding import Shard
     from llmpq.models.stage_model import LayerRange
-    from llmpq.runtime.loader import empty_stage
 
     stage = plan.stages[rank]
     device, dtype = _device(plan, rank, options)
@@ -239,8 +239,8 @@ def _sum(parts: Sequence[Files]) -> Files:
 
 def _files_of(stage: "StageModel", prepared: "Prepared") -> Files:
     """What one device reads."""
-    from llmpq.runtime.loader import raw_tensors
-    from llmpq.runtime.packed_cache import packs
+    from llmpq.checkpoint.loader import raw_tensors
+    from llmpq.checkpoint.packed_cache import packs
 
     found, cache = [], prepared.cache
     for raw, name in raw_tensors(stage, prepared.weights):

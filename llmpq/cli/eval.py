@@ -18,14 +18,15 @@ from llmpq.cli.profile_options import PrecisionNames
 from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
 from llmpq.errors import UserError, WorkerError
-from llmpq.model_spec import ASSETS, DEFAULT_MODEL, load_model_spec
-from llmpq.plan import Plan, load_plan, refuse_shared_stages
+from llmpq.evaluation.texts import DATASETS, named_text
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ASSETS
+from llmpq.plan_data import Plan, load_plan, refuse_shared_stages
 from llmpq.quantizer import Quantizer
-from llmpq.runtime.texts import DATASETS, named_text
 
 if TYPE_CHECKING:
     from llmpq.cli.eval_ways import Model, Subject, Task
-    from llmpq.runtime.harness import TaskScore
+    from llmpq.evaluation.harness import TaskScore
     from llmpq.runtime.process import Role
 
 TASK_OPTIONS = {"task_data": "--task-data", "limit": "--limit", "num_fewshot": "--num-fewshot"}
@@ -175,7 +176,7 @@ def _warn(model: "Model", subjects: "list[Subject]", quiet: bool) -> None:
 
 def _start(flags: dict[str, Any], plans: list[tuple[Path, Plan]]) -> None:
     """Checks all input, then starts a process a stage."""
-    from llmpq.runtime.ending import AGAIN
+    from llmpq.reliability.ending import AGAIN
     from llmpq.runtime.process import Role, start_workers
 
     _check_processes(plans)
@@ -207,8 +208,8 @@ def _check_processes(plans: list[tuple[Path, Plan]], size: int | None = None) ->
 
 def _work(flags: dict[str, Any], plans: list[tuple[Path, Plan]], role: "Role") -> None:
     """One worker among several; the first of a machine says what went wrong."""
-    from llmpq.runtime.ending import AGAIN, SUPERVISED
-    from llmpq.runtime.monitor import Monitor
+    from llmpq.reliability.ending import AGAIN, SUPERVISED
+    from llmpq.reliability.monitor import Monitor
     from llmpq.runtime.process import check_meeting_point, disconnect, end_with_parent
 
     end_with_parent()
@@ -257,13 +258,13 @@ def _load(
     flags: dict[str, Any], plans: list[tuple[Path, Plan]], role: "Role"
 ) -> "tuple[Model, list[Subject]]":
     """The model, and what of it is evaluated."""
+    from llmpq.checkpoint.checkpoint import Checkpoint
+    from llmpq.checkpoint.inventory import check_checkpoint
+    from llmpq.checkpoint.loader import model_folder
     from llmpq.cli.eval_ways import Model
     from llmpq.models.stage_model import load_config
-    from llmpq.runtime.checkpoint import Checkpoint
-    from llmpq.runtime.inventory import check_checkpoint
-    from llmpq.runtime.loader import model_folder
+    from llmpq.prompts.tokenizer import load_tokenizer
     from llmpq.runtime.process import choose_device, choose_dtype
-    from llmpq.runtime.tokenizer import load_tokenizer
 
     name = _one_model(flags, [plan for _, plan in plans])
     spec, folder = load_model_spec(name), model_folder(name)
@@ -330,7 +331,7 @@ def _texts(flags: dict[str, Any]) -> list[tuple[str, Path | None]]:
 
 def _windows(flags: dict[str, Any], model: "Model") -> dict[str, Any]:
     """label -> `[n, W]` token ids of every text."""
-    from llmpq.runtime.evaluate import text_windows, window_tokens, windows_of
+    from llmpq.evaluation.evaluate import text_windows, window_tokens, windows_of
 
     window, most = window_tokens(flags["window"], model.max_positions), flags["max_windows"]
     windows = {}
@@ -347,7 +348,7 @@ def _tasks(flags: dict[str, Any], until_the_end: ExitStack) -> "Task | None":
     if not flags["tasks"]:
         return None
     from llmpq.cli.eval_ways import Task
-    from llmpq.runtime.tasks import load_tasks
+    from llmpq.evaluation.tasks import load_tasks
 
     console(flags["quiet"]).print("reading lm-eval's list of tasks")
     scratch = Path(until_the_end.enter_context(TemporaryDirectory(prefix="llmpq-")))

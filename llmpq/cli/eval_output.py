@@ -11,7 +11,7 @@ from llmpq.errors import FailedRequests
 
 if TYPE_CHECKING:
     from llmpq.cli.eval_ways import Model, Row, Subject
-    from llmpq.runtime.harness import TaskScore
+    from llmpq.evaluation.harness import TaskScore
 
 WHY = (
     "the loss is no finite number: activations became NaN or infinite; in float16 they may "
@@ -30,7 +30,7 @@ def show(
 
     JSON has null in the place of such a number, and "error" says why.
     """
-    from llmpq.runtime.evaluate import window_tokens
+    from llmpq.evaluation.evaluate import window_tokens
 
     data = {
         "schema_version": 1,

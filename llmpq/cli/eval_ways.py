@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.roundings import Roundings, load_roundings
+from llmpq.evaluation.evaluate import Loss, evaluate, load_stages
+from llmpq.evaluation.harness import Scorer, TaskScore, harness_model, run_tasks
+from llmpq.evaluation.pipeline_loss import PipelineLoss
+from llmpq.evaluation.streaming import stream
 from llmpq.quantizer import Quantizer
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.evaluate import Loss, evaluate, load_stages, weights_hash
-from llmpq.runtime.harness import Scorer, TaskScore, harness_model, run_tasks
-from llmpq.runtime.pipeline_loss import PipelineLoss, gather_hashes
-from llmpq.runtime.roundings import Roundings, load_roundings
-from llmpq.runtime.streaming import stream
 from llmpq.runtime.transport import Transport
+from llmpq.runtime.weights_hash import gather_hashes, weights_hash
 
 Said = Callable[[int, str], None]  # how much is done, and of what
 

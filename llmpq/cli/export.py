@@ -2,9 +2,9 @@
 
 import click
 
-from llmpq import __version__
 from llmpq.cli.common import Command
 from llmpq.errors import UserError
+from llmpq.version import __version__
 
 
 @click.command(cls=Command, context_settings={"ignore_unknown_options": True})

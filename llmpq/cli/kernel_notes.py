@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llmpq.cli.common import console
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.precision import PRECISIONS
 from llmpq.serving import Service, serving
 

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING
 from llmpq.cli.common import console
 from llmpq.cli.progress import Progress, progress
 from llmpq.cli.run_options import RunOptions
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from llmpq.checkpoint.checkpoint import Checkpoint
+    from llmpq.checkpoint.packed_cache import PackedCache, WeightCache
     from llmpq.models.sharding import ShardGroup
     from llmpq.models.stage_model import RawTensor
-    from llmpq.runtime.checkpoint import Checkpoint
-    from llmpq.runtime.packed_cache import PackedCache, WeightCache
 
 COMPILING_EVERY_S = 2.0
 
 
 def open_cache(plan: Plan, options: RunOptions, weights: "Checkpoint") -> "PackedCache | None":
     """The packed weights of --cache-dir; None without it. Raises `UserError` where it is no use."""
-    from llmpq.runtime.packed_cache import PackedCache
-    from llmpq.runtime.roundings import rounding_key
+    from llmpq.checkpoint.packed_cache import PackedCache
+    from llmpq.checkpoint.roundings import rounding_key
 
     if options.cache_dir is None:
         return None
@@ -55,7 +55,7 @@ def shown_loading(
 
     Of workers that share the stage only the first one does.
     """
-    from llmpq.runtime.packed_cache import NO_CACHE
+    from llmpq.checkpoint.packed_cache import NO_CACHE
 
     stage, alone = plan.stages[rank], len(plan.stages) == 1
     quiet = options.quiet or (shares is not None and shares.rank > 0)

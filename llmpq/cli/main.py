@@ -4,8 +4,8 @@ import importlib
 
 import click
 
-from llmpq import __version__
 from llmpq.cli.common import PlainErrors
+from llmpq.version import __version__
 
 COMMANDS = {
     "profile": "Measure layers and what precisions cost in quality.",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmpq.cli.progress import Progress as ProgressBar
-    from llmpq.plan import Plan
+    from llmpq.plan_data import Plan
     from llmpq.planner.planning import Options
     from llmpq.planner.problem import Problem
     from llmpq.planner.search import Progress

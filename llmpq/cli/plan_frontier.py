@@ -14,7 +14,7 @@ from llmpq.plain import plain
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmpq.plan import Baseline, Plan
+    from llmpq.plan_data import Baseline, Plan
     from llmpq.planner.frontier import Point
 
 INCHES, DOTS_PER_INCH = (7.0, 4.5), 150

@@ -25,7 +25,7 @@ from llmpq.errors import InfeasibleError, UserError
 
 if TYPE_CHECKING:
     from llmpq.cli.progress import Progress as ProgressBar
-    from llmpq.plan import Plan
+    from llmpq.plan_data import Plan
     from llmpq.planner.frontier import Point
     from llmpq.planner.problem import Problem
 
@@ -174,36 +174,25 @@ def evaluate_plan(arguments: Arguments, path: Path, trace: Path | None = None) -
 
     With a `trace` to write, or verbose, its run is simulated too.
     """
-    from llmpq.plan import load_plan
-    from llmpq.planner.accuracy import with_accuracy
-    from llmpq.planner.evaluate import evaluate, shortages, to_assignment
+    from llmpq.plan_data import load_plan
+    from llmpq.planner.evaluate import shortages, to_assignment
     from llmpq.planner.planning import Planned
-    from llmpq.planner.simulated import with_run
+    from llmpq.planner.price import misfits, price, with_planning_s
     from llmpq.planner.what_if import WhatIf
 
     start = time.monotonic()
     filed = load_plan(path)
     problem, _, notes = make_problem(arguments, read_inputs(arguments, filed), filed)
-    _check_evaluable(problem, filed, path)
-    plan = _in_flight(filed, problem.workload.num_requests)
-    assignment = to_assignment(plan, problem.cluster)
-    predicted = with_run(problem, assignment, evaluate(problem, assignment))
-    predicted = with_accuracy(problem, assignment, predicted)
-    predicted = predicted.model_copy(update={"planning_s": time.monotonic() - start})
-    priced = plan.model_copy(
-        update={
-            "predicted": predicted,
-            "baselines": [],
-            "cluster": problem.cluster,
-            "workload": problem.workload,
-        }
-    )
+    if faults := misfits(problem, filed):
+        raise UserError("\n".join(f"{path}: {fault}" for fault in faults))
+    priced = price(problem, filed)
+    priced = with_planning_s(priced, time.monotonic() - start)
     report(console(arguments.quiet), arguments, problem, Planned(priced), notes, WhatIf())
     if trace is not None or arguments.verbose:
         write_with_run(arguments, problem, priced, trace, filed)
     else:
         write_plan(arguments, priced)
-    _raise_shortages(plan, shortages(problem, assignment))
+    _raise_shortages(priced, shortages(problem, to_assignment(priced, problem.cluster)))
 
 
 def write_with_run(
@@ -223,46 +212,6 @@ def write_with_run(
     simulated = show_run(arguments, problem, plan, trace, filed or plan)
     values = plan.model_dump(mode="json") | {"simulated": simulated}
     emit(json.dumps(values, indent=1), arguments.json_path)
-
-
-def _in_flight(plan: "Plan", num_requests: int) -> "Plan":
-    """No more requests are in flight than there are; chunk and lanes are those of a run.
-
-    They are written out, as the plan may go on with another workload than that which says them.
-    """
-    from llmpq.plan import lanes_of, reserve_of
-
-    names = ("batch", "prefill_micro_batch", "decode_micro_batch")
-    sizes = {name: min(getattr(plan, name), num_requests) for name in names}
-    kept = plan.lanes if sizes["batch"] == plan.batch else None
-    fewer = plan.model_copy(update={**sizes, "lanes": kept})
-    reserve = reserve_of(fewer)
-    decided = {"chunk_tokens": reserve.chunk_tokens, "lanes": kept or lanes_of(reserve.lanes)}
-    return fewer.model_copy(update=decided)
-
-
-def _check_evaluable(problem: "Problem", plan: "Plan", path: Path) -> None:
-    faults = []
-    if problem.spec.num_layers != plan.model.num_layers:
-        layers = f"{plan.model.num_layers} layers, {problem.spec.name} {problem.spec.num_layers}"
-        faults.append(f"{path}: the plan has {layers}")
-    free = [(device.node, device.type) for device in problem.cluster.devices()]
-    for stage in plan.stages:
-        device, taken = stage.devices[0], [(stage.node, name) for name in stage.devices]
-        if any(free.count(place) < taken.count(place) for place in taken):
-            there = ", ".join(dict.fromkeys(node for node, _ in free)) or "none left"
-            faults.append(
-                f"{path}: stage {stage.rank} wants {len(taken)} {device} on node '{stage.node}', "
-                f"which the cluster has not (any more); nodes with free devices: {there}"
-            )
-            continue
-        for place in taken:
-            free.remove(place)
-        missing = set(stage.precisions) - set(problem.times[device].precisions)
-        if missing:
-            faults.append(f"{path}: no times of {device} at {', '.join(sorted(missing))} bits")
-    if faults:
-        raise UserError("\n".join(faults))
 
 
 def _raise_shortages(plan: "Plan", short: dict[int, int]) -> None:

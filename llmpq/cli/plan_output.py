@@ -13,7 +13,7 @@ from llmpq.cli.plan_inputs import Arguments, max_loss
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmpq.plan import Plan
+    from llmpq.plan_data import Plan
     from llmpq.planner.planning import Planned
     from llmpq.planner.problem import Problem
     from llmpq.planner.what_if import WhatIf

@@ -21,7 +21,7 @@ from llmpq.errors import UserError
 
 if TYPE_CHECKING:
     from llmpq.costs.simulate import Played
-    from llmpq.plan import Plan
+    from llmpq.plan_data import Plan
     from llmpq.planner.bubbles import Bubble
     from llmpq.planner.problem import Assignment, Problem
 

@@ -2,13 +2,13 @@
 
 import click
 
-from llmpq import __version__
 from llmpq.cli.common import PlainErrors
 from llmpq.cli.profile_devices import devices
 from llmpq.cli.profile_layers import layers
 from llmpq.cli.profile_links import links
 from llmpq.cli.profile_recalibrate import recalibrate
 from llmpq.cli.profile_sensitivity import sensitivity
+from llmpq.version import __version__
 
 
 class DefaultGroup(PlainErrors, click.Group):

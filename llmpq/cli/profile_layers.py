@@ -13,14 +13,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmpq.artifact import Provenance, read_json, write_json
-from llmpq.cli.common import Command, FiniteRange, common_options, console, emit
+from llmpq.cli.common import (
+    Command,
+    FiniteRange,
+    bound_kernel_caches,
+    common_options,
+    console,
+    emit,
+)
 from llmpq.cli.paths import check_files, model_files
 from llmpq.cli.profile_devices import cpu_memory_gib, cpu_name, type_of_card
 from llmpq.cli.profile_options import Integers, PrecisionNames
 from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
 from llmpq.errors import UserError
-from llmpq.model_spec import DEFAULT_MODEL, ModelSpec, load_model_spec
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Profile, ProfiledDevice, ProfileRow
 from llmpq.serving import switch_rows
 
@@ -81,6 +89,7 @@ class Target:
 @common_options
 def layers(**flags: Any) -> None:
     """Time layers in both phases at every precision; embedding and head apart."""
+    bound_kernel_caches()
     spec = load_model_spec(flags["model"])
     out = console(flags["quiet"])
     targets = _targets(flags, out)
@@ -143,7 +152,7 @@ def _profiler(
     start_s: float,
 ) -> "tuple[LayerProfiler, PartialFile, Grid | Ranges]":
     from llmpq.costs.fits import worst
-    from llmpq.model_spec import config_path
+    from llmpq.model_lookup import config_path
     from llmpq.models.stage_model import load_config
     from llmpq.profiler.layers import LayerProfiler
     from llmpq.profiler.resume import Identity, PartialFile

@@ -68,7 +68,7 @@ def _check(flags: dict[str, Any]) -> None:
 
 def _start_ranks(flags: dict[str, Any]) -> None:
     """Local processes, one a rank; how they ended."""
-    from llmpq.runtime.ending import AGAIN
+    from llmpq.reliability.ending import AGAIN
     from llmpq.runtime.process import start_workers
 
     count = flags["ranks"] or _num_cards(flags["device"]) or DEFAULT_RANKS
@@ -89,8 +89,8 @@ def _num_cards(device: str) -> int:
 
 def _guarded(flags: dict[str, Any], role: "Role") -> None:
     """One rank among several; what went wrong is said once."""
-    from llmpq.runtime.ending import AGAIN, SUPERVISED
-    from llmpq.runtime.monitor import Monitor
+    from llmpq.reliability.ending import AGAIN, SUPERVISED
+    from llmpq.reliability.monitor import Monitor
     from llmpq.runtime.process import check_meeting_point, end_with_parent
 
     end_with_parent()

@@ -19,7 +19,8 @@ from llmpq.cli.progress import progress
 from llmpq.cli.run import DTYPE_NAMES
 from llmpq.cluster import MIB
 from llmpq.errors import UserError
-from llmpq.model_spec import ASSETS, DEFAULT_MODEL, load_model_spec
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ASSETS
 from llmpq.quantizer import Quantizer
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from llmpq.checkpoint.moments_file import MomentsFile
     from llmpq.profile_data import LayerSensitivity, Sensitivity
     from llmpq.profiler.effort import Effort
     from llmpq.profiler.indicators import Subject
     from llmpq.profiler.sensitivity import Inputs, Measured, Recipe
-    from llmpq.runtime.moments import MomentsFile
 
 FAST_TOKENS, EXACT_TOKENS = 4096, 8192
 MOMENT_TOKENS = 32768
@@ -117,15 +118,15 @@ class _Job:
 
 
 def _job(flags: dict[str, Any]) -> _Job:
+    from llmpq.checkpoint.checkpoint import Checkpoint
+    from llmpq.checkpoint.inventory import check_checkpoint
+    from llmpq.checkpoint.loader import model_folder
     from llmpq.models.stage_model import load_config
     from llmpq.profiler.indicators import Subject
     from llmpq.profiler.sensitivity import Recipe
+    from llmpq.prompts.tokenizer import load_tokenizer
     from llmpq.quant import available_precisions
-    from llmpq.runtime.checkpoint import Checkpoint
-    from llmpq.runtime.inventory import check_checkpoint
-    from llmpq.runtime.loader import model_folder
     from llmpq.runtime.process import Role, choose_device, choose_dtype
-    from llmpq.runtime.tokenizer import load_tokenizer
 
     if flags["moments"] is not None and not _needs_moments(flags):
         raise UserError(
@@ -158,7 +159,7 @@ def _windows(
 
     They are spread over their half: neighbours tell of one subject, and a text of many.
     """
-    from llmpq.runtime.evaluate import text_windows
+    from llmpq.evaluation.evaluate import text_windows
 
     window = flags["window"] or min(256, max_positions)
     if window > max_positions:
@@ -192,8 +193,8 @@ def _needs_inputs(flags: dict[str, Any]) -> bool:
 
 def _prepare(job: _Job, flags: dict[str, Any], folder: Path) -> "tuple[Subject, Inputs, Quantizer]":
     """What is known of the linears' inputs at 16 bits, and the subject rounded with it."""
+    from llmpq.checkpoint.roundings import load_roundings
     from llmpq.profiler.sensitivity import Inputs, gather_input_variance
-    from llmpq.runtime.roundings import load_roundings
 
     moments = variance = None
     if _needs_moments(flags):
@@ -209,7 +210,7 @@ def _prepare(job: _Job, flags: dict[str, Any], folder: Path) -> "tuple[Subject, 
 
 def _quantizer(flags: dict[str, Any], moments: Path | None) -> Quantizer:
     """With the moments' path as seen from the output's folder."""
-    from llmpq.runtime.moments import sha256_of
+    from llmpq.checkpoint.moments_file import sha256_of
 
     if moments is None:
         return Quantizer(method=flags["quantizer"])
@@ -219,8 +220,8 @@ def _quantizer(flags: dict[str, Any], moments: Path | None) -> Quantizer:
 
 def _moments(job: _Job, flags: dict[str, Any], folder: Path) -> "MomentsFile":
     """The file of second moments: what is there already if it suits, else a new one."""
+    from llmpq.checkpoint.moments_file import MomentsFile
     from llmpq.profiler.second_moments import gather_moments, most_bytes
-    from llmpq.runtime.moments import MomentsFile
 
     path, out = _moments_path(flags, folder), console(flags["quiet"])
     about = {

@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from llmpq.artifact import validate, write_json
 from llmpq.cli.common import console
-from llmpq.cli.plan_inputs import Arguments, Inputs, read_inputs
+from llmpq.cli.plan_inputs import Arguments, read_inputs
 from llmpq.cli.run_options import RunOptions
 from llmpq.cluster import Cluster
 from llmpq.errors import InfeasibleError, UserError
-from llmpq.plan import Plan, diff
+from llmpq.plan_data import Plan, diff
 from llmpq.workload import Workload, planned_lengths
 
 if TYPE_CHECKING:
     from llmpq.costs.latency import LayerTimes
     from llmpq.costs.quality import QualityModel
     from llmpq.placement import FoundCard
+    from llmpq.planner.inputs import Inputs
     from llmpq.planner.problem import Problem
 
 PLANNING_S = 30.0  # at most, for one new plan
@@ -128,7 +129,7 @@ def plan_path(options: RunOptions, number: int) -> Path:
     return options.output.with_name(f"{options.output.name}.replan-{number}.json")
 
 
-def _check_cluster(plan: Plan, inputs: Inputs, path: Path | None) -> None:
+def _check_cluster(plan: Plan, inputs: "Inputs", path: Path | None) -> None:
     """The plan's stages must lie on the cluster that is said to be there."""
     if path is not None:
         validate(plan.model_dump() | {"cluster": inputs.cluster.model_dump()}, Plan, path)
@@ -144,7 +145,7 @@ def _whole_paths(plan: Plan, options: RunOptions) -> Plan:
     return plan.model_copy(update={"quantizer": quantizer})
 
 
-def _times(inputs: Inputs, name: str) -> "LayerTimes":
+def _times(inputs: "Inputs", name: str) -> "LayerTimes":
     """The best that are there; of a rehearsed device without a profile, the spec sheet's.
 
     A CPU takes memory for it all the same.
@@ -266,7 +267,7 @@ def _why(problem: "Problem") -> InfeasibleError:
 
 def run_and_replan(plan: Plan, options: RunOptions, ground: Ground, words: Sequence[str]) -> None:
     """Runs a plan with workers of this process's own; plans and starts again after each loss."""
-    from llmpq.runtime.ending import RESUME
+    from llmpq.reliability.ending import RESUME
     from llmpq.runtime.process import LostWorkers, start_workers
 
     before, number = _state(options.output), 0
@@ -286,7 +287,7 @@ def run_and_replan(plan: Plan, options: RunOptions, ground: Ground, words: Seque
 
 def _after(loss: Any, ground: Ground, plan: Plan, options: RunOptions, number: int) -> Plan:
     """The next plan: made, written and told."""
-    from llmpq.runtime.ending import RESUME
+    from llmpq.reliability.ending import RESUME
 
     out = console(options.quiet)
     out.print(f"{loss.what}; planning for those that are left", soft_wrap=True)

@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmpq.cli.common import ARGUMENTS, Command, FiniteRange, common_options, console
+from llmpq.cli.common import (
+    ARGUMENTS,
+    Command,
+    FiniteRange,
+    bound_kernel_caches,
+    common_options,
+    console,
+)
 from llmpq.cli.replan import ReplanOptions, run_and_replan, survey, worker_names
 from llmpq.cli.run_options import DTYPE_NAMES, FORMATS, TOO_LONG, RunOptions
 from llmpq.errors import FailedRequests, InfeasibleError, UserError, WorkerError
-from llmpq.plan import Plan, load_plan, refuse_shared_stages
+from llmpq.plan_data import Plan, load_plan, refuse_shared_stages
 
 if TYPE_CHECKING:
     from llmpq.runtime.process import Role
 
-# On CPUs torch keeps kernels by shape, 1024 in each of two caches: over hours of unequal lengths
-# that is more than a hundred MiB.
-KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-KERNELS_KEPT = "16"
 END_S = 10.0  # at most until other workers have ended, which torchrun would end where one failed
 
 
@@ -141,7 +144,7 @@ def main(**flags: Any) -> None:
       5  the run finished, but some requests failed (their lines say why;
          --resume tries them again)
     """
-    from llmpq.runtime.ending import RESUME, Ended, end_process, interruptible
+    from llmpq.reliability.ending import RESUME, Ended, end_process, interruptible
 
     with interruptible(RESUME):
         try:
@@ -151,15 +154,14 @@ def main(**flags: Any) -> None:
 
 
 def _run(flags: dict[str, Any]) -> None:
-    for name in KERNEL_CACHES:  # read when torch first computes
-        os.environ.setdefault(name, KERNELS_KEPT)
+    bound_kernel_caches()
     replanning = ReplanOptions.taken_from(flags)
     options = RunOptions(**flags)
     _check(options, replanning)
     plan = load_plan(options.plan)
     if options.check_quality:
         refuse_shared_stages(plan, options.plan)
-    from llmpq.runtime.ending import SUPERVISED
+    from llmpq.reliability.ending import SUPERVISED
     from llmpq.runtime.process import role_from_environment
 
     role = role_from_environment()
@@ -194,7 +196,7 @@ def _run_here(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> Non
     """Checks all input, then starts the workers (or is the only one)."""
     from llmpq.cli.run_input import prepare
     from llmpq.cli.run_work import work
-    from llmpq.runtime.ending import RESUME, ended_by_signals
+    from llmpq.reliability.ending import RESUME, ended_by_signals
     from llmpq.runtime.process import Role, start_workers
 
     if len(worker_names(plan)) == 1:
@@ -232,8 +234,8 @@ def _check_replan_files(plan: Plan, options: RunOptions, replanning: ReplanOptio
 def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
     """One worker among several; what went wrong is said once."""
     from llmpq.cli.run_work import work
-    from llmpq.runtime.ending import RESUME, SUPERVISED, end_process, ended_by_signals
-    from llmpq.runtime.monitor import Monitor, restarts
+    from llmpq.reliability.ending import RESUME, SUPERVISED, end_process, ended_by_signals
+    from llmpq.reliability.monitor import Monitor, restarts
     from llmpq.runtime.process import check_meeting_point, end_with_parent
 
     end_with_parent()

@@ -1,23 +1,19 @@
 """What `llmpq-run` reads and checks before weights are loaded."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpq.cli.loading import open_cache
 from llmpq.cli.paths import Named, check_files, model_files
 from llmpq.cli.run_options import RunOptions
-from llmpq.errors import UserError
-from llmpq.model_spec import load_model_spec
-from llmpq.plan import Plan, reserve_of
-from llmpq.workload import planned_lengths
+from llmpq.model_lookup import check_model
+from llmpq.plan_data import Plan
 
 if TYPE_CHECKING:
-    from llmpq.runtime.checkpoint import Checkpoint
-    from llmpq.runtime.packed_cache import PackedCache
-    from llmpq.runtime.prompt_rules import Limits
-    from llmpq.runtime.prompts import PromptFile
-    from llmpq.runtime.roundings import Roundings
+    from llmpq.checkpoint.checkpoint import Checkpoint
+    from llmpq.checkpoint.packed_cache import PackedCache
+    from llmpq.checkpoint.roundings import Roundings
+    from llmpq.prompts.prompts import PromptFile
 
 
 @dataclass
@@ -37,18 +33,19 @@ class Prepared:
 
 def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     """Reads and checks all input; only the stage that leads needs the prompts."""
+    from llmpq.checkpoint.checkpoint import Checkpoint
+    from llmpq.checkpoint.inventory import check_checkpoint
+    from llmpq.checkpoint.loader import model_folder
+    from llmpq.checkpoint.roundings import load_roundings
     from llmpq.cli.check_quality import check_windows
     from llmpq.models.stage_model import load_config
-    from llmpq.runtime.checkpoint import Checkpoint
-    from llmpq.runtime.inventory import check_checkpoint
-    from llmpq.runtime.loader import model_folder
-    from llmpq.runtime.prompts import check_prompts
-    from llmpq.runtime.roundings import load_roundings
-    from llmpq.runtime.tokenizer import end_tokens, load_tokenizer
+    from llmpq.prompts.prompts import check_prompts
+    from llmpq.prompts.tokenizer import end_tokens, load_tokenizer
+    from llmpq.runtime.limits import limits_of
 
     folder = model_folder(options.model or plan.model.name)
     config = load_config(folder)
-    _check_model(plan, options.plan, folder)
+    check_model(folder, plan.model, f"the plan {options.plan}")
     weights = Checkpoint(folder)
     notes = check_checkpoint(config, weights)
     roundings = load_roundings(plan.quantizer, options.moments, options.plan)
@@ -59,7 +56,7 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     _check_files(plan, options)
     tokenizer = load_tokenizer(folder)
     prompts = check_prompts(
-        options.prompts, tokenizer, _limits(plan, options, config), options.chat
+        options.prompts, tokenizer, limits_of(plan, config, options.too_long), options.chat
     )
     prepared = Prepared(config, weights, tokenizer, prompts, eos_ids, roundings, cache, notes)
     if options.check_quality:
@@ -68,37 +65,10 @@ def prepare(plan: Plan, options: RunOptions, leads: bool = True) -> Prepared:
     return prepared
 
 
-def _check_model(plan: Plan, path: Path, folder: Path) -> None:
-    """Raises `UserError` where the plan in the file `path` is for another model."""
-    spec = load_model_spec(str(folder))
-    if (spec.num_layers, spec.model_key) != (plan.model.num_layers, plan.model.model_key):
-        raise UserError(
-            f"{folder}: has {spec.num_layers} layers, the plan {path} is for "
-            f"{plan.model.num_layers} ({spec.model_key} against {plan.model.model_key})"
-        )
-    if spec.linears != plan.model.linears:
-        raise UserError(f"{folder}: has other linear layers than the model of the plan {path}")
-
-
-def _limits(plan: Plan, options: RunOptions, config: Any) -> "Limits":
-    """What a request may ask for: of the model, and of the cache that the plan reserves."""
-    from llmpq.models.rope import switches_at
-    from llmpq.runtime.prompt_rules import Limits
-
-    return Limits(
-        new_tokens=max(new for _, new in planned_lengths(plan.workload)),
-        max_positions=plan.model.max_positions,
-        vocab_size=plan.model.vocab_size,
-        cache_tokens=reserve_of(plan).tokens,
-        too_long=options.too_long,
-        switches_at=switches_at(config),
-    )
-
-
 def output_files(plan: Plan, options: RunOptions) -> list[Named]:
     """All files that a run may write, and what earlier ones have kept beside the output."""
     from llmpq.cli.replan import plan_path
-    from llmpq.runtime.journal import files_beside
+    from llmpq.reliability.journal import files_beside
 
     writes: list[Named] = [
         ("--output", options.output),

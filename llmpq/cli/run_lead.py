@@ -13,18 +13,18 @@ from llmpq.cli.progress import Progress, progress
 from llmpq.cli.run_options import RunOptions
 from llmpq.cli.run_outcome import outcome
 from llmpq.errors import FailedRequests
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.report import Report, StageReport, duration
 from llmpq.workload import request_lengths
 
 if TYPE_CHECKING:
     from llmpq.cli.run_input import Prepared
-    from llmpq.runtime.evaluate import Loss
-    from llmpq.runtime.journal import Results
+    from llmpq.evaluation.evaluate import Loss
+    from llmpq.prompts.prompts import PromptFile
+    from llmpq.prompts.request import Finished, Request
+    from llmpq.prompts.result_stream import ResultStream
+    from llmpq.reliability.journal import Results
     from llmpq.runtime.leader import Ends, Status
-    from llmpq.runtime.prompts import PromptFile
-    from llmpq.runtime.request import Finished, Request
-    from llmpq.runtime.result_stream import ResultStream
     from llmpq.runtime.sampler import Sampling
 
 NOW_S = 10.0  # what "now" means: the last so many seconds
@@ -37,9 +37,9 @@ def with_hashes(options: RunOptions) -> bool:
 
 def open_results(plan: Plan, options: RunOptions, prepared: "Prepared") -> "Results | ResultStream":
     """The output, before anything is loaded: a restart must not take an older one for its own."""
-    from llmpq.runtime.journal import Results
-    from llmpq.runtime.result_lines import Writer
-    from llmpq.runtime.result_stream import ResultStream
+    from llmpq.prompts.result_lines import Writer
+    from llmpq.prompts.result_stream import ResultStream
+    from llmpq.reliability.journal import Results
 
     prompts = prepared.prompts
     assert prompts is not None
@@ -97,6 +97,8 @@ def lead(
     results: "Results | ResultStream",
 ) -> "tuple[Report, Loss | None]":
     """Runs the requests; the report, and the served weights' loss where that is checked."""
+    from llmpq.evaluation.pipeline_loss import lead_text
+
     assert prepared.prompts is not None
     out = console(options.quiet)
     say_first(plan, options, prepared, results)
@@ -125,7 +127,7 @@ def lead(
     if prepared.windows is None:
         return report, None
     with progress(out, "checking quality, windows", len(prepared.windows)) as shown:
-        return report, engine.lead_text(prepared.windows, shown.update)
+        return report, lead_text(engine, prepared.windows, shown.update)
 
 
 def _samplings(prompts: "PromptFile", options: RunOptions) -> "list[Sampling]":
@@ -142,7 +144,7 @@ def _samplings(prompts: "PromptFile", options: RunOptions) -> "list[Sampling]":
 
 def _ends(tokenizer: Any) -> "Ends":
     """Whether a request's answer holds one of the texts where it stops."""
-    from llmpq.runtime.own_settings import has_stopped, tail_tokens
+    from llmpq.prompts.own_settings import has_stopped, tail_tokens
 
     def ends(request: "Request", tokens: list[int]) -> bool:
         if not request.stops:
@@ -257,7 +259,7 @@ class _Collector:
 
     def refuse(self) -> None:
         """Ends the requests that cannot be done as they are asked."""
-        from llmpq.runtime.request import Finished
+        from llmpq.prompts.request import Finished
 
         prompts = self.prepared.prompts
         assert prompts is not None
@@ -268,7 +270,7 @@ class _Collector:
 
     def finish(self, finished: "Finished") -> None:
         """One more request has ended."""
-        from llmpq.runtime.own_settings import cut_at
+        from llmpq.prompts.own_settings import cut_at
 
         tokenizer, tokens = self.prepared.tokenizer, list(finished.token_ids)
         text = ""

@@ -11,9 +11,9 @@ from llmpq.cli.run_options import RunOptions
 from llmpq.errors import FailedRequests
 
 if TYPE_CHECKING:
-    from llmpq.runtime.journal import Results
-    from llmpq.runtime.prompts import PromptFile
-    from llmpq.runtime.result_stream import ResultStream
+    from llmpq.prompts.prompts import PromptFile
+    from llmpq.prompts.result_stream import ResultStream
+    from llmpq.reliability.journal import Results
 
 RETRIES = ("--resume", "--keep-errors")
 

@@ -22,7 +22,7 @@ from llmpq.cli.run_lead import (
 from llmpq.cli.run_options import RunOptions
 from llmpq.costs.float16 import run_overflow
 from llmpq.errors import FailedRequests, InfeasibleError, UserError
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.seats import Seat, stage_ranks
 
 if TYPE_CHECKING:
@@ -84,8 +84,9 @@ def _work(
     """What follows once every process knows its seat."""
     import torch
 
-    from llmpq.runtime.ending import SUPERVISED
-    from llmpq.runtime.monitor import restarts
+    from llmpq.evaluation.pipeline_loss import follow_text
+    from llmpq.reliability.ending import SUPERVISED
+    from llmpq.reliability.monitor import restarts
     from llmpq.runtime.process import all_gather, connect
 
     worker, _ = seats[role.rank]
@@ -121,7 +122,7 @@ def _work(
             if options.trace is not None:
                 engine.trace()
             if options.check_quality:
-                engine.follow_text()
+                follow_text(engine)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise InfeasibleError(

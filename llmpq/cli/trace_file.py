@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmpq.plan import Plan
+    from llmpq.plan_data import Plan
 
 Event = dict[str, Any]
 

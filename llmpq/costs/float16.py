@@ -6,13 +6,10 @@ reason. Not covered: models of other families whose weights happen to overflow; 
 """
 
 from llmpq.costs.latency import machine_of
+from llmpq.families import family_for
 from llmpq.machine import BFLOAT16_CAPABILITY
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 
-# vLLM refuses float16 for these (`_FLOAT16_NOT_SUPPORTED_MODELS` of vllm/config/model.py, 0.11:
-# "numerical instability"); for Gemma 3 see also transformers' issue 39972. The nested and the
-# text-only configuration of a family have names of their own.
-OVERFLOWING = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4", "plamo2"})
 INSTEAD = "--dtype bfloat16 (slow there) or float32 (twice the memory) of llmpq-run has more room"
 
 
@@ -20,7 +17,7 @@ def planned_overflow(plan: Plan) -> str | None:
     """What to know of a plan whose cards make this model compute in float16; None: nothing."""
     types = dict.fromkeys(device for stage in plan.stages for device in stage.devices)
     old = [name for name in types if _lacks_bfloat16(plan, name)]
-    if not old or plan.model.model_type not in OVERFLOWING:
+    if not old or not family_for(plan.model.model_type).overflows_float16:
         return None
     return (
         f"{', '.join(old)}: without bfloat16, so that all stages compute in float16, in which "
@@ -31,7 +28,7 @@ def planned_overflow(plan: Plan) -> str | None:
 
 def run_overflow(model_type: str, dtype: str) -> str | None:
     """What to know of a run that computes in `dtype`; None: nothing."""
-    if dtype != "float16" or model_type not in OVERFLOWING:
+    if dtype != "float16" or not family_for(model_type).overflows_float16:
         return None
     return (
         f"warning: activations of {model_type} are known to overflow in float16, in which this run "

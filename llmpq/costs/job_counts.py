@@ -26,11 +26,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmpq.schedule import NEAR, PADDED, LaneShape, chunk_length
+from llmpq.job import LaneShape, chunk_length
+from llmpq.schedule import NEAR, PADDED
 
 SAMPLES = 12  # rounds at which the lanes are looked at
 BINS = 16  # lengths of prompts in chunks that are told apart
-OCTAVE = 8  # widths an octave: `schedule.padded_width`
+OCTAVE = 8  # widths an octave: `job.padded_width`
 
 
 class PrefillJob(NamedTuple):
@@ -434,7 +435,7 @@ def _times(whole: float, counted: float, repeated: float) -> float:
 
 
 def _padded(tokens: np.ndarray) -> np.ndarray:
-    """`schedule.padded_width` of an array."""
+    """`job.padded_width` of an array."""
     whole = np.maximum(tokens, 1)
     step = 2.0 ** np.maximum(0, np.ceil(np.log2(whole)) - np.log2(2 * OCTAVE))
     return np.asarray(np.ceil(whole / step) * step)

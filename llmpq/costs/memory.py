@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
+from llmpq.job import LaneShape, cache_tokens
 from llmpq.kernel import GRAPH_BYTES, graph_lengths
 from llmpq.kernel_table import held_bytes, kernel_for
 from llmpq.machine import TORCH_CARD, Machine
 from llmpq.model_spec import ALL_HEADS, ASSETS, Activations, Linear, ModelSpec, Moment
-from llmpq.plan import Plan, reserve_of
+from llmpq.plan_data import Plan, reserve_of
 from llmpq.precision import PRECISIONS, group_size
-from llmpq.schedule import LaneShape, cache_tokens
 from llmpq.workspace import HALF, SINGLE, Product, num_partitions
 
 HEADER_BYTES = 16  # of a message

@@ -19,9 +19,9 @@ import numpy as np
 
 from llmpq.costs import memory
 from llmpq.costs.links import Seconds
+from llmpq.job import LaneShape
 from llmpq.machine import TORCH_CARD, Machine
 from llmpq.model_spec import ModelSpec
-from llmpq.schedule import LaneShape
 
 Share = Any  # a float from 0 to 1, or a numpy array of them
 

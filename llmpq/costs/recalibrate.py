@@ -24,7 +24,7 @@ from llmpq.cluster import MIB, Cluster
 from llmpq.costs import links
 from llmpq.costs.latency import LayerTimes, profiled
 from llmpq.model_spec import ModelSpec
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.profile_data import MemoryRow, Phase, Profile, ProfiledDevice, ProfileRow
 from llmpq.report import Report
 

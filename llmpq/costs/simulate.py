@@ -20,7 +20,8 @@ from functools import cached_property
 
 import numpy as np
 
-from llmpq.schedule import Job, Schedule
+from llmpq.job import Job
+from llmpq.schedule import Schedule
 
 Seconds = Callable[[Job], Sequence[float]]  # what each server needs for a job
 

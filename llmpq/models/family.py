@@ -1,9 +1,8 @@
-"""Where each family of models keeps its parts: the only code that differs between families.
+"""Finds and replaces the parts of a model, where its family's row says they are.
 
 A stage is transformers' own causal language model with the layers of other stages emptied. What
 else it does not own is replaced: modules that act on the input on every stage but the first,
-modules that act on the output on every stage but the last. Paths are relative to `decoder`, the
-module whose `forward` runs the layers; `decoder` and `head` are relative to the model.
+modules that act on the output on every stage but the last (`llmpq.families.Family`).
 """
 
 from dataclasses import dataclass
@@ -12,47 +11,10 @@ from typing import Literal
 from torch import nn
 
 from llmpq.errors import UserError
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names of the parts of a decoder-only model."""
-
-    decoder: str = "model"
-    layers: str = "layers"
-    embedding: str = "embed_tokens"
-    head: str = "lm_head"
-    final: tuple[str, ...] = ("norm",)  # act on the last layer's output
-    input: tuple[str, ...] = ()  # act on the embedded input
-    positions: tuple[str, ...] = ()  # learned positions, added to the embedded input
-    head_in_files: str = "lm_head"  # what checkpoints call the head
-
+from llmpq.families import FAMILIES, Family, family_for
 
 Part = Literal["attention", "ffn"]
 ATTENTION = ("attn", "attention")  # in the names of linears that attend, in every family
-
-FAMILIES: dict[str, Family] = {
-    "opt": Family(
-        decoder="model.decoder",
-        final=("final_layer_norm", "project_out"),
-        input=("project_in",),
-        positions=("embed_positions",),
-    ),
-    "bloom": Family(
-        decoder="transformer",
-        layers="h",
-        embedding="word_embeddings",
-        final=("ln_f",),
-        input=("word_embeddings_layernorm",),
-    ),
-    "phi": Family(final=("final_layernorm",)),
-    "gpt_neox": Family(
-        decoder="gpt_neox",
-        embedding="embed_in",
-        final=("final_layer_norm",),
-        head_in_files="embed_out",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +38,7 @@ def part_of(linear: str) -> Part:
 
 def family_of(model: nn.Module, model_type: str) -> Family:
     """The parts of `model`; a family that is not listed must be laid out like LLaMA."""
-    family = FAMILIES.get(model_type, Family())
+    family = family_for(model_type)
     for path in (family.decoder, family.head, *(f"{family.decoder}.{n}" for n in _needed(family))):
         if find(model, path) is None:
             raise UserError(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from llmpq.schedule import Job, LaneShape, cache_tokens
+from llmpq.job import Job, LaneShape, cache_tokens
 
 Pair = tuple[Tensor, Tensor]  # keys and values
 

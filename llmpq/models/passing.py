@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmpq.models.family import Family, find, replace
+from llmpq.families import Family
+from llmpq.models.family import find, replace
 
 
 class Passing:

@@ -17,12 +17,13 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from llmpq.errors import UserError
-from llmpq.model_spec import CUTS, TESTED, ModelSpec, shard_faults, spec_from_config
+from llmpq.families import CUTS, TESTED, family_for
+from llmpq.model_lookup import spec_from_config
+from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.quant import INPUTS, OUTPUTS, PlainLinear, QuantizedLinear, TensorPart
 
 NUM_HEADS = "num_heads"  # what modules call their heads, where they keep the number
 HEADS_PER_KEY = "num_key_value_groups"  # query heads that share a key-value head
-ALIBI = "alibi"  # BLOOM: `[B * heads, 1, T]`, made for all heads and handed to every layer
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,10 @@ class Sharding:
                 setattr(module, HEADS_PER_KEY, own.num_heads // own.num_kv_heads)
             if hasattr(module, NUM_HEADS):
                 setattr(module, NUM_HEADS, own.num_heads)
-        layer.register_forward_pre_hook(partial(_own_alibi, self.shard), with_kwargs=True)
+        names = family_for(self._spec.model_type).per_head
+        if names:
+            own_heads = partial(_own_heads, self.shard, names)
+            layer.register_forward_pre_hook(own_heads, with_kwargs=True)
 
     def _equal(self, dim: int, size: int, num_parts: int) -> TensorPart:
         """One of `num_parts` equal parts; neighbouring shards share one where they are more."""
@@ -137,12 +141,21 @@ def _checked_spec(config: Any, count: int) -> ModelSpec:
     return spec
 
 
-def _own_alibi(
-    shard: Shard, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _own_heads(
+    shard: Shard,
+    names: tuple[str, ...],
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Leaves a layer the slopes of its own heads."""
-    if ALIBI not in kwargs:
-        return args, kwargs
+    """Leaves a layer its own heads' part of the arguments that are made for all heads.
+
+    Such are BLOOM's slopes, `[B * heads, 1, T]`, which every layer is handed.
+    """
     batch = args[0].shape[0]
-    alibi = kwargs[ALIBI].unflatten(0, (batch, shard.count, -1))[:, shard.index]
-    return args, kwargs | {ALIBI: alibi.flatten(0, 1)}
+    own = {
+        name: kwargs[name].unflatten(0, (batch, shard.count, -1))[:, shard.index].flatten(0, 1)
+        for name in names
+        if name in kwargs
+    }
+    return args, kwargs | own

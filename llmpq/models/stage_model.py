@@ -31,7 +31,7 @@ from transformers import (
 
 from llmpq.artifact import show_value
 from llmpq.errors import UserError, one_line
-from llmpq.model_spec import read_config
+from llmpq.model_lookup import read_config
 from llmpq.models.attention import implementation_for
 from llmpq.models.buffers import compute_buffers, stored_buffers
 from llmpq.models.family import family_of, find, replace
@@ -246,11 +246,11 @@ class StageModel(nn.Module):
         if part is not None:
             assert self.group is not None
             logits = join_logits(logits, part, self.group)
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        cap = getattr(self.config, self.family.logit_cap, None)
         if cap:
             logits = torch.tanh(logits / cap) * cap
-        logits = logits * (getattr(self.config, "logit_scale", None) or 1)
-        return logits / (getattr(self.config, "logits_scaling", None) or 1)
+        logits = logits * (getattr(self.config, self.family.logit_factor, None) or 1)
+        return logits / (getattr(self.config, self.family.logit_divisor, None) or 1)
 
     def weight_bytes(self) -> int:
         """Bytes of all weights held, packed ones as packed; a shared matrix counts once."""

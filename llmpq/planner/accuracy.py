@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from llmpq.costs.fits import ASSUMED, BEYOND, SOURCES, Accuracy
 from llmpq.costs.latency import LayerTimes
-from llmpq.plan import Predicted, PredictedStage
+from llmpq.plan_data import Predicted, PredictedStage
 from llmpq.planner.problem import Assignment, Problem
 
 

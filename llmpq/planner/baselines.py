@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmpq.cluster import MIB
-from llmpq.plan import Predicted
+from llmpq.errors import UserError
+from llmpq.plan_data import Predicted
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.partition import Fronts, least_bottleneck, least_sum, range_lengths
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
     from llmpq.planner.offload import OffloadPlan
 
 PATIENCE = 80  # settings, the most promising first
-BASELINES = ("uniform", "pipeedge", "adabits")
 
 Proposals = Iterator[tuple[Choice, str]]  # choices, and the precision (or "") each stands for
+Proposer = Callable[[Problem, Instance, "FrontCache"], Proposals]  # of a method, at one setting
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ def run_baselines(
     `settings` come with a bound that no plan is below, the least first: where it is above a
     method's plan, or `PATIENCE` settings have brought it nothing better, that method is done. All
     stop at `deadline` (`time.monotonic`). What is short is told of the `smallest` settings where
-    there are no others.
+    there are no others. Raises `UserError` for a method that is not in `PROPOSERS`.
     """
-    best = {method: _Best() for method in methods}
+    best = {known_method(method): _Best() for method in methods}
     fronts = FrontCache()
     partial = ""
     for tried, (bound, setting) in enumerate(settings):
@@ -131,7 +132,7 @@ def _try(
 ) -> None:
     if instance.num_layers < instance.num_stages:
         return
-    for choice, precision in proposals(problem, instance, method, fronts):
+    for choice, precision in PROPOSERS[method](problem, instance, fronts):
         if not fits(instance, choice):
             _note_shortage(setting, instance, choice, precision, state)
             continue
@@ -147,17 +148,28 @@ def rank_of(instance: Instance, choice: Choice) -> tuple[float, ...]:
     return (0.0, value) if omega <= instance.budget * OVER else (1.0, omega, value)
 
 
-def proposals(problem: Problem, instance: Instance, method: str, fronts: "FrontCache") -> Proposals:
-    """The choices of a method at one setting; those that do not fit are proposed too."""
-    if method == "adabits":
-        choice = adabits(instance, fronts)
-        if choice is not None:
-            yield choice, ""
-        return
-    make: Callable[[Instance, int], Choice] = uniform if method == "uniform" else pipeedge
-    for option, precision in enumerate(problem.precisions):
-        if instance.available[:, option].all():
-            yield make(instance, option), precision
+def known_method(method: str) -> str:
+    """The name of a method that there is; raises `UserError` for any other."""
+    if method not in PROPOSERS:
+        raise UserError(f"unknown method '{method}'; known: {', '.join(PROPOSERS)}")
+    return method
+
+
+def _of_each_precision(make: Callable[[Instance, int], Choice]) -> Proposer:
+    """Proposes one choice for each precision that every stage has; also those that do not fit."""
+
+    def propose(problem: Problem, instance: Instance, fronts: "FrontCache") -> Proposals:
+        for option, precision in enumerate(problem.precisions):
+            if instance.available[:, option].all():
+                yield make(instance, option), precision
+
+    return propose
+
+
+def _least_sensitive(problem: Problem, instance: Instance, fronts: "FrontCache") -> Proposals:
+    choice = adabits(instance, fronts)
+    if choice is not None:
+        yield choice, ""
 
 
 def uniform(instance: Instance, option: int) -> Choice:
@@ -329,3 +341,13 @@ def amount(num_bytes: float) -> str:
     """Bytes as MiB or GiB."""
     mib = num_bytes / MIB
     return f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.2f} MiB"
+
+
+# ---- the methods by name
+
+PROPOSERS: dict[str, Proposer] = {
+    "uniform": _of_each_precision(uniform),
+    "pipeedge": _of_each_precision(pipeedge),
+    "adabits": _least_sensitive,
+}
+BASELINES = tuple(PROPOSERS)

@@ -14,7 +14,7 @@ from llmpq.artifact import Provenance
 from llmpq.cluster import Cluster, Device
 from llmpq.costs.memory import StageMemory, stage_memory
 from llmpq.costs.timeline import Costs, combined, run_s
-from llmpq.plan import Plan, Predicted, PredictedStage, Stage, lanes_of, reserve_of
+from llmpq.plan_data import Plan, Predicted, PredictedStage, Stage, lanes_of, reserve_of
 from llmpq.planner.accuracy import with_accuracy
 from llmpq.planner.instance import (
     fixed_costs,

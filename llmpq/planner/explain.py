@@ -18,13 +18,13 @@ from itertools import islice
 import numpy as np
 
 from llmpq.costs import memory
+from llmpq.job import cache_tokens
 from llmpq.model_spec import tensor_parallel_degrees
 from llmpq.planner.baselines import amount, in_bits, least_omega
 from llmpq.planner.instance import capacity, most_room, unpacked_bytes
 from llmpq.planner.layouts import Mix, canonical, ends, mixes
 from llmpq.planner.problem import OVER, Problem, Setting
 from llmpq.planner.sizes import batch_options, chunk_options
-from llmpq.schedule import cache_tokens
 
 NUM_PRICED = 16  # settings, of those with most room, that are looked at closely
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmpq.errors import InfeasibleError
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.planner.problem import Problem
 from llmpq.planner.what_if import Replan, with_budget
 

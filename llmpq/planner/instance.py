@@ -22,6 +22,7 @@ import numpy as np
 
 from llmpq.costs import memory
 from llmpq.costs.timeline import Costs, combined
+from llmpq.job import cache_tokens
 from llmpq.machine import Machine
 from llmpq.planner.job_table import table_of
 from llmpq.planner.problem import (
@@ -33,7 +34,6 @@ from llmpq.planner.problem import (
     hop_works,
     layer_work,
 )
-from llmpq.schedule import cache_tokens
 
 
 def stack(costs: Sequence[Costs]) -> Costs:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from llmpq.errors import InfeasibleError
-from llmpq.plan import Baseline, Plan, Predicted
+from llmpq.errors import InfeasibleError, UserError
+from llmpq.plan_data import Baseline, Plan, Predicted
 from llmpq.planner.baselines import BASELINES, Outcome, run_baselines
 from llmpq.planner.confirm import CLOSE, Confirmed
 from llmpq.planner.evaluate import bounded, evaluate, shortages, to_plan
@@ -30,6 +30,7 @@ from llmpq.planner.sizes import sizes_near, spare_sizes
 from llmpq.planner.solver import Solver, make_solver
 from llmpq.planner.value import to_assignment
 
+METHODS = ("auto", "ilp", "heuristic", *BASELINES)
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
 CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
 CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before
@@ -74,7 +75,12 @@ class Planned:
 
 
 def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Planned:
-    """The best plan found; `InfeasibleError` where there is none. `offered`: all precisions."""
+    """The best plan found; `InfeasibleError` where there is none. `offered`: all precisions.
+
+    Raises `UserError` for a method that is not in `METHODS`.
+    """
+    if options.method not in METHODS:
+        raise UserError(f"unknown method '{options.method}'; known: {', '.join(METHODS)}")
     run = _Run(problem, options, make_solver(options.solver), time.monotonic())
     space = make_space(run.unit, run.solver, run.by(SPACE_SHARE, LEAST_S), options.progress)
     if options.method in BASELINES:

@@ -37,9 +37,9 @@ from llmpq.costs.links import Seconds
 from llmpq.costs.memory import RunSizes
 from llmpq.costs.quality import QualityModel
 from llmpq.costs.shards import tensor_parallel_times
+from llmpq.job import LaneShape
 from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Profile
-from llmpq.schedule import LaneShape
 from llmpq.workload import Workload, chunk_tokens, evenly_spaced, lanes, lanes_for
 
 MOST_COUNTED = 10_000  # requests whose jobs are counted one by one

@@ -11,7 +11,7 @@ from rich.text import Text
 from llmpq.cluster import GIB, MIB
 from llmpq.machine import GPU_EXTRA
 from llmpq.plain import plain
-from llmpq.plan import Plan, Predicted, PredictedStage, Stage
+from llmpq.plan_data import Plan, Predicted, PredictedStage, Stage
 from llmpq.planner.baselines import Outcome, amount, in_bits
 from llmpq.planner.offload import OffloadPlan
 from llmpq.planner.what_if import Change, WhatIf

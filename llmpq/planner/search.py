@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from llmpq.model_spec import tensor_parallel_degrees
-from llmpq.plan import Predicted
+from llmpq.plan_data import Predicted
 from llmpq.planner import counts, pool
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.exact import build as build_whole

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from llmpq.costs.simulate import Played, play
-from llmpq.plan import Predicted
+from llmpq.job import Item, Job
+from llmpq.plan_data import Predicted
 from llmpq.planner.evaluate import actor_works, closed_form_s, speeds
 from llmpq.planner.problem import Assignment, Problem, Setting, Work, chunk_s
-from llmpq.schedule import Item, Job, Schedule
+from llmpq.schedule import Schedule
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request
 BLOCK = 256  # columns whose times are computed at once

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from llmpq.cluster import GIB, MIB, Cluster, DeviceGroup, Link, Node, group_gib
 from llmpq.errors import InfeasibleError
-from llmpq.plan import Plan, Predicted
+from llmpq.plan_data import Plan, Predicted
 from llmpq.planner.problem import Problem
 
 Replan = Callable[[Problem], Plan]  # raises `InfeasibleError` where nothing fits

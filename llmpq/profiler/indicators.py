@@ -21,14 +21,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from llmpq.checkpoint.checkpoint import Weights
+from llmpq.checkpoint.loader import load_stage
+from llmpq.checkpoint.roundings import NEAREST, Roundings
+from llmpq.evaluation.streaming import Watch, stream
 from llmpq.models.family import PartOfLayer, part_of
 from llmpq.models.stage_model import LayerPrecision, LayerRange, StageModel
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.profile_data import LayerSensitivity
-from llmpq.runtime.checkpoint import Weights
-from llmpq.runtime.loader import load_stage
-from llmpq.runtime.roundings import NEAREST, Roundings
-from llmpq.runtime.streaming import Watch, stream
 
 Part = Literal["layer", "attention", "ffn"]
 POWER_STEPS, POWER_TOLERANCE = 500, 1e-6

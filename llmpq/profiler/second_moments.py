@@ -6,11 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from llmpq.checkpoint.moments_file import MomentsFile, MomentsWriter
+from llmpq.evaluation.moments import MomentsMeter, block_columns
+from llmpq.evaluation.streaming import Watch
 from llmpq.model_spec import ModelSpec
 from llmpq.models.stage_model import StageModel
 from llmpq.profiler.indicators import Subject
-from llmpq.runtime.moments import MomentsFile, MomentsMeter, MomentsWriter, block_columns
-from llmpq.runtime.streaming import Watch
 
 
 def gather_moments(

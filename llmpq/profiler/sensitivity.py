@@ -18,6 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from llmpq.checkpoint.moments_file import MomentsFile
+from llmpq.evaluation.evaluate import LOGITS_AT_ONCE, Loss
+from llmpq.evaluation.streaming import DamageSum, Streamed, Variant, stream
 from llmpq.models.family import find
 from llmpq.models.stage_model import LayerPrecision, StageModel
 from llmpq.profile_data import LayerSensitivity, MeasuredPlan, QualityFit
@@ -31,9 +34,6 @@ from llmpq.profiler.indicators import (
     variance_rows,
 )
 from llmpq.profiler.quality_fit import draw_plans, fit_quality
-from llmpq.runtime.evaluate import LOGITS_AT_ONCE, Loss
-from llmpq.runtime.moments import MomentsFile
-from llmpq.runtime.streaming import DamageSum, Streamed, Variant, stream
 
 Indicator = Literal["measured", "variance", "hessian", "random"]
 Method = Literal["fast", "exact"]

@@ -2,7 +2,7 @@
 
 The life of a request:
 
-1. The first stage checks the prompts file and reads it again, line by line (prompts.py).
+1. The first stage checks the prompts file and reads it again, line by line (llmpq.prompts).
 2. The schedule gives the request a place in the KV cache and decides every job (llmpq.schedule,
    leader.py).
 3. A job goes down the stages as a header (jobs.py) and hidden states (transport.py), received
@@ -12,8 +12,9 @@ The life of a request:
 5. Token ids alone go back to the first stage.
 6. Decode steps follow, all lanes in flight at once, until the request has met its end (EOS or its
    number of new tokens). Its place is given to the next.
-7. Its line is written as soon as it ends, to a journal first (journal.py).
+7. Its line is written as soon as it ends, to a journal first (llmpq.reliability).
 8. After the last request all stages end; times are gathered into the report (engine.py).
 
-Workers watch each other meanwhile (monitor.py); how a process ends early is in ending.py.
+Workers watch each other meanwhile, and how a process ends early is in llmpq.reliability too.
+Weights come from llmpq.checkpoint.
 """

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from llmpq.errors import UserError, WorkerError
 from llmpq.placement import FoundCard, Refusal
 from llmpq.plain import plain_line
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.runtime.process import Role, all_gather
 from llmpq.seats import Process, Seat, take_seats
 

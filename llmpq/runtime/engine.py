@@ -14,29 +14,29 @@ from typing import Any
 
 import torch
 
+from llmpq.checkpoint.checkpoint import Weights
+from llmpq.checkpoint.kernels import OnCompiled, planned_rows, prepare_kernels, prepare_rows
+from llmpq.checkpoint.loader import load_stage
+from llmpq.checkpoint.packed_cache import NO_CACHE, WeightCache
+from llmpq.checkpoint.roundings import NEAREST, Roundings
+from llmpq.job import Item, Job, LaneShape, Member
 from llmpq.kernel import graph_lengths
 from llmpq.models.lanes import LaneCache
 from llmpq.models.sharding import ALONE, Shard, ShardGroup
 from llmpq.models.stage_model import LayerRange, StageModel
-from llmpq.plan import Plan, reserve_of
+from llmpq.plan_data import Plan, reserve_of
+from llmpq.prompts.request import Finished, Request
 from llmpq.report import MeasuredTime, StageReport
 from llmpq.runtime.agreed import agree_on_draws
-from llmpq.runtime.checkpoint import Weights
-from llmpq.runtime.evaluate import TOKENS_AT_ONCE, Loss
 from llmpq.runtime.jobs import headers_for
-from llmpq.runtime.kernels import OnCompiled, prepare_kernels
 from llmpq.runtime.leader import Ends, Leader, Status, never
-from llmpq.runtime.loader import load_stage
-from llmpq.runtime.packed_cache import NO_CACHE, WeightCache
-from llmpq.runtime.pipeline_loss import PipelineLoss, gather_hashes
 from llmpq.runtime.rehearsal import MemoryAccount, MeteredTransport, Throttle, peak_bytes
-from llmpq.runtime.request import Finished, Request
-from llmpq.runtime.roundings import NEAREST, Roundings
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.stopwatch import SPAN_COLUMNS, TIME_COLUMNS, Stopwatch, measured_times
 from llmpq.runtime.transport import Transport
+from llmpq.runtime.weights_hash import gather_hashes
 from llmpq.runtime.worker import Worker
-from llmpq.schedule import Item, Job, LaneShape, Member, Schedule
+from llmpq.schedule import Schedule
 from llmpq.workload import lanes_for, planned_lengths
 
 
@@ -76,6 +76,7 @@ class Engine:
             stage = self._load(config, weights, dtype, device, roundings, packed, group)
         most_rows = max(plan.prefill_micro_batch * self.reserve.chunk_tokens, self.reserve.rows)
         self.kernel_notes = prepare_kernels(stage, most_rows, batch_invariant, on_compiled)
+        prepare_rows(stage, *planned_rows(plan))
         micro_batches = plan.prefill_micro_batch, plan.decode_micro_batch
         self.worker = Worker(
             stage=stage,
@@ -168,19 +169,6 @@ class Engine:
             report.model_copy(update={"weights_sha256": one})
             for report, one in zip(reports, every, strict=True)
         ]
-
-    def lead_text(self, windows: torch.Tensor, on_windows: Callable[[int], None]) -> Loss:
-        """First stage: the loss of `[n, W]` windows through the stages as they are loaded.
-
-        No more tokens at once than the plan's largest prefill, so that memory holds as it did.
-        """
-        planned = self.plan.prefill_micro_batch * self.reserve.chunk_tokens
-        pipeline = PipelineLoss(self.worker.stage, self.transport)
-        return pipeline.lead(windows, min(TOKENS_AT_ONCE, planned), on_windows)
-
-    def follow_text(self) -> Loss:
-        """Other stages: their part in that."""
-        return PipelineLoss(self.worker.stage, self.transport).follow()
 
     def _gather_measured(self) -> list[list[MeasuredTime]]:
         """Every stage's times by kind of call."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmpq.schedule import Job, Member, Move
+from llmpq.job import Job, Member, Move
 
 FIXED = 8  # numbers in front of the tables
 MEMBER, MOVE = len(Member._fields), len(Move._fields)

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llmpq.job import Job
 from llmpq.models.lanes import on_device
+from llmpq.prompts.request import Finished, Reason, Request
 from llmpq.runtime.inbox import Inbox
 from llmpq.runtime.jobs import END
 from llmpq.runtime.outbox import Outbox
-from llmpq.runtime.request import Finished, Reason, Request
 from llmpq.runtime.steps import BROKEN
 from llmpq.runtime.worker import Result, Worker
-from llmpq.schedule import Job, Schedule
+from llmpq.schedule import Schedule
 
 Ends = Callable[[Request, list[int]], bool]  # whether a request's new tokens are all it asks for
 

@@ -1,6 +1,7 @@
 """All stages of a plan as threads of this process: the twin of the runtime for tests and trials.
 
-Slower than processes (one interpreter), but the same engine, schedule and tokens.
+Slower than processes (one interpreter), but the same engine, schedule and tokens. All stages are on
+the CPU, and the plan's rehearsal is not played.
 """
 
 import threading
@@ -10,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.roundings import NEAREST, Roundings
 from llmpq.models.stage_model import load_config
-from llmpq.plan import Plan
-from llmpq.runtime.checkpoint import Checkpoint
+from llmpq.plan_data import Plan
+from llmpq.prompts.request import Finished, Request
 from llmpq.runtime.engine import Engine
-from llmpq.runtime.request import Finished, Request
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.shard_group import LocalShardHub
 from llmpq.runtime.transport import LocalHub, LocalTransport
@@ -31,25 +33,10 @@ def generate_locally(
     chunk: int | None = None,
     samplings: Sequence[Sampling] = (),
 ) -> dict[str | int, list[int]]:
-    """The new tokens of every request, by its id. The plan's rehearsal is not played."""
-    crew = _Crew(plan)
-    lengths = {request.number: (len(request.prompt), request.new_tokens) for request in requests}
-    fetch = {request.number: request for request in requests}.__getitem__
-    tokens: dict[str | int, list[int]] = {}
-
-    def keep(finished: Finished) -> None:
-        assert finished.request.id not in tokens
-        tokens[finished.request.id] = list(finished.token_ids)
-
-    def work(place: _Place) -> None:
-        engine = crew.engine(place, folder, dtype, sampling, eos_ids)
-        if place == (0, 0):
-            engine.lead(lengths, fetch, keep, refill=refill, chunk=chunk, samplings=samplings)
-        else:
-            engine.follow()
-
-    crew.run(work)
-    return tokens
+    """The new tokens of every request, by its id."""
+    stages = LocalStages(plan, folder, dtype, eos_ids)
+    finished = stages.generate(requests, sampling, refill, chunk, samplings)
+    return {one.request.id: list(one.token_ids) for one in finished}
 
 
 class _Place(NamedTuple):
@@ -57,6 +44,57 @@ class _Place(NamedTuple):
 
     stage: int
     shard: int
+
+
+class LocalStages:
+    """All workers of a plan, loaded once. Not for use by several threads at a time."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        eos_ids: frozenset[int] = frozenset(),
+        roundings: Roundings = NEAREST,
+    ) -> None:
+        """Loads the weights of the model in `folder`; the tokens `eos_ids` end a request."""
+        self._crew = crew = _Crew(plan)
+        self._engines: dict[_Place, Engine] = {}
+
+        def load(place: _Place) -> None:
+            self._engines[place] = crew.engine(place, folder, dtype, eos_ids, roundings)
+
+        crew.run(load)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling = Sampling(),
+        refill: bool = True,
+        chunk: int | None = None,
+        samplings: Sequence[Sampling] = (),
+    ) -> list[Finished]:
+        """What becomes of every request, in the order in which they end.
+
+        The arguments are those of `Engine.lead`; after an error the stages are of no more use.
+        """
+        lengths = {one.number: (len(one.prompt), one.new_tokens) for one in requests}
+        fetch = {request.number: request for request in requests}.__getitem__
+        finished: list[Finished] = []
+
+        def work(place: _Place) -> None:
+            engine = self._engines[place]
+            engine.sampling = sampling
+            if place == (0, 0):
+                engine.lead(
+                    lengths, fetch, finished.append, refill=refill, chunk=chunk, samplings=samplings
+                )
+            else:
+                engine.follow()
+
+        self._crew.run(work)
+        assert len({one.request.id for one in finished}) == len(finished)
+        return finished
 
 
 class _Crew:
@@ -77,10 +115,10 @@ class _Crew:
         place: _Place,
         folder: Path,
         dtype: torch.dtype,
-        sampling: Sampling,
         eos_ids: frozenset[int],
+        roundings: Roundings,
     ) -> Engine:
-        """The engine of one worker, in its own thread."""
+        """The engine of one worker, loaded in its own thread."""
         stage, shard = place
         hub = self._shard_hubs[stage]
         return Engine(
@@ -90,9 +128,9 @@ class _Crew:
             LocalTransport(stage, self._hub, shard),
             dtype,
             torch.device("cpu"),
-            sampling,
-            eos_ids,
+            eos_ids=eos_ids,
             rehearse=False,
+            roundings=roundings,
             group=hub.groups()[shard] if hub.size > 1 else None,
             loading=self._loading,
         )

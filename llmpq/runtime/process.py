@@ -21,9 +21,8 @@ import torch.distributed as dist
 
 from llmpq.errors import FailedRequests, InfeasibleError, NeighbourLost, UserError, WorkerError
 from llmpq.models.sharding import ShardGroup
-from llmpq.runtime.ending import RESUME, SHOW_CURSOR, SUPERVISED, Ended, interruptible
-from llmpq.runtime.interface import name_interface
-from llmpq.runtime.monitor import (
+from llmpq.reliability.ending import RESUME, SHOW_CURSOR, SUPERVISED, Ended, interruptible
+from llmpq.reliability.monitor import (
     NO_SIGN,
     PERIOD_S,
     Board,
@@ -33,6 +32,7 @@ from llmpq.runtime.monitor import (
     open_store,
     process_state,
 )
+from llmpq.runtime.interface import name_interface
 from llmpq.runtime.shard_group import distributed_shard_group
 from llmpq.runtime.transport import (
     TIMEOUT,

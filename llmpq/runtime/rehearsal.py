@@ -21,7 +21,7 @@ import torch
 
 from llmpq.cluster import MIB
 from llmpq.errors import InfeasibleError
-from llmpq.models.count import PeakMemory
+from llmpq.models.live_tensors import PeakMemory
 from llmpq.runtime.transport import Pending, Transport
 
 T = TypeVar("T")

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmpq.job import Job, LaneShape, Member
 from llmpq.kernel import graph_lengths
 from llmpq.models.lanes import LaneCache, on_device
 from llmpq.models.stage_model import StageModel
 from llmpq.runtime.sampler import Draws, Sampling, choose
-from llmpq.schedule import Job, LaneShape, Member
 
 BROKEN = -1  # in place of a token: the logits are not finite
 COLUMNS, TOKENS, REQUESTS, POSITIONS, IDS = range(5)  # rows of the table of numbers

@@ -20,6 +20,7 @@ from functools import cached_property
 
 import torch
 
+from llmpq.job import Job
 from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import StageModel
 from llmpq.runtime.inbox import Inbox
@@ -30,7 +31,6 @@ from llmpq.runtime.sampler import Draws, Sampling
 from llmpq.runtime.steps import DecodeSteps, first_tokens, prefill
 from llmpq.runtime.stopwatch import Stopwatch
 from llmpq.runtime.transport import Pending, Transport, message_bytes, pack, payload, unpack
-from llmpq.schedule import Job
 
 NO_MEMORY = "can't allocate memory"  # what torch's allocator for main memory says
 Message = tuple[Job, list[int], torch.Tensor]

@@ -22,10 +22,10 @@ from typing import Any
 from _common import Check, shared_data
 
 from llmpq.artifact import write_json
-from llmpq.model_spec import load_model_spec
-from llmpq.plan import Plan
-from llmpq.runtime.request import Request
-from llmpq.runtime.tokenizer import load_tokenizer
+from llmpq.model_lookup import load_model_spec
+from llmpq.plan_data import Plan
+from llmpq.prompts.request import Request
+from llmpq.prompts.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = {"stories-260k": "tinystories.eval.txt", "tale-llama-11m": "wikitext2.test.txt"}

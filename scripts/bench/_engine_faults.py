@@ -17,8 +17,8 @@ from _engine_loss import Ending, LossResult, NewPlan, loss_test
 
 from llmpq.artifact import write_json
 from llmpq.model_spec import ASSETS
-from llmpq.runtime.request import Request
-from llmpq.runtime.tokenizer import load_tokenizer
+from llmpq.prompts.request import Request
+from llmpq.prompts.tokenizer import load_tokenizer
 
 KEPT = Target("4: results that kills made missing, double or different", "results", "0")
 NOTICED = Target("5: most from the loss of a worker to the end of all", "s", "<= 10")

@@ -21,12 +21,13 @@ from _damage import damage
 
 from llmpq.artifact import write_json
 from llmpq.errors import LlmpqError
-from llmpq.model_spec import ASSETS, load_model_spec
-from llmpq.plan import Plan, load_plan, refuse_shared_stages
-from llmpq.runtime.journal import Results
-from llmpq.runtime.mending import unframe
-from llmpq.runtime.prompts import Limits, check_prompts
-from llmpq.runtime.request import Finished, Request
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
+from llmpq.plan_data import Plan, load_plan, refuse_shared_stages
+from llmpq.prompts.prompts import Limits, check_prompts
+from llmpq.prompts.request import Finished, Request
+from llmpq.reliability.journal import Results
+from llmpq.reliability.mending import unframe
 from llmpq.workload import request_lengths
 
 MODEL = ASSETS / "tiny-tales"

@@ -40,8 +40,8 @@ from _engine_common import (
 
 from llmpq.artifact import write_json
 from llmpq.cluster import MIB
-from llmpq.plan import Plan
-from llmpq.runtime.request import Request
+from llmpq.plan_data import Plan
+from llmpq.prompts.request import Request
 
 GROWTH = Target("6: growth of resident memory after warming up", "%", "<= 1")
 PEAK = Target("6: most memory that a stage accounts for, of its plan's cap", "%", "<= 100")

@@ -22,8 +22,8 @@ from _engine_common import (
 )
 from _engine_tokens import first_difference
 
-from llmpq.model_spec import load_model_spec
-from llmpq.runtime.request import Request
+from llmpq.model_lookup import load_model_spec
+from llmpq.prompts.request import Request
 
 SAME = Target("8: requests that 2 x 2 devices answer otherwise than one device", "requests", "0")
 MODEL = "tale-llama-11m"

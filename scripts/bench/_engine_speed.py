@@ -18,8 +18,8 @@ import yaml
 from _common import Check
 from _engine_common import Part, Rows, Settings, Target, llmpq, run_plan, say, workload_of
 
-from llmpq.plan import Plan, load_plan
-from llmpq.runtime.request import Request
+from llmpq.plan_data import Plan, load_plan
+from llmpq.prompts.request import Request
 
 BUSY = Target("2: busiest stage computing, of the run's time", "%", ">= 90")
 REFILL = Target("2: throughput over the same engine without refill", "x", ">= 1.5")

@@ -21,11 +21,11 @@ from _engine_common import Part, Rows, Settings, Sizes, Target, hand_plan, run_p
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
+from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.models.stage_model import load_config
-from llmpq.runtime.checkpoint import Checkpoint
+from llmpq.prompts.request import Request
+from llmpq.prompts.tokenizer import load_tokenizer
 from llmpq.runtime.engine import Engine
-from llmpq.runtime.request import Request
-from llmpq.runtime.tokenizer import load_tokenizer
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 FASTER = Target("3: throughput over transformers with its best static batches", "x", ">= 1.3")

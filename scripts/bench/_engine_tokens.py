@@ -19,9 +19,9 @@ from _engine_common import Part, Rows, Settings, Sizes, Target, hand_plan, run_p
 from transformers import AutoModelForCausalLM
 
 from llmpq.models.stage_model import load_config
+from llmpq.prompts.request import Request
+from llmpq.prompts.tokenizer import end_tokens
 from llmpq.runtime.local import generate_locally
-from llmpq.runtime.request import Request
-from llmpq.runtime.tokenizer import end_tokens
 
 SAME = Target("1: requests whose tokens are not those of transformers alone", "requests", "0")
 NUM_REQUESTS = 500

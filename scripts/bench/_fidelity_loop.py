@@ -18,7 +18,7 @@ from typing import Any
 
 from _common import Check, shared_data
 
-from llmpq.model_spec import DEFAULT_MODEL
+from llmpq.model_lookup import DEFAULT_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
 CLAIM = 0.6

@@ -21,8 +21,9 @@ from _common import Check, shared_data
 
 from llmpq.artifact import write_json
 from llmpq.costs.memory import StageMemory, run_sizes, stage_memory
-from llmpq.model_spec import DEFAULT_MODEL, ModelSpec, load_model_spec
-from llmpq.plan import Plan
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ModelSpec
+from llmpq.plan_data import Plan
 from llmpq.quant import machine_here
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,7 +23,7 @@ from _common import Check, shared_data
 from llmpq.artifact import read_json
 from llmpq.costs.fits import cross_validate, fit_all
 from llmpq.costs.recipes import RECIPES, REGRESSION, Model, grouped, points_of
-from llmpq.model_spec import config_path, load_model_spec
+from llmpq.model_lookup import config_path, load_model_spec
 from llmpq.models.stage_model import load_config
 from llmpq.precision import PRECISIONS
 from llmpq.profile_data import Candidate, Phase, Profile, ProfileRow

@@ -23,7 +23,7 @@ from llmpq.artifact import write_json
 from llmpq.cluster import Cluster, load_cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
-from llmpq.model_spec import DEFAULT_MODEL, load_model_spec
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
 from llmpq.planner.bubbles import find_bubbles
 from llmpq.planner.evaluate import evaluate, to_plan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting

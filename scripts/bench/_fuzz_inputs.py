@@ -23,7 +23,7 @@ from _engine_fuzz import sound_plan
 
 from llmpq.artifact import write_json
 from llmpq.model_spec import ASSETS
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 
 CLUSTER = {
     "name": "lab",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from _kernels_place import Ceilings, Deadline, Place, Timer
 from torch import nn
 
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 from llmpq.quant import PlainLinear, QuantizedLinear, available_precisions, make_linear
 
 LLAMA_70B = str(Path(__file__).resolve().parents[2] / "configs/models/llama-3.3-70b.json")

@@ -12,7 +12,7 @@ from _kernels_serving import Traffic, command, error_percent, priced
 
 from llmpq.artifact import read_json, write_json
 from llmpq.cli.profile_layers import layers as profile_command
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.profile_data import Profile
 
 # On a CPU: one thread, as rehearsals run on, and the lengths of the small model's requests.

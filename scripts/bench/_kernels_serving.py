@@ -23,15 +23,16 @@ from _kernels_place import Ceilings, Place
 from click import Command
 from click.testing import CliRunner
 
+from llmpq.checkpoint.checkpoint import RandomWeights
 from llmpq.cli.plan import main as plan_command
 from llmpq.cli.profile_devices import type_of_card, type_of_cpu
-from llmpq.model_spec import ModelSpec, config_path, load_model_spec
+from llmpq.model_lookup import config_path, load_model_spec
+from llmpq.model_spec import ModelSpec
 from llmpq.models.stage_model import load_config
-from llmpq.plan import Plan, load_plan
+from llmpq.plan_data import Plan, load_plan
+from llmpq.prompts.request import Finished, Request
 from llmpq.report import StageReport
-from llmpq.runtime.checkpoint import RandomWeights
 from llmpq.runtime.engine import Engine
-from llmpq.runtime.request import Finished, Request
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from _kernels_serving import TINY, command
 
 from llmpq.artifact import write_json
 from llmpq.cli.run import main as run_command
-from llmpq.runtime.request import Request
+from llmpq.prompts.request import Request
 
 Tokens = dict[int, list[int]]  # by request
 

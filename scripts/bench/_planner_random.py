@@ -20,8 +20,8 @@ from llmpq.cluster import Cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
 from llmpq.errors import InfeasibleError
-from llmpq.model_spec import load_model_spec
-from llmpq.plan import Plan
+from llmpq.model_lookup import load_model_spec
+from llmpq.plan_data import Plan
 from llmpq.planner.planning import Options, make_plan, replan
 from llmpq.planner.problem import Problem
 from llmpq.planner.what_if import what_if

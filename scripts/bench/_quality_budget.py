@@ -24,19 +24,19 @@ from _quality_common import (
     stated,
 )
 
+from llmpq.checkpoint.roundings import load_roundings
 from llmpq.cluster import MIB, Cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.memory import RunSizes, stage_memory
 from llmpq.costs.quality import QualityModel, measured_quality
 from llmpq.errors import InfeasibleError
+from llmpq.job import LaneShape
 from llmpq.model_spec import ModelSpec
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Problem
 from llmpq.precision import PRECISIONS as KNOWN
 from llmpq.profile_data import Profile, load_sensitivity
-from llmpq.runtime.roundings import load_roundings
-from llmpq.schedule import LaneShape
 from llmpq.workload import Workload, request_lengths
 
 BUDGETS = (0.5, 1.0, 2.0, 5.0)  # percent of perplexity

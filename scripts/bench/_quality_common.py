@@ -21,19 +21,20 @@ import torch
 from _common import Check, shared_data
 from torch import nn
 
-from llmpq.model_spec import ASSETS, DEFAULT_MODEL, ModelSpec, load_model_spec
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.loader import load_stage, model_folder
+from llmpq.checkpoint.roundings import NEAREST, Roundings
+from llmpq.evaluation.evaluate import text_windows
+from llmpq.evaluation.streaming import DamageSum, Streamed
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ASSETS, ModelSpec
 from llmpq.models.family import find
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.profile_data import Sensitivity, load_sensitivity
 from llmpq.profiler.indicators import cells, random_rows
+from llmpq.prompts.tokenizer import load_tokenizer
 from llmpq.quantizer import Quantizer
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.evaluate import text_windows
-from llmpq.runtime.loader import load_stage, model_folder
-from llmpq.runtime.roundings import NEAREST, Roundings
-from llmpq.runtime.streaming import DamageSum, Streamed
-from llmpq.runtime.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = ("16", "8", "4", "3")

@@ -32,16 +32,16 @@ from _quality_common import (
     stated,
 )
 
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.loader import load_stage
+from llmpq.checkpoint.roundings import load_roundings
 from llmpq.cluster import MIB
 from llmpq.costs.memory import HALF, prefill_bytes
+from llmpq.evaluation.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from llmpq.models.stage_model import LayerRange
 from llmpq.profile_data import Sensitivity, load_sensitivity
 from llmpq.profiler.effort import Effort
 from llmpq.profiler.indicators import Cell
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE
-from llmpq.runtime.loader import load_stage
-from llmpq.runtime.roundings import load_roundings
 
 INDICATORS = ("measured", "variance", "hessian")  # and "random", which takes nothing
 LOW = ("4", "3")

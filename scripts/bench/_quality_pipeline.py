@@ -14,9 +14,9 @@ from _common import Check
 from _quality_common import DTYPE, Settings, Subject, hand_plan, llmpq
 
 from llmpq.artifact import read_text, write_json
+from llmpq.evaluation.harness import Scorer, harness_model
+from llmpq.prompts.tokenizer import load_tokenizer
 from llmpq.quantizer import Quantizer
-from llmpq.runtime.harness import Scorer, harness_model
-from llmpq.runtime.tokenizer import load_tokenizer
 
 MAX_RELATIVE = 1e-4
 MAX_HARNESS_PERCENT = 0.1

@@ -24,9 +24,9 @@ from _quality_common import (
     sensitivity_path,
 )
 
+from llmpq.checkpoint.roundings import load_roundings
 from llmpq.precision import PRECISIONS as KNOWN
 from llmpq.profile_data import load_sensitivity
-from llmpq.runtime.roundings import load_roundings
 
 MEAN_BITS = (3.5, 4.5, 6.0)
 ORDER = ("measured", "hessian", "variance", "random")  # the best first, as hoped

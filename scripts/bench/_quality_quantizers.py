@@ -28,10 +28,11 @@ from _quality_common import (
     stated,
 )
 
+from llmpq.checkpoint.moments_file import sha256_of, write_moments
+from llmpq.checkpoint.roundings import load_roundings
+from llmpq.evaluation.moments import MomentsMeter
 from llmpq.precision import group_size
 from llmpq.quantizer import Quantizer
-from llmpq.runtime.moments import MomentsMeter, sha256_of, write_moments
-from llmpq.runtime.roundings import load_roundings
 
 BITS = ("4", "3")
 THEIRS = "gptqmodel"

@@ -29,8 +29,8 @@ from llmpq.cluster import load_cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import QualityModel, prior_quality
 from llmpq.errors import InfeasibleError
-from llmpq.model_spec import load_model_spec
-from llmpq.plan import Plan
+from llmpq.model_lookup import load_model_spec
+from llmpq.plan_data import Plan
 from llmpq.planner.evaluate import evaluate, to_assignment
 from llmpq.planner.exact import solve
 from llmpq.planner.fixes import fixes

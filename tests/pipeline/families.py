@@ -10,11 +10,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from llmpq.model_spec import ASSETS, ModelSpec, load_model_spec
-from llmpq.plan import Plan
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS, ModelSpec
+from llmpq.plan_data import Plan
+from llmpq.prompts.request import Request
+from llmpq.prompts.tokenizer import load_tokenizer
 from llmpq.runtime.local import generate_locally
-from llmpq.runtime.request import Request
-from llmpq.runtime.tokenizer import load_tokenizer
 
 TINY_TALES = ASSETS / "tiny-tales"
 NUM_REQUESTS, MAX_PROMPT, MAX_NEW = 16, 24, 12

@@ -11,7 +11,7 @@ import psutil
 from families import TINY_TALES, TinyModel, hand_made_plan
 
 from llmpq.artifact import write_json
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 
 NEW = 20
 PATIENCE_S = 240.0  # for what comes much sooner; a busy machine takes its time

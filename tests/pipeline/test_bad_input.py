@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmpq.artifact import write_json
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.loader import load_stage
 from llmpq.cli.eval import main as eval_command
 from llmpq.cli.plan import main as plan_command
 from llmpq.cli.profile import main as profile_command
 from llmpq.cli.run import main as run_command
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.profile_data import CalibrationText, LayerSensitivity, QualityFit, Sensitivity
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.loader import load_stage
 
 WEIGHTS = "model.safetensors"
 A_LINEAR = "model.layers.2.mlp.up_proj.weight"

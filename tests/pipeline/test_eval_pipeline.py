@@ -15,17 +15,19 @@ from families import CPU, MAX_NEW, TINY_TALES, hand_made_plan
 from jobs import PATIENCE_S
 
 from llmpq.artifact import write_json
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.moments_file import sha256_of, write_moments
 from llmpq.cli.eval import main as eval_command
 from llmpq.cli.run import main as run_command
-from llmpq.model_spec import ASSETS, load_model_spec
+from llmpq.evaluation.evaluate import evaluate, load_stages, text_windows
+from llmpq.evaluation.harness import Scorer, harness_model, run_tasks
+from llmpq.evaluation.moments import MomentsMeter
+from llmpq.evaluation.tasks import load_tasks
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import load_config
+from llmpq.prompts.tokenizer import load_tokenizer
 from llmpq.quantizer import Quantizer
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.evaluate import evaluate, load_stages, text_windows
-from llmpq.runtime.harness import Scorer, harness_model, run_tasks
-from llmpq.runtime.moments import MomentsMeter, sha256_of, write_moments
-from llmpq.runtime.tasks import load_tasks
-from llmpq.runtime.tokenizer import load_tokenizer
 
 MIXED = ["4", "16", "8", "3", "3", "8", "4", "16"]
 PROMPTS = ASSETS / "prompts.jsonl"
@@ -175,7 +177,7 @@ def test_the_comparison_is_kept_until_something_changes(checked, monkeypatch):
         calls.append(arguments)
         raise RuntimeError("streamed again")
 
-    monkeypatch.setattr("llmpq.runtime.streaming.stream", refused)
+    monkeypatch.setattr("llmpq.evaluation.streaming.stream", refused)
     again = checked.run(*asked)
     assert again.exit_code == 0, (again.stderr, again.exception)
     assert json.loads(report.read_text())["quality"] == quality and not calls

@@ -22,8 +22,8 @@ from llmpq.cli.eval import main as eval_command
 from llmpq.cli.profile import main as profile_command
 from llmpq.cli.run import main
 from llmpq.errors import WorkerError
-from llmpq.model_spec import load_model_spec
-from llmpq.runtime import journal
+from llmpq.model_lookup import load_model_spec
+from llmpq.reliability import journal
 
 EMBEDDING = "model.embed_tokens.weight"
 BAD_TOKEN = 5  # whose embedding is not a number, in a model that was spoilt

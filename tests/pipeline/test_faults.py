@@ -8,10 +8,10 @@ import pytest
 import torch
 from families import hand_made_plan
 
+from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.models.stage_model import StageModel, load_config
-from llmpq.runtime.checkpoint import Checkpoint
+from llmpq.prompts.request import Finished
 from llmpq.runtime.engine import Engine
-from llmpq.runtime.request import Finished
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from jobs import PATIENCE_S
 
 from llmpq.artifact import write_json
 from llmpq.launch import launch_lines
-from llmpq.model_spec import load_model_spec
-from llmpq.plan import Plan
+from llmpq.model_lookup import load_model_spec
+from llmpq.plan_data import Plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NODES = ("b", "a", "c", "b")  # of the stages

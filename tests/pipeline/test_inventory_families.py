@@ -5,9 +5,9 @@ import torch
 from families import FAMILIES, build
 from safetensors.torch import load_file, save_file
 
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.inventory import check_checkpoint
 from llmpq.models.stage_model import load_config
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.inventory import check_checkpoint
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,8 +17,8 @@ from jobs import PATIENCE_S, RUN, SLOW, TORCHRUN, Job, rank_of, wait_until
 
 from llmpq.cli.run import main
 from llmpq.model_spec import ASSETS
-from llmpq.plan import load_plan
-from llmpq.runtime.tokenizer import load_tokenizer
+from llmpq.plan_data import load_plan
+from llmpq.prompts.tokenizer import load_tokenizer
 
 pytestmark = [
     pytest.mark.slow,

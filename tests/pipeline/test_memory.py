@@ -7,13 +7,13 @@ import pytest
 import torch
 from families import CPU, FAMILIES, hand_made_plan
 
+from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.costs.memory import run_sizes, stage_memory
 from llmpq.models.stage_model import load_config
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
+from llmpq.prompts.request import Request
 from llmpq.quant import available_precisions, machine_here
-from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.engine import Engine
-from llmpq.runtime.request import Request
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 # (batch, p, q, prompt, new)

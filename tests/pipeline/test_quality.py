@@ -9,10 +9,10 @@ from families import CPU
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.evaluation.evaluate import evaluate, load_stages, text_windows
 from llmpq.models.stage_model import load_config
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.evaluate import evaluate, load_stages, text_windows
-from llmpq.runtime.tokenizer import load_tokenizer
+from llmpq.prompts.tokenizer import load_tokenizer
 
 WINDOW, NUM_WINDOWS = 256, 24
 SUBJECTS = [

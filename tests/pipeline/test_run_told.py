@@ -9,8 +9,8 @@ from jobs import Job
 
 from llmpq.cli.run import main
 from llmpq.cli.run_lead import _Collector
+from llmpq.prompts.request import Finished, Request
 from llmpq.runtime.leader import Status
-from llmpq.runtime.request import Finished, Request
 
 NEW_TOKENS = 20
 

@@ -9,13 +9,13 @@ from families import GROUPED, TinyModel, hand_made_plan, own_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpq.errors import UserError
+from llmpq.evaluation.verify import small_copy, verify
 from llmpq.models.count import count_model
 from llmpq.models.rope import switches_at
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
+from llmpq.prompts.prompt_rules import Limits
+from llmpq.prompts.request import Request
 from llmpq.runtime.local import generate_locally
-from llmpq.runtime.prompt_rules import Limits
-from llmpq.runtime.request import Request
-from llmpq.runtime.verify import small_copy, verify
 
 SIZES = GROUPED | {"num_hidden_layers": 5}
 LONG = {

@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmpq import kernel
+from llmpq.job import LaneShape
 from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.runtime import engine, steps
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.steps import DecodeSteps, graph_width
-from llmpq.schedule import LaneShape
 
 META = torch.device("meta")
 every_family = pytest.mark.parametrize("family", FAMILIES)

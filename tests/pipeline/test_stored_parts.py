@@ -11,10 +11,10 @@ from families import GROUPED, TinyModel, own_tokens, random_requests
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, load_config
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.loader import load_stage
 from llmpq.runtime.local import generate_locally
 
 CPU = torch.device("cpu")

@@ -9,14 +9,14 @@ from families import CPU
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, kl_div
 
-from llmpq.models.count import PeakMemory
+from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
+from llmpq.checkpoint.loader import load_stage
+from llmpq.evaluation.evaluate import evaluate
+from llmpq.evaluation.streaming import stream
 from llmpq.models.family import PartOfLayer
+from llmpq.models.live_tensors import PeakMemory
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import PlainLinear, quantize
-from llmpq.runtime.checkpoint import Checkpoint, RandomWeights
-from llmpq.runtime.evaluate import evaluate
-from llmpq.runtime.loader import load_stage
-from llmpq.runtime.streaming import stream
 
 FP32 = torch.float32
 # Untied and tied heads, learned positions, a norm and a projection of the embedding, layers that
@@ -78,8 +78,8 @@ def test_divergence_is_from_the_sixteen_bit_model(checkpoint):
 def test_pieces_of_windows_and_chunks_of_tokens_change_nothing(checkpoint, monkeypatch):
     folder, windows = checkpoint("llama"), text()
     at_once = streamed(folder, [MIXED], windows)[0]
-    monkeypatch.setattr("llmpq.runtime.streaming.TOKENS_AT_ONCE", 32)
-    monkeypatch.setattr("llmpq.runtime.streaming.LOGITS_AT_ONCE", 7 * 97)
+    monkeypatch.setattr("llmpq.evaluation.streaming.TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr("llmpq.evaluation.streaming.LOGITS_AT_ONCE", 7 * 97)
     in_pieces = streamed(folder, [MIXED], windows)[0]
     assert in_pieces.loss.total == pytest.approx(at_once.loss.total, rel=1e-6)
     assert in_pieces.divergence == pytest.approx(at_once.divergence, rel=1e-4)

@@ -14,7 +14,7 @@ from jobs import PATIENCE_S, wait_until
 
 from llmpq.artifact import write_json
 from llmpq.errors import UserError
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.runtime.local import generate_locally
 from llmpq.runtime.sampler import Sampling
 

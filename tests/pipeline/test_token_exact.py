@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import CPU, FAMILIES, MAX_NEW
 
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.quant import available_precisions
 from llmpq.runtime.local import generate_locally
 from llmpq.runtime.sampler import Sampling

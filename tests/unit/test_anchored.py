@@ -15,7 +15,7 @@ from llmpq.costs.spec_sheet import Roofline, error, rooflines
 from llmpq.devices import device_library
 from llmpq.kernel import STAGE_CALL_S
 from llmpq.machine import card
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 from llmpq.profile_data import DECODES, Phase, Profile, ProfiledDevice, ProfileRow
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"

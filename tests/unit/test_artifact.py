@@ -20,7 +20,7 @@ from llmpq.artifact import (
 )
 from llmpq.cluster import Cluster
 from llmpq.errors import LlmpqError, UserError
-from llmpq.plan import Baseline, Plan
+from llmpq.plan_data import Baseline, Plan
 from llmpq.profile_data import Profile, Sensitivity
 from llmpq.workload import Workload
 

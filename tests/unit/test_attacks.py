@@ -28,24 +28,24 @@ from safetensors.torch import load_file, save
 from test_packed_cache import CPU, assert_equal, load, packed_files
 
 from llmpq.artifact import write_json, write_text
+from llmpq.checkpoint.moments_file import write_moments
+from llmpq.checkpoint.packed_cache import PackedCache, _about
 from llmpq.cli import eval as eval_module
 from llmpq.cli import export, main, plan, profile, run
 from llmpq.cli.common import Command
 from llmpq.cli.plain_console import PlainConsole
 from llmpq.cli.progress import progress
 from llmpq.errors import UserError, WorkerError
-from llmpq.model_spec import ASSETS, load_model_spec
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
 from llmpq.placement import FoundCard
 from llmpq.plain import plain, plain_line
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.planner.report import styled
 from llmpq.quant import available_precisions
 from llmpq.quant.humming_jit import keep_kernels_in
-from llmpq.runtime import process
-from llmpq.runtime.append_file import AppendFile
-from llmpq.runtime.cards import read_process
-from llmpq.runtime.moments import write_moments
-from llmpq.runtime.monitor import (
+from llmpq.reliability.append_file import AppendFile
+from llmpq.reliability.monitor import (
     MOST_BYTES,
     MOST_CHARACTERS,
     Board,
@@ -53,7 +53,8 @@ from llmpq.runtime.monitor import (
     Who,
     process_state,
 )
-from llmpq.runtime.packed_cache import PackedCache, _about
+from llmpq.runtime import process
+from llmpq.runtime.cards import read_process
 from llmpq.seats import Process
 
 PACKAGE = Path(plan.__file__).parents[1]
@@ -641,7 +642,8 @@ def test_there_is_one_way_to_print():
         "Console": set(),
         "Text": set(),
         "echo": {"cli/common.py"},
-        "print": {"models/count.py", "runtime/judge.py"},  # of counts; for a parent that reads it
+        # of counts; for a parent that reads it
+        "print": {"models/count_families.py", "evaluation/judge.py"},
     }
     marked = [c for _, c in calls("print", "TextColumn") for k in c.keywords if k.arg == "markup"]
     assert all(ast.unparse(call).endswith("markup=False)") for call in marked)
@@ -651,7 +653,7 @@ def test_a_second_signal_shows_no_traceback() -> None:
     """People press Ctrl-C again while the first one is still being dealt with."""
     text = (
         "import os, signal, time\n"
-        "from llmpq.runtime.ending import ended_by_signals\n"
+        "from llmpq.reliability.ending import ended_by_signals\n"
         "with ended_by_signals('again', look=lambda: os.kill(os.getpid(), signal.SIGINT)):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    while True: time.sleep(0.05)\n"

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch")
 
 from llmpq.model_spec import ASSETS
-from llmpq.runtime.request import Request
+from llmpq.prompts.request import Request
 
 TINY = ASSETS / "tiny-tales"
 

@@ -13,7 +13,8 @@ from llmpq.costs.latency import measured_times, spec_sheet_times
 from llmpq.costs.quality import prior_quality
 from llmpq.devices import device_library
 from llmpq.machine import INT4_TILES, cpu
-from llmpq.model_spec import Linear, load_model_spec
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import Linear
 from llmpq.precision import NF4_BLOCK, PRECISIONS, STANDARD
 from llmpq.profile_data import ProfileRow
 from llmpq.quant import available_precisions, here, make_linear, why_unavailable
@@ -206,7 +207,7 @@ def test_without_the_library_it_is_named(precision, monkeypatch):
 
 
 def test_plans_use_what_was_profiled_only_where_it_is_asked_for():
-    from llmpq.cli.plan_inputs import _offered
+    from llmpq.planner.inputs import offered_precisions
 
     sizes = {"micro_batch": 1, "prompt_tokens": 8, "past_tokens": 8, "time_ms": 1.0}
     spread = {"time_ms_p10": 1.0, "time_ms_p90": 1.0, "num_samples": 3, "model_key": "x"}
@@ -217,5 +218,5 @@ def test_plans_use_what_was_profiled_only_where_it_is_asked_for():
     ]
     times = {"t4-16g": measured_times(rows, "test")}
     assert times["t4-16g"].precisions == ("16", "nf4")
-    assert _offered(times) == ["16"]
-    assert _offered(times, ["nf4"]) == ["16", "nf4"]
+    assert offered_precisions(times) == ["16"]
+    assert offered_precisions(times, ["nf4"]) == ["16", "nf4"]

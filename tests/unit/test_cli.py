@@ -13,15 +13,15 @@ from click.testing import CliRunner
 
 from llmpq import __version__
 from llmpq.artifact import read_json
+from llmpq.checkpoint.moments_file import MomentsFile, sha256_of, write_moments
+from llmpq.checkpoint.roundings import load_roundings
 from llmpq.cli import eval as eval_module
 from llmpq.cli import export, plan, profile, run
 from llmpq.cli.main import COMMANDS
 from llmpq.cli.main import main as umbrella
-from llmpq.plan import load_plan
+from llmpq.plan_data import load_plan
 from llmpq.profile_data import Profile, Sensitivity, load_sensitivity
 from llmpq.quantizer import Quantizer
-from llmpq.runtime.moments import MomentsFile, sha256_of, write_moments
-from llmpq.runtime.roundings import load_roundings
 
 MAINS = {
     "profile": profile.main,

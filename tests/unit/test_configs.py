@@ -10,7 +10,7 @@ import yaml
 
 from llmpq.cluster import GIB, Cluster, load_cluster
 from llmpq.devices import LIBRARY_PATH, device_library
-from llmpq.model_spec import DEFAULT_MODEL, load_model_spec
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
 from llmpq.workload import load_workload, request_lengths
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -17,6 +17,7 @@ from llmpq.costs.shards import WithExchange, tensor_parallel_times
 from llmpq.costs.spec_sheet import Roofline, efficiency
 from llmpq.devices import device_library
 from llmpq.errors import UserError
+from llmpq.job import LaneShape
 from llmpq.kernel import (
     GRAPH_BYTES,
     HEAD_LAUNCHES,
@@ -26,9 +27,9 @@ from llmpq.kernel import (
     graph_lengths,
 )
 from llmpq.machine import TORCH_CARD, cpu
-from llmpq.model_spec import ModelSpec, spec_from_config
+from llmpq.model_lookup import spec_from_config
+from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Phase, Profile, ProfiledDevice, ProfileRow, Sensitivity
-from llmpq.schedule import LaneShape
 
 H, F, HEADS, KV, DIM, VOCAB, LAYERS = 64, 160, 4, 2, 16, 100, 3
 CONFIG: dict[str, Any] = {

@@ -11,8 +11,9 @@ from llmpq.cli.dry_run import compressed, memory_of
 from llmpq.cli.kernel_notes import say_kernels
 from llmpq.cli.run import main
 from llmpq.cluster import Cluster
-from llmpq.model_spec import ASSETS, load_model_spec
-from llmpq.plan import Plan, Predicted, PredictedStage, Stage
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
+from llmpq.plan_data import Plan, Predicted, PredictedStage, Stage
 from llmpq.workload import Workload
 
 TINY_TALES = ASSETS / "tiny-tales"
@@ -204,10 +205,10 @@ def header_of(path):
 def test_what_the_cache_holds_is_not_read_from_the_checkpoint(run, tmp_path, monkeypatch):
     import torch
 
+    from llmpq.checkpoint.checkpoint import Checkpoint
+    from llmpq.checkpoint.loader import load_stage
+    from llmpq.checkpoint.packed_cache import PackedCache
     from llmpq.models.stage_model import LayerRange, load_config
-    from llmpq.runtime.checkpoint import Checkpoint
-    from llmpq.runtime.loader import load_stage
-    from llmpq.runtime.packed_cache import PackedCache
 
     plan = make_plan()
     cache = ["--cache-dir", "cache", "--dtype", "float32"]

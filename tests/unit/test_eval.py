@@ -12,28 +12,22 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.cli.check_quality import compare, summary
 from llmpq.cli.eval import main
 from llmpq.cli.eval_output import show
 from llmpq.errors import FailedRequests, UserError
+from llmpq.evaluation import evaluate as evaluation
+from llmpq.evaluation.evaluate import Loss, evaluate, load_stages, next_token_loss, window_tokens
+from llmpq.evaluation.harness import NoNumber, Scorer, run_tasks
+from llmpq.evaluation.pipeline_loss import PipelineLoss
+from llmpq.evaluation.tasks import load_tasks
+from llmpq.evaluation.texts import DATASETS, named_text
 from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import load_config
-from llmpq.runtime import evaluate as evaluation
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.evaluate import (
-    Loss,
-    evaluate,
-    load_stages,
-    next_token_loss,
-    weights_hash,
-    window_tokens,
-)
-from llmpq.runtime.harness import NoNumber, Scorer, run_tasks
-from llmpq.runtime.pipeline_loss import PipelineLoss, gather_hashes
 from llmpq.runtime.sampler import Sampling
-from llmpq.runtime.tasks import load_tasks
-from llmpq.runtime.texts import DATASETS, named_text
 from llmpq.runtime.transport import LocalHub, LocalTransport
+from llmpq.runtime.weights_hash import gather_hashes, weights_hash
 
 CPU = torch.device("cpu")
 TINY_TALES = ASSETS / "tiny-tales"

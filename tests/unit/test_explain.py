@@ -14,8 +14,9 @@ from llmpq.cluster import Cluster, load_cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
 from llmpq.errors import InfeasibleError
-from llmpq.model_spec import ModelSpec, load_model_spec, spec_from_config
-from llmpq.plan import Plan
+from llmpq.model_lookup import load_model_spec, spec_from_config
+from llmpq.model_spec import ModelSpec
+from llmpq.plan_data import Plan
 from llmpq.planner import planning
 from llmpq.planner.explain import may_fit, why
 from llmpq.planner.fixes import Fix, fixes, infeasible, largest

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from llmpq.checkpoint import fingerprint as module
+from llmpq.checkpoint.fingerprint import fingerprint
 from llmpq.errors import UserError
-from llmpq.runtime import fingerprint as module
-from llmpq.runtime.fingerprint import fingerprint
 
 
 @pytest.fixture

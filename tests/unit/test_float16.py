@@ -5,7 +5,7 @@ from test_seats import make_plan
 
 from llmpq.cluster import Cluster
 from llmpq.costs.float16 import planned_overflow, run_overflow
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 
 
 def plan_of(model_type: str, *types: str) -> Plan:

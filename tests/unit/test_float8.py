@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.inventory import check_checkpoint
+from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.quant import TensorPart
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.inventory import check_checkpoint
-from llmpq.runtime.loader import load_stage
 
 SIZES = {
     "vocab_size": 50,

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmpq.errors import UserError
-from llmpq.plan import load_plan
+from llmpq.plan_data import load_plan
 
 pytest.importorskip("torch")  # the command line's own reading of a model's folder
 

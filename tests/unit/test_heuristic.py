@@ -14,7 +14,7 @@ from llmpq.cluster import Cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import QualityModel, prior_quality
 from llmpq.costs.timeline import Costs, run_s
-from llmpq.model_spec import spec_from_config
+from llmpq.model_lookup import spec_from_config
 from llmpq.planner.heuristic import assign_layers, heuristic, start_choice, transfer
 from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.problem import OVER, Place, Problem, Setting

@@ -6,7 +6,11 @@ import math
 import pytest
 import torch
 
+from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
+from llmpq.checkpoint.loader import load_stage
+from llmpq.checkpoint.moments_file import MomentsFile
 from llmpq.errors import UserError
+from llmpq.evaluation.evaluate import evaluate
 from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.precision import group_size
@@ -27,10 +31,6 @@ from llmpq.profiler.quality_fit import OTHER_TEXT, draw_plans, fit_quality, note
 from llmpq.profiler.second_moments import gather_moments
 from llmpq.profiler.sensitivity import Inputs, Recipe, gather_input_variance, measure_sensitivity
 from llmpq.quant import quantize
-from llmpq.runtime.checkpoint import Checkpoint, RandomWeights
-from llmpq.runtime.evaluate import evaluate
-from llmpq.runtime.loader import load_stage
-from llmpq.runtime.moments import MomentsFile
 
 CPU = torch.device("cpu")
 NUM_LAYERS, HIDDEN, FFN = 3, 32, 64

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.inventory import check_checkpoint
 from llmpq.errors import UserError
 from llmpq.models.stage_model import load_config
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.inventory import check_checkpoint
 
 HIDDEN, FFN, VOCAB = 16, 32, 50
 CONFIG = {

@@ -15,7 +15,8 @@ from llmpq.costs.job_counts import (
     tokens_of,
 )
 from llmpq.costs.simulate import Jobs, play
-from llmpq.schedule import Item, Job, LaneShape, Schedule
+from llmpq.job import Item, Job, LaneShape
+from llmpq.schedule import Schedule
 from llmpq.workload import chunk_tokens, lanes
 
 Lengths = Sequence[tuple[int, int]]

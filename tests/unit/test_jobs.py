@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmpq.job import Job, Member, Move
 from llmpq.runtime.jobs import END, headers_for, shape
-from llmpq.schedule import Job, Member, Move
 
 number = st.integers(0, 2**31 - 1)
 members = st.builds(Member, *[number] * len(Member._fields))

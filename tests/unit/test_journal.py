@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmpq.errors import UserError, WorkerError
-from llmpq.runtime import journal
-from llmpq.runtime.journal import Results
-from llmpq.runtime.request import Finished, Request
-from llmpq.runtime.result_lines import Writer
+from llmpq.prompts.request import Finished, Request
+from llmpq.prompts.result_lines import Writer
+from llmpq.reliability import journal
+from llmpq.reliability.journal import Results
 
 RUN = {"model": "tiny", "seed": 0}
 

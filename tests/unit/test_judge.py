@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from llmpq import model_spec
+from llmpq import model_lookup
 from llmpq.errors import UserError
 from llmpq.model_known import is_known, num_experts, with_floats
-from llmpq.model_spec import load_model_spec, shard_faults, spec_from_config
+from llmpq.model_lookup import load_model_spec, spec_from_config
+from llmpq.model_spec import shard_faults
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -100,7 +101,7 @@ def test_special_numbers_are_read_as_transformers_reads_them() -> None:
 def test_without_transformers_what_is_not_known_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_spec, "find_spec", lambda _: None)
+    monkeypatch.setattr(model_lookup, "find_spec", lambda _: None)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(LLAMA))
     assert load_model_spec(str(path)).model_type == "llama"

@@ -42,7 +42,8 @@ from llmpq.machine import (
     parse_capability,
     sheet_cpu,
 )
-from llmpq.model_spec import Linear, ModelSpec, load_model_spec
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import Linear, ModelSpec
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.problem import Assignment, Place, Problem, Setting
 from llmpq.precision import PRECISIONS, STANDARD, group_size

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from llmpq.job import Job, LaneShape, Member, Move
 from llmpq.models.lanes import LaneCache
-from llmpq.schedule import Job, LaneShape, Member, Move
 
 CPU = torch.device("cpu")
 SHAPES = [LaneShape(2, 6), LaneShape(1, 4)]

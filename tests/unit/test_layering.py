@@ -1,9 +1,10 @@
 """The layer cake: who may import whom, and which third-party library is seen where.
 
-Nouns <- costs <- planner <- cli, and nouns <- quant <- models <- runtime <- profiler <- cli. The
-two branches meet only in `cli` and through files, so that planning needs no torch and the runtime
-needs no planner. Imports inside functions count too; a third-party library that is marked lazy
-may be imported there and nowhere else.
+Nouns <- costs <- planner <- cli, and nouns <- quant <- models <- checkpoint <- runtime <-
+evaluation <- profiler <- cli; the runtime stands on `prompts` and `reliability` too. The two
+branches meet only in `cli`, in `library` and through files, so that planning needs no torch and
+the runtime needs no planner. Imports inside functions count too; a third-party library that is
+marked lazy may be imported there and nowhere else.
 
 `python tests/unit/test_layering.py` prints the cake with the modules it holds.
 """
@@ -36,10 +37,10 @@ def _names(text: str) -> frozenset[str]:
 
 
 NOUNS = _names(
-    "llmpq errors precision artifact model_known model_spec workload devices cluster profile_data "
-    "plan plan_diff report link_data quantizer schedule machine workspace kernel kernel_table "
-    "serving device_names placement seats launch plain whole_file "
-    "others_files"
+    "version errors precision artifact config_keys families model_known model_spec model_lookup "
+    "workload devices cluster profile_data plan_data plan_diff report link_data quantizer job "
+    "schedule machine workspace kernel kernel_table serving device_names placement seats launch "
+    "plain whole_file others_files"
 )
 PLAIN = "pydantic yaml "
 TORCH = "torch transformers safetensors tokenizers numpy "
@@ -59,26 +60,57 @@ CAKE = [
     Part("2b", "models", _names("nouns quant"), _names(PLAIN + TORCH), _names(KERNELS)),
     Part(
         "3",
-        "runtime",
+        "checkpoint",
         _names("nouns models quant"),
         _names(PLAIN + TORCH),
-        _names(KERNELS + "lm_eval datasets pyarrow"),
+        _names("huggingface_hub"),
     ),
     Part(
         "3",
+        "prompts",
+        _names("nouns"),
+        _names("transformers"),
+        _names("pyarrow"),
+    ),
+    Part("3", "reliability", _names("nouns prompts"), _names("pydantic torch")),
+    Part(
+        "4",
+        "runtime",
+        _names("nouns models quant checkpoint prompts reliability"),
+        _names(PLAIN + TORCH),
+    ),
+    Part(
+        "5",
+        "evaluation",
+        _names("nouns models quant checkpoint prompts runtime"),
+        _names(PLAIN + TORCH),
+        _names("lm_eval datasets"),
+    ),
+    Part(
+        "6",
         "profiler",
-        _names("nouns models quant runtime"),
+        _names("nouns models quant checkpoint runtime evaluation"),
         _names(PLAIN + TORCH),
         _names(KERNELS),
     ),
     Part(
-        "4",
+        "7",
+        "library",
+        _names("nouns costs planner models checkpoint prompts runtime"),
+        lazy=_names("torch"),
+    ),
+    Part(
+        "8",
         "cli",
-        _names("nouns costs planner models quant runtime profiler"),
+        _names(
+            "nouns costs planner models quant checkpoint prompts reliability runtime evaluation "
+            "profiler"
+        ),
         _names(PLAIN + "click rich numpy"),
         _names(TORCH + KERNELS + "pandas scipy matplotlib compressed_tensors vllm"),
     ),
-    Part("4", "run", _names("cli")),
+    Part("8", "run", _names("cli")),
+    Part("9", "llmpq", _names("nouns library")),  # what `import llmpq` offers
 ]
 PARTS = {part.name: part for part in CAKE}
 # Modules that may import a little more than the rest of their part.
@@ -117,7 +149,9 @@ def _module_name(path: Path) -> str:
 def part_of(module: str) -> str | None:
     """The slice that a module of llmpq lies in."""
     names = module.split(".")
-    if len(names) == 1 or (len(names) == 2 and names[1] in NOUNS):
+    if len(names) == 1:
+        return "llmpq" if module == "llmpq" else None
+    if len(names) == 2 and names[1] in NOUNS:
         return "nouns"
     return "run" if module == "llmpq.__main__" else names[1] if names[1] in PARTS else None
 
@@ -182,7 +216,7 @@ def _why_forbidden(name: str, part: Part, item: Import) -> str | None:
 
 def _why_forbidden_inside(name: str, part: Part, target: str) -> str | None:
     other = part_of(target)
-    if target == "llmpq" or other == part.name:
+    if other == part.name:
         return None
     if other is None or other not in part.parts:
         return f"{part.name} (level {part.level}) may not import {target}"
@@ -290,8 +324,8 @@ def test_the_checks_see_faults(tmp_path: Path) -> None:
     assert _why_forbidden("llmpq.planner.ilp", PARTS["planner"], Import("torch", 1, True))
     assert _why_forbidden("llmpq.runtime.x", PARTS["runtime"], Import("llmpq.profiler", 1, True))
     assert _why_forbidden("llmpq.runtime.x", PARTS["runtime"], Import("llmpq.costs.a", 1, False))
-    assert _why_forbidden("llmpq.plan", PARTS["nouns"], Import("pandas", 1, False))
-    assert not _why_forbidden("llmpq.plan", PARTS["nouns"], Import("pandas", 1, True))
+    assert _why_forbidden("llmpq.plan_data", PARTS["nouns"], Import("pandas", 1, False))
+    assert not _why_forbidden("llmpq.plan_data", PARTS["nouns"], Import("pandas", 1, True))
     assert _why_forbidden("llmpq.costs.memory", PARTS["costs"], Import("scipy", 1, True))
     assert _why_forbidden("llmpq.run", PARTS["run"], Import("llmpq.cli.plan", 1, False))
     assert not _why_forbidden("llmpq.run", PARTS["run"], Import("llmpq.cli.run", 1, False))

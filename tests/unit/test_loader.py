@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.loader import load_stage
 from llmpq.costs.memory import end_weight_bytes, layer_weight_bytes
-from llmpq.model_spec import ASSETS, load_model_spec
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.quant import available_precisions
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.loader import load_stage
 
 CPU = torch.device("cpu")
 TINY_TALES = ASSETS / "tiny-tales"
@@ -31,8 +32,8 @@ MEASURE = """
 import gc, json, sys, threading, time, torch
 from pathlib import Path
 from llmpq.models.stage_model import LayerRange, load_config
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.loader import load_stage
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.loader import load_stage
 
 def resident():
     for line in open("/proc/self/status"):

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmpq.artifact import parse_json, write_text
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.loader import load_stage
+from llmpq.checkpoint.packed_cache import NO_CACHE
 from llmpq.cli import loading
 from llmpq.cli.loading import shown_loading
 from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import LayerRange, load_config
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.evaluate import weights_hash
-from llmpq.runtime.loader import load_stage
-from llmpq.runtime.packed_cache import NO_CACHE
+from llmpq.runtime.weights_hash import weights_hash
 
 CPU = torch.device("cpu")
 TINY_TALES = ASSETS / "tiny-tales"

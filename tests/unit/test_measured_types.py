@@ -8,7 +8,7 @@ from llmpq.cluster import Cluster
 from llmpq.costs.latency import device_times, machine_of
 from llmpq.costs.measured_types import unused_profiles, with_measured_types
 from llmpq.errors import UserError
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 from llmpq.profile_data import Profile
 
 SPEC = load_model_spec("tiny-tales")

@@ -15,19 +15,22 @@ pytest.importorskip("transformers")
 
 from transformers import AutoConfig  # noqa: E402
 
-from llmpq import model_spec  # noqa: E402
+from llmpq import model_lookup  # noqa: E402
 from llmpq.costs import memory  # noqa: E402
 from llmpq.errors import UserError  # noqa: E402
+from llmpq.evaluation import judge  # noqa: E402
+from llmpq.families import FAMILIES  # noqa: E402
+from llmpq.job import LaneShape  # noqa: E402
 from llmpq.machine import INT4_TILES, VNNI, Machine, cpu, host_cpu  # noqa: E402
-from llmpq.model_spec import ASSETS, Linear, ModelSpec, load_model_spec  # noqa: E402
+from llmpq.model_lookup import load_model_spec  # noqa: E402
+from llmpq.model_spec import ALL_HEADS, ASSETS, Linear, ModelSpec  # noqa: E402
 from llmpq.models import count  # noqa: E402
+from llmpq.models.count_families import WHOLE, count_family, families_text  # noqa: E402
 from llmpq.models.stage_model import LayerRange, StageModel, load_config  # noqa: E402
 from llmpq.quant import available_precisions, machine_here, make_linear  # noqa: E402
 from llmpq.quant.linear import TiledLinear  # noqa: E402
-from llmpq.runtime import judge  # noqa: E402
 from llmpq.runtime.rehearsal import peak_bytes  # noqa: E402
 from llmpq.runtime.transport import HEADER_BYTES  # noqa: E402
-from llmpq.schedule import LaneShape  # noqa: E402
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -119,12 +122,13 @@ def test_the_cpu_is_known(tmp_path: Path) -> None:
 
 
 def test_the_table_that_ships_is_the_count() -> None:
-    """One family here; all of them by `python -m llmpq.models.count`."""
+    """One family here; all of them by `python -m llmpq.models.count_families`."""
     table = json.loads((ASSETS / "activations.json").read_text())
-    names = {f"{name}{rest}" for name in count.VARIANTS for rest in ("", f", {count.ALL_HEADS}")}
-    filled = {f"{name}, {count.ALL_HEADS}" for name in count.FILLED}
-    assert set(table) == names - filled and set(count.VARIANTS) == set(model_spec.FAMILIES)
-    counted = json.loads(count.families_text({"bloom": count.count_family("bloom", count.WHOLE)}))
+    rows = {name: row for name, row in FAMILIES.items() if row.sizes}
+    names = {f"{name}{rest}" for name in rows for rest in ("", f", {ALL_HEADS}")}
+    filled = {f"{name}, {ALL_HEADS}" for name, row in rows.items() if row.heads_fill_hidden}
+    assert set(table) == names - filled
+    counted = json.loads(families_text({"bloom": count_family("bloom", WHOLE)}))
     assert counted["bloom"] == table["bloom"]
 
 
@@ -170,7 +174,7 @@ def test_the_count_is_kept_and_a_broken_one_ignored(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = folder_of("granite", tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    guess = model_spec.spec_from_config(config, "any").model_copy(update={"guessed": False})
+    guess = model_lookup.spec_from_config(config, "any").model_copy(update={"guessed": False})
     answer = guess.model_dump_json().encode()
     calls: list[list[str]] = []
 
@@ -178,10 +182,10 @@ def test_the_count_is_kept_and_a_broken_one_ignored(
         calls.append(command)
         return subprocess.CompletedProcess(command, 0, answer)
 
-    monkeypatch.setattr(model_spec.subprocess, "run", runs)
+    monkeypatch.setattr(model_lookup.subprocess, "run", runs)
     first, second = load_model_spec(str(folder)), load_model_spec(str(folder))
     assert first == second and first.name == str(folder) and not first.guessed
-    assert calls == [[sys.executable, "-m", "llmpq.runtime.judge", str(folder / "config.json")]]
+    assert calls == [[sys.executable, "-m", "llmpq.evaluation.judge", str(folder / "config.json")]]
     (kept,) = (tmp_path / "cache" / "llmpq").iterdir()
     kept.write_text("{broken")
     assert load_model_spec(str(folder)) == first and len(calls) == 2
@@ -193,11 +197,11 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "file"))
     failed = subprocess.CompletedProcess([], 2, b"", b"noise\n" + b"too odd " * 100)
-    monkeypatch.setattr(model_spec.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(model_lookup.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(UserError, match=r"config.json: (too odd )+.*\.\.\.$") as caught:
         load_model_spec(str(folder))
     assert len(str(caught.value)) <= 300
-    monkeypatch.setattr(model_spec, "find_spec", lambda _: None)
+    monkeypatch.setattr(model_lookup, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="pip install 'llmpq\\[run\\]'"):
         load_model_spec(str(folder))
 

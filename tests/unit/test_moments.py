@@ -9,24 +9,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llmpq.checkpoint import roundings
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.loader import load_stage
+from llmpq.checkpoint.moments_file import MomentsFile, sha256_of, write_moments
+from llmpq.checkpoint.roundings import GptqRoundings, load_roundings
 from llmpq.errors import UserError
+from llmpq.evaluation.moments import MomentsMeter, block_columns
 from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.precision import group_size
 from llmpq.quant.gptq import Gptq
 from llmpq.quant.rounding import quantize, quantize_mse
 from llmpq.quantizer import Quantizer
-from llmpq.runtime import roundings
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.loader import load_stage
-from llmpq.runtime.moments import (
-    MomentsFile,
-    MomentsMeter,
-    block_columns,
-    sha256_of,
-    write_moments,
-)
-from llmpq.runtime.roundings import GptqRoundings, load_roundings
 
 CPU = torch.device("cpu")
 TINY_TALES = ASSETS / "tiny-tales"

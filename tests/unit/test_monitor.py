@@ -17,9 +17,9 @@ from llmpq.errors import (
     UserError,
     WorkerError,
 )
-from llmpq.runtime import monitor as module
-from llmpq.runtime.ending import Interrupted, interruptible
-from llmpq.runtime.monitor import (
+from llmpq.reliability import monitor as module
+from llmpq.reliability.ending import Interrupted, interruptible
+from llmpq.reliability.monitor import (
     DONE,
     SILENT_LOOKS,
     START_LOOKS,
@@ -282,7 +282,7 @@ def test_a_failure_is_no_loss_unless_it_is_the_device():
 
 ENDED = """
 import ctypes
-from llmpq.runtime.ending import end_process, ended_by_signals
+from llmpq.reliability.ending import end_process, ended_by_signals
 with ended_by_signals("go on", look={look}):
     print("ready", flush=True)
     ctypes.CDLL(None).sleep(60)

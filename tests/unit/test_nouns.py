@@ -18,8 +18,8 @@ from llmpq.costs.latency import machine_of
 from llmpq.devices import DeviceLibrary, device_library
 from llmpq.errors import InfeasibleError, LlmpqError, UserError, WorkerError
 from llmpq.machine import card
-from llmpq.model_spec import config_path, load_model_spec, spec_from_config
-from llmpq.plan import Plan, Stage, load_plan, refuse_shared_stages
+from llmpq.model_lookup import config_path, load_model_spec, spec_from_config
+from llmpq.plan_data import Plan, Stage, load_plan, refuse_shared_stages
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.profile_data import Profile, load_profiles, load_sensitivity
 from llmpq.workload import Workload, load_workload, request_lengths

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from llmpq.artifact import write_json
 from llmpq.cli import eval as eval_module
 from llmpq.cli import plan, profile, run
-from llmpq.model_spec import ASSETS, load_model_spec
-from llmpq.plan import Plan
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
+from llmpq.plan_data import Plan
 
 CLUSTER = {"name": "lab", "nodes": [{"name": "node0", "devices": [{"type": "t4-16g", "count": 2}]}]}
 WORKLOAD = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 16, "batch": 4}

@@ -12,7 +12,7 @@ from llmpq.costs.latency import LayerTimes
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
 from llmpq.costs.quality import prior_quality
 from llmpq.machine import cpu
-from llmpq.model_spec import spec_from_config
+from llmpq.model_lookup import spec_from_config
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.offload import OffloadPlan, flexgen, host_link_bytes_per_s, offload_plan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting

@@ -17,6 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_loader import FFN, HIDDEN, LARGEST_BYTES, MEASURE, MIB, SLACK_BYTES, write_checkpoint
 from test_prequantized import SIZES, write_gptq
 
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.loader import load_stage
+from llmpq.checkpoint.packed_cache import LEFT_BEHIND_S, PackedCache
+from llmpq.checkpoint.roundings import Always, GptqRoundings, rounding_key
 from llmpq.errors import UserError
 from llmpq.model_spec import ASSETS
 from llmpq.models.sharding import Shard
@@ -24,11 +28,7 @@ from llmpq.models.stage_model import LayerRange, RawTensor, load_config
 from llmpq.quant import QuantizedLinear, available_precisions
 from llmpq.quant.rounding import quantize, quantize_mse
 from llmpq.quantizer import Quantizer
-from llmpq.runtime.checkpoint import Checkpoint
-from llmpq.runtime.evaluate import weights_hash
-from llmpq.runtime.loader import load_stage
-from llmpq.runtime.packed_cache import LEFT_BEHIND_S, PackedCache
-from llmpq.runtime.roundings import Always, GptqRoundings, rounding_key
+from llmpq.runtime.weights_hash import weights_hash
 
 CPU = torch.device("cpu")
 TINY_TALES = ASSETS / "tiny-tales"
@@ -466,7 +466,9 @@ def test_memory_peaks_no_higher_than_without(tmp_path, precision):
     old = "[sys.argv[3]] * 6, torch.bfloat16, CPU)"
     with_cache = old[:-1] + ", cache=PackedCache(Path(sys.argv[4]), weights.stamp, 'rtn', print))"
     assert old in MEASURE
-    code = "from llmpq.runtime.packed_cache import PackedCache\n" + MEASURE.replace(old, with_cache)
+    code = "from llmpq.checkpoint.packed_cache import PackedCache\n" + MEASURE.replace(
+        old, with_cache
+    )
     command = [sys.executable, "-c", code, *folders, precision, tmp_path / "cache"]
     for start in ("first", "second"):
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)

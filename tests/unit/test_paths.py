@@ -16,8 +16,9 @@ from llmpq.cli import plan, profile, run
 from llmpq.cli.common import FiniteRange
 from llmpq.cli.paths import check_files, model_files
 from llmpq.errors import UserError
-from llmpq.model_spec import ASSETS, load_model_spec
-from llmpq.plan import Plan
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
+from llmpq.plan_data import Plan
 
 CLUSTER = {"name": "lab", "nodes": [{"name": "node0", "devices": [{"type": "t4-16g", "count": 2}]}]}
 WORKLOAD = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 16, "batch": 4}

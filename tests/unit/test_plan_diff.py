@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmpq.cluster import GIB, Cluster
-from llmpq.model_spec import ModelSpec, spec_from_config
-from llmpq.plan import Plan, Predicted, PredictedStage, Stage, diff
+from llmpq.model_lookup import spec_from_config
+from llmpq.model_spec import ModelSpec
+from llmpq.plan_data import Plan, Predicted, PredictedStage, Stage, diff
 from llmpq.plan_diff import LayerRange, PlanDiff, changes, layer_ranges
 from llmpq.workload import Workload
 

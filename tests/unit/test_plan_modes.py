@@ -12,7 +12,7 @@ from test_planner import cluster_data, files, make_problem, run
 
 from llmpq.cli.plan import main
 from llmpq.errors import UserError
-from llmpq.plan import diff, load_plan
+from llmpq.plan_data import diff, load_plan
 from llmpq.planner import solver
 from llmpq.planner.exact import solve
 from llmpq.planner.planning import Options, make_plan, replan

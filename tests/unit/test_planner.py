@@ -19,20 +19,22 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmpq.cli import plan as plan_command
 from llmpq.cli.plan import main
 from llmpq.cluster import Cluster, DeviceGroup, Link
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
 from llmpq.costs.timeline import Costs
-from llmpq.errors import InfeasibleError
-from llmpq.model_spec import ModelSpec, spec_from_config
-from llmpq.plan import Plan, load_plan
+from llmpq.errors import InfeasibleError, UserError
+from llmpq.model_lookup import spec_from_config
+from llmpq.model_spec import ModelSpec
+from llmpq.plan_data import Plan, load_plan
 from llmpq.planner import baselines, search, sizes
 from llmpq.planner.evaluate import evaluate, shortages, to_assignment, to_plan
 from llmpq.planner.exact import solve
 from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.layouts import canonical, ends, mixes, num_devices, num_stages, orders
-from llmpq.planner.planning import Options, make_plan, replan
+from llmpq.planner.planning import METHODS, Options, make_plan, replan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting
 from llmpq.planner.simulated import with_run
 from llmpq.planner.solver import Solver
@@ -478,6 +480,15 @@ def test_baselines_fit_and_none_beats_the_plan_within_the_budget(
         if outcome.within_budget:
             assert outcome.predicted.quality_loss_percent <= 1.0 + 1e-6
             assert outcome.predicted.objective >= planned.plan.predicted.objective * (1 - 1e-9)
+
+
+def test_a_method_that_is_not_listed_is_refused() -> None:
+    problem = make_problem(1, 1)
+    with pytest.raises(UserError, match="'pipeedg'; known: uniform, pipeedge, adabits"):
+        baselines.run_baselines(problem, [], math.inf, ["uniform", "pipeedg"])
+    with pytest.raises(UserError, match="'best'; known: auto, ilp, heuristic, uniform"):
+        make_plan(problem, Options(method="best"), [])
+    assert set(plan_command.METHODS) == {*METHODS, "flexgen"}
 
 
 def test_uniform_splits_evenly_with_one_precision() -> None:

@@ -24,8 +24,8 @@ from llmpq.costs.latency import device_times
 from llmpq.costs.quality import QualityModel
 from llmpq.devices import device_library
 from llmpq.errors import InfeasibleError
-from llmpq.model_spec import spec_from_config
-from llmpq.plan import Plan, Predicted
+from llmpq.model_lookup import spec_from_config
+from llmpq.plan_data import Plan, Predicted
 from llmpq.planner.evaluate import evaluate, shortages
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting

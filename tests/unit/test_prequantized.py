@@ -11,16 +11,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
+from llmpq.checkpoint.inventory import check_checkpoint
+from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError
+from llmpq.evaluation.evaluate import evaluate
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import AdoptedLinear, QuantizedLinear, available_precisions, kernels, make_linear
 from llmpq.quant.base import GridLinear
 from llmpq.quant.linear import RowLinear, TiledLinear
 from llmpq.quant.packing import pack_words, unpack_words
-from llmpq.runtime.checkpoint import Checkpoint, RandomWeights
-from llmpq.runtime.evaluate import evaluate
-from llmpq.runtime.inventory import check_checkpoint
-from llmpq.runtime.loader import load_stage
 
 CPU = torch.device("cpu")
 LAYERS = 2
@@ -285,7 +285,7 @@ class Held:
 
 
 def packing_with(settings):
-    from llmpq.runtime.prequantized import CompressedTensors
+    from llmpq.checkpoint.prequantized import CompressedTensors
 
     return CompressedTensors(settings, Path("config.json"))
 

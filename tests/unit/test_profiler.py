@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmpq.model_spec import ModelSpec, load_model_spec
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Candidate, ProfileRow
 
 pytest.importorskip("torch")

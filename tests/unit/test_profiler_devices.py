@@ -14,7 +14,7 @@ from llmpq.cli.common import console
 from llmpq.cli.profile_devices import cluster_text, type_of_card, type_of_cpu
 from llmpq.cluster import load_cluster
 from llmpq.errors import UserError
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 from llmpq.placement import FoundCard, PlannedDevice, match_cards
 from llmpq.profile_data import Profile
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from llmpq.errors import UserError
-from llmpq.runtime.prompt_rules import Limits
-from llmpq.runtime.prompts import PromptFile, check_prompts
+from llmpq.prompts.prompt_rules import Limits
+from llmpq.prompts.prompts import PromptFile, check_prompts
 
 LIMITS = Limits(new_tokens=4, max_positions=64, vocab_size=300, too_long="error")
 ROWS = [{"id": "a", "prompt": "Héllo"}, {"id": 7, "prompt": "two\nlines", "max_new_tokens": 2}]
@@ -226,7 +226,7 @@ def test_an_array_of_texts_and_objects(tmp_path):
 
 
 def test_an_array_is_read_in_pieces(tmp_path, monkeypatch):
-    from llmpq.runtime import prompt_tables
+    from llmpq.prompts import prompt_tables
 
     monkeypatch.setattr(prompt_tables, "READ_CHARACTERS", 1)
     path = tmp_path / "in.json"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from llmpq.errors import UserError
-from llmpq.runtime.prompts import Limits, PromptFile, check_prompts
-from llmpq.runtime.request import Request
+from llmpq.prompts.prompts import Limits, PromptFile, check_prompts
+from llmpq.prompts.request import Request
 
 LIMITS = Limits(new_tokens=4, max_positions=10, vocab_size=50)
 NESTED = "[" * 500 + "]" * 500

@@ -23,8 +23,8 @@ from llmpq.costs.recalibrate import (
     stage_calls,
     total_error,
 )
-from llmpq.model_spec import spec_from_config
-from llmpq.plan import Plan, Predicted, PredictedStage, load_plan
+from llmpq.model_lookup import spec_from_config
+from llmpq.plan_data import Plan, Predicted, PredictedStage, load_plan
 from llmpq.profile_data import Profile, ProfiledDevice, ProfileRow, load_profiles
 from llmpq.report import MeasuredTime, Report, StageReport
 from llmpq.runtime.stopwatch import MAX_KINDS, TIME_COLUMNS, Stopwatch, measured_times

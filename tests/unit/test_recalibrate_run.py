@@ -5,13 +5,14 @@ import threading
 import pytest
 import torch
 
-from llmpq.model_spec import ASSETS, load_model_spec
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.model_lookup import load_model_spec
+from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import load_config
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
+from llmpq.prompts.request import Request
 from llmpq.report import StageReport
-from llmpq.runtime.checkpoint import Checkpoint
 from llmpq.runtime.engine import Engine
-from llmpq.runtime.request import Request
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 FOLDER = ASSETS / "tiny-tales"

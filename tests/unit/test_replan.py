@@ -20,8 +20,8 @@ from llmpq.cli.run import main
 from llmpq.cli.run_options import RunOptions
 from llmpq.cluster import Cluster
 from llmpq.errors import InfeasibleError, UserError
-from llmpq.model_spec import DEFAULT_MODEL, load_model_spec
-from llmpq.plan import Plan
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.plan_data import Plan
 from llmpq.workload import Workload, request_lengths
 
 TYPES = ("t4-16g", "v100-32g", "t4-16g")

@@ -12,7 +12,7 @@ from llmpq.cli.plain_console import PlainConsole
 from llmpq.cli.plan_frontier import print_frontier, save_frontier
 from llmpq.cluster import Cluster
 from llmpq.errors import UserError
-from llmpq.plan import Baseline, Plan
+from llmpq.plan_data import Baseline, Plan
 from llmpq.planner.baselines import Outcome
 from llmpq.planner.frontier import Point, frontier
 from llmpq.planner.offload import flexgen

@@ -15,9 +15,9 @@ from test_planner import files, run
 from llmpq.cli.dry_run import memory_of
 from llmpq.costs.memory import run_sizes
 from llmpq.errors import UserError
-from llmpq.plan import Lane, Plan, diff, lanes_of, load_plan, reserve_of, shapes_of
+from llmpq.job import LaneShape
+from llmpq.plan_data import Lane, Plan, diff, lanes_of, load_plan, reserve_of, shapes_of
 from llmpq.planner.evaluate import to_assignment
-from llmpq.schedule import LaneShape
 from llmpq.workload import Reserve, chunk_tokens, lanes, planned_lengths
 
 __all__ = ["files"]  # a fixture

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmpq.schedule import Item, Job, LaneShape, Schedule, padded_width
+from llmpq.job import Item, Job, LaneShape, padded_width
+from llmpq.schedule import Schedule
 from llmpq.workload import chunk_tokens, lanes, lanes_within
 
 Token = tuple[int, int]  # number of the request, place in its text

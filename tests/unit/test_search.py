@@ -13,7 +13,7 @@ from test_planner import CONFIG
 from llmpq.cluster import Cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import QualityModel
-from llmpq.model_spec import spec_from_config
+from llmpq.model_lookup import spec_from_config
 from llmpq.planner import pool, search
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.exact import solve

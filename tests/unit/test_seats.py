@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from test_placement import T4, V100, found
 
-from llmpq.model_spec import load_model_spec
-from llmpq.plan import Plan
+from llmpq.model_lookup import load_model_spec
+from llmpq.plan_data import Plan
 from llmpq.seats import Process, Refusal, parts_of, planned_devices, stage_ranks, take_seats
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"

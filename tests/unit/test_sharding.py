@@ -13,8 +13,11 @@ import torch
 from test_prequantized import write_gptq
 from transformers import AutoConfig, LlamaConfig
 
+from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
+from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError, WorkerError
-from llmpq.model_spec import spec_from_config
+from llmpq.job import Job, LaneShape, Member
+from llmpq.model_lookup import spec_from_config
 from llmpq.models.lanes import LaneCache
 from llmpq.models.sharding import ALONE, Shard, Sharding
 from llmpq.models.stage_model import LayerRange, load_config
@@ -30,10 +33,7 @@ from llmpq.quant import (
 )
 from llmpq.quant.gptq import Gptq
 from llmpq.quant.rounding import quantize_mse
-from llmpq.runtime.checkpoint import Checkpoint, RandomWeights
-from llmpq.runtime.loader import load_stage
 from llmpq.runtime.shard_group import LocalShardHub
-from llmpq.schedule import Job, LaneShape, Member
 
 sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
 from families import FAMILIES, TINY_TALES, build  # noqa: E402

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpq.costs.simulate import Played, Seconds, play
-from llmpq.schedule import Item, Job, Schedule
+from llmpq.job import Item, Job
+from llmpq.schedule import Schedule
 from llmpq.workload import chunk_tokens, lanes
 
 Lengths = Sequence[tuple[int, int]]

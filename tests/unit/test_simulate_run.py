@@ -15,13 +15,15 @@ from llmpq.costs.quality import prior_quality
 from llmpq.costs.simulate import Played, play
 from llmpq.devices import device_library
 from llmpq.errors import UserError
-from llmpq.model_spec import ASSETS, DEFAULT_MODEL, ModelSpec, load_model_spec
-from llmpq.plan import Plan
+from llmpq.job import Item, Job, LaneShape, Member
+from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ASSETS, ModelSpec
+from llmpq.plan_data import Plan
 from llmpq.planner.bubbles import by_cause, describe, find_bubbles, remedy, server_names
 from llmpq.planner.evaluate import actor_works, evaluate, to_plan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting, Work
 from llmpq.planner.simulated import Seconds, least_jobs, make_schedule, run_s, simulate, with_run
-from llmpq.schedule import Item, Job, LaneShape, Member, Schedule
+from llmpq.schedule import Schedule
 from llmpq.workload import Workload, load_workload, request_lengths
 
 Lengths = Sequence[tuple[int, int]]
@@ -117,8 +119,8 @@ def runtime_jobs(
 ) -> list[tuple[bool, int, int, int]]:
     """Of each job: whether it is a prefill, its requests, tokens of each, tokens before them."""
     torch = pytest.importorskip("torch")
+    from llmpq.prompts.request import Request
     from llmpq.runtime.local import generate_locally
-    from llmpq.runtime.request import Request
     from llmpq.runtime.worker import Worker
 
     plan = to_plan(problem, assignment, "hand-made", evaluate(problem, assignment))

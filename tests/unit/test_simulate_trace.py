@@ -14,7 +14,7 @@ from test_simulate_run import assign, make_problem, random_lengths
 from llmpq.cli import plan_trace
 from llmpq.cli.plain_console import PlainConsole
 from llmpq.costs.simulate import Played
-from llmpq.plan import Plan, load_plan
+from llmpq.plan_data import Plan, load_plan
 from llmpq.planner.bubbles import find_bubbles
 from llmpq.planner.evaluate import evaluate, to_plan
 from llmpq.planner.simulated import simulate

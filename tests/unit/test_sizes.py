@@ -8,7 +8,7 @@ from test_explain import replan, tiny
 from test_simulate_run import make_problem
 
 from llmpq.errors import InfeasibleError
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.planner.evaluate import shortages, to_assignment
 from llmpq.planner.layouts import mixes
 from llmpq.planner.problem import Problem, Sizes

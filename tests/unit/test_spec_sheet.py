@@ -22,7 +22,7 @@ from llmpq.devices import device_library
 from llmpq.kernel import EAGER_LAUNCH_S, LAYER_LAUNCHES, START_S
 from llmpq.kernel_table import kernels_of
 from llmpq.machine import HUMMING, LIBRARIES
-from llmpq.model_spec import load_model_spec
+from llmpq.model_lookup import load_model_spec
 from llmpq.precision import PRECISIONS, STANDARD
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,8 @@ from test_job_counts import Run, equal, unequal
 from llmpq.costs.job_counts import DecodeSteps, JobCounts, PrefillJob
 from llmpq.costs.simulate import Played, play
 from llmpq.costs.timeline import Costs, combined, run_s, shares
-from llmpq.schedule import Item, Job, Schedule
+from llmpq.job import Item, Job
+from llmpq.schedule import Schedule
 
 
 def costs(**known: Sequence[float]) -> Costs:

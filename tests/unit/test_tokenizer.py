@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from llmpq.errors import UserError
 from llmpq.model_spec import ASSETS
-from llmpq.runtime.tokenizer import end_tokens, load_tokenizer
+from llmpq.prompts.tokenizer import end_tokens, load_tokenizer
 
 FROM_CONFIG = SimpleNamespace(eos_token_id=2, vocab_size=1536)
 

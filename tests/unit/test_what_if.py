@@ -9,7 +9,7 @@ from test_explain import LONG, real, replan, tiny
 
 from llmpq.cluster import GIB, MIB
 from llmpq.errors import InfeasibleError
-from llmpq.plan import Plan
+from llmpq.plan_data import Plan
 from llmpq.planner import what_if as w
 from llmpq.planner.frontier import budgets, frontier, round_up
 from llmpq.planner.problem import Problem

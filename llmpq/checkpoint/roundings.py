@@ -1,0 +1,131 @@
+"""Which rounding each weight of a checkpoint gets."""
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from llmpq.checkpoint.moments_file import MomentsFile, sha256_of
+from llmpq.errors import UserError
+from llmpq.quant.gptq import NEAREST_BITS, ROWS, Gptq
+from llmpq.quant.rounding import Rounding, quantize, quantize_mse
+from llmpq.quantizer import Quantizer
+
+
+class Roundings(Protocol):
+    """Gives the rounding of a weight by its name in the checkpoint."""
+
+    def of(self, name: str) -> Rounding:
+        """The rounding of the tensor called `name`."""
+
+
+class Moments(Protocol):
+    """Second moments of the inputs of weights, as `MomentsFile` has them."""
+
+    def key(self, name: str) -> str:
+        """What weights with the same input share. Raises `UserError` where there is none."""
+
+    def moments(self, name: str) -> Tensor:
+        """fp32 `[blocks, B, B]`."""
+
+
+class Always:
+    """The same rounding for every weight."""
+
+    def __init__(self, rounding: Rounding) -> None:
+        self._rounding = rounding
+
+    def of(self, name: str) -> Rounding:
+        """The rounding."""
+        return self._rounding
+
+
+class GptqRoundings:
+    """GPTQ with the moments of each weight's inputs.
+
+    Moments are read when a weight is really rounded by them, and what is prepared is kept for the
+    weights that follow with the same input, and no longer: memory holds that of one input.
+    """
+
+    def __init__(self, source: Moments) -> None:
+        self._source = source
+        self._key: str | None = None
+        self._prepared: Gptq | None = None
+
+    def of(self, name: str) -> Rounding:
+        """The rounding of the tensor called `name`."""
+        return _Late(self, name)
+
+    def prepared(self, name: str) -> Gptq:
+        """The rounding of a weight, its moments read."""
+        key = self._source.key(name)
+        if self._prepared is None or self._key != key:
+            self._prepared = None  # frees the last one before the next is read
+            self._prepared, self._key = Gptq(self._source.moments(name)), key
+        return self._prepared
+
+
+class _Late:
+    """Reads the moments only if a weight is rounded with them: not at 8 bits or more."""
+
+    rows_at_once = ROWS
+
+    def __init__(self, roundings: GptqRoundings, name: str) -> None:
+        self._roundings, self._name = roundings, name
+
+    def __call__(
+        self, weight: Tensor, bits: int, group: int, centre_up_to: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rounding: Rounding = quantize
+        if bits < NEAREST_BITS:
+            rounding = self._roundings.prepared(self._name)
+        return rounding(weight, bits, group, centre_up_to)
+
+
+NEAREST: Roundings = Always(quantize)
+
+
+def load_roundings(
+    quantizer: Quantizer, override: Path | None = None, base: Path | None = None
+) -> Roundings:
+    """The roundings of a plan's quantiser.
+
+    The moments file is `override`, or else the quantiser's own path: as it is, or beside `base`,
+    the file that names it. Raises `UserError` where it is missing, is not the one that the
+    quantiser was measured with (by SHA-256), or cannot be read.
+    """
+    if quantizer.moments is None:
+        if override is not None:
+            raise UserError(f"{override}: rounding by '{quantizer.method}' takes no second moments")
+        return Always(quantize_mse if quantizer.method == "mse" else quantize)
+    path = override or _find(quantizer.moments, base)
+    file = MomentsFile(path)
+    if quantizer.sha256 and sha256_of(path) != quantizer.sha256:
+        raise UserError(
+            f"{path}: not the second moments that quality was measured with (SHA-256 "
+            f"{quantizer.sha256[:12]}...); give that file with --moments FILE"
+        )
+    return GptqRoundings(file)
+
+
+def rounding_key(
+    quantizer: Quantizer, override: Path | None = None, base: Path | None = None
+) -> str:
+    """Tells apart quantisers that may find other codes: the method, and its moments' SHA-256.
+
+    Arguments and errors are those of `load_roundings`.
+    """
+    if quantizer.moments is None:
+        return quantizer.method
+    sha256 = quantizer.sha256 or sha256_of(override or _find(quantizer.moments, base))
+    return f"{quantizer.method} {sha256}"
+
+
+def _find(moments: str, base: Path | None) -> Path:
+    named = Path(moments)
+    places = [named] if base is None else [named, base.parent / named]
+    for place in places:
+        if place.is_file():
+            return place
+    tried = " and ".join(str(place) for place in dict.fromkeys(places))
+    raise UserError(f"no second moments at {tried}; give the file with --moments FILE")

@@ -1,0 +1,87 @@
+"""The second moments of every linear's inputs, measured on a running stage.
+
+H = X^T X / T of the inputs X `[T tokens, in]`, as blocks `[blocks, B, B]` along its diagonal (one
+block unless asked otherwise). Linears with the same input share one H, under the name ("key") of
+the first of them. `llmpq.checkpoint.moments_file` keeps them.
+"""
+
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from llmpq.models.stage_model import StageModel
+from llmpq.precision import group_size
+
+TOKENS_AT_ONCE = 4096  # inputs held in fp32
+
+
+class MomentsMeter:
+    """Accumulates the moments of a stage's linears while it runs; a context manager.
+
+    `block`: the most columns of a block; by default one block holds all.
+    """
+
+    def __init__(self, stage: StageModel, block: int | None = None) -> None:
+        self.keys: dict[str, str] = {}
+        self._block, self._sums, self._tokens = block, dict[str, Tensor](), dict[str, int]()
+        self._last: tuple[Tensor, str] | None = None  # the input seen last, and its key
+        self._hooks = [
+            linear.register_forward_pre_hook(partial(self._see, name))
+            for name, linear in stage.linears().items()
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the hooks off the stage."""
+        for hook in self._hooks:
+            hook.remove()
+        self._last = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen by the linear that saw the most."""
+        return max(self._tokens.values(), default=0)
+
+    def moments(self) -> dict[str, Tensor]:
+        """The mean moments so far, fp32 `[blocks, B, B]`, by key."""
+        return {key: total / self._tokens[key] for key, total in self._sums.items()}
+
+    def _see(self, name: str, linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        if name not in self.keys:
+            shared = self._last is not None and self._last[0] is x
+            self.keys[name] = self._last[1] if self._last and shared else name
+        self._last = x, self.keys[name]
+        if self.keys[name] == name:
+            self._add(name, x.detach().flatten(0, -2))
+
+    def _add(self, key: str, x: Tensor) -> None:
+        size = block_columns(x.shape[1], self._block)
+        if key not in self._sums:
+            shape = (x.shape[1] // size, size, size)
+            self._sums[key] = torch.zeros(shape, dtype=torch.float32, device=x.device)
+        self._tokens[key] = self._tokens.get(key, 0) + len(x)
+        for part in x.split(TOKENS_AT_ONCE):
+            for total, columns in zip(self._sums[key], part.float().split(size, 1), strict=True):
+                total.addmm_(columns.t(), columns)
+
+
+def block_columns(in_features: int, block: int | None = None) -> int:
+    """The largest divisor of `in_features` up to `block` that is whole groups; at least a group."""
+    group = group_size(4, in_features)  # that of 3 bits as well
+    sizes = range(group, in_features + 1, group)
+    fitting = [n for n in sizes if in_features % n == 0 and n <= (block or in_features)]
+    return max(fitting, default=group)

@@ -1,0 +1,123 @@
+"""Perplexity through the pipeline itself: hidden states travel from stage to stage as in a run.
+
+All stages take part. The first embeds some windows at a time and sends them on; the last, which
+was told the tokens, adds up the loss. There is no cache, and the waits of a rehearsal are left out.
+
+Shapes: n windows, b of them at once, W tokens a window, H hidden size.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from llmpq.evaluation.evaluate import TOKENS_AT_ONCE, Loss, next_token_loss
+from llmpq.models.stage_model import StageModel
+from llmpq.runtime.engine import Engine
+from llmpq.runtime.transport import Pending, Transport, message_bytes, pack, payload, unpack
+
+MESSAGES_UNDER_WAY = 2  # from one stage to the next
+
+
+class PipelineLoss:
+    """One stage's part in it: the first calls `lead`, all others `follow`."""
+
+    def __init__(self, stage: StageModel, transport: Transport) -> None:
+        self.stage, self.transport = stage, transport
+
+    def lead(
+        self,
+        windows: torch.Tensor,
+        tokens_at_once: int = TOKENS_AT_ONCE,
+        on_windows: Callable[[int], None] = lambda _: None,
+    ) -> Loss:
+        """The loss of `[n, W]` windows through all stages. `on_windows` is told how many are off.
+
+        `tokens_at_once`: of hidden states that a stage holds (one window at least).
+        """
+        num_windows, window = windows.shape
+        at_once = max(1, tokens_at_once // window)
+        self.transport.broadcast(torch.tensor([num_windows, window, at_once]))
+        self.transport.broadcast(windows.contiguous())
+        return self._run(windows, at_once, on_windows)
+
+    def follow(self) -> Loss:
+        """The same loss, on another stage than the first."""
+        header = torch.zeros(3, dtype=torch.int64)
+        self.transport.broadcast(header)
+        num_windows, window, at_once = header.tolist()
+        windows = torch.zeros(num_windows, window, dtype=torch.int64)
+        self.transport.broadcast(windows)
+        return self._run(windows, at_once, lambda _: None)
+
+    @torch.inference_mode()
+    def _run(self, windows: torch.Tensor, at_once: int, on_windows: Callable[[int], None]) -> Loss:
+        total, done = 0.0, 0
+        sends: deque[Pending] = deque()
+        parts = windows.split(at_once)
+        incoming = self._post(parts[0])
+        for index, part in enumerate(parts):
+            hidden = self._states(part, incoming)
+            if index + 1 < len(parts):
+                incoming = self._post(parts[index + 1])
+            hidden = self.stage.run(hidden)
+            if self._is_last:
+                total += next_token_loss(self.stage, hidden, part.to(self.stage.device))
+            else:
+                sends.append(self._send(index, hidden))
+            while len(sends) > MESSAGES_UNDER_WAY:
+                sends.popleft().wait()
+            done += len(part)
+            on_windows(done)
+        for send in sends:
+            send.wait()
+        totals = self.transport.gather(torch.tensor(total, dtype=torch.float64))
+        return Loss(float(totals[-1]), windows.shape[0] * (windows.shape[1] - 1))
+
+    @property
+    def _is_last(self) -> bool:
+        return self.transport.rank == self.transport.size - 1
+
+    def _post(self, part: torch.Tensor) -> tuple[torch.Tensor, Pending] | None:
+        """The buffer for a part that is to come; the first stage needs none."""
+        if self.transport.rank == 0:
+            return None
+        buffer = self._buffer(part.numel() * self.stage.config.hidden_size)
+        return buffer, self.transport.receive_hidden(buffer)
+
+    def _states(
+        self, part: torch.Tensor, incoming: tuple[torch.Tensor, Pending] | None
+    ) -> torch.Tensor:
+        """`[b, W, H]` that this stage's layers take in."""
+        if incoming is None:
+            return self.stage.embed(part.to(self.stage.device))
+        buffer, pending = incoming
+        pending.wait()
+        unpack(buffer, self.stage.dtype)
+        shape = (*part.shape, self.stage.config.hidden_size)
+        return payload(buffer, shape, self.stage.dtype).to(self.stage.device)
+
+    def _send(self, index: int, hidden: torch.Tensor) -> Pending:
+        there = hidden.to(self.transport.message_device)
+        return self.transport.send_hidden(pack(index, there, self._buffer(there.numel())))
+
+    def _buffer(self, num_values: int) -> torch.Tensor:
+        num_bytes = message_bytes(num_values, self.stage.dtype)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.transport.message_device)
+
+
+def lead_text(
+    engine: Engine, windows: torch.Tensor, on_windows: Callable[[int], None] = lambda _: None
+) -> Loss:
+    """First stage: the loss of `[n, W]` windows through the stages as they are loaded.
+
+    No more tokens at once than the plan's largest prefill, so that memory holds as it did.
+    """
+    planned = engine.plan.prefill_micro_batch * engine.reserve.chunk_tokens
+    pipeline = PipelineLoss(engine.worker.stage, engine.transport)
+    return pipeline.lead(windows, min(TOKENS_AT_ONCE, planned), on_windows)
+
+
+def follow_text(engine: Engine) -> Loss:
+    """Other stages: their part in that."""
+    return PipelineLoss(engine.worker.stage, engine.transport).follow()

@@ -1,0 +1,194 @@
+"""lm-eval's tasks by name, with their data from a folder where that has it.
+
+Any task, group or tag that lm-eval knows can be named. The data of a task TASK is looked for in
+DIR/TASK, in DIR/NAME of the data set on the hub (and its configuration below that), and in DIR
+itself where it bears one of these names: files of JSON lines, JSON, CSV or parquet whose names
+begin with the part they hold (train, valid or dev, test). Labels in a file of their own, as PIQA's
+`valid-labels.lst` beside `valid.jsonl`, become the column `label`. What is not there is left to
+lm-eval, which asks the hub.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llmpq.artifact import read_text, write_text
+from llmpq.errors import UserError, one_line
+from llmpq.evaluation.texts import INSTALL
+
+KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+PARTS = {"train": "train", "valid": "validation", "dev": "validation", "test": "test"}
+SPLITS = ("training_split", "validation_split", "test_split")
+
+
+def load_tasks(
+    names: Sequence[str], folder: Path | None, num_fewshot: int | None, scratch: Path
+) -> Any:
+    """The tasks as lm-eval's evaluator takes them, their data read.
+
+    `folder`: the user's data; `scratch`: an empty folder that must live as long as the tasks.
+    Raises `UserError` for an unknown task, for data that is not to be had, without lm-eval.
+    """
+    manager = _manager()
+    _refuse_unknown(names, manager)
+    if folder is not None:
+        _use_folder(names, manager, folder, scratch)
+    try:
+        tasks = manager.load(list(names))
+    except UserError:
+        raise
+    except Exception as error:  # readers and the hub's client raise many kinds
+        raise UserError(_not_to_be_had(names, manager, folder, error)) from None
+    for task in tasks["tasks"].values():
+        if num_fewshot is not None or task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    return tasks
+
+
+def _manager() -> Any:
+    try:
+        from datasets import disable_progress_bars
+        from lm_eval.api import task
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError(f"--tasks: zero-shot tasks need lm-eval: {INSTALL}") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    disable_progress_bars()
+    task.tqdm = partial(task.tqdm, disable=True)  # has no other switch once it is imported
+    return TaskManager()
+
+
+def _refuse_unknown(names: Sequence[str], manager: Any) -> None:
+    unknown = [name for name in names if name not in manager.task_index]
+    if unknown:
+        from difflib import get_close_matches
+
+        near = get_close_matches(unknown[0], manager.all_tasks, n=3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise UserError(f"--tasks: lm-eval knows no task {', '.join(map(repr, unknown))}{hint}")
+
+
+def _use_folder(names: Sequence[str], manager: Any, folder: Path, scratch: Path) -> None:
+    """Puts tasks that read the user's files in the place of those that ask the hub."""
+    from lm_eval.tasks import TaskManager
+
+    if not folder.is_dir():
+        raise UserError(f"--task-data {folder}: no such folder")
+    for name in dict.fromkeys(leaf for n in names for leaf in _leaves(n, manager.task_index)):
+        entry = manager.task_index[name]
+        config = entry.cfg or {}
+        files = _files(folder, name, config, scratch)
+        if files:
+            change = {"include": str(entry.yaml_path), "task": name}
+            change |= _overrides(name, config, files, scratch)
+            write_text(scratch / "tasks" / f"{name}.yaml", json.dumps(change))  # JSON is YAML
+    if (scratch / "tasks").is_dir():
+        ours = TaskManager(include_path=str(scratch / "tasks"), include_defaults=False)
+        manager.task_index.update({name: ours.task_index[name] for name in ours.all_subtasks})
+
+
+def _leaves(name: str, index: Any) -> Iterator[str]:
+    """The single tasks that a name stands for: itself, or those of its group or tag."""
+    entry = index.get(name)
+    if entry is None:
+        return
+    kind = entry.kind.name
+    members = sorted(entry.tags) if kind == "TAG" else []
+    if kind == "GROUP":
+        listed = (entry.cfg or {}).get("task")
+        members = [listed] if isinstance(listed, str) else list(listed or [])
+    if kind not in ("TAG", "GROUP"):
+        yield name
+    for member in members:
+        inner = member if isinstance(member, str) else member.get("task") or member.get("group")
+        if isinstance(inner, str):
+            yield from _leaves(inner, index)
+
+
+def _files(folder: Path, name: str, config: dict[str, Any], scratch: Path) -> dict[str, Path]:
+    """Part (train, validation, test) -> file of a task's data; empty where the folder has none."""
+    for place in _places(folder, name, config):
+        files = {
+            part: path
+            for path in sorted(place.iterdir())
+            if path.suffix in KINDS and (part := _part(path)) is not None
+        }
+        if files:
+            return {part: _labelled(path, scratch / name) for part, path in files.items()}
+    return {}
+
+
+def _places(folder: Path, name: str, config: dict[str, Any]) -> list[Path]:
+    hub = str(config.get("dataset_path") or name).rpartition("/")[2]
+    inner = str(config.get("dataset_name") or "")
+    places = [folder / name, folder / hub / inner, folder / hub]
+    if folder.resolve().name in (name, hub):
+        places += [folder / inner, folder]
+    return [place for place in places if place.is_dir()]
+
+
+def _part(path: Path) -> str | None:
+    return next((part for start, part in PARTS.items() if path.name.startswith(start)), None)
+
+
+def _labelled(path: Path, scratch: Path) -> Path:
+    """The file itself, or a copy with the labels that lie beside it."""
+    labels_path = path.with_name(f"{path.stem}-labels.lst")
+    if not labels_path.is_file():
+        return path
+    labels = read_text(labels_path).split()
+    rows = [line for line in read_text(path).splitlines() if line.strip()]
+    if len(labels) != len(rows):
+        raise UserError(f"{labels_path}: has {len(labels)} labels for {len(rows)} rows of {path}")
+    try:
+        whole = [
+            json.dumps(json.loads(row) | {"label": int(label)})
+            for row, label in zip(rows, labels, strict=True)
+        ]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: rows or labels are not as expected: {one_line(error)}") from None
+    write_text(scratch / path.name, "\n".join(whole) + "\n")
+    return scratch / path.name
+
+
+def _overrides(
+    name: str, config: dict[str, Any], files: dict[str, Path], scratch: Path
+) -> dict[str, Any]:
+    """What changes in a task's configuration so that it reads these files."""
+    wanted = {key: config[key] for key in SPLITS if config.get(key)}
+    splits = {key: part if part in files else None for key, part in wanted.items()}
+    if not any(splits.get(key) for key in SPLITS[1:]):
+        asked = " or ".join(str(wanted[key]) for key in SPLITS[1:] if key in wanted)
+        raise UserError(
+            f"--task-data: {next(iter(files.values()))} is there, but task '{name}' is scored on "
+            f"its {asked} part: name a file {asked}.jsonl"
+        )
+    more = {} if config.get("fewshot_split") in (None, *files) else {"fewshot_split": None}
+    first = next(iter(files.values()))
+    return {
+        "dataset_path": KINDS[first.suffix],
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": {part: str(path.resolve()) for part, path in files.items()},
+            "cache_dir": str(scratch / "cache"),
+        },
+        **splits,
+        **more,
+    }
+
+
+def _not_to_be_had(
+    names: Sequence[str], manager: Any, folder: Path | None, error: Exception
+) -> str:
+    reason = one_line(error)
+    leaves = dict.fromkeys(leaf for name in names for leaf in _leaves(name, manager.task_index))
+    where = f"{folder} has not all of it, and " if folder else ""
+    example = next(iter(leaves), names[0])
+    return (
+        f"--tasks {','.join(names)}: {where}the data could not be read or fetched ({reason}); "
+        f"put it into a folder, as DIR/{example}/validation.jsonl (or test.jsonl, .parquet), and "
+        "give that as --task-data DIR"
+    )

@@ -1,0 +1,202 @@
+"""Whether pipelines of a model give what transformers gives, tried on a small copy of it.
+
+The copy has the kinds of layers, heads and settings of the model, random weights and small sizes.
+It is written as a checkpoint and loaded by the runtime's own loader into one stage, two stages and
+stages of one layer, which serve prompts of unequal length in one batch and alone, a prefill and a
+few decode steps. Their logits must be those of transformers' `generate`, each prompt alone, in fp32
+on the CPU. It takes a second or two.
+
+Shapes: b prompts, V vocabulary. Not covered: what only large sizes or long texts bring about.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.loader import load_stage
+from llmpq.errors import UserError
+from llmpq.evaluation.harness import Scorer
+from llmpq.models.count import ROPES, with_layers
+from llmpq.models.rope import switches_at
+from llmpq.models.stage_model import LayerRange, StageModel
+
+CPU = torch.device("cpu")
+LENGTHS, NEW_TOKENS = (13, 7, 5, 1), 4
+VOCABULARY = 120
+WINDOW = 5  # of attention: shorter than most of the prompts
+SWITCH = 10  # the length at which positions change: some prompts are longer, none cross it
+LEAST_LAYERS, MOST_LAYERS = 4, 12
+MOST_PARAMETERS = 30_000_000
+TOLERANCE = 2e-3  # of the spread of the logits; sums in another order differ by 1e-5
+
+
+def verify(config: Any) -> None:
+    """Raises `UserError` where pipelines of such a model do not give what transformers gives."""
+    with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        model = _written(small_copy(config), Path(folder))
+        prompts = _prompts()
+        expected = [_own_logits(model, prompt) for prompt in prompts]
+        for ends in _cuts(model.config.num_hidden_layers):
+            stages = _stages(model.config, Path(folder), ends)
+            for some in (prompts, *([prompt] for prompt in prompts)):
+                wanted = [expected[prompts.index(prompt)] for prompt in some]
+                _compare(_logits(stages, some), wanted, len(ends), len(some))
+
+
+def small_copy(config: Any) -> Any:
+    """A model of the same make with few layers, heads and tokens."""
+    total = min(config.num_hidden_layers, max(LEAST_LAYERS, _period(config)))
+    data = with_layers(config, total).to_dict()
+    heads, kv_heads = _few_heads(config)
+    whole = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // whole
+    hidden = (heads + (config.hidden_size != whole * size)) * size
+    projected = data.get("word_embed_proj_dim") != config.hidden_size
+    sizes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "ffn_dim": 2 * hidden,
+        "word_embed_proj_dim": size if projected else hidden,
+        "vocab_size": VOCABULARY,
+        "sliding_window": WINDOW,
+        "attention_chunk_size": WINDOW,
+    }
+    for name, value in sizes.items():
+        own = config.attribute_map.get(name, name)
+        if data.get(own) is not None:
+            data[own] = value
+    data |= {key: 1 for key in data if key.endswith("_token_id") and data[key] is not None}
+    _switch_early(data, config)
+    data.pop("model_type")
+    return type(config)(**data)
+
+
+def _few_heads(config: Any) -> tuple[int, int]:
+    """Few query and key-value heads, grouped alike."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    few = 1 if kv_heads == 1 and heads > 1 else 2
+    return few * min(heads // kv_heads, 3), few
+
+
+def _period(config: Any) -> int:
+    """As many layers as it takes to meet every kind: by lists of layers, or by an interval."""
+    own, found = config.num_hidden_layers, [0]
+    for name, value in config.to_dict().items():
+        if isinstance(value, list | tuple) and len(value) == own and name not in ROPES:
+            kinds = {str(each) for each in value}
+            found.append(next(n for n in range(1, own + 1) if {str(v) for v in value[:n]} == kinds))
+        elif isinstance(value, int) and re.search("interval|pattern|period|every|freq", name):
+            found.append(value + 1)
+    return min(MOST_LAYERS, max(found))
+
+
+def _switch_early(data: dict[str, Any], config: Any) -> None:
+    """Makes positions that change by length do so within the prompts."""
+    if switches_at(config) is None:
+        return
+    for settings in (data, data.get("rope_parameters"), data.get("rope_scaling")):
+        if isinstance(settings, dict) and settings.get("original_max_position_embeddings"):
+            settings["original_max_position_embeddings"] = SWITCH
+
+
+def _written(config: Any, folder: Path) -> Any:
+    """transformers' model with random weights, kept as a checkpoint."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        sketch = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if sketch.num_parameters() > MOST_PARAMETERS:
+        raise UserError("a small copy of the model, to try it on, cannot be made")
+    model = AutoModelForCausalLM.from_config(
+        config, trust_remote_code=False, dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+def _prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def _cuts(total: int) -> Iterator[list[int]]:
+    """Where stages end."""
+    yield [total]
+    if total > 2:
+        yield [total // 2, total]
+    if total > 1:
+        yield list(range(1, total + 1))
+
+
+def _stages(config: Any, folder: Path, ends: Sequence[int]) -> list[StageModel]:
+    weights = Checkpoint(folder)
+    ranges = zip([0, *ends], ends, strict=False)
+    return [
+        load_stage(
+            config,
+            weights,
+            LayerRange(first, end, ends[-1]),
+            ["16"] * (end - first),
+            torch.float32,
+            CPU,
+        )
+        for first, end in ranges
+    ]
+
+
+def _own_logits(model: Any, prompt: list[int]) -> Tensor:
+    """`[new tokens, V]` as transformers' `generate` computes them."""
+    ids = torch.tensor([prompt])
+    model.generation_config.eos_token_id = None  # nothing ends a text early
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return torch.cat(output.logits)
+
+
+def _logits(stages: Sequence[StageModel], prompts: Sequence[list[int]]) -> Tensor:
+    """`[b, new tokens, V]` of all prompts in one micro-batch."""
+    last, seen = stages[-1], []
+    head = last.head
+
+    def kept(hidden: Tensor) -> Tensor:
+        seen.append(head(hidden))
+        return seen[-1]
+
+    last.head = kept  # type: ignore[method-assign]
+    try:
+        Scorer(stages, sum(LENGTHS)).generate(prompts, NEW_TOKENS)
+    finally:
+        last.head = head  # type: ignore[method-assign]
+    return torch.stack(seen, dim=1)
+
+
+def _compare(found: Tensor, expected: Sequence[Tensor], stages: int, prompts: int) -> None:
+    for own, wanted in zip(found, expected, strict=True):
+        difference = float((own - wanted).abs().max() / wanted.std())
+        if not difference <= TOLERANCE:  # NaN too
+            raise UserError(
+                f"a small copy of it in {stages} stage(s), {prompts} prompt(s) at once, gives "
+                f"other logits than transformers (by {difference:.2g} of their spread)"
+            )

@@ -1,0 +1,103 @@
+"""What a pipeline does at once, and the slots of the KV cache that it works on, as values.
+
+A lane is `rows` slots with room for `tokens` tokens each (`LaneShape`). A `Job` is the way of one
+micro-batch through all stages: a prefill of some requests' prompts, or a decode step of one lane.
+Its `Member`s say which request is in which slot.
+
+Not covered: which job is next (`llmpq.schedule`), what a job costs, and how it is computed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+LEAST_CHUNK = 16
+
+
+def padded_width(tokens: int) -> int:
+    """Rounded up to one of eight widths an octave: kernels are prepared anew for each other one."""
+    step = 2 ** max(0, (tokens - 1).bit_length() - 4)
+    return -(-tokens // step) * step
+
+
+def chunk_length(prompt_tokens: int, prefill_rows: int, chunk_tokens: int) -> int:
+    """Tokens of a long prompt that are computed at once, alone.
+
+    As many as attention was given room for: it takes a micro-batch of `prefill_rows` prompts of
+    `chunk_tokens` each.
+    """
+    most = prefill_rows * chunk_tokens**2 // prompt_tokens
+    return min(chunk_tokens, max(LEAST_CHUNK, most))
+
+
+class LaneShape(NamedTuple):
+    """Slots of a lane, and how many tokens each has room for."""
+
+    rows: int
+    tokens: int
+
+
+def cache_tokens(lanes: Iterable[LaneShape]) -> int:
+    """Tokens that the slots of all lanes have room for."""
+    return sum(lane.rows * lane.tokens for lane in lanes)
+
+
+class Item(NamedTuple):
+    """A request as its lengths; `number` tells it from others."""
+
+    number: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Columns that its slot must have. The last new token is chosen, but never stored."""
+        return self.prompt_tokens + self.new_tokens
+
+
+class Member(NamedTuple):
+    """A row of a job. `position`: which of its new tokens the job chooses, 0 the first."""
+
+    lane: int
+    row: int
+    prompt_tokens: int
+    number: int
+    position: int
+
+    @property
+    def column(self) -> int:
+        """Where a decode step stores its token, which is the token's place in the text."""
+        return self.prompt_tokens + self.position - 1
+
+
+class Move(NamedTuple):
+    """A slot's first `end` columns are copied to another slot of its lane."""
+
+    lane: int
+    source: int
+    target: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One micro-batch's way through all stages; `moves` come before it.
+
+    A prefill computes tokens `begin` to `end` of its members' prompts, shorter ones padded on the
+    right; a chunk that does not end a prompt chooses no tokens (`chooses`). A decode step computes
+    one token of each of its lane's first `rows` rows, which attend to at most `end` columns
+    (`begin` is 0); only what members compute is kept.
+    """
+
+    prefill: bool
+    members: tuple[Member, ...]
+    begin: int
+    end: int
+    rows: int
+    chooses: bool = True
+    moves: tuple[Move, ...] = ()
+
+    @property
+    def lane(self) -> int:
+        """Of a decode step."""
+        return self.members[0].lane

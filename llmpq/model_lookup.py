@@ -1,0 +1,178 @@
+"""Which model is meant, and whether llmpq can serve it, from its `config.json` alone.
+
+`load_model_spec` is the one judgement of which models can be served, for planning and running: no
+weights, no torch, no network. A family whose row has sizes (`llmpq.families`), with settings that
+are known to work, is served. Any other model is judged on transformers' own modules by a process
+of its own (llmpq.evaluation.judge), where torch and transformers are installed, and what was found
+is kept in the user's cache folder; elsewhere it is refused. `spec_from_config` judges nothing: it
+takes what is not known for LLaMA-shaped, and says so (`guessed`).
+"""
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from llmpq.artifact import cache_folder, parse_json, show_value, write_text
+from llmpq.config_keys import ConfigKeys
+from llmpq.errors import UserError
+from llmpq.families import family_for, has_sizes, llama_sizes
+from llmpq.model_known import is_known, num_experts, odd_number, with_floats
+from llmpq.model_spec import ASSETS, Linear, ModelSpec
+from llmpq.version import __version__
+
+DEFAULT_MODEL = "tiny-tales"  # ships inside the package
+JUDGE_LIMIT_S = 300.0
+JUDGED_WITH = ("torch", "transformers")  # what it takes to judge a model of an unknown family
+MOST_SAID = 290  # characters of a refusal
+
+
+def load_model_spec(model: str) -> ModelSpec:
+    """The spec of MODEL: a directory, a `config.json`, a cached hub id, or the shipped model.
+
+    Raises `UserError` where llmpq cannot serve such a model, with the reason.
+    """
+    path = config_path(model)
+    config = read_config(path)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or has_sizes(model_type):
+        spec = spec_from_config(config, name=model, source=str(path))
+        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        if is_known(config, spec.num_layers, heads):
+            return spec
+    refuse_plainly(config, str(path))
+    return _judged(config, path).model_copy(update={"name": model})
+
+
+def check_model(folder: Path, planned: ModelSpec, whose: str) -> None:
+    """Raises `UserError` where the model in a folder is not the one of `whose` plan."""
+    spec = load_model_spec(str(folder))
+    if (spec.num_layers, spec.model_key) != (planned.num_layers, planned.model_key):
+        raise UserError(
+            f"{folder}: has {spec.num_layers} layers, {whose} is for "
+            f"{planned.num_layers} ({spec.model_key} against {planned.model_key})"
+        )
+    if spec.linears != planned.linears:
+        raise UserError(f"{folder}: has other linear layers than the model of {whose}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a `config.json`, its special numbers as transformers reads them."""
+    config = with_floats(parse_json(path))
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a model configuration, found {type(config).__name__}")
+    return config
+
+
+def refuse_plainly(config: dict[str, Any], source: str) -> None:
+    """Refuses by the settings alone what needs no more to be refused."""
+    model_type = config["model_type"]
+    if odd := odd_number(config):
+        raise UserError(f"{source}: '{odd[0]}' is {show_value(odd[1])}, which no model can have")
+    if not isinstance(config.get("text_config", {}), dict):
+        raise UserError(f"{source}: 'text_config' must be an object")
+    if "text_config" in config and not has_sizes(model_type):
+        raise UserError(
+            f"{source}: '{model_type}' is a model of text and something else (it has a "
+            "'text_config'), which llmpq cannot load; use a text-only model of the family"
+        )
+    if num_experts(config) > 1:
+        raise UserError(f"{source}: mixture-of-experts models ({model_type}) are not supported")
+
+
+def _judged(config: dict[str, Any], path: Path) -> ModelSpec:
+    """The spec as `llmpq.evaluation.judge` finds it; raises `UserError` with what it says."""
+    if not all(find_spec(name) for name in JUDGED_WITH):
+        raise _refusal(
+            path,
+            f"whether llmpq can serve this '{config['model_type']}' model is judged with "
+            "transformers, which is not installed here: pip install 'llmpq[run]'",
+        )
+    kept = cache_folder() / f"judged-{_fingerprint(config)}.json"
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or broken: judge again
+        return ModelSpec.model_validate_json(kept.read_bytes())
+    command = [sys.executable, "-m", "llmpq.evaluation.judge", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=JUDGE_LIMIT_S)
+        spec = ModelSpec.model_validate_json(done.stdout) if done.returncode == 0 else None
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise _refusal(path, f"llmpq could not judge this model ({error})") from None
+    if spec is None:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason was given"]
+        raise _refusal(path, said[-1].removeprefix(f"{path}: "))
+    with contextlib.suppress(UserError):  # no cache: it is judged again next time
+        write_text(kept, done.stdout.decode())
+    return spec
+
+
+def _refusal(path: Path, reason: str) -> UserError:
+    """One line of at most `MOST_SAID` characters, unless the path alone is as long."""
+    room = max(120, MOST_SAID - len(f"{path}: "))
+    return UserError(f"{path}: {reason if len(reason) <= room else reason[: room - 3] + '...'}")
+
+
+def _fingerprint(config: dict[str, Any]) -> str:
+    """Of the configuration and of all that judges it."""
+    versions = [version(name) for name in JUDGED_WITH]
+    package = Path(__file__).parent
+    files = [ASSETS / "activations.json", *sorted(package.rglob("*.py"))]
+    own = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    text = json.dumps([config, versions, __version__, own], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def config_path(model: str) -> Path:
+    """Where the `config.json` of MODEL lies."""
+    path = Path(model)
+    if model == DEFAULT_MODEL and not path.exists():
+        return ASSETS / DEFAULT_MODEL / "config.json"
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; a model directory needs a config.json")
+        return path
+    if path.is_file():
+        return path
+    return _hub_config(model)
+
+
+def _hub_config(model: str) -> Path:
+    if model.count("/") != 1 or model.startswith((".", "/")) or model.endswith(".json"):
+        raise UserError(
+            f"{model}: no such model; give a directory, a config.json, a Hugging Face id "
+            f"(owner/name) or '{DEFAULT_MODEL}', which ships with llmpq"
+        )
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise UserError(
+            f"{model}: to look up a Hugging Face id, pip install 'llmpq[run]', "
+            "or give the path of its config.json"
+        ) from None
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except Exception as error:  # the hub client raises many kinds; each means: not to be had
+        raise UserError(f"{model}: its config.json could not be fetched ({error})") from None
+
+
+def spec_from_config(config: dict[str, Any], name: str, source: str = "config.json") -> ModelSpec:
+    """The spec that a configuration describes; all missing or wrong keys in one `UserError`."""
+    keys = ConfigKeys(config, source)
+    model_type = keys.text("model_type")
+    refuse_plainly(config, source)
+    sizes = (family_for(model_type).sizes or llama_sizes)(keys)
+    keys.raise_faults()
+    counts = asdict(sizes)
+    linears = tuple(Linear(**matrix._asdict()) for matrix in sizes.linears)
+    return ModelSpec(
+        name=name,
+        model_type=model_type,
+        guessed=not has_sizes(model_type),
+        **counts | {"linears": linears},
+    )

@@ -1,0 +1,97 @@
+"""The table of activations that ships (assets/activations.json), counted on small models.
+
+`python -m llmpq.models.count_families` prints it: for every family whose row has sizes
+(`llmpq.families`) the moments of all its variants, with grouped key-value heads and without.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig
+
+from llmpq.families import FAMILIES
+from llmpq.model_spec import ALL_HEADS, Activations
+from llmpq.models.count import NUM_LAYERS, count_activations
+
+KV_HEADS, HEADS, HEAD_DIM = 13, 13 * 7, 8 * 17
+NAMED = {
+    "hidden": 2 * 1009 * HEADS,
+    "ffn": 2 * 1013,
+    "heads": HEADS,
+    "kv_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "vocab": 2 * 1019,
+}
+# Of families whose heads fill the hidden size.
+WHOLE = NAMED | {"hidden": HEADS * HEAD_DIM}
+
+
+def count_families() -> dict[str, Activations]:
+    """The table that ships, by family."""
+    counted = {}
+    for family, row in FAMILIES.items():
+        if row.sizes is None:
+            continue
+        if row.heads_fill_hidden:
+            counted[family] = count_family(family, WHOLE)
+        else:
+            counted[family] = count_family(family, NAMED)
+            counted[f"{family}, {ALL_HEADS}"] = count_family(family, NAMED | {"kv_heads": HEADS})
+    return counted
+
+
+def count_family(family: str, sizes: dict[str, int]) -> Activations:
+    """The moments of one family at these sizes, of all its variants."""
+    configs = [
+        AutoConfig.for_model(family, **_configuration(sizes), **variant)
+        for variant in FAMILIES[family].variants
+    ]
+    named = dict(sizes)
+    if sizes["kv_heads"] == sizes["heads"]:
+        del named["kv_heads"]
+    return count_activations(configs, named)
+
+
+def _configuration(sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Of any family: each takes the keys that it knows."""
+    return {
+        "hidden_size": sizes["hidden"],
+        "intermediate_size": sizes["ffn"],
+        "ffn_dim": sizes["ffn"],
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": sizes["heads"],
+        "n_head": sizes["heads"],
+        "num_key_value_heads": sizes["kv_heads"],
+        "head_dim": sizes["head_dim"],
+        "vocab_size": sizes["vocab"],
+        "word_embed_proj_dim": sizes["hidden"],
+        "max_position_embeddings": 10**6,
+        "pad_token_id": 0,
+    }
+
+
+def main() -> int:
+    """Prints the table of all families as JSON."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    print(families_text(count_families()))
+    return 0
+
+
+def families_text(counted: Mapping[str, Activations]) -> str:
+    """JSON with one moment a line."""
+    blocks = []
+    for name, activations in counted.items():
+        places = activations.model_dump(mode="json", exclude_defaults=True)
+        lines = [
+            f' "{place}": [\n' + ",\n".join(f"  {json.dumps(m)}" for m in some) + "\n ]"
+            for place, some in places.items()
+        ]
+        blocks.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
+    return "{\n" + ",\n".join(blocks) + "\n}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What a stage has alive in one micro-batch, as moments whose bytes are products of named sizes.
+
+A stage is built on the meta device (no memory, no weights) and run there as the runtime runs it,
+while `LiveTensors` watches. Sizes are primes, so the bytes of a tensor fall apart into what they
+are a product of: `requests`, `tokens`, and for the families that `costs.memory` knows also
+`hidden`, `ffn` and so on. A `Moment` is all that was alive at once, as such products; moments that
+never decide the peak are dropped.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from llmpq.job import LaneShape
+from llmpq.model_spec import Moment
+from llmpq.models.lanes import LaneCache, Stored
+from llmpq.models.live_tensors import LiveTensors, Snapshot
+from llmpq.models.stage_model import LayerRange, StageModel
+from llmpq.quant import PlainLinear
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch: `requests` with `tokens` new ones each, which see `seen` tokens in all."""
+
+    requests: int
+    tokens: int
+    seen: int
+
+
+def snapshots(config: Any, layers: LayerRange, shape: Shape) -> list[Snapshot]:
+    """What is alive while a stage runs one micro-batch, as the runtime's warm-up does."""
+    stage = StageModel(config, layers, ["16"] * (layers.end - layers.first), torch.bfloat16, META)
+    cache = LaneCache(layers.end - layers.first, [LaneShape(shape.requests, shape.seen)])
+    watch = LiveTensors()
+    with torch.inference_mode():
+        with LiveTensors():
+            run_on_meta(stage, cache, shape)  # makes the buffers of the cache
+        for hook in _hooks(stage, watch):
+            hook()
+        with watch:
+            run_on_meta(stage, cache, shape)
+    return watch.snapshots
+
+
+def run_on_meta(stage: StageModel, cache: LaneCache, shape: Shape) -> None:
+    """What a worker does with a job; what it is given stays alive to the end."""
+    requests, tokens = shape.requests, shape.tokens
+    if stage.layers.is_first:
+        given = stage.embed(_integers(requests, tokens))  # ids are counted in `costs.memory`
+    else:
+        size = (requests, tokens, stage.config.hidden_size)
+        given = torch.empty(size, dtype=stage.dtype, device=META)
+    columns, positions = _integers(requests), _integers(requests, tokens)
+    if tokens == shape.seen:
+        every = _integers(requests * tokens)  # as good as: one prompt is a little shorter
+        view = cache.prompts(Stored(every, every.clone(), every.clone()), 0)
+    else:
+        view = cache.step(0, range(requests), shape.seen, columns, columns)
+    hidden = stage.run(given, positions, view)
+    if stage.layers.is_last:
+        logits = stage.head(hidden[:, -1])
+        logits.argmax(dim=-1)
+        torch.isfinite(logits).all(dim=-1)
+
+
+def _integers(*shape: int) -> torch.Tensor:
+    with torch.device(META):
+        return torch.zeros(shape, dtype=torch.int64)
+
+
+def _hooks(stage: StageModel, watch: LiveTensors) -> Iterator[Any]:
+    """Each puts one hook in place: around every linear of the layers, and on the layers."""
+    for index, layer in enumerate(stage.own_layers):
+        yield lambda layer=layer, index=index: layer.register_forward_pre_hook(
+            lambda *_: setattr(watch, "later", index > 0)
+        )
+        yield lambda layer=layer: layer.register_forward_hook(
+            lambda *_: setattr(watch, "later", False)
+        )
+        for name, module in layer.named_modules():
+            if isinstance(module, PlainLinear):
+                yield lambda m=module, n=name: _watch_linear(m, n.rpartition(".")[2], watch)
+
+
+def _watch_linear(module: PlainLinear, op: str, watch: LiveTensors) -> None:
+    biased = module.bias is not None
+    module.register_forward_pre_hook(lambda *_: watch.enter_linear(op, biased))
+    module.register_forward_hook(lambda _module, _input, output: watch.leave_linear(output))
+
+
+# ---- from bytes to products of named sizes
+
+
+def moments(seen: Iterable[Snapshot], sizes: Mapping[str, int]) -> tuple[Moment, ...]:
+    """The moments that may decide the peak, their bytes as products of the named `sizes`.
+
+    A size is recognised by the largest prime in it, which no two sizes may share, but that a size
+    may hold another one's (`heads` those of `kv_heads`).
+    """
+    terms: dict[int, tuple[str, float]] = {}
+    found = [_moment(snapshot, sizes, terms) for snapshot in seen]
+    return _deciding(found)
+
+
+def _moment(
+    snapshot: Snapshot, sizes: Mapping[str, int], terms: dict[int, tuple[str, float]]
+) -> Moment:
+    total: Counter[str] = Counter()
+    for num_bytes, count in snapshot.live.items():
+        if num_bytes not in terms:
+            terms[num_bytes] = _product(num_bytes, sizes)
+        name, factor = terms[num_bytes]
+        total[name] += count * factor  # type: ignore[assignment]  # factors may be halves
+    return Moment(
+        op=snapshot.op, biased=snapshot.biased, later=snapshot.later, num_bytes=dict(total)
+    )
+
+
+def _product(num_bytes: int, sizes: Mapping[str, int]) -> tuple[str, float]:
+    """`num_bytes` as names of sizes joined by "*", and the factor that is left."""
+    names, rest = [], Fraction(num_bytes)
+    for name, size in sorted(sizes.items(), key=lambda item: -_odd(item[1])):
+        odd = _odd(size)
+        while rest != 0 and odd > 1 and rest.numerator % odd == 0:
+            names.append(name)
+            rest /= size
+    order = list(sizes)
+    return "*".join(sorted(names, key=order.index)), float(rest)
+
+
+def _odd(size: int) -> int:
+    """The odd part, by which a size is recognised: halves and quarters of it are met too."""
+    return size // (size & -size)
+
+
+def _deciding(found: Iterable[Moment]) -> tuple[Moment, ...]:
+    """Without moments at which no more was alive, product by product, than at another one."""
+    kept: list[Moment] = []
+    for moment in sorted(found, key=lambda m: (m.later, bool(m.op), -sum(m.num_bytes.values()))):
+        if not any(covers(other, moment) for other in kept):
+            kept = [other for other in kept if not covers(moment, other)]
+            kept.append(moment)
+    return tuple(sorted(kept, key=lambda m: (m.later, m.op, sorted(m.num_bytes.items()))))
+
+
+def covers(more: Moment, less: Moment) -> bool:
+    if more.later and not less.later:
+        return False
+    if less.op and (more.op, more.biased) != (less.op, less.biased):
+        return False
+    return all(more.num_bytes.get(name, 0.0) >= size for name, size in less.num_bytes.items())

@@ -1,0 +1,375 @@
+"""The plan: which device holds which layers, at which precisions, in which micro-batches.
+
+A plan is a frozen value, the same whether a person or the planner wrote it. It is validated when
+read: its stages cover the model's layers exactly, in order, and fit its own cluster; where several
+devices share a stage (tensor parallelism), the model can be cut so. `refuse_shared_stages` is for
+commands that cannot do with them yet.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict, read_json
+from llmpq.cluster import GIB, Cluster
+from llmpq.errors import UserError, listed
+from llmpq.job import LaneShape
+from llmpq.model_spec import ModelSpec, shard_faults
+from llmpq.plan_diff import Place, PlanDiff, changes, layer_ranges
+from llmpq.precision import PRECISIONS
+from llmpq.quantizer import Quantizer
+from llmpq.workload import (
+    MAX_BATCH,
+    MAX_LENGTH,
+    Reserve,
+    Workload,
+    chunk_tokens,
+    lanes,
+    lanes_for,
+    planned_lengths,
+)
+
+
+class Stage(Strict):
+    """Layers `first_layer` up to but not including `end_layer`, on one device.
+
+    Or on `tensor_parallel` equal devices of a node, a power of two, which share every layer;
+    `devices` names each of them.
+    """
+
+    rank: NonNegativeInt
+    node: str
+    devices: list[str] = Field(min_length=1)
+    tensor_parallel: PositiveInt = 1
+    first_layer: NonNegativeInt
+    end_layer: NonNegativeInt
+    precisions: list[str]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of this stage."""
+        return self.end_layer - self.first_layer
+
+    @model_validator(mode="after")
+    def _check(self) -> "Stage":
+        faults = []
+        if self.end_layer <= self.first_layer:
+            faults.append(f"stage {self.rank} holds no layer: {self.first_layer}..{self.end_layer}")
+        elif len(self.precisions) != self.num_layers:
+            faults.append(
+                f"stage {self.rank} has {self.num_layers} layers "
+                f"but {len(self.precisions)} precisions"
+            )
+        unknown = sorted(set(self.precisions) - set(PRECISIONS))
+        if unknown:
+            faults.append(
+                f"unknown precision {', '.join(map(repr, unknown))}; known: {', '.join(PRECISIONS)}"
+            )
+        faults += [f"stage {self.rank}: {fault}" for fault in self._sharing_faults()]
+        if faults:
+            raise ValueError(listed(faults))
+        return self
+
+    def _sharing_faults(self) -> list[str]:
+        faults, degree = [], self.tensor_parallel
+        if degree & (degree - 1):
+            faults.append(f"tensor_parallel {degree} is not a power of two")
+        if len(self.devices) != degree:
+            faults.append(f"tensor_parallel is {degree} but devices names {len(self.devices)}")
+        if len(set(self.devices)) > 1:
+            types = ", ".join(sorted(set(self.devices)))
+            faults.append(f"the devices of a stage must be of one type, found {types}")
+        return faults
+
+
+class Lane(Strict):
+    """Slots of the KV cache that take their decode steps together: `rows`, of `tokens` each."""
+
+    rows: PositiveInt = Field(le=MAX_BATCH)
+    tokens: PositiveInt = Field(le=2 * MAX_LENGTH)
+
+
+class PredictedStage(Strict):
+    """Predicted times of one stage. `prefill_s` and `decode_step_s` are of one micro-batch.
+
+    The errors are what to expect of these times in the mean, not bounds; None where unknown.
+    `kernels`: those that are counted on, by precision and then by rising numbers of rows.
+    `source`: "measured", "interpolated", "fitted", "beyond the profile" or "spec sheet", the least
+    certain of all that went into the times.
+    """
+
+    prefill_s: float
+    decode_step_s: float
+    peak_memory_bytes: int
+    memory_capacity_bytes: int
+    provenance: str
+    source: str | None = None
+    prefill_error_percent: float | None = None
+    decode_error_percent: float | None = None
+    kernels: dict[str, list[str]] = {}
+
+
+class Predicted(Strict):
+    """What the planner expects of the plan; `tokens_per_s` counts generated tokens only.
+
+    `prefill_s`: until the first token of every request is back, `decode_s`: from then on. Where
+    newcomers take the slots of ended requests, both phases overlap until then: `prefill_share` is
+    what prefills are of the busiest stage's work.
+    `error_percent`: the expected error of `total_s`, as far as the slowest stages' times go.
+    `objective`: `total_s`, and what its sensitivity costs where that has a price. `lower_bound`: no
+    plan of the space has a smaller one in closed form (in proportion, where the closed form is
+    above the simulation); `gap`: how far the objective is above it.
+    `closed_form_s`: this plan's total in closed form, where `total_s` was simulated.
+    """
+
+    total_s: float
+    prefill_s: float
+    decode_s: float
+    tokens_per_s: float
+    requests_per_s: float | None = None
+    prefill_share: float | None = None
+    quality_loss_percent: float
+    sum_sensitivity: float
+    objective: float
+    lower_bound: float
+    gap: float
+    planning_s: float
+    error_percent: float | None = None
+    closed_form_s: float | None = None
+    stages: list[PredictedStage]
+
+    @property
+    def priced_s(self) -> float:
+        """The total in closed form."""
+        return self.total_s if self.closed_form_s is None else self.closed_form_s
+
+    @property
+    def share_of_prefills(self) -> float:
+        """`prefill_share`; in plans of earlier versions `prefill_s` was that share of the total."""
+        earlier = self.prefill_s / self.total_s if self.total_s > 0 else 0.0
+        return earlier if self.prefill_share is None else self.prefill_share
+
+
+class Baseline(Strict):
+    """What another method would do with the same cluster and the same costs."""
+
+    method: str
+    feasible: bool
+    tokens_per_s: float | None = None
+    quality_loss_percent: float | None = None
+    why_not: str | None = None
+
+
+class Plan(Strict):
+    """plan.json.
+
+    `chunk_tokens`: tokens of a prompt that are computed at once, at most; longer prompts are
+    computed in chunks, one prompt at a time. `lanes`: the KV cache, as slots that take their decode
+    steps together; a decode micro-batch each, `batch` slots in all. Plans of earlier versions say
+    neither: `reserve_of` then computes both from the workload.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["plan"] = "plan"
+    model: ModelSpec
+    workload: Workload
+    cluster: Cluster
+    method: str
+    batch: PositiveInt = Field(le=MAX_BATCH)
+    prefill_micro_batch: PositiveInt
+    decode_micro_batch: PositiveInt
+    chunk_tokens: PositiveInt | None = Field(default=None, le=MAX_LENGTH)
+    lanes: list[Lane] | None = Field(default=None, min_length=1)
+    kv_precision: Literal["16"] = "16"
+    quantizer: Quantizer = Quantizer()
+    stages: list[Stage] = Field(min_length=1)
+    predicted: Predicted | None = None
+    baselines: list[Baseline] = []
+    provenance: Provenance = Provenance()
+
+    @property
+    def precisions(self) -> list[str]:
+        """The precision of every layer of the model."""
+        return [p for stage in self.stages for p in stage.precisions]
+
+    @property
+    def ranks(self) -> list[list[int]]:
+        """The ranks of each stage's workers, one a device."""
+        ends = list(itertools.accumulate(stage.tensor_parallel for stage in self.stages))
+        return [
+            list(range(end - stage.tensor_parallel, end))
+            for stage, end in zip(self.stages, ends, strict=True)
+        ]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Plan":
+        faults = [*self._layer_faults(), *self._device_faults(), *self._sharing_faults()]
+        faults += self._lane_faults()
+        if not self.model.linears:
+            faults.append("model.linears is empty, so its layers hold no weights")
+        for name in ("prefill_micro_batch", "decode_micro_batch"):
+            if getattr(self, name) > self.batch:
+                faults.append(f"{name} {getattr(self, name)} is above batch {self.batch}")
+        if faults:
+            raise ValueError(listed(faults))
+        return self
+
+    def _layer_faults(self) -> list[str]:
+        faults, expected = [], 0
+        for rank, stage in enumerate(self.stages):
+            if stage.rank != rank:
+                faults.append(f"stage {rank} says rank {stage.rank}; ranks count from 0 in order")
+            if stage.first_layer != expected:
+                faults.append(f"stage {rank} starts at layer {stage.first_layer}, not {expected}")
+            expected = stage.end_layer
+        if expected != self.model.num_layers:
+            faults.append(f"stages end at layer {expected}, the model has {self.model.num_layers}")
+        return faults
+
+    def _lane_faults(self) -> list[str]:
+        if self.lanes is None:
+            return []
+        slots, most = sum(lane.rows for lane in self.lanes), max(lane.rows for lane in self.lanes)
+        faults = []
+        if slots != self.batch:
+            faults.append(
+                f"lanes have {slots} rows in all, but batch is {self.batch}; without lanes they "
+                "are computed from the workload"
+            )
+        if most > self.decode_micro_batch:
+            limit = f"decode_micro_batch {self.decode_micro_batch}"
+            faults.append(f"a lane has {most} rows, which is above {limit}")
+        return faults
+
+    def _sharing_faults(self) -> list[str]:
+        return [
+            f"stage {stage.rank}: {fault}"
+            for stage in self.stages
+            for fault in shard_faults(self.model, stage.tensor_parallel)
+            if stage.tensor_parallel > 1
+        ]
+
+    def _device_faults(self) -> list[str]:
+        free = [(device.node, device.type) for device in self.cluster.devices()]
+        faults = []
+        for stage in self.stages:
+            for device in stage.devices:
+                if (stage.node, device) in free:
+                    free.remove((stage.node, device))
+                else:
+                    faults.append(
+                        f"stage {stage.rank} asks for a {device} on {stage.node}, "
+                        f"which has none (left)"
+                    )
+        return faults
+
+
+def load_plan(path: Path | str) -> Plan:
+    """Reads and validates plan.json."""
+    return read_json(Path(path), Plan)
+
+
+def reserve_of(plan: Plan) -> Reserve:
+    """What a run of the plan has room for: its chunk and its lanes, and what follows from them.
+
+    What the plan leaves open is computed from its workload. Lanes too short for the longest request
+    of the workload are replaced as `lanes_for` says, which raises `UserError` where none will do.
+    """
+    lengths, sizes = planned_lengths(plan.workload), (plan.batch, plan.decode_micro_batch)
+    longest = max(prompt for prompt, _ in lengths)
+    shapes = (
+        lanes(lengths, *sizes)
+        if plan.lanes is None
+        else lanes_for(lengths, shapes_of(plan.lanes), *sizes)
+    )
+    chunk = chunk_tokens(lengths) if plan.chunk_tokens is None else plan.chunk_tokens
+    return Reserve(shapes, min(chunk, longest), longest)
+
+
+def shapes_of(given: Iterable[Lane]) -> tuple[LaneShape, ...]:
+    """Lanes of a plan file as the schedule takes them."""
+    return tuple(LaneShape(lane.rows, lane.tokens) for lane in given)
+
+
+def lanes_of(shapes: Iterable[LaneShape]) -> list[Lane]:
+    """Lanes of the schedule as a plan file has them."""
+    return [Lane(rows=rows, tokens=tokens) for rows, tokens in shapes]
+
+
+def refuse_shared_stages(plan: Plan, path: Path) -> None:
+    """Raises `UserError` where several devices share a stage, which cannot be evaluated yet."""
+    shared = [stage for stage in plan.stages if stage.tensor_parallel > 1]
+    if shared:
+        stages = ", ".join(f"stage {s.rank} ({s.tensor_parallel} devices)" for s in shared)
+        raise UserError(
+            f"{path}: the quality of stages of several devices cannot be measured yet: {stages}; "
+            "their weights are those of one device, so evaluate a plan with the same precisions"
+        )
+
+
+def diff(a: Plan, b: Plan) -> PlanDiff:
+    """What changes from `a` to `b`. Raises `ValueError` where they are of different models."""
+    if a.model != b.model:
+        names = [n for n in ModelSpec.model_fields if getattr(a.model, n) != getattr(b.model, n)]
+        raise ValueError(
+            f"plans of different models cannot be compared: {a.model.name} and {b.model.name} "
+            f"differ in {', '.join(names)}"
+        )
+    return PlanDiff(
+        inputs=tuple(n for n in ("workload", "cluster") if getattr(a, n) != getattr(b, n)),
+        settings=changes(_settings(a), _settings(b)),
+        moves=layer_ranges(_places(a), _places(b)),
+        precisions=layer_ranges(a.precisions, b.precisions),
+        predicted=changes(_expected(a), _expected(b)),
+    )
+
+
+def _settings(plan: Plan) -> dict[str, object]:
+    """What a plan decides beside its layers, by the name a reader knows."""
+    reserve = reserve_of(plan)
+    return {
+        "method": plan.method,
+        "batch": plan.batch,
+        "prefill micro-batch": plan.prefill_micro_batch,
+        "decode micro-batch": plan.decode_micro_batch,
+        "prompt chunk, tokens": reserve.chunk_tokens,
+        "cache lanes": _lanes_text(reserve.lanes),
+        "cache precision": plan.kv_precision,
+        "devices": tuple(f"{stage.devices[0]} on {stage.node}" for stage in plan.stages),
+        "tensor parallelism": tuple(stage.tensor_parallel for stage in plan.stages),
+    }
+
+
+def _lanes_text(shapes: Iterable[LaneShape]) -> str:
+    """As "3 of 4 x 612, 1 of 2 x 306": lanes of so many rows and tokens."""
+    counts = Counter(shapes).items()
+    return ", ".join(f"{count} of {rows} x {tokens}" for (rows, tokens), count in counts)
+
+
+def _places(plan: Plan) -> list[Place]:
+    """The devices of every layer of the model."""
+    places: list[Place] = []
+    used: Counter[tuple[str, str]] = Counter()
+    for stage in plan.stages:
+        kind, count = (stage.node, stage.devices[0]), len(stage.devices)
+        numbers = tuple(range(used[kind], used[kind] + count))
+        used[kind] += count
+        places += [Place(*kind, numbers, stage.rank)] * stage.num_layers
+    return places
+
+
+def _expected(plan: Plan) -> dict[str, object]:
+    """What is predicted, with its unit in the name; empty where nothing is."""
+    predicted = plan.predicted
+    if predicted is None:
+        return {}
+    memory = {
+        f"memory of stage {rank}, GiB": stage.peak_memory_bytes / GIB
+        for rank, stage in enumerate(predicted.stages)
+    }
+    speed, loss = predicted.tokens_per_s, predicted.quality_loss_percent
+    return {"tokens/s": speed, "quality loss, %": loss, **memory}

@@ -1,0 +1,204 @@
+"""From what files hold, and what is wished for, to a `Problem`.
+
+`make_problem` adds to model, cluster, workload, profiles and quality what is allowed: precisions, a
+budget of quality or its price, devices that share a stage. It returns notes beside the problem:
+what a reader of the plan should know of where its figures come from.
+
+Not covered: reading the files, and options of the command line (`cli.plan_inputs`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+from llmpq.cluster import Cluster
+from llmpq.costs.latency import LayerTimes, device_times
+from llmpq.costs.measured_types import unused_profiles, with_measured_types
+from llmpq.costs.quality import DEFAULT_MAX_LOSS_PERCENT, QualityModel, prior_quality
+from llmpq.errors import UserError
+from llmpq.model_spec import ModelSpec
+from llmpq.plan_data import Plan
+from llmpq.planner.problem import Problem
+from llmpq.precision import PRECISIONS, STANDARD
+from llmpq.profile_data import Profile
+from llmpq.workload import Workload, planned_lengths
+
+MAX_DEVICES_A_STAGE = 64
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the files hold."""
+
+    spec: ModelSpec
+    cluster: Cluster
+    workload: Workload
+    lengths: tuple[tuple[int, int], ...]
+    profiles: Sequence[Profile]
+    quality: QualityModel
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a plan may do.
+
+    `precisions`: None allows all that have times. `max_quality_loss`: percent that perplexity may
+    rise. `theta`: instead of that, seconds that one unit of summed sensitivity is worth.
+    `tensor_parallel`: "off", "auto", or the most devices of a stage, as a number.
+    """
+
+    precisions: Sequence[str] | None = None
+    max_quality_loss: float = DEFAULT_MAX_LOSS_PERCENT
+    theta: float | None = None
+    tensor_parallel: str = "off"
+
+
+def inputs_of(
+    spec: ModelSpec,
+    cluster: Cluster,
+    workload: Workload,
+    profiles: Sequence[Profile] = (),
+    quality: QualityModel | None = None,
+) -> Inputs:
+    """Inputs as they belong together; without `quality` a built-in prior."""
+    return Inputs(
+        spec,
+        with_measured_types(cluster, profiles),
+        workload,
+        tuple(planned_lengths(workload)),
+        profiles,
+        quality or prior_quality(spec.num_layers),
+    )
+
+
+def make_problem(
+    inputs: Inputs, wishes: Wishes, plan: Plan | None = None, source: str = ""
+) -> tuple[Problem, list[str], list[str]]:
+    """The problem, all precisions that could be allowed, and notes.
+
+    `plan`: one that is to be priced, whose precisions and shared stages are allowed; `source`: the
+    file that the workload is from, for messages. Raises `UserError` for what cannot be planned.
+    """
+    _check_lengths(inputs, source)
+    times = layer_times(inputs)
+    asked = _asked(wishes, plan)
+    offered = [p for p in offered_precisions(times, asked or ()) if p in inputs.quality.omega]
+    notes = _notes(inputs, times)
+    precisions = _precisions(inputs, times, offered, asked)
+    budget = inf if wishes.theta is not None else inputs.quality.budget(wishes.max_quality_loss)
+    problem = Problem(
+        spec=inputs.spec,
+        cluster=inputs.cluster,
+        workload=inputs.workload,
+        lengths=inputs.lengths,
+        num_requests=inputs.workload.num_requests,
+        times=times,
+        quality=inputs.quality,
+        precisions=tuple(precisions),
+        budget=budget,
+        theta=wishes.theta or 0.0,
+        max_tensor_parallel=_most_devices(wishes.tensor_parallel, inputs, notes, plan),
+        profiles=tuple(inputs.profiles),
+    )
+    return problem, offered, notes
+
+
+def _check_lengths(inputs: Inputs, source: str) -> None:
+    """No request is longer than the model can read: the runtime would refuse it."""
+    prompt, new = max(inputs.lengths, key=sum)
+    if prompt + new > inputs.spec.max_positions:
+        where = f"{source}: " if source else ""
+        raise UserError(
+            f"{where}workload '{inputs.workload.name}': a prompt of {prompt} tokens and {new} new "
+            f"ones are more than the {inputs.spec.max_positions} positions of {inputs.spec.name}"
+        )
+
+
+def _most_devices(asked: str, inputs: Inputs, notes: list[str], plan: Plan | None) -> int:
+    """How many devices a stage may have."""
+    if plan is not None:
+        return max(stage.tensor_parallel for stage in plan.stages)
+    if asked in ("off", "1"):
+        return 1
+    if any(device.type in inputs.cluster.rehearse for device in inputs.cluster.devices()):
+        notes.append("rehearsed devices make no stages of several: tensor parallelism left out")
+        return 1
+    names = dict.fromkeys(device.type for device in inputs.cluster.devices())
+    if unknown := [name for name in names if inputs.cluster.figures_of(name) is None]:
+        notes.append(
+            f"{', '.join(unknown)}: without bandwidth_gbs and tflops in the cluster file, parts of "
+            "a layer cannot be priced: tensor parallelism left out"
+        )
+        return 1
+    return MAX_DEVICES_A_STAGE if asked == "auto" else int(asked)
+
+
+def layer_times(inputs: Inputs) -> dict[str, LayerTimes]:
+    """Times of every device type; all that are missing in one `UserError`."""
+    times, faults = {}, []
+    for name in dict.fromkeys(device.type for device in inputs.cluster.devices()):
+        try:
+            times[name] = device_times(inputs.cluster, name, inputs.spec, inputs.profiles)
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("\n".join(faults))
+    return times
+
+
+def offered_precisions(times: dict[str, LayerTimes], asked: Sequence[str] = ()) -> list[str]:
+    """Those that some device has times for; optional ones only where they are asked for."""
+    timed = {p for t in times.values() for p in t.precisions}
+    return [p for p in PRECISIONS if p in timed and (p in STANDARD or p in asked)]
+
+
+def _asked(wishes: Wishes, plan: Plan | None) -> list[str] | None:
+    if wishes.precisions is not None:
+        return list(wishes.precisions)
+    return sorted(set(plan.precisions)) if plan is not None else None
+
+
+def _precisions(
+    inputs: Inputs, times: dict[str, LayerTimes], offered: Sequence[str], asked: list[str] | None
+) -> list[str]:
+    chosen = list(offered) if asked is None else list(dict.fromkeys(asked))
+    faults = [_why_no_precision(inputs, name) for name in chosen if name not in offered]
+    if not chosen:
+        faults.append("--precisions names no precision; for instance --precisions 16,8,4,3")
+    faults += [
+        f"device type '{device}' has no times at {', '.join(chosen)} bits; "
+        f"it has them at {', '.join(t.precisions)}"
+        for device, t in times.items()
+        if not faults and not set(chosen) & set(t.precisions)
+    ]
+    if faults:
+        raise UserError("\n".join(faults))
+    return chosen
+
+
+def _why_no_precision(inputs: Inputs, name: str) -> str:
+    if name not in PRECISIONS:
+        return f"unknown precision '{name}'; known: {', '.join(PRECISIONS)}"
+    if name not in inputs.quality.omega:
+        return f"precision {name}: the sensitivity file does not have it for every layer"
+    return f"precision {name}: no device type has times for it; profile it with 'llmpq-profile'"
+
+
+def _notes(inputs: Inputs, times: dict[str, LayerTimes]) -> list[str]:
+    guessed = [name for name, t in times.items() if not t.measured]
+    notes = unused_profiles(inputs.cluster, inputs.spec, inputs.profiles)
+    if inputs.spec.guessed:
+        notes.append(f"{inputs.spec.model_type} is not a known family; counted as LLaMA-shaped")
+    if guessed:
+        notes.append(
+            f"times of {', '.join(guessed)} come from spec sheets, not from measurements; "
+            "make profiles with 'llmpq-profile' and give their folder as --profiles"
+        )
+    missing = [p for p in offered_precisions(times) if p not in inputs.quality.omega]
+    if missing:
+        notes.append(f"not allowed, as the sensitivity file lacks them: {', '.join(missing)}")
+    pinned = inputs.workload.batch
+    count = inputs.workload.num_requests
+    if isinstance(pinned, int) and pinned > count:
+        notes.append(f"batch {pinned} is above the number of requests, {count}")
+    return notes

@@ -1,0 +1,371 @@
+"""Finished requests, kept whatever happens: out.jsonl and, beside it, out.jsonl.journal.
+
+A journal begins with a header that says what ran; then it has the very lines of the output, each
+with checksums (see `mending`). Each request is first written to the journal and then to the output,
+and both have reached the operating system before it counts as finished. So a kill loses nothing: at
+worst a request is in the journal alone, and resuming adds its line to the output. Before a machine
+crash, only what was synced to the disk is safe; only the journal is synced while the run goes on,
+because the output can be made from it: after every request ("always"), every second ("interval")
+or when the system likes ("never").
+
+A resumed run tries failed requests again. The output has no line of them until they have ended
+again, so that no id is ever there twice; why they failed stays in the journal, where a later line
+of the same id replaces it. What may not be mixed is refused before anything is changed: results of
+another model or other weights, results in another form, results of a prompt that is another now.
+
+Not covered: two runs on one output where the file system has no locks.
+"""
+
+import glob
+import json
+import os
+import reprlib
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from llmpq.errors import UserError, WorkerError
+from llmpq.prompts.request import Finished
+from llmpq.prompts.result_lines import OWN_START, Id, Writer, json_bytes, parse_object
+from llmpq.reliability.append_file import AppendFile, new_name
+from llmpq.reliability.mending import (
+    MAX_LINE_BYTES,
+    Found,
+    Mending,
+    Payload,
+    bare,
+    fetch,
+    frame,
+    scan,
+    unframe,
+)
+
+Fsync = Literal["always", "interval", "never"]
+
+VERSION = 2  # of the journal; those of version 1 have no checksums of prompts
+SYNC_EVERY_S = 1.0
+CHECK_EVERY_S = 1.0  # that the files still have their names
+MOST_SHOWN = 5  # of requests that a message names
+# What results that lie in one file must have in common, and what to do where they have not.
+SAME = {
+    "model": "give another --output",
+    "weights": "give another --output, or the weights that they are of",
+    "form": "give that --output-format, or another --output",
+}
+
+
+class Results:
+    """The results of a run; writing goes on where an earlier run ended, or starts anew.
+
+    `finished` has the ids that need no more work, `failed` those of them that failed; `notes` says
+    what was found and mended. `prompts`: the checksum of every prompt by its id, against which a
+    resumed run checks earlier results; without, it checks nothing. Failed requests are to be done
+    again, unless `keeps_failed`. Starting anew, earlier results are kept under names that end in
+    ".old", ".old.2" and so on.
+
+    Raises `UserError` for an output that another run writes to, that is no output of llmpq-run,
+    or that holds what may not be mixed with this run's results; `WorkerError` where the disk fails
+    or is full, or where another program changes the files.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        resume: bool,
+        fsync: Fsync,
+        run: dict[str, object],
+        prompts: Mapping[Id, int] | None = None,
+        keeps_failed: bool = False,
+        writer: Writer = Writer(),
+    ) -> None:
+        self.notes: list[str] = []
+        self.finished: set[Id] = set()
+        self.failed: set[Id] = set()
+        self._path = _real_path(output)
+        self._fsync, self._writer = fsync, writer
+        self._prompts, self._keeps_failed = prompts, keeps_failed
+        self._next_check_s = 0.0
+        self._output = AppendFile(self._path)
+        self._journal: Journal | None = None
+        try:
+            self._journal = Journal(beside(self._path, ".journal"), fsync)
+            header = json_bytes({"journal": VERSION, "run": {**run, "form": writer.form}})
+            (self._take_up if resume else self._start_anew)(self._journal.file, header)
+            if fsync != "never":
+                self._journal.file.sync()
+                self._journal.file.sync_name()
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, finished: Finished, text: str) -> None:
+        """One more finished request, safe from kills when this returns."""
+        name = finished.request.id
+        assert self._journal is not None and name not in self.finished
+        if time.monotonic() >= self._next_check_s:
+            self.check_files()
+        line = self._writer.line(finished, text)
+        self._journal.record(Payload(line, finished.request.checksum))
+        self._output.append(line + b"\n")
+        self.finished.add(name)
+        if finished.reason == "error":
+            self.failed.add(name)
+
+    def check_files(self) -> None:
+        """Raises `WorkerError` where a file was removed or replaced; says where results still are.
+
+        `write` does so once in a while; a run does so at its end.
+        """
+        assert self._journal is not None
+        self._next_check_s = time.monotonic() + CHECK_EVERY_S
+        faults: list[str] = []
+        for file in (self._output, self._journal.file):
+            try:
+                file.check_name()
+            except WorkerError as error:
+                faults.append(str(error))
+        if len(faults) == 2:
+            raise WorkerError("\n".join([*faults, "results of this run are in neither file"]))
+        if faults:
+            raise WorkerError(f"{faults[0]}; finished requests are safe, --resume restores it")
+
+    def close(self) -> None:
+        """Everything to disk; the files may be written by others again."""
+        journal, self._journal = self._journal, None
+        try:
+            if journal is not None:
+                journal.close()
+                if self._fsync != "never":
+                    self._output.sync()
+        finally:
+            self._output.close()
+
+    def _start_anew(self, journal: AppendFile, header: bytes) -> None:
+        with journal.read() as file:
+            _, start = _read_header(file)
+        if self._output.size or journal.size > start:
+            old = _free_ending(self._path, journal.path)
+            self._output.move(beside(self._path, old))
+            journal.move(beside(journal.path, old))
+            self.notes.append(f"{self._path}: earlier results are kept as {self._path.name}{old}")
+        journal.cut(0)
+        journal.append(frame(Payload(header)))
+
+    def _take_up(self, journal: AppendFile, header: bytes) -> None:
+        with journal.read() as journal_file, self._output.read() as output_file:
+            run, start = _read_header(journal_file)
+            logged = scan(journal_file, unframe, start)
+            shown = scan(output_file, bare)
+            _refuse_other_files(self._path, shown, output_file, run is None and not logged.lines)
+            mending = Mending(
+                logged, shown, journal_file, output_file, self._prompts, not self._keeps_failed
+            )
+            if mending.kept:
+                self._compare_runs(run, json.loads(header)["run"])
+                self._compare_forms(mending)
+                self._compare_prompts(mending)
+            else:
+                run = None  # nothing is done yet, so this is the run that is done
+            self._save_broken(shown, output_file)
+            self._save_strangers(mending)
+            mending.mend_journal(journal, header, keeps_header=run is not None)
+            mending.mend_output(self._output)
+        self.finished = set(mending.kept)
+        self.failed = mending.failed & self.finished
+        self.notes += mending.notes(self._path, journal.path)
+        if again := len(mending.failed) - len(self.failed):
+            self.notes.append(f"{self._path}: failed requests that are tried again: {again}")
+
+    def _compare_runs(self, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+        """Refuses to mix what is not alike; notes other differences."""
+        if before is None:
+            self.notes.append(f"{self._path}: nothing says which settings its results are of")
+            return
+        for name, advice in SAME.items():
+            if name in before and name in now and before[name] != now[name]:
+                what = _difference(name, before[name], now[name])
+                raise UserError(f"{self._path}: its results are of {what}; {advice}")
+        names = [name for name in {**before, **now} if name not in SAME]
+        differing = [name for name in names if before.get(name) != now.get(name)]
+        if differing:
+            changes = ", ".join(
+                f"{_show(name)} was {_show(before.get(name))}, is {_show(now.get(name))}"
+                for name in differing
+            )
+            self.notes.append(f"{self._path}: finished requests had other settings: {changes}")
+
+    def _compare_forms(self, mending: Mending) -> None:
+        """The lines themselves, where no header has told their form."""
+        form = self._writer.form
+        other = next((n for n in mending.kept if mending.span(n).form != form), None)
+        if other is not None:
+            raise UserError(
+                f"{self._path}: has results of form {mending.span(other).form}, not of {form}; "
+                f"{SAME['form']}"
+            )
+
+    def _compare_prompts(self, mending: Mending) -> None:
+        """Refuses results of prompts that are others now."""
+        if self._prompts is None:
+            return
+        done = [name for name in mending.kept if name not in mending.failed]
+        sums = [(name, mending.span(name).prompt) for name in done]
+        changed = [name for name, was in sums if was not in (None, self._prompts[name])]
+        if changed:
+            names = ", ".join(map(_show, changed[:MOST_SHOWN]))
+            more = f" and {len(changed) - MOST_SHOWN} more" if len(changed) > MOST_SHOWN else ""
+            raise UserError(
+                f"{self._path}: finished requests were of other prompts, or of another number of "
+                f"new tokens or other settings of their own, than now: {names}{more}; give another "
+                "--output, or the prompts, the tokenizer and --too-long as they were"
+            )
+        if unknown := sum(was is None for _, was in sums):
+            self.notes.append(
+                f"{self._path}: finished requests of which nothing says whether their prompts are "
+                f"the same: {unknown}"
+            )
+
+    def _save_broken(self, shown: Found, file: BinaryIO) -> None:
+        lines = [fetch(file, span) for span in shown.broken]
+        self._save(".broken", "lines that are no results", lines)
+
+    def _save_strangers(self, mending: Mending) -> None:
+        lines = [mending.line(name) for name in mending.strangers]
+        self._save(".aside", "results with an id that no prompt has", lines)
+
+    def _save(self, ending: str, what: str, lines: Iterable[bytes]) -> None:
+        """Adds lines that have no place in the output to a file beside it."""
+        lines = list(lines)
+        if not lines:
+            return
+        target = AppendFile(beside(self._path, ending))
+        try:
+            for line in lines:
+                target.append(line + b"\n")
+            target.sync()
+        finally:
+            target.close()
+        self.notes.append(f"{self._path}: {what} put into {target.path.name}: {len(lines)}")
+
+
+class Journal:
+    """Lines with checksums, synced to the disk by the policy `fsync`."""
+
+    def __init__(self, path: Path, fsync: Fsync) -> None:
+        self.file = AppendFile(path)
+        self._fsync = fsync
+        self._unsynced = False
+        self._failure: WorkerError | None = None
+        self._ended = threading.Event()
+        self._syncing: threading.Thread | None = None
+
+    def record(self, payload: Payload) -> None:
+        """One more line. Raises `WorkerError` where this, or an earlier sync, failed."""
+        if self._failure is not None:
+            raise self._failure
+        self.file.append(frame(payload))
+        self._unsynced = True
+        if self._fsync == "always":
+            self.file.sync()
+        elif self._fsync == "interval" and self._syncing is None:
+            self._syncing = threading.Thread(target=self._sync_regularly, daemon=True)
+            self._syncing.start()
+
+    def close(self) -> None:
+        """Syncs what is not yet synced."""
+        self._ended.set()
+        try:
+            if self._syncing is not None:
+                self._syncing.join()
+            if self._fsync != "never":
+                self.file.sync()
+        finally:
+            self.file.close()
+
+    def _sync_regularly(self) -> None:
+        while not self._ended.wait(SYNC_EVERY_S):
+            if not self._unsynced:
+                continue
+            self._unsynced = False
+            try:
+                self.file.sync()
+            except WorkerError as error:
+                self._failure = error  # raised by the next record: nobody listens here
+                return
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The path with something behind its name."""
+    return path.with_name(path.name + ending)
+
+
+def files_beside(output: Path) -> list[Path]:
+    """All that `Results` may write beside an output, and what earlier ones have kept there."""
+    path = Path(os.path.realpath(output))
+    journal = beside(path, ".journal")
+    old = _free_ending(path, journal)
+    found = [journal, *(beside(path, ending) for ending in (".broken", ".aside", old))]
+    found += [beside(journal, old), *(new_name(file) for file in (path, journal))]
+    with suppress(OSError):
+        found += sorted(path.parent.glob(f"{glob.escape(path.name)}*.old*"))
+    return list(dict.fromkeys(found))
+
+
+def _free_ending(output: Path, journal: Path) -> str:
+    """ ".old", ".old.2", ...: the first that neither file has yet."""
+    number, ending = 1, ".old"
+    while any(os.path.lexists(beside(path, ending)) for path in (output, journal)):
+        number += 1
+        ending = f".old.{number}"
+    return ending
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any] | None, int]:
+    """What ran, and where the header ends; None and 0 where there is no whole header."""
+    record = file.readline(MAX_LINE_BYTES)
+    payload = unframe(record)
+    data = parse_object(payload.line) if payload and record.endswith(b"\n") else None
+    known = data is not None and data.get("journal") in range(1, VERSION + 1)
+    if not known or data is None or not isinstance(data.get("run"), dict):
+        return None, 0
+    return data["run"], len(record)
+
+
+def _refuse_other_files(path: Path, shown: Found, file: BinaryIO, has_no_journal: bool) -> None:
+    """Raises `UserError` for a file without a single result that no run of ours was writing."""
+    if shown.lines or not has_no_journal:
+        return
+    torn = fetch(file, shown.torn) if shown.torn else b""
+    if shown.broken or torn[: len(OWN_START)] != OWN_START[: len(torn)]:
+        raise UserError(
+            f"{path}:{shown.first_bad}: not a result of llmpq-run, "
+            "so --resume cannot go on from here"
+        )
+
+
+def _difference(name: str, before: object, now: object) -> str:
+    """What differs; of tables, which entries."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
+        return f"other {name}: {', '.join(map(_show, names[:MOST_SHOWN]))} differ"
+    return f"{name} {_show(before)}, not of {_show(now)}"
+
+
+def _show(value: object) -> str:
+    """Any value in a bounded form that every terminal prints."""
+    is_plain = isinstance(value, str) and value.isprintable()
+    return str(value) if is_plain else reprlib.repr(value)
+
+
+def _real_path(output: Path) -> Path:
+    """Where the output lies; a link is followed, as it is to stay one when the file is replaced."""
+    path = output
+    with suppress(OSError):  # opening it will say the same
+        if output.is_symlink():
+            path = Path(os.path.realpath(output))
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{output}: is no regular file, and results are kept in one")
+    return path
