@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from llmpq.checkpoint import kernels
 from llmpq.checkpoint.checkpoint import RandomWeights
 from llmpq.checkpoint.kernels import planned_rows, prepare_rows
 from llmpq.checkpoint.loader import load_stage
@@ -14,11 +15,10 @@ from llmpq.cli import profile_layers, run
 from llmpq.cli.common import KERNEL_CACHES, bound_kernel_caches
 from llmpq.cluster import load_cluster
 from llmpq.kernel import KERNELS_KEPT
-from llmpq.model_spec import DEFAULT_MODEL, config_path, load_model_spec
+from llmpq.model_lookup import DEFAULT_MODEL, config_path, load_model_spec
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.plan_data import Plan, reserve_of
 from llmpq.quant import PlainLinear, QuantizedLinear
-from llmpq.runtime import kernels
 from llmpq.schedule import Item, Schedule
 from llmpq.workload import Workload, load_workload, planned_lengths
 

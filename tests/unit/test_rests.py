@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmpq.model_spec import DEFAULT_MODEL, config_path
+from llmpq.model_lookup import DEFAULT_MODEL, config_path
 from llmpq.models.stage_model import load_config
 from llmpq.profile_data import Candidate
 from llmpq.profiler import timer
