@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from llmpq.job import padded_width
 from llmpq.kernel import KERNELS_KEPT
 from llmpq.models.family import find
 from llmpq.models.stage_model import StageModel
@@ -20,7 +21,6 @@ from llmpq.quant import PlainLinear, QuantizedLinear
 from llmpq.quant.adopted import AdoptedLinear
 from llmpq.quant.humming import HummingLinear, serve
 from llmpq.quant.humming_jit import row_ladder
-from llmpq.job import padded_width
 from llmpq.workload import planned_lengths
 
 OnCompiled = Callable[[int, int], None]  # kernels compiled, of so many
