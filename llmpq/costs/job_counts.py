@@ -15,7 +15,6 @@ busy; stop tokens.
 """
 
 import heapq
-import math
 from array import array
 from bisect import bisect_left
 from collections import Counter
@@ -26,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmpq.job import LaneShape, chunk_length
+from llmpq.job import LaneShape, chunk_length, padded_width
 from llmpq.schedule import NEAR, PADDED
 
 SAMPLES = 12  # rounds at which the lanes are looked at
@@ -195,8 +194,8 @@ def run_in_rounds(
             for room in range(room_of[place], -1, -1):
                 if waiting[room]:
                     new, prompt = _take(waiting[room], like)
-                    rows = rows + 1
-                    like = 0 if rows % prefill_rows == 0 else like or prompt
+                    rows = rows + 1 if prompt <= like <= PADDED * prompt else 1
+                    like = 0 if rows == prefill_rows else like if rows > 1 else prompt
                     places.append(place)
                     begins.append(begin)
                     ends.append(begin + new - 1)
@@ -273,29 +272,20 @@ def _prefill_jobs(
 def _shared_jobs(
     prompt: np.ndarray, begin: np.ndarray, rows: int, chunk_tokens: int
 ) -> Counter[PrefillJob]:
-    """Prompts that are computed whole, in the order in which they begin.
-
-    Like ones are those between the same powers of `PADDED`.
-    """
-    if not len(prompt):
-        return Counter()
-    like = np.floor(np.log(prompt) / math.log(PADDED)).astype(np.int64)
-    changes = np.flatnonzero((np.diff(begin) != 0) | (np.diff(like) != 0)) + 1
-    starts = np.concatenate([[0], changes])
-    sizes = np.diff(np.append(starts, len(prompt)))
-    number = -(-sizes // rows)  # jobs of each run of like newcomers
-    run = np.repeat(np.arange(len(sizes)), number)
-    before = rows * (np.arange(len(run)) - np.repeat(np.cumsum(number) - number, number))
-    longest = np.maximum.reduceat(prompt, starts[run] + before)
-    widths = np.minimum(_padded(longest).astype(np.int64), chunk_tokens)
-    pairs = np.stack([np.minimum(rows, sizes[run] - before), widths], axis=1)
-    found, counts = np.unique(pairs, axis=0, return_counts=True)
-    return Counter(
-        {
-            PrefillJob(some, 0, width): count
-            for (some, width), count in zip(found.tolist(), counts.tolist(), strict=True)
-        }
-    )
+    """Prompts that are computed whole, in the order in which they begin."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    size, longest, least, last = 0, 0, 0.0, -1
+    for tokens, now in zip(prompt.tolist(), begin.tolist(), strict=True):
+        if size == rows or now != last or not least <= tokens <= longest:
+            sizes[size, longest] += 1
+            size, longest, least, last = 0, tokens, tokens / PADDED, now
+        size += 1
+    sizes[size, longest] += 1
+    jobs: Counter[PrefillJob] = Counter()
+    for (size, longest), count in sizes.items():
+        if size:  # not what was before the first
+            jobs[PrefillJob(size, 0, min(chunk_tokens, padded_width(longest)))] += count
+    return jobs
 
 
 def _binned(prompt: np.ndarray) -> Mapping[int, int]:

@@ -154,13 +154,18 @@ def test_fewer_requests_than_slots_leave_lanes_empty() -> None:
 # ---- against the schedule, unequal lengths
 
 
-# Measured over 1, 2 and 4 equal stages, 20 cases each. Range: decode steps 0.4 to 1.3 % off in the
-# median and 9 % at most, rounds 1.1 % and 7 %, prefill jobs 2.2 % and 14 %, past 2 % and 6 %.
-# Skewed: steps 2.5 % and 15 %, rounds 3.2 % and 25 % (few requests outlast the others, and one of
-# them is in another lane), prefill jobs 1.3 % and 20 %, past 3 % and 11 %.
+# Measured over 1, 2 and 4 equal stages, 20 cases each. Range: decode steps 1 % off in the median and
+# 10 % at most, prefill jobs 4 % and 21 %, past 3 % and 18 %. Skewed: steps 3 % and 15 %, rounds 3 %
+# and 25 % (few requests outlast the others, and one of them is in another lane), prefill jobs 5 %
+# and 22 %, past 3 % and 12 %. Batches are of 2 to 16 requests: of more, the shares are smaller.
 TOLERANCES = {
-    False: {"steps": (0.02, 0.12), "rounds": (0.02, 0.1), "jobs": (0.03, 0.2), "past": (0.03, 0.1)},
-    True: {"steps": (0.04, 0.2), "rounds": (0.05, 0.3), "jobs": (0.03, 0.25), "past": (0.05, 0.15)},
+    False: {
+        "steps": (0.02, 0.12),
+        "rounds": (0.02, 0.1),
+        "jobs": (0.05, 0.25),
+        "past": (0.04, 0.2),
+    },
+    True: {"steps": (0.04, 0.2), "rounds": (0.05, 0.3), "jobs": (0.06, 0.25), "past": (0.05, 0.15)},
 }
 
 
@@ -198,7 +203,7 @@ def test_every_prompt_is_computed_and_every_token_has_its_step(seed: int, skewed
     run = unequal(seed, skewed)
     counts, whole = run.counted(), tokens_of(run.lengths)
     assert prefill_tokens(counts) >= whole.prompt
-    assert counts.num_rounds >= max(new for _, new in run.lengths) - 1
+    assert counts.num_rounds >= max(new for _, new in run.lengths) - 1 - 1e-9
     assert counts.num_steps * max(lane.rows for lane in run.lanes) >= whole.new
     assert counts.num_rounds <= counts.num_steps <= counts.num_rounds * len(run.lanes) + 1e-9
     assert counts.num_bursts <= counts.num_rounds + counts.empty_rounds
