@@ -123,7 +123,9 @@ class Predicted(Strict):
     `objective`: `total_s`, and what its sensitivity costs where that has a price. `lower_bound`: no
     plan of the space has a smaller one in closed form (in proportion, where the closed form is
     above the simulation); `gap`: how far the objective is above it.
-    `closed_form_s`: this plan's total in closed form, where `total_s` was simulated.
+    `closed_form_s`: this plan's total in closed form, where `total_s` was simulated;
+    `closed_form_scale`: what it was multiplied by, as simulated runs of plans of these sizes took
+    so much longer; so is the closed form that `lower_bound` is of.
     """
 
     total_s: float
@@ -140,6 +142,7 @@ class Predicted(Strict):
     planning_s: float
     error_percent: float | None = None
     closed_form_s: float | None = None
+    closed_form_scale: float | None = None
     stages: list[PredictedStage]
 
     @property

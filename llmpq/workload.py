@@ -201,8 +201,9 @@ def lanes(lengths: Sequence[tuple[int, int]], batch: int, rows: int) -> tuple[La
     """The KV cache of `batch` requests in flight, in lanes of at most `rows`.
 
     Lanes are as long as the requests that are served in them: classes of at most 1, 1/2, 1/4, ...
-    of the longest request, each with as many lanes as its share of all new tokens. The longest
-    class has one at least. Requests of a class without lanes go to longer ones.
+    of the longest request, each with as many lanes as its share of all new tokens, rounded up: long
+    lanes serve short requests too, but where a class lacks a part of a lane, its last requests run
+    while all other lanes are empty. Requests of a class without lanes go to longer ones.
     """
     longest = max(prompt + new for prompt, new in lengths)
     sizes = [rows] * (batch // rows) + ([batch % rows] if batch % rows else [])

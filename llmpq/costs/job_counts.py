@@ -1,17 +1,21 @@
 """How many jobs of which sizes a run has, counted without knowing any times.
 
-The run of `llmpq.schedule` is played in rounds: in each, every lane that holds requests takes one
+The run of `llmpq.schedule` is followed in rounds: in each, every lane that holds requests takes one
 decode step. A request that ends in a round leaves its slot to the next one, whose prompt is
-computed in a prefill job, alone or with others that the same lane takes in that round. What comes
-out (prefill jobs by rows and tokens, decode steps by rows and past tokens, rounds) hardly depends
-on how long jobs take, so that one count serves every choice of devices and layers.
+computed in a prefill job, alone or with like ones that begin in the same round. What comes out
+(prefill jobs by rows and tokens, decode steps by rows and past tokens, rounds) hardly depends on
+how long jobs take, so that one count serves every choice of devices and layers.
 
-Against 288 simulated runs of random plans, in the median: decode steps, the longest lane's steps
-and their past are within 1 %. Prefill jobs are counted 10 % low where the pipeline is starved, as
-requests then are taken one by one.
+All requests are followed, as neighbours in the order of outputs decide how many end together: of
+10,000 requests with the lengths of a trace, a sample of 512 has four times as many rounds with
+newcomers for each request. One run in rounds serves all micro-batches of a batch: which slots a
+lane has and how newcomers share prefill jobs is looked at afterwards.
 
-Not covered: several lanes' newcomers in one prefill job, which a run has while its first stage is
-busy; stop tokens.
+Against the whole simulated runs of ten plans for random rigs: decode steps are within 2 % in the
+median (16 % at worst, with few requests), their past within 4 % and prefill jobs within 4 %.
+
+Not covered: lanes that fall behind each other, so that their requests end in different rounds; stop
+tokens.
 """
 
 import heapq

@@ -39,7 +39,8 @@ def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
     """Times, memory and quality of an assignment; no lower bound is known here."""
     setting = assignment.setting
     stage, link = stage_costs(problem, assignment), hop_costs(problem, setting)
-    total = float(run_s(stage, link)) * problem.scale_of(setting)
+    scale = problem.scale_of(setting)
+    total = float(run_s(stage, link)) * scale
     counts = problem.job_counts(setting.sizes)
     loop = float((stage.step + link.step).sum())
     pace = float((stage.busy - stage.prefill).max()) / max(counts.num_rounds, 1.0)
@@ -59,6 +60,7 @@ def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
         lower_bound=0.0,
         gap=1.0,
         planning_s=0.0,
+        closed_form_scale=None if scale == 1 else scale,
         stages=[
             PredictedStage(
                 prefill_s=float(stage.prefill[rank]) / num_prefills,
@@ -205,7 +207,7 @@ def _stages(assignment: Assignment) -> list[Stage]:
 
 
 def closed_form_s(problem: Problem, assignment: Assignment) -> float:
-    """Seconds of the whole run in closed form."""
+    """Seconds of the whole run in closed form, to the scale of simulated runs where it is known."""
     stage, link = stage_costs(problem, assignment), hop_costs(problem, assignment.setting)
     return float(run_s(stage, link)) * problem.scale_of(assignment.setting)
 

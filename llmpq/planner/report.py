@@ -365,7 +365,9 @@ def _bound(predicted: Predicted) -> str:
     model = ""
     if predicted.closed_form_s is not None:
         off = 100 * (predicted.closed_form_s / predicted.total_s - 1)
-        model = f" by the closed form, which is {off:+.1f} % off the simulation of this plan"
+        scale = predicted.closed_form_scale
+        scaled = f", scaled by {scale:.2f} to simulated runs of such plans," if scale else ","
+        model = f" by the closed form{scaled} which is {off:+.1f} % off the simulation of this plan"
     gap = f"gap {100 * predicted.gap:.2f} %"
     return f"no plan searched is below {predicted.lower_bound:.4g}{model} ({gap})"
 

@@ -179,6 +179,7 @@ def _figures(problem: Problem, plan: Plan) -> dict[str, Any]:
         "tokens_per_s": predicted.tokens_per_s,
         "gap": predicted.gap,
         "model_error": predicted.priced_s / predicted.total_s - 1,
+        "scale": predicted.closed_form_scale or 1.0,
         "sizes": [plan.batch, plan.prefill_micro_batch, plan.decode_micro_batch],
         "stages": len(plan.stages),
         "rivals": rivals,

@@ -72,6 +72,15 @@ def test_lanes_too_short_for_the_workload_become_longer_ones_of_no_more_tokens()
         reserve_of(edited(lanes=[{"rows": 4, "tokens": 2}]))
 
 
+def test_a_class_that_lacks_a_part_of_a_lane_gets_a_whole_one() -> None:
+    """Long lanes serve short requests too; short lanes would be empty while long ones run on."""
+    long, short = [(1, 100)] * 7, [(1, 40)] * 33  # 1.39 of 4 lanes, and 2.61
+    shapes = lanes(long + short, 16, 4)
+    assert [shape.tokens for shape in shapes] == [101, 101, 51, 51]
+    just_one = lanes([(1, 100)] * 5 + [(1, 40)] * 36, 16, 4)  # 1.03 lanes
+    assert [shape.tokens for shape in just_one] == [101, 51, 51, 51]
+
+
 def test_memory_is_that_of_the_plans_chunk_and_lanes() -> None:
     plan = make_plan(predicted=False)
     before = [memory_of(plan, rank) for rank in range(2)]
