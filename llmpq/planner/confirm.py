@@ -24,7 +24,6 @@ BETTER = 0.995  # of the time so far: what is worth taking
 # Times in closed form, of the best plan's, above which none is simulated. On 58 random rigs none
 # above 1.05 had the shorter run.
 HOPELESS = 1.1
-JOBS = 3_000  # that a run plays while plans are compared
 CLOSE = 0.03  # of the closed form to the simulated run, as it is in the median
 LONG = 1024  # tokens: prompts that are alike and shorter are computed whole
 ROUNDS = 4  # of varying micro-batches, at most
@@ -53,7 +52,7 @@ class Confirmed:
     def seconds(self, assignment: Assignment) -> float:
         """Of the whole run."""
         key = ("compared", assignment)
-        return self.problem.once(key, lambda: run_s(self.problem, assignment, JOBS))
+        return self.problem.once(key, lambda: run_s(self.problem, assignment))
 
     def is_hopeless(self, other: Assignment, best: Assignment) -> bool:
         """In closed form it is so much worse that its run is not worth playing."""
@@ -68,16 +67,18 @@ class Confirmed:
         """The time limit is reached."""
         return time.monotonic() > self.deadline
 
-    def scales(self, candidates: Sequence[Assignment]) -> dict[tuple[ScaledSizes, int], float]:
+    def scales(
+        self, candidates: Sequence[Assignment], rivals: Sequence[Assignment] = ()
+    ) -> dict[tuple[ScaledSizes, int], float]:
         """Simulated seconds over those of the closed form, where they are apart and that matters.
 
         By sizes and number of stages. It matters for the first candidate, which is the best one in
         closed form, for the same layers with other prefill micro-batches, which tend to be off by
-        as much, and for others that may be better than it.
+        as much, and for others that may be better than it: of the `rivals`, those that are.
         """
         first = candidates[0]
-        found = self._scales_of(first, self._final_seconds(first))
-        best = self._final_seconds(first)
+        best = self.seconds(first)
+        found = self._scales_of(first, best)
         others = [*candidates[1:]]
         if found:
             sizes = _prefill_sizes(first.setting)
@@ -90,12 +91,10 @@ class Confirmed:
             seconds = self.seconds(other)
             if min(seconds, closed_form_s(self.problem, other)) < best * (1 + CLOSE):
                 found = self._scales_of(other, seconds) | found
+        for rival in rivals:
+            if self.seconds(rival) < best * BETTER:
+                found |= self._scales_of(rival, self.seconds(rival))
         return found
-
-    def _final_seconds(self, assignment: Assignment) -> float:
-        """As they are printed."""
-        key = ("final", assignment)
-        return self.problem.once(key, lambda: run_s(self.problem, assignment))
 
     def _scales_of(self, one: Assignment, seconds: float) -> dict[tuple[ScaledSizes, int], float]:
         if abs(seconds / closed_form_s(self.problem, one) - 1) <= CLOSE:

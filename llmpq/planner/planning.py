@@ -32,9 +32,10 @@ from llmpq.planner.value import to_assignment
 
 METHODS = ("auto", "ilp", "heuristic", *BASELINES)
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
+SEARCH_S = 7.0  # that a search has, however short a tenth of the time limit is
 CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
 CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before
-MOST_CORRECTIONS, CORRECTIONS_S = 6, 4.0  # of the closed form, and seconds for all of them
+MOST_CORRECTIONS, CORRECTIONS_S = 10, 4.0  # of the closed form, and seconds for all of them
 FINALISTS = 4  # plans of the search whose runs are simulated
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
 MOVES_S = 0.1  # for a first plan by moves; where it is the whole method, HEURISTIC_S
@@ -95,6 +96,8 @@ def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Pla
         raise _no_plan(run, found, offered)
     ours = found.assignment if found is not None else None
     outcomes = _outcomes(run, space, BASELINES, ours) if options.compare else []
+    if found is not None and (rivals := _rivals(outcomes)):
+        run, space, found = _corrected(run, space, found, rivals)
     plan = moved or _plan_of(run, found, outcomes)
     return _planned(run, space, with_baselines(plan, outcomes), outcomes, found)
 
@@ -185,9 +188,12 @@ def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple
     return _search_of(run, space), space
 
 
-def _corrected(run: _Run, space: Space, found: Search) -> tuple[_Run, Space, Search]:
+def _corrected(
+    run: _Run, space: Space, found: Search, rivals: Sequence[Assignment] = ()
+) -> tuple[_Run, Space, Search]:
     """Searches again for as long as the simulated run of the best plan contradicts its price.
 
+    Or that of another method's plan which is better than ours.
     The closed form is then scaled to the simulated runs of plans of these sizes. As it is off by
     `CLOSE` at any rate, half of that is gap enough.
     """
@@ -197,10 +203,10 @@ def _corrected(run: _Run, space: Space, found: Search) -> tuple[_Run, Space, Sea
         if found.assignment is None or time.monotonic() > until:
             break
         runs = run.compared(run.by(CONFIRM_SHARE, LEAST_S), CONFIRM_S)
-        scales = runs.scales(found.finalists[:FINALISTS])
+        scales = runs.scales(found.finalists[:FINALISTS], rivals)
         if not scales or runs.is_over:
             break
-        before, seeds = run.unit, found.finalists
+        before, seeds = run.unit, [*found.finalists, *rivals]
         run = replace(run, problem=run.problem.scaled(scales))
         space = rescaled(space, before, run.unit)
         deadline = min(until, run.by(SEARCH_SHARE, LEAST_S))
@@ -226,11 +232,23 @@ def _search_of(
         space,
         run.solver,
         gap=options.gap if gap is None else gap,
-        deadline=min(deadline, run.by(SEARCH_SHARE if options.compare else 1.0, LEAST_S)),
+        deadline=min(deadline, _search_until(run)),
         seeds=seeds,
         plain=options.method == "ilp",
         progress=options.progress,
     )
+
+
+def _search_until(run: _Run) -> float:
+    """A tenth of the time limit, or some seconds: of 60 random rigs all but one need less.
+
+    That one needs minutes for the last percents of its bound.
+    """
+    options = run.options
+    limit = run.by(SEARCH_SHARE if options.compare else 1.0, LEAST_S)
+    if options.method == "ilp":
+        return limit
+    return min(limit, max(run.by(1 / 10), run.start + SEARCH_S))
 
 
 def _moves(run: _Run, space: Space, seconds: float) -> Assignment | None:
@@ -283,9 +301,14 @@ def _predicted(run: _Run, assignment: Assignment) -> Predicted:
 def _plan_of(run: _Run, found: Search | None, outcomes: Sequence[Outcome]) -> Plan:
     """Ours, or another method's where that one is faster and within the budget."""
     assert found is not None
-    others = [o.assignment for o in outcomes if o.assignment is not None and o.within_budget]
+    others = _rivals(outcomes)
     finalists = found.finalists[:FINALISTS]
     return _made(run, finalists, found.lower_bound, run.options.method, others)
+
+
+def _rivals(outcomes: Sequence[Outcome]) -> list[Assignment]:
+    """The other methods' plans within the budget."""
+    return [o.assignment for o in outcomes if o.assignment is not None and o.within_budget]
 
 
 def _no_plan(run: _Run, found: Search, offered: Sequence[str]) -> InfeasibleError:

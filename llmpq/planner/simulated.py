@@ -23,7 +23,7 @@ from llmpq.schedule import Schedule
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request
 BLOCK = 256  # columns whose times are computed at once
-MOST_JOBS = 8_000  # that a prediction plays; of more requests a sample
+MOST_JOBS = 6_000  # that a prediction plays; of more requests a sample
 TOKENS_OF_A_JOB = 30  # that take as long to play as a job beside its tokens
 LEAST_WAVES = 2  # of requests in flight that a sample has
 
