@@ -14,11 +14,12 @@ Not covered: cards and several processes, which `llmpq-run` drives, profiling, a
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from llmpq import cluster as clusters
 from llmpq import workload as workloads
@@ -72,9 +73,10 @@ def plan(
     """The fastest plan within the quality budget, as `llmpq-plan` finds it.
 
     `profiles`: a folder of measured times; None: spec sheets. `sensitivity`: a file of measured
-    losses of quality; None: a built-in prior. `max_quality_loss`: percent that perplexity may
-    rise; None: 1. `precisions`: those allowed; None: all that have times. `gap`: the search ends
-    when no plan can be better by more than this share, or after `time_limit_s` seconds.
+    losses of quality; None: a generic estimate, not measured for this model. `max_quality_loss`:
+    percent that perplexity may rise; None: 1. `precisions`: those allowed; None: all that have
+    times. `gap`: the search ends when no plan can be better by more than this share, or when its
+    part of `time_limit_s` seconds is over.
     Raises `InfeasibleError` where nothing fits, and `UserError` for values that are wrong.
     """
     from llmpq.costs.quality import DEFAULT_MAX_LOSS_PERCENT
@@ -82,6 +84,10 @@ def plan(
     from llmpq.planner.planning import Options, make_plan
 
     percent = DEFAULT_MAX_LOSS_PERCENT if max_quality_loss is None else max_quality_loss
+    _require(percent >= 0, "max_quality_loss", "a percentage of 0 or more", percent)
+    _require(0 <= gap < 1, "gap", "a share from 0 to below 1", gap)
+    _require(time_limit_s > 0, "time_limit_s", "a number of seconds above 0", time_limit_s)
+    _refuse_one_text(precisions, "precisions")
     inputs = _inputs(model, cluster, workload, profiles, sensitivity)
     problem, offered, _ = make_problem(inputs, Wishes(precisions, percent))
     options = Options(method=method, gap=gap, time_limit_s=time_limit_s, compare=False)
@@ -135,6 +141,8 @@ class Engine:
         answer. `moments`: the file of second moments, where it is not at the plan's path.
         Raises `UserError` where the model has no tokenizer or is not the plan's.
         """
+        if dtype not in get_args(DtypeName):
+            raise UserError(f"unknown dtype '{dtype}'; known: {', '.join(get_args(DtypeName))}")
         import torch
 
         from llmpq.checkpoint.loader import model_folder
@@ -173,8 +181,16 @@ class Engine:
         prompt that the plan's cache or the model has no room for, and `FailedRequests` where
         activations became NaN or infinite.
         """
+        from llmpq.prompts.chat_messages import Refused
+        from llmpq.prompts.own_settings import drawn_by
         from llmpq.runtime.sampler import Sampling
 
+        _refuse_one_text(prompts, "prompts")
+        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        try:
+            drawn_by(asked)
+        except Refused as error:
+            raise UserError(str(error)) from None
         requests = [self._request(text, number, new_tokens) for number, text in enumerate(prompts)]
         finished = self._stages.generate(requests, Sampling(temperature, top_k, top_p, seed))
         if failed := [f"prompt {one.request.number}: {one.error}" for one in finished if one.error]:
@@ -193,6 +209,18 @@ class Engine:
         if asked.refusal is not None:
             raise UserError(f"prompt {number}: {asked.refusal}")
         return asked.request
+
+
+def _require(is_right: bool, name: str, expected: str, value: float) -> None:
+    """Raises `UserError` for a value that is not right, or no finite number."""
+    if not (is_right and math.isfinite(value)):
+        raise UserError(f"{name} must be {expected}, found {value}")
+
+
+def _refuse_one_text(values: Sequence[str] | None, name: str) -> None:
+    """A text is a sequence of texts too: of its characters."""
+    if isinstance(values, str):
+        raise UserError(f"{name} must be a list of texts, found one text; give [{values[:40]!r}]")
 
 
 def _inputs(

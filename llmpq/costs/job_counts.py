@@ -183,7 +183,8 @@ def run_in_rounds(
 ) -> Rounds:
     """Every request takes the first slot that is free and has room for it; longest outputs first.
 
-    As `schedule.Schedule` takes requests, but for those of like prompts, of which some come sooner.
+    As `schedule.Schedule` takes requests: those whose prompts are like the first one of a prefill
+    job of `prefill_rows` come sooner.
     """
     rooms = [tokens for tokens, _ in slots]
     waiting = _by_room(lengths, rooms)

@@ -42,10 +42,10 @@ from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Profile
 from llmpq.workload import Workload, chunk_tokens, evenly_spaced, lanes, lanes_for
 
-MOST_COUNTED = 10_000  # requests whose jobs are counted one by one
-LANES_COUNTED = 16  # by which classes of slots are told apart
-LIKE_ROWS = 4  # of a prefill job, where prompts are unlike: how far it looks for like ones
 VERY_MANY = 10_000  # requests, whose plan more of them get too
+MOST_COUNTED = VERY_MANY  # requests whose jobs are counted one by one
+LANES_COUNTED = 16  # lanes of a batch, of which the slots of each length are taken for all counts
+LIKE_ROWS = 4  # prompts of a prefill job, while requests are followed, for all sizes above 1
 OVER = 1 + 1e-9  # rounding of sums of sensitivities and bytes: so far a limit may be overstepped
 
 T = TypeVar("T")

@@ -96,6 +96,24 @@ def test_what_cannot_be_planned() -> None:
         llmpq.plan(model, cluster, WORKLOAD, precisions=["3"], max_quality_loss=0.0, time_limit_s=1)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_quality_loss": -5.0},
+        {"max_quality_loss": float("nan")},
+        {"gap": -1.0},
+        {"gap": 1.0},
+        {"time_limit_s": 0.0},
+        {"time_limit_s": float("nan")},
+        {"precisions": "16"},
+    ],
+)
+def test_numbers_and_lists_that_are_wrong_are_refused(wrong) -> None:
+    model, cluster = llmpq.load_model(), llmpq.load_cluster(CLUSTER)
+    with pytest.raises(UserError, match=f"^{next(iter(wrong))} must be .*, found"):
+        llmpq.plan(model, cluster, WORKLOAD, **wrong)
+
+
 def test_stages_give_the_texts_of_the_whole_model_every_time() -> None:
     pytest.importorskip("transformers")
     whole, cut = llmpq.Engine(plan_of()), llmpq.Engine(plan_of(2, 5))
@@ -115,6 +133,13 @@ def test_what_the_engine_refuses(tmp_path: Path) -> None:
         engine.generate(["Once", "word " * 600])
     with pytest.raises(UserError, match="prompt 0: 'max_new_tokens' must be a positive integer"):
         engine.generate(["Once"], new_tokens=0)
+    for name, value in (("temperature", -1.0), ("top_p", 7.0), ("top_p", float("nan"))):
+        with pytest.raises(UserError, match=f"'{name}' must be .*, found"):
+            engine.generate(["Once"], new_tokens=2, **{name: value})
+    with pytest.raises(UserError, match="prompts must be a list of texts, found one text"):
+        engine.generate("Once")
+    with pytest.raises(UserError, match="unknown dtype 'int8'; known: float32, "):
+        llmpq.Engine(plan_of(3), dtype="int8")  # type: ignore[arg-type]
     other = plan_of().model_dump()
     other["model"]["ffn_size"] += 8
     with pytest.raises(UserError, match="has 8 layers, the plan is for 8 .*-f"):
