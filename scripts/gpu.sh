@@ -3,6 +3,7 @@
 #
 #   OUT=./gpu-out scripts/gpu.sh 1     kernels, a whole model served, the GPU tests
 #   OUT=./gpu-out scripts/gpu.sh 2     a profile, its predictions, a mixed cluster rehearsed
+#   scripts/gpu.sh trial               all steps at the same time: finds faults, measures nothing
 #   scripts/gpu.sh STEP                one step with all the time: kernels serving tests predictions cluster
 #   scripts/gpu_report.py OUT          afterwards, anywhere: docs/gpu/CARD-DATE.json and its table
 #
@@ -13,6 +14,8 @@
 #   TOTAL_S   seconds that all steps may take together     default: 290
 #   DEVICE    cpu: the same steps on a CPU with a small model. That tries out these scripts and
 #             measures no card.                            default: cuda
+#   HUMMING_CACHE_DIR   where compiled kernels are kept; they are found again only if the files of
+#             the humming package are at the same paths with the same times of change
 #   SCRATCH   folder for a model of 8 GB and plans         default: in /dev/shm if it has room
 #   COMMIT    for the record where there is no git         default: git's
 set -uo pipefail

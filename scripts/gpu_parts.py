@@ -4,6 +4,9 @@ A fresh process takes long before its first kernel where libraries lie on a cold
 of a part start at once, import what they need, and wait for their turn; only one of them computes.
 A step may take `most_s`, less what later steps need at least; when its time is over, it and what it
 started are ended, and its results so far stay. What happened goes to OUT/run.json after each step.
+
+A trial runs all steps at the same time: it finds what fails and compiles kernels, and none of its
+times is a measurement.
 """
 
 import argparse
@@ -14,8 +17,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +50,8 @@ PARTS = {
     "2": (Slot("predictions", 120, 160), Slot("cluster", 100, 180)),
 }
 STEPS = {slot.name: slot for slots in PARTS.values() for slot in slots}
+TRIAL = "trial"
+AFTER = {"cluster": "predictions"}  # which step needs another one's result
 WRITES = {name: [f"{name}.json"] for name in STEPS} | {
     "predictions": ["predictions.json", "profile.json"]
 }
@@ -63,6 +70,8 @@ class Outcome:
 
 def slots_of(words: Sequence[str]) -> list[Slot]:
     """The steps that the command line asks for; raises `ValueError` for a word that is neither."""
+    if TRIAL in words:
+        return [Slot(name, 0.0, float("inf")) for name in STEPS]
     slots: list[Slot] = []
     for word in words:
         if word in PARTS:
@@ -70,7 +79,7 @@ def slots_of(words: Sequence[str]) -> list[Slot]:
         elif word in STEPS:
             slots.append(Slot(word, 0.0, float("inf")))
         else:
-            raise ValueError(f"{word}: expected 1, 2 or a step: {', '.join(STEPS)}")
+            raise ValueError(f"{word}: expected 1, 2, {TRIAL} or a step: {', '.join(STEPS)}")
     return slots
 
 
@@ -85,7 +94,9 @@ class StepProcess:
 
     def __init__(self, name: str, out: Path, scratch: Path, device: str) -> None:
         self.name = name
-        words = [name, "--out", out, "--scratch", scratch, "--device", device]
+        own = scratch / name
+        own.mkdir()
+        words = [name, "--out", out, "--scratch", own, "--device", device]
         self._process = subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / "gpu_steps.py"), *map(str, words)],
             stdin=subprocess.PIPE,
@@ -115,7 +126,10 @@ class StepProcess:
 
 
 def run_steps(
-    slots: Sequence[Slot], steps: Sequence[StepProcess], until: float, record: Any
+    slots: Sequence[Slot],
+    steps: Sequence[StepProcess],
+    until: float,
+    record: Callable[[list[Outcome]], None],
 ) -> list[Outcome]:
     """Every step in its turn; `record` is called with all outcomes after each."""
     outcomes: list[Outcome] = []
@@ -128,6 +142,27 @@ def run_steps(
             print(f"== {step.name}: {seconds:.0f} s at most", flush=True)
             outcomes.append(step.run(seconds))
         record(outcomes)
+    return outcomes
+
+
+def run_at_once(
+    steps: Sequence[StepProcess], until: float, record: Callable[[list[Outcome]], None]
+) -> list[Outcome]:
+    """All steps at the same time, except those that need another one's result (`AFTER`)."""
+    outcomes: list[Outcome] = []
+    lock, ended = threading.Lock(), {step.name: threading.Event() for step in steps}
+
+    def run(step: StepProcess) -> None:
+        if before := AFTER.get(step.name):
+            ended[before].wait()
+        outcome = step.run(max(LEAST_S, until - time.monotonic()))
+        ended[step.name].set()
+        with lock:
+            outcomes.append(outcome)
+            record(outcomes)
+
+    with ThreadPoolExecutor(len(steps)) as pool:
+        list(pool.map(run, steps))
     return outcomes
 
 
@@ -159,7 +194,7 @@ def main() -> int:
     """The exit code: 0 if all steps succeeded, 1 if one did not, 2 if none could start."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("words", nargs="+", metavar="PART|STEP")
+    parser.add_argument("words", nargs="+", metavar="PART|STEP|trial")
     options = parser.parse_args()
     try:
         slots = slots_of(options.words)
@@ -169,7 +204,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends steps too
     scratch = scratch_folder()
     try:
-        outcomes = run_here(slots, options.out, scratch)
+        outcomes = run_here(slots, options.out, scratch, TRIAL in options.words)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     for outcome in outcomes:
@@ -178,8 +213,8 @@ def main() -> int:
     return int(any(outcome.code != 0 for outcome in outcomes)) if outcomes else 2
 
 
-def run_here(slots: Sequence[Slot], out: Path, scratch: Path) -> list[Outcome]:
-    """Says what is here and runs the steps; none where something needed lacks."""
+def run_here(slots: Sequence[Slot], out: Path, scratch: Path, trial: bool) -> list[Outcome]:
+    """Says what is here and runs the steps; none where something needed is missing."""
     until = time.monotonic() + float(os.environ.get("TOTAL_S", TOTAL_S))
     device = os.environ.get("DEVICE", "cuda")
     steps = [StepProcess(slot.name, out, scratch, device) for slot in slots]
@@ -191,7 +226,13 @@ def run_here(slots: Sequence[Slot], out: Path, scratch: Path) -> list[Outcome]:
             return []
         for path in (out / file for slot in slots for file in WRITES[slot.name]):
             path.unlink(missing_ok=True)  # of an earlier call, which this one stands for
-        return run_steps(slots, steps, until, lambda o: write_run(out / "run.json", found, o))
+
+        def record(outcomes: Sequence[Outcome]) -> None:
+            write_run(out / "run.json", found, outcomes)
+
+        if trial:
+            return run_at_once(steps, until, record)
+        return run_steps(slots, steps, until, record)
     finally:
         for step in steps:
             step.end()

@@ -42,6 +42,7 @@ PRECISIONS = ("16", "4", "8", "3")  # the most wanted first
 SERVED_AGAIN = ("16", "4")  # by part 2, where part 1 is not at hand
 SERVE_S = 12.0  # what one more precision takes at least
 PROFILE_S = {"cuda": 60, "cpu": 6}
+MOST_OF_STEP = 0.4  # of the step's time for the profile, where that is less
 
 
 @dataclass
@@ -171,7 +172,7 @@ def predictions(step: Step) -> None:
     """A profile of the model's layers, and what it predicts of the runs."""
     kind = step.found["device_type"] = device_type(step.place)
     output = step.out / "profile.json"
-    budget_s = PROFILE_S[step.place.device.type]
+    budget_s = min(PROFILE_S[step.place.device.type], MOST_OF_STEP * step.deadline.left_s)
     profile_layers(traffic_of(step.place), step.place, kind, budget_s, output)
     profiles = profiles_as(kind, output, step.scratch)
     served = [row for row in step.earlier("serving") if row["kind"] == "serving"]

@@ -58,7 +58,7 @@ def test_parts_and_steps_may_be_asked_for_by_name():
     assert [slot.name for slot in gpu_parts.slots_of(["1"])] == ["kernels", "serving", "tests"]
     (alone,) = gpu_parts.slots_of(["cluster"])
     assert gpu_parts.limit_s([alone], 0, 250) == 250
-    with pytest.raises(ValueError, match="profile: expected 1, 2 or a step: kernels"):
+    with pytest.raises(ValueError, match="profile: expected 1, 2, trial or a step: kernels"):
         gpu_parts.slots_of(["profile"])
 
 
@@ -127,6 +127,35 @@ def test_a_failing_step_stops_no_other_and_each_is_recorded(started, tmp_path):
     )
     told = json.loads(path.read_text())["steps"]
     assert {name: step["code"] for name, step in told.items()} == {"first": 3, "second": 0}
+
+
+def test_a_trial_runs_steps_at_the_same_time_but_after_those_they_need(started, tmp_path):
+    """The first two wait for each other; the last needs a file of the second."""
+    folder = repr(str(tmp_path))
+    code = f"""
+        name, folder = sys.argv[1], pathlib.Path({folder})
+        wanted = {{"tests": "predictions", "predictions": "tests", "cluster": "result"}}[name]
+        (folder / name).touch()
+        until = time.monotonic() + (0 if name == "cluster" else 60)
+        while not (folder / wanted).exists():
+            if time.monotonic() > until:
+                sys.exit(1)
+            time.sleep(0.01)
+        if name == "predictions":
+            time.sleep(0.2)
+            (folder / "result").touch()
+        """
+    steps = [started(code, name) for name in ("tests", "predictions", "cluster")]
+    recorded = []
+    outcomes = gpu_parts.run_at_once(
+        steps, time.monotonic() + 90, lambda o: recorded.append(len(o))
+    )
+    assert {outcome.name: outcome.code for outcome in outcomes} == {
+        "tests": 0,
+        "predictions": 0,
+        "cluster": 0,
+    }
+    assert recorded == [1, 2, 3] and outcomes[-1].name == "cluster"
 
 
 def test_steps_of_another_machine_are_forgotten(tmp_path):
