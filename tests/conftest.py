@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: others use the cores too
@@ -49,10 +50,12 @@ def shared_folder() -> Path | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the users of `shared`, and skips GPU tests where there is no GPU.
+    """Marks the users of `shared`, and skips what this machine lacks a GPU or a library for.
 
     LLMPQ_GPU_TESTS=cpu runs those that take a `device` on a CPU, which tries out the tests.
+    LLMPQ_ALL_LIBRARIES=1 skips no test for want of a library: it fails where one is missing.
     """
+    all_libraries = os.environ.get("LLMPQ_ALL_LIBRARIES") == "1"
     on_cpu = os.environ.get("LLMPQ_GPU_TESTS") == "cpu"
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
@@ -61,6 +64,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_tried = on_cpu and "device" in fixtures
         if item.get_closest_marker("gpu") and not is_tried and not has_gpu():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+        wanted = [name for mark in item.iter_markers("library") for name in mark.args]
+        missing = [name for name in wanted if find_spec(name) is None]
+        if missing and not all_libraries:
+            reason = f"{' and '.join(missing)} not installed (make optional installs it)"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @functools.cache

@@ -217,12 +217,12 @@ def test_continuations_are_those_of_transformers(family_model, family):
 
 # ---- lm-eval
 
+lm_eval_with_accelerate = pytest.mark.library("lm_eval", "accelerate")
+
 
 @pytest.fixture(scope="module")
 def subject(shared):
     """A shared model: lm-eval's own face of it, ours over two stages, its tokenizer."""
-    pytest.importorskip("lm_eval")
-    pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM
 
@@ -243,6 +243,7 @@ def request(*arguments):
     return SimpleNamespace(args=arguments, task_name=None)
 
 
+@lm_eval_with_accelerate
 def test_our_model_answers_piqa_as_lm_evals_own(subject, tmp_path, monkeypatch):
     import lm_eval.tasks
 
@@ -265,6 +266,7 @@ def test_our_model_answers_piqa_as_lm_evals_own(subject, tmp_path, monkeypatch):
     assert {name: score.value for name, score in scores.items()} == expected
 
 
+@lm_eval_with_accelerate
 def test_our_model_rolls_and_generates_as_lm_evals_own(subject):
     text = (subject.text / "tinystories.eval.txt").read_text()
     texts = [request(text[:4000]), request(text[4000:4300]), request("Once")]

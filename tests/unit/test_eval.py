@@ -232,8 +232,8 @@ def test_rows_are_joined_as_the_papers_do():
         DATASETS["ptb"].join([{"text": "x"}], "f.parquet")
 
 
+@pytest.mark.library("datasets")
 def test_files_of_the_hub_are_read(tmp_path):
-    pytest.importorskip("datasets")
     path = tmp_path / "c4" / "en" / "c4-validation.00000-of-00008.json"
     path.parent.mkdir(parents=True)
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
@@ -312,7 +312,7 @@ def test_only_tasks_are_run_where_no_text_is_named(monkeypatch):
 @pytest.fixture
 def lm_eval(monkeypatch):
     """lm-eval with its tasks of one folder: to read all takes seconds."""
-    lm_eval = pytest.importorskip("lm_eval")
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
     folder = Path(lm_eval.__file__).parent / "tasks" / "piqa"
@@ -320,11 +320,13 @@ def lm_eval(monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", few)
 
 
+@pytest.mark.library("lm_eval")
 def test_an_unknown_task_names_what_is_near(lm_eval, tmp_path):
     with pytest.raises(UserError, match=r"knows no task 'piqq'; near it: .*piqa"):
         load_tasks(["piqq"], None, None, tmp_path)
 
 
+@pytest.mark.library("lm_eval")
 def test_data_of_a_task_is_read_from_a_folder(lm_eval, tmp_path):
     folder = tmp_path / "data" / "piqa"
     folder.mkdir(parents=True)
@@ -341,6 +343,7 @@ def test_data_of_a_task_is_read_from_a_folder(lm_eval, tmp_path):
         assert tasks["piqa"].get_config("num_fewshot") == 0
 
 
+@pytest.mark.library("lm_eval")
 def test_labels_that_do_not_match_are_refused(lm_eval, tmp_path):
     folder = tmp_path / "piqa"
     folder.mkdir()

@@ -147,8 +147,8 @@ def test_gurobi_that_is_not_installed_is_a_clear_message(monkeypatch: Any) -> No
         solver.make_solver("gurobi")
 
 
+@pytest.mark.library("gurobipy")
 def test_gurobi_agrees_with_highs() -> None:
-    pytest.importorskip("gurobipy")
     problem = make_problem(0.5, 0.4, 0.4, layers=8)
     ours = make_plan(problem, Options(gap=0.001), ("16",)).plan.predicted
     theirs = make_plan(problem, Options(gap=0.001, solver="gurobi"), ("16",)).plan.predicted

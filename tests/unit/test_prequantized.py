@@ -431,10 +431,10 @@ def test_the_configuration_of_the_model_is_a_plain_one(tmp_path):
 # Against the library that defines the format
 
 
+@pytest.mark.library("compressed_tensors")
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_what_compressed_tensors_writes(bits, symmetric):
-    pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 

@@ -131,8 +131,9 @@ def test_parquet_without_its_library(tmp_path, monkeypatch):
         check(path)
 
 
+@pytest.mark.library("pyarrow")
 def test_parquet_with_its_library(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     rows = {"Prompt": ["Héllo", "b"], "more": [b"\xff", b""], "max_tokens": [None, 2]}
