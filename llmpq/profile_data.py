@@ -1,7 +1,8 @@
 """profile.json (measured times of one device type) and sensitivity.json (quality per layer)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -100,10 +101,25 @@ class MemoryRow(Strict):
     num_bytes: NonNegativeInt
 
 
+class ModelPart(Strict):
+    """Coefficients of a fitted model's features (`costs.recipes`): of pieces with a `knee`.
+
+    The first of two parts holds for matrix products of up to `up_to_rows` rows.
+    """
+
+    coefficients: tuple[float, ...] = Field(min_length=1)
+    knee: PositiveFloat | None = None
+    up_to_rows: PositiveInt | None = None
+
+
 class ChosenModel(Strict):
     """Which model of the times predicts unseen rows of this kind best, and how far off it was.
 
-    Spares whoever reads the profile the choice; a name that is not known is chosen anew.
+    Spares whoever reads the profile the choice and the fit. `precision` is "" where it does not
+    matter. A name that is not known is chosen anew; `parts` hold only for the rows that
+    `rows_sha256` is of (`rows_hash`), and are fitted anew for others. `errors`: relative, of each
+    point as predicted without it, in ascending order of micro-batch and tokens; `beyond`: an octave
+    outside the measured range, None where the rows cannot tell.
     """
 
     model_key: str
@@ -111,6 +127,10 @@ class ChosenModel(Strict):
     phase: Phase
     model: str
     mean_error: float = Field(ge=0)
+    parts: tuple[ModelPart, ...] = Field((), max_length=2)
+    errors: tuple[float, ...] = ()
+    beyond: float | None = Field(None, ge=0)
+    rows_sha256: str = ""
 
 
 class Profile(Strict):
@@ -218,6 +238,14 @@ class Sensitivity(Strict):
                 table[row.precision][row.layer] = max(0.0, row.sensitivity)
         complete = {p: values for p, values in table.items() if not any(v != v for v in values)}
         return {"16": [0.0] * self.num_layers} | complete
+
+
+def rows_hash(rows: Iterable[ProfileRow]) -> str:
+    """SHA-256 over what a fit sees of rows, whatever their order."""
+    seen = sorted(
+        (row.micro_batch, row.tokens, row.time_ms, row.time_ms_p10, row.time_ms_p90) for row in rows
+    )
+    return sha256(repr(seen).encode()).hexdigest()
 
 
 def load_profiles(folder: Path) -> list[Profile]:

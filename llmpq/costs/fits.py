@@ -7,14 +7,16 @@ tokens in prefill, requests in decode):
     {p, s, p s, p s^2, 1}, decode of q requests on {q (past + 1), q, past, 1}.
   - `lines between lengths`: for a micro-batch that was measured itself, straight lines between
     its lengths; for others the regression.
-  - `non-negative`: the regression without negative costs (Lawson and Hanson's least squares).
+  - `non-negative`: the regression without negative costs.
   - `pieces`: a roofline is the larger of a memory and a compute term, so linear in M below and
     above a knee; attention and overheads beside it, nothing negative.
   - `pieces, switch at N rows`: two of these, as kernels change with the number of rows.
-Each also with a correction from its neighbours: what the model leaves over, smoothed between near
-points of the profile (kriging). docs/latency-model.md says which one won, by how much. Where rows
-cannot tell a slope, as those of one prompt length, the spec sheet's formula is drawn through them
-(`costs.anchored`). Measured cells cost what was measured, to the spread that their rows state.
+docs/latency-model.md says which one won, by how much. Where rows cannot tell a slope, as those of
+one prompt length, the spec sheet's formula is drawn through them (`costs.anchored`). Measured cells
+cost what was measured, to the spread that their rows state.
+
+A profile holds what was fitted when it was written (`chosen_models`), so that reading it only
+evaluates that; rows that were changed since, or joined with others, are fitted anew.
 
 Every prediction has an `Accuracy`: whether its point was measured, lies between measured ones or
 beyond them, and how far off predictions of unseen rows near it were. Lengths may be numpy arrays;
@@ -29,20 +31,20 @@ import numpy as np
 from llmpq.costs.anchored import Sheet, anchored, tells_slopes
 from llmpq.costs.links import Seconds, Tokens
 from llmpq.costs.recipes import (
-    CORRECTED,
     NON_NEGATIVE,
     OCTAVE,
-    PLAIN,
     RECIPES,
     Model,
     Points,
     Recipe,
     at,
     grouped,
+    model_of,
+    parts_of,
     pinned,
     points_of,
 )
-from llmpq.profile_data import Candidate, ChosenModel, ProfileRow
+from llmpq.profile_data import Candidate, ChosenModel, ProfileRow, rows_hash
 
 BEYOND = "beyond the profile"
 SOURCES = ("measured", "interpolated", "fitted", BEYOND, "spec sheet")  # the surest first
@@ -106,67 +108,117 @@ class Fitted:
         return Accuracy("interpolated" if away.min() <= NEAR else "fitted", error)
 
 
-def fit(rows: Sequence[ProfileRow], known: str | None = None, sheet: Sheet | None = None) -> Fitted:
-    """The model that predicts unseen rows of one phase and precision best; `known`: its name.
+@dataclass(frozen=True)
+class Seen:
+    """A recipe fitted to all points, and what it was off where it had not seen them.
+
+    `errors` [points]: of each, predicted without it. `beyond`: an octave outside the measured
+    range; None where the points are too few for that.
+    """
+
+    name: str
+    model: Model
+    errors: np.ndarray
+    beyond: float | None
+
+
+Kind = tuple[str, str]  # precision ("" where it does not matter) and phase
+
+
+def fit(rows: Sequence[ProfileRow], sheet: Sheet | None = None) -> Fitted:
+    """The model that predicts unseen rows of one phase and precision best.
 
     `sheet`: what the device's spec sheet says of them, for what the rows cannot tell.
     """
-    points = points_of(rows)
-    if name := _of_few(points, sheet):
-        return _fitted(name, points, sheet)
-    return _fitted(known if known in RECIPES else choose([points]), points, sheet)
+    (kind,) = grouped(rows)
+    return fit_all(rows, sheets={} if sheet is None else {kind: sheet})[kind]
 
 
 def fit_all(
     rows: Iterable[ProfileRow],
-    known: Mapping[tuple[str, str], str] | None = None,
-    sheets: Mapping[tuple[str, str], Sheet] | None = None,
-) -> dict[tuple[str, str], Fitted]:
+    stored: Mapping[Kind, ChosenModel] | None = None,
+    sheets: Mapping[Kind, Sheet] | None = None,
+) -> dict[Kind, Fitted]:
     """A model for each precision and phase: one recipe a phase, chosen over all its precisions.
 
     The kernels differ, what makes them slow hardly does, and four times the rows choose more
-    surely. `known`: recipes by (precision, phase) that need not be chosen. `sheets`: see `fit`.
+    surely. `stored`: what the profile holds of them. `sheets`: see `fit`.
     """
-    sheets = sheets or {}
-    groups = {key: points_of(group) for key, group in grouped(rows).items()}
-    names = {key: name for key, name in (known or {}).items() if name in RECIPES}
-    few = {key: _of_few(points, sheets.get(key)) for key, points in groups.items()}
-    names |= {key: name for key, name in few.items() if name}
+    stored, sheets = stored or {}, sheets or {}
+    groups = grouped(rows)
+    points = {kind: points_of(group) for kind, group in groups.items()}
+    seen = {
+        kind: found
+        for kind, group in groups.items()
+        if (found := _restored(stored.get(kind), group, points[kind]))
+    }
+    names = {kind: one.model for kind, one in stored.items() if one.model in RECIPES}
+    names |= {kind: NON_NEGATIVE for kind in groups if len(points[kind]) < LEAST_FOR_CHOICE}
     for phase in dict.fromkeys(phase for _, phase in groups):
-        open_keys = [key for key in groups if key[1] == phase and key not in names]
-        if open_keys:
-            names |= dict.fromkeys(open_keys, choose([groups[key] for key in open_keys]))
-    return {key: _fitted(names[key], points, sheets.get(key)) for key, points in groups.items()}
+        unnamed = [kind for kind in groups if kind[1] == phase and kind not in names]
+        unnamed = [kind for kind in unnamed if not _needs(sheets.get(kind), points[kind])]
+        if unnamed:
+            names |= dict.fromkeys(unnamed, choose([points[kind] for kind in unnamed]))
+    return {
+        kind: _best(points[kind], sheets.get(kind), names.get(kind, SHEET), seen.get(kind))
+        for kind in groups
+    }
 
 
-def _of_few(points: Points, sheet: Sheet | None) -> str | None:
-    """The model of rows that are too few, or too much alike, to choose among all; None: of others.
-
-    Whatever a profile says was chosen for them, it was chosen without a spec sheet.
-    """
-    is_few = len(points) < LEAST_FOR_CHOICE
-    if sheet is None:
-        return NON_NEGATIVE if is_few else None
-    if len(points) < LEAST_TO_COMPARE or not tells_slopes(points):
-        return SHEET
-    if not is_few:
+def _restored(
+    stored: ChosenModel | None, rows: Sequence[ProfileRow], points: Points
+) -> Seen | None:
+    """What was fitted when these very rows were written; None where they differ by now."""
+    if stored is None or stored.model not in RECIPES or stored.rows_sha256 != rows_hash(rows):
         return None
-    errors = {name: cross_validate(name, points, sheet).mean() for name in (NON_NEGATIVE, SHEET)}
-    return min(errors, key=lambda name: errors[name])
+    model = model_of(stored.model, stored.parts, points)
+    if model is None or len(stored.errors) != len(points):
+        return None
+    return Seen(stored.model, model, np.array(stored.errors), stored.beyond)
 
 
-def _fitted(name: str, points: Points, sheet: Sheet | None) -> Fitted:
-    recipe = _recipe(name, sheet)
+def _needs(sheet: Sheet | None, points: Points) -> bool:
+    """Whether the rows are too few, or too much alike, for any model without the spec sheet."""
+    return sheet is not None and (len(points) < LEAST_TO_COMPARE or not tells_slopes(points))
+
+
+def _best(points: Points, sheet: Sheet | None, name: str, known: Seen | None) -> Fitted:
+    """The model of this name; of few rows, the spec sheet's formula where that is better."""
+    if _needs(sheet, points):
+        return _fitted(_see(SHEET, points, sheet), points, sheet)
+    best = known if known and known.name == name else _see(name, points)
+    if sheet is not None and len(points) < LEAST_FOR_CHOICE:
+        best = min((best, _see(SHEET, points, sheet)), key=lambda one: float(one.errors.mean()))
+    return _fitted(best, points, sheet)
+
+
+def _see(name: str, points: Points, sheet: Sheet | None = None) -> Seen:
+    """Fits a recipe, or draws the sheet through the points."""
     errors = cross_validate(name, points, sheet)
-    return Fitted(name, recipe(points), points, errors, _beyond(name, points, errors, sheet))
+    return Seen(name, _recipe(name, sheet)(points), errors, _beyond(name, points))
+
+
+def _fitted(seen: Seen, points: Points, sheet: Sheet | None) -> Fitted:
+    """Through measured cells, with the error beyond them that is known best.
+
+    Where the rows are too few to tell it: what the spec sheet is off, if that is known.
+    """
+    beyond: float | None = float(seen.errors.mean())
+    assert beyond is not None
+    if seen.beyond is not None:
+        beyond = max(beyond, seen.beyond)
+    elif seen.name == SHEET or not tells_slopes(points):
+        known = None if sheet is None else sheet.error
+        beyond = None if known is None else max(beyond, known)
+    return Fitted(seen.name, pinned(seen.model, points), points, seen.errors, beyond)
 
 
 def _recipe(name: str, sheet: Sheet | None) -> Recipe:
-    """A model of this name that goes through measured cells."""
+    """How to fit the model of this name."""
     if name == SHEET:
         assert sheet is not None
-        return pinned(anchored(sheet))
-    return pinned(RECIPES[name])
+        return anchored(sheet)
+    return RECIPES[name]
 
 
 def choose(groups: Sequence[Points]) -> str:
@@ -178,12 +230,14 @@ def choose(groups: Sequence[Points]) -> str:
     def error(name: str) -> float:
         return float(np.mean([cross_validate(name, points).mean() for points in groups]))
 
-    best = min(PLAIN, key=error)
-    return min((best, best + CORRECTED), key=error)
+    return min(RECIPES, key=error)
 
 
 def cross_validate(name: str, points: Points, sheet: Sheet | None = None) -> np.ndarray:
-    """Relative error of every row, predicted by a model that has not seen its fold."""
+    """Relative error of every row, predicted by a model that has not seen its fold.
+
+    Folds take every fifth row in order of sizes, so that each lies between rows that were seen.
+    """
     if len(points) < 2:  # nothing is known of any other point but by the sheet
         return points.noise if name == SHEET else np.ones(len(points))
     recipe = _recipe(name, sheet)
@@ -193,27 +247,42 @@ def cross_validate(name: str, points: Points, sheet: Sheet | None = None) -> np.
     for fold in range(folds):
         unseen = order[fold::folds]
         seen = np.setdiff1d(order, unseen)
-        model = recipe(points.take(seen))
+        known = points.take(seen)
+        model = pinned(recipe(known), known)
         errors[unseen] = _errors(name, model, points.take(unseen))
     return errors
 
 
 def chosen_models(rows: Sequence[ProfileRow]) -> list[ChosenModel]:
-    """What `fit` chooses for the layers of every model, precision and phase."""
+    """What a profile of these rows holds beside them: the model of every kind of row, fitted."""
     found = []
     for model_key in dict.fromkeys(row.model_key for row in rows):
-        mine = [r for r in rows if r.model_key == model_key and r.phase in LAYER_PHASES]
-        found += [
-            ChosenModel(
-                model_key=model_key,
-                precision=precision,
-                phase="prefill" if phase == "prefill" else "decode",
-                model=one.name,
-                mean_error=one.mean_error,
-            )
-            for (precision, phase), one in fit_all(mine).items()
-        ]
+        groups = grouped(row for row in rows if row.model_key == model_key)
+        points = {kind: points_of(group) for kind, group in groups.items()}
+        enough = [kind for kind in groups if len(points[kind]) >= LEAST_FOR_CHOICE]
+        names = {
+            phase: choose([points[kind] for kind in enough if kind[1] == phase])
+            for _, phase in enough
+        }
+        for kind, group in groups.items():
+            seen = _see(names[kind[1]] if kind in enough else NON_NEGATIVE, points[kind])
+            found.append(_stored(model_key, kind, group, seen))
     return found
+
+
+def _stored(model_key: str, kind: Kind, rows: Sequence[ProfileRow], seen: Seen) -> ChosenModel:
+    """As profile.json keeps it."""
+    return ChosenModel(
+        model_key=model_key,
+        precision=kind[0],
+        phase=rows[0].phase,
+        model=seen.name,
+        mean_error=float(seen.errors.mean()),
+        parts=parts_of(seen.model),
+        errors=tuple(seen.errors.tolist()),
+        beyond=seen.beyond,
+        rows_sha256=rows_hash(rows),
+    )
 
 
 def worst(
@@ -284,20 +353,15 @@ def _octaves_outside(points: Points, micro_batch: float, tokens: float) -> float
     )
 
 
-def _beyond(name: str, points: Points, errors: np.ndarray, sheet: Sheet | None) -> float | None:
-    """What an octave outside costs: the largest batches and lengths predicted from all others.
-
-    Where the rows are too few for that: what the spec sheet is off, if that is known.
-    """
+def _beyond(name: str, points: Points) -> float | None:
+    """What an octave outside costs: the largest batches and lengths predicted from all others."""
     found = []
     for sizes in (points.batch, points.length):
         seen = sizes < sizes.max() / 1.5
         if name != SHEET and seen.sum() >= LEAST_FOR_CHOICE / 2:
             wider = (sizes.max() + 1) / (sizes[seen].max() + 1)
             octaves = max(1.0, float(np.log(wider)) / OCTAVE)
-            model = _recipe(name, sheet)(points.take(seen))
+            known = points.take(seen)
+            model = pinned(RECIPES[name](known), known)
             found.append(float(_errors(name, model, points.take(~seen)).mean()) / octaves)
-    if not found and (name == SHEET or not tells_slopes(points)):
-        known = None if sheet is None else sheet.error
-        return None if known is None else max(float(errors.mean()), known)
-    return max([float(errors.mean()), *found])
+    return max(found, default=None)

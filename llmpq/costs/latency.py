@@ -310,7 +310,7 @@ def _fits(
 ) -> dict[tuple[str, str], Fitted]:
     """By (precision, phase). Kept, as all rehearsed types share the rows of one CPU."""
     sheets = _sheets(figures, {row.precision for row in rows}) if figures else {}
-    return fit_all(rows, {(m.precision, m.phase): m.model for m in models}, sheets)
+    return fit_all(rows, {(one.precision, one.phase): one for one in models}, sheets)
 
 
 def _sheets(figures: Figures, precisions: Iterable[str]) -> dict[tuple[str, str], Sheet]:

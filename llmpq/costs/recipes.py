@@ -1,8 +1,10 @@
 """Models that may be fitted to measured times of a layer, by name (`RECIPES`).
 
 What each of them says of a layer stands in docs/latency-model.md; `costs.fits` chooses among them.
-`pinned` puts any of them through the measured rows: a cell that was measured costs what was
-measured there, to the spread that its row states.
+Coefficients are fitted by scikit-learn, whose import takes longer than planning: it is imported
+where something is fitted, and profile.json keeps the coefficients (`parts_of`, `model_of`).
+`pinned` puts any model through the measured rows: a cell that was measured costs what was measured
+there, to the spread that its row states.
 
 Lengths may be numpy arrays; times are seconds. Not covered: which recipe is best, and what rows of
 one length alone cannot tell (`costs.anchored`).
@@ -15,12 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmpq.costs.least_squares import least_squares, non_negative
 from llmpq.costs.links import Seconds, Tokens
 from llmpq.kernel_table import MAX_ROWS
-from llmpq.profile_data import ProfileRow
-
-Features = Callable[[Any, Any], tuple[Any, ...]]
+from llmpq.profile_data import ModelPart, ProfileRow
 
 LEAST_A_SIDE = 4  # of a switch
 OCTAVE = np.log(2.0)
@@ -102,14 +101,15 @@ def grouped(rows: Iterable[ProfileRow]) -> dict[tuple[str, str], list[ProfileRow
 
 @dataclass(frozen=True)
 class Linear:
-    """A sum of features with coefficients."""
+    """A sum of features with coefficients: of two pieces with a `knee`, else of the regression."""
 
-    features: Features
+    phase: str
+    knee: float | None
     coefficients: np.ndarray
 
     def seconds(self, micro_batch: Any, tokens: Tokens) -> Seconds:
         """The sum."""
-        return _columns(self.features, micro_batch, tokens) @ self.coefficients
+        return _columns(self.phase, self.knee, micro_batch, tokens) @ self.coefficients
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ class Switching:
 
     phase: str
     num_rows: int
-    below: Model
-    above: Model
+    below: Linear
+    above: Linear
 
     def seconds(self, micro_batch: Any, tokens: Tokens) -> Seconds:
         """By the number of rows."""
@@ -132,7 +132,7 @@ class Switching:
 class Lines:
     """For each micro-batch that was measured at two lengths, straight lines between these."""
 
-    otherwise: Model
+    otherwise: Linear
     curves: Mapping[int, tuple[np.ndarray, np.ndarray]]
 
     def seconds(self, micro_batch: Any, tokens: Tokens) -> Seconds:
@@ -148,49 +148,52 @@ class Lines:
         return seconds[right - 1] + share * (seconds[right] - seconds[right - 1])
 
 
-def _regression(points: Points) -> Model:
-    features = FEATURES[points.phase]
-    return Linear(features, least_squares(*_relative(features, points)))
+def _regression(points: Points) -> Linear:
+    return Linear(points.phase, None, _least_squares(*_relative(points, None)))
 
 
-def _non_negative(points: Points) -> Model:
-    return _robust(FEATURES[points.phase], points)
+def _non_negative(points: Points) -> Linear:
+    return _robust(points, None)
 
 
-def _lines(points: Points) -> Model:
+def _lines(points: Points) -> Lines:
+    return Lines(_regression(points), _curves(points))
+
+
+def _curves(points: Points) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Lengths and seconds of each micro-batch that was measured at two lengths."""
     curves = {}
     for size in np.unique(points.batch):
         own = points.take(points.batch == size)
         if len(own) >= 2:
             order = np.argsort(own.length)
             curves[int(size)] = (own.length[order], own.seconds[order])
-    return Lines(_regression(points), curves)
+    return curves
 
 
-def _pieces(points: Points) -> Model:
+def _pieces(points: Points) -> Linear:
     """With the knee that leaves the least error; it must lie between the measured rows."""
     rows = np.unique(num_rows(points.phase, points.batch, points.length))
     knees = [k for k in KNEES if rows.min() < k < rows.max()] or [float(rows.max())]
-    features = [_piece_features(points.phase, knee) for knee in knees]
-    return _robust(min(features, key=lambda one: _left_over(one, points)), points)
+    return _robust(points, min(knees, key=lambda knee: _left_over(points, knee)))
 
 
-def _left_over(features: Features, points: Points) -> float:
-    """Mean relative error of the best fit of these features."""
-    columns, ones = _relative(features, points)
-    return float(np.abs(columns @ non_negative(columns, ones) - 1).mean())
+def _left_over(points: Points, knee: float) -> float:
+    """Mean relative error of the best fit with this knee."""
+    columns, ones = _relative(points, knee)
+    return float(np.abs(columns @ _least_squares(columns, ones, positive=True) - 1).mean())
 
 
-def _robust(features: Features, points: Points) -> Model:
+def _robust(points: Points, knee: float | None) -> Linear:
     """Nothing negative, and little heed to rows that all others contradict (Huber's weights)."""
-    columns, ones = _relative(features, points)
+    columns, ones = _relative(points, knee)
     weights = ones
     for _ in range(REWEIGHTINGS):
-        found = non_negative(columns * weights[:, None], weights)
+        found = _least_squares(columns * weights[:, None], weights, positive=True)
         off = np.abs(columns @ found - 1)
         usual = max(float(np.median(off)), 1e-4)
         weights = np.sqrt(np.minimum(1.0, 1.5 * usual / np.maximum(off, 1e-12)))
-    return Linear(features, found)
+    return Linear(points.phase, knee, found)
 
 
 def _switch(limit: int) -> Recipe:
@@ -206,14 +209,33 @@ def _switch(limit: int) -> Recipe:
     return recipe
 
 
-def _relative(features: Features, points: Points) -> tuple[np.ndarray, np.ndarray]:
+def _least_squares(columns: np.ndarray, wanted: np.ndarray, positive: bool = False) -> np.ndarray:
+    """Coefficients of the least sum of squares; `positive`: none is below zero.
+
+    Columns are scaled first, so that features of very different sizes do not lose digits.
+    """
+    scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
+    if not positive:
+        return np.asarray(np.linalg.lstsq(columns / scale, wanted, rcond=1e-10)[0] / scale)
+    from sklearn.linear_model import LinearRegression
+
+    found = LinearRegression(fit_intercept=False, positive=True).fit(columns / scale, wanted)
+    return np.asarray(found.coef_ / scale)
+
+
+def _relative(points: Points, knee: float | None) -> tuple[np.ndarray, np.ndarray]:
     """The problem of least relative error: columns over times, and ones."""
-    columns = _columns(features, points.batch, points.length)
+    columns = _columns(points.phase, knee, points.batch, points.length)
     return columns / points.seconds[:, None], np.ones(len(points))
 
 
-def _columns(features: Features, micro_batch: Any, tokens: Tokens) -> np.ndarray:
-    values = features(micro_batch, np.asarray(tokens, dtype=float))
+def _columns(phase: str, knee: float | None, micro_batch: Any, tokens: Tokens) -> np.ndarray:
+    """The features, along the last axis."""
+    tokens = np.asarray(tokens, dtype=float)
+    if knee is None:
+        values = FEATURES[phase](micro_batch, tokens)
+    else:
+        values = _piece_features(phase, knee, micro_batch, tokens)
     return np.stack(np.broadcast_arrays(*values), axis=-1)
 
 
@@ -230,20 +252,16 @@ def _decode_features(q: Any, past: Any) -> tuple[Any, ...]:
     return q * (past + 1), q, past, 1.0
 
 
-def _piece_features(phase: str, knee: float) -> Features:
+def _piece_features(phase: str, knee: float, micro_batch: Any, tokens: Any) -> tuple[Any, ...]:
     """Rows below and above the knee, attention, and what a call costs; all grow with the sizes."""
-
-    def features(micro_batch: Any, tokens: Any) -> tuple[Any, ...]:
-        rows = num_rows(phase, micro_batch, tokens)
-        pieces = np.minimum(rows, knee), np.maximum(rows - knee, 0)
-        if phase == "prefill":
-            return *pieces, micro_batch * tokens * tokens, micro_batch, 1.0
-        return *pieces, micro_batch * tokens, tokens, 1.0
-
-    return features
+    rows = num_rows(phase, micro_batch, tokens)
+    pieces = np.minimum(rows, knee), np.maximum(rows - knee, 0)
+    if phase == "prefill":
+        return *pieces, micro_batch * tokens * tokens, micro_batch, 1.0
+    return *pieces, micro_batch * tokens, tokens, 1.0
 
 
-FEATURES: dict[str, Features] = {
+FEATURES: dict[str, Callable[[Any, Any], tuple[Any, ...]]] = {
     "prefill": _prefill_features,
     "stage_prefill": _prefill_features,
     "decode": _decode_features,
@@ -252,97 +270,86 @@ FEATURES: dict[str, Features] = {
     "head": lambda q, _: (q, 1.0),
 }
 
-# ---- what is left over, smoothed between neighbours
-
-RANGES = (0.7, 2.0)  # octaves over which neighbours are alike
-NOISES = (0.02, 0.5)  # variance of a measurement over that of what is left
-
-
-@dataclass(frozen=True)
-class Corrected:
-    """A model times what its neighbours in the profile suggest (kriging of the log ratio)."""
-
-    model: Model
-    batch: np.ndarray
-    length: np.ndarray
-    weights: np.ndarray
-    reach: float
-
-    def seconds(self, micro_batch: Any, tokens: Tokens) -> Seconds:
-        """Far from all rows, the model alone."""
-        tokens = np.asarray(tokens, dtype=float)
-        batch = np.broadcast_to(np.asarray(micro_batch, dtype=float), tokens.shape)
-        near = likeness(batch, tokens, self.batch, self.length, self.reach)
-        return self.model.seconds(micro_batch, tokens) * np.exp(near @ self.weights)
-
-
-def _corrected(recipe: Recipe) -> Recipe:
-    def with_neighbours(points: Points) -> Model:
-        model = recipe(points)
-        left = np.log(points.seconds / np.maximum(at(model, points), points.seconds / 10))
-        batch, length = points.batch, points.length
-        found = (_kriging(batch, length, left, r, n) for r in RANGES for n in NOISES)
-        _, reach, weights = min(found, key=lambda one: one[0])
-        return Corrected(model, batch, length, weights, reach)
-
-    return with_neighbours
-
-
-def _kriging(
-    batch: np.ndarray, length: np.ndarray, left: np.ndarray, reach: float, noise: float
-) -> tuple[float, float, np.ndarray]:
-    """Leave-one-out error, reach and weights (the error in closed form: Rasmussen and Williams,
-    "Gaussian Processes for Machine Learning" (2006), equation 5.12)."""
-    alike = likeness(batch, length, batch, length, reach)
-    inverse = np.linalg.inv(alike + noise * np.eye(len(left)))
-    weights = inverse @ left
-    return float(np.abs(weights / np.diag(inverse)).mean()), reach, weights
-
-
-def likeness(
-    batch: np.ndarray, length: np.ndarray, others: np.ndarray, lengths: np.ndarray, reach: float
-) -> np.ndarray:
-    """exp(-distance / reach), [.., others], in octaves of batch and length."""
-    first = np.log(batch)[..., None] - np.log(others)
-    second = np.log(length + 1)[..., None] - np.log(lengths + 1)
-    return np.exp(-np.sqrt(first**2 + second**2) / (OCTAVE * reach))
-
-
-CORRECTED = ", corrected by neighbours"
 REGRESSION, NON_NEGATIVE, LINES = "regression", "non-negative", "lines between lengths"
-PLAIN: dict[str, Recipe] = {
+RECIPES: dict[str, Recipe] = {
     REGRESSION: _regression,
     LINES: _lines,
     NON_NEGATIVE: _non_negative,
     "pieces": _pieces,
     **{f"pieces, switch at {rows} rows": _switch(rows) for rows in MAX_ROWS},
 }
-RECIPES = PLAIN | {name + CORRECTED: _corrected(recipe) for name, recipe in PLAIN.items()}
+
+# ---- as profile.json keeps them
+
+
+def parts_of(model: Model) -> tuple[ModelPart, ...]:
+    """The coefficients of a recipe's model."""
+    match model:
+        case Linear():
+            return (ModelPart(knee=model.knee, coefficients=tuple(model.coefficients.tolist())),)
+        case Lines():
+            return parts_of(model.otherwise)
+        case Switching():
+            (below,), (above,) = parts_of(model.below), parts_of(model.above)
+            return below.model_copy(update={"up_to_rows": model.num_rows}), above
+    raise AssertionError(f"no recipe makes {model}")
+
+
+def model_of(name: str, parts: Sequence[ModelPart], points: Points) -> Model | None:
+    """The model that `parts_of` took apart; `points` are those that it was fitted to.
+
+    None where the parts are not those of this version's models.
+    """
+    for part in parts:
+        wanted = _columns(points.phase, part.knee, points.batch[:1], points.length[:1]).shape[-1]
+        if len(part.coefficients) != wanted:
+            return None
+    lines = [Linear(points.phase, part.knee, np.array(part.coefficients)) for part in parts]
+    match lines, [part.up_to_rows for part in parts]:
+        case [only], [None]:
+            return Lines(only, _curves(points)) if name == LINES else only
+        case [below, above], [int(limit), None]:
+            return Switching(points.phase, limit, below, above)
+    return None
+
 
 # ---- through what was measured
 
 PIN_OCTAVES = 0.25  # over which what a cell was measured at fades
 
 
-def pinned(recipe: Recipe) -> Recipe:
+def pinned(model: Model, points: Points) -> Model:
     """The same model, bent to within the spread that each measured row states."""
+    found = np.maximum(at(model, points), points.seconds / 10)
+    left = np.log(np.clip(found, points.low, points.high) / found)
+    if np.abs(left).max() < 1e-9:
+        return model
+    alike = _likeness(points.batch, points.length, points)
+    floor_s = float(points.seconds.min()) / 10
+    return Pinned(Floored(model, floor_s), points, np.linalg.solve(alike, left))
 
-    def through_rows(points: Points) -> Model:
-        model = recipe(points)
-        found = np.maximum(at(model, points), points.seconds / 10)
-        left = np.log(np.clip(found, points.low, points.high) / found)
-        if np.abs(left).max() < 1e-9:
-            return model
-        alike = likeness(points.batch, points.length, points.batch, points.length, PIN_OCTAVES)
-        return Corrected(
-            Floored(model, float(points.seconds.min()) / 10),
-            points.batch,
-            points.length,
-            np.linalg.solve(alike, left),
-            PIN_OCTAVES,
-        )
 
-    return through_rows
+@dataclass(frozen=True)
+class Pinned:
+    """A model times what measured rows ask for, the less the farther they are."""
+
+    model: Model
+    points: Points
+    weights: np.ndarray
+
+    def seconds(self, micro_batch: Any, tokens: Tokens) -> Seconds:
+        """Far from all rows, the model alone."""
+        tokens = np.asarray(tokens, dtype=float)
+        batch = np.broadcast_to(np.asarray(micro_batch, dtype=float), tokens.shape)
+        near = _likeness(batch, tokens, self.points)
+        return self.model.seconds(micro_batch, tokens) * np.exp(near @ self.weights)
+
+
+def _likeness(batch: np.ndarray, length: np.ndarray, points: Points) -> np.ndarray:
+    """exp(-distance / PIN_OCTAVES) to each point, in octaves of batch and length; [.., points]."""
+    first = np.log(batch)[..., None] - np.log(points.batch)
+    second = np.log(length + 1)[..., None] - np.log(points.length + 1)
+    return np.exp(-np.sqrt(first**2 + second**2) / (OCTAVE * PIN_OCTAVES))
 
 
 @dataclass(frozen=True)

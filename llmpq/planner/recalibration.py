@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llmpq.artifact import Provenance
 from llmpq.cluster import Cluster
+from llmpq.costs.fits import chosen_models
 from llmpq.costs.latency import LayerTimes, device_times
 from llmpq.costs.quality import QualityModel, measured_quality, prior_quality
 from llmpq.costs.recalibrate import (
@@ -154,6 +155,7 @@ def type_result(asked: Recalibration, name: str) -> TypeResult:
         device=device,
         rows=rows,
         memory=list(base.memory) if base else [],
+        models=chosen_models(rows),
         provenance=Provenance.here(source),
     )
     after = device_times(cluster, name, spec, [profile])

@@ -1,5 +1,6 @@
 """Models of measured rows: each recovers what it can, the best is chosen, errors are said."""
 
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -7,9 +8,8 @@ import pytest
 
 from llmpq.costs import recipes
 from llmpq.costs.fits import BEYOND, chosen_models, fit, fit_all, worst
-from llmpq.costs.least_squares import non_negative
 from llmpq.costs.recipes import RECIPES, Points
-from llmpq.profile_data import Candidate, Phase, ProfileRow
+from llmpq.profile_data import Candidate, ModelPart, Phase, ProfileRow
 
 SIZES = [(p, s) for p in (1, 2, 4, 8, 16) for s in (8, 16, 32, 64, 128, 256)]
 
@@ -136,39 +136,95 @@ def test_the_worst_points_come_first_and_apart() -> None:
     assert len(set(chosen) & set(far)) == 1
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_non_negative_least_squares_meets_its_conditions(seed: int) -> None:
-    """Karush, Kuhn and Tucker: no coefficient below 0, no gain in raising one that is 0."""
-    random = np.random.default_rng(seed)
-    columns = random.standard_normal((30, 6)) * 10.0 ** random.integers(-3, 4, 6)
-    wanted = random.standard_normal(30)
-    found = non_negative(columns, wanted)
-    gradient = columns.T @ (columns @ found - wanted) / np.abs(columns).max(axis=0)
-    assert found.min() >= 0
-    assert gradient.min() > -1e-5
-    assert np.abs(gradient[found > 0]).max(initial=0.0) < 1e-5
+def grids() -> list[ProfileRow]:
+    """Rows of three precisions that every kind of model fits best, few rows, and a head."""
+    noise = np.random.default_rng(7)
+    bent, jumps = prefills(roofline), prefills(kernels)
+    steady = [row("decode", q, n, 1 + 0.1 * q + 1e-3 * q * n) for q, n in SIZES]
+    few = [r.model_copy(update={"precision": "3"}) for r in bent[:6]]
+    heads = [row("head", q, 0, 1.0 + q) for q in (1, 4, 16)]
+    rows = [*bent, *steady, *few, *heads]
+    rows += [r.model_copy(update={"precision": "4"}) for r in jumps]
+    return [r.model_copy(update={"time_ms": r.time_ms * (1 + 0.02 * noise.random())}) for r in rows]
 
 
-def test_a_choice_that_a_profile_holds_is_kept_and_an_unknown_one_made_anew() -> None:
-    """It spares the reader the choice, not the errors."""
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_stored_model_is_the_fitted_one(name: str) -> None:
+    """Its coefficients, through a file and back."""
+    points = recipes.points_of(prefills(kernels))
+    model = RECIPES[name](points)
+    stored = [ModelPart.model_validate_json(p.model_dump_json()) for p in recipes.parts_of(model)]
+    again = recipes.model_of(name, stored, points)
+    for p, s in [(1, 8), (3, 50), (4, 64), (100, 7)]:
+        assert float(again.seconds(p, s)) == float(model.seconds(p, s))
+
+
+def test_a_profile_is_read_without_fitting_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was fitted when it was written gives the same times, errors and labels."""
+    rows = grids()
+    fresh = fit_all(rows)
+    stored = {(one.precision, one.phase): one for one in chosen_models(rows)}
+    assert stored.keys() == fresh.keys()
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    again = fit_all(rows, stored)
+    for kind, model in fresh.items():
+        assert again[kind].name == model.name
+        assert again[kind].accuracy(3, 40) == model.accuracy(3, 40)
+        assert again[kind].accuracy(64, 4000) == model.accuracy(64, 4000)
+        assert float(again[kind].seconds(3, 40)) == float(model.seconds(3, 40))
+
+
+def test_rows_that_were_changed_are_fitted_anew() -> None:
+    """By the same recipe, as that is all that the profile still says."""
     rows = prefills(roofline)
-    chosen = chosen_models(rows)
-    assert [(m.precision, m.phase, m.model) for m in chosen] == [("16", "prefill", fit(rows).name)]
-    assert fit(rows, "regression").name == "regression"
-    assert fit(rows, "regression").mean_error > fit(rows).mean_error
-    assert fit(rows, "of a later version").name == fit(rows).name
+    (stored,) = chosen_models(rows)
+    doubled = [r.model_copy(update={"time_ms": 2 * r.time_ms}) for r in rows]
+    found = fit_all(doubled, {("16", "prefill"): stored})["16", "prefill"]
+    assert found.name == stored.model
+    assert float(found.seconds(4, 64)) == pytest.approx(2e-3 * roofline(4, 64), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"parts": ()},
+        {"parts": (ModelPart(coefficients=(1.0,)),)},
+        {"parts": (ModelPart(coefficients=(1.0,) * 5, up_to_rows=16),)},
+        {"parts": (ModelPart(coefficients=(1.0,) * 5),) * 2},
+        {"errors": (0.1,)},
+    ],
+)
+def test_stored_parts_that_do_not_fit_are_not_used(damage: dict[str, object]) -> None:
+    """Such as those of another version; the rows are fitted as if nothing were stored."""
+    rows = prefills(roofline)
+    (stored,) = chosen_models(rows)
+    stored = stored.model_copy(update=damage)
+    found = fit_all(rows, {("16", "prefill"): stored})["16", "prefill"]
+    assert float(found.seconds(3, 40)) == float(fit(rows).seconds(3, 40))
+
+
+def test_a_model_that_a_profile_names_is_kept_and_an_unknown_one_chosen_anew() -> None:
+    """Whether its coefficients are there or not."""
+    rows = prefills(roofline)
+    (chosen,) = chosen_models(rows)
+    assert chosen.model == fit(rows).name != recipes.REGRESSION
+
+    def named(name: str) -> str:
+        stored = chosen.model_copy(update={"model": name, "parts": ()})
+        return fit_all(rows, {("16", "prefill"): stored})["16", "prefill"].name
+
+    assert named(recipes.REGRESSION) == recipes.REGRESSION
+    assert named("of a later version") == chosen.model
 
 
 def test_one_recipe_a_phase_is_chosen_over_all_precisions() -> None:
-    """Small groups take the tamest; what is known is not chosen again."""
+    """Small groups take the tamest."""
     others = [r.model_copy(update={"precision": "4"}) for r in prefills(kernels)]
     few = [r.model_copy(update={"precision": "3"}) for r in prefills(roofline)[:6]]
     found = fit_all([*prefills(kernels), *others, *few])
     assert found["16", "prefill"].name == found["4", "prefill"].name
     assert "switch" in found["4", "prefill"].name
     assert found["3", "prefill"].name == recipes.NON_NEGATIVE
-    known = fit_all([*prefills(kernels), *others], {("4", "prefill"): recipes.REGRESSION})
-    assert known["4", "prefill"].name == recipes.REGRESSION
 
 
 def test_points_average_repeated_rows() -> None:

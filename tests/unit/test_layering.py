@@ -48,7 +48,7 @@ KERNELS = "bitsandbytes gptqmodel triton humming huggingface_hub accelerate "
 
 CAKE = [
     Part("0", "nouns", _names(""), _names(PLAIN), _names("pandas huggingface_hub")),
-    Part("1", "costs", _names("nouns"), _names(PLAIN + "numpy")),
+    Part("1", "costs", _names("nouns"), _names(PLAIN + "numpy"), _names("sklearn")),
     Part(
         "2a",
         "planner",

@@ -19,9 +19,11 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmpq.artifact import read_json, write_json
 from llmpq.cli import plan as plan_command
 from llmpq.cli.plan import main
 from llmpq.cluster import Cluster, DeviceGroup, Link
+from llmpq.costs.fits import chosen_models
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
 from llmpq.costs.timeline import Costs
@@ -661,6 +663,10 @@ def test_json_on_standard_output_is_alone_there(files: Path) -> None:
 
 
 def test_a_plan_imports_no_torch(files: Path) -> None:
+    """Nor what fits a profile's models, which the profile holds."""
+    path = files / "profiles" / "cpu.json"
+    profile = read_json(path, Profile)
+    write_json(path, profile.model_copy(update={"models": chosen_models(profile.rows)}))
     heavy = ["torch", "transformers", "pandas", "sklearn"]
     code = (
         "import sys\nfrom llmpq.cli.plan import main\n"
