@@ -273,9 +273,13 @@ class Problem:
             ("rounds", slots, like, self.repeats),
             lambda: run_in_rounds(self._counted, slots, like),
         )
-        prefills = self.shared(
-            ("prefills", slots, prefill_rows, min(prefill_rows, decode_rows), chunk, self.repeats),
-            lambda: count_prefills(rounds, prefill_rows, chunk, decode_rows),
+        of_rounds = ("prefills", slots, like, chunk, self.repeats)
+        prefills = count_prefills(
+            rounds,
+            prefill_rows,
+            chunk,
+            decode_rows,
+            lambda key, compute: self.shared((*of_rounds, key), compute),
         )
         steps = self.shared(
             ("steps", lanes, slots, like, self.repeats), lambda: count_steps(rounds, lanes)

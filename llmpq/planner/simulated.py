@@ -102,6 +102,7 @@ def sample_of(problem: Problem, setting: Setting, most_jobs: int) -> Problem:
     tokens = sum(new for _, new in problem.lengths)
     share = most_jobs / max(1.0, least_jobs(problem, setting) + tokens / TOKENS_OF_A_JOB)
     waves = max(int(share * len(problem.lengths)) // setting.batch, LEAST_WAVES)
+    waves = min(waves, math.ceil(in_all / setting.batch))
     if waves * setting.batch >= in_all and problem.repeats == 1:
         return problem
 
