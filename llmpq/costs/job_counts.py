@@ -24,7 +24,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -288,19 +288,18 @@ def count_prefills(
     other micro-batches of the same rounds and chunks ask for too.
     """
 
+    def shared(is_first: bool, rows: int) -> PrefillJobs:
+        those = ((rounds.begin == 0) == is_first) & (rounds.prompt <= chunk_tokens)
+        return _shared_jobs(rounds.prompt[those], rounds.begin[those], rows, chunk_tokens)
+
+    def chunks(is_first: bool) -> PrefillJobs:
+        those = ((rounds.begin == 0) == is_first) & (rounds.prompt > chunk_tokens)
+        return _chunks(rounds.prompt[those], prefill_rows, chunk_tokens)
+
     def jobs(is_first: bool, rows: int) -> PrefillJobs:
-        those = (rounds.begin == 0) == is_first
-        prompt, begin = rounds.prompt[those], rounds.begin[those]
-        whole = prompt <= chunk_tokens
-        shared = once(
-            ("whole", is_first, rows),
-            lambda: _shared_jobs(prompt[whole], begin[whole], rows, chunk_tokens),
-        )
-        chunks = once(
-            ("chunks", is_first, prefill_rows),
-            lambda: _chunks(prompt[~whole], prefill_rows, chunk_tokens),
-        )
-        return Counter(shared) + Counter(chunks) if chunks else shared
+        whole = once(("whole", is_first, rows), partial(shared, is_first, rows))
+        cut = once(("chunks", is_first, prefill_rows), partial(chunks, is_first))
+        return Counter(whole) + Counter(cut) if cut else whole
 
     return jobs(True, prefill_rows), jobs(False, min(prefill_rows, lane_rows))
 

@@ -163,7 +163,7 @@ def _decode_sizes(setting: Setting) -> Iterator[Setting]:
 
 def _prefill_sizes(setting: Setting) -> Iterator[Setting]:
     size = setting.prefill_micro_batch
-    for other in (2 * size, size // 2, size // 4):
+    for other in (2 * size, 4 * size, size // 2, size // 4):
         if 1 <= other <= setting.batch:
             yield setting.resized(prefill_micro_batch=other)
 

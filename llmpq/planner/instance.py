@@ -344,7 +344,11 @@ def least_hop(problem: Problem, sizes: Sizes, node: str, nodes: tuple[str, ...])
     """
     other = next((other for other in nodes if other != node), node)
     ways = ([node, node], [node, other])
-    return combined([link_costs(problem, sizes, way)[0] for way in ways], np.min)
+
+    def compute() -> Costs:
+        return combined([link_costs(problem, sizes, way)[0] for way in ways], np.min)
+
+    return problem.once(("least hop", node, other, sizes), compute)
 
 
 def least_way_back(

@@ -8,7 +8,6 @@ the search and those of the other methods within the budget are candidates alike
 runs decide, and what is told of a plan is its run.
 """
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,13 +32,16 @@ from llmpq.planner.value import to_assignment
 
 METHODS = ("auto", "ilp", "heuristic", *BASELINES)
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
-SEARCH_S = 7.0  # that a search has, however short a tenth of the time limit is
+SEARCH_S = 7.0  # that searches have, however short a tenth of the time limit is
+FIRST_SHARE = 2 / 3  # of that, for the first one; the rest is for those with a corrected price
 CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
 CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before
-MOST_CORRECTIONS, CORRECTIONS_S = 10, 4.0  # of the closed form, and seconds for all of them
+MOST_CORRECTIONS = 10  # of the closed form
+ANY_GAP = 0.5  # where the time is over and there is no plan yet
+RIVALS_S = 1.5  # at least, for the search that another method's better plan makes necessary
 FINALISTS = 4  # plans of the search whose runs are simulated
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
-MOVES_S = 0.1  # for a first plan by moves; where it is the whole method, HEURISTIC_S
+MOVES_S = 0.25  # for a first plan by moves; where it is the whole method, HEURISTIC_S
 HEURISTIC_S = 0.5
 OTHERS_S = 5.0  # or three times our own search: at most, for the other methods
 TIMED_OUT = "the time limit ended the search; a longer --time-limit may find better"
@@ -177,7 +179,13 @@ def _still_fits(problem: Problem, plan: Plan) -> Assignment | None:
 
 def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple[Search, Space]:
     """The search of a space; where it holds no plan, that of sizes that need less memory."""
-    found = _search_of(run, space, [first] if first else [])
+    until = _search_until(run)
+    if run.options.simulate:
+        until = run.start + FIRST_SHARE * (until - run.start)
+    gap, until = _loose_gap(run), max(until, time.monotonic() + LEAST_S)
+    found = _search_of(run, space, [first] if first else [], gap, until)
+    if found.assignment is None and found.timed_out:
+        found = _search_of(run, space, [], ANY_GAP, _limit(run))
     if found.assignment is not None or found.timed_out:
         return found, space
     from llmpq.planner.explain import lacks_memory  # start-up time where there is a plan
@@ -186,7 +194,14 @@ def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple
         return found, space
     until, sizes = run.by(SEARCH_SHARE, LEAST_S), spare_sizes(run.unit)
     space = make_space(run.unit, run.solver, until, run.options.progress, sizes)
-    return _search_of(run, space), space
+    return _search_of(
+        run, space, [], gap, max(_search_until(run), time.monotonic() + LEAST_S)
+    ), space
+
+
+def _loose_gap(run: _Run) -> float:
+    """As the closed form is off by `CLOSE` at any rate, half of that is gap enough at first."""
+    return max(run.options.gap, CLOSE / 2) if run.options.simulate else run.options.gap
 
 
 def _corrected(
@@ -194,36 +209,36 @@ def _corrected(
 ) -> tuple[_Run, Space, Search]:
     """Searches again for as long as the simulated run of the best plan contradicts its price.
 
-    Or that of another method's plan which is better than ours.
-    The closed form is then scaled to the simulated runs of plans of these sizes. As it is off by
-    `CLOSE` at any rate, half of that is gap enough.
+    Or that of another method's plan which is better than ours. The closed form is then scaled to
+    the simulated runs of plans of these sizes. Where no run contradicts, it goes on to the gap that
+    was asked for.
     """
-    until = time.monotonic() + CORRECTIONS_S
-    gap, timed_out = max(run.options.gap, CLOSE / 2), found.timed_out
+    until = max(_search_until(run), time.monotonic() + (RIVALS_S if rivals else 0.0))
+    gap = _loose_gap(run)
     for _ in range(MOST_CORRECTIONS if run.options.simulate else 0):
         if found.assignment is None or time.monotonic() > until:
             break
         runs = run.compared(run.by(CONFIRM_SHARE, LEAST_S), CONFIRM_S)
         scales = runs.scales(found.finalists[:FINALISTS], rivals)
-        if not scales or runs.is_over:
+        if runs.is_over or not (scales or gap > run.options.gap):
             break
         before, seeds = run.unit, [*found.finalists, *rivals]
-        run = replace(run, problem=run.problem.scaled(scales))
-        space = rescaled(space, before, run.unit)
-        deadline = min(until, run.by(SEARCH_SHARE, LEAST_S))
-        found = _search_of(run, space, seeds, gap=gap, deadline=deadline)
-        found.timed_out = timed_out  # where this one is cut off, the gap tells
+        space = replace(space, floor=found.lower_bound)
+        if scales:
+            run = replace(run, problem=run.problem.scaled(scales))
+            space = rescaled(space, before, run.unit)
+        elif run.problem.scales:
+            break
+        else:
+            gap = run.options.gap
+        found = _search_of(run, space, seeds, gap, until)
     return run, space, found
 
 
 def _search_of(
-    run: _Run,
-    space: Space,
-    seeds: Sequence[Assignment] = (),
-    gap: float | None = None,
-    deadline: float = math.inf,
+    run: _Run, space: Space, seeds: Sequence[Assignment], gap: float, deadline: float
 ) -> Search:
-    """From plans to start with, or from one that is made by moves; to `gap` or that asked for."""
+    """From plans to start with, or from one that is made by moves."""
     options = run.options
     if not seeds:
         first = _moves(run, space, MOVES_S)
@@ -232,8 +247,8 @@ def _search_of(
         run.unit,
         space,
         run.solver,
-        gap=options.gap if gap is None else gap,
-        deadline=min(deadline, _search_until(run)),
+        gap=gap,
+        deadline=deadline,
         seeds=seeds,
         plain=options.method == "ilp",
         progress=options.progress,
@@ -245,11 +260,14 @@ def _search_until(run: _Run) -> float:
 
     That one needs minutes for the last percents of its bound.
     """
-    options = run.options
-    limit = run.by(SEARCH_SHARE if options.compare else 1.0, LEAST_S)
-    if options.method == "ilp":
-        return limit
-    return min(limit, max(run.by(1 / 10), run.start + SEARCH_S))
+    if run.options.method == "ilp":
+        return _limit(run)
+    return min(_limit(run), max(run.by(1 / 10), run.start + SEARCH_S))
+
+
+def _limit(run: _Run) -> float:
+    """When no search goes on."""
+    return run.by(SEARCH_SHARE if run.options.compare else 1.0, LEAST_S)
 
 
 def _moves(run: _Run, space: Space, seconds: float) -> Assignment | None:

@@ -1,7 +1,7 @@
 """Branch and bound over everything: which devices, order, tensor parallelism, sizes, layers.
 
 Four levels, each with a tighter bound than the one above, wait in one queue by their bounds:
-1. a mix of places with a batch and a pair of micro-batches: `pool`, array arithmetic;
+1. a mix of places with a batch and a pair of micro-batches: `pool_bounds`, array arithmetic;
 2. the same with first and last place: the linear relaxation of `counts.build`;
 3. the same solved in whole layers, for any order between the ends. Its counts make a plan;
    where layers differ in sensitivity, where stages begin and end was ignored so far, so
@@ -24,15 +24,15 @@ import numpy as np
 
 from llmpq.model_spec import tensor_parallel_degrees
 from llmpq.plan_data import Predicted
-from llmpq.planner import counts, pool
+from llmpq.planner import counts, pool, pool_bounds
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.exact import build as build_whole
 from llmpq.planner.exact import realised, solve, with_less_loss
-from llmpq.planner.instance import Instance, in_any_order, make_instance
+from llmpq.planner.instance import in_any_order, make_instance
 from llmpq.planner.layouts import Mix, canonical, ends, mixes, num_stages, orders
 from llmpq.planner.problem import Assignment, Place, Problem, Setting, Sizes
 from llmpq.planner.sizes import all_sizes, with_shorter_chunks
-from llmpq.planner.solver import Solver
+from llmpq.planner.solver import Programme, Solver
 from llmpq.planner.value import to_assignment
 
 MOST_SMALLEST = 16
@@ -51,21 +51,30 @@ class Progress:
 
 @dataclass
 class Tables:
-    """The bounds of all pairs of micro-batches of a mix and batch; they only ever rise."""
+    """The bounds of all pairs of micro-batches of a mix and batch; they only ever rise.
+
+    `tight`: pairs whose own linear programme was solved.
+    """
 
     mix: Mix
     sizes: Sizes
     pool: pool.Pool
     bounds: np.ndarray  # [P, Q]
+    tight: set[tuple[int, int]] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class Space:
-    """What there is to search. `num_left_out`: mixes and batches that there was no time for."""
+    """What there is to search. `num_left_out`: mixes and batches that there was no time for.
+
+    What searches have learned of it: `known` bounds of nodes, and `floor`, which no plan is below.
+    """
 
     tables: list[Tables]
     num_left_out: int
     notes: list[str]
+    known: dict[tuple[int, Setting], float] = field(default_factory=dict)  # by a node's level
+    floor: float = 0.0
 
     @property
     def num_settings(self) -> int:
@@ -91,20 +100,18 @@ class Space:
 
     def best_first(self, problem: Problem, solver: Solver) -> Iterator[tuple[float, Setting]]:
         """Settings with the bound of their own linear programme, made as they come."""
-        queue = [
-            (bound, i, table, pair, False) for i, (bound, table, pair) in enumerate(self.pairs())
-        ]
+        queue = [(bound, i, table, pair) for i, (bound, table, pair) in enumerate(self.pairs())]
         while queue:
-            bound, index, table, pair, tight = heapq.heappop(queue)
-            if tight:
+            bound, index, table, pair = heapq.heappop(queue)
+            known = float(table.bounds[pair])
+            if known <= bound and pair in table.tight:
                 yield from ((bound, setting) for setting in settings_of(problem, table, pair))
                 continue
-            known = float(table.bounds[pair])
             if known <= bound:
                 tighten(table, pair, solver)
             value = float(table.bounds[pair])
             if value < math.inf:
-                heapq.heappush(queue, (value, index, table, pair, known <= bound))
+                heapq.heappush(queue, (value, index, table, pair))
 
     def settings(self, problem: Problem) -> Iterator[tuple[float, Setting]]:
         """One order for each pair, first and last place, with its bound; the least first."""
@@ -130,11 +137,12 @@ def settings_of(problem: Problem, table: Tables, pair: tuple[int, int]) -> list[
     return [Setting(order, sizes.batch, *micro_batches, sizes.chunk_tokens) for order in found]
 
 
-def tighten(table: Tables, pair: tuple[int, int], solver: Solver) -> pool.Prices | None:
+def tighten(table: Tables, pair: tuple[int, int], solver: Solver) -> pool_bounds.Prices | None:
     """The bound by a pair's own linear programme, whose prices tell on the mix's other pairs."""
-    value, prices = pool.relaxed(table.pool, *pair, solver)
+    value, prices = pool_bounds.relaxed(table.pool, *pair, solver)
+    table.tight.add(pair)
     if prices is not None:
-        table.bounds = np.maximum(table.bounds, pool.bounds(table.pool, prices))
+        table.bounds = np.maximum(table.bounds, pool_bounds.bounds(table.pool, prices))
     if value == math.inf:  # which has no seconds to do with
         table.bounds[pool.has_no_more_room(table.pool, pair)] = math.inf
     table.bounds[pair] = max(value, float(table.bounds[pair]))
@@ -163,7 +171,7 @@ def make_space(
     found, notes = mixes(problem.cluster, degrees, problem.spec.num_layers)
     todo = _todo(problem, found, sizes)
     tables: list[Tables] = []
-    priced: list[tuple[pool.Pool, pool.Prices]] = []  # of the same sizes
+    priced: list[tuple[pool.Pool, pool_bounds.Prices]] = []  # of the same sizes
     best = (0, 0)
     for index, (mix, some) in enumerate(todo):
         if time.monotonic() > deadline:
@@ -200,7 +208,7 @@ def make_tables(
     sizes: Sizes,
     near: tuple[int, int],
     solver: Solver,
-    priced: list[tuple[pool.Pool, pool.Prices]],
+    priced: list[tuple[pool.Pool, pool_bounds.Prices]],
 ) -> Tables:
     """Bounds by the prices of a mix that has the same kinds of places and more, out of `priced`.
 
@@ -212,10 +220,10 @@ def make_tables(
     table = Tables(mix, sizes, arrays, np.where(hopeless, math.inf, 0.0))
     if hopeless.all():
         return table
-    guesses = (pool.carried(prices, given, arrays) for given, prices in priced)
+    guesses = (pool_bounds.carried(prices, given, arrays) for given, prices in priced)
     guess = next((prices for prices in guesses if prices is not None), None)
     if guess is not None:
-        table.bounds = np.maximum(table.bounds, pool.bounds(arrays, guess))
+        table.bounds = np.maximum(table.bounds, pool_bounds.bounds(arrays, guess))
         return table
     free = np.argwhere(~hopeless)
     prefill, decode = free[np.abs(free - np.array(near)).sum(axis=1).argmin()]
@@ -230,16 +238,30 @@ def rescaled(space: Space, before: Problem, problem: Problem) -> Space:
 
     Bounds grow or fall as seconds do; where sensitivity has a price they only fall.
     """
-    return replace(space, tables=[_rescaled(table, before, problem) for table in space.tables])
+
+    def factors(num_stages: int, sizes: Sizes) -> np.ndarray:
+        found = problem.scales_of(num_stages, sizes) / before.scales_of(num_stages, sizes)
+        return np.minimum(found, 1.0) if problem.theta else found
+
+    def moved(setting: Setting, bound: float) -> float:
+        return bound * float(factors(len(setting.places), setting.sizes)[0, 0])
+
+    each = [(table, factors(num_stages(table.mix), table.sizes)) for table in space.tables]
+    least = min((float(some.min()) for _, some in each), default=1.0)
+    return replace(
+        space,
+        tables=[_rescaled(problem, table, some) for table, some in each],
+        known={key: moved(key[1], bound) for key, bound in space.known.items()},
+        floor=space.floor * min(least, 1.0),
+    )
 
 
-def _rescaled(table: Tables, before: Problem, problem: Problem) -> Tables:
-    which = num_stages(table.mix), table.sizes
-    factors = problem.scales_of(*which) / before.scales_of(*which)
+def _rescaled(problem: Problem, table: Tables, factors: np.ndarray) -> Tables:
     if np.all(factors == 1.0):
         return table
-    bounds = table.bounds * (np.minimum(factors, 1.0) if problem.theta else factors)
-    return replace(table, pool=pool.make_pool(problem, table.mix, table.sizes), bounds=bounds)
+    arrays = pool.make_pool(problem, table.mix, table.sizes)
+    tight = set() if problem.theta else table.tight
+    return replace(table, pool=arrays, bounds=table.bounds * factors, tight=tight)
 
 
 # ---- the search
@@ -260,6 +282,8 @@ class Search:
     num_relaxed: int = 0
     num_solved: int = 0
     timed_out: bool = False
+    known: dict[tuple[int, Setting], float] = field(default_factory=dict)  # as `Space` has them
+    floor: float = 0.0
     queue: list["Entry"] = field(default_factory=list)
     by_sizes: dict[Sizes, tuple[float, Assignment]] = field(default_factory=dict)
     serial: Iterator[int] = field(default_factory=itertools.count)
@@ -290,7 +314,7 @@ class Search:
     def lower_bound(self) -> float:
         """No plan of the space is below it."""
         still_open = self.queue[0].bound if self.queue else math.inf
-        return min(self.closed, self.best, still_open)
+        return min(self.best, max(self.floor, min(self.closed, still_open)))
 
     def push(self, bound: float, node: "Node") -> None:
         """Leaves a node for later; one that is no better than the target is done."""
@@ -298,6 +322,16 @@ class Search:
             self.close(bound)
         else:
             heapq.heappush(self.queue, Entry(bound, -node.level, next(self.serial), node))
+
+    def learn(self, node: "SettingNode", bound: float) -> float:
+        """Keeps a bound of a node for later searches; the best one that is known of it."""
+        key = node.level, node.setting
+        self.known[key] = max(bound, self.known.get(key, 0.0))
+        return self.known[key]
+
+    def knows(self, node: "SettingNode") -> bool:
+        """Some search has solved its relaxation."""
+        return (node.level, node.setting) in self.known
 
     def close(self, bound: float) -> None:
         """A node is done: nothing in it is below `bound`."""
@@ -345,13 +379,13 @@ def search(
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Search:
     """The best assignment of a space. `seeds`: plans within the budget to start from."""
-    state = Search(problem, gap, deadline, solver, plain)
+    state = Search(problem, gap, deadline, solver, plain, known=space.known, floor=space.floor)
     for seed in seeds:
         state.offer(seed)
     for bound, table, pair in space.pairs():
         state.push(bound, PairNode(table, pair))
     total = space.num_settings
-    while state.queue and state.queue[0].bound < state.target:
+    while state.queue and max(state.queue[0].bound, state.floor) < state.target:
         if state.seconds_left <= 0:
             state.timed_out = True
             break
@@ -383,11 +417,10 @@ def _speed(state: Search) -> float:
 
 @dataclass(frozen=True)
 class PairNode(Node):
-    """Level 1: a mix, a batch, a pair of micro-batches. `tight`: by its own programme."""
+    """Level 1: a mix, a batch, a pair of micro-batches."""
 
     table: Tables
     pair: tuple[int, int]
-    tight: bool = False
     level = 1
 
     def work(self, state: Search, bound: float) -> None:
@@ -395,49 +428,73 @@ class PairNode(Node):
         known = float(self.table.bounds[self.pair])
         if known > bound:
             state.push(known, self)
-        elif not self.tight:
+        elif self.pair not in self.table.tight:
             state.num_relaxed += 1
             tighten(self.table, self.pair, state.solver)
-            value = float(self.table.bounds[self.pair])
-            state.push(max(bound, value), PairNode(self.table, self.pair, True))
+            state.push(max(bound, float(self.table.bounds[self.pair])), self)
         else:
             for setting in settings_of(state.problem, self.table, self.pair):
                 state.push(bound, EndsNode(setting))
 
 
 @dataclass(frozen=True)
-class EndsNode(Node):
-    """Levels 2 and 3: first and last place are known, and an order with them."""
+class SettingNode(Node):
+    """Of one setting, to be relaxed first."""
 
     setting: Setting
-    tight: bool = False
-    level = 2
+    is_relaxed: bool = False
 
     def work(self, state: Search, bound: float) -> None:
-        """Its linear relaxation; then whole layers, which make a plan."""
-        instance = make_instance(state.problem, self.setting)
-        free = in_any_order(state.problem, self.setting, instance)
-        if not self.tight:
-            state.num_relaxed += 1
-            answer = state.solver.relaxed(counts.build(free, any_order=True))
-            state.push(max(bound, answer.bound), EndsNode(self.setting, True))
+        """Its linear relaxation, unless an earlier search has solved it; then solved."""
+        if self.is_relaxed:
+            self.solve(state, bound)
             return
+        if not state.knows(self):
+            state.num_relaxed += 1
+            state.learn(self, state.solver.relaxed(self.programme(state.problem)).bound)
+        state.push(state.learn(self, bound), replace(self, is_relaxed=True))
+
+    @abstractmethod
+    def programme(self, problem: Problem) -> Programme:
+        """What is relaxed."""
+
+    @abstractmethod
+    def solve(self, state: Search, bound: float) -> None:
+        """In whole layers."""
+
+
+@dataclass(frozen=True)
+class EndsNode(SettingNode):
+    """Levels 2 and 3: first and last place are known, and an order with them."""
+
+    level = 2
+
+    def programme(self, problem: Problem, cutoff: float = math.inf) -> Programme:
+        """Counts, for every order between the ends."""
+        instance = make_instance(problem, self.setting)
+        free = in_any_order(problem, self.setting, instance)
+        return counts.build(free, cutoff, any_order=True)
+
+    def solve(self, state: Search, bound: float) -> None:
+        """Whole layers, which make a plan; then its orders."""
         if state.plain:
             self._open_orders(state, bound)
             return
         cutoff = state.target
-        programme = counts.build(free, cutoff, any_order=True)
+        programme = self.programme(state.problem, cutoff)
         answer = state.solver.integers(programme, gap=state.gap / 2, time_limit=state.seconds_left)
         state.num_solved += 1
         if answer.status == "infeasible":
-            state.close(cutoff)
+            state.close(state.learn(self, cutoff))
             return
-        bound = max(bound, min(answer.bound, cutoff))
+        bound = state.learn(self, max(bound, min(answer.bound, cutoff)))
         if answer.x is not None:
-            self._offer(state, instance, counts.counts_of(instance, answer.x))
+            self._offer(state, answer.x)
         self._open_orders(state, bound)
 
-    def _offer(self, state: Search, instance: Instance, held: np.ndarray) -> None:
+    def _offer(self, state: Search, x: np.ndarray) -> None:
+        instance = make_instance(state.problem, self.setting)
+        held = counts.counts_of(instance, x)
         choice = realised(instance, held, min(state.seconds_left, POLISH_S))
         if choice is not None:
             state.offer(to_assignment(state.problem, self.setting, choice))
@@ -454,22 +511,18 @@ class EndsNode(Node):
 
 
 @dataclass(frozen=True)
-class OrderNode(Node):
+class OrderNode(SettingNode):
     """Level 4: everything but the layers is known."""
 
-    setting: Setting
-    tight: bool = False
     level = 3
 
-    def work(self, state: Search, bound: float) -> None:
-        """Its linear relaxation, then solved."""
-        instance = make_instance(state.problem, self.setting)
-        cutoff = state.target
-        if not self.tight:
-            state.num_relaxed += 1
-            answer = state.solver.relaxed(build_whole(instance))
-            state.push(max(bound, answer.bound), OrderNode(self.setting, True))
-            return
+    def programme(self, problem: Problem) -> Programme:
+        """All that matters."""
+        return build_whole(make_instance(problem, self.setting))
+
+    def solve(self, state: Search, bound: float) -> None:
+        """Exactly."""
+        instance, cutoff = make_instance(state.problem, self.setting), state.target
         found = solve(
             instance,
             state.solver,
@@ -481,6 +534,5 @@ class OrderNode(Node):
         state.num_solved += 1
         if found.choice is not None:
             state.offer(to_assignment(state.problem, self.setting, found.choice))
-        state.close(
-            cutoff if found.status == "infeasible" else max(bound, min(found.bound, cutoff))
-        )
+        own = cutoff if found.status == "infeasible" else max(bound, min(found.bound, cutoff))
+        state.close(state.learn(self, own))

@@ -91,9 +91,9 @@ def test_bounds_of_a_rescaled_space_are_never_above_those_made_anew(theta: float
 
 
 def search_bound(table, place):
-    from llmpq.planner import pool
+    from llmpq.planner import pool_bounds
 
-    return pool.relaxed(table.pool, *place, make_solver("highs"))
+    return pool_bounds.relaxed(table.pool, *place, make_solver("highs"))
 
 
 def test_runs_that_are_far_from_the_closed_form_tell_its_scale() -> None:

@@ -14,7 +14,7 @@ from llmpq.cluster import Cluster
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import QualityModel
 from llmpq.model_lookup import spec_from_config
-from llmpq.planner import pool, search
+from llmpq.planner import pool, pool_bounds, search
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.exact import solve
 from llmpq.planner.instance import make_instance
@@ -137,7 +137,7 @@ def test_pairs_without_more_room_than_an_infeasible_one_are_infeasible(budget: f
     infeasible = feasible = 0
     for table in search.make_space(problem, solver).tables:
         pairs = [tuple(pair) for pair in np.argwhere(~pool.is_hopeless(table.pool))]
-        alone = {pair: pool.relaxed(table.pool, *pair, solver)[0] for pair in pairs}
+        alone = {pair: pool_bounds.relaxed(table.pool, *pair, solver)[0] for pair in pairs}
         for pair in pairs:
             if math.isfinite(alone[pair]):
                 feasible += 1
