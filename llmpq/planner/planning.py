@@ -365,14 +365,15 @@ def _outcomes(
 def _played(run: _Run, outcome: Outcome, ours: Assignment | None) -> Outcome:
     """With its run simulated as that of our own plan.
 
-    Its sizes are varied as those of `ours` are, unless it is too far behind for that to matter.
+    Its sizes are varied as those of `ours` are, unless it is above the budget or too far behind for
+    that to matter.
     """
     if outcome.assignment is None:
         return outcome
     best = outcome.assignment
     if run.options.simulate:
         runs = run.compared(run.by(1.0, LEAST_S), CONFIRM_S / len(BASELINES))
-        if ours is None or not runs.is_hopeless(best, ours):
+        if ours is None or (outcome.within_budget and runs.is_rival(best, ours)):
             best = runs.improved(best)
     return replace(outcome, assignment=best, predicted=_predicted(run, best))
 
