@@ -365,14 +365,22 @@ def _live_bytes(moment: Moment, sizes: dict[str, int]) -> float:
     A chunk has a mask, of a byte for each token that one might see, where whole prompts need none.
     """
     is_chunk = sizes["seen"] > sizes["tokens"] > 1
-    masked = any(product.count("tokens") > 1 for product in moment.num_bytes)
+    masked = is_chunk and any(product.count("tokens") > 1 for product in moment.num_bytes)
     total = float(sizes["tokens"] * sizes["seen"]) if is_chunk and not masked else 0.0
     for product, factor in moment.num_bytes.items():
-        names = product.split("*") if product else []
-        for place, name in enumerate(names):
-            factor *= sizes["seen" if name == "tokens" in names[:place] else name]
+        for name in _sizes_of(product):
+            factor *= sizes[name]
         total += factor
     return total
+
+
+@lru_cache
+def _sizes_of(product: str) -> tuple[str, ...]:
+    """The sizes that are multiplied."""
+    names = product.split("*") if product else []
+    return tuple(
+        "seen" if name == "tokens" in names[:place] else name for place, name in enumerate(names)
+    )
 
 
 def _op_bytes(
