@@ -20,6 +20,8 @@ from llmpq.planner.problem import Assignment, Problem, ScaledSizes, Setting
 from llmpq.planner.simulated import run_s
 from llmpq.workload import LEAST_CHUNK_TOKENS
 
+ScaledFor = tuple[ScaledSizes, int]  # and the number of stages
+
 BETTER = 0.995  # of the time so far: what is worth taking
 # Times in closed form, of the best plan's, above which none is simulated. On 58 random rigs none
 # above 1.05 had the shorter run.
@@ -34,10 +36,14 @@ ROUNDS = 4  # of varying micro-batches, at most
 
 @dataclass
 class Confirmed:
-    """Simulated runs of plans; `values`: seconds + theta * sensitivity of each."""
+    """Simulated runs of plans; `values`: seconds + theta * sensitivity of each.
+
+    `fastest`: seconds of the fastest run of some sizes and number of stages.
+    """
 
     problem: Problem
     deadline: float  # time.monotonic
+    fastest: dict[ScaledFor, float] = field(default_factory=dict)
     values: dict[Assignment, float] = field(default_factory=dict)
 
     def value(self, assignment: Assignment) -> float:
@@ -77,7 +83,7 @@ class Confirmed:
 
     def scales(
         self, candidates: Sequence[Assignment], rivals: Sequence[Assignment] = ()
-    ) -> dict[tuple[ScaledSizes, int], float]:
+    ) -> dict[ScaledFor, float]:
         """Simulated seconds over those of the closed form, where they are apart and that matters.
 
         By sizes and number of stages. It matters for the first candidate, which is the best one in
@@ -104,12 +110,16 @@ class Confirmed:
                 found |= self._scales_of(rival, self.seconds(rival))
         return found
 
-    def _scales_of(self, one: Assignment, seconds: float) -> dict[tuple[ScaledSizes, int], float]:
+    def _scales_of(self, one: Assignment, seconds: float) -> dict[ScaledFor, float]:
+        """Of plans of the same sizes the fastest one counts: else two would take turns."""
+        key = self.problem.scaled_sizes(one.setting), len(one.setting.places)
+        if seconds > self.fastest.get(key, math.inf):
+            return {}
+        self.fastest[key] = seconds
         if abs(seconds / closed_form_s(self.problem, one) - 1) <= CLOSE:
             return {}
         plain = replace(self.problem, scales={})
-        sizes = self.problem.scaled_sizes(one.setting), len(one.setting.places)
-        return {sizes: seconds / closed_form_s(plain, one)}
+        return {key: seconds / closed_form_s(plain, one)}
 
     def best_of(self, candidates: Iterable[Assignment]) -> Assignment:
         """The one with the shortest run; the first ones where there is no time for all."""

@@ -11,14 +11,14 @@ runs decide, and what is told of a plan is its run.
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 from llmpq.errors import InfeasibleError, UserError
 from llmpq.plan_data import Baseline, Plan, Predicted
 from llmpq.planner.baselines import BASELINES, Outcome, run_baselines
-from llmpq.planner.confirm import CLOSE, Confirmed
+from llmpq.planner.confirm import CLOSE, Confirmed, ScaledFor
 from llmpq.planner.evaluate import bounded, evaluate, shortages, to_plan
 from llmpq.planner.evaluate import to_assignment as to_assignment_of
 from llmpq.planner.heuristic import heuristic
@@ -130,6 +130,7 @@ class _Run:
     options: Options
     solver: Solver
     start: float
+    fastest: dict[ScaledFor, float] = field(default_factory=dict)  # as `Confirmed` has it
 
     @property
     def unit(self) -> Problem:
@@ -143,7 +144,7 @@ class _Run:
 
     @cached_property
     def _runs(self) -> Confirmed:
-        return Confirmed(self.unit, 0.0)
+        return Confirmed(self.unit, 0.0, self.fastest)
 
     def compared(self, until: float, seconds: float) -> Confirmed:
         """Simulated runs, for as long as that; what was simulated is known."""
