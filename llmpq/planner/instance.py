@@ -25,15 +25,8 @@ from llmpq.costs.timeline import Costs, combined
 from llmpq.job import cache_tokens
 from llmpq.machine import Machine
 from llmpq.planner.job_table import table_of
-from llmpq.planner.problem import (
-    Place,
-    Problem,
-    Setting,
-    Sizes,
-    fixed_work,
-    hop_works,
-    layer_work,
-)
+from llmpq.planner.problem import Place, Problem, Setting, Sizes
+from llmpq.planner.works import fixed_work, hop_works, layer_work
 
 
 def stack(costs: Sequence[Costs]) -> Costs:

@@ -18,7 +18,8 @@ from llmpq.costs.simulate import Played, play
 from llmpq.job import Item, Job
 from llmpq.plan_data import Predicted
 from llmpq.planner.evaluate import actor_works, closed_form_s, speeds
-from llmpq.planner.problem import Assignment, Problem, Setting, Work, chunk_s
+from llmpq.planner.problem import Assignment, Problem, Setting
+from llmpq.planner.works import Work, chunk_s
 from llmpq.schedule import Schedule
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request

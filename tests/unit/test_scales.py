@@ -13,9 +13,9 @@ from llmpq.planner.evaluate import closed_form_s, evaluate
 from llmpq.planner.instance import make_instance
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Assignment, Problem, ScaledSizes
-from llmpq.planner.search import make_space, rescaled
 from llmpq.planner.simulated import run_s
 from llmpq.planner.solver import make_solver
+from llmpq.planner.space import make_space, rescaled
 
 
 def scaled(problem: Problem, assignment: Assignment, scale: float) -> Problem:
