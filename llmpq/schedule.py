@@ -81,12 +81,13 @@ class _Lane:
         step = self.step
         return [row for row in rows if row.join <= step]
 
-    def is_ready(self, ahead: int) -> bool:
-        """A step can be given out: its rows have their first token, and fewer than `ahead` more
-        under way.
+    def ready(self, ahead: int) -> list[_Row]:
+        """The rows that are due if a step of them can be given out, else none.
+
+        They have their first token, and fewer than `ahead` more under way.
         """
         due = [] if self.num_steps >= ahead else self.due()
-        return bool(due) and all([0 < row.num_given < row.num_new + ahead for row in due])
+        return due if all([0 < row.num_given < row.num_new + ahead for row in due]) else []
 
 
 @dataclass
@@ -130,18 +131,15 @@ class Schedule:
         """The next job, or None until tokens are back; nothing is left if `is_done`."""
         self._look_ahead()
         self._open_batch()
-        ready = None if self._filling else self._ready_lane()
+        ready = [] if self._filling else self._ready_rows()
         if self._num_prefills <= self.num_stages:
-            if self._chunked and not (ready is not None and self._steps == 0):
+            if self._chunked and not (ready and self._steps == 0):
                 return self._next_chunk()
-            if not self._chunked and (job := self._prefill(has_ready=ready is not None)):
+            if not self._chunked and (job := self._prefill(has_ready=bool(ready))):
                 return job
             if self._filling and not self._chunked:
-                self._filling, ready = False, self._ready_lane()
-        if ready is None:
-            return None
-        self._turn = (ready.index + 1) % len(self._lanes)
-        return self._step(ready)
+                self._filling, ready = False, self._ready_rows()
+        return self._step(ready[0].lane, ready) if ready else None
 
     def returned(self, stops: Sequence[bool]) -> tuple[bool, ...]:
         """The oldest job is back; `stops`: of each member, whether it must end with this token.
@@ -295,15 +293,16 @@ class Schedule:
 
     # ---- decode
 
-    def _ready_lane(self) -> _Lane | None:
-        """The first one in the order of their turns."""
+    def _ready_rows(self) -> list[_Row]:
+        """Of the first lane that is ready in the order of their turns."""
         turns = itertools.chain(self._lanes[self._turn :], self._lanes[: self._turn])
-        return next((lane for lane in turns if lane.is_ready(self.ahead)), None)
+        return next((rows for lane in turns if (rows := lane.ready(self.ahead))), [])
 
-    def _step(self, lane: _Lane) -> Job:
+    def _step(self, lane: _Lane, due: list[_Row]) -> Job:
         """The next token of a lane's requests."""
+        self._turn = (lane.index + 1) % len(self._lanes)
         moves = [] if self._num_waiting and self.refill else self._close_ranks(lane)
-        due, index = lane.due(), lane.index
+        due, index = lane.due() if moves else due, lane.index
         members = tuple(
             [Member(index, r.slot, r.item.prompt_tokens, r.item.number, r.num_given) for r in due]
         )

@@ -18,21 +18,18 @@ Not covered: lanes that fall behind each other, so that their requests end in di
 tokens.
 """
 
-import heapq
-from array import array
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
 
+from llmpq.costs.rounds import SAMPLES, Rounds, Seen, run_in_rounds, slots_of
 from llmpq.job import LaneShape, chunk_length, padded_width
-from llmpq.schedule import NEAR, PADDED
+from llmpq.schedule import PADDED
 
-SAMPLES = 12  # rounds at which the lanes are looked at
 BINS = 16  # lengths of prompts in chunks that are told apart
 OCTAVE = 8  # widths an octave: `job.padded_width`
 
@@ -137,137 +134,48 @@ def count_jobs(
     rounds = run_in_rounds(lengths, slots_of(lanes), prefill_rows)
     decode = count_steps(rounds, lanes)
     lane_rows = max(lane.rows for lane in lanes)
-    prefill = count_prefills(rounds, prefill_rows, chunk_tokens, lane_rows)
+    prefill = count_prefills(
+        rounds, prefill_rows, chunk_tokens, lane_rows, lambda _, compute: compute()
+    )
     return together(rounds, prefill, decode, whole or tokens_of(lengths))
-
-
-# ---- the run in rounds
-
-
-@dataclass(frozen=True, eq=False)
-class Rounds:
-    """When requests begin and end; arrays [requests] in the order in which they begin.
-
-    `begin` is the round before a request's first decode step, `end` that of its last one; `slot` is
-    where it lies, counted from the slots of the shortest lanes.
-    """
-
-    slot: np.ndarray
-    begin: np.ndarray
-    end: np.ndarray
-    prompt: np.ndarray
-
-    @cached_property
-    def last(self) -> int:
-        """From this round on slots stay free."""
-        return int(self.begin.max())
-
-    @cached_property
-    def num_bursts(self) -> int:
-        """Rounds with newcomers, beside the first."""
-        return len(np.unique(self.begin)) - 1
-
-
-def slots_of(lanes: Sequence[LaneShape]) -> tuple[tuple[int, int], ...]:
-    """How many slots there are of each number of tokens, the shortest first."""
-    rows: Counter[int] = Counter()
-    for lane in lanes:
-        rows[lane.tokens] += lane.rows
-    return tuple(sorted(rows.items()))
-
-
-def run_in_rounds(
-    lengths: Sequence[tuple[int, int]],
-    slots: Sequence[tuple[int, int]],
-    prefill_rows: int,
-) -> Rounds:
-    """Every request takes the first slot that is free and has room for it; longest outputs first.
-
-    As `schedule.Schedule` takes requests: those whose prompts are like the first one of a prefill
-    job of `prefill_rows` come sooner.
-    """
-    rooms = [tokens for tokens, _ in slots]
-    waiting = _by_room(lengths, rooms)
-    room_of = [index for index, (_, rows) in enumerate(slots) for _ in range(rows)]
-    places, begins, ends, prompts = (array("q") for _ in range(4))
-    running: list[int] = []  # (end, slot) as one number each; a heap
-    size = len(room_of)
-
-    def fill(free: Iterable[int], begin: int) -> None:
-        rows, like = 0, 0
-        for place in free:
-            for room in range(room_of[place], -1, -1):
-                if waiting[room]:
-                    new, prompt = _take(waiting[room], like)
-                    rows = rows + 1 if prompt <= like <= PADDED * prompt else 1
-                    like = 0 if rows == prefill_rows else like if rows > 1 else prompt
-                    places.append(place)
-                    begins.append(begin)
-                    ends.append(begin + new - 1)
-                    prompts.append(prompt)
-                    heapq.heappush(running, (begin + new - 1) * size + place)
-                    break
-
-    fill(range(size), 0)
-    while running:
-        now, place = divmod(heapq.heappop(running), size)
-        free, until = [place], (now + 1) * size
-        while running and running[0] < until:
-            free.append(heapq.heappop(running) - now * size)
-        fill(free, now + 1)
-    return Rounds(*(np.array(values, dtype=np.int64) for values in (places, begins, ends, prompts)))
-
-
-def _by_room(
-    lengths: Sequence[tuple[int, int]], rooms: Sequence[int]
-) -> list[list[tuple[int, int]]]:
-    """(new tokens, prompt tokens) by the least lane that has room; the longest outputs last."""
-    waiting: list[list[tuple[int, int]]] = [[] for _ in rooms]
-    for prompt, new in lengths:
-        waiting[min(bisect_left(rooms, prompt + new), len(rooms) - 1)].append((new, prompt))
-    for some in waiting:
-        some.sort()
-    return waiting
-
-
-def _take(waiting: list[tuple[int, int]], like: int) -> tuple[int, int]:
-    """The last one, or of the next `NEAR` one of about `like` prompt tokens (0: any)."""
-    if like:
-        for back, (_, prompt) in enumerate(waiting[: -NEAR - 1 : -1], start=1):
-            if like <= PADDED * prompt and prompt <= like:
-                return waiting.pop(-back)
-    return waiting.pop()
 
 
 # ---- prefill jobs
 
 PrefillJobs = Mapping[PrefillJob, int]
+Once = Callable[[Hashable, Callable[[], PrefillJobs]], PrefillJobs]
 
 
 def count_prefills(
-    rounds: Rounds, prefill_rows: int, chunk_tokens: int, lane_rows: int
+    rounds: Rounds, prefill_rows: int, chunk_tokens: int, lane_rows: int, once: Once
 ) -> tuple[PrefillJobs, PrefillJobs]:
     """Those that fill the lanes at the beginning, and all others.
 
     Requests of like prompts that begin in one round share jobs: of `prefill_rows` at the beginning,
-    later of no more than a lane has, as lanes hardly ever wait for each other.
+    later of no more than a lane has, as lanes hardly ever wait for each other. `once` keeps what
+    other micro-batches of the same rounds and chunks ask for too.
     """
-    is_first = rounds.begin == 0
-    later = min(prefill_rows, lane_rows)
-    return (
-        _prefill_jobs(rounds, is_first, prefill_rows, prefill_rows, chunk_tokens),
-        _prefill_jobs(rounds, ~is_first, later, prefill_rows, chunk_tokens),
-    )
+
+    def shared(is_first: bool, rows: int) -> PrefillJobs:
+        those = ((rounds.begin == 0) == is_first) & (rounds.prompt <= chunk_tokens)
+        return _shared_jobs(rounds.prompt[those], rounds.begin[those], rows, chunk_tokens)
+
+    def chunks(is_first: bool) -> PrefillJobs:
+        those = ((rounds.begin == 0) == is_first) & (rounds.prompt > chunk_tokens)
+        return _chunks(rounds.prompt[those], prefill_rows, chunk_tokens)
+
+    def jobs(is_first: bool, rows: int) -> PrefillJobs:
+        whole = once(("whole", is_first, rows), partial(shared, is_first, rows))
+        cut = once(("chunks", is_first, prefill_rows), partial(chunks, is_first))
+        return Counter(whole) + Counter(cut) if cut else whole
+
+    return jobs(True, prefill_rows), jobs(False, min(prefill_rows, lane_rows))
 
 
-def _prefill_jobs(
-    rounds: Rounds, those: np.ndarray, rows: int, prefill_rows: int, chunk_tokens: int
-) -> PrefillJobs:
-    """Of some requests, with so many `rows` at most; `prefill_rows` say how long a chunk is."""
-    prompt, begin = rounds.prompt[those], rounds.begin[those]
-    whole = prompt <= chunk_tokens
-    jobs = _shared_jobs(prompt[whole], begin[whole], rows, chunk_tokens)
-    for total, count in _binned(prompt[~whole]).items():
+def _chunks(prompt: np.ndarray, prefill_rows: int, chunk_tokens: int) -> PrefillJobs:
+    """Of long prompts, each computed alone; `prefill_rows` say how long a chunk is."""
+    jobs: Counter[PrefillJob] = Counter()
+    for total, count in _binned(prompt).items():
         chunk = chunk_length(total, prefill_rows, chunk_tokens)
         for start in range(0, total, chunk):
             jobs[PrefillJob(1, start, min(total, start + chunk))] += count
@@ -276,21 +184,34 @@ def _prefill_jobs(
 
 def _shared_jobs(
     prompt: np.ndarray, begin: np.ndarray, rows: int, chunk_tokens: int
-) -> Counter[PrefillJob]:
+) -> PrefillJobs:
     """Prompts that are computed whole, in the order in which they begin."""
-    sizes: Counter[tuple[int, int]] = Counter()
-    size, longest, least, last = 0, 0, 0.0, -1
-    for tokens, now in zip(prompt.tolist(), begin.tolist(), strict=True):
-        if size == rows or now != last or not least <= tokens <= longest:
-            sizes[size, longest] += 1
-            size, longest, least, last = 0, tokens, tokens / PADDED, now
-        size += 1
-    sizes[size, longest] += 1
+    until = _ends_of_jobs(prompt, begin, rows).tolist()
+    starts, at = [], 0
+    while at < len(until):
+        starts.append(at)
+        at = until[at]
+    first = np.array(starts, dtype=np.int64)
+    sizes = np.diff(first, append=len(prompt))
+    kinds = Counter(zip(sizes.tolist(), prompt[first].tolist(), strict=True))
     jobs: Counter[PrefillJob] = Counter()
-    for (size, longest), count in sizes.items():
-        if size:  # not what was before the first
-            jobs[PrefillJob(size, 0, min(chunk_tokens, padded_width(longest)))] += count
+    for (size, longest), count in kinds.items():
+        jobs[PrefillJob(size, 0, min(chunk_tokens, padded_width(longest)))] += count
     return jobs
+
+
+def _ends_of_jobs(prompt: np.ndarray, begin: np.ndarray, rows: int) -> np.ndarray:
+    """[requests]: where a job of up to `rows` like prompts ends that begins with each of them."""
+    place = np.arange(len(prompt))
+    until = np.minimum(place + rows, np.searchsorted(begin, begin, side="right"))
+    if not len(prompt) or prompt.min() == prompt.max():
+        return until
+    for after in range(1, int((until - place).max())):
+        those = np.flatnonzero(until - place > after)
+        first, other = prompt[those], prompt[those + after]
+        unlike = (other > first) | (other < first / PADDED)
+        until[those[unlike]] = those[unlike] + after
+    return until
 
 
 def _binned(prompt: np.ndarray) -> Mapping[int, int]:
@@ -334,26 +255,21 @@ def count_steps(rounds: Rounds, lanes: Sequence[LaneShape]) -> LaneSteps:
     np.maximum.at(ends, lane, rounds.end)
     empty = _empty_rounds(lane, rounds.begin, rounds.end, len(shapes))
     longest = max(range(len(ends)), key=lambda i: (ends[i] - empty[i], shapes[i].tokens))
-    parts = [(0, rounds.last), (rounds.last, int(ends.max()))]
-    seen = [
-        _looked_at(rounds, lane, shapes, *part, shrink=number == 1)
-        for number, part in enumerate(parts)
-    ]
+    parts = zip(rounds.parts, rounds.seen, strict=True)
     taken = [
         np.clip(np.minimum(ends, stop) - start, 0, None) - (0 if number else empty)
-        for number, (start, stop) in enumerate(parts)
+        for number, ((start, stop), _) in enumerate(parts)
+    ]
+    seen = [
+        _looked_at(some, lane_of, shapes, shrink=number == 1)
+        for number, some in enumerate(rounds.seen)
     ]
     rows, past = (np.stack(some) for some in zip(*seen, strict=True))
     return LaneSteps(np.stack(taken), rows, past, empty, longest, int(ends.max()))
 
 
 def _looked_at(
-    rounds: Rounds,
-    lane: np.ndarray,
-    shapes: Sequence[LaneShape],
-    start: int,
-    stop: int,
-    shrink: bool,
+    seen: Sequence[Seen], lane_of: np.ndarray, shapes: Sequence[LaneShape], shrink: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """[samples, lanes]: rows that a step computes, and their past; rows are 0 without a step.
 
@@ -364,12 +280,10 @@ def _looked_at(
     longest = np.zeros((SAMPLES, len(shapes)))
     slots = np.array([shape.rows for shape in shapes])
     tokens = np.array([shape.tokens for shape in shapes])
-    for index in range(SAMPLES):
-        at = start + (index + 0.5) * (stop - start) / SAMPLES
-        runs = (rounds.begin <= at) & (rounds.end > at)
-        own = lane[runs]
+    for index, (slot, held) in enumerate(seen):
+        own = lane_of[slot]
         rows[index] = np.bincount(own, minlength=len(shapes))
-        np.maximum.at(longest[index], own, (rounds.prompt - rounds.begin)[runs] + at + 1)
+        np.maximum.at(longest[index], own, held)
     rows = rows if shrink else np.where(rows > 0, slots, 0)
     return rows, np.minimum(_padded(longest), tokens) - 1
 
@@ -415,13 +329,13 @@ def _empty_rounds(
     lane: np.ndarray, begin: np.ndarray, end: np.ndarray, num_lanes: int
 ) -> np.ndarray:
     """[lanes]: rounds between its steps in which a lane has none, as all slots change hands."""
-    found = np.zeros(num_lanes, dtype=int)
-    for index in np.unique(lane):
-        own = lane == index
-        order = np.argsort(begin[own], kind="stable")
-        until = np.maximum.accumulate(end[own][order])
-        found[index] = np.clip(begin[own][order][1:] - until[:-1], 0, None).sum()
-    return found
+    by_lane = np.argsort(lane.astype(np.int16), kind="stable")  # and by begin, as they come so
+    lane, begin, end = lane[by_lane], begin[by_lane], end[by_lane]
+    apart = lane * (end.max() + 1)  # so that lanes do not see each other
+    until = np.maximum.accumulate(end + apart)
+    empty = np.clip((begin + apart)[1:] - until[:-1], 0, None)
+    same = lane[1:] == lane[:-1]
+    return np.bincount(lane[1:][same], empty[same], minlength=num_lanes).astype(np.int64)
 
 
 def _times(whole: float, counted: float, repeated: float) -> float:

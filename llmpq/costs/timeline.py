@@ -122,8 +122,8 @@ def _shares(counts: JobCounts) -> tuple[float, ...]:
 def run_s(stage: Costs, link: Costs) -> np.ndarray:
     """Seconds of a run, from costs [N, ...] of the stages and of the links after them.
 
-    Linear in costs and maxima, so that the ILPs of `planner.counts` and `planner.pool` hold the
-    same chains as rows.
+    Linear in costs and maxima, so that the ILPs of `planner.counts` and `planner.pool_bounds` hold
+    the same chains as rows.
     """
     bursts = (stage.bursts + link.bursts).sum(axis=0)
     step = (stage.step + link.step).sum(axis=0)

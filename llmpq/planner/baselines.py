@@ -18,7 +18,7 @@ import numpy as np
 
 from llmpq.cluster import MIB
 from llmpq.errors import UserError
-from llmpq.plan_data import Predicted
+from llmpq.plan_data import Baseline, Plan, Predicted
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.partition import Fronts, least_bottleneck, least_sum, range_lengths
@@ -341,6 +341,31 @@ def amount(num_bytes: float) -> str:
     """Bytes as MiB or GiB."""
     mib = num_bytes / MIB
     return f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.2f} MiB"
+
+
+def offloaded(plan: "OffloadPlan | None") -> Outcome:
+    """Off-loading as a row beside the others; it has no plan file."""
+    if plan is None:
+        return Outcome("flexgen", None, None, False, "no precision keeps the quality budget")
+    if not plan.feasible:
+        return Outcome("flexgen", None, None, False, plan.why_not)
+    return Outcome("flexgen", None, None, True, "", offload=plan)
+
+
+def with_baselines(plan: Plan, outcomes: Sequence[Outcome]) -> Plan:
+    """The plan with the other methods' figures."""
+    return plan.model_copy(update={"baselines": [_baseline(outcome) for outcome in outcomes]})
+
+
+def _baseline(outcome: Outcome) -> Baseline:
+    figures = outcome.offload or outcome.predicted
+    return Baseline(
+        method=outcome.method,
+        feasible=outcome.feasible,
+        tokens_per_s=figures.tokens_per_s if figures else None,
+        quality_loss_percent=figures.quality_loss_percent if figures else None,
+        why_not=outcome.why_not or None,
+    )
 
 
 # ---- the methods by name

@@ -20,10 +20,15 @@ from llmpq.planner.problem import Assignment, Problem, ScaledSizes, Setting
 from llmpq.planner.simulated import run_s
 from llmpq.workload import LEAST_CHUNK_TOKENS
 
+ScaledFor = tuple[ScaledSizes, int]  # and the number of stages
+
 BETTER = 0.995  # of the time so far: what is worth taking
 # Times in closed form, of the best plan's, above which none is simulated. On 58 random rigs none
 # above 1.05 had the shorter run.
 HOPELESS = 1.1
+# The same of another method's plan, whose run is known. On 18 random rigs, of plans that were above
+# it by both none came below 1.05 times our run by other sizes.
+RIVAL = 1.05
 CLOSE = 0.03  # of the closed form to the simulated run, as it is in the median
 LONG = 1024  # tokens: prompts that are alike and shorter are computed whole
 ROUNDS = 4  # of varying micro-batches, at most
@@ -31,10 +36,14 @@ ROUNDS = 4  # of varying micro-batches, at most
 
 @dataclass
 class Confirmed:
-    """Simulated runs of plans; `values`: seconds + theta * sensitivity of each."""
+    """Simulated runs of plans; `values`: seconds + theta * sensitivity of each.
+
+    `fastest`: seconds of the fastest run of some sizes and number of stages.
+    """
 
     problem: Problem
     deadline: float  # time.monotonic
+    fastest: dict[ScaledFor, float] = field(default_factory=dict)
     values: dict[Assignment, float] = field(default_factory=dict)
 
     def value(self, assignment: Assignment) -> float:
@@ -58,6 +67,11 @@ class Confirmed:
         """In closed form it is so much worse that its run is not worth playing."""
         return self._priced(other) > HOPELESS * self._priced(best)
 
+    def is_rival(self, other: Assignment, ours: Assignment) -> bool:
+        """In closed form or by its run it may become better than ours with other micro-batches."""
+        most = RIVAL * self._priced(ours)
+        return self._priced(other) <= most or self.value(other) <= RIVAL * self.value(ours)
+
     def _priced(self, assignment: Assignment) -> float:
         omega = self.problem.quality.sum_omega(assignment.precisions)
         return closed_form_s(self.problem, assignment) + self.problem.theta * omega
@@ -69,7 +83,7 @@ class Confirmed:
 
     def scales(
         self, candidates: Sequence[Assignment], rivals: Sequence[Assignment] = ()
-    ) -> dict[tuple[ScaledSizes, int], float]:
+    ) -> dict[ScaledFor, float]:
         """Simulated seconds over those of the closed form, where they are apart and that matters.
 
         By sizes and number of stages. It matters for the first candidate, which is the best one in
@@ -96,12 +110,16 @@ class Confirmed:
                 found |= self._scales_of(rival, self.seconds(rival))
         return found
 
-    def _scales_of(self, one: Assignment, seconds: float) -> dict[tuple[ScaledSizes, int], float]:
+    def _scales_of(self, one: Assignment, seconds: float) -> dict[ScaledFor, float]:
+        """Of plans of the same sizes the fastest one counts: else two would take turns."""
+        key = self.problem.scaled_sizes(one.setting), len(one.setting.places)
+        if seconds > self.fastest.get(key, math.inf):
+            return {}
+        self.fastest[key] = seconds
         if abs(seconds / closed_form_s(self.problem, one) - 1) <= CLOSE:
             return {}
         plain = replace(self.problem, scales={})
-        sizes = self.problem.scaled_sizes(one.setting), len(one.setting.places)
-        return {sizes: seconds / closed_form_s(plain, one)}
+        return {key: seconds / closed_form_s(plain, one)}
 
     def best_of(self, candidates: Iterable[Assignment]) -> Assignment:
         """The one with the shortest run; the first ones where there is no time for all."""
@@ -163,7 +181,7 @@ def _decode_sizes(setting: Setting) -> Iterator[Setting]:
 
 def _prefill_sizes(setting: Setting) -> Iterator[Setting]:
     size = setting.prefill_micro_batch
-    for other in (2 * size, size // 2, size // 4):
+    for other in (2 * size, 4 * size, size // 2, size // 4):
         if 1 <= other <= setting.batch:
             yield setting.resized(prefill_micro_batch=other)
 

@@ -23,15 +23,8 @@ from llmpq.planner.instance import (
     of_only_pair,
     stack,
 )
-from llmpq.planner.problem import (
-    Assignment,
-    Place,
-    Problem,
-    Setting,
-    Work,
-    hop_works,
-    stage_work,
-)
+from llmpq.planner.problem import Assignment, Place, Problem, Setting
+from llmpq.planner.works import Work, hop_works, stage_work
 from llmpq.serving import serving
 
 

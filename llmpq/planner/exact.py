@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmpq.planner import counts
-from llmpq.planner.heuristic import assign_layers, start_choice, transfer
+from llmpq.planner.heuristic import start_choice, transfer
 from llmpq.planner.instance import Instance
+from llmpq.planner.moves import assign_layers
 from llmpq.planner.problem import OVER
 from llmpq.planner.solver import TOLERANCE, Programme, Solver, Status
 from llmpq.planner.value import Choice, count_options, fits, objective, seconds, sum_omega

@@ -25,15 +25,8 @@ from llmpq.costs.timeline import Costs, combined
 from llmpq.job import cache_tokens
 from llmpq.machine import Machine
 from llmpq.planner.job_table import table_of
-from llmpq.planner.problem import (
-    Place,
-    Problem,
-    Setting,
-    Sizes,
-    fixed_work,
-    hop_works,
-    layer_work,
-)
+from llmpq.planner.problem import Place, Problem, Setting, Sizes
+from llmpq.planner.works import fixed_work, hop_works, layer_work
 
 
 def stack(costs: Sequence[Costs]) -> Costs:
@@ -344,7 +337,11 @@ def least_hop(problem: Problem, sizes: Sizes, node: str, nodes: tuple[str, ...])
     """
     other = next((other for other in nodes if other != node), node)
     ways = ([node, node], [node, other])
-    return combined([link_costs(problem, sizes, way)[0] for way in ways], np.min)
+
+    def compute() -> Costs:
+        return combined([link_costs(problem, sizes, way)[0] for way in ways], np.min)
+
+    return problem.once(("least hop", node, other, sizes), compute)
 
 
 def least_way_back(

@@ -15,7 +15,8 @@ import numpy as np
 
 from llmpq.costs.job_counts import DecodeSteps, PrefillJob
 from llmpq.costs.timeline import Costs, Shares, shares
-from llmpq.planner.problem import Problem, Sizes, Work, later_chunk_s
+from llmpq.planner.problem import Problem, Sizes
+from llmpq.planner.works import Work, later_chunk_s
 
 
 @dataclass(frozen=True, eq=False)

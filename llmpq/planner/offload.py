@@ -20,9 +20,10 @@ import numpy as np
 from llmpq.cluster import DEFAULT_LINK_GBS, MIB, Device
 from llmpq.costs import memory
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
-from llmpq.planner.problem import OVER, Problem, fixed_work, layer_work
+from llmpq.planner.problem import OVER, Problem
 from llmpq.planner.sizes import batch_options, micro_batch_options
 from llmpq.planner.waves import BatchGroup, groups, seconds_of_all
+from llmpq.planner.works import fixed_work, layer_work
 
 
 @dataclass(frozen=True)

@@ -1,52 +1,50 @@
 """One planning run as values: our own search, then what other methods would do.
 
 The time limit covers all: a quarter at most to list the ways to use the devices, a moment for a
-first plan by moves, the search (a tenth, but seven seconds at least), the search again with a
-closed form that simulated runs have corrected, and what is left for the other methods.
-They get the same space as our own search: its orders, batches and micro-batches. The best plans of
+first plan by moves, the searches (a tenth, but seven seconds at least: the first one, and those
+with a closed form that simulated runs have corrected), and what is left for the other methods. They
+get the same space as our own search: its orders, batches and micro-batches. The best plans of
 the search and those of the other methods within the budget are candidates alike: their simulated
 runs decide, and what is told of a plan is its run.
 """
 
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 from llmpq.errors import InfeasibleError, UserError
-from llmpq.plan_data import Baseline, Plan, Predicted
-from llmpq.planner.baselines import BASELINES, Outcome, run_baselines
-from llmpq.planner.confirm import CLOSE, Confirmed
-from llmpq.planner.evaluate import bounded, evaluate, shortages, to_plan
-from llmpq.planner.evaluate import to_assignment as to_assignment_of
+from llmpq.plan_data import Plan, Predicted
+from llmpq.planner.baselines import BASELINES, Outcome, offloaded, run_baselines, with_baselines
+from llmpq.planner.confirm import CLOSE, Confirmed, ScaledFor
+from llmpq.planner.evaluate import bounded, evaluate, to_plan
 from llmpq.planner.heuristic import heuristic
-from llmpq.planner.offload import OffloadPlan, flexgen
-from llmpq.planner.problem import OVER, Assignment, Problem
-from llmpq.planner.search import Progress, Search, Space, make_space, rescaled, search
+from llmpq.planner.offload import flexgen
+from llmpq.planner.plan_notes import doubts, idle
+from llmpq.planner.price import still_fits
+from llmpq.planner.problem import Assignment, Problem, Sizes
+from llmpq.planner.search import Progress, Search, search
 from llmpq.planner.simulated import with_run
 from llmpq.planner.sizes import sizes_near, spare_sizes
 from llmpq.planner.solver import Solver, make_solver
+from llmpq.planner.space import Space, make_space, rescaled
 from llmpq.planner.value import to_assignment
 
 METHODS = ("auto", "ilp", "heuristic", *BASELINES)
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
-SEARCH_S = 7.0  # that a search has, however short a tenth of the time limit is
+SEARCH_S = 7.0  # that searches have, however short a tenth of the time limit is
+FIRST_SHARE = 2 / 3  # of that, for the first one; the rest is for those with a corrected price
 CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
 CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before
-MOST_CORRECTIONS, CORRECTIONS_S = 10, 4.0  # of the closed form, and seconds for all of them
+MOST_CORRECTIONS = 10  # of the closed form
+ANY_GAP = 0.5  # where the time is over and there is no plan yet
+RIVALS_S = 1.5  # at least, for the search that another method's better plan makes necessary
 FINALISTS = 4  # plans of the search whose runs are simulated
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
-MOVES_S = 0.1  # for a first plan by moves; where it is the whole method, HEURISTIC_S
+MOVES_S = 0.25  # for a first plan by moves; where it is the whole method, HEURISTIC_S
 HEURISTIC_S = 0.5
 OTHERS_S = 5.0  # or three times our own search: at most, for the other methods
-TIMED_OUT = "the time limit ended the search; a longer --time-limit may find better"
-LOOSE = (
-    "the gap is above the one asked for, as the bound is of the closed form and the time of the "
-    "simulated run; another plan may be better by up to the gap"
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Pla
     if options.method not in METHODS:
         raise UserError(f"unknown method '{options.method}'; known: {', '.join(METHODS)}")
     run = _Run(problem, options, make_solver(options.solver), time.monotonic())
-    space = make_space(run.unit, run.solver, run.by(SPACE_SHARE, LEAST_S), options.progress)
+    space = _space(run, run.by(SPACE_SHARE, LEAST_S))
     if options.method in BASELINES:
         plan, outcomes = _by_baseline(run, space)
         return _planned(run, space, with_baselines(plan, outcomes), outcomes)
@@ -110,9 +108,9 @@ def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan
     nothing fits.
     """
     run = _Run(problem, options, make_solver(options.solver), time.monotonic())
-    first = _still_fits(run.unit, like) if like else None
+    first = still_fits(run.unit, like) if like else None
     sizes = sizes_near(run.unit, first.setting) if first and options.near else None
-    space = make_space(run.unit, run.solver, run.by(SPACE_SHARE, LEAST_S), sizes=sizes or None)
+    space = _space(run, run.by(SPACE_SHARE, LEAST_S), sizes or None)
     found, space = _searched(run, space, first)
     run, _, found = _corrected(run, space, found)
     if found.assignment is None:
@@ -128,6 +126,7 @@ class _Run:
     options: Options
     solver: Solver
     start: float
+    fastest: dict[ScaledFor, float] = field(default_factory=dict)  # as `Confirmed` has it
 
     @property
     def unit(self) -> Problem:
@@ -141,7 +140,7 @@ class _Run:
 
     @cached_property
     def _runs(self) -> Confirmed:
-        return Confirmed(self.unit, 0.0)
+        return Confirmed(self.unit, 0.0, self.fastest)
 
     def compared(self, until: float, seconds: float) -> Confirmed:
         """Simulated runs, for as long as that; what was simulated is known."""
@@ -162,22 +161,24 @@ class _Run:
 # ---- our own
 
 
-def _still_fits(problem: Problem, plan: Plan) -> Assignment | None:
-    """A plan's assignment in a changed problem."""
-    try:
-        assignment = to_assignment_of(plan, problem.cluster)
-    except ValueError:  # its devices are gone
-        return None
-    assignment = replace(assignment, setting=assignment.setting.resized())  # for these lengths
-    omega = problem.quality.sum_omega(assignment.precisions)
-    offered = set(assignment.precisions) <= set(problem.precisions)
-    fits = offered and omega <= problem.budget * OVER and not shortages(problem, assignment)
-    return assignment if fits else None
+def _space(run: _Run, until: float, sizes: Sequence[Sizes] | None = None) -> Space:
+    """Made until then; of these sizes alone where they are given."""
+
+    def told(done: int, total: int) -> None:
+        run.options.progress(Progress(done, total, 0.0, "ways to use the devices"))
+
+    return make_space(run.unit, run.solver, until, told, sizes)
 
 
 def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple[Search, Space]:
     """The search of a space; where it holds no plan, that of sizes that need less memory."""
-    found = _search_of(run, space, [first] if first else [])
+    until = _search_until(run)
+    if run.options.simulate:
+        until = run.start + FIRST_SHARE * (until - run.start)
+    gap, until = _loose_gap(run), max(until, time.monotonic() + LEAST_S)
+    found = _search_of(run, space, [first] if first else [], gap, until)
+    if found.assignment is None and found.timed_out:
+        found = _search_of(run, space, [], ANY_GAP, _limit(run))
     if found.assignment is not None or found.timed_out:
         return found, space
     from llmpq.planner.explain import lacks_memory  # start-up time where there is a plan
@@ -185,8 +186,14 @@ def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple
     if lacks_memory(run.unit):
         return found, space
     until, sizes = run.by(SEARCH_SHARE, LEAST_S), spare_sizes(run.unit)
-    space = make_space(run.unit, run.solver, until, run.options.progress, sizes)
-    return _search_of(run, space), space
+    space = _space(run, until, sizes)
+    until = max(_search_until(run), time.monotonic() + LEAST_S)
+    return _search_of(run, space, [], gap, until), space
+
+
+def _loose_gap(run: _Run) -> float:
+    """As the closed form is off by `CLOSE` at any rate, half of that is gap enough at first."""
+    return max(run.options.gap, CLOSE / 2) if run.options.simulate else run.options.gap
 
 
 def _corrected(
@@ -194,36 +201,36 @@ def _corrected(
 ) -> tuple[_Run, Space, Search]:
     """Searches again for as long as the simulated run of the best plan contradicts its price.
 
-    Or that of another method's plan which is better than ours.
-    The closed form is then scaled to the simulated runs of plans of these sizes. As it is off by
-    `CLOSE` at any rate, half of that is gap enough.
+    Or that of another method's plan which is better than ours. The closed form is then scaled to
+    the simulated runs of plans of these sizes. Where no run contradicts, it goes on to the gap that
+    was asked for.
     """
-    until = time.monotonic() + CORRECTIONS_S
-    gap, timed_out = max(run.options.gap, CLOSE / 2), found.timed_out
+    until = max(_search_until(run), time.monotonic() + (RIVALS_S if rivals else 0.0))
+    gap = _loose_gap(run)
     for _ in range(MOST_CORRECTIONS if run.options.simulate else 0):
         if found.assignment is None or time.monotonic() > until:
             break
         runs = run.compared(run.by(CONFIRM_SHARE, LEAST_S), CONFIRM_S)
         scales = runs.scales(found.finalists[:FINALISTS], rivals)
-        if not scales or runs.is_over:
+        if runs.is_over:
             break
         before, seeds = run.unit, [*found.finalists, *rivals]
-        run = replace(run, problem=run.problem.scaled(scales))
-        space = rescaled(space, before, run.unit)
-        deadline = min(until, run.by(SEARCH_SHARE, LEAST_S))
-        found = _search_of(run, space, seeds, gap=gap, deadline=deadline)
-        found.timed_out = timed_out  # where this one is cut off, the gap tells
+        space = replace(space, floor=found.lower_bound)
+        if scales:
+            run = replace(run, problem=run.problem.scaled(scales))
+            space = rescaled(space, before, run.unit)
+        elif gap > run.options.gap and not run.problem.scales:
+            gap = run.options.gap
+        else:
+            break
+        found = _search_of(run, space, seeds, gap, until)
     return run, space, found
 
 
 def _search_of(
-    run: _Run,
-    space: Space,
-    seeds: Sequence[Assignment] = (),
-    gap: float | None = None,
-    deadline: float = math.inf,
+    run: _Run, space: Space, seeds: Sequence[Assignment], gap: float, deadline: float
 ) -> Search:
-    """From plans to start with, or from one that is made by moves; to `gap` or that asked for."""
+    """From plans to start with, or from one that is made by moves."""
     options = run.options
     if not seeds:
         first = _moves(run, space, MOVES_S)
@@ -232,8 +239,8 @@ def _search_of(
         run.unit,
         space,
         run.solver,
-        gap=options.gap if gap is None else gap,
-        deadline=min(deadline, _search_until(run)),
+        gap=gap,
+        deadline=deadline,
         seeds=seeds,
         plain=options.method == "ilp",
         progress=options.progress,
@@ -245,11 +252,14 @@ def _search_until(run: _Run) -> float:
 
     That one needs minutes for the last percents of its bound.
     """
-    options = run.options
-    limit = run.by(SEARCH_SHARE if options.compare else 1.0, LEAST_S)
-    if options.method == "ilp":
-        return limit
-    return min(limit, max(run.by(1 / 10), run.start + SEARCH_S))
+    if run.options.method == "ilp":
+        return _limit(run)
+    return min(_limit(run), max(run.by(1 / 10), run.start + SEARCH_S))
+
+
+def _limit(run: _Run) -> float:
+    """When no search goes on."""
+    return run.by(SEARCH_SHARE if run.options.compare else 1.0, LEAST_S)
 
 
 def _moves(run: _Run, space: Space, seconds: float) -> Assignment | None:
@@ -341,31 +351,23 @@ def _outcomes(
     now = time.monotonic()
     until = min(run.by(1.0, LEAST_S), now + max(OTHERS_S, 3 * run.seconds))
     found = run_baselines(run.unit, settings, until, methods, smallest, told)
-    return [*(_played(run, outcome, ours) for outcome in found), _offloaded(flexgen(run.problem))]
+    return [*(_played(run, outcome, ours) for outcome in found), offloaded(flexgen(run.problem))]
 
 
 def _played(run: _Run, outcome: Outcome, ours: Assignment | None) -> Outcome:
     """With its run simulated as that of our own plan.
 
-    Its sizes are varied as those of `ours` are, unless it is too far behind for that to matter.
+    Its sizes are varied as those of `ours` are, unless it is above the budget or too far behind for
+    that to matter.
     """
     if outcome.assignment is None:
         return outcome
     best = outcome.assignment
     if run.options.simulate:
         runs = run.compared(run.by(1.0, LEAST_S), CONFIRM_S / len(BASELINES))
-        if ours is None or not runs.is_hopeless(best, ours):
+        if ours is None or (outcome.within_budget and runs.is_rival(best, ours)):
             best = runs.improved(best)
     return replace(outcome, assignment=best, predicted=_predicted(run, best))
-
-
-def _offloaded(plan: OffloadPlan | None) -> Outcome:
-    """Off-loading as a row beside the others; it has no plan file."""
-    if plan is None:
-        return Outcome("flexgen", None, None, False, "no precision keeps the quality budget")
-    if not plan.feasible:
-        return Outcome("flexgen", None, None, False, plan.why_not)
-    return Outcome("flexgen", None, None, True, "", offload=plan)
 
 
 def _by_baseline(run: _Run, space: Space) -> tuple[Plan, list[Outcome]]:
@@ -386,48 +388,12 @@ def baseline_plan(problem: Problem, outcome: Outcome, planning_s: float = 0.0) -
     return to_plan(problem, outcome.assignment, outcome.method, predicted)
 
 
-def with_baselines(plan: Plan, outcomes: Sequence[Outcome]) -> Plan:
-    """The plan with the other methods' figures."""
-    return plan.model_copy(update={"baselines": [_baseline(outcome) for outcome in outcomes]})
-
-
-def _baseline(outcome: Outcome) -> Baseline:
-    figures = outcome.offload or outcome.predicted
-    return Baseline(
-        method=outcome.method,
-        feasible=outcome.feasible,
-        tokens_per_s=figures.tokens_per_s if figures else None,
-        quality_loss_percent=figures.quality_loss_percent if figures else None,
-        why_not=outcome.why_not or None,
-    )
-
-
-# ---- what a reader should know
-
-
 def _planned(
     run: _Run, space: Space, plan: Plan, outcomes: Sequence[Outcome], found: Search | None = None
 ) -> Planned:
-    notes = [*space.notes, *run.solver.notes, *_idle(plan)]
+    notes = [*space.notes, *run.solver.notes, *idle(plan)]
     effort = f"{space.num_settings} settings"
     if found is not None:
-        notes += _doubts(found, plan, run.options.gap)
+        notes += doubts(found, plan, run.options.gap)
         effort += f", {found.num_relaxed} relaxed, {found.num_solved} solved in whole layers"
     return Planned(plan, tuple(outcomes), tuple(notes), effort)
-
-
-def _idle(plan: Plan) -> list[str]:
-    """What the plan leaves out."""
-    idle = Counter((device.type, device.node) for device in plan.cluster.devices())
-    idle.subtract((name, stage.node) for stage in plan.stages for name in stage.devices)
-    names = [f"{f'{n} x ' if n > 1 else ''}{d} on {node}" for (d, node), n in idle.items() if n > 0]
-    why = "only slows the rest, or does not fit"
-    return [f"left out: {', '.join(names)} ({why})"] if names else []
-
-
-def _doubts(found: Search, plan: Plan, gap: float) -> list[str]:
-    """What keeps the gap from being the one asked for."""
-    if found.timed_out:
-        return [TIMED_OUT]
-    reached = plan.predicted.gap if plan.predicted else 0.0
-    return [LOOSE] if reached > gap + 1e-6 else []

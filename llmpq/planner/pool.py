@@ -1,24 +1,23 @@
-"""A bound for a mix of places that no order, partition or choice of layers is below.
+"""What a mix of places can do at best, whatever the order, partition or choice of layers.
 
 What is ignored: the order (embedding and head lie where that is cheapest, in parts if need be),
-that a stage holds whole layers, and where stages begin and end in the model. What is left is a
-small linear programme over how many layers the stages of each kind hold at each option. Its
-prices (duals: of a stage's time, of memory, of sensitivity) bound every other pair of micro-batches
-too: for *any* prices, the cheapest way to place each layer by itself is below every plan. So one
-programme a mix and batch, and array arithmetic, bound all pairs of micro-batches.
+that a stage holds whole layers, and where stages begin and end in the model. What is left are the
+costs of a layer on the stages of each kind, and what is beside them: `pool_bounds` bounds all plans
+of the mix by it. Mixes of the same kinds of places differ in how many of each they have, and share
+the rest.
 
 Arrays: K kinds of places, P prefill and Q decode micro-batches, B options, G groups of layers.
 """
 
-import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from llmpq.costs.memory import is_packed
 from llmpq.costs.timeline import Costs, combined
-from llmpq.planner.counts import Rows, Term, add_transport, finite
+from llmpq.planner.counts import finite
 from llmpq.planner.instance import (
     LayerGroups,
     capacity,
@@ -35,7 +34,6 @@ from llmpq.planner.instance import (
 )
 from llmpq.planner.layouts import Mix, num_stages
 from llmpq.planner.problem import OVER, Place, Problem, Sizes
-from llmpq.planner.solver import Programme, Solver
 
 
 @dataclass(frozen=True)
@@ -67,83 +65,113 @@ class End:
     num_bytes: np.ndarray  # [P, Q, K]
 
 
-@dataclass(frozen=True)
-class Prices:
-    """Duals: what one more second, byte or unit of sensitivity somewhere costs in seconds.
+@dataclass(frozen=True, eq=False)
+class _Kinds:
+    """What mixes of the same kinds of places share, to no scale; arrays as in `Pool`."""
 
-    `passing`: of the chain of bursts and what comes between them, and in it `others` and `pace` of
-    a kind's stages and the `loop`; `busy`: of a kind's stages that never pause.
-    """
+    layer: Costs  # infinite where not offered
+    fixed: Costs
+    layer_bytes: np.ndarray
+    capacity: np.ndarray
+    num_layers: int
 
-    passing: float
-    others: np.ndarray  # [K]
-    pace: np.ndarray  # [K]
-    loop: float
-    busy: np.ndarray  # [K]
-    memory: np.ndarray  # [K], of a byte
-    least: np.ndarray  # [K], of a stage having a layer
-    omega: float
+    @cached_property
+    def offered(self) -> np.ndarray:
+        """[K, B], booleans."""
+        return np.isfinite(self.layer.bursts[0, 0])
+
+    @cached_property
+    def finite(self) -> Costs:
+        """Of a layer, 0 where not offered."""
+        return self.layer.map(finite)
+
+    @cached_property
+    def slowest(self) -> dict[str, "WholeStages"]:
+        """By the kind of cost that a resource may be the slowest in."""
+        held = np.floor(self.capacity.max(axis=(0, 1)) * OVER / self.layer_bytes.min(axis=1))
+        flat = (-1, len(held))
+
+        def of(name: str) -> WholeStages:
+            each, beside = getattr(self.layer, name).min(axis=-1), getattr(self.fixed, name)
+            return WholeStages(each.reshape(flat), beside.reshape(flat), held, self.num_layers)
+
+        return {name: of(name) for name in ("others", "pace", "busy")}
 
 
 def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
     """The arrays of a mix."""
     kinds = _kinds(problem, mix)
     places = [place for place, _ in kinds.values()]
-    alone = num_stages(mix) == 1
-    scale = problem.scales_of(num_stages(mix), sizes)
-    layer = _stack([layer_costs(problem, sizes, place) for place in places]).times(scale)
-    fixed = _stack([fixed_costs(problem, sizes, place, alone, alone) for place in places])
-    fixed = fixed.times(scale)
+    alone, stages = num_stages(mix) == 1, num_stages(mix)
+    same = ("kinds", tuple(kinds), sizes)
+    shared = problem.once((*same, alone), lambda: _shared(problem, sizes, places, alone))
+    scale = problem.scales_of(stages, sizes)
     link_sum, link_most = (some.times(scale) for some in _links(problem, sizes, mix))
-    room = np.stack([most_room(problem, sizes, place, alone) for place in places], axis=-1)
-    num_bytes = np.stack([_least_bytes(problem, sizes, place, alone) for place in places])
     many = np.array([count for _, count in kinds.values()], dtype=float)
-    held = np.floor(room.max(axis=(0, 1)) * OVER / num_bytes.min(axis=1))
+
+    def end(last: bool) -> End:
+        key = (*same, "end", last, stages)
+        found = problem.once(key, lambda: _end(problem, sizes, places, last, stages))
+        return End(found.costs.times(scale), found.num_bytes)
 
     def slowest(name: str) -> np.ndarray:
         """[P, Q]: of stages that hold whole layers, and of links."""
-        each, beside = getattr(layer, name).min(axis=-1), getattr(fixed, name)
-        shape = each.shape[:2]
-        flat = each.reshape(-1, len(many)), beside.reshape(-1, len(many))
-        found = slowest_of_whole(*flat, many, held, problem.spec.num_layers)
-        return np.maximum(getattr(link_most, name), found.reshape(shape))
+        found = shared.slowest[name].least(many).reshape(sizes.shape) * scale
+        return np.maximum(getattr(link_most, name), found)
 
     return Pool(
         kinds=tuple(kinds),
         many=many,
-        offered=np.isfinite(layer.bursts[0, 0]),
-        layer=layer.map(finite),
-        fixed=fixed,
-        ends=() if alone else tuple(_end(problem, sizes, mix, places, k) for k in (False, True)),
+        offered=shared.offered,
+        layer=shared.finite.times(scale),
+        fixed=shared.fixed.times(scale),
+        ends=() if alone else tuple(end(last) for last in (False, True)),
         link_sum=link_sum,
         least_others=slowest("others"),
         least_pace=slowest("pace"),
         least_busy=slowest("busy"),
-        layer_bytes=num_bytes,
-        capacity=room,
+        layer_bytes=shared.layer_bytes,
+        capacity=shared.capacity,
         groups=groups_of(problem),
         budget=problem.budget,
         theta=problem.theta,
     )
 
 
-def slowest_of_whole(
-    seconds: np.ndarray, fixed: np.ndarray, many: np.ndarray, held: np.ndarray, num_layers: int
-) -> np.ndarray:
-    """[M]: the least time of the slowest stage that holds whole layers, all `num_layers` of them.
+def _shared(problem: Problem, sizes: Sizes, places: Sequence[Place], alone: bool) -> _Kinds:
+    return _Kinds(
+        layer=_stack([layer_costs(problem, sizes, place) for place in places]),
+        fixed=_stack([fixed_costs(problem, sizes, place, alone, alone) for place in places]),
+        layer_bytes=np.stack([_least_bytes(problem, sizes, place, alone) for place in places]),
+        capacity=np.stack([most_room(problem, sizes, place, alone) for place in places], axis=-1),
+        num_layers=problem.spec.num_layers,
+    )
 
-    A layer takes `seconds` [M, K] on a stage of kind k beside its `fixed` [M, K]; there are `many`
-    [K] of them, each with room for `held` [K] layers. Infinity where there is no room.
+
+class WholeStages:
+    """How fast stages that hold whole layers can be, all `num_layers` of them together.
+
+    A layer takes `seconds` [M, K] on a stage of kind k beside its `fixed` [M, K]; each has room for
+    `held` [K] layers.
     """
-    steps = np.arange(1, num_layers + 1)
-    times = fixed[:, :, None] + seconds[:, :, None] * steps  # [M, K, L]
-    times = np.where(steps <= held[:, None], times, np.inf)
-    order = times.reshape(len(times), -1).argsort(axis=1)
-    layers = np.broadcast_to(many[:, None], times.shape[1:]).ravel()[order].cumsum(axis=1)
-    enough = (layers >= num_layers).argmax(axis=1)
-    rows = np.arange(len(times))
-    found = times.reshape(len(times), -1)[rows, order[rows, enough]]
-    return np.asarray(np.where(layers[:, -1] >= num_layers, found, np.inf))
+
+    def __init__(
+        self, seconds: np.ndarray, fixed: np.ndarray, held: np.ndarray, num_layers: int
+    ) -> None:
+        steps = np.arange(1, num_layers + 1)
+        times = fixed[:, :, None] + seconds[:, :, None] * steps  # [M, K, L]
+        times = np.where(steps <= held[:, None], times, np.inf).reshape(len(times), -1)
+        order = times.argsort(axis=1)
+        self.times = np.take_along_axis(times, order, axis=1)
+        self.kind = order // num_layers  # of the stage that takes so long
+        self.num_layers = num_layers
+
+    def least(self, many: np.ndarray) -> np.ndarray:
+        """[M]: of the slowest of `many` [K] stages; infinity where there is no room."""
+        layers = many[self.kind].cumsum(axis=1)
+        enough = (layers >= self.num_layers).argmax(axis=1)
+        found = self.times[np.arange(len(self.times)), enough]
+        return np.asarray(np.where(layers[:, -1] >= self.num_layers, found, np.inf))
 
 
 def _kinds(problem: Problem, mix: Mix) -> dict[Hashable, tuple[Place, int]]:
@@ -162,12 +190,12 @@ def _stack(costs: list[Costs]) -> Costs:
     return combined(costs, np.stack, axis=2)
 
 
-def _end(problem: Problem, sizes: Sizes, mix: Mix, places: list[Place], last: bool) -> End:
-    each = [_end_at(problem, sizes, place, last, num_stages(mix)) for place in places]
-    scale = problem.scales_of(num_stages(mix), sizes)
+def _end(
+    problem: Problem, sizes: Sizes, places: Sequence[Place], last: bool, num_stages: int
+) -> End:
+    each = [_end_at(problem, sizes, place, last, num_stages) for place in places]
     return End(
-        _stack([costs for costs, _ in each]).times(scale),
-        np.stack([taken for _, taken in each], -1),
+        _stack([costs for costs, _ in each]), np.stack([taken for _, taken in each], axis=-1)
     )
 
 
@@ -245,219 +273,3 @@ def has_no_more_room(pool: Pool, pair: tuple[int, int]) -> np.ndarray:
     for end in pool.ends:
         less &= (end.num_bytes >= end.num_bytes[pair]).all(axis=-1)
     return np.asarray(less)
-
-
-def relaxed(pool: Pool, prefill: int, decode: int, solver: Solver) -> tuple[float, Prices | None]:
-    """The bound of one pair of micro-batches (their places in the tables), and its prices.
-
-    Infinity without prices where not even that is feasible.
-    """
-    programme = _Programme(pool, prefill, decode)
-    answer = solver.relaxed(programme.build())
-    if answer.status == "infeasible":
-        return math.inf, None
-    if answer.duals is None:
-        return 0.0, None
-    return answer.objective, programme.prices(answer.duals)
-
-
-def bounds(pool: Pool, prices: Prices) -> np.ndarray:
-    """[P, Q]: what no plan with these micro-batches is below, for any prices."""
-    taken = (pool.capacity * (prices.memory * pool.many)).sum(axis=-1)
-    total = _constants(pool, prices) - taken + (prices.least * pool.many).sum()
-    if prices.omega:
-        total = total - prices.omega * pool.budget
-    for end in pool.ends:
-        each = _priced(end.costs, prices, pool.many) + prices.memory * end.num_bytes
-        total = total + each.min(axis=-1)
-    return np.asarray(total + _layers(pool, prices))
-
-
-# ---- prices
-
-
-def carried(prices: Prices, given: Pool, other: Pool) -> Prices | None:
-    """The prices of a pool as a guess for another one of the same sizes; any prices are valid.
-
-    Where all kinds are busy, the price of a kind's time is as its stages are many; what bytes and
-    sensitivity cost in seconds is then as the run takes longer. None where `other` has more kinds.
-    """
-    if not set(other.kinds) <= set(given.kinds):
-        return None
-    at = [given.kinds.index(kind) for kind in other.kinds]
-    ratio = other.many / given.many[at]
-    groups = prices.others, prices.pace, prices.busy
-    before, after = float(sum(groups).sum()), float((sum(groups)[at] * ratio).sum())  # type: ignore[union-attr,index]
-    if after <= 0:
-        return None
-    longer = before / after
-
-    def shared(group: np.ndarray) -> np.ndarray:
-        """As much in all as before."""
-        found = group[at] * ratio
-        return np.asarray(found * (group.sum() / found.sum() if found.sum() else 0.0))
-
-    others, pace, busy = map(shared, groups)
-    memory, least = prices.memory[at] * longer, prices.least[at] * longer
-    loop, omega = prices.loop, prices.omega * longer
-    return Prices(prices.passing, others, pace, loop, busy, memory, least, omega)
-
-
-def _priced(costs: Costs, prices: Prices, many: np.ndarray) -> np.ndarray:
-    """[P, Q, K]: what lies on a stage of kind k, of which there are `many`."""
-    passing = prices.passing * (costs.bursts + costs.step) + prices.loop * costs.loop
-    slowest = prices.others * costs.others + prices.pace * costs.pace + prices.busy * costs.busy
-    return np.asarray(passing + slowest / many)
-
-
-def _layers(pool: Pool, prices: Prices) -> np.ndarray:
-    """[P, Q]: every layer where it is cheapest."""
-    by_option = pool.layer.map(lambda array: array.swapaxes(-1, -2))
-    each = _priced(by_option, prices, pool.many).swapaxes(-1, -2)
-    held = prices.memory[:, None] * pool.layer_bytes - prices.least[:, None]
-    pairs = each + held + np.where(pool.offered, 0.0, np.inf)  # [P, Q, K, B]
-    cheapest = pairs.min(axis=2)[:, :, None, :] + (prices.omega + pool.theta) * pool.groups.omega
-    return np.asarray((cheapest.min(axis=-1) * pool.groups.sizes).sum(axis=-1))
-
-
-def _constants(pool: Pool, prices: Prices) -> np.ndarray:
-    """[P, Q]: all that does not depend on where layers lie."""
-    link, many = pool.link_sum, pool.many
-    total = (_priced(pool.fixed, prices, many) * many).sum(axis=-1)
-    total = total + prices.passing * (link.bursts + link.step) + prices.loop * link.loop
-    total = total + (prices.passing - prices.others.sum()) * pool.least_others
-    total = total + (prices.passing - prices.pace.sum() - prices.loop) * pool.least_pace
-    return np.asarray(total + (1 - prices.passing - prices.busy.sum()) * pool.least_busy)
-
-
-# ---- the linear programme
-
-
-class _Programme:
-    """Columns: layers [K, B], transport [G, B] of several groups, both ends' places [K], R, S, T.
-
-    As in `counts`: T seconds, R the slowest for other prefills, S the loop or the slowest pace.
-    """
-
-    def __init__(self, pool: Pool, prefill: int, decode: int) -> None:
-        self.pool, self.pair = pool, (prefill, decode)
-
-        def at(array: np.ndarray) -> np.ndarray:
-            return np.asarray(array[prefill, decode])
-
-        self.layer, self.fixed = pool.layer.map(at), pool.fixed.map(at)
-        self.link = pool.link_sum.map(at)
-        self.ends = [end.costs.map(at) for end in pool.ends]
-        self.end_bytes = [at(end.num_bytes) for end in pool.ends]
-        self.capacity = at(pool.capacity)
-        shape = self.layer.bursts.shape
-        self.c = np.arange(math.prod(shape)).reshape(shape)
-        num_groups = len(pool.groups.sizes)
-        self.y = self.c.size + np.arange(num_groups * shape[1]).reshape(num_groups, -1)
-        self.y = self.y if num_groups > 1 else self.y[:0]
-        size = self.c.size + self.y.size
-        self.where = size + np.arange(len(pool.ends) * shape[0]).reshape(len(pool.ends), shape[0])
-        self.R, self.S, self.T = size + self.where.size + np.arange(3)
-        busy = self.layer.busy[pool.offered]
-        typical = float(pool.groups.sizes.sum() * busy.mean()) if busy.size else 1.0
-        self.scale = typical or 1.0
-        self.rows = Rows()
-
-    def build(self) -> Programme:
-        """The programme; its rows come in the order that `prices` reads."""
-        pool, rows, inf = self.pool, self.rows, math.inf
-        for column, name in ((self.R, "others"), (self.S, "pace"), (self.T, "busy")):
-            self._slowest(int(column), name)
-        self._summed((int(self.S), 1.0), names=("loop",))
-        run = (int(self.T), 1.0), (int(self.R), -1.0), (int(self.S), -1.0)
-        self._summed(*run, names=("bursts", "step"))
-        for k, many in enumerate(pool.many):
-            unit = max(self.capacity[k] * many, 1.0)
-            ends = [
-                (int(where[k]), taken[k] / unit)
-                for where, taken in zip(self.where, self.end_bytes, strict=True)
-            ]
-            held = self.c[k], pool.layer_bytes[k] / unit
-            rows.add(-inf, self.capacity[k] * many / unit, held, *ends)
-        for k, many in enumerate(pool.many):
-            rows.add(many, inf, (self.c[k], 1.0))
-        self._sensitivity()
-        rows.add(pool.groups.sizes.sum(), pool.groups.sizes.sum(), (self.c, 1.0))
-        for where in self.where:
-            rows.add(1, 1, (where, 1.0))
-        return self._finish()
-
-    def _slowest(self, column: int, name: str) -> None:
-        """A column is at least what the stages of each kind take on average."""
-        layer, fixed = getattr(self.layer, name), getattr(self.fixed, name)
-        for k, many in enumerate(self.pool.many):
-            held = self.c[k], -layer[k] / many / self.scale
-            ends = [
-                (int(where[k]), -getattr(end, name)[k] / many / self.scale)
-                for where, end in zip(self.where, self.ends, strict=True)
-            ]
-            self.rows.add(fixed[k] / self.scale, math.inf, (column, 1.0), held, *ends)
-
-    def _summed(self, *columns: Term, names: tuple[str, ...]) -> None:
-        """Columns are at least what all resources take together."""
-        scale = self.scale
-
-        def total(costs: Costs) -> np.ndarray:
-            return np.asarray(sum(getattr(costs, name) for name in names))
-
-        constant = float((total(self.fixed) * self.pool.many).sum() + total(self.link))
-        held = self.c, -total(self.layer) / scale
-        ends = [
-            (where, -total(end) / scale) for where, end in zip(self.where, self.ends, strict=True)
-        ]
-        self.rows.add(constant / scale, math.inf, *columns, held, *ends)
-
-    def prices(self, duals: np.ndarray) -> Prices:
-        """From the duals of the rows, in order; rounded so that they add up to no more than 1."""
-        kinds = len(self.pool.many)
-        units = np.maximum(self.capacity * self.pool.many, 1.0)
-        positive = np.maximum(duals, 0.0)
-        others, pace, busy = positive[: 3 * kinds].reshape(3, kinds)
-        loop, passing = positive[3 * kinds : 3 * kinds + 2]
-        total = max(1.0, passing + busy.sum())
-        passing, busy = passing / total, busy / total
-        others = others * min(1.0, passing / max(others.sum(), 1e-12))
-        slowest = min(1.0, passing / max(pace.sum() + loop, 1e-12))
-        at = 3 * kinds + 2
-        budget = self.pool.budget
-        priced = max(0.0, -duals[at + 2 * kinds]) * self.scale / (budget or 1.0)
-        return Prices(
-            passing=passing,
-            others=others,
-            pace=pace * slowest,
-            loop=loop * slowest,
-            busy=busy,
-            memory=np.maximum(-duals[at : at + kinds], 0.0) * self.scale / units,
-            least=positive[at + kinds : at + 2 * kinds] * self.scale,
-            omega=priced if budget < math.inf else 0.0,
-        )
-
-    def _sensitivity(self) -> None:
-        """The budget's row comes first; then which layers have which option."""
-        groups, rows, budget = self.pool.groups, self.rows, self.pool.budget
-        where = self.y if self.y.size else self.c
-        omega = np.broadcast_to(groups.omega, where.shape)
-        unit = (budget or 1.0) if budget < math.inf else 1.0
-        rows.add(-math.inf, budget / unit, (where, omega / unit))
-        if self.y.size:
-            add_transport(rows, self.y, self.c, groups)
-
-    def _finish(self) -> Programme:
-        pool, scale = self.pool, self.scale
-        cost = np.zeros(self.T + 1)
-        where = self.y if self.y.size else self.c
-        cost[where] += pool.theta * np.broadcast_to(pool.groups.omega, where.shape) / scale
-        cost[self.T] = 1.0
-        bounds = np.zeros((2, len(cost)))
-        bounds[1] = math.inf
-        bounds[1, self.c[~pool.offered]] = 0.0
-        least = (self.R, pool.least_others), (self.S, pool.least_pace), (self.T, pool.least_busy)
-        for column, values in least:
-            bounds[0, column] = values[self.pair] / scale
-        whole = np.zeros(len(cost), dtype=bool)
-        return self.rows.programme(cost, bounds, whole, scale)

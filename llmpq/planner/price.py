@@ -3,10 +3,12 @@
 Not covered: whether it fits the devices' memory (`evaluate.shortages`).
 """
 
+from dataclasses import replace
+
 from llmpq.plan_data import Plan, lanes_of, reserve_of
 from llmpq.planner.accuracy import with_accuracy
-from llmpq.planner.evaluate import evaluate, to_assignment
-from llmpq.planner.problem import Problem
+from llmpq.planner.evaluate import evaluate, shortages, to_assignment
+from llmpq.planner.problem import OVER, Assignment, Problem
 from llmpq.planner.simulated import with_run
 
 
@@ -57,6 +59,19 @@ def misfits(problem: Problem, plan: Plan) -> list[str]:
         if missing:
             faults.append(f"no times of {device} at {', '.join(sorted(missing))} bits")
     return faults
+
+
+def still_fits(problem: Problem, plan: Plan) -> Assignment | None:
+    """A plan's assignment in a changed problem."""
+    try:
+        assignment = to_assignment(plan, problem.cluster)
+    except ValueError:  # its devices are gone
+        return None
+    assignment = replace(assignment, setting=assignment.setting.resized())  # for these lengths
+    omega = problem.quality.sum_omega(assignment.precisions)
+    offered = set(assignment.precisions) <= set(problem.precisions)
+    fits = offered and omega <= problem.budget * OVER and not shortages(problem, assignment)
+    return assignment if fits else None
 
 
 def _in_flight(plan: Plan, num_requests: int) -> Plan:

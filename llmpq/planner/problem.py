@@ -12,7 +12,6 @@ Not covered: what a whole plan costs, and how works of several actors make a sch
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,21 +20,18 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from llmpq.cluster import Cluster
-from llmpq.costs import links
 from llmpq.costs.job_counts import (
     JobCounts,
     Tokens,
     count_prefills,
     count_steps,
-    run_in_rounds,
-    slots_of,
     together,
     tokens_of,
 )
 from llmpq.costs.latency import LayerTimes
-from llmpq.costs.links import Seconds
 from llmpq.costs.memory import RunSizes
 from llmpq.costs.quality import QualityModel
+from llmpq.costs.rounds import run_in_rounds, slots_of
 from llmpq.costs.shards import tensor_parallel_times
 from llmpq.job import LaneShape
 from llmpq.model_spec import ModelSpec
@@ -273,9 +269,13 @@ class Problem:
             ("rounds", slots, like, self.repeats),
             lambda: run_in_rounds(self._counted, slots, like),
         )
-        prefills = self.shared(
-            ("prefills", slots, prefill_rows, min(prefill_rows, decode_rows), chunk, self.repeats),
-            lambda: count_prefills(rounds, prefill_rows, chunk, decode_rows),
+        of_rounds = ("prefills", slots, like, chunk, self.repeats)
+        prefills = count_prefills(
+            rounds,
+            prefill_rows,
+            chunk,
+            decode_rows,
+            lambda key, compute: self.shared((*of_rounds, key), compute),
         )
         steps = self.shared(
             ("steps", lanes, slots, like, self.repeats), lambda: count_steps(rounds, lanes)
@@ -382,99 +382,3 @@ class Problem:
         return tensor_parallel_times(
             self.cluster, place.type, place.node, self.spec, place.tensor_parallel, self.profiles
         )
-
-
-# ---- the time of one actor (a stage or a link) for one batch
-
-Cost = Callable[[int, Any], Seconds]  # of a micro-batch's requests and its prompt or past tokens
-
-
-@dataclass(frozen=True)
-class Work:
-    """What an actor does with a micro-batch in both phases."""
-
-    prefill: Cost
-    decode: Cost
-
-
-def chunk_s(whole: Callable[[Any], Any], begin: Any, end: Any) -> np.ndarray:
-    """Tokens `begin` (not 0) to `end` of prompts: what the longer prompt takes more, and a call.
-
-    Of a stage whose whole prompts of so many tokens take `whole`; numbers or arrays. A call is
-    priced as a prompt of one token: it reads all weights too.
-    """
-    return later_chunk_s(whole(end), whole(begin), whole(end - begin), whole(1))
-
-
-def later_chunk_s(end_s: Any, begin_s: Any, own_s: Any, one_s: Any) -> np.ndarray:
-    """`chunk_s` from seconds of whole prompts.
-
-    They reach to the chunk's end, to its begin, have as many tokens as it has, and one.
-    """
-    return np.maximum(end_s - begin_s + one_s, own_s)
-
-
-def layer_work(times: LayerTimes, precision: str) -> Work:
-    """One decoder layer."""
-    return Work(
-        lambda size, tokens: times.prefill_s(precision, size, tokens),
-        lambda size, past: times.decode_s(precision, size, past),
-    )
-
-
-def fixed_work(times: LayerTimes, first: bool, last: bool) -> Work:
-    """What a stage does beside its layers: the call, the embedding, the head.
-
-    In decode one token a request is embedded.
-    """
-
-    def cost(call: Cost, size: int, tokens: Any, embedded: Any) -> Seconds:
-        seconds = call(size, tokens)
-        seconds = seconds + (times.embedding_s(size, embedded) if first else 0.0)
-        return seconds + (times.head_s(size) if last else 0.0)
-
-    return Work(
-        lambda size, tokens: cost(times.stage_prefill_s, size, tokens, tokens),
-        lambda size, past: cost(times.stage_decode_s, size, past, 1),
-    )
-
-
-def stage_work(times: LayerTimes, first: bool, last: bool, precisions: Sequence[str]) -> Work:
-    """A whole stage."""
-    counts = Counter(precisions)
-    fixed = fixed_work(times, first, last)
-    layers = {name: layer_work(times, name) for name in counts}
-
-    def total(phase: str, size: int, tokens: Any) -> Seconds:
-        each = sum(n * getattr(layers[p], phase)(size, tokens) for p, n in counts.items())
-        return getattr(fixed, phase)(size, tokens) + each
-
-    return Work(
-        lambda *micro_batch: total("prefill", *micro_batch),
-        lambda *micro_batch: total("decode", *micro_batch),
-    )
-
-
-def hop_works(problem: Problem, nodes: Sequence[str]) -> list[Work]:
-    """The link after each stage: to the next one; after the last, the tokens' way back."""
-    down = [_hand_over(problem, a, b) for a, b in zip(nodes, nodes[1:], strict=False)]
-    return [*down, _way_back(problem, nodes)]
-
-
-def _hand_over(problem: Problem, node: str, other: str) -> Work:
-    cluster, spec = problem.cluster, problem.spec
-    return Work(
-        lambda size, tokens: links.prefill_s(cluster, node, other, spec, size, tokens),
-        lambda size, past: links.decode_s(cluster, node, other, spec, size) + 0.0 * past,
-    )
-
-
-def _way_back(problem: Problem, nodes: Sequence[str]) -> Work:
-    """Nothing where one stage is first and last; in the prefill it hardly counts (`simulated`)."""
-    if len(nodes) == 1:
-        return Work(lambda size, tokens: 0.0 * tokens, lambda size, past: 0.0 * past)
-    ends = nodes[-1], nodes[0]
-    return Work(
-        lambda size, tokens: 0.0 * tokens,
-        lambda size, past: links.tokens_back_s(problem.cluster, *ends, size) + 0.0 * past,
-    )

@@ -15,19 +15,11 @@ from pathlib import Path
 
 from llmpq.artifact import Provenance
 from llmpq.cluster import Cluster
+from llmpq.costs.corrected_rows import base_of, corrected_device, corrected_rows
 from llmpq.costs.fits import chosen_models
 from llmpq.costs.latency import LayerTimes, device_times
 from llmpq.costs.quality import QualityModel, measured_quality, prior_quality
-from llmpq.costs.recalibrate import (
-    Correction,
-    StageCalls,
-    base_of,
-    corrected_device,
-    corrected_rows,
-    correction,
-    link_s,
-    stage_calls,
-)
+from llmpq.costs.recalibrate import Correction, StageCalls, correction, link_s, stage_calls
 from llmpq.errors import InfeasibleError, UserError
 from llmpq.plan_data import Plan
 from llmpq.planner.evaluate import evaluate, to_assignment

@@ -1,7 +1,7 @@
 """Branch and bound over everything: which devices, order, tensor parallelism, sizes, layers.
 
 Four levels, each with a tighter bound than the one above, wait in one queue by their bounds:
-1. a mix of places with a batch and a pair of micro-batches: `pool`, array arithmetic;
+1. a mix of places with a batch and a pair of micro-batches: `pool_bounds`, array arithmetic;
 2. the same with first and last place: the linear relaxation of `counts.build`;
 3. the same solved in whole layers, for any order between the ends. Its counts make a plan;
    where layers differ in sensitivity, where stages begin and end was ignored so far, so
@@ -22,17 +22,16 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from llmpq.model_spec import tensor_parallel_degrees
 from llmpq.plan_data import Predicted
-from llmpq.planner import counts, pool
+from llmpq.planner import counts
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.exact import build as build_whole
 from llmpq.planner.exact import realised, solve, with_less_loss
-from llmpq.planner.instance import Instance, in_any_order, make_instance
-from llmpq.planner.layouts import Mix, canonical, ends, mixes, num_stages, orders
-from llmpq.planner.problem import Assignment, Place, Problem, Setting, Sizes
-from llmpq.planner.sizes import all_sizes, with_shorter_chunks
-from llmpq.planner.solver import Solver
+from llmpq.planner.instance import in_any_order, make_instance
+from llmpq.planner.layouts import orders
+from llmpq.planner.problem import Assignment, Problem, Setting, Sizes
+from llmpq.planner.solver import Programme, Solver
+from llmpq.planner.space import Space, Tables, settings_of, tighten
 from llmpq.planner.value import to_assignment
 
 MOST_SMALLEST = 16
@@ -47,199 +46,6 @@ class Progress:
     total: int
     best_tokens_per_s: float
     phase: str = "settings"
-
-
-@dataclass
-class Tables:
-    """The bounds of all pairs of micro-batches of a mix and batch; they only ever rise."""
-
-    mix: Mix
-    sizes: Sizes
-    pool: pool.Pool
-    bounds: np.ndarray  # [P, Q]
-
-
-@dataclass(frozen=True)
-class Space:
-    """What there is to search. `num_left_out`: mixes and batches that there was no time for."""
-
-    tables: list[Tables]
-    num_left_out: int
-    notes: list[str]
-
-    @property
-    def num_settings(self) -> int:
-        """Pairs of micro-batches over all mixes and batches."""
-        return sum(table.bounds.size for table in self.tables)
-
-    def num_orders(self, problem: Problem) -> int:
-        """Orders of all pairs that may be feasible."""
-        return sum(
-            int(np.isfinite(table.bounds).sum()) * len(settings_of(problem, table, (0, 0)))
-            for table in self.tables
-        )
-
-    def pairs(self) -> list[tuple[float, Tables, tuple[int, int]]]:
-        """Every pair that may be feasible, the least bound first."""
-        found = [
-            (float(bound), table, (int(p), int(q)))
-            for table in self.tables
-            for (p, q), bound in np.ndenumerate(table.bounds)
-            if bound < math.inf
-        ]
-        return sorted(found, key=lambda entry: entry[0])
-
-    def best_first(self, problem: Problem, solver: Solver) -> Iterator[tuple[float, Setting]]:
-        """Settings with the bound of their own linear programme, made as they come."""
-        queue = [
-            (bound, i, table, pair, False) for i, (bound, table, pair) in enumerate(self.pairs())
-        ]
-        while queue:
-            bound, index, table, pair, tight = heapq.heappop(queue)
-            if tight:
-                yield from ((bound, setting) for setting in settings_of(problem, table, pair))
-                continue
-            known = float(table.bounds[pair])
-            if known <= bound:
-                tighten(table, pair, solver)
-            value = float(table.bounds[pair])
-            if value < math.inf:
-                heapq.heappush(queue, (value, index, table, pair, known <= bound))
-
-    def settings(self, problem: Problem) -> Iterator[tuple[float, Setting]]:
-        """One order for each pair, first and last place, with its bound; the least first."""
-        for bound, table, pair in self.pairs():
-            for setting in settings_of(problem, table, pair):
-                yield bound, setting
-
-    def smallest(self, problem: Problem) -> list[Setting]:
-        """With the least batch, micro-batches and chunk, which take least memory; one a mix."""
-        least = min((table.sizes.batch for table in self.tables), default=0)
-        tables = [table for table in self.tables if table.sizes.batch == least]
-        last = {table.mix: table for table in tables}  # of each mix, that of the shortest chunk
-        some = list(last.values())[:MOST_SMALLEST]
-        return [settings_of(problem, table, (0, 0))[0] for table in some]
-
-
-def settings_of(problem: Problem, table: Tables, pair: tuple[int, int]) -> list[Setting]:
-    """The canonical orders of a mix at one pair of micro-batches."""
-    sizes = table.sizes
-    key = ("orders", table.mix)
-    found = problem.once(key, lambda: _canonical_orders(problem, table.mix))
-    micro_batches = sizes.prefill[pair[0]], sizes.decode[pair[1]]
-    return [Setting(order, sizes.batch, *micro_batches, sizes.chunk_tokens) for order in found]
-
-
-def tighten(table: Tables, pair: tuple[int, int], solver: Solver) -> pool.Prices | None:
-    """The bound by a pair's own linear programme, whose prices tell on the mix's other pairs."""
-    value, prices = pool.relaxed(table.pool, *pair, solver)
-    if prices is not None:
-        table.bounds = np.maximum(table.bounds, pool.bounds(table.pool, prices))
-    if value == math.inf:  # which has no seconds to do with
-        table.bounds[pool.has_no_more_room(table.pool, pair)] = math.inf
-    table.bounds[pair] = max(value, float(table.bounds[pair]))
-    return prices
-
-
-def _canonical_orders(problem: Problem, mix: Mix) -> list[tuple[Place, ...]]:
-    return [canonical(mix, *pair) for pair in ends(problem.cluster, mix)]
-
-
-# ---- what there is to search
-
-
-def make_space(
-    problem: Problem,
-    solver: Solver,
-    deadline: float = math.inf,
-    progress: Callable[[Progress], None] = lambda _: None,
-    sizes: Sequence[Sizes] | None = None,
-) -> Space:
-    """Every mix and batch with its bounds; those not reached by `deadline` (monotonic) are not.
-
-    `sizes`: in place of those that are tried first.
-    """
-    degrees = tensor_parallel_degrees(problem.spec, problem.max_tensor_parallel)
-    found, notes = mixes(problem.cluster, degrees, problem.spec.num_layers)
-    todo = _todo(problem, found, sizes)
-    tables: list[Tables] = []
-    priced: list[tuple[pool.Pool, pool.Prices]] = []  # of the same sizes
-    best = (0, 0)
-    for index, (mix, some) in enumerate(todo):
-        if time.monotonic() > deadline:
-            notes = [
-                *notes,
-                f"the time limit left out {len(todo) - index} of {len(todo)} ways to "
-                "use the devices",
-            ]
-            return Space(tables, len(todo) - index, notes)
-        if index and some != todo[index - 1][1]:
-            priced.clear()
-        table = make_tables(problem, mix, some, best, solver, priced)
-        place = int(table.bounds.argmin())
-        best = divmod(place, table.bounds.shape[1])
-        tables.append(table)
-        if index % 64 == 0:
-            progress(Progress(index, len(todo), 0.0, "ways to use the devices"))
-    return Space(tables, 0, notes)
-
-
-def _todo(
-    problem: Problem, found: Sequence[Mix], sizes: Sequence[Sizes] | None
-) -> list[tuple[Mix, Sizes]]:
-    """What to make tables of: the default chunk of all mixes first."""
-    if sizes is not None:
-        return [(mix, some) for some in sizes for mix in found]
-    usual = [(mix, some) for some in all_sizes(problem) for mix in found]
-    return usual + [(mix, some) for mix in found for some in with_shorter_chunks(problem, mix)]
-
-
-def make_tables(
-    problem: Problem,
-    mix: Mix,
-    sizes: Sizes,
-    near: tuple[int, int],
-    solver: Solver,
-    priced: list[tuple[pool.Pool, pool.Prices]],
-) -> Tables:
-    """Bounds by the prices of a mix that has the same kinds of places and more, out of `priced`.
-
-    Where there is none, by a linear programme at a pair of micro-batches `near` the best, whose
-    prices go there.
-    """
-    arrays = pool.make_pool(problem, mix, sizes)
-    hopeless = pool.is_hopeless(arrays)
-    table = Tables(mix, sizes, arrays, np.where(hopeless, math.inf, 0.0))
-    if hopeless.all():
-        return table
-    guesses = (pool.carried(prices, given, arrays) for given, prices in priced)
-    guess = next((prices for prices in guesses if prices is not None), None)
-    if guess is not None:
-        table.bounds = np.maximum(table.bounds, pool.bounds(arrays, guess))
-        return table
-    free = np.argwhere(~hopeless)
-    prefill, decode = free[np.abs(free - np.array(near)).sum(axis=1).argmin()]
-    prices = tighten(table, (int(prefill), int(decode)), solver)
-    if prices is not None:
-        priced.append((arrays, prices))
-    return table
-
-
-def rescaled(space: Space, before: Problem, problem: Problem) -> Space:
-    """The space of a problem that differs from the one `before` in its scales alone.
-
-    Bounds grow or fall as seconds do; where sensitivity has a price they only fall.
-    """
-    return replace(space, tables=[_rescaled(table, before, problem) for table in space.tables])
-
-
-def _rescaled(table: Tables, before: Problem, problem: Problem) -> Tables:
-    which = num_stages(table.mix), table.sizes
-    factors = problem.scales_of(*which) / before.scales_of(*which)
-    if np.all(factors == 1.0):
-        return table
-    bounds = table.bounds * (np.minimum(factors, 1.0) if problem.theta else factors)
-    return replace(table, pool=pool.make_pool(problem, table.mix, table.sizes), bounds=bounds)
 
 
 # ---- the search
@@ -260,6 +66,8 @@ class Search:
     num_relaxed: int = 0
     num_solved: int = 0
     timed_out: bool = False
+    known: dict[tuple[int, Setting], float] = field(default_factory=dict)  # as `Space` has them
+    floor: float = 0.0
     queue: list["Entry"] = field(default_factory=list)
     by_sizes: dict[Sizes, tuple[float, Assignment]] = field(default_factory=dict)
     serial: Iterator[int] = field(default_factory=itertools.count)
@@ -290,7 +98,7 @@ class Search:
     def lower_bound(self) -> float:
         """No plan of the space is below it."""
         still_open = self.queue[0].bound if self.queue else math.inf
-        return min(self.closed, self.best, still_open)
+        return min(self.best, max(self.floor, min(self.closed, still_open)))
 
     def push(self, bound: float, node: "Node") -> None:
         """Leaves a node for later; one that is no better than the target is done."""
@@ -298,6 +106,16 @@ class Search:
             self.close(bound)
         else:
             heapq.heappush(self.queue, Entry(bound, -node.level, next(self.serial), node))
+
+    def learn(self, node: "SettingNode", bound: float) -> float:
+        """Keeps a bound of a node for later searches; the best one that is known of it."""
+        key = node.level, node.setting
+        self.known[key] = max(bound, self.known.get(key, 0.0))
+        return self.known[key]
+
+    def knows(self, node: "SettingNode") -> bool:
+        """Some search has solved its relaxation."""
+        return (node.level, node.setting) in self.known
 
     def close(self, bound: float) -> None:
         """A node is done: nothing in it is below `bound`."""
@@ -345,13 +163,13 @@ def search(
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Search:
     """The best assignment of a space. `seeds`: plans within the budget to start from."""
-    state = Search(problem, gap, deadline, solver, plain)
+    state = Search(problem, gap, deadline, solver, plain, known=space.known, floor=space.floor)
     for seed in seeds:
         state.offer(seed)
     for bound, table, pair in space.pairs():
         state.push(bound, PairNode(table, pair))
     total = space.num_settings
-    while state.queue and state.queue[0].bound < state.target:
+    while state.queue and max(state.queue[0].bound, state.floor) < state.target:
         if state.seconds_left <= 0:
             state.timed_out = True
             break
@@ -383,11 +201,10 @@ def _speed(state: Search) -> float:
 
 @dataclass(frozen=True)
 class PairNode(Node):
-    """Level 1: a mix, a batch, a pair of micro-batches. `tight`: by its own programme."""
+    """Level 1: a mix, a batch, a pair of micro-batches."""
 
     table: Tables
     pair: tuple[int, int]
-    tight: bool = False
     level = 1
 
     def work(self, state: Search, bound: float) -> None:
@@ -395,49 +212,73 @@ class PairNode(Node):
         known = float(self.table.bounds[self.pair])
         if known > bound:
             state.push(known, self)
-        elif not self.tight:
+        elif self.pair not in self.table.tight:
             state.num_relaxed += 1
             tighten(self.table, self.pair, state.solver)
-            value = float(self.table.bounds[self.pair])
-            state.push(max(bound, value), PairNode(self.table, self.pair, True))
+            state.push(max(bound, float(self.table.bounds[self.pair])), self)
         else:
             for setting in settings_of(state.problem, self.table, self.pair):
                 state.push(bound, EndsNode(setting))
 
 
 @dataclass(frozen=True)
-class EndsNode(Node):
-    """Levels 2 and 3: first and last place are known, and an order with them."""
+class SettingNode(Node):
+    """Of one setting, to be relaxed first."""
 
     setting: Setting
-    tight: bool = False
-    level = 2
+    is_relaxed: bool = False
 
     def work(self, state: Search, bound: float) -> None:
-        """Its linear relaxation; then whole layers, which make a plan."""
-        instance = make_instance(state.problem, self.setting)
-        free = in_any_order(state.problem, self.setting, instance)
-        if not self.tight:
-            state.num_relaxed += 1
-            answer = state.solver.relaxed(counts.build(free, any_order=True))
-            state.push(max(bound, answer.bound), EndsNode(self.setting, True))
+        """Its linear relaxation, unless an earlier search has solved it; then solved."""
+        if self.is_relaxed:
+            self.solve(state, bound)
             return
+        if not state.knows(self):
+            state.num_relaxed += 1
+            state.learn(self, state.solver.relaxed(self.programme(state.problem)).bound)
+        state.push(state.learn(self, bound), replace(self, is_relaxed=True))
+
+    @abstractmethod
+    def programme(self, problem: Problem) -> Programme:
+        """What is relaxed."""
+
+    @abstractmethod
+    def solve(self, state: Search, bound: float) -> None:
+        """In whole layers."""
+
+
+@dataclass(frozen=True)
+class EndsNode(SettingNode):
+    """Levels 2 and 3: first and last place are known, and an order with them."""
+
+    level = 2
+
+    def programme(self, problem: Problem, cutoff: float = math.inf) -> Programme:
+        """Counts, for every order between the ends."""
+        instance = make_instance(problem, self.setting)
+        free = in_any_order(problem, self.setting, instance)
+        return counts.build(free, cutoff, any_order=True)
+
+    def solve(self, state: Search, bound: float) -> None:
+        """Whole layers, which make a plan; then its orders."""
         if state.plain:
             self._open_orders(state, bound)
             return
         cutoff = state.target
-        programme = counts.build(free, cutoff, any_order=True)
+        programme = self.programme(state.problem, cutoff)
         answer = state.solver.integers(programme, gap=state.gap / 2, time_limit=state.seconds_left)
         state.num_solved += 1
         if answer.status == "infeasible":
-            state.close(cutoff)
+            state.close(state.learn(self, cutoff))
             return
-        bound = max(bound, min(answer.bound, cutoff))
+        bound = state.learn(self, max(bound, min(answer.bound, cutoff)))
         if answer.x is not None:
-            self._offer(state, instance, counts.counts_of(instance, answer.x))
+            self._offer(state, answer.x)
         self._open_orders(state, bound)
 
-    def _offer(self, state: Search, instance: Instance, held: np.ndarray) -> None:
+    def _offer(self, state: Search, x: np.ndarray) -> None:
+        instance = make_instance(state.problem, self.setting)
+        held = counts.counts_of(instance, x)
         choice = realised(instance, held, min(state.seconds_left, POLISH_S))
         if choice is not None:
             state.offer(to_assignment(state.problem, self.setting, choice))
@@ -454,22 +295,18 @@ class EndsNode(Node):
 
 
 @dataclass(frozen=True)
-class OrderNode(Node):
+class OrderNode(SettingNode):
     """Level 4: everything but the layers is known."""
 
-    setting: Setting
-    tight: bool = False
     level = 3
 
-    def work(self, state: Search, bound: float) -> None:
-        """Its linear relaxation, then solved."""
-        instance = make_instance(state.problem, self.setting)
-        cutoff = state.target
-        if not self.tight:
-            state.num_relaxed += 1
-            answer = state.solver.relaxed(build_whole(instance))
-            state.push(max(bound, answer.bound), OrderNode(self.setting, True))
-            return
+    def programme(self, problem: Problem) -> Programme:
+        """All that matters."""
+        return build_whole(make_instance(problem, self.setting))
+
+    def solve(self, state: Search, bound: float) -> None:
+        """Exactly."""
+        instance, cutoff = make_instance(state.problem, self.setting), state.target
         found = solve(
             instance,
             state.solver,
@@ -481,6 +318,5 @@ class OrderNode(Node):
         state.num_solved += 1
         if found.choice is not None:
             state.offer(to_assignment(state.problem, self.setting, found.choice))
-        state.close(
-            cutoff if found.status == "infeasible" else max(bound, min(found.bound, cutoff))
-        )
+        own = cutoff if found.status == "infeasible" else max(bound, min(found.bound, cutoff))
+        state.close(state.learn(self, own))

@@ -18,7 +18,8 @@ from llmpq.costs.simulate import Played, play
 from llmpq.job import Item, Job
 from llmpq.plan_data import Predicted
 from llmpq.planner.evaluate import actor_works, closed_form_s, speeds
-from llmpq.planner.problem import Assignment, Problem, Setting, Work, chunk_s
+from llmpq.planner.problem import Assignment, Problem, Setting
+from llmpq.planner.works import Work, chunk_s
 from llmpq.schedule import Schedule
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request
@@ -102,6 +103,7 @@ def sample_of(problem: Problem, setting: Setting, most_jobs: int) -> Problem:
     tokens = sum(new for _, new in problem.lengths)
     share = most_jobs / max(1.0, least_jobs(problem, setting) + tokens / TOKENS_OF_A_JOB)
     waves = max(int(share * len(problem.lengths)) // setting.batch, LEAST_WAVES)
+    waves = min(waves, math.ceil(in_all / setting.batch))
     if waves * setting.batch >= in_all and problem.repeats == 1:
         return problem
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from llmpq.planner.problem import Cost, Lengths, Problem
+from llmpq.planner.problem import Lengths, Problem
+from llmpq.planner.works import Cost
 from llmpq.schedule import PADDED
 
 

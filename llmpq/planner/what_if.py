@@ -31,7 +31,7 @@ MORE_LOSS_PERCENT = 0.5
 MOST_CHANGES = 8  # that are planned
 THETA_FACTOR = 0.5
 # What a problem remembers by keys that name all links that it depends on.
-WITHOUT_LINKS = {"layers", "fixed", "bytes", "end", "shorter chunks"}
+WITHOUT_LINKS = {"layers", "fixed", "bytes", "end", "kinds", "shorter chunks"}
 REHEARSED_SHARE = 0.1  # of its cap: what a rehearsed device is given
 
 

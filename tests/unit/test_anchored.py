@@ -9,7 +9,7 @@ import pytest
 from llmpq.cluster import Cluster
 from llmpq.costs.fits import BEYOND, SHEET, fit
 from llmpq.costs.latency import LayerTimes, device_times
-from llmpq.costs.memory import activations_of
+from llmpq.costs.peak import activations_of
 from llmpq.costs.shards import tensor_parallel_times
 from llmpq.costs.spec_sheet import Roofline, error, rooflines
 from llmpq.devices import device_library

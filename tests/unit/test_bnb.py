@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from llmpq.cli.profile import main as profile
-from llmpq.costs import memory
+from llmpq.costs import peak
 from llmpq.costs.latency import measured_times, spec_sheet_times
 from llmpq.costs.quality import prior_quality
 from llmpq.devices import device_library
@@ -162,7 +162,7 @@ def test_a_linear_takes_no_more_than_is_predicted(shape, biased):
             with torch.inference_mode():
                 layer(x)
                 measured = peak_bytes(lambda layer=layer, x=x: layer(x), CPU)
-            predicted = memory.linear_bytes(
+            predicted = peak.linear_bytes(
                 precision, op, rows, biased=biased, machine=cpu({INT4_TILES})
             )
             assert measured <= predicted <= 1.15 * measured, (precision, rows)

@@ -23,6 +23,7 @@ from llmpq.planner.evaluate import evaluate
 from llmpq.planner.instance import make_instance
 from llmpq.planner.problem import Place, Problem, Setting
 from llmpq.planner.solver import Solver
+from llmpq.planner.space import Space, make_space
 from llmpq.planner.value import objective, to_assignment
 from llmpq.workload import Workload
 
@@ -89,7 +90,7 @@ def least_omegas(omega: np.ndarray) -> dict[tuple[int, ...], float]:
     return found
 
 
-def settings_of(space: search.Space, order: tuple[Place, ...]) -> list[Setting]:
+def settings_of(space: Space, order: tuple[Place, ...]) -> list[Setting]:
     """All sizes that the search looks at for these places; it must know every set of places."""
     same = [one.sizes for one in space.tables if frozenset(one.mix) == frozenset(counted(order))]
     assert same
@@ -104,7 +105,7 @@ def counted(order: tuple[Place, ...]) -> list[tuple[Place, int]]:
     return list(Counter(order).items())
 
 
-def brute_force(problem: Problem, space: search.Space) -> float:
+def brute_force(problem: Problem, space: Space) -> float:
     """The least objective of all orders, pairs of micro-batches, partitions and precisions."""
     places = [Place(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices()]
     best = math.inf
@@ -128,7 +129,7 @@ def test_the_search_finds_the_least_objective_of_all_assignments(tens: int) -> N
     """By enumeration: no order, pair of micro-batches, partition or choice is better."""
     for seed in range(10 * tens, 10 * tens + 10):
         problem, solver = random_problem(seed), Solver()
-        space = search.make_space(problem, solver)
+        space = make_space(problem, solver)
         best = brute_force(problem, space)
         bounds = [float(table.bounds.min()) for table in space.tables]
         assert min(bounds, default=math.inf) <= best * (1 + 1e-7)
@@ -146,7 +147,7 @@ def test_most_of_the_small_problems_have_a_plan_and_they_differ() -> None:
     found = []
     for seed in range(0, 200, 8):
         problem, solver = random_problem(seed), Solver()
-        space = search.make_space(problem, solver)
+        space = make_space(problem, solver)
         one = search.search(problem, space, solver, gap=0.0, deadline=math.inf)
         found.append(one.assignment)
     plans = [one for one in found if one is not None]
@@ -161,7 +162,7 @@ def test_an_instance_has_the_objective_of_the_plan(seed: int) -> None:
     """The price that is optimised is the price that plans are compared by."""
     problem, rng = random_problem(seed), np.random.default_rng(seed)
     places = [Place(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices()]
-    space, layers = search.make_space(problem, Solver()), problem.spec.num_layers
+    space, layers = make_space(problem, Solver()), problem.spec.num_layers
     every = settings_of(space, tuple(places))
     for _ in range(5):
         setting = every[rng.integers(len(every))]

@@ -15,8 +15,9 @@ from llmpq.costs.latency import device_times
 from llmpq.costs.quality import QualityModel, prior_quality
 from llmpq.costs.timeline import Costs, run_s
 from llmpq.model_lookup import spec_from_config
-from llmpq.planner.heuristic import assign_layers, heuristic, start_choice, transfer
+from llmpq.planner.heuristic import heuristic, start_choice, transfer
 from llmpq.planner.instance import Instance, make_instance
+from llmpq.planner.moves import assign_layers
 from llmpq.planner.problem import OVER, Place, Problem, Setting
 from llmpq.planner.value import (
     Choice,

@@ -7,7 +7,8 @@ import numpy as np
 from test_search import cluster_of, problem_on
 
 from llmpq.planner.job_table import table_of
-from llmpq.planner.problem import Sizes, Work, chunk_s
+from llmpq.planner.problem import Sizes
+from llmpq.planner.works import Work, chunk_s
 
 LENGTHS = ((40, 9), (96, 8), (300, 3), (700, 20)) * 8
 

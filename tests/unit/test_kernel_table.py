@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmpq import workspace
-from llmpq.costs import memory, spec_sheet
+from llmpq.costs import peak, spec_sheet
 from llmpq.costs.latency import device_machine, spec_sheet_times
 from llmpq.costs.quality import prior_quality
 from llmpq.devices import device_library
@@ -106,7 +106,7 @@ def test_what_no_kernel_serves_is_said_with_what_would_work() -> None:
         kernel_for(card("9.0"), "8-w8a8", 64, 64, 64, 1)
     op = Linear(name="x", out_features=64, in_features=64)
     with pytest.raises(UserError, match="no kernel on a CPU"):
-        memory.linear_bytes("8-w8a8", op, 1, biased=False, machine=cpu(()))
+        peak.linear_bytes("8-w8a8", op, 1, biased=False, machine=cpu(()))
 
 
 def test_every_kernel_says_where_its_numbers_come_from() -> None:
@@ -227,7 +227,7 @@ def check_workspace(
 ) -> None:
     """The memory model counts the same kernel."""
     op = Linear(name="x", out_features=out, in_features=cols)
-    counted = memory.linear_bytes(precision, op, rows, biased=False, machine=machine)
+    counted = peak.linear_bytes(precision, op, rows, biased=False, machine=machine)
     group = group_size(PRECISIONS[precision].weight_bits, cols)
     assert counted == kernel.workspace_bytes(Product(out, cols, group, rows))
 

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig  # noqa: E402
 
 from llmpq import model_lookup  # noqa: E402
-from llmpq.costs import memory  # noqa: E402
+from llmpq.costs import memory, peak  # noqa: E402
 from llmpq.errors import UserError  # noqa: E402
 from llmpq.evaluation import judge  # noqa: E402
 from llmpq.families import FAMILIES  # noqa: E402
@@ -105,7 +105,7 @@ def check(layer: Any, precision: str, rows: int, biased: bool, here: Machine) ->
         layer(x)
         measured = peak_bytes(lambda: layer(x), CPU)
     op = Linear(name="x", out_features=layer.out_features, in_features=layer.in_features)
-    predicted = memory.linear_bytes(precision, op, rows, biased=biased, machine=here)
+    predicted = peak.linear_bytes(precision, op, rows, biased=biased, machine=here)
     assert measured <= predicted <= 1.05 * measured, (precision, rows, biased)
 
 

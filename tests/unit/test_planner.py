@@ -40,6 +40,7 @@ from llmpq.planner.planning import METHODS, Options, make_plan, replan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting
 from llmpq.planner.simulated import with_run
 from llmpq.planner.solver import Solver
+from llmpq.planner.space import make_space
 from llmpq.planner.value import Choice, count_options, fits, objective, shortage, sum_omega
 from llmpq.planner.value import to_assignment as from_choice
 from llmpq.profile_data import Profile
@@ -199,7 +200,7 @@ def full_settings(problem: Problem) -> list[Setting]:
 
 def every_setting(problem: Problem) -> list[Setting]:
     """Every order of every mix at every pair of micro-batches."""
-    space = search.make_space(problem, Solver())
+    space = make_space(problem, Solver())
     return [
         replace(setting, places=order)
         for _, setting in space.settings(problem)
@@ -381,8 +382,8 @@ def test_a_device_that_only_hinders_is_left_out(memory: tuple[float, ...]) -> No
 def test_what_the_time_limit_leaves_out_leaves_no_bound() -> None:
     problem = make_problem(0.5, 0.4, 0.4, layers=8)
     solver = Solver()
-    none = search.make_space(problem, solver, deadline=time.monotonic())
-    whole = search.make_space(problem, solver)
+    none = make_space(problem, solver, deadline=time.monotonic())
+    whole = make_space(problem, solver)
     assert none.num_left_out == len(whole.tables) and not none.tables
     assert "time limit left out" in none.notes[-1] and whole.num_left_out == 0
     within = time.monotonic() + 60
@@ -406,7 +407,7 @@ def test_the_bound_of_a_mix_is_below_every_plan_of_it(seed: int) -> None:
     rng = np.random.default_rng(seed)
     memory = rng.uniform(0.35, 0.7, 3)
     problem = make_problem(*memory, layers=5, percent=float(rng.choice([0.5, 2.0, 30.0])))
-    space = search.make_space(problem, Solver())
+    space = make_space(problem, Solver())
     for table in space.tables:
         pairs = [p for p in ((0, 0), (1, 2), (3, 1)) if max(p) < len(table.bounds)]
         for pair in pairs:
@@ -460,7 +461,7 @@ EIGHT_AT_ONCE = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 8, "batch
 
 
 def outcomes_of(problem: Problem) -> dict[str, baselines.Outcome]:
-    space = search.make_space(problem, Solver())
+    space = make_space(problem, Solver())
     found = baselines.run_baselines(
         problem, space.settings(problem), math.inf, baselines.BASELINES, space.smallest(problem)
     )

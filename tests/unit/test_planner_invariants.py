@@ -29,9 +29,11 @@ from llmpq.plan_data import Plan, Predicted
 from llmpq.planner.evaluate import evaluate, shortages
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Assignment, Place, Problem, Setting
-from llmpq.planner.search import all_sizes, make_space, search
+from llmpq.planner.search import search
 from llmpq.planner.simulated import run_s
+from llmpq.planner.sizes import all_sizes
 from llmpq.planner.solver import Solver
+from llmpq.planner.space import make_space
 from llmpq.workload import Workload, planned_lengths
 
 ROUNDING = 1 + 1e-6

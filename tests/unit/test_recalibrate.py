@@ -11,12 +11,11 @@ from click.testing import CliRunner, Result
 from llmpq.artifact import write_json
 from llmpq.cli.profile import main
 from llmpq.cluster import Cluster
+from llmpq.costs.corrected_rows import base_of, corrected_rows
 from llmpq.costs.latency import device_times
 from llmpq.costs.recalibrate import (
     CALL,
     HEAD,
-    base_of,
-    corrected_rows,
     correction,
     parts_s,
     predicted_s,

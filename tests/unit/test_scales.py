@@ -13,9 +13,9 @@ from llmpq.planner.evaluate import closed_form_s, evaluate
 from llmpq.planner.instance import make_instance
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Assignment, Problem, ScaledSizes
-from llmpq.planner.search import make_space, rescaled
 from llmpq.planner.simulated import run_s
 from llmpq.planner.solver import make_solver
+from llmpq.planner.space import make_space, rescaled
 
 
 def scaled(problem: Problem, assignment: Assignment, scale: float) -> Problem:
@@ -91,9 +91,9 @@ def test_bounds_of_a_rescaled_space_are_never_above_those_made_anew(theta: float
 
 
 def search_bound(table, place):
-    from llmpq.planner import pool
+    from llmpq.planner import pool_bounds
 
-    return pool.relaxed(table.pool, *place, make_solver("highs"))
+    return pool_bounds.relaxed(table.pool, *place, make_solver("highs"))
 
 
 def test_runs_that_are_far_from_the_closed_form_tell_its_scale() -> None:

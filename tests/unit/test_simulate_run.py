@@ -21,8 +21,9 @@ from llmpq.model_spec import ASSETS, ModelSpec
 from llmpq.plan_data import Plan
 from llmpq.planner.bubbles import by_cause, describe, find_bubbles, remedy, server_names
 from llmpq.planner.evaluate import actor_works, evaluate, to_plan
-from llmpq.planner.problem import Assignment, Place, Problem, Setting, Work
+from llmpq.planner.problem import Assignment, Place, Problem, Setting
 from llmpq.planner.simulated import Seconds, least_jobs, make_schedule, run_s, simulate, with_run
+from llmpq.planner.works import Work
 from llmpq.schedule import Schedule
 from llmpq.workload import Workload, load_workload, request_lengths
 

@@ -12,7 +12,6 @@ from llmpq.plan_data import Plan
 from llmpq.planner.evaluate import shortages, to_assignment
 from llmpq.planner.layouts import mixes
 from llmpq.planner.problem import Problem, Sizes
-from llmpq.planner.search import make_space
 from llmpq.planner.sizes import (
     MOST_SHORTER,
     all_sizes,
@@ -22,6 +21,7 @@ from llmpq.planner.sizes import (
     spare_sizes,
 )
 from llmpq.planner.solver import Solver
+from llmpq.planner.space import make_space
 
 Lengths = Sequence[tuple[int, int]]
 

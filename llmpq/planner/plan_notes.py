@@ -1,0 +1,32 @@
+"""What a reader should know of a plan beside its figures: what it leaves out, and what is open.
+
+Not covered: where times come from (`accuracy`).
+"""
+
+from collections import Counter
+
+from llmpq.plan_data import Plan
+from llmpq.planner.search import Search
+
+TIMED_OUT = "the time limit ended the search; a longer --time-limit may find better"
+LOOSE = (
+    "the gap is above the one asked for, as the bound is of the closed form and the time of the "
+    "simulated run; another plan may be better by up to the gap"
+)
+
+
+def idle(plan: Plan) -> list[str]:
+    """What the plan leaves out."""
+    idle = Counter((device.type, device.node) for device in plan.cluster.devices())
+    idle.subtract((name, stage.node) for stage in plan.stages for name in stage.devices)
+    names = [f"{f'{n} x ' if n > 1 else ''}{d} on {node}" for (d, node), n in idle.items() if n > 0]
+    why = "only slows the rest, or does not fit"
+    return [f"left out: {', '.join(names)} ({why})"] if names else []
+
+
+def doubts(found: Search, plan: Plan, gap: float) -> list[str]:
+    """What keeps the gap from being the one asked for."""
+    if found.timed_out:
+        return [TIMED_OUT]
+    reached = plan.predicted.gap if plan.predicted else 0.0
+    return [LOOSE] if reached > gap + 1e-6 else []
