@@ -214,9 +214,9 @@ class Schedule:
         """The first that a slot of so many columns can hold, of about `like` prompt tokens."""
         for size in sorted((t for t in self._waiting if t <= tokens), reverse=True):
             waiting = self._waiting[size]
-            for place, (_, item) in enumerate(waiting[: NEAR if like else 1]):
+            for index, (_, item) in enumerate(waiting[: NEAR if like else 1]):
                 if like is None or like / PADDED <= item.prompt_tokens <= like:
-                    del waiting[place]
+                    del waiting[index]
                     self._num_waiting -= 1
                     return item
         return None

@@ -166,7 +166,7 @@ def _stage(plan: Plan, rank: int, files: Files) -> StagePreview:
 
     stage, memory = plan.stages[rank], memory_of(plan, rank)
     times = plan.predicted.stages[rank] if plan.predicted else None
-    place = to_assignment(plan, plan.cluster).setting.places[rank]
+    place = to_assignment(plan, plan.cluster).configuration.stage_devices[rank]
     return StagePreview(
         rank=rank,
         node=stage.node,

@@ -20,7 +20,7 @@ from llmpq.cli.trace_file import Event, call, stage_names, write_events
 from llmpq.errors import UserError
 
 if TYPE_CHECKING:
-    from llmpq.costs.simulate import Played
+    from llmpq.costs.simulate import SimulatedRun
     from llmpq.plan_data import Plan
     from llmpq.planner.bubbles import Bubble
     from llmpq.planner.problem import Assignment, Problem
@@ -58,13 +58,13 @@ def show_run(
     return values
 
 
-def _play(arguments: Arguments, problem: "Problem", assignment: "Assignment") -> "Played":
+def _play(arguments: Arguments, problem: "Problem", assignment: "Assignment") -> "SimulatedRun":
     from llmpq.planner.simulated import least_jobs, simulate
     from llmpq.workload import request_lengths
 
     every = tuple(request_lengths(problem.workload))
     problem = replace(problem, lengths=every, num_requests=None, _known={})
-    count = least_jobs(problem, assignment.setting)
+    count = least_jobs(problem, assignment.configuration)
     most = min(MAX_JOBS, MAX_SPANS // (2 * len(assignment.stages)))
     if count > most:
         raise UserError(
@@ -80,7 +80,7 @@ def _play(arguments: Arguments, problem: "Problem", assignment: "Assignment") ->
         return simulate(problem, assignment, told=told)
 
 
-def figures(played: "Played", bubbles: "list[Bubble]", plan: "Plan") -> dict[str, Any]:
+def figures(played: "SimulatedRun", bubbles: "list[Bubble]", plan: "Plan") -> dict[str, Any]:
     """A simulated run for programs."""
     from llmpq.planner.bubbles import describe, server_names
 
@@ -111,7 +111,7 @@ def figures(played: "Played", bubbles: "list[Bubble]", plan: "Plan") -> dict[str
 # ---- the trace file
 
 
-def write_trace(path: Path, plan: "Plan", played: "Played") -> str:
+def write_trace(path: Path, plan: "Plan", played: "SimulatedRun") -> str:
     """Writes the first jobs, as many as a viewer bears; returns what the file holds."""
     count = len(played.jobs)
     most = min(count, max(1, MAX_EVENTS // (2 * len(plan.stages))))
@@ -119,7 +119,7 @@ def write_trace(path: Path, plan: "Plan", played: "Played") -> str:
     return f"{path}, {f'all {count}' if most == count else f'the first {most} of {count}'} jobs"
 
 
-def _events(played: "Played", most: int) -> Iterator[Event]:
+def _events(played: "SimulatedRun", most: int) -> Iterator[Event]:
     """A complete event for each of the first jobs on every server that it takes any time."""
     jobs = played.jobs
     starts = (played.start_s[:most] * MICROSECONDS).tolist()

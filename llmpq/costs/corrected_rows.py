@@ -25,7 +25,7 @@ from llmpq.profile_data import MemoryRow, Phase, Profile, ProfiledDevice, Profil
 
 @dataclass(frozen=True)
 class Base:
-    """What a device type was planned with: rows and how many times slower it plays them."""
+    """What a device type was planned with: rows and how many times slower it simulates them."""
 
     device: ProfiledDevice
     rows: tuple[ProfileRow, ...]

@@ -295,13 +295,13 @@ def worst(
     kinds: list[tuple[str, str]] = [(c.precision, c.phase) for c in candidates]
     fits = fit_all(row for row in rows if (row.precision, row.phase) in kinds)
     expected = np.array([_expected(fits, one) for one in candidates])
-    place = np.log([[c.micro_batch, c.tokens + 1] for c in candidates]) / OCTAVE
+    sizes = np.log([[c.micro_batch, c.tokens + 1] for c in candidates]) / OCTAVE
     chosen: list[Candidate] = []
     for _ in range(min(count, len(candidates))):
         best = int(np.argmax(expected))
         chosen.append(candidates[best])
         same = np.array([kind == kinds[best] for kind in kinds])
-        near = np.exp(-np.abs(place - place[best]).sum(axis=1))
+        near = np.exp(-np.abs(sizes - sizes[best]).sum(axis=1))
         expected = np.where(same, expected * (1 - near), expected)
         expected[best] = -1.0
     return chosen

@@ -147,7 +147,7 @@ Once = Callable[[Hashable, Callable[[], PrefillJobs]], PrefillJobs]
 
 
 def count_prefills(
-    rounds: Rounds, prefill_rows: int, chunk_tokens: int, lane_rows: int, once: Once
+    rounds: Rounds, prefill_rows: int, chunk_tokens: int, lane_rows: int, cached: Once
 ) -> tuple[PrefillJobs, PrefillJobs]:
     """Those that fill the lanes at the beginning, and all others.
 
@@ -165,8 +165,8 @@ def count_prefills(
         return _chunks(rounds.prompt[those], prefill_rows, chunk_tokens)
 
     def jobs(is_first: bool, rows: int) -> PrefillJobs:
-        whole = once(("whole", is_first, rows), partial(shared, is_first, rows))
-        cut = once(("chunks", is_first, prefill_rows), partial(chunks, is_first))
+        whole = cached(("whole", is_first, rows), partial(shared, is_first, rows))
+        cut = cached(("chunks", is_first, prefill_rows), partial(chunks, is_first))
         return Counter(whole) + Counter(cut) if cut else whole
 
     return jobs(True, prefill_rows), jobs(False, min(prefill_rows, lane_rows))
@@ -202,12 +202,12 @@ def _shared_jobs(
 
 def _ends_of_jobs(prompt: np.ndarray, begin: np.ndarray, rows: int) -> np.ndarray:
     """[requests]: where a job of up to `rows` like prompts ends that begins with each of them."""
-    place = np.arange(len(prompt))
-    until = np.minimum(place + rows, np.searchsorted(begin, begin, side="right"))
+    position = np.arange(len(prompt))
+    until = np.minimum(position + rows, np.searchsorted(begin, begin, side="right"))
     if not len(prompt) or prompt.min() == prompt.max():
         return until
-    for after in range(1, int((until - place).max())):
-        those = np.flatnonzero(until - place > after)
+    for after in range(1, int((until - position).max())):
+        those = np.flatnonzero(until - position > after)
         first, other = prompt[those], prompt[those + after]
         unlike = (other > first) | (other < first / PADDED)
         until[those[unlike]] = those[unlike] + after

@@ -169,8 +169,8 @@ def device_times(
 def _times_of(cluster: Cluster, device_type: str, spec: ModelSpec, found: "Profiled") -> LayerTimes:
     """From a profile, before any slowdown."""
     machine = _profiled_machine(cluster, device_type, found.device)
-    played = found.slowdown is not None or found.device.num_threads is not None
-    own = None if played else cluster.figures_of(device_type)
+    run = found.slowdown is not None or found.device.num_threads is not None
+    own = None if run else cluster.figures_of(device_type)
     figures = Figures(own or alike(found.device), spec, machine, own is not None)
     times = measured_times(found.rows, f"measured on {found.name}", found.models, figures)
     return replace(times, machine=machine)
@@ -201,7 +201,7 @@ def alike(device: ProfiledDevice) -> DeviceType:
 def machine_of(cluster: Cluster, device_type: str) -> Machine:
     """A device type as kernels see it: what its cluster says is installed, else `llmpq[gpu]`.
 
-    A rehearsed type is played by this machine's CPU.
+    A rehearsed type is simulated by this machine's CPU.
     """
     if device_type in cluster.rehearse:
         return host_cpu()
@@ -234,7 +234,7 @@ def device_machine(device: DeviceType, libraries: Iterable[str] | None = None) -
 
 
 def _profiled_machine(cluster: Cluster, device_type: str, device: ProfiledDevice) -> Machine:
-    """What computed the rows of a profile, or plays the device that they were scaled for."""
+    """What computed the rows of a profile, or simulates the device that they were scaled for."""
     if device.num_threads is not None:
         return host_cpu()
     if device_type in cluster.rehearse:

@@ -127,7 +127,7 @@ def _sizes_of(product: str) -> tuple[str, ...]:
     """The sizes that are multiplied."""
     names = product.split("*") if product else []
     return tuple(
-        "seen" if name == "tokens" in names[:place] else name for place, name in enumerate(names)
+        "seen" if name == "tokens" in names[:index] else name for index, name in enumerate(names)
     )
 
 

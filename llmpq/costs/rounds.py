@@ -94,34 +94,34 @@ def run_in_rounds(
         return _alike(len(lengths), *lengths[0], slots[0][1])
     waiting = _by_room(lengths, [tokens for tokens, _ in slots])
     choices = [waiting[index::-1] for index, (_, rows) in enumerate(slots) for _ in range(rows)]
-    places, begins, ends, prompts = (array("q") for _ in range(4))
+    taken, begins, ends, prompts = (array("q") for _ in range(4))
     ending: dict[int, list[int]] = {}  # slots that become free after a round
     rounds: list[int] = []  # a heap of these rounds
 
     def fill(free: Iterable[int], begin: int) -> None:
         rows, like = 0, 0
-        for place in free:
-            some = next(filter(None, choices[place]), None)
+        for slot in free:
+            some = next(filter(None, choices[slot]), None)
             if some is None:
                 continue
             new, prompt = _take(some, like) if like else some.pop()
             rows = rows + 1 if prompt <= like <= PADDED * prompt else 1
             like = 0 if rows == prefill_rows else like if rows > 1 else prompt
             end = begin + new - 1
-            places.append(place)
+            taken.append(slot)
             begins.append(begin)
             ends.append(end)
             prompts.append(prompt)
             if end not in ending:
                 ending[end] = []
                 heapq.heappush(rounds, end)
-            ending[end].append(place)
+            ending[end].append(slot)
 
     fill(range(len(choices)), 0)
     while rounds:
         now = heapq.heappop(rounds)
         fill(sorted(ending.pop(now)), now + 1)
-    return Rounds(*(np.array(values, dtype=np.int64) for values in (places, begins, ends, prompts)))
+    return Rounds(*(np.array(values, dtype=np.int64) for values in (taken, begins, ends, prompts)))
 
 
 def _alike(count: int, prompt: int, new: int, num_slots: int) -> Rounds:

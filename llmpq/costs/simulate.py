@@ -1,4 +1,4 @@
-"""A run, played job by job: who works on what, from when to when.
+"""A run, simulated job by job: who works on what, from when to when.
 
 The servers of a pipeline stand in a row: stage, link, stage, ..., stage, and the tokens' way back
 as the last one. Which job comes next is decided by the runtime's own `Schedule`: the first stage,
@@ -49,8 +49,8 @@ class Jobs:
 
 
 @dataclass(frozen=True, eq=False)
-class Played:
-    """A run that was played. `start_s` and `end_s` are [jobs, servers]."""
+class SimulatedRun:
+    """A run that was simulated. `start_s` and `end_s` are [jobs, servers]."""
 
     jobs: Jobs
     start_s: np.ndarray
@@ -117,13 +117,13 @@ class _Log:
         return Jobs(*(np.array(column, dtype=np.int64) for column in self.columns))
 
 
-def play(
+def simulate_schedule(
     schedule: Schedule,
     seconds: Seconds,
     num_servers: int,
     told: Callable[[int], None] = lambda _: None,
-) -> Played:
-    """Plays all requests of a schedule until the last token is back.
+) -> SimulatedRun:
+    """Simulates all requests of a schedule until the last token is back.
 
     `told` hears after every job how many requests have ended.
     """
@@ -150,7 +150,7 @@ def play(
         now = free[0]
         told(ended)
     end_s = _spans(ends, num_servers)
-    return Played(log.jobs(), _starts(np.array(asked), end_s), end_s)
+    return SimulatedRun(log.jobs(), _starts(np.array(asked), end_s), end_s)
 
 
 def _done(now: float, seconds: Sequence[float], free: Sequence[float]) -> list[float]:

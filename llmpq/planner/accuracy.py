@@ -38,11 +38,11 @@ def with_accuracy(problem: Problem, assignment: Assignment, predicted: Predicted
 def warnings(problem: Problem, assignment: Assignment) -> list[str]:
     """A line for each device type whose times are asked beyond what was profiled."""
     beyond: dict[str, dict[str, float | None]] = {}
-    for rank, place in enumerate(assignment.setting.places):
+    for rank, devices in enumerate(assignment.configuration.stage_devices):
         for phase in ("prefill", "decode"):
             for part in _parts(problem, assignment, rank, phase):
                 if part.accuracy.source == BEYOND:
-                    found = beyond.setdefault(place.type, {})
+                    found = beyond.setdefault(devices.type, {})
                     found[part.what] = _larger(part.accuracy.error, found.get(part.what, 0.0))
     return [
         f"{device}: beyond what was profiled are {', '.join(_said(found))}; profile there, or take "
@@ -66,9 +66,9 @@ def _said(found: dict[str, float | None]) -> list[str]:
 def assumed_calls(problem: Problem, assignment: Assignment) -> list[str]:
     """A note where what a stage's call costs was not measured, with the default and its source."""
     calls = {
-        place.type: call_s
-        for place in assignment.setting.places
-        if (call_s := problem.times_at(place).assumed_call_s)
+        devices.type: call_s
+        for devices in assignment.configuration.stage_devices
+        if (call_s := problem.times_at(devices).assumed_call_s)
     }
     if not calls:
         return []
@@ -116,10 +116,14 @@ def _total(predicted: Predicted, stages: Sequence[PredictedStage]) -> float | No
 
 def _parts(problem: Problem, assignment: Assignment, rank: int, phase: str) -> Iterator[Part]:
     """The terms of a stage's time for one micro-batch of usual prompts (decode: past)."""
-    setting = assignment.setting
-    times = problem.times_at(setting.places[rank])
-    counts = problem.job_counts(setting.sizes)
-    size = setting.prefill_micro_batch if phase == "prefill" else setting.decode_micro_batch
+    configuration = assignment.configuration
+    times = problem.times_at(configuration.stage_devices[rank])
+    counts = problem.job_counts(configuration.sizes)
+    size = (
+        configuration.prefill_micro_batch
+        if phase == "prefill"
+        else configuration.decode_micro_batch
+    )
     tokens = counts.mean_prompt if phase == "prefill" else counts.mean_past
     for precision, count in Counter(assignment.stages[rank]).items():
         what = f"{phase} of {size} x {tokens:.0f} tokens at {precision} bits"
@@ -128,7 +132,7 @@ def _parts(problem: Problem, assignment: Assignment, rank: int, phase: str) -> I
     if rank == 0:
         embedded = tokens if phase == "prefill" else 1.0
         yield from _part(times, "embedding", "", "embedding", size, embedded)
-    if rank == len(setting.places) - 1:
+    if rank == len(configuration.stage_devices) - 1:
         yield from _part(times, f"head for {size} requests", "", "head", size, 0.0)
 
 

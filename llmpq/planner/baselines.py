@@ -22,7 +22,7 @@ from llmpq.plan_data import Baseline, Plan, Predicted
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.partition import Fronts, least_bottleneck, least_sum, range_lengths
-from llmpq.planner.problem import OVER, Assignment, Problem, Setting
+from llmpq.planner.problem import OVER, Assignment, Configuration, Problem
 from llmpq.planner.value import (
     Choice,
     count_options,
@@ -36,10 +36,12 @@ from llmpq.planner.value import (
 if TYPE_CHECKING:
     from llmpq.planner.offload import OffloadPlan
 
-PATIENCE = 80  # settings, the most promising first
+PATIENCE = 80  # configurations, the most promising first
 
 Proposals = Iterator[tuple[Choice, str]]  # choices, and the precision (or "") each stands for
-Proposer = Callable[[Problem, Instance, "FrontCache"], Proposals]  # of a method, at one setting
+Proposer = Callable[
+    [Problem, Instance, "FrontCache"], Proposals
+]  # of a method, at one configuration
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class _Best:
     """The best proposal so far of one method."""
 
     rank: tuple[float, ...] = (np.inf,)
-    setting: Setting | None = None
+    configuration: Configuration | None = None
     choice: Choice | None = None
-    found_at: int = 0  # settings that were tried before
+    found_at: int = 0  # configurations that were tried before
     fitting: set[str] = field(default_factory=set)
     short: dict[str, tuple[float, str]] = field(default_factory=dict)
 
@@ -78,53 +80,59 @@ class _Best:
 
 def run_baselines(
     problem: Problem,
-    settings: Iterable[tuple[float, Setting]],
+    configurations: Iterable[tuple[float, Configuration]],
     deadline: float,
     methods: Sequence[str],
-    smallest: Sequence[Setting] = (),
+    smallest: Sequence[Configuration] = (),
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Outcome]:
     """Every method's outcome.
 
-    `settings` come with a bound that no plan is below, the least first: where it is above a
-    method's plan, or `PATIENCE` settings have brought it nothing better, that method is done. All
-    stop at `deadline` (`time.monotonic`). What is short is told of the `smallest` settings where
-    there are no others. Raises `UserError` for a method that is not in `PROPOSERS`.
+    `configurations` come with a bound that no plan is below, the least first: where it is above a
+    method's plan, or `PATIENCE` configurations have brought it nothing better, that method is done.
+    All stop at `deadline` (`time.monotonic`). What is short is told of the `smallest`
+    configurations where there are no others. Raises `UserError` for a method that is not in
+    `PROPOSERS`.
     """
     best = {known_method(method): _Best() for method in methods}
     fronts = FrontCache()
     partial = ""
-    for tried, (bound, setting) in enumerate(settings):
+    for tried, (bound, configuration) in enumerate(configurations):
         states = ((method, best[method]) for method in methods)
         left = [m for m, one in states if bound < one.worth and tried < one.found_at + PATIENCE]
         if not left:
             break
         if time.monotonic() > deadline:
-            partial = f"the time limit ended it after {tried} settings"
+            partial = f"the time limit ended it after {tried} configurations"
             break
-        instance = make_instance(problem, setting)
+        instance = make_instance(problem, configuration)
         for method in left:
             before = best[method].rank
-            _try(problem, setting, instance, method, best[method], fronts)
+            _try(problem, configuration, instance, method, best[method], fronts)
             if best[method].rank < before:
                 best[method].found_at = tried
         progress(tried)
     for method, state in best.items():
-        for setting in smallest if not (state.short or state.setting) else ():
-            _try(problem, setting, make_instance(problem, setting), method, state, fronts)
+        for configuration in smallest if not (state.short or state.configuration) else ():
+            _try(
+                problem, configuration, make_instance(problem, configuration), method, state, fronts
+            )
     return [_outcome(problem, method, state, partial) for method, state in best.items()]
 
 
-def least_omega(problem: Problem, settings: Sequence[Setting]) -> float:
-    """The least summed sensitivity that memory allows at any setting; infinity: nothing fits."""
+def least_omega(problem: Problem, configurations: Sequence[Configuration]) -> float:
+    """The least summed sensitivity that memory allows at any configuration;
+
+    infinity: nothing fits.
+    """
     fronts = FrontCache()
-    costs = (adabits_ranges(make_instance(problem, s), fronts).omega for s in settings)
+    costs = (adabits_ranges(make_instance(problem, s), fronts).omega for s in configurations)
     return min((least_sum(cost)[0] for cost in costs), default=np.inf)
 
 
 def _try(
     problem: Problem,
-    setting: Setting,
+    configuration: Configuration,
     instance: Instance,
     method: str,
     state: _Best,
@@ -134,12 +142,12 @@ def _try(
         return
     for choice, precision in PROPOSERS[method](problem, instance, fronts):
         if not fits(instance, choice):
-            _note_shortage(setting, instance, choice, precision, state)
+            _note_shortage(configuration, instance, choice, precision, state)
             continue
         state.fitting.add(precision)
         rank = rank_of(instance, choice)
         if rank < state.rank:
-            state.rank, state.setting, state.choice = rank, setting, choice
+            state.rank, state.configuration, state.choice = rank, configuration, choice
 
 
 def rank_of(instance: Instance, choice: Choice) -> tuple[float, ...]:
@@ -217,7 +225,7 @@ class DeviceRanges:
 
 
 class FrontCache:
-    """Fronts and ranges that settings share: they depend on options and capacity alone."""
+    """Fronts and ranges that configurations share: they depend on options and capacity alone."""
 
     def __init__(self) -> None:
         self._fronts: dict[tuple[bytes, bytes], Fronts] = {}
@@ -303,7 +311,7 @@ def _range_choice(source: DeviceRanges, start: int, end: int) -> tuple[int, ...]
 
 
 def _note_shortage(
-    setting: Setting,
+    configuration: Configuration,
     instance: Instance,
     choice: Choice,
     precision: str,
@@ -311,17 +319,17 @@ def _note_shortage(
 ) -> None:
     short = shortage(instance, count_options(instance, choice))
     worst = int(short.argmax())
-    name = f"{setting.places[worst].type}#{worst}"
+    name = f"{configuration.stage_devices[worst].type}#{worst}"
     if precision not in state.short or short[worst] < state.short[precision][0]:
         state.short[precision] = float(short[worst]), name
 
 
 def _outcome(problem: Problem, method: str, state: _Best, partial: str) -> Outcome:
     notes = [_shortage_text(p, *state.short[p]) for p in state.short if p not in state.fitting]
-    if state.setting is None or state.choice is None:
+    if state.configuration is None or state.choice is None:
         why = "; ".join([*notes, partial]).strip("; ") or "no precisions fit the memory"
         return Outcome(method, None, None, False, why)
-    assignment = to_assignment(problem, state.setting, state.choice)
+    assignment = to_assignment(problem, state.configuration, state.choice)
     within = state.rank[0] == 0.0
     notes += [] if within else ["over the quality budget"]
     why = "; ".join(note for note in [*notes, partial] if note)

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from llmpq.costs.simulate import Played
+from llmpq.costs.simulate import SimulatedRun
 
 Cause = Literal["filling", "draining", "loop", "prefill", "behind"]
 FIXED: tuple[Cause, ...] = ("filling", "draining", "loop")
@@ -42,13 +42,13 @@ class Bubble:
     percent: float  # of the run
 
 
-def find_bubbles(played: Played) -> list[Bubble]:
+def find_bubbles(run: SimulatedRun) -> list[Bubble]:
     """Of every stage and cause, those of a stage together, the longest first."""
-    codes, gaps = _codes(played), _gaps(played)
-    idle, loops = _idle(played, codes, gaps), _loops(played, codes, gaps)
+    codes, gaps = _codes(run), _gaps(run)
+    idle, loops = _idle(run, codes, gaps), _loops(run, codes, gaps)
     found = [
-        _bubble(int(stage), int(code), float(idle[stage, code]), played.total_s, loops[stage])
-        for stage, code in zip(*(idle > SHORTEST * played.total_s).nonzero(), strict=True)
+        _bubble(int(stage), int(code), float(idle[stage, code]), run.total_s, loops[stage])
+        for stage, code in zip(*(idle > SHORTEST * run.total_s).nonzero(), strict=True)
     ]
     return sorted(found, key=lambda bubble: (bubble.stage, -bubble.idle_s))
 
@@ -111,35 +111,35 @@ def _bubble(stage: int, code: int, seconds: float, total: float, loops: np.ndarr
 # ---- gaps before jobs, and a code of what each gap waits for
 
 
-def _idle(played: Played, codes: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+def _idle(run: SimulatedRun, codes: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     """[stages, codes] idle seconds: FIXED, then 2 server (+ 1 for the prefill)."""
-    servers = played.start_s.shape[1]
+    servers = run.start_s.shape[1]
     idle = np.zeros((servers // 2, len(FIXED) + 2 * servers))
     for stage, at in enumerate(range(0, servers, 2)):
         idle[stage] = np.bincount(codes[:, stage], gaps[:, stage], minlength=idle.shape[1])
-        idle[stage, DRAINING] += played.total_s - played.end_s[-1, at]
+        idle[stage, DRAINING] += run.total_s - run.end_s[-1, at]
     return idle
 
 
-def _loops(played: Played, codes: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+def _loops(run: SimulatedRun, codes: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     """[stages, lanes]: seconds that their decode steps were waited for."""
-    decode = played.jobs.step > 0
-    waits, lane = np.where(codes == LOOP, gaps, 0.0)[decode], played.jobs.micro_batch[decode]
+    decode = run.jobs.step > 0
+    waits, lane = np.where(codes == LOOP, gaps, 0.0)[decode], run.jobs.micro_batch[decode]
     return np.array([np.bincount(lane, column, minlength=1) for column in waits.T])
 
 
-def _gaps(played: Played) -> np.ndarray:
+def _gaps(run: SimulatedRun) -> np.ndarray:
     """[jobs, stages] idle seconds of each stage just before each job."""
-    start, end = played.start_s[:, ::2], played.end_s[:, ::2]
+    start, end = run.start_s[:, ::2], run.end_s[:, ::2]
     before = np.concatenate([np.zeros((1, end.shape[1])), end[:-1]])
     return start - before
 
 
-def _codes(played: Played) -> np.ndarray:
+def _codes(run: SimulatedRun) -> np.ndarray:
     """[jobs, stages]: what the gap before each job waits for."""
-    queued = _queued(played)
-    before, is_prefill = _step_before(played, queued)
-    codes = np.empty((len(played.jobs), queued.shape[1] // 2), dtype=np.int64)
+    queued = _queued(run)
+    before, is_prefill = _step_before(run, queued)
+    codes = np.empty((len(run.jobs), queued.shape[1] // 2), dtype=np.int64)
     for stage, at in enumerate(range(0, queued.shape[1], 2)):
         # A stage behind which the tokens themselves queued last time waits for the loop's rest.
         looped = (before == QUEUED_NOWHERE) | (before == at)
@@ -150,28 +150,28 @@ def _codes(played: Played) -> np.ndarray:
     return codes
 
 
-def _step_before(played: Played, queued: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _step_before(run: SimulatedRun, queued: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each job: the last server at which its parent queued, and whether that was prefill.
 
     First tokens that queued nowhere were the first of all: what they waited for is the server that
     takes longest for a prefill.
     """
-    jobs = played.jobs
+    jobs = run.jobs
     parent = np.maximum(jobs.parent, 0)
     is_prefill = jobs.step[parent] == 0
-    seconds = (played.end_s - played.start_s)[jobs.step == 0]
+    seconds = (run.end_s - run.start_s)[jobs.step == 0]
     slowest = int(seconds.sum(axis=0).argmax())
     server = queued[parent, -1]
     server = np.where(is_prefill & (server == QUEUED_NOWHERE), slowest, server)
     return np.where(jobs.parent < 0, QUEUED_NOWHERE, server), is_prefill
 
 
-def _queued(played: Played) -> np.ndarray:
+def _queued(run: SimulatedRun) -> np.ndarray:
     """[jobs, servers]: the last server, up to each one, at which a job had to queue.
 
     QUEUED_NOWHERE where it began everywhere as soon as it came. Prefills queue at the first stage.
     """
-    start, end, jobs = played.start_s, played.end_s, played.jobs
+    start, end, jobs = run.start_s, run.end_s, run.jobs
     back = np.where(jobs.parent < 0, 0.0, end[np.maximum(jobs.parent, 0), -1])
     arrived = np.concatenate([back[:, None], end[:, :-1]], axis=1)
     late = start > arrived

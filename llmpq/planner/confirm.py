@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from llmpq.planner.evaluate import closed_form_s, shortages
-from llmpq.planner.problem import Assignment, Problem, ScaledSizes, Setting
+from llmpq.planner.problem import Assignment, Configuration, Problem, ScaledSizes
 from llmpq.planner.simulated import run_s
 from llmpq.workload import LEAST_CHUNK_TOKENS
 
@@ -61,10 +61,10 @@ class Confirmed:
     def seconds(self, assignment: Assignment) -> float:
         """Of the whole run."""
         key = ("compared", assignment)
-        return self.problem.once(key, lambda: run_s(self.problem, assignment))
+        return self.problem.cached(key, lambda: run_s(self.problem, assignment))
 
-    def is_hopeless(self, other: Assignment, best: Assignment) -> bool:
-        """In closed form it is so much worse that its run is not worth playing."""
+    def is_infeasible(self, other: Assignment, best: Assignment) -> bool:
+        """In closed form it is so much worse that its run is not worth simulating."""
         return self._priced(other) > HOPELESS * self._priced(best)
 
     def is_rival(self, other: Assignment, ours: Assignment) -> bool:
@@ -95,12 +95,12 @@ class Confirmed:
         found = self._scales_of(first, best)
         others = [*candidates[1:]]
         if found:
-            sizes = _prefill_sizes(first.setting)
-            others += [replace(first, setting=setting) for setting in sizes]
+            sizes = _prefill_sizes(first.configuration)
+            others += [replace(first, configuration=configuration) for configuration in sizes]
         for other in others:
             if self.is_over:
                 break
-            if self.is_hopeless(other, first) or shortages(self.problem, other):
+            if self.is_infeasible(other, first) or shortages(self.problem, other):
                 continue
             seconds = self.seconds(other)
             if min(seconds, closed_form_s(self.problem, other)) < best * (1 + CLOSE):
@@ -112,7 +112,7 @@ class Confirmed:
 
     def _scales_of(self, one: Assignment, seconds: float) -> dict[ScaledFor, float]:
         """Of plans of the same sizes the fastest one counts: else two would take turns."""
-        key = self.problem.scaled_sizes(one.setting), len(one.setting.places)
+        key = self.problem.scaled_sizes(one.configuration), len(one.configuration.stage_devices)
         if seconds > self.fastest.get(key, math.inf):
             return {}
         self.fastest[key] = seconds
@@ -128,7 +128,7 @@ class Confirmed:
         for other in others:
             if self.is_over:
                 break
-            if not self.is_hopeless(other, best) and self.value(other) < self.value(best):
+            if not self.is_infeasible(other, best) and self.value(other) < self.value(best):
                 best = other
         return best
 
@@ -151,44 +151,46 @@ class Confirmed:
     def _with_other_sizes(self, best: Assignment) -> Assignment:
         """The same layers and batch with other micro-batches where that is faster."""
         for sizes in (_decode_sizes, _prefill_sizes):
-            for setting in sizes(best.setting):
-                best = self._better(best, replace(best, setting=setting))
+            for configuration in sizes(best.configuration):
+                best = self._better(best, replace(best, configuration=configuration))
         return best
 
     def _with_other_chunks(self, best: Assignment) -> Assignment:
         """Longer chunks, or shorter ones, for as long as the run gets shorter."""
         for factor in (2.0, 0.5):
             before = None
-            while before is not best and (chunk := _chunk(self.problem, best.setting, factor)):
+            while before is not best and (
+                chunk := _chunk(self.problem, best.configuration, factor)
+            ):
                 before = best
-                setting = best.setting.resized(chunk_tokens=chunk)
-                best = self._better(best, replace(best, setting=setting))
+                configuration = best.configuration.resized(chunk_tokens=chunk)
+                best = self._better(best, replace(best, configuration=configuration))
         return best
 
     def _better(self, best: Assignment, other: Assignment) -> Assignment:
-        if self.is_over or other == best or self.is_hopeless(other, best):
+        if self.is_over or other == best or self.is_infeasible(other, best):
             return best
         return other if self.value(other) < BETTER * self.value(best) else best
 
 
-def _decode_sizes(setting: Setting) -> Iterator[Setting]:
+def _decode_sizes(configuration: Configuration) -> Iterator[Configuration]:
     """More and smaller lanes first: what few lanes lack."""
-    size = setting.decode_micro_batch
+    size = configuration.decode_micro_batch
     for other in (size // 2, size // 4, 2 * size):
-        if 1 <= other <= setting.batch:
-            yield setting.resized(decode_micro_batch=other)
+        if 1 <= other <= configuration.batch:
+            yield configuration.resized(decode_micro_batch=other)
 
 
-def _prefill_sizes(setting: Setting) -> Iterator[Setting]:
-    size = setting.prefill_micro_batch
+def _prefill_sizes(configuration: Configuration) -> Iterator[Configuration]:
+    size = configuration.prefill_micro_batch
     for other in (2 * size, 4 * size, size // 2, size // 4):
-        if 1 <= other <= setting.batch:
-            yield setting.resized(prefill_micro_batch=other)
+        if 1 <= other <= configuration.batch:
+            yield configuration.resized(prefill_micro_batch=other)
 
 
-def _chunk(problem: Problem, setting: Setting, factor: float) -> int | None:
+def _chunk(problem: Problem, configuration: Configuration, factor: float) -> int | None:
     """A longer or shorter chunk; None where there is none, or prompts are short and alike."""
-    now, longest = problem.chunk_tokens(setting), problem.max_prompt_tokens
+    now, longest = problem.chunk_tokens(configuration), problem.max_prompt_tokens
     alike = longest < LONG and min(prompt for prompt, _ in problem.lengths) == longest
     chunk = min(longest, round(now * factor))
     return None if alike or chunk == now or chunk < LEAST_CHUNK_TOKENS else chunk

@@ -22,7 +22,7 @@ import numpy as np
 
 from llmpq.planner.instance import Instance, LayerGroups
 from llmpq.planner.problem import OVER
-from llmpq.planner.solver import Programme
+from llmpq.planner.solver import LinearProgram
 
 Term = tuple[Any, np.ndarray | float]  # columns, their coefficients
 
@@ -48,16 +48,16 @@ class Rows:
         self._lower.append(lower)
         self._upper.append(upper)
 
-    def programme(
+    def program(
         self,
         cost: np.ndarray,
         bounds: np.ndarray,
         integral: np.ndarray,
         scale: float,
         constant: float = 0.0,
-    ) -> Programme:
+    ) -> LinearProgram:
         """All rows; `bounds` [2, columns]."""
-        return Programme(
+        return LinearProgram(
             cost=cost,
             constant=constant,
             start=np.array(self._starts, dtype=np.int32),
@@ -94,13 +94,13 @@ class Columns:
         """y."""
         self.y = self._take(groups, options)
 
-    def add_places(self, layers: int, stages: int, options: int) -> None:
+    def add_positions(self, layers: int, stages: int, options: int) -> None:
         """t and z."""
         self.t = self._take(layers, stages - 1)
         self.z = self._take(layers, stages, options)
 
 
-def build(instance: Instance, cutoff: float = math.inf, any_order: bool = False) -> Programme:
+def build(instance: Instance, cutoff: float = math.inf, any_order: bool = False) -> LinearProgram:
     """Counts alone. `any_order`: holds for every order of the stages between the ends."""
     columns = Columns(instance)
     groups = instance.groups
@@ -123,27 +123,27 @@ def build(instance: Instance, cutoff: float = math.inf, any_order: bool = False)
 
 def build_exact(
     instance: Instance, cutoff: float = math.inf, windows: np.ndarray | None = None
-) -> Programme:
+) -> LinearProgram:
     """Counts, and which stage each layer lies on.
 
     `windows` [N - 1, 2]: how many layers, at least and at most, lie on stage j or before.
     """
     columns = Columns(instance)
-    columns.add_places(instance.num_layers, instance.num_stages, instance.num_options)
+    columns.add_positions(instance.num_layers, instance.num_stages, instance.num_options)
     rows, scale = Rows(), typical_seconds(instance)
     _common(rows, columns, instance, scale)
     cost = np.zeros(columns.size)
     cost[columns.T] = 1.0
-    _places(rows, columns, instance)
+    _positions(rows, columns, instance)
     omega = np.broadcast_to(instance.omega[:, None, :], columns.z.shape)
     price_rows(rows, cost, instance, columns.z, omega, scale)
-    programme = finished(rows, columns, instance, cost, cutoff, scale)
-    return programme if windows is None else _within_windows(programme, columns, windows)
+    program = finished(rows, columns, instance, cost, cutoff, scale)
+    return program if windows is None else _within_windows(program, columns, windows)
 
 
-def _within_windows(programme: Programme, columns: Columns, windows: np.ndarray) -> Programme:
-    """With the layers' places fixed where the windows leave no choice."""
-    lower, upper = programme.lower.copy(), programme.upper.copy()
+def _within_windows(program: LinearProgram, columns: Columns, windows: np.ndarray) -> LinearProgram:
+    """With the layers' stages fixed where the windows leave no choice."""
+    lower, upper = program.lower.copy(), program.upper.copy()
     layers = np.arange(len(columns.t))[:, None]
     earliest, latest = windows[:, 0], windows[:, 1]
     lower[columns.t[layers < earliest]] = 1.0
@@ -151,27 +151,27 @@ def _within_windows(programme: Programme, columns: Columns, windows: np.ndarray)
     after = layers >= np.concatenate([[0], earliest])
     before = layers < np.concatenate([latest, [len(layers)]])
     upper[columns.z[~(after & before)]] = 0.0
-    return replace(programme, lower=lower, upper=upper)
+    return replace(program, lower=lower, upper=upper)
 
 
-def build_plain(instance: Instance, cutoff: float = math.inf) -> Programme:
+def build_plain(instance: Instance, cutoff: float = math.inf) -> LinearProgram:
     """The same as the papers have it: a binary for every layer, stage and option, for reference."""
-    programme = build_exact(instance, cutoff)
+    program = build_exact(instance, cutoff)
     layout = Columns(instance)
-    layout.add_places(instance.num_layers, instance.num_stages, instance.num_options)
-    integral = np.zeros_like(programme.integral)
+    layout.add_positions(instance.num_layers, instance.num_stages, instance.num_options)
+    integral = np.zeros_like(program.integral)
     integral[layout.u] = integral[layout.z] = True
-    return replace(programme, integral=integral)
+    return replace(program, integral=integral)
 
 
 def counts_of(instance: Instance, x: np.ndarray) -> np.ndarray:
-    """[N, B] from a solution of either programme."""
+    """[N, B] from a solution of the ILP or its relaxation."""
     size = instance.num_stages * instance.num_options
     return np.round(x[:size]).astype(int).reshape(instance.num_stages, instance.num_options)
 
 
 def typical_seconds(instance: Instance) -> float:
-    """The unit of seconds in a programme."""
+    """The unit of seconds in an ILP."""
     busy = instance.layer.busy
     finite = busy[np.isfinite(busy)]
     return (instance.num_layers * float(finite.mean()) if finite.size else 0.0) or 1.0
@@ -289,7 +289,7 @@ def add_transport(rows: Rows, y: np.ndarray, c: np.ndarray, groups: LayerGroups)
         rows.add(0, 0, (y[:, b], 1.0), (c[:, b], -1.0))
 
 
-def _places(rows: Rows, columns: Columns, instance: Instance) -> None:
+def _positions(rows: Rows, columns: Columns, instance: Instance) -> None:
     """Layers lie on stages in order, and each stage's as its counts say."""
     layers, stages = instance.num_layers, instance.num_stages
     for j in range(stages - 1):
@@ -338,8 +338,8 @@ def _are_twins(instance: Instance, j: int, k: int) -> bool:
 
 def finished(
     rows: Rows, columns: Columns, instance: Instance, cost: np.ndarray, cutoff: float, scale: float
-) -> Programme:
-    """The programme with its bounds, whole counts, and a cutoff where one is given."""
+) -> LinearProgram:
+    """The ILP with its bounds, whole counts, and a cutoff where one is given."""
     if cutoff < math.inf:
         priced = np.flatnonzero(cost)
         rows.add(-math.inf, cutoff / scale, (priced, cost[priced]))
@@ -354,7 +354,7 @@ def finished(
     integral = np.zeros(columns.size, dtype=bool)
     for array in (columns.c, columns.u, columns.t):
         integral[array] = True
-    return rows.programme(cost, bounds, integral, scale)
+    return rows.program(cost, bounds, integral, scale)
 
 
 def _most(instance: Instance) -> np.ndarray:

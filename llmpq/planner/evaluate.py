@@ -23,18 +23,18 @@ from llmpq.planner.instance import (
     of_only_pair,
     stack,
 )
-from llmpq.planner.problem import Assignment, Place, Problem, Setting
+from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.works import Work, hop_works, stage_work
 from llmpq.serving import serving
 
 
 def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
     """Times, memory and quality of an assignment; no lower bound is known here."""
-    setting = assignment.setting
-    stage, link = stage_costs(problem, assignment), hop_costs(problem, setting)
-    scale = problem.scale_of(setting)
+    configuration = assignment.configuration
+    stage, link = stage_costs(problem, assignment), hop_costs(problem, configuration)
+    scale = problem.scale_of(configuration)
     total = float(run_s(stage, link)) * scale
-    counts = problem.job_counts(setting.sizes)
+    counts = problem.job_counts(configuration.sizes)
     loop = float((stage.step + link.step).sum())
     pace = float((stage.busy - stage.prefill).max()) / max(counts.num_rounds, 1.0)
     decode = min(counts.rounds_after * max(loop, pace), total)
@@ -59,10 +59,10 @@ def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
                 prefill_s=float(stage.prefill[rank]) / num_prefills,
                 decode_step_s=float(stage.step[rank]),
                 peak_memory_bytes=memory_of(problem, assignment, rank).total,
-                memory_capacity_bytes=place.memory_bytes,
-                provenance=problem.times_at(place).provenance,
+                memory_capacity_bytes=devices.memory_bytes,
+                provenance=problem.times_at(devices).provenance,
             )
-            for rank, place in enumerate(setting.places)
+            for rank, devices in enumerate(configuration.stage_devices)
         ],
     )
 
@@ -90,39 +90,39 @@ def bounded(predicted: Predicted, lower_bound: float, planning_s: float) -> Pred
 
 def memory_of(problem: Problem, assignment: Assignment, rank: int) -> StageMemory:
     """Memory of one stage, on each of its devices."""
-    setting = assignment.setting
+    configuration = assignment.configuration
     return stage_memory(
-        problem.shard(setting.places[rank]),
+        problem.shard(configuration.stage_devices[rank]),
         assignment.stages[rank],
         first=rank == 0,
         last=rank == len(assignment.stages) - 1,
-        sizes=problem.run_sizes(setting),
-        machine=problem.times[setting.places[rank].type].machine,
+        sizes=problem.run_sizes(configuration),
+        machine=problem.times[configuration.stage_devices[rank].type].machine,
     )
 
 
 def shortages(problem: Problem, assignment: Assignment) -> dict[int, int]:
     """Bytes that are short, by rank, where a stage does not fit."""
     short = {
-        rank: memory_of(problem, assignment, rank).total - place.memory_bytes
-        for rank, place in enumerate(assignment.setting.places)
+        rank: memory_of(problem, assignment, rank).total - devices.memory_bytes
+        for rank, devices in enumerate(assignment.configuration.stage_devices)
     }
     return {rank: num_bytes for rank, num_bytes in short.items() if num_bytes > 0}
 
 
 def to_plan(problem: Problem, assignment: Assignment, method: str, predicted: Predicted) -> Plan:
     """The plan file's value."""
-    setting = assignment.setting
-    shapes = problem.lanes(setting.sizes, setting.decode_micro_batch)
+    configuration = assignment.configuration
+    shapes = problem.lanes(configuration.sizes, configuration.decode_micro_batch)
     return Plan(
         model=problem.spec,
         workload=problem.workload,
         cluster=problem.cluster,
         method=method,
-        batch=setting.batch,
-        prefill_micro_batch=setting.prefill_micro_batch,
-        decode_micro_batch=setting.decode_micro_batch,
-        chunk_tokens=problem.chunk_tokens(setting),
+        batch=configuration.batch,
+        prefill_micro_batch=configuration.prefill_micro_batch,
+        decode_micro_batch=configuration.decode_micro_batch,
+        chunk_tokens=problem.chunk_tokens(configuration),
         lanes=lanes_of(shapes),
         quantizer=problem.quality.quantizer,
         stages=_stages(assignment),
@@ -134,11 +134,11 @@ def to_plan(problem: Problem, assignment: Assignment, method: str, predicted: Pr
 def _with_kernels(problem: Problem, assignment: Assignment, predicted: Predicted) -> Predicted:
     """The same prediction with the kernels that every stage counts on."""
     stages = []
-    for place, precisions, stage in zip(
-        assignment.setting.places, assignment.stages, predicted.stages, strict=True
+    for devices, precisions, stage in zip(
+        assignment.configuration.stage_devices, assignment.stages, predicted.stages, strict=True
     ):
-        matrices = [(op.out_features, op.in_features) for op in problem.shard(place).linears]
-        found = serving(problem.times[place.type].machine, precisions, matrices)
+        matrices = [(op.out_features, op.in_features) for op in problem.shard(devices).linears]
+        found = serving(problem.times[devices.type].machine, precisions, matrices)
         kernels = {precision: list(service.kernels) for precision, service in found.items()}
         stages.append(stage.model_copy(update={"kernels": kernels}))
     return predicted.model_copy(update={"stages": stages})
@@ -149,15 +149,17 @@ def to_assignment(plan: Plan, cluster: Cluster) -> Assignment:
     free = cluster.devices()
     known = plan.predicted.stages if plan.predicted else []
     memory = [stage.memory_capacity_bytes for stage in known] or [-1] * len(plan.stages)
-    places = [_take(free, stage, own) for stage, own in zip(plan.stages, memory, strict=True)]
+    stage_devices = [
+        _take(free, stage, own) for stage, own in zip(plan.stages, memory, strict=True)
+    ]
     sizes, reserve = (plan.prefill_micro_batch, plan.decode_micro_batch), reserve_of(plan)
     room = reserve.chunk_tokens, reserve.lanes
-    setting = Setting(tuple(places), plan.batch, *sizes, *room)
-    return Assignment(setting, tuple(tuple(stage.precisions) for stage in plan.stages))
+    configuration = Configuration(tuple(stage_devices), plan.batch, *sizes, *room)
+    return Assignment(configuration, tuple(tuple(stage.precisions) for stage in plan.stages))
 
 
-def _take(free: list[Device], stage: Stage, memory_bytes: int) -> Place:
-    """The place of a stage's devices, which are taken; those of `memory_bytes` first.
+def _take(free: list[Device], stage: Stage, memory_bytes: int) -> StageDevices:
+    """A stage's devices, which are taken out of `free`; those of `memory_bytes` first.
 
     Then those of the least memory above that. The least memory of all that are taken counts.
     Raises `ValueError` where there is none (left).
@@ -176,20 +178,20 @@ def _take(free: list[Device], stage: Stage, memory_bytes: int) -> Place:
         free.remove(found)
         taken.append(found)
     least = min(device.memory_bytes for device in taken)
-    return Place(stage.node, stage.devices[0], least, len(taken))
+    return StageDevices(stage.node, stage.devices[0], least, len(taken))
 
 
 def _stages(assignment: Assignment) -> list[Stage]:
     stages, start = [], 0
     for rank, precisions in enumerate(assignment.stages):
-        place = assignment.setting.places[rank]
+        devices = assignment.configuration.stage_devices[rank]
         end = start + len(precisions)
         stages.append(
             Stage(
                 rank=rank,
-                node=place.node,
-                devices=[place.type] * place.tensor_parallel,
-                tensor_parallel=place.tensor_parallel,
+                node=devices.node,
+                devices=[devices.type] * devices.tensor_parallel,
+                tensor_parallel=devices.tensor_parallel,
                 first_layer=start,
                 end_layer=end,
                 precisions=list(precisions),
@@ -201,17 +203,19 @@ def _stages(assignment: Assignment) -> list[Stage]:
 
 def closed_form_s(problem: Problem, assignment: Assignment) -> float:
     """Seconds of the whole run in closed form, to the scale of simulated runs where it is known."""
-    stage, link = stage_costs(problem, assignment), hop_costs(problem, assignment.setting)
-    return float(run_s(stage, link)) * problem.scale_of(assignment.setting)
+    stage, link = stage_costs(problem, assignment), hop_costs(problem, assignment.configuration)
+    return float(run_s(stage, link)) * problem.scale_of(assignment.configuration)
 
 
 def stage_costs(problem: Problem, assignment: Assignment) -> Costs:
     """[N]: what the run takes each stage."""
-    setting, last = assignment.setting, len(assignment.stages) - 1
+    configuration, last = assignment.configuration, len(assignment.stages) - 1
     each = []
-    for rank, (place, precisions) in enumerate(zip(setting.places, assignment.stages, strict=True)):
-        fixed = fixed_costs(problem, setting.sizes, place, rank == 0, rank == last)
-        layer = layer_costs(problem, setting.sizes, place)
+    for rank, (devices, precisions) in enumerate(
+        zip(configuration.stage_devices, assignment.stages, strict=True)
+    ):
+        fixed = fixed_costs(problem, configuration.sizes, devices, rank == 0, rank == last)
+        layer = layer_costs(problem, configuration.sizes, devices)
         layers = [
             layer.map(partial(_layers_at, problem.precisions.index(name), number))
             for name, number in Counter(precisions).items()
@@ -225,22 +229,24 @@ def _layers_at(option: int, number: int, layer: np.ndarray) -> np.ndarray:
     return np.asarray(number * layer[..., option])
 
 
-def hop_costs(problem: Problem, setting: Setting) -> Costs:
+def hop_costs(problem: Problem, configuration: Configuration) -> Costs:
     """[N]: and the link after each stage; the last is the tokens' return."""
-    hops = link_costs(problem, setting.sizes, [place.node for place in setting.places])
+    hops = link_costs(
+        problem, configuration.sizes, [devices.node for devices in configuration.stage_devices]
+    )
     return stack([hop.map(of_only_pair) for hop in hops])
 
 
-def actor_works(problem: Problem, assignment: Assignment) -> list[Work]:
+def resource_works(problem: Problem, assignment: Assignment) -> list[Work]:
     """In the pipeline's order: stage, link, ..., stage, way back."""
-    places = assignment.setting.places
-    stages = [stage_work_at(problem, assignment, rank) for rank in range(len(places))]
-    hops = hop_works(problem, [place.node for place in places])
+    stage_devices = assignment.configuration.stage_devices
+    stages = [stage_work_at(problem, assignment, rank) for rank in range(len(stage_devices))]
+    hops = hop_works(problem, [devices.node for devices in stage_devices])
     return [work for pair in zip(stages, hops, strict=True) for work in pair]
 
 
 def stage_work_at(problem: Problem, assignment: Assignment, rank: int) -> Work:
     """All that one stage does with a micro-batch."""
-    times = problem.times_at(assignment.setting.places[rank])
+    times = problem.times_at(assignment.configuration.stage_devices[rank])
     last = rank == len(assignment.stages) - 1
     return stage_work(times, rank == 0, last, assignment.stages[rank])

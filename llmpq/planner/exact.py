@@ -2,8 +2,8 @@
 
 Where all layers are equally sensitive, counts are the whole problem; else which layer lies on
 which stage is part of it (`counts.build_exact`). Then a plan by moves comes first: what is better
-than it can only have its stages end within narrow windows, which small linear programmes find, and
-that leaves a fraction of the layers' places open.
+than it can only have its stages end within narrow windows, which small LPs find, and
+that leaves a fraction of the layers open.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from llmpq.planner.heuristic import start_choice, transfer
 from llmpq.planner.instance import Instance
 from llmpq.planner.moves import assign_layers
 from llmpq.planner.problem import OVER
-from llmpq.planner.solver import TOLERANCE, Programme, Solver, Status
+from llmpq.planner.solver import TOLERANCE, LinearProgram, Solver, Status
 from llmpq.planner.value import Choice, count_options, fits, objective, seconds, sum_omega
 
 MOVES_S = 0.3  # at most, for the plan by moves
-SLACK = 1e-6  # of a window's ends: a linear programme's rounding
+SLACK = 1e-6  # of a window's ends: an LP's rounding
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,13 @@ def solve(
 ) -> Solution:
     """The best choice within `gap` (relative), if one is at most `cutoff`.
 
-    `plain`: by the programme with a binary for every layer, stage and option, for reference.
+    `plain`: by the ILP with a binary for every layer, stage and option, for reference.
     """
     if instance.num_layers < instance.num_stages:
         return Solution("infeasible", None, math.inf)
     if plain or is_even(instance):
-        programme = (
-            counts.build_plain(instance, cutoff) if plain else counts.build(instance, cutoff)
-        )
-        return _solved(instance, programme, solver, gap, time_limit, cutoff)
+        program = counts.build_plain(instance, cutoff) if plain else counts.build(instance, cutoff)
+        return _solved(instance, program, solver, gap, time_limit, cutoff)
     return _solve_uneven(instance, solver, gap, time_limit, cutoff)
 
 
@@ -67,8 +65,8 @@ def _solve_uneven(
     windows = _windows(instance, solver, limit)
     if windows is None:
         return known or Solution("infeasible", None, math.inf)
-    programme = counts.build_exact(instance, limit, windows)
-    found = _solved(instance, programme, solver, gap, time_limit, limit)
+    program = counts.build_exact(instance, limit, windows)
+    found = _solved(instance, program, solver, gap, time_limit, limit)
     if found.status == "infeasible":
         return known or found
     if found.choice is None and known:
@@ -90,10 +88,10 @@ def _windows(instance: Instance, solver: Solver, cutoff: float) -> np.ndarray | 
 
     None where there is no such choice.
     """
-    programme = counts.build(instance, cutoff)
+    program = counts.build(instance, cutoff)
     held = counts.Columns(instance).c
     ends = [held[: j + 1].ravel() for j in range(instance.num_stages - 1)]
-    found = solver.extents(programme, ends)
+    found = solver.extents(program, ends)
     if found is None:
         return None
     return np.stack([np.ceil(found[:, 0] - SLACK), np.floor(found[:, 1] + SLACK)], axis=1)
@@ -101,13 +99,13 @@ def _windows(instance: Instance, solver: Solver, cutoff: float) -> np.ndarray | 
 
 def _solved(
     instance: Instance,
-    programme: Programme,
+    program: LinearProgram,
     solver: Solver,
     gap: float,
     time_limit: float,
     cutoff: float,
 ) -> Solution:
-    answer = solver.integers(programme, gap=gap, time_limit=time_limit)
+    answer = solver.integers(program, gap=gap, time_limit=time_limit)
     if answer.status == "infeasible":
         return Solution("infeasible", None, math.inf)
     if answer.x is None:
@@ -123,8 +121,8 @@ def allowed(instance: Instance, choice: Choice) -> bool:
     return fits(instance, choice) and sum_omega(instance, choice) <= instance.budget * OVER
 
 
-def build(instance: Instance, cutoff: float = math.inf) -> Programme:
-    """The programme that has all that matters."""
+def build(instance: Instance, cutoff: float = math.inf) -> LinearProgram:
+    """The ILP with all that matters."""
     if is_even(instance):
         return counts.build(instance, cutoff)
     return counts.build_exact(instance, cutoff)

@@ -1,11 +1,11 @@
 """Why nothing fits: what is short, where and by how much.
 
-What is short is said of the cheapest setting: the lowest precision, the fewest requests in flight,
-micro-batches of one, the best chunk of a prompt, the best order. Where memory would do and the
-quality budget does not, the least loss that memory allows is named.
+What is short is said of the cheapest configuration: the lowest precision, the fewest requests in
+flight, micro-batches of one, the best chunk of a prompt, the best order. Where memory would do and
+the quality budget does not, the least loss that memory allows is named.
 
-`may_fit` is the quick question below it all: has some layout room for all layers within the
-budget? It looks at memory and sensitivity alone, at `NUM_PRICED` settings at most where there is a
+`may_fit` is the quick question below it all: has some layout room for all layers within the budget?
+It looks at memory and sensitivity alone, at `NUM_PRICED` configurations at most where there is a
 budget, and plans nothing.
 
 Not covered: what would help (`fixes`).
@@ -22,16 +22,16 @@ from llmpq.job import cache_tokens
 from llmpq.model_spec import tensor_parallel_degrees
 from llmpq.planner.baselines import amount, in_bits, least_omega
 from llmpq.planner.instance import capacity, most_room, unpacked_bytes
-from llmpq.planner.layouts import Mix, canonical, ends, mixes
-from llmpq.planner.problem import OVER, Problem, Setting
+from llmpq.planner.layouts import DeviceSubset, canonical, ends, subsets
+from llmpq.planner.problem import OVER, Configuration, Problem
 from llmpq.planner.sizes import batch_options, chunk_options
 
-NUM_PRICED = 16  # settings, of those with most room, that are looked at closely
+NUM_PRICED = 16  # configurations, of those with most room, that are looked at closely
 
 
 def why(problem: Problem) -> str:
     """What is short, and by how much, without any change that would help."""
-    if not roomiest_mixes(problem):
+    if not roomiest_subsets(problem):
         return _too_few_layers(problem)
     if lacks_memory(problem):
         return _memory_text(problem)
@@ -41,12 +41,12 @@ def why(problem: Problem) -> str:
 
 
 def lacks_memory(problem: Problem) -> bool:
-    """Not even the cheapest settings have room for all layers."""
-    return next(_roomy_settings(problem), None) is None
+    """Not even the cheapest configurations have room for all layers."""
+    return next(_roomy_configurations(problem), None) is None
 
 
 def may_fit(problem: Problem) -> bool:
-    """Some setting has room for all layers within the quality budget."""
+    """Some configuration has room for all layers within the quality budget."""
     if math.isinf(problem.budget):
         return not lacks_memory(problem)
     return _least_omega(problem) <= problem.budget * OVER
@@ -54,29 +54,29 @@ def may_fit(problem: Problem) -> bool:
 
 def _least_omega(problem: Problem) -> float:
     """The least summed sensitivity that memory allows; infinity where it allows no plan."""
-    return least_omega(problem, list(islice(_roomy_settings(problem), NUM_PRICED)))
+    return least_omega(problem, list(islice(_roomy_configurations(problem), NUM_PRICED)))
 
 
-def roomiest_mixes(problem: Problem) -> list[Mix]:
+def roomiest_subsets(problem: Problem) -> list[DeviceSubset]:
     """Choices of devices, those with most room first. Rehearsed devices run one a stage."""
     degrees = tensor_parallel_degrees(problem.spec, problem.max_tensor_parallel)
-    found, _ = mixes(problem.cluster, degrees, problem.spec.num_layers)
+    found, _ = subsets(problem.cluster, degrees, problem.spec.num_layers)
     alone = problem.cluster.rehearse
     some = [m for m in found if all(p.tensor_parallel == 1 or p.type not in alone for p, _ in m)]
-    return sorted(some, key=lambda mix: -_room_between(problem, mix))
+    return sorted(some, key=lambda subset: -_room_between(problem, subset))
 
 
-def _cheapest_settings(problem: Problem, mix: Mix) -> Iterator[Setting]:
-    """The fewest requests in flight, micro-batches of 1; an order for each first and last place.
+def _cheapest_configurations(problem: Problem, subset: DeviceSubset) -> Iterator[Configuration]:
+    """The fewest requests in flight, micro-batches of 1; an order for each first and last stage.
 
     Each with every chunk.
 
     Other orders between the same ends need the same memory. (Messages of larger micro-batches have
     fewer headers: for models a few dozen wide, that can outweigh what their computing takes.)
     """
-    for first, last in ends(problem.cluster, mix):
+    for first, last in ends(problem.cluster, subset):
         for sizes in _cheapest_sizes(problem):
-            yield Setting(canonical(mix, first, last), *sizes)
+            yield Configuration(canonical(subset, first, last), *sizes)
 
 
 def _cheapest_sizes(problem: Problem) -> list[tuple[int, int, int, int]]:
@@ -84,41 +84,48 @@ def _cheapest_sizes(problem: Problem) -> list[tuple[int, int, int, int]]:
     return [(min(batch_options(problem)), 1, 1, chunk) for chunk in chunk_options(problem)]
 
 
-def _roomy_settings(problem: Problem) -> Iterator[Setting]:
-    """Cheapest settings with room for all layers, about those with most room first."""
-    for mix in roomiest_mixes(problem):
-        if _room_between(problem, mix) < problem.spec.num_layers:
+def _roomy_configurations(problem: Problem) -> Iterator[Configuration]:
+    """Cheapest configurations with room for all layers, about those with most room first."""
+    for subset in roomiest_subsets(problem):
+        if _room_between(problem, subset) < problem.spec.num_layers:
             return
-        for setting in _cheapest_settings(problem, mix):
-            held = _layers_held(problem, setting)
+        for configuration in _cheapest_configurations(problem, subset):
+            held = _layers_held(problem, configuration)
             if held.min() >= 1 and held.sum() >= problem.spec.num_layers:
-                yield setting
+                yield configuration
 
 
-def _room_between(problem: Problem, mix: Mix) -> int:
-    """Layers that a mix holds if ends and messages take nothing; 0 where a place holds none."""
+def _room_between(problem: Problem, subset: DeviceSubset) -> int:
+    """Layers that a subset holds if ends and messages take nothing; 0 where a stage holds none."""
     most = 0
     for sizes in _cheapest_sizes(problem):
-        held = [(_held_between(problem, Setting((place,) * 3, *sizes)), n) for place, n in mix]
+        held = [
+            (_held_between(problem, Configuration((devices,) * 3, *sizes)), n)
+            for devices, n in subset
+        ]
         if min(n for n, _ in held) >= 1:
             most = max(most, sum(n * count for n, count in held))
     return most
 
 
-def _held_between(problem: Problem, setting: Setting) -> int:
-    """Layers that the place of three equal stages holds in the middle, if messages take nothing."""
-    room = most_room(problem, setting.sizes, setting.places[1], alone=False)
-    return _held_in(int(room[0, 0]), _option_bytes(problem, setting, 1))
+def _held_between(problem: Problem, configuration: Configuration) -> int:
+    """Layers that the middle one of three equal stages holds, if messages take nothing."""
+    room = most_room(problem, configuration.sizes, configuration.stage_devices[1], alone=False)
+    return _held_in(int(room[0, 0]), _option_bytes(problem, configuration, 1))
 
 
 # ---- what is short
 
 
 def _memory_text(problem: Problem) -> str:
-    ordered = roomiest_mixes(problem)
+    ordered = roomiest_subsets(problem)
     some = dict.fromkeys([*ordered[:NUM_PRICED], *ordered[-NUM_PRICED:]])
-    settings = (setting for mix in some for setting in _cheapest_settings(problem, mix))
-    best = min(settings, key=lambda setting: _missing_in_all(problem, setting))
+    configurations = (
+        configuration
+        for subset in some
+        for configuration in _cheapest_configurations(problem, subset)
+    )
+    best = min(configurations, key=lambda configuration: _missing_in_all(problem, configuration))
     lowest = _least_layer(problem, best, 0)[0]
     chunk = problem.chunk_tokens(best)
     chunks = f", chunks of {chunk} tokens" if chunk < problem.max_prompt_tokens else ""
@@ -133,12 +140,14 @@ def in_flight(batch: int) -> str:
     return "1 request in flight" if batch == 1 else f"{batch} requests in flight"
 
 
-def missing_bytes(problem: Problem, setting: Setting) -> np.ndarray:
+def missing_bytes(problem: Problem, configuration: Configuration) -> np.ndarray:
     """[N]: bytes that would have to be added; layers that fit nowhere go where least is missing."""
-    ranks = range(len(setting.places))
-    least = np.array([_least_layer(problem, setting, rank)[1:] for rank in ranks], dtype=float)
-    capacity = np.array([_room(problem, setting, rank) for rank in ranks])
-    need = np.maximum(_layers_held(problem, setting), 1)
+    ranks = range(len(configuration.stage_devices))
+    least = np.array(
+        [_least_layer(problem, configuration, rank)[1:] for rank in ranks], dtype=float
+    )
+    capacity = np.array([_room(problem, configuration, rank) for rank in ranks])
+    need = np.maximum(_layers_held(problem, configuration), 1)
     spare = capacity - need * least[:, 0] - least[:, 1]
     while need.sum() < problem.spec.num_layers:
         j = int((spare - least[:, 0]).argmax())
@@ -147,13 +156,17 @@ def missing_bytes(problem: Problem, setting: Setting) -> np.ndarray:
     return np.maximum(0.0, -spare)
 
 
-def _layers_held(problem: Problem, setting: Setting) -> np.ndarray:
-    """[N]: the most layers that each place has room for."""
-    return np.array([_held_by(problem, setting, rank) for rank in range(len(setting.places))])
+def _layers_held(problem: Problem, configuration: Configuration) -> np.ndarray:
+    """[N]: the most layers that each stage has room for."""
+    return np.array(
+        [_held_by(problem, configuration, rank) for rank in range(len(configuration.stage_devices))]
+    )
 
 
-def _held_by(problem: Problem, setting: Setting, rank: int) -> int:
-    return _held_in(_room(problem, setting, rank), _option_bytes(problem, setting, rank))
+def _held_by(problem: Problem, configuration: Configuration, rank: int) -> int:
+    return _held_in(
+        _room(problem, configuration, rank), _option_bytes(problem, configuration, rank)
+    )
 
 
 def _held_in(room: int, options: Sequence[tuple[str, int, int]]) -> int:
@@ -161,30 +174,34 @@ def _held_in(room: int, options: Sequence[tuple[str, int, int]]) -> int:
     return max(0, *(int((room - unpacked) // size) for _, size, unpacked in options))
 
 
-def _room(problem: Problem, setting: Setting, rank: int) -> int:
-    """Bytes that layers may take on each device of a place, beside ends and activations."""
-    count = len(setting.places)
+def _room(problem: Problem, configuration: Configuration, rank: int) -> int:
+    """Bytes that layers may take on each device of a stage, beside ends and activations."""
+    count = len(configuration.stage_devices)
     ends = rank == 0, rank == count - 1
-    room = capacity(problem, setting.sizes, setting.places[rank], *ends, num_stages=count)
+    room = capacity(
+        problem, configuration.sizes, configuration.stage_devices[rank], *ends, num_stages=count
+    )
     return int(room[0, 0])
 
 
-def _least_layer(problem: Problem, setting: Setting, rank: int) -> tuple[str, int, int]:
-    """The smallest precision of a place, a layer's bytes, bytes it unpacks beside all layers."""
-    return min(_option_bytes(problem, setting, rank), key=lambda option: option[1])
+def _least_layer(problem: Problem, configuration: Configuration, rank: int) -> tuple[str, int, int]:
+    """The smallest precision of a stage, a layer's bytes, bytes it unpacks beside all layers."""
+    return min(_option_bytes(problem, configuration, rank), key=lambda option: option[1])
 
 
-def _option_bytes(problem: Problem, setting: Setting, rank: int) -> list[tuple[str, int, int]]:
-    """What `_least_layer` says of one precision, of all that a place offers."""
-    place = setting.places[rank]
-    first, last = rank == 0, rank == len(setting.places) - 1
+def _option_bytes(
+    problem: Problem, configuration: Configuration, rank: int
+) -> list[tuple[str, int, int]]:
+    """What `_least_layer` says of one precision, of all that its devices offer."""
+    devices = configuration.stage_devices[rank]
+    first, last = rank == 0, rank == len(configuration.stage_devices) - 1
 
     def compute() -> list[tuple[str, int, int]]:
-        spec = problem.shard(place)
-        lanes = problem.lanes(setting.sizes, setting.decode_micro_batch)
+        spec = problem.shard(devices)
+        lanes = problem.lanes(configuration.sizes, configuration.decode_micro_batch)
         cache = memory.layer_cache_bytes(spec, cache_tokens(lanes))
-        unpacked = int(unpacked_bytes(problem, setting.sizes, place, first, last)[0, 0])
-        times = problem.times[place.type]
+        unpacked = int(unpacked_bytes(problem, configuration.sizes, devices, first, last)[0, 0])
+        times = problem.times[devices.type]
         weights = {p: memory.layer_weight_bytes(spec, p, times.machine) for p in times.precisions}
         return [
             (p, weights[p] + cache, unpacked * memory.is_packed(p))
@@ -192,31 +209,38 @@ def _option_bytes(problem: Problem, setting: Setting, rank: int) -> list[tuple[s
             if p in weights
         ]
 
-    return problem.once(
-        ("explained options", place.type, place.tensor_parallel, first, last, setting.sizes),
+    return problem.cached(
+        (
+            "explained options",
+            devices.type,
+            devices.tensor_parallel,
+            first,
+            last,
+            configuration.sizes,
+        ),
         compute,
     )
 
 
-def _missing_in_all(problem: Problem, setting: Setting) -> float:
-    degrees = np.array([place.tensor_parallel for place in setting.places])
-    return float((missing_bytes(problem, setting) * degrees).sum())
+def _missing_in_all(problem: Problem, configuration: Configuration) -> float:
+    degrees = np.array([devices.tensor_parallel for devices in configuration.stage_devices])
+    return float((missing_bytes(problem, configuration) * degrees).sum())
 
 
-def _where(problem: Problem, setting: Setting) -> str:
-    missing = missing_bytes(problem, setting)
-    short = [_shortage(setting, j, float(lack)) for j, lack in enumerate(missing) if lack > 0]
-    total = f"the cluster is {amount(_missing_in_all(problem, setting))} short in all"
-    held = int(_layers_held(problem, setting).sum())
+def _where(problem: Problem, configuration: Configuration) -> str:
+    missing = missing_bytes(problem, configuration)
+    short = [_shortage(configuration, j, float(lack)) for j, lack in enumerate(missing) if lack > 0]
+    total = f"the cluster is {amount(_missing_in_all(problem, configuration))} short in all"
+    held = int(_layers_held(problem, configuration).sum())
     return "; ".join([*short, total, f"it has room for {held} of {problem.spec.num_layers} layers"])
 
 
-def _shortage(setting: Setting, rank: int, num_bytes: float) -> str:
-    place = setting.places[rank]
-    if place.tensor_parallel == 1:
-        return f"{place.type}#{rank} on {place.node} is {amount(num_bytes)} short"
-    devices = f"{place.tensor_parallel} x {place.type}#{rank} on {place.node}"
-    return f"{devices} are {amount(num_bytes)} short each"
+def _shortage(configuration: Configuration, rank: int, num_bytes: float) -> str:
+    devices = configuration.stage_devices[rank]
+    if devices.tensor_parallel == 1:
+        return f"{devices.type}#{rank} on {devices.node} is {amount(num_bytes)} short"
+    several = f"{devices.tensor_parallel} x {devices.type}#{rank} on {devices.node}"
+    return f"{several} are {amount(num_bytes)} short each"
 
 
 def _quality_text(problem: Problem) -> str:

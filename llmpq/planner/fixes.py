@@ -1,7 +1,7 @@
 """The three cheapest changes that would make a plan fit, where nothing does.
 
 A change is offered only after its problem was planned. Changes are tried in this order of price:
-  settings   fewer requests in flight (speed alone), other precisions, a larger quality loss
+  configurations   fewer requests in flight (speed alone), other precisions, a larger quality loss
   work       shorter prompts, fewer new tokens
   hardware   more memory, more devices of a type that is there
 and where no change of one of these rows is enough alone, joined with a larger quality loss, with
@@ -22,7 +22,7 @@ from itertools import islice
 from llmpq.cluster import GIB, MIB, Cluster
 from llmpq.errors import InfeasibleError
 from llmpq.planner.baselines import amount, in_bits
-from llmpq.planner.explain import in_flight, least_loss, may_fit, roomiest_mixes, why
+from llmpq.planner.explain import in_flight, least_loss, may_fit, roomiest_subsets, why
 from llmpq.planner.frontier import round_up
 from llmpq.planner.problem import Problem
 from llmpq.planner.sizes import batch_options
@@ -334,7 +334,7 @@ def fixes(
                 return fix
         return None
 
-    if roomiest_mixes(problem):
+    if roomiest_subsets(problem):
         return list(islice(_offers(problem, precisions, verify), NUM_FIXES))
     return _with_fewer_devices(problem, precisions, verify)
 

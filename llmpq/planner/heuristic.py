@@ -1,4 +1,4 @@
-"""Bitwidth transfer: a local search for one setting's choice that is there in milliseconds.
+"""Bitwidth transfer: a local search for one configuration's choice that is there in milliseconds.
 
 It works on counts [N, B], how many layers each stage holds at each option, as times and memory
 depend on nothing else. A move takes some layers at one option of one stage and gives them back at
@@ -40,7 +40,7 @@ from llmpq.planner.moves import (
     outcomes,
     totals_after,
 )
-from llmpq.planner.problem import OVER, Problem, Setting
+from llmpq.planner.problem import OVER, Configuration, Problem
 from llmpq.planner.value import Choice, objective
 
 MAX_SETTINGS = 64
@@ -50,25 +50,25 @@ PRICES = ((0.1, 0.0), (0.5, 0.0), (0.0, 0.2), (0.0, 1.0))
 
 
 def heuristic(
-    problem: Problem, settings: Iterable[tuple[float, Setting]], deadline: float
-) -> tuple[Setting, Choice] | None:
-    """The best choice found over `settings` until `deadline` (monotonic).
+    problem: Problem, configurations: Iterable[tuple[float, Configuration]], deadline: float
+) -> tuple[Configuration, Choice] | None:
+    """The best choice found over `configurations` until `deadline` (monotonic).
 
     They come with a bound that no choice is below, the least first; it ends where that is no better
     than what was found, and after `MAX_SETTINGS`. None: nothing within memory and budget was found.
     """
-    best: tuple[float, Setting, Choice] | None = None
-    for bound, setting in itertools.islice(settings, MAX_SETTINGS):
+    best: tuple[float, Configuration, Choice] | None = None
+    for bound, configuration in itertools.islice(configurations, MAX_SETTINGS):
         if time.monotonic() > deadline or (best is not None and bound >= best[0]):
             break
-        instance = make_instance(problem, setting)
+        instance = make_instance(problem, configuration)
         start = start_choice(instance, deadline)
         if start is None:
             continue
         choice = transfer(instance, start, deadline)
         value = objective(instance, choice)
         if best is None or value < best[0]:
-            best = value, setting, choice
+            best = value, configuration, choice
     return best[1:] if best else None
 
 

@@ -1,13 +1,14 @@
-"""The arrays of one setting: what the methods optimise over.
+"""The arrays of one configuration: what the methods optimise over.
 
 An `Instance` holds, per layer and stage, seconds *summed over all batches of the workload*: the
-objective of `value` lets one actor be the slowest for all batches together. Layers cost the same,
-so times and memory depend only on *how many* layers a stage holds at each option: `counts` [N, B].
-An option is a precision here; whatever else a layer may choose (precisions of attention and
+objective of `value` lets one resource be the slowest for all batches together. Layers cost the
+same, so times and memory depend only on *how many* layers a stage holds at each option: `counts`
+[N, B]. An option is a precision here; whatever else a layer may choose (precisions of attention and
 feed-forward apart, of the cache) would be more columns of the same arrays.
 
-The arrays are made from cost tables: functions of a problem, a place and `Sizes`, for all pairs
-of micro-batches of a batch at once. A problem remembers them, as many settings share them.
+The arrays are made from cost tables: functions of a problem, a stage's devices and `Sizes`, for all
+pairs of micro-batches of a batch at once. A problem remembers them, as many configurations share
+them.
 
 Not covered: what a choice of layers costs (`value`).
 """
@@ -25,7 +26,7 @@ from llmpq.costs.timeline import Costs, combined
 from llmpq.job import cache_tokens
 from llmpq.machine import Machine
 from llmpq.planner.job_table import table_of
-from llmpq.planner.problem import Place, Problem, Setting, Sizes
+from llmpq.planner.problem import Configuration, Problem, Sizes, StageDevices
 from llmpq.planner.works import fixed_work, hop_works, layer_work
 
 
@@ -87,31 +88,31 @@ class Instance:
 
     @property
     def available(self) -> np.ndarray:
-        """[N, B]: which options a place offers."""
+        """[N, B]: which options a stage's devices offer."""
         return np.isfinite(self.layer.bursts)
 
 
-def make_instance(problem: Problem, setting: Setting) -> Instance:
-    """The arrays of one setting."""
-    places, sizes = setting.places, setting.sizes
-    last = len(places) - 1
-    scale = problem.scales_of(len(places), sizes)
-    fixed = [fixed_costs(problem, sizes, p, j == 0, j == last) for j, p in enumerate(places)]
-    ends = [(j == 0, j == last) for j in range(len(places))]
+def make_instance(problem: Problem, configuration: Configuration) -> Instance:
+    """The arrays of one configuration."""
+    stage_devices, sizes = configuration.stage_devices, configuration.sizes
+    last = len(stage_devices) - 1
+    scale = problem.scales_of(len(stage_devices), sizes)
+    fixed = [fixed_costs(problem, sizes, p, j == 0, j == last) for j, p in enumerate(stage_devices)]
+    ends = [(j == 0, j == last) for j in range(len(stage_devices))]
     room = [
-        capacity(problem, sizes, place, *end, num_stages=len(places))[0, 0]
-        for place, end in zip(places, ends, strict=True)
+        capacity(problem, sizes, devices, *end, num_stages=len(stage_devices))[0, 0]
+        for devices, end in zip(stage_devices, ends, strict=True)
     ]
     return Instance(
-        layer=_of_pair([layer_costs(problem, sizes, place) for place in places], scale),
+        layer=_of_pair([layer_costs(problem, sizes, devices) for devices in stage_devices], scale),
         fixed=_of_pair(fixed, scale),
-        link=_of_pair(link_costs(problem, sizes, [p.node for p in places]), scale),
-        layer_bytes=np.stack([layer_bytes(problem, sizes, place) for place in places]),
+        link=_of_pair(link_costs(problem, sizes, [p.node for p in stage_devices]), scale),
+        layer_bytes=np.stack([layer_bytes(problem, sizes, devices) for devices in stage_devices]),
         capacity=np.array(room),
         unpacked_bytes=np.array(
             [
                 unpacked_bytes(problem, sizes, p, j == 0, j == last)[0, 0]
-                for j, p in enumerate(places)
+                for j, p in enumerate(stage_devices)
             ]
         ),
         packed=np.array([memory.is_packed(p) for p in problem.precisions]),
@@ -124,7 +125,7 @@ def make_instance(problem: Problem, setting: Setting) -> Instance:
 
 def groups_of(problem: Problem) -> LayerGroups:
     """Layers of equal sensitivity."""
-    return problem.once(
+    return problem.cached(
         "layer groups", lambda: layer_groups(omega_of(problem), problem.budget, problem.theta)
     )
 
@@ -140,36 +141,37 @@ def of_only_pair(array: np.ndarray) -> np.ndarray:
 
 
 def capacity(
-    problem: Problem, sizes: Sizes, place: Place, first: bool, last: bool, num_stages: int
+    problem: Problem, sizes: Sizes, devices: StageDevices, first: bool, last: bool, num_stages: int
 ) -> np.ndarray:
     """[P, Q]: bytes that layers may take on each device, beside ends, activations, messages."""
-    room = _room_beside_messages(problem, sizes, place, first, last)
+    room = _room_beside_messages(problem, sizes, devices, first, last)
     key = ("messages", first, last, num_stages, sizes)
     taken = problem.shared(key, lambda: _messages(problem, sizes, first, last, num_stages))
     return np.asarray(room - taken)
 
 
-def most_room(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:
-    """[P, Q]: no place in a pipeline (or alone) leaves layers more."""
-    return _room_beside_messages(problem, sizes, place, alone, alone)
+def most_room(problem: Problem, sizes: Sizes, devices: StageDevices, alone: bool) -> np.ndarray:
+    """[P, Q]: no stage of a pipeline (or alone) leaves layers more."""
+    return _room_beside_messages(problem, sizes, devices, alone, alone)
 
 
 def _room_beside_messages(
-    problem: Problem, sizes: Sizes, place: Place, first: bool, last: bool
+    problem: Problem, sizes: Sizes, devices: StageDevices, first: bool, last: bool
 ) -> np.ndarray:
-    ends = memory.end_weight_bytes(problem.shard(place), first=first, last=last)
-    taken = ends + _activations(problem, sizes, place, first, last, ("16",))
-    return np.asarray(place.memory_bytes - taken)
+    ends = memory.end_weight_bytes(problem.shard(devices), first=first, last=last)
+    taken = ends + _activations(problem, sizes, devices, first, last, ("16",))
+    return np.asarray(devices.memory_bytes - taken)
 
 
 def _messages(
     problem: Problem, sizes: Sizes, first: bool, last: bool, num_stages: int
 ) -> np.ndarray:
     """[P, Q]: messages are as wide as the model on every device."""
-    places = (Place("", "", 0),) * num_stages
+    stage_devices = (StageDevices("", "", 0),) * num_stages
     fixed = sizes.chunk_tokens, sizes.lanes
-    settings = [
-        [Setting(places, sizes.batch, p, q, *fixed) for q in sizes.decode] for p in sizes.prefill
+    configurations = [
+        [Configuration(stage_devices, sizes.batch, p, q, *fixed) for q in sizes.decode]
+        for p in sizes.prefill
     ]
     return np.array(
         [
@@ -177,7 +179,7 @@ def _messages(
                 memory.buffer_bytes(problem.spec, problem.run_sizes(one), first=first, last=last)
                 for one in row
             ]
-            for row in settings
+            for row in configurations
         ],
         dtype=float,
     )
@@ -186,7 +188,7 @@ def _messages(
 def _activations(
     problem: Problem,
     sizes: Sizes,
-    place: Place,
+    devices: StageDevices,
     first: bool,
     last: bool,
     precisions: tuple[str, ...],
@@ -195,8 +197,8 @@ def _activations(
 
     And what decode steps keep beside it.
     """
-    machine = problem.times[place.type].machine
-    stage = _StageKind(place.tensor_parallel, machine, first, last, precisions)
+    machine = problem.times[devices.type].machine
+    stage = _StageKind(devices.tensor_parallel, machine, first, last, precisions)
     return problem.shared((stage, sizes), lambda: _activations_of(problem, sizes, stage))
 
 
@@ -242,32 +244,32 @@ def _activations_of(problem: Problem, sizes: Sizes, stage: _StageKind) -> np.nda
     return np.asarray(both + np.array(kept, dtype=float))
 
 
-def layer_bytes(problem: Problem, sizes: Sizes, place: Place) -> np.ndarray:
-    """[B]: what a layer takes on each device of a place, with the least cache of all `sizes`."""
+def layer_bytes(problem: Problem, sizes: Sizes, devices: StageDevices) -> np.ndarray:
+    """[B]: what a layer takes on each device of a stage, with the least cache of all `sizes`."""
 
-    machine = problem.times[place.type].machine
+    machine = problem.times[devices.type].machine
 
     def compute() -> np.ndarray:
-        spec = problem.shard(place)
+        spec = problem.shard(devices)
         tokens = min(cache_tokens(problem.lanes(sizes, q)) for q in sizes.decode)
         weights = [memory.layer_weight_bytes(spec, p, machine) for p in problem.precisions]
         return np.array(weights, dtype=float) + memory.layer_cache_bytes(spec, tokens)
 
-    key = ("bytes", machine, sizes.batch, sizes.decode, sizes.lanes, place.tensor_parallel)
-    return problem.once(key, compute)
+    key = ("bytes", machine, sizes.batch, sizes.decode, sizes.lanes, devices.tensor_parallel)
+    return problem.cached(key, compute)
 
 
 def unpacked_bytes(
-    problem: Problem, sizes: Sizes, place: Place, first: bool, last: bool
+    problem: Problem, sizes: Sizes, devices: StageDevices, first: bool, last: bool
 ) -> np.ndarray:
     """[P, Q]: what a stage with any packed layer takes besides, at the precision that takes most.
 
     A plan whose stage has none of that precision takes less (`evaluate.memory_of`).
     """
-    offered = problem.times[place.type].precisions
+    offered = problem.times[devices.type].precisions
     packed = tuple(p for p in problem.precisions if p in offered and memory.is_packed(p))
-    plain = _activations(problem, sizes, place, first, last, ("16",))
-    more = _activations(problem, sizes, place, first, last, packed) if packed else plain
+    plain = _activations(problem, sizes, devices, first, last, ("16",))
+    more = _activations(problem, sizes, devices, first, last, packed) if packed else plain
     return np.maximum(more - plain, 0.0)
 
 
@@ -277,26 +279,26 @@ def omega_of(problem: Problem) -> np.ndarray:
     def compute() -> np.ndarray:
         return np.array([problem.quality.omega[p] for p in problem.precisions], dtype=float).T
 
-    return problem.once("omega", compute)
+    return problem.cached("omega", compute)
 
 
-def kind_of(problem: Problem, place: Place) -> Hashable:
-    """What times of a place depend on: equal kinds have equal times."""
-    if place.tensor_parallel == 1:
-        return (place.type, 1, None)
-    link = problem.cluster.link_between(place.node, place.node)
-    return (place.type, place.tensor_parallel, link)
+def kind_of(problem: Problem, devices: StageDevices) -> Hashable:
+    """What the times of a stage's devices depend on: equal kinds have equal times."""
+    if devices.tensor_parallel == 1:
+        return (devices.type, 1, None)
+    link = problem.cluster.link_between(devices.node, devices.node)
+    return (devices.type, devices.tensor_parallel, link)
 
 
 # ---- cost tables: [P, Q, ...], of all pairs of micro-batches of `sizes`
 
 
-def layer_costs(problem: Problem, sizes: Sizes, place: Place) -> Costs:
-    """[P, Q, B]: one layer at each precision; infinity where a place does not offer it."""
-    kind = kind_of(problem, place)
+def layer_costs(problem: Problem, sizes: Sizes, devices: StageDevices) -> Costs:
+    """[P, Q, B]: one layer at each precision; infinity where its devices do not offer it."""
+    kind = kind_of(problem, devices)
 
     def compute() -> Costs:
-        times = problem.times_at(place)
+        times = problem.times_at(devices)
         each = [
             table_of(problem, sizes).costs(layer_work(times, name))
             if name in times.precisions
@@ -305,18 +307,20 @@ def layer_costs(problem: Problem, sizes: Sizes, place: Place) -> Costs:
         ]
         return combined(each, np.stack, axis=-1)
 
-    return problem.once(("layers", kind, sizes), compute)
+    return problem.cached(("layers", kind, sizes), compute)
 
 
 def _never(sizes: Sizes) -> Costs:
     return Costs(*(np.full(sizes.shape, math.inf) for _ in fields(Costs)))
 
 
-def fixed_costs(problem: Problem, sizes: Sizes, place: Place, first: bool, last: bool) -> Costs:
+def fixed_costs(
+    problem: Problem, sizes: Sizes, devices: StageDevices, first: bool, last: bool
+) -> Costs:
     """[P, Q]: what a stage costs beside its layers."""
-    key = ("fixed", kind_of(problem, place), first, last, sizes)
-    work = fixed_work(problem.times_at(place), first, last)
-    return problem.once(key, lambda: table_of(problem, sizes).costs(work))
+    key = ("fixed", kind_of(problem, devices), first, last, sizes)
+    work = fixed_work(problem.times_at(devices), first, last)
+    return problem.cached(key, lambda: table_of(problem, sizes).costs(work))
 
 
 def link_costs(problem: Problem, sizes: Sizes, nodes: Sequence[str]) -> list[Costs]:
@@ -325,13 +329,13 @@ def link_costs(problem: Problem, sizes: Sizes, nodes: Sequence[str]) -> list[Cos
     ends = [("hop", *pair) for pair in zip(nodes, nodes[1:], strict=False)]
     ends.append(("back", *((nodes[-1], nodes[0]) if len(nodes) > 1 else ())))
     return [
-        problem.once((end, sizes), partial(table_of(problem, sizes).costs, work))
+        problem.cached((end, sizes), partial(table_of(problem, sizes).costs, work))
         for end, work in zip(ends, works, strict=True)
     ]
 
 
 def least_hop(problem: Problem, sizes: Sizes, node: str, nodes: tuple[str, ...]) -> Costs:
-    """[P, Q] of a hand-over from a place of `node` in any order of places on `nodes`.
+    """[P, Q] of a hand-over from a stage on `node` in any order of stages on `nodes`.
 
     Inside the node, or to another one where that is cheaper.
     """
@@ -341,29 +345,29 @@ def least_hop(problem: Problem, sizes: Sizes, node: str, nodes: tuple[str, ...])
     def compute() -> Costs:
         return combined([link_costs(problem, sizes, way)[0] for way in ways], np.min)
 
-    return problem.once(("least hop", node, other, sizes), compute)
+    return problem.cached(("least hop", node, other, sizes), compute)
 
 
 def least_way_back(
     problem: Problem, sizes: Sizes, nodes: tuple[str, ...], num_stages: int
 ) -> Costs:
-    """[P, Q] of the tokens' return in any order of places on `nodes`."""
+    """[P, Q] of the tokens' return in any order of stages on `nodes`."""
     if num_stages == 1:
         return link_costs(problem, sizes, [nodes[0]])[-1]
     ways = [[node, node] for node in nodes] + [list(nodes[:2])] * (len(nodes) > 1)
     return combined([link_costs(problem, sizes, way)[-1] for way in ways], np.min)
 
 
-def in_any_order(problem: Problem, setting: Setting, instance: Instance) -> Instance:
-    """The instance with links that no order of the places between the ends has cheaper.
+def in_any_order(problem: Problem, configuration: Configuration, instance: Instance) -> Instance:
+    """The instance with links that no order of the stages between the ends has cheaper.
 
-    `setting` crosses the fewest links between nodes.
+    `configuration` crosses the fewest links between nodes.
     """
-    nodes = [place.node for place in setting.places]
+    nodes = [devices.node for devices in configuration.stage_devices]
     there = tuple(dict.fromkeys(nodes))
     if len(there) == 1:
         return instance
-    sizes = setting.sizes
+    sizes = configuration.sizes
     hops = [
         least_hop(problem, sizes, a, there) if a == b else link_costs(problem, sizes, [a, b])[0]
         for a, b in zip(nodes, nodes[1:], strict=False)

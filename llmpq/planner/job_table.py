@@ -52,8 +52,8 @@ class JobTable:
     def _decodes(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """By rows: these, where the steps lie, and their past."""
         steps = np.array(self.decode, dtype=float).reshape(-1, 2)
-        places = [(rows, np.flatnonzero(steps[:, 0] == rows)) for rows in np.unique(steps[:, 0])]
-        return [(int(rows), where, steps[where, 1]) for rows, where in places]
+        positions = [(rows, np.flatnonzero(steps[:, 0] == rows)) for rows in np.unique(steps[:, 0])]
+        return [(int(rows), where, steps[where, 1]) for rows, where in positions]
 
     def _prefill_s(self, work: Work) -> np.ndarray:
         """Seconds of each prefill job."""
@@ -73,9 +73,9 @@ class JobTable:
 
 @dataclass(frozen=True, eq=False)
 class _Prefills:
-    """Prefill jobs of as many rows. `where`: their places among all jobs.
+    """Prefill jobs of as many rows. `where`: their positions among all jobs.
 
-    `lengths`: all prompt lengths whose times they need; the rest are places among these.
+    `lengths`: all prompt lengths whose times they need; the rest are positions among these.
     """
 
     rows: int
@@ -99,8 +99,8 @@ def _prefills(jobs: np.ndarray, rows: float) -> _Prefills:
     where = np.flatnonzero(jobs[:, 0] == rows)
     begin, end = jobs[where, 1], jobs[where, 2]
     asked = [end, np.where(begin > 0, begin, end), end - begin, np.ones_like(end)]
-    lengths, places = np.unique(np.concatenate(asked), return_inverse=True)
-    end_at, begin_at, own_at, one_at = places.reshape(4, -1)
+    lengths, positions = np.unique(np.concatenate(asked), return_inverse=True)
+    end_at, begin_at, own_at, one_at = positions.reshape(4, -1)
     return _Prefills(int(rows), where, lengths, begin == 0, end_at, begin_at, own_at, one_at)
 
 

@@ -1,16 +1,16 @@
 """Which devices make stages, and in which order: what there is to search besides sizes.
 
-A `Mix` says how many stages of which place a plan has; it leaves devices out, and joins devices of
-a type on a node into stages of several (tensor parallelism), which count with the least memory of
-theirs. An order of a mix is a layout. Nodes that hold the same devices are alike: which of them is
-used for what makes no difference.
+A `DeviceSubset` says how many stages a plan has on which devices; it leaves devices out, and joins
+devices of a type on a node into stages of several (tensor parallelism), which count with the least
+memory of theirs. An order of a subset is a layout. Nodes that hold the same devices are alike:
+which of them is used for what makes no difference.
 
-All mixes are searched where they are at most `MAX_MIXES`. Where there are more, first devices of
-unequal memory are not joined, then alike nodes are used alike, then the equal devices of a node are
-cut into stages of one size only, then they are used together or not at all, then at most one kind
-is left out; `mixes` says which. Orders of a mix that have the same first and last place differ in
-little (links crossed twice, where layers of low precision may lie): `canonical` is one that crosses
-the fewest links, `orders` are the others, up to `MAX_ORDERS`.
+All subsets are searched where they are at most `MAX_SUBSETS`. Where there are more, first devices
+of unequal memory are not joined, then alike nodes are used alike, then the equal devices of a node
+are cut into stages of one size only, then they are used together or not at all, then at most one
+kind is left out; `subsets` says which. Orders of a subset with the same first and last stage differ
+in little (links crossed twice, where layers of low precision may lie): `canonical` is one that
+crosses the fewest links, `orders` are the others, up to `MAX_ORDERS`.
 """
 
 import itertools
@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llmpq.cluster import Cluster, Device, Link
-from llmpq.planner.problem import Place
+from llmpq.planner.problem import StageDevices
 
-MAX_MIXES = 2000
+MAX_SUBSETS = 2000
 MAX_ORDERS = 24
 
-Mix = tuple[tuple[Place, int], ...]  # places and how many stages have each, both above 0
+DeviceSubset = tuple[
+    tuple[StageDevices, int], ...
+]  # a stage's devices, and how many stages have the like
 Cut = tuple[tuple[int, int], ...]  # of one node's equal devices: (tensor parallel, stages)
 Group = tuple[str, int, int]  # equal devices of a node: type, memory, how many
 Use = tuple[Cut, ...]  # of a node: a cut for each of its groups of equal devices, () for none
@@ -44,38 +46,40 @@ class Alike:
     nodes: tuple[str, ...]
     groups: tuple[Group, ...]
 
-    def places(self, uses: Sequence[Use]) -> Iterator[tuple[Place, int]]:
+    def stage_devices(self, uses: Sequence[Use]) -> Iterator[tuple[StageDevices, int]]:
         """What uses of the first nodes make."""
         for node, use in zip(self.nodes, uses, strict=False):
             for (name, memory_bytes, _), cut in zip(self.groups, use, strict=True):
                 for degree, stages in cut:
-                    yield Place(node, name, memory_bytes, degree), stages
+                    yield StageDevices(node, name, memory_bytes, degree), stages
 
 
-def mixes(cluster: Cluster, degrees: Sequence[int], max_stages: int) -> tuple[list[Mix], list[str]]:
-    """Every mix of at most `max_stages` stages, the most devices first, and what was left out.
+def subsets(
+    cluster: Cluster, degrees: Sequence[int], max_stages: int
+) -> tuple[list[DeviceSubset], list[str]]:
+    """Every subset of at most `max_stages` stages, the most devices first, and what was left out.
 
     `degrees`: how many devices a stage may have.
     """
     kinds = alike(cluster)
     found, notes = _all_but_one(kinds, degrees), [ALIKE, ONE_SIZE, TOGETHER, ALL_BUT_ONE]
     for options, left_out in _by_richness(kinds, degrees, max_stages):
-        if math.prod(len(choices) for choices in options) <= MAX_MIXES:
-            found = [_mix(kinds, picks) for picks in itertools.product(*options)]
+        if math.prod(len(choices) for choices in options) <= MAX_SUBSETS:
+            found = [_subset(kinds, picks) for picks in itertools.product(*options)]
             notes = left_out
             break
-    fitting = [mix for mix in dict.fromkeys(found) if 0 < num_stages(mix) <= max_stages]
+    fitting = [subset for subset in dict.fromkeys(found) if 0 < num_stages(subset) <= max_stages]
     return sorted(fitting, key=num_devices, reverse=True), notes
 
 
-def num_stages(mix: Mix) -> int:
-    """Stages of a mix."""
-    return sum(count for _, count in mix)
+def num_stages(subset: DeviceSubset) -> int:
+    """Stages of a subset."""
+    return sum(count for _, count in subset)
 
 
-def num_devices(mix: Mix) -> int:
-    """Devices that a mix uses."""
-    return sum(count * place.tensor_parallel for place, count in mix)
+def num_devices(subset: DeviceSubset) -> int:
+    """Devices that a subset uses."""
+    return sum(count * devices.tensor_parallel for devices, count in subset)
 
 
 def alike(cluster: Cluster) -> list[Alike]:
@@ -122,8 +126,8 @@ def _by_richness(
 
 def _uses(kind: Alike, cuts: Callable[[int], Iterator[Cut]]) -> list[Use]:
     """Every way to use one node, not at all included; no more than are of use."""
-    each = [[(), *itertools.islice(cuts(count), MAX_MIXES)] for _, _, count in kind.groups]
-    return list(itertools.islice(itertools.product(*each), MAX_MIXES + 1))
+    each = [[(), *itertools.islice(cuts(count), MAX_SUBSETS)] for _, _, count in kind.groups]
+    return list(itertools.islice(itertools.product(*each), MAX_SUBSETS + 1))
 
 
 def _joining_uses(kind: Alike, cuts: Callable[[int], Iterator[Cut]]) -> list[Use]:
@@ -132,9 +136,11 @@ def _joining_uses(kind: Alike, cuts: Callable[[int], Iterator[Cut]]) -> list[Use
         return _uses(kind, cuts)
     found: list[Use] = [((),) * len(kind.groups)]
     for index, group in enumerate(kind.groups):
-        each = [(), *itertools.islice(cuts(_at_least(kind, group)), MAX_MIXES)]
+        each = [(), *itertools.islice(cuts(_at_least(kind, group)), MAX_SUBSETS)]
         more = ((*use[:index], cut, *use[index + 1 :]) for use in found for cut in each)
-        found = list(itertools.islice((use for use in more if _is_there(kind, use)), MAX_MIXES + 1))
+        found = list(
+            itertools.islice((use for use in more if _is_there(kind, use)), MAX_SUBSETS + 1)
+        )
     return found
 
 
@@ -165,7 +171,7 @@ def _is_there(kind: Alike, use: Use) -> bool:
 def _freely(kind: Alike, uses: Sequence[Use]) -> Options:
     """Each node its own way; which node has which makes no difference."""
     picks = itertools.combinations_with_replacement(uses, len(kind.nodes))
-    return list(itertools.islice(picks, MAX_MIXES + 1))
+    return list(itertools.islice(picks, MAX_SUBSETS + 1))
 
 
 def _alike(kind: Alike, uses: Sequence[Use]) -> Options:
@@ -201,7 +207,7 @@ def _whole_cuts(count: int, degrees: Sequence[int], max_stages: int) -> Iterator
     return (((d, min(count // d, max_stages)),) for d in degrees if count % d == 0)
 
 
-def _all_but_one(kinds: Sequence[Alike], degrees: Sequence[int]) -> list[Mix]:
+def _all_but_one(kinds: Sequence[Alike], degrees: Sequence[int]) -> list[DeviceSubset]:
     found = []
     groups = [(i, j) for i, kind in enumerate(kinds) for j in range(len(kind.groups))]
     for degree, left_out in itertools.product(degrees, [None, *groups]):
@@ -210,7 +216,7 @@ def _all_but_one(kinds: Sequence[Alike], degrees: Sequence[int]) -> list[Mix]:
             cuts = [_largest_cut(count, degree) for _, _, count in kind.groups]
             use = tuple(() if (i, j) == left_out else cut for j, cut in enumerate(cuts))
             picks.append((use,) * len(kind.nodes))
-        found.append(_mix(kinds, picks))
+        found.append(_subset(kinds, picks))
     return found
 
 
@@ -221,29 +227,29 @@ def _largest_cut(count: int, degree: int) -> Cut:
     return ((degree, count // degree),)
 
 
-def _mix(kinds: Sequence[Alike], picks: Sequence[tuple[Use, ...]]) -> Mix:
+def _subset(kinds: Sequence[Alike], picks: Sequence[tuple[Use, ...]]) -> DeviceSubset:
     pairs = zip(kinds, picks, strict=True)
-    return tuple(place for kind, uses in pairs for place in kind.places(uses))
+    return tuple(devices for kind, uses in pairs for devices in kind.stage_devices(uses))
 
 
 # ---- orders
 
 
-def ends(cluster: Cluster, mix: Mix) -> list[tuple[Place, Place]]:
-    """First and last places of a mix that differ in what they cost.
+def ends(cluster: Cluster, subset: DeviceSubset) -> list[tuple[StageDevices, StageDevices]]:
+    """First and last stages of a subset that differ in what they cost.
 
     Of pairs that differ in their nodes' names alone one is enough: on two nodes where possible,
     as that crosses fewer links; where links inside nodes are the dearer ones, of either kind.
     """
-    if num_stages(mix) == 1:
-        return [(mix[0][0], mix[0][0])]
+    if num_stages(subset) == 1:
+        return [(subset[0][0], subset[0][0])]
     apart = _inner_links_are_dearer(cluster)
-    found: dict[object, tuple[Place, Place]] = {}
-    for (first, count), (last, _) in itertools.product(mix, repeat=2):
+    found: dict[object, tuple[StageDevices, StageDevices]] = {}
+    for (first, count), (last, _) in itertools.product(subset, repeat=2):
         if first == last and count == 1:
             continue
         same = first.node == last.node
-        key = _unnamed(cluster, mix, first), _unnamed(cluster, mix, last), same and apart
+        key = _unnamed(cluster, subset, first), _unnamed(cluster, subset, last), same and apart
         known = found.get(key)
         if known is None or (known[0].node == known[1].node and not same):
             found[key] = first, last
@@ -258,29 +264,31 @@ def _inner_links_are_dearer(cluster: Cluster) -> bool:
     )
 
 
-def _unnamed(cluster: Cluster, mix: Mix, place: Place) -> tuple[object, ...]:
-    """A place without its node's name: what else the mix has on that node counts."""
+def _unnamed(cluster: Cluster, subset: DeviceSubset, devices: StageDevices) -> tuple[object, ...]:
+    """Devices without their node's name: what else the subset has on that node counts."""
     there = frozenset(
-        (p.type, p.memory_bytes, p.tensor_parallel, n) for p, n in mix if p.node == place.node
+        (p.type, p.memory_bytes, p.tensor_parallel, n) for p, n in subset if p.node == devices.node
     )
-    link = cluster.link_between(place.node, place.node)
-    return link, there, place.type, place.memory_bytes, place.tensor_parallel
+    link = cluster.link_between(devices.node, devices.node)
+    return link, there, devices.type, devices.memory_bytes, devices.tensor_parallel
 
 
-def canonical(mix: Mix, first: Place, last: Place) -> tuple[Place, ...]:
-    """The order with these ends that crosses the fewest links; equal places side by side."""
-    if num_stages(mix) == 1:
+def canonical(
+    subset: DeviceSubset, first: StageDevices, last: StageDevices
+) -> tuple[StageDevices, ...]:
+    """The order with these ends that crosses the fewest links; equal stages side by side."""
+    if num_stages(subset) == 1:
         return (first,)
-    left = Counter(dict(mix))
+    left = Counter(dict(subset))
     left.subtract([first, last])
-    others = sorted(left.elements(), key=lambda place: place.node)  # side by side
+    others = sorted(left.elements(), key=lambda devices: devices.node)  # side by side
     starts = [p for p in others if p.node == first.node]
     ends_ = [p for p in others if p.node == last.node and p.node != first.node]
     between = [p for p in others if p.node not in (first.node, last.node)]
     return (first, *starts, *between, *ends_, last)
 
 
-def orders(order: tuple[Place, ...]) -> tuple[list[tuple[Place, ...]], bool]:
+def orders(order: tuple[StageDevices, ...]) -> tuple[list[tuple[StageDevices, ...]], bool]:
     """Distinct orders with the same ends, `order` first, and whether these are all of them."""
     if len(order) <= 3:
         return [order], True
@@ -294,12 +302,12 @@ def orders(order: tuple[Place, ...]) -> tuple[list[tuple[Place, ...]], bool]:
     return found, True
 
 
-def _distinct(left: Counter[Place], length: int) -> Iterator[tuple[Place, ...]]:
+def _distinct(left: Counter[StageDevices], length: int) -> Iterator[tuple[StageDevices, ...]]:
     """Permutations of a multiset."""
     if length == 0:
         yield ()
-    for place in [p for p, count in left.items() if count]:
-        left[place] -= 1
+    for devices in [p for p, count in left.items() if count]:
+        left[devices] -= 1
         for rest in _distinct(left, length - 1):
-            yield (place, *rest)
-        left[place] += 1
+            yield (devices, *rest)
+        left[devices] += 1

@@ -109,7 +109,7 @@ def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan
     """
     run = _Run(problem, options, make_solver(options.solver), time.monotonic())
     first = still_fits(run.unit, like) if like else None
-    sizes = sizes_near(run.unit, first.setting) if first and options.near else None
+    sizes = sizes_near(run.unit, first.configuration) if first and options.near else None
     space = _space(run, run.by(SPACE_SHARE, LEAST_S), sizes or None)
     found, space = _searched(run, space, first)
     run, _, found = _corrected(run, space, found)
@@ -263,9 +263,9 @@ def _limit(run: _Run) -> float:
 
 
 def _moves(run: _Run, space: Space, seconds: float) -> Assignment | None:
-    """The best plan by moves over the settings of least bound."""
-    settings = space.best_first(run.unit, run.solver)
-    found = heuristic(run.unit, settings, time.monotonic() + seconds)
+    """The best plan by moves over the configurations of least bound."""
+    configurations = space.best_first(run.unit, run.solver)
+    found = heuristic(run.unit, configurations, time.monotonic() + seconds)
     return to_assignment(run.unit, *found) if found else None
 
 
@@ -305,8 +305,13 @@ def _predicted(run: _Run, assignment: Assignment) -> Predicted:
         priced = evaluate(run.problem, assignment)
         return with_run(run.problem, assignment, priced) if run.options.simulate else priced
 
-    key = ("predicted", run.options.simulate, assignment, run.problem.scale_of(assignment.setting))
-    return run.problem.once(key, compute)
+    key = (
+        "predicted",
+        run.options.simulate,
+        assignment,
+        run.problem.scale_of(assignment.configuration),
+    )
+    return run.problem.cached(key, compute)
 
 
 def _plan_of(run: _Run, found: Search | None, outcomes: Sequence[Outcome]) -> Plan:
@@ -345,16 +350,16 @@ def _outcomes(
     total = space.num_orders(run.unit)
 
     def told(done: int) -> None:
-        run.options.progress(Progress(done, total, 0.0, "settings by other methods"))
+        run.options.progress(Progress(done, total, 0.0, "configurations by other methods"))
 
-    settings, smallest = space.settings(run.unit), space.smallest(run.unit)
+    configurations, smallest = space.configurations(run.unit), space.smallest(run.unit)
     now = time.monotonic()
     until = min(run.by(1.0, LEAST_S), now + max(OTHERS_S, 3 * run.seconds))
-    found = run_baselines(run.unit, settings, until, methods, smallest, told)
-    return [*(_played(run, outcome, ours) for outcome in found), offloaded(flexgen(run.problem))]
+    found = run_baselines(run.unit, configurations, until, methods, smallest, told)
+    return [*(_simulated(run, outcome, ours) for outcome in found), offloaded(flexgen(run.problem))]
 
 
-def _played(run: _Run, outcome: Outcome, ours: Assignment | None) -> Outcome:
+def _simulated(run: _Run, outcome: Outcome, ours: Assignment | None) -> Outcome:
     """With its run simulated as that of our own plan.
 
     Its sizes are varied as those of `ours` are, unless it is above the budget or too far behind for
@@ -392,7 +397,7 @@ def _planned(
     run: _Run, space: Space, plan: Plan, outcomes: Sequence[Outcome], found: Search | None = None
 ) -> Planned:
     notes = [*space.notes, *run.solver.notes, *idle(plan)]
-    effort = f"{space.num_settings} settings"
+    effort = f"{space.num_configurations} configurations"
     if found is not None:
         notes += doubts(found, plan, run.options.gap)
         effort += f", {found.num_relaxed} relaxed, {found.num_solved} solved in whole layers"

@@ -1,12 +1,12 @@
-"""What a mix of places can do at best, whatever the order, partition or choice of layers.
+"""What a subset of devices can do at best, whatever the order, partition or choice of layers.
 
 What is ignored: the order (embedding and head lie where that is cheapest, in parts if need be),
 that a stage holds whole layers, and where stages begin and end in the model. What is left are the
 costs of a layer on the stages of each kind, and what is beside them: `pool_bounds` bounds all plans
-of the mix by it. Mixes of the same kinds of places differ in how many of each they have, and share
-the rest.
+of the subset by it. Subsets of the same kinds of stages differ in how many of each they have, and
+share the rest.
 
-Arrays: K kinds of places, P prefill and Q decode micro-batches, B options, G groups of layers.
+Arrays: K kinds of stages, P prefill and Q decode micro-batches, B options, G groups of layers.
 """
 
 from collections.abc import Hashable, Sequence
@@ -32,8 +32,8 @@ from llmpq.planner.instance import (
     most_room,
     unpacked_bytes,
 )
-from llmpq.planner.layouts import Mix, num_stages
-from llmpq.planner.problem import OVER, Place, Problem, Sizes
+from llmpq.planner.layouts import DeviceSubset, num_stages
+from llmpq.planner.problem import OVER, Problem, Sizes, StageDevices
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class End:
 
 @dataclass(frozen=True, eq=False)
 class _Kinds:
-    """What mixes of the same kinds of places share, to no scale; arrays as in `Pool`."""
+    """What subsets of the same kinds of stages share, to no scale; arrays as in `Pool`."""
 
     layer: Costs  # infinite where not offered
     fixed: Costs
@@ -98,20 +98,20 @@ class _Kinds:
         return {name: of(name) for name in ("others", "pace", "busy")}
 
 
-def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
-    """The arrays of a mix."""
-    kinds = _kinds(problem, mix)
-    places = [place for place, _ in kinds.values()]
-    alone, stages = num_stages(mix) == 1, num_stages(mix)
+def make_pool(problem: Problem, subset: DeviceSubset, sizes: Sizes) -> Pool:
+    """The arrays of a subset."""
+    kinds = _kinds(problem, subset)
+    stage_devices = [devices for devices, _ in kinds.values()]
+    alone, stages = num_stages(subset) == 1, num_stages(subset)
     same = ("kinds", tuple(kinds), sizes)
-    shared = problem.once((*same, alone), lambda: _shared(problem, sizes, places, alone))
+    shared = problem.cached((*same, alone), lambda: _shared(problem, sizes, stage_devices, alone))
     scale = problem.scales_of(stages, sizes)
-    link_sum, link_most = (some.times(scale) for some in _links(problem, sizes, mix))
+    link_sum, link_most = (some.times(scale) for some in _links(problem, sizes, subset))
     many = np.array([count for _, count in kinds.values()], dtype=float)
 
     def end(last: bool) -> End:
         key = (*same, "end", last, stages)
-        found = problem.once(key, lambda: _end(problem, sizes, places, last, stages))
+        found = problem.cached(key, lambda: _end(problem, sizes, stage_devices, last, stages))
         return End(found.costs.times(scale), found.num_bytes)
 
     def slowest(name: str) -> np.ndarray:
@@ -138,12 +138,20 @@ def make_pool(problem: Problem, mix: Mix, sizes: Sizes) -> Pool:
     )
 
 
-def _shared(problem: Problem, sizes: Sizes, places: Sequence[Place], alone: bool) -> _Kinds:
+def _shared(
+    problem: Problem, sizes: Sizes, stage_devices: Sequence[StageDevices], alone: bool
+) -> _Kinds:
     return _Kinds(
-        layer=_stack([layer_costs(problem, sizes, place) for place in places]),
-        fixed=_stack([fixed_costs(problem, sizes, place, alone, alone) for place in places]),
-        layer_bytes=np.stack([_least_bytes(problem, sizes, place, alone) for place in places]),
-        capacity=np.stack([most_room(problem, sizes, place, alone) for place in places], axis=-1),
+        layer=_stack([layer_costs(problem, sizes, devices) for devices in stage_devices]),
+        fixed=_stack(
+            [fixed_costs(problem, sizes, devices, alone, alone) for devices in stage_devices]
+        ),
+        layer_bytes=np.stack(
+            [_least_bytes(problem, sizes, devices, alone) for devices in stage_devices]
+        ),
+        capacity=np.stack(
+            [most_room(problem, sizes, devices, alone) for devices in stage_devices], axis=-1
+        ),
         num_layers=problem.spec.num_layers,
     )
 
@@ -174,15 +182,15 @@ class WholeStages:
         return np.asarray(np.where(layers[:, -1] >= self.num_layers, found, np.inf))
 
 
-def _kinds(problem: Problem, mix: Mix) -> dict[Hashable, tuple[Place, int]]:
-    """One place of each kind, and how many stages have it."""
-    places: dict[Hashable, Place] = {}
+def _kinds(problem: Problem, subset: DeviceSubset) -> dict[Hashable, tuple[StageDevices, int]]:
+    """One stage's devices of each kind, and how many stages are of that kind."""
+    stage_devices: dict[Hashable, StageDevices] = {}
     many: dict[Hashable, int] = {}
-    for place, count in mix:
-        key = (kind_of(problem, place), place.memory_bytes)
-        places.setdefault(key, place)
+    for devices, count in subset:
+        key = (kind_of(problem, devices), devices.memory_bytes)
+        stage_devices.setdefault(key, devices)
         many[key] = many.get(key, 0) + count
-    return {key: (places[key], count) for key, count in many.items()}
+    return {key: (stage_devices[key], count) for key, count in many.items()}
 
 
 def _stack(costs: list[Costs]) -> Costs:
@@ -191,35 +199,39 @@ def _stack(costs: list[Costs]) -> Costs:
 
 
 def _end(
-    problem: Problem, sizes: Sizes, places: Sequence[Place], last: bool, num_stages: int
+    problem: Problem,
+    sizes: Sizes,
+    stage_devices: Sequence[StageDevices],
+    last: bool,
+    num_stages: int,
 ) -> End:
-    each = [_end_at(problem, sizes, place, last, num_stages) for place in places]
+    each = [_end_at(problem, sizes, devices, last, num_stages) for devices in stage_devices]
     return End(
         _stack([costs for costs, _ in each]), np.stack([taken for _, taken in each], axis=-1)
     )
 
 
 def _end_at(
-    problem: Problem, sizes: Sizes, place: Place, last: bool, num_stages: int
+    problem: Problem, sizes: Sizes, devices: StageDevices, last: bool, num_stages: int
 ) -> tuple[Costs, np.ndarray]:
     """What an end adds to a stage in the middle: costs [P, Q], bytes [P, Q]."""
 
     def compute() -> tuple[Costs, np.ndarray]:
-        middle = fixed_costs(problem, sizes, place, False, False).map(np.negative)
-        added = combined([fixed_costs(problem, sizes, place, not last, last), middle], np.sum)
-        room = most_room(problem, sizes, place, False)
-        return added, room - capacity(problem, sizes, place, not last, last, num_stages)
+        middle = fixed_costs(problem, sizes, devices, False, False).map(np.negative)
+        added = combined([fixed_costs(problem, sizes, devices, not last, last), middle], np.sum)
+        room = most_room(problem, sizes, devices, False)
+        return added, room - capacity(problem, sizes, devices, not last, last, num_stages)
 
-    return problem.once(("end", kind_of(problem, place), last, num_stages, sizes), compute)
+    return problem.cached(("end", kind_of(problem, devices), last, num_stages, sizes), compute)
 
 
-def _links(problem: Problem, sizes: Sizes, mix: Mix) -> tuple[Costs, Costs]:
-    """Sum and maxima over the fewest and cheapest links that the stages of a mix need."""
+def _links(problem: Problem, sizes: Sizes, subset: DeviceSubset) -> tuple[Costs, Costs]:
+    """Sum and maxima over the fewest and cheapest links that the stages of a subset need."""
     stages: dict[str, int] = {}
-    for place, count in mix:
-        stages[place.node] = stages.get(place.node, 0) + count
+    for devices, count in subset:
+        stages[devices.node] = stages.get(devices.node, 0) + count
     key = ("least links", tuple(stages.items()), sizes)
-    return problem.once(key, lambda: _find_links(problem, sizes, stages))
+    return problem.cached(key, lambda: _find_links(problem, sizes, stages))
 
 
 def _find_links(problem: Problem, sizes: Sizes, stages: dict[str, int]) -> tuple[Costs, Costs]:
@@ -233,30 +245,32 @@ def _find_links(problem: Problem, sizes: Sizes, stages: dict[str, int]) -> tuple
     return combined([*hops, back], np.sum), combined([*hops, back], np.max)
 
 
-def _least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:
+def _least_bytes(problem: Problem, sizes: Sizes, devices: StageDevices, alone: bool) -> np.ndarray:
     """[B]: a packed layer takes its share of the unpacked matrix of as many as fit at most."""
-    key = ("least bytes", place.type, place.tensor_parallel, place.memory_bytes, sizes, alone)
-    return problem.once(key, lambda: _find_least_bytes(problem, sizes, place, alone))
+    key = ("least bytes", devices.type, devices.tensor_parallel, devices.memory_bytes, sizes, alone)
+    return problem.cached(key, lambda: _find_least_bytes(problem, sizes, devices, alone))
 
 
-def _find_least_bytes(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> np.ndarray:
-    held = layer_bytes(problem, sizes, place)
+def _find_least_bytes(
+    problem: Problem, sizes: Sizes, devices: StageDevices, alone: bool
+) -> np.ndarray:
+    held = layer_bytes(problem, sizes, devices)
     packed = np.array([is_packed(p) for p in problem.precisions])
-    unpacked = _least_unpacked(problem, sizes, place, alone)
-    room = most_room(problem, sizes, place, alone).max() - unpacked
+    unpacked = _least_unpacked(problem, sizes, devices, alone)
+    room = most_room(problem, sizes, devices, alone).max() - unpacked
     most = np.floor(max(room, 0.0) * OVER / held.min())
     most = min(max(most, 1.0), problem.spec.num_layers)
     return np.asarray(held + packed * unpacked / most)
 
 
-def _least_unpacked(problem: Problem, sizes: Sizes, place: Place, alone: bool) -> float:
-    """Wherever in the pipeline the place lies."""
+def _least_unpacked(problem: Problem, sizes: Sizes, devices: StageDevices, alone: bool) -> float:
+    """Wherever in the pipeline the stage lies."""
     ends = [(True, True)] if alone else [(False, False), (True, False), (False, True)]
-    each = [unpacked_bytes(problem, sizes, place, first, last) for first, last in ends]
+    each = [unpacked_bytes(problem, sizes, devices, first, last) for first, last in ends]
     return float(min(some.min() for some in each))
 
 
-def is_hopeless(pool: Pool) -> np.ndarray:
+def is_infeasible(pool: Pool) -> np.ndarray:
     """[P, Q]: not even the smallest option leaves room for all layers."""
     least = np.where(pool.offered, pool.layer_bytes, np.inf).min(axis=1)
     held = np.floor(pool.capacity * OVER / least)

@@ -1,9 +1,9 @@
-"""Bounds of a pool: by its linear programme, and by that one's prices for every other pair.
+"""Bounds of a pool: by its LP, and by that one's prices for every other pair.
 
-Which layers lie where is a small linear programme over how many layers the stages of each kind hold
+Which layers lie where is a small LP over how many layers the stages of each kind hold
 at each option (`relaxed`). Its prices (duals: of a stage's time, of memory, of sensitivity) bound
 every other pair of micro-batches too: for *any* prices, the cheapest way to place each layer by
-itself is below every plan (`bounds`). So one programme a mix and batch, and array arithmetic, bound
+itself is below every plan (`bounds`). So one LP a subset and batch, and array arithmetic, bound
 all pairs of micro-batches.
 
 Not covered: what a pool ignores (`pool`).
@@ -17,7 +17,7 @@ import numpy as np
 from llmpq.costs.timeline import Costs
 from llmpq.planner.counts import Rows, Term, add_transport
 from llmpq.planner.pool import Pool
-from llmpq.planner.solver import Programme, Solver
+from llmpq.planner.solver import LinearProgram, Solver
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ class Prices:
 
 
 def relaxed(pool: Pool, prefill: int, decode: int, solver: Solver) -> tuple[float, Prices | None]:
-    """The bound of one pair of micro-batches (their places in the tables), and its prices.
+    """The bound of one pair of micro-batches (their positions in the tables), and its prices.
 
     Infinity without prices where not even that is feasible.
     """
-    programme = _Programme(pool, prefill, decode)
-    answer = solver.relaxed(programme.build())
+    program = _PoolProgram(pool, prefill, decode)
+    answer = solver.relaxed(program.build())
     if answer.status == "infeasible":
         return math.inf, None
     if answer.duals is None:
         return 0.0, None
-    return answer.objective, programme.prices(answer.duals)
+    return answer.objective, program.prices(answer.duals)
 
 
 def bounds(pool: Pool, prices: Prices) -> np.ndarray:
@@ -121,11 +121,11 @@ def _constants(pool: Pool, prices: Prices) -> np.ndarray:
     return np.asarray(total + (1 - prices.passing - prices.busy.sum()) * pool.least_busy)
 
 
-# ---- the linear programme
+# ---- the LP
 
 
-class _Programme:
-    """Columns: layers [K, B], transport [G, B] of several groups, both ends' places [K], R, S, T.
+class _PoolProgram:
+    """Columns: layers [K, B], transport [G, B] of several groups, both ends' kinds [K], R, S, T.
 
     As in `counts`: T seconds, R the slowest for other prefills, S the loop or the slowest pace.
     """
@@ -154,8 +154,8 @@ class _Programme:
         self.scale = typical or 1.0
         self.rows = Rows()
 
-    def build(self) -> Programme:
-        """The programme; its rows come in the order that `prices` reads."""
+    def build(self) -> LinearProgram:
+        """The LP; its rows come in the order that `prices` reads."""
         pool, rows, inf = self.pool, self.rows, math.inf
         for column, name in ((self.R, "others"), (self.S, "pace"), (self.T, "busy")):
             self._slowest(int(column), name)
@@ -238,7 +238,7 @@ class _Programme:
         if self.y.size:
             add_transport(rows, self.y, self.c, groups)
 
-    def _finish(self) -> Programme:
+    def _finish(self) -> LinearProgram:
         pool, scale = self.pool, self.scale
         cost = np.zeros(self.T + 1)
         where = self.y if self.y.size else self.c
@@ -251,4 +251,4 @@ class _Programme:
         for column, values in least:
             bounds[0, column] = values[self.pair] / scale
         whole = np.zeros(len(cost), dtype=bool)
-        return self.rows.programme(cost, bounds, whole, scale)
+        return self.rows.program(cost, bounds, whole, scale)

@@ -46,15 +46,15 @@ def misfits(problem: Problem, plan: Plan) -> list[str]:
     free = [(device.node, device.type) for device in problem.cluster.devices()]
     for stage in plan.stages:
         device, taken = stage.devices[0], [(stage.node, name) for name in stage.devices]
-        if any(free.count(place) < taken.count(place) for place in taken):
+        if any(free.count(devices) < taken.count(devices) for devices in taken):
             there = ", ".join(dict.fromkeys(node for node, _ in free)) or "none left"
             faults.append(
                 f"stage {stage.rank} wants {len(taken)} {device} on node '{stage.node}', "
                 f"which the cluster has not (any more); nodes with free devices: {there}"
             )
             continue
-        for place in taken:
-            free.remove(place)
+        for devices in taken:
+            free.remove(devices)
         missing = set(stage.precisions) - set(problem.times[device].precisions)
         if missing:
             faults.append(f"no times of {device} at {', '.join(sorted(missing))} bits")
@@ -67,7 +67,9 @@ def still_fits(problem: Problem, plan: Plan) -> Assignment | None:
         assignment = to_assignment(plan, problem.cluster)
     except ValueError:  # its devices are gone
         return None
-    assignment = replace(assignment, setting=assignment.setting.resized())  # for these lengths
+    assignment = replace(
+        assignment, configuration=assignment.configuration.resized()
+    )  # for these lengths
     omega = problem.quality.sum_omega(assignment.precisions)
     offered = set(assignment.precisions) <= set(problem.precisions)
     fits = offered and omega <= problem.budget * OVER and not shortages(problem, assignment)

@@ -1,14 +1,14 @@
-"""The planning problem as a value: what is asked, and what each actor does for it.
+"""The planning problem as a value: what is asked, and what each resource does for it.
 
-A `Setting` fixes everything but which stage holds which layers at which precisions; an
+A `Configuration` fixes everything but which stage holds which layers at which precisions; an
 `Assignment` fixes that too. A `Problem` is model, machines, workload, times and the price of
 quality; for pricing, a workload is the jobs of its run (`costs.job_counts`).
 
-An actor is a stage or the link after it. Its `Work` says how long a micro-batch takes it in both
+A resource is a stage or the link after it. Its `Work` says how long a micro-batch takes it in both
 phases. All prices of plans rest on these works: the exact one (`evaluate`), the arrays that the
 methods optimise over (`instance`), and the simulation (`simulated`).
 
-Not covered: what a whole plan costs, and how works of several actors make a schedule.
+Not covered: what a whole plan costs, and how works of several resources make a schedule.
 """
 
 import math
@@ -49,8 +49,8 @@ Lengths = tuple[tuple[int, int], ...]  # (prompt tokens, new tokens) of every re
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a stage lies: `tensor_parallel` equal devices of a node, `memory_bytes` each."""
+class StageDevices:
+    """The devices of a stage: `tensor_parallel` equal ones of a node, `memory_bytes` each."""
 
     node: str
     type: str
@@ -75,14 +75,14 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """The places of the stages in order, and the sizes of batch, micro-batches, chunks and lanes.
+class Configuration:
+    """The devices of each stage in order, and the sizes of batch, micro-batches, chunks and lanes.
 
     A plan says how many tokens of a prompt are computed at once and how its cache is cut into
     lanes; where these are None, both follow from the workload's lengths.
     """
 
-    places: tuple[Place, ...]
+    stage_devices: tuple[StageDevices, ...]
     batch: int
     prefill_micro_batch: int
     decode_micro_batch: int
@@ -95,16 +95,16 @@ class Setting:
         pair = (self.prefill_micro_batch,), (self.decode_micro_batch,)
         return Sizes(self.batch, *pair, self.chunk_tokens, self.lanes)
 
-    def resized(self, **sizes: Any) -> "Setting":
+    def resized(self, **sizes: Any) -> "Configuration":
         """With other batch, micro-batches or chunk, and the lanes that follow from the workload."""
         return replace(self, lanes=None, **sizes)
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A setting, and the precision of every layer of every stage."""
+    """A configuration, and the precision of every layer of every stage."""
 
-    setting: Setting
+    configuration: Configuration
     stages: tuple[tuple[str, ...], ...]
 
     @property
@@ -186,9 +186,9 @@ class Problem:
         ]
         return np.array(each).reshape(sizes.shape)
 
-    def scale_of(self, setting: Setting) -> float:
-        """Of one setting."""
-        return self._scale(self.scaled_sizes(setting), len(setting.places))
+    def scale_of(self, configuration: Configuration) -> float:
+        """Of one configuration."""
+        return self._scale(self.scaled_sizes(configuration), len(configuration.stage_devices))
 
     def _scale(self, sizes: ScaledSizes, num_stages: int) -> float:
         """As simulated with so many stages, or with the nearest number of them."""
@@ -197,10 +197,14 @@ class Problem:
             return 1.0
         return some[min(some, key=lambda number: (abs(number - num_stages), number))]
 
-    def scaled_sizes(self, setting: Setting) -> ScaledSizes:
-        """What the closed form of a setting's run is scaled by, beside its number of stages."""
-        sizes = setting.batch, setting.prefill_micro_batch, setting.decode_micro_batch
-        return ScaledSizes(*sizes, self.chunk_tokens(setting))
+    def scaled_sizes(self, configuration: Configuration) -> ScaledSizes:
+        """What a run's closed form is scaled by, beside its number of stages."""
+        sizes = (
+            configuration.batch,
+            configuration.prefill_micro_batch,
+            configuration.decode_micro_batch,
+        )
+        return ScaledSizes(*sizes, self.chunk_tokens(configuration))
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`once` for what depends on the model and the requests alone.
@@ -212,7 +216,7 @@ class Problem:
             known[key] = compute()
         return known[key]
 
-    def played_once(self, key: Hashable, compute: Callable[[], T]) -> T:
+    def cached_run(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`once` for what depends on the model, the machines and the listed requests alone.
 
         How many there are in all, and what quality costs, make no difference to it.
@@ -222,7 +226,7 @@ class Problem:
             known[key] = compute()
         return known[key]
 
-    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+    def cached(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()`, kept for the next time the same is asked."""
         if key not in self._known:
             self._known[key] = compute()
@@ -253,7 +257,7 @@ class Problem:
         return self.repeats * self.shared("new", lambda: sum(new for _, new in self.lengths))
 
     def job_counts(self, sizes: Sizes, prefill: int = 0, decode: int = 0) -> JobCounts:
-        """The jobs of a run with a pair of micro-batches, given by their places in `sizes`.
+        """The jobs of a run with a pair of micro-batches, given by their positions in `sizes`.
 
         See `costs.job_counts`. Of many requests a sample is counted, of all lengths.
         """
@@ -328,7 +332,7 @@ class Problem:
         """Of the longest request, prompt and new tokens."""
         return self.shared("most", lambda: max(prompt + new for prompt, new in self.lengths))
 
-    def chunk_tokens(self, sizes: Setting | Sizes) -> int:
+    def chunk_tokens(self, sizes: Configuration | Sizes) -> int:
         """Tokens of a prompt that are computed at once, at most."""
         if sizes.chunk_tokens is not None:
             return min(sizes.chunk_tokens, self.max_prompt_tokens)
@@ -348,37 +352,42 @@ class Problem:
 
         return self.shared(("lanes", *pair, given), compute)
 
-    def resolved(self, setting: Setting) -> Setting:
-        """The same setting with its chunk and lanes in numbers."""
-        shapes = self.lanes(setting.sizes, setting.decode_micro_batch)
-        return replace(setting, chunk_tokens=self.chunk_tokens(setting), lanes=shapes)
+    def resolved(self, configuration: Configuration) -> Configuration:
+        """The same configuration with its chunk and lanes in numbers."""
+        shapes = self.lanes(configuration.sizes, configuration.decode_micro_batch)
+        return replace(configuration, chunk_tokens=self.chunk_tokens(configuration), lanes=shapes)
 
-    def run_sizes(self, setting: Setting) -> RunSizes:
+    def run_sizes(self, configuration: Configuration) -> RunSizes:
         """What the memory of a run depends on."""
         return RunSizes(
-            lanes=self.lanes(setting.sizes, setting.decode_micro_batch),
-            prefill_micro_batch=setting.prefill_micro_batch,
+            lanes=self.lanes(configuration.sizes, configuration.decode_micro_batch),
+            prefill_micro_batch=configuration.prefill_micro_batch,
             prompt_tokens=self.max_prompt_tokens,
-            chunk_tokens=self.chunk_tokens(setting),
-            num_stages=len(setting.places),
+            chunk_tokens=self.chunk_tokens(configuration),
+            num_stages=len(configuration.stage_devices),
         )
 
-    def shard(self, place: Place) -> ModelSpec:
-        """What one device of a place holds of the model."""
-        return self.shard_of(place.tensor_parallel)
+    def shard(self, devices: StageDevices) -> ModelSpec:
+        """What one device of a stage holds of the model."""
+        return self.shard_of(devices.tensor_parallel)
 
     def shard_of(self, degree: int) -> ModelSpec:
         """What one of `degree` devices holds of the model."""
         return self.shared(("shard", degree), lambda: self.spec.shard(degree))
 
-    def times_at(self, place: Place) -> LayerTimes:
-        """Times of a place, the messages between its devices included."""
-        if place.tensor_parallel == 1:
-            return self.times[place.type]
-        key = ("times", place.type, place.node, place.tensor_parallel)
-        return self.once(key, lambda: self._tensor_parallel_times(place))
+    def times_at(self, devices: StageDevices) -> LayerTimes:
+        """Times of a stage's devices, the messages between them included."""
+        if devices.tensor_parallel == 1:
+            return self.times[devices.type]
+        key = ("times", devices.type, devices.node, devices.tensor_parallel)
+        return self.cached(key, lambda: self._tensor_parallel_times(devices))
 
-    def _tensor_parallel_times(self, place: Place) -> LayerTimes:
+    def _tensor_parallel_times(self, devices: StageDevices) -> LayerTimes:
         return tensor_parallel_times(
-            self.cluster, place.type, place.node, self.spec, place.tensor_parallel, self.profiles
+            self.cluster,
+            devices.type,
+            devices.node,
+            self.spec,
+            devices.tensor_parallel,
+            self.profiles,
         )

@@ -141,9 +141,9 @@ def why(outcome: Outcome, ours: Predicted) -> str:
         verdict += ": mixed precision buys nothing here"
     slowest = bottleneck(outcome.predicted, "decode_step_s")
     stage = outcome.assignment.stages[slowest]
-    place = outcome.assignment.setting.places[slowest]
-    count = f"{place.tensor_parallel} x " if place.tensor_parallel > 1 else ""
-    where = f"slowest in decode: {count}{place.type}#{slowest} with {run_lengths(stage)}"
+    devices = outcome.assignment.configuration.stage_devices[slowest]
+    count = f"{devices.tensor_parallel} x " if devices.tensor_parallel > 1 else ""
+    where = f"slowest in decode: {count}{devices.type}#{slowest} with {run_lengths(stage)}"
     return "; ".join(part for part in (verdict, outcome.why_not, where) if part)
 
 

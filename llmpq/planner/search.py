@@ -1,8 +1,8 @@
 """Branch and bound over everything: which devices, order, tensor parallelism, sizes, layers.
 
 Four levels, each with a tighter bound than the one above, wait in one queue by their bounds:
-1. a mix of places with a batch and a pair of micro-batches: `pool_bounds`, array arithmetic;
-2. the same with first and last place: the linear relaxation of `counts.build`;
+1. a subset of devices with a batch and a pair of micro-batches: `pool_bounds`, array arithmetic;
+2. the same with first and last stage: the linear relaxation of `counts.build`;
 3. the same solved in whole layers, for any order between the ends. Its counts make a plan;
    where layers differ in sensitivity, where stages begin and end was ignored so far, so
 4. each order, solved exactly by `counts.build_exact`.
@@ -29,9 +29,9 @@ from llmpq.planner.exact import build as build_whole
 from llmpq.planner.exact import realised, solve, with_less_loss
 from llmpq.planner.instance import in_any_order, make_instance
 from llmpq.planner.layouts import orders
-from llmpq.planner.problem import Assignment, Problem, Setting, Sizes
-from llmpq.planner.solver import Programme, Solver
-from llmpq.planner.space import Space, Tables, settings_of, tighten
+from llmpq.planner.problem import Assignment, Configuration, Problem, Sizes
+from llmpq.planner.solver import LinearProgram, Solver
+from llmpq.planner.space import Space, Tables, configurations_of, tighten
 from llmpq.planner.value import to_assignment
 
 MOST_SMALLEST = 16
@@ -45,7 +45,7 @@ class Progress:
     done: int
     total: int
     best_tokens_per_s: float
-    phase: str = "settings"
+    phase: str = "configurations"
 
 
 # ---- the search
@@ -59,14 +59,16 @@ class Search:
     gap: float
     deadline: float
     solver: Solver
-    plain: bool = False  # every order by the plain programme, for reference
+    plain: bool = False  # every order by the plain ILP, for reference
     assignment: Assignment | None = None
     predicted: Predicted | None = None
     closed: float = math.inf  # no plan of what was dealt with is below this, but the best one
     num_relaxed: int = 0
     num_solved: int = 0
     timed_out: bool = False
-    known: dict[tuple[int, Setting], float] = field(default_factory=dict)  # as `Space` has them
+    known: dict[tuple[int, Configuration], float] = field(
+        default_factory=dict
+    )  # as `Space` has them
     floor: float = 0.0
     queue: list["Entry"] = field(default_factory=list)
     by_sizes: dict[Sizes, tuple[float, Assignment]] = field(default_factory=dict)
@@ -109,13 +111,13 @@ class Search:
 
     def learn(self, node: "SettingNode", bound: float) -> float:
         """Keeps a bound of a node for later searches; the best one that is known of it."""
-        key = node.level, node.setting
+        key = node.level, node.configuration
         self.known[key] = max(bound, self.known.get(key, 0.0))
         return self.known[key]
 
     def knows(self, node: "SettingNode") -> bool:
         """Some search has solved its relaxation."""
-        return (node.level, node.setting) in self.known
+        return (node.level, node.configuration) in self.known
 
     def close(self, bound: float) -> None:
         """A node is done: nothing in it is below `bound`."""
@@ -124,7 +126,7 @@ class Search:
     def offer(self, assignment: Assignment) -> None:
         """Keeps an assignment if it is the best, or the best of its sizes."""
         predicted = evaluate(self.problem, assignment)
-        sizes = assignment.setting.sizes
+        sizes = assignment.configuration.sizes
         if sizes not in self.by_sizes or predicted.objective < self.by_sizes[sizes][0]:
             self.by_sizes[sizes] = predicted.objective, assignment
         if predicted.objective < self.best:
@@ -168,7 +170,7 @@ def search(
         state.offer(seed)
     for bound, table, pair in space.pairs():
         state.push(bound, PairNode(table, pair))
-    total = space.num_settings
+    total = space.num_configurations
     while state.queue and max(state.queue[0].bound, state.floor) < state.target:
         if state.seconds_left <= 0:
             state.timed_out = True
@@ -188,8 +190,8 @@ def _lose_less(state: Search, best: Assignment) -> None:
     """The best plan's precisions are raised where that costs no time."""
     problem, options = state.problem, {p: i for i, p in enumerate(state.problem.precisions)}
     choice = tuple(tuple(options[p] for p in stage) for stage in best.stages)
-    better = with_less_loss(make_instance(problem, best.setting), choice)
-    changed = to_assignment(problem, best.setting, better)
+    better = with_less_loss(make_instance(problem, best.configuration), choice)
+    changed = to_assignment(problem, best.configuration, better)
     predicted = evaluate(problem, changed)
     if predicted.objective <= state.best * (1 + 1e-12):
         state.assignment, state.predicted = changed, predicted
@@ -201,14 +203,14 @@ def _speed(state: Search) -> float:
 
 @dataclass(frozen=True)
 class PairNode(Node):
-    """Level 1: a mix, a batch, a pair of micro-batches."""
+    """Level 1: a subset, a batch, a pair of micro-batches."""
 
     table: Tables
     pair: tuple[int, int]
     level = 1
 
     def work(self, state: Search, bound: float) -> None:
-        """Its own linear programme, which tells on the other pairs of the mix; then its ends."""
+        """Its own LP, which tells on the other pairs of the subset; then its ends."""
         known = float(self.table.bounds[self.pair])
         if known > bound:
             state.push(known, self)
@@ -217,15 +219,15 @@ class PairNode(Node):
             tighten(self.table, self.pair, state.solver)
             state.push(max(bound, float(self.table.bounds[self.pair])), self)
         else:
-            for setting in settings_of(state.problem, self.table, self.pair):
-                state.push(bound, EndsNode(setting))
+            for configuration in configurations_of(state.problem, self.table, self.pair):
+                state.push(bound, EndsNode(configuration))
 
 
 @dataclass(frozen=True)
 class SettingNode(Node):
-    """Of one setting, to be relaxed first."""
+    """Of one configuration, to be relaxed first."""
 
-    setting: Setting
+    configuration: Configuration
     is_relaxed: bool = False
 
     def work(self, state: Search, bound: float) -> None:
@@ -235,11 +237,11 @@ class SettingNode(Node):
             return
         if not state.knows(self):
             state.num_relaxed += 1
-            state.learn(self, state.solver.relaxed(self.programme(state.problem)).bound)
+            state.learn(self, state.solver.relaxed(self.program(state.problem)).bound)
         state.push(state.learn(self, bound), replace(self, is_relaxed=True))
 
     @abstractmethod
-    def programme(self, problem: Problem) -> Programme:
+    def program(self, problem: Problem) -> LinearProgram:
         """What is relaxed."""
 
     @abstractmethod
@@ -249,14 +251,14 @@ class SettingNode(Node):
 
 @dataclass(frozen=True)
 class EndsNode(SettingNode):
-    """Levels 2 and 3: first and last place are known, and an order with them."""
+    """Levels 2 and 3: first and last stage are known, and an order with them."""
 
     level = 2
 
-    def programme(self, problem: Problem, cutoff: float = math.inf) -> Programme:
+    def program(self, problem: Problem, cutoff: float = math.inf) -> LinearProgram:
         """Counts, for every order between the ends."""
-        instance = make_instance(problem, self.setting)
-        free = in_any_order(problem, self.setting, instance)
+        instance = make_instance(problem, self.configuration)
+        free = in_any_order(problem, self.configuration, instance)
         return counts.build(free, cutoff, any_order=True)
 
     def solve(self, state: Search, bound: float) -> None:
@@ -265,8 +267,8 @@ class EndsNode(SettingNode):
             self._open_orders(state, bound)
             return
         cutoff = state.target
-        programme = self.programme(state.problem, cutoff)
-        answer = state.solver.integers(programme, gap=state.gap / 2, time_limit=state.seconds_left)
+        program = self.program(state.problem, cutoff)
+        answer = state.solver.integers(program, gap=state.gap / 2, time_limit=state.seconds_left)
         state.num_solved += 1
         if answer.status == "infeasible":
             state.close(state.learn(self, cutoff))
@@ -277,19 +279,19 @@ class EndsNode(SettingNode):
         self._open_orders(state, bound)
 
     def _offer(self, state: Search, x: np.ndarray) -> None:
-        instance = make_instance(state.problem, self.setting)
+        instance = make_instance(state.problem, self.configuration)
         held = counts.counts_of(instance, x)
         choice = realised(instance, held, min(state.seconds_left, POLISH_S))
         if choice is not None:
-            state.offer(to_assignment(state.problem, self.setting, choice))
+            state.offer(to_assignment(state.problem, self.configuration, choice))
 
     def _open_orders(self, state: Search, bound: float) -> None:
         if bound >= state.target:
             state.close(bound)
             return
-        found, complete = orders(self.setting.places)
+        found, complete = orders(self.configuration.stage_devices)
         for order in found:
-            state.push(bound, OrderNode(replace(self.setting, places=order)))
+            state.push(bound, OrderNode(replace(self.configuration, stage_devices=order)))
         if not complete:
             state.close(bound)
 
@@ -300,13 +302,13 @@ class OrderNode(SettingNode):
 
     level = 3
 
-    def programme(self, problem: Problem) -> Programme:
+    def program(self, problem: Problem) -> LinearProgram:
         """All that matters."""
-        return build_whole(make_instance(problem, self.setting))
+        return build_whole(make_instance(problem, self.configuration))
 
     def solve(self, state: Search, bound: float) -> None:
         """Exactly."""
-        instance, cutoff = make_instance(state.problem, self.setting), state.target
+        instance, cutoff = make_instance(state.problem, self.configuration), state.target
         found = solve(
             instance,
             state.solver,
@@ -317,6 +319,6 @@ class OrderNode(SettingNode):
         )
         state.num_solved += 1
         if found.choice is not None:
-            state.offer(to_assignment(state.problem, self.setting, found.choice))
+            state.offer(to_assignment(state.problem, self.configuration, found.choice))
         own = cutoff if found.status == "infeasible" else max(bound, min(found.bound, cutoff))
         state.close(state.learn(self, own))

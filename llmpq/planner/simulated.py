@@ -1,4 +1,4 @@
-"""A plan's whole run, played with the same times that price it in closed form.
+"""A plan's whole run, simulated with the same times that price it in closed form.
 
 The runtime's own schedule decides every job: lanes and chunks as the plan has them, newcomers in
 the slots of ended requests, caches that grow column by column. Every request has its own lengths.
@@ -14,23 +14,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmpq.costs.simulate import Played, play
+from llmpq.costs.simulate import SimulatedRun, simulate_schedule
 from llmpq.job import Item, Job
 from llmpq.plan_data import Predicted
-from llmpq.planner.evaluate import actor_works, closed_form_s, speeds
-from llmpq.planner.problem import Assignment, Problem, Setting
+from llmpq.planner.evaluate import closed_form_s, resource_works, speeds
+from llmpq.planner.problem import Assignment, Configuration, Problem
 from llmpq.planner.works import Work, chunk_s
 from llmpq.schedule import Schedule
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request
 BLOCK = 256  # columns whose times are computed at once
-MOST_JOBS = 6_000  # that a prediction plays; of more requests a sample
-TOKENS_OF_A_JOB = 30  # that take as long to play as a job beside its tokens
+MOST_JOBS = 6_000  # that a prediction simulates; of more requests a sample
+TOKENS_OF_A_JOB = 30  # that take as long to simulate as a job beside its tokens
 LEAST_WAVES = 2  # of requests in flight that a sample has
 
 
 class Run(NamedTuple):
-    """A simulated run: its seconds, those of them after the last prefill, and `Played`'s share."""
+    """A simulated run:
+
+    its seconds, those of them after the last prefill, and `SimulatedRun`'s share.
+    """
 
     total_s: float
     decode_s: float
@@ -42,7 +45,7 @@ def with_run(
 ) -> Predicted:
     """The same prediction with the total, its parts and tokens/s of the simulated run.
 
-    Of runs of about `most_jobs` and more a sample is played.
+    Of runs of about `most_jobs` and more a sample is simulated.
     """
     run = _whole_run(problem, assignment, most_jobs)
     total, decode = run.total_s, run.decode_s  # of the last requests alone: the same in a sample
@@ -62,12 +65,12 @@ def _whole_run(problem: Problem, assignment: Assignment, most_jobs: int) -> Run:
 
     The whole run takes as much longer as it does in closed form, which knows all tokens.
     """
-    sample = sample_of(problem, assignment.setting, most_jobs)
+    sample = sample_of(problem, assignment.configuration, most_jobs)
     key = "run", assignment, len(sample.lengths), min(problem.repeats, problem.unit.repeats)
-    run = problem.played_once(key, lambda: _of_sample(problem, sample, assignment))
+    run = problem.cached_run(key, lambda: _of_sample(problem, sample, assignment))
     if sample is problem:
         return run
-    same = replace(assignment, setting=problem.resolved(assignment.setting))
+    same = replace(assignment, configuration=problem.resolved(assignment.configuration))
     plain = replace(problem, scales={})
     times = closed_form_s(plain, same) / closed_form_s(sample, same)
     return run._replace(total_s=run.total_s * times)
@@ -75,42 +78,45 @@ def _whole_run(problem: Problem, assignment: Assignment, most_jobs: int) -> Run:
 
 def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Run:
     """The run of a sample with the chunk and lanes of the whole one."""
-    grain = _grain(sample, problem.resolved(assignment.setting))
-    key = ("seconds", assignment.setting.places, assignment.stages, grain)
-    seconds = problem.played_once(key, lambda: Seconds(actor_works(problem, assignment), grain))
-    played = simulate(sample, assignment, problem, seconds=seconds)
-    return Run(played.total_s, played.decode_s, played.prefill_share)
+    grain = _grain(sample, problem.resolved(assignment.configuration))
+    key = ("seconds", assignment.configuration.stage_devices, assignment.stages, grain)
+    seconds = problem.cached_run(key, lambda: Seconds(resource_works(problem, assignment), grain))
+    run = simulate(sample, assignment, problem, seconds=seconds)
+    return Run(run.total_s, run.decode_s, run.prefill_share)
 
 
-def _grain(problem: Problem, setting: Setting) -> int:
-    """How many requests can be played as one: equal ones that come and go together.
+def _grain(problem: Problem, configuration: Configuration) -> int:
+    """How many requests can be simulated as one: equal ones that come and go together.
 
-    Prompts that are computed in chunks come one by one. The setting's lanes are known.
+    Prompts that are computed in chunks come one by one. The configuration's lanes are known.
     """
-    if len(set(problem.lengths)) > 1 or problem.chunk_tokens(setting) < problem.max_prompt_tokens:
+    if (
+        len(set(problem.lengths)) > 1
+        or problem.chunk_tokens(configuration) < problem.max_prompt_tokens
+    ):
         return 1
-    sizes = setting.batch, setting.prefill_micro_batch, setting.decode_micro_batch
-    rows = [lane.rows for lane in setting.lanes or ()]
+    sizes = configuration.batch, configuration.prefill_micro_batch, configuration.decode_micro_batch
+    rows = [lane.rows for lane in configuration.lanes or ()]
     return math.gcd(*sizes, *rows, len(problem.lengths))
 
 
-def sample_of(problem: Problem, setting: Setting, most_jobs: int) -> Problem:
-    """As many of the requests, of all lengths, as can be played in a moment; whole batches.
+def sample_of(problem: Problem, configuration: Configuration, most_jobs: int) -> Problem:
+    """As many of the requests, of all lengths, as can be simulated in a moment; whole batches.
 
     The problem itself where that is all of them.
     """
     in_all = round(problem.repeats * len(problem.lengths))
     tokens = sum(new for _, new in problem.lengths)
-    share = most_jobs / max(1.0, least_jobs(problem, setting) + tokens / TOKENS_OF_A_JOB)
-    waves = max(int(share * len(problem.lengths)) // setting.batch, LEAST_WAVES)
-    waves = min(waves, math.ceil(in_all / setting.batch))
-    if waves * setting.batch >= in_all and problem.repeats == 1:
+    share = most_jobs / max(1.0, least_jobs(problem, configuration) + tokens / TOKENS_OF_A_JOB)
+    waves = max(int(share * len(problem.lengths)) // configuration.batch, LEAST_WAVES)
+    waves = min(waves, math.ceil(in_all / configuration.batch))
+    if waves * configuration.batch >= in_all and problem.repeats == 1:
         return problem
 
     def compute() -> Problem:
-        return these_alone(problem, problem.waves(waves, setting.batch))
+        return these_alone(problem, problem.waves(waves, configuration.batch))
 
-    return problem.once(("waves", waves, setting.batch), compute)
+    return problem.cached(("waves", waves, configuration.batch), compute)
 
 
 def these_alone(problem: Problem, lengths: Lengths) -> Problem:
@@ -130,64 +136,64 @@ def simulate(
     refill: bool = True,
     told: Callable[[int], None] = lambda _: None,
     seconds: "Seconds | None" = None,
-) -> Played:
+) -> SimulatedRun:
     """The run of all requests that are listed; `told` hears how many have ended.
 
-    `planned`: the problem whose lengths say what the setting leaves open, where these are others;
-    `seconds`: what is known of jobs.
-    Raises `UserError` where one request needs more cache than the whole plan has.
+    `planned`: the problem whose lengths say what the configuration leaves open, where these are
+    others; `seconds`: what is known of jobs. Raises `UserError` where one request needs more cache
+    than the whole plan has.
     """
-    seconds = seconds or Seconds(actor_works(problem, assignment))
-    setting, grain = (planned or problem).resolved(assignment.setting), seconds.grain
+    seconds = seconds or Seconds(resource_works(problem, assignment))
+    configuration, grain = (planned or problem).resolved(assignment.configuration), seconds.grain
     if grain > 1:
         problem = replace(problem, lengths=problem.lengths[::grain], _known={})
-        setting = _coarser(setting, grain)
-    schedule = make_schedule(problem, setting, refill=refill)
-    played = play(schedule, seconds, len(seconds.works), told)
-    jobs = replace(
-        played.jobs, requests=grain * played.jobs.requests, rows=grain * played.jobs.rows
-    )
-    return replace(played, jobs=jobs)
+        configuration = _coarser(configuration, grain)
+    schedule = make_schedule(problem, configuration, refill=refill)
+    run = simulate_schedule(schedule, seconds, len(seconds.works), told)
+    jobs = replace(run.jobs, requests=grain * run.jobs.requests, rows=grain * run.jobs.rows)
+    return replace(run, jobs=jobs)
 
 
-def _coarser(setting: Setting, grain: int) -> Setting:
-    """The setting, whose lanes are known, for requests that stand for so many each."""
-    return Setting(
-        setting.places,
-        setting.batch // grain,
-        setting.prefill_micro_batch // grain,
-        setting.decode_micro_batch // grain,
-        setting.chunk_tokens,
-        tuple(lane._replace(rows=lane.rows // grain) for lane in setting.lanes or ()),
+def _coarser(configuration: Configuration, grain: int) -> Configuration:
+    """The configuration, whose lanes are known, for requests that stand for so many each."""
+    return Configuration(
+        configuration.stage_devices,
+        configuration.batch // grain,
+        configuration.prefill_micro_batch // grain,
+        configuration.decode_micro_batch // grain,
+        configuration.chunk_tokens,
+        tuple(lane._replace(rows=lane.rows // grain) for lane in configuration.lanes or ()),
     )
 
 
-def make_schedule(problem: Problem, setting: Setting, *, refill: bool = True) -> Schedule:
+def make_schedule(
+    problem: Problem, configuration: Configuration, *, refill: bool = True
+) -> Schedule:
     """The runtime's schedule of the workload's requests.
 
-    Raises `UserError` where one request needs more cache than the setting's lanes have.
+    Raises `UserError` where one request needs more cache than the configuration's lanes have.
     """
     return Schedule(
-        problem.lanes(setting.sizes, setting.decode_micro_batch),
-        setting.prefill_micro_batch,
-        problem.chunk_tokens(setting),
-        len(setting.places),
+        problem.lanes(configuration.sizes, configuration.decode_micro_batch),
+        configuration.prefill_micro_batch,
+        problem.chunk_tokens(configuration),
+        len(configuration.stage_devices),
         iter(Item(number, *lengths) for number, lengths in enumerate(problem.lengths)),
         refill=refill,
     )
 
 
-def least_jobs(problem: Problem, setting: Setting) -> int:
+def least_jobs(problem: Problem, configuration: Configuration) -> int:
     """A run has no fewer jobs."""
     steps = sum(new for _, new in problem.lengths) - len(problem.lengths)
-    prefills = len(problem.lengths) / setting.prefill_micro_batch
-    return int(prefills + steps / setting.decode_micro_batch)
+    prefills = len(problem.lengths) / configuration.prefill_micro_batch
+    return int(prefills + steps / configuration.decode_micro_batch)
 
 
 class Seconds:
     """What each server needs for a job; what was asked once is known.
 
-    `grain`: so many equal requests are played as one.
+    `grain`: so many equal requests are simulated as one.
     """
 
     def __init__(self, works: Sequence[Work], grain: int = 1) -> None:
@@ -224,23 +230,23 @@ class Seconds:
 
         Chunks of unequal prompts end at almost any length.
         """
-        block, place = divmod(tokens - 1, BLOCK)
+        block, devices = divmod(tokens - 1, BLOCK)
         key = rows, block
         if key not in self.whole:
             lengths = np.arange(block * BLOCK + 1, (block + 1) * BLOCK + 1, dtype=float)
             each = [w.prefill(rows, lengths) for w in self.works[:-1]]
             self.whole[key] = np.stack([np.broadcast_to(e, lengths.shape) for e in each], axis=1)
-        return np.asarray(self.whole[key][place])
+        return np.asarray(self.whole[key][devices])
 
     def _decode(self, job: Job) -> list[float]:
-        block, place = divmod(job.end - job.begin - 1, BLOCK)
+        block, devices = divmod(job.end - job.begin - 1, BLOCK)
         rows = self.grain * job.rows
         key = rows, block
         if key not in self.decodes:
             past = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=float)
             each = [np.broadcast_to(w.decode(rows, past), past.shape) for w in self.works]
             self.decodes[key] = np.stack(each, axis=1).tolist()
-        return self.decodes[key][place]
+        return self.decodes[key][devices]
 
 
 def _prefill(work: Work, rows: int, tokens: int) -> float:

@@ -14,14 +14,14 @@ more lanes than `MOST_LANES` keep no pipeline busier.
 """
 
 from llmpq.planner.instance import capacity
-from llmpq.planner.layouts import Mix, num_stages
-from llmpq.planner.problem import Place, Problem, Setting, Sizes
+from llmpq.planner.layouts import DeviceSubset, num_stages
+from llmpq.planner.problem import Configuration, Problem, Sizes, StageDevices
 from llmpq.workload import LEAST_CHUNK_TOKENS
 
 AUTO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # 1: what fits at all fits with it
 MOST_PROMPTS = 16  # of unequal requests in a prefill micro-batch
 MOST_LANES = 64
-MOST_SHORTER = 3  # chunks below the default one, for a mix and batch
+MOST_SHORTER = 3  # chunks below the default one, for a subset and batch
 MUCH_ROOM = 0.03  # of a device's memory: what a shorter chunk must save
 
 
@@ -30,7 +30,7 @@ def all_sizes(problem: Problem) -> list[Sizes]:
     return [_sizes(problem, batch) for batch in batch_options(problem)]
 
 
-def sizes_near(problem: Problem, like: Setting | Sizes) -> list[Sizes]:
+def sizes_near(problem: Problem, like: Configuration | Sizes) -> list[Sizes]:
     """Half as many requests in flight, as many and twice as many, with the same chunk."""
     near = {like.batch // 2, like.batch, 2 * like.batch}
     default = problem.chunk_tokens(Sizes(like.batch, (1,), (1,)))
@@ -70,41 +70,41 @@ def chunk_options(problem: Problem) -> list[int]:
 # ---- chunks beside the default one
 
 
-def with_shorter_chunks(problem: Problem, mix: Mix) -> list[Sizes]:
-    """Every batch with the chunks that are worth a try for these places, the longest first."""
+def with_shorter_chunks(problem: Problem, subset: DeviceSubset) -> list[Sizes]:
+    """Every batch with the chunks that are worth a try for these devices, the longest first."""
     return [
         _sizes(problem, batch, chunk)
         for batch in batch_options(problem)
-        for chunk in shorter_chunks(problem, mix, batch)
+        for chunk in shorter_chunks(problem, subset, batch)
     ]
 
 
-def shorter_chunks(problem: Problem, mix: Mix, batch: int) -> tuple[int, ...]:
+def shorter_chunks(problem: Problem, subset: DeviceSubset, batch: int) -> tuple[int, ...]:
     """Chunks below the default one that leave the smallest device much more room.
 
     Each at least `MUCH_ROOM` more than the next longer one; `MOST_SHORTER` at most.
     """
-    smallest = min((place for place, _ in mix), key=lambda place: place.memory_bytes)
-    key = ("shorter chunks", smallest, num_stages(mix), batch)
-    return problem.once(key, lambda: _shorter(problem, smallest, num_stages(mix), batch))
+    smallest = min((devices for devices, _ in subset), key=lambda devices: devices.memory_bytes)
+    key = ("shorter chunks", smallest, num_stages(subset), batch)
+    return problem.cached(key, lambda: _shorter(problem, smallest, num_stages(subset), batch))
 
 
-def _shorter(problem: Problem, place: Place, stages: int, batch: int) -> tuple[int, ...]:
+def _shorter(problem: Problem, devices: StageDevices, stages: int, batch: int) -> tuple[int, ...]:
     default = problem.chunk_tokens(Sizes(batch, (1,), (1,)))
     found: list[int] = []
-    before = _room(problem, place, stages, batch, default)
+    before = _room(problem, devices, stages, batch, default)
     for chunk in chunk_options(problem):
-        room = _room(problem, place, stages, batch, chunk) if chunk < default else before
-        if room - before >= MUCH_ROOM * place.memory_bytes and len(found) < MOST_SHORTER:
+        room = _room(problem, devices, stages, batch, chunk) if chunk < default else before
+        if room - before >= MUCH_ROOM * devices.memory_bytes and len(found) < MOST_SHORTER:
             found.append(chunk)
             before = room
     return tuple(found)
 
 
-def _room(problem: Problem, place: Place, stages: int, batch: int, chunk: int) -> float:
+def _room(problem: Problem, devices: StageDevices, stages: int, batch: int, chunk: int) -> float:
     """Bytes for layers of a stage in the middle, with micro-batches of 1."""
     sizes = Sizes(batch, (1,), (1,), chunk)
-    return float(capacity(problem, sizes, place, False, False, stages)[0, 0])
+    return float(capacity(problem, sizes, devices, False, False, stages)[0, 0])
 
 
 # ---- where nothing fits

@@ -1,4 +1,4 @@
-"""A linear programme, with integers or without, as a value; HiGHS or Gurobi solves it.
+"""An LP or ILP as a value; HiGHS or Gurobi solves it.
 
 Minimise cost @ x + constant with lower <= rows @ x <= upper and bounds on x, some x whole.
 HiGHS is called through its own arrays (highspy), which starts faster than by way of scipy.
@@ -20,13 +20,13 @@ from llmpq.planner.silence import silent_stdout
 
 TOLERANCE = 1e-6  # what a plan may lie beside a limit, at most; solvers are held to less
 OVERSTEP = 1e-8  # by which a solver may overstep a row; their own 1e-6 shows in the objective
-SMALL = 300  # columns of programmes whose presolve takes longer than it saves
+SMALL = 300  # columns of those whose presolve takes longer than it saves
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
 
 @dataclass(frozen=True)
-class Programme:
+class LinearProgram:
     """`start`, `index`, `value`: the rows, compressed row by row. `scale`: seconds of one unit."""
 
     cost: np.ndarray
@@ -44,7 +44,7 @@ class Programme:
 
 @dataclass(frozen=True)
 class Answer:
-    """`bound`, `objective`: in units of the programme times its scale. `duals`: of the rows."""
+    """`bound`, `objective`: in units of the program times its scale. `duals`: of the rows."""
 
     status: Status
     x: np.ndarray | None
@@ -63,7 +63,7 @@ class Solver:
 
     def integers(
         self,
-        programme: Programme,
+        program: LinearProgram,
         *,
         gap: float = 0.0,
         time_limit: float = math.inf,
@@ -71,35 +71,35 @@ class Solver:
         """Solved with its integers to a relative `gap`; no `x` where the time was too short."""
         if time_limit <= 0:
             return Answer("unknown", None, math.inf, -math.inf)
-        if self.name == "gurobi" and (answer := self._gurobi(programme, gap, time_limit)):
+        if self.name == "gurobi" and (answer := self._gurobi(program, gap, time_limit)):
             return answer
-        return _highs_integers(programme, gap, time_limit)
+        return _highs_integers(program, gap, time_limit)
 
-    def relaxed(self, programme: Programme) -> Answer:
+    def relaxed(self, program: LinearProgram) -> Answer:
         """Solved as if every x could be a fraction.
 
-        Presolve is dearer than these small programmes themselves; without it HiGHS cannot tell of
+        Presolve is dearer than these small LPs themselves; without it HiGHS cannot tell of
         some that they are infeasible.
         """
-        answer = _highs_relaxed(self._linear, programme)
+        answer = _highs_relaxed(self._linear, program)
         if answer.status != "unknown":
             return answer
-        return _highs_relaxed(_started(presolve="on"), programme)
+        return _highs_relaxed(_started(presolve="on"), program)
 
-    def extents(self, programme: Programme, sums: Sequence[np.ndarray]) -> np.ndarray | None:
+    def extents(self, program: LinearProgram, sums: Sequence[np.ndarray]) -> np.ndarray | None:
         """[sums, 2]: the least and the most that each sum of columns can be, fractions allowed.
 
         None where nothing is feasible.
         """
-        return _highs_extents(programme, sums)
+        return _highs_extents(program, sums)
 
-    def _gurobi(self, programme: Programme, gap: float, limit: float) -> Answer | None:
-        size = max(len(programme.cost), len(programme.row_lower))
+    def _gurobi(self, program: LinearProgram, gap: float, limit: float) -> Answer | None:
+        size = max(len(program.cost), len(program.row_lower))
         try:
-            return _gurobi_integers(programme, gap, limit)
+            return _gurobi_integers(program, gap, limit)
         except _TooLarge:
             self._tell(
-                f"a programme of {size} variables or rows is above what this Gurobi licence takes; "
+                f"an ILP of {size} variables or rows is above what this Gurobi licence takes; "
                 "such ones were solved by HiGHS"
             )
             return None
@@ -136,25 +136,25 @@ def _started(presolve: str = "choose") -> Any:
     return highs
 
 
-def _pass(highs: Any, programme: Programme, integral: bool) -> None:
+def _pass(highs: Any, program: LinearProgram, integral: bool) -> None:
     """Gives HiGHS a model in place of the one that it has, and of what it knows of that."""
     model = highspy.HighsLp()
-    model.num_col_, model.num_row_ = len(programme.cost), len(programme.row_lower)
-    model.col_cost_, model.offset_ = programme.cost, programme.constant
-    model.col_lower_, model.col_upper_ = programme.lower, programme.upper
-    model.row_lower_, model.row_upper_ = programme.row_lower, programme.row_upper
+    model.num_col_, model.num_row_ = len(program.cost), len(program.row_lower)
+    model.col_cost_, model.offset_ = program.cost, program.constant
+    model.col_lower_, model.col_upper_ = program.lower, program.upper
+    model.row_lower_, model.row_upper_ = program.row_lower, program.row_upper
     model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    model.a_matrix_.start_ = programme.start
-    model.a_matrix_.index_, model.a_matrix_.value_ = programme.index, programme.value
+    model.a_matrix_.start_ = program.start
+    model.a_matrix_.index_, model.a_matrix_.value_ = program.index, program.value
     if integral:
         kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
-        model.integrality_ = [kinds[int(whole)] for whole in programme.integral]
+        model.integrality_ = [kinds[int(whole)] for whole in program.integral]
     status = highs.passModel(model)
     assert status != highspy.HighsStatus.kError, "a column stands twice in a row, or the like"
 
 
-def _highs_relaxed(highs: Any, programme: Programme) -> Answer:
-    _pass(highs, programme, integral=False)
+def _highs_relaxed(highs: Any, program: LinearProgram) -> Answer:
+    _pass(highs, program, integral=False)
     highs.run()
     status = highs.getModelStatus()
     if status == highspy.HighsModelStatus.kInfeasible:
@@ -162,14 +162,14 @@ def _highs_relaxed(highs: Any, programme: Programme) -> Answer:
     if status != highspy.HighsModelStatus.kOptimal:
         return Answer("unknown", None, math.inf, -math.inf)
     solution = highs.getSolution()
-    value = highs.getInfo().objective_function_value * programme.scale
+    value = highs.getInfo().objective_function_value * program.scale
     x, duals = np.array(solution.col_value), np.array(solution.row_dual)
     return Answer("optimal", x, value, value, duals)
 
 
-def _highs_integers(programme: Programme, gap: float, time_limit: float) -> Answer:
-    highs = _started(presolve="off" if len(programme.cost) <= SMALL else "choose")
-    _pass(highs, programme, integral=True)
+def _highs_integers(program: LinearProgram, gap: float, time_limit: float) -> Answer:
+    highs = _started(presolve="off" if len(program.cost) <= SMALL else "choose")
+    _pass(highs, program, integral=True)
     highs.setOptionValue("mip_rel_gap", gap)
     highs.setOptionValue("mip_abs_gap", 1e-9)
     if time_limit < math.inf:
@@ -182,21 +182,19 @@ def _highs_integers(programme: Programme, gap: float, time_limit: float) -> Answ
     status, info = highs.getModelStatus(), highs.getInfo()
     if status == highspy.HighsModelStatus.kInfeasible:
         return Answer("infeasible", None, math.inf, math.inf)
-    bound = (
-        info.mip_dual_bound * programme.scale if math.isfinite(info.mip_dual_bound) else -math.inf
-    )
+    bound = info.mip_dual_bound * program.scale if math.isfinite(info.mip_dual_bound) else -math.inf
     if info.primal_solution_status != 2:  # 2: feasible
         return Answer("unknown", None, math.inf, bound)
     x = np.array(highs.getSolution().col_value)
     done: Status = "optimal" if status == highspy.HighsModelStatus.kOptimal else "feasible"
-    return Answer(done, x, info.objective_function_value * programme.scale, bound)
+    return Answer(done, x, info.objective_function_value * program.scale, bound)
 
 
-def _highs_extents(programme: Programme, sums: Sequence[np.ndarray]) -> np.ndarray | None:
+def _highs_extents(program: LinearProgram, sums: Sequence[np.ndarray]) -> np.ndarray | None:
     """One model throughout: each solve starts from the one before."""
     highs = _started(presolve="off")
-    _pass(highs, programme, integral=False)
-    size = len(programme.cost)
+    _pass(highs, program, integral=False)
+    size = len(program.cost)
     found = np.tile([-math.inf, math.inf], (len(sums), 1))
     for row, columns in enumerate(sums):
         for side, sign in enumerate((1.0, -1.0)):
@@ -208,7 +206,7 @@ def _highs_extents(programme: Programme, sums: Sequence[np.ndarray]) -> np.ndarr
             if status == highspy.HighsModelStatus.kInfeasible:
                 return None
             if status == highspy.HighsModelStatus.kOptimal:
-                value = highs.getInfo().objective_function_value - programme.constant
+                value = highs.getInfo().objective_function_value - program.constant
                 found[row, side] = sign * value
     return found
 
@@ -217,10 +215,10 @@ def _highs_extents(programme: Programme, sums: Sequence[np.ndarray]) -> np.ndarr
 
 
 class _TooLarge(Exception):
-    """The licence does not take a programme of this size."""
+    """The licence does not take an ILP of this size."""
 
 
-def _gurobi_integers(programme: Programme, gap: float, time_limit: float) -> Answer:
+def _gurobi_integers(program: LinearProgram, gap: float, time_limit: float) -> Answer:
     import gurobipy as gurobi
 
     size_limit = gurobi.GRB.Error.SIZE_LIMIT_EXCEEDED
@@ -229,45 +227,43 @@ def _gurobi_integers(programme: Programme, gap: float, time_limit: float) -> Ans
             gurobi.Env(params={"OutputFlag": 0, "Threads": 1}) as env,
             gurobi.Model(env=env) as model,
         ):
-            _fill_gurobi(model, programme)
+            _fill_gurobi(model, program)
             model.Params.MIPGap = gap
             model.Params.FeasibilityTol = model.Params.IntFeasTol = OVERSTEP
             if time_limit < math.inf:
                 model.Params.TimeLimit = time_limit
             model.optimize()
-            return _gurobi_answer(model, programme)
+            return _gurobi_answer(model, program)
     except gurobi.GurobiError as error:
         if error.errno == size_limit:
             raise _TooLarge from None
         raise UserError(f"Gurobi: {error}; leave out --solver gurobi to use HiGHS") from None
 
 
-def _fill_gurobi(model: Any, programme: Programme) -> None:
-    kinds = np.where(programme.integral, "I", "C")
-    x = model.addMVar(
-        len(programme.cost), lb=programme.lower, ub=programme.upper, vtype=kinds.tolist()
-    )
-    model.setObjective(programme.cost @ x + programme.constant)
-    rows = _dense(programme)
-    for sides, sign in ((programme.row_lower, ">"), (programme.row_upper, "<")):
+def _fill_gurobi(model: Any, program: LinearProgram) -> None:
+    kinds = np.where(program.integral, "I", "C")
+    x = model.addMVar(len(program.cost), lb=program.lower, ub=program.upper, vtype=kinds.tolist())
+    model.setObjective(program.cost @ x + program.constant)
+    rows = _dense(program)
+    for sides, sign in ((program.row_lower, ">"), (program.row_upper, "<")):
         held = np.isfinite(sides)
         model.addMConstr(rows[held], x, sign, sides[held])
 
 
-def _dense(programme: Programme) -> np.ndarray:
-    rows = np.zeros((len(programme.row_lower), len(programme.cost)))
-    which = np.repeat(np.arange(len(rows)), np.diff(programme.start))
-    np.add.at(rows, (which, programme.index), programme.value)
+def _dense(program: LinearProgram) -> np.ndarray:
+    rows = np.zeros((len(program.row_lower), len(program.cost)))
+    which = np.repeat(np.arange(len(rows)), np.diff(program.start))
+    np.add.at(rows, (which, program.index), program.value)
     return rows
 
 
-def _gurobi_answer(model: Any, programme: Programme) -> Answer:
+def _gurobi_answer(model: Any, program: LinearProgram) -> Answer:
     from gurobipy import GRB
 
     if model.Status in (GRB.INFEASIBLE, GRB.INF_OR_UNBD):
         return Answer("infeasible", None, math.inf, math.inf)
-    bound = model.ObjBound * programme.scale if math.isfinite(model.ObjBound) else -math.inf
+    bound = model.ObjBound * program.scale if math.isfinite(model.ObjBound) else -math.inf
     if model.SolCount == 0:
         return Answer("unknown", None, math.inf, bound)
     done: Status = "optimal" if model.Status == GRB.OPTIMAL else "feasible"
-    return Answer(done, np.array(model.getAttr("X")), model.ObjVal * programme.scale, bound)
+    return Answer(done, np.array(model.getAttr("X")), model.ObjVal * program.scale, bound)

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llmpq.costs.simulate import Played
+from llmpq.costs.simulate import SimulatedRun
 from llmpq.planner.bubbles import Bubble, by_cause, describe, remedy, server_names
 from llmpq.planner.report import styled
 
@@ -24,18 +24,18 @@ MIN_CELLS, MAX_CELLS = 20, 240
 SHOWN_PERCENT = 0.05  # of a stage's time; smaller bubbles are not listed
 
 
-def print_timeline(console: Console, played: Played, bubbles: Sequence[Bubble]) -> None:
+def print_timeline(console: Console, run: SimulatedRun, bubbles: Sequence[Bubble]) -> None:
     """The whole run, some of its decode steps, and its bubbles."""
-    names = server_names(len(played.busy_s) // 2)
-    whole, cells = (0.0, played.total_s), _cells(console, names)
-    title = f"the whole run, {played.total_s:.3g} s ({LEGEND})"
-    _print_rows(console, title, _rows(played, names, whole, cells))
-    window = _middle_steps(played)
+    names = server_names(len(run.busy_s) // 2)
+    whole, cells = (0.0, run.total_s), _cells(console, names)
+    title = f"the whole run, {run.total_s:.3g} s ({LEGEND})"
+    _print_rows(console, title, _rows(run, names, whole, cells))
+    window = _middle_steps(run)
     if window is not None:
         title = f"from its middle, {1e3 * (window[1] - window[0]):.3g} ms"
         title += " (last digit of a decode step's lane, # prefill, . waiting)"
-        _print_rows(console, title, _digit_rows(played, names, window, cells))
-    _print_bubbles(console, played, bubbles, names)
+        _print_rows(console, title, _digit_rows(run, names, window, cells))
+    _print_bubbles(console, run, bubbles, names)
 
 
 def _cells(console: Console, names: Sequence[str]) -> int:
@@ -53,15 +53,15 @@ def _print_rows(console: Console, title: str, rows: Sequence[tuple[str, float, s
 
 
 def _rows(
-    played: Played, names: Sequence[str], window: tuple[float, float], cells: int
+    run: SimulatedRun, names: Sequence[str], window: tuple[float, float], cells: int
 ) -> list[tuple[str, float, str]]:
     """(server, busy share, a character for each cell of the window)."""
     edges = np.linspace(*window, cells + 1)
-    is_prefill = played.jobs.step == 0
+    is_prefill = run.jobs.step == 0
     rows = []
     for server, name in enumerate(names):
         prefill, decode = (
-            _shares(played.start_s[mine, server], played.end_s[mine, server], edges)
+            _shares(run.start_s[mine, server], run.end_s[mine, server], edges)
             for mine in (is_prefill, ~is_prefill)
         )
         busy = float((prefill + decode).mean())
@@ -89,55 +89,55 @@ def _shares(start: np.ndarray, end: np.ndarray, edges: np.ndarray) -> np.ndarray
     return np.diff(np.interp(edges, times, worked)) / np.diff(edges)
 
 
-def _middle_steps(played: Played) -> tuple[float, float] | None:
+def _middle_steps(run: SimulatedRun) -> tuple[float, float] | None:
     """Seconds in which the first stage does some decode steps in the middle of the run."""
-    steps = np.flatnonzero(played.jobs.step > 0)
-    count = ZOOM_STEPS * len(np.unique(played.jobs.micro_batch[steps]))
+    steps = np.flatnonzero(run.jobs.step > 0)
+    count = ZOOM_STEPS * len(np.unique(run.jobs.micro_batch[steps]))
     if len(steps) <= count:
         return None
     first = (len(steps) - count) // 2
-    start, end = (float(played.start_s[steps[i], 0]) for i in (first, first + count))
+    start, end = (float(run.start_s[steps[i], 0]) for i in (first, first + count))
     return (start, end) if end > start else None
 
 
 def _digit_rows(
-    played: Played, names: Sequence[str], window: tuple[float, float], cells: int
+    run: SimulatedRun, names: Sequence[str], window: tuple[float, float], cells: int
 ) -> list[tuple[str, float, str]]:
     edges = np.linspace(*window, cells + 1)
     middles = (edges[1:] + edges[:-1]) / 2
     rows = []
     for server, name in enumerate(names):
-        start, end = played.start_s[:, server], played.end_s[:, server]
+        start, end = run.start_s[:, server], run.end_s[:, server]
         busy = float(_shares(start, end, edges).mean())
         if server % 2 == 0 or busy > BUSY_LINK:
             at = np.searchsorted(start, middles, side="right") - 1
             digits = (
-                _digit(played, i) if i >= 0 and end[i] > middle else WAITING
+                _digit(run, i) if i >= 0 and end[i] > middle else WAITING
                 for i, middle in zip(at, middles, strict=True)
             )
             rows.append((name, busy, "".join(digits)))
     return rows
 
 
-def _digit(played: Played, job: int) -> str:
-    return str(played.jobs.micro_batch[job] % 10) if played.jobs.step[job] else PREFILL
+def _digit(run: SimulatedRun, job: int) -> str:
+    return str(run.jobs.micro_batch[job] % 10) if run.jobs.step[job] else PREFILL
 
 
 def _print_bubbles(
-    console: Console, played: Played, bubbles: Sequence[Bubble], names: Sequence[str]
+    console: Console, run: SimulatedRun, bubbles: Sequence[Bubble], names: Sequence[str]
 ) -> None:
-    count = f"{int((played.jobs.step == 0).sum())} prefills"
-    count += f" and {int((played.jobs.step > 0).sum())} decode steps"
+    count = f"{int((run.jobs.step == 0).sum())} prefills"
+    count += f" and {int((run.jobs.step > 0).sum())} decode steps"
     table = Table(title=f"the whole run: {count}", title_justify="left")
     table.add_column("stage", overflow="fold")
     table.add_column("busy", justify="right")
     table.add_column("idle, by what it waits for, in % of the run", overflow="fold")
-    for stage, busy in enumerate(played.busy_s[::2]):
+    for stage, busy in enumerate(run.busy_s[::2]):
         mine = [b for b in bubbles if b.stage == stage and b.percent >= SHOWN_PERCENT]
         texts = [
             f"{b.percent:.1f} {describe(b.cause, b.server, names, b.micro_batch)}" for b in mine
         ]
-        share = f"{100 * busy / played.total_s:.1f} %"
+        share = f"{100 * busy / run.total_s:.1f} %"
         table.add_row(names[2 * stage], share, "; ".join(texts) or "-")
     console.print(table)
     console.print(largest(bubbles, names))

@@ -1,7 +1,7 @@
 """What a choice of layers costs at one instance, and whether it fits.
 
 A `Choice` gives every stage's layers their options. Its seconds are those of `costs.timeline`; the
-ILPs of `counts` and `pool` hold the same chains as rows.
+ILP of `counts` and the LP of `pool_bounds` hold the same chains as rows.
 
 Not covered: the simulated run (`simulated`).
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from llmpq.costs.timeline import Costs, run_s
 from llmpq.planner.instance import Instance
-from llmpq.planner.problem import Assignment, Problem, Setting
+from llmpq.planner.problem import Assignment, Configuration, Problem
 
 Choice = tuple[tuple[int, ...], ...]  # for each stage, the option of each of its layers
 
@@ -58,7 +58,7 @@ def fits(instance: Instance, choice: Choice) -> bool:
 
 
 def shortage(instance: Instance, counts: np.ndarray) -> np.ndarray:
-    """[N]: bytes short on each device of a place (negative: to spare)."""
+    """[N]: bytes short on each device of a stage (negative: to spare)."""
     used = (counts * instance.layer_bytes).sum(axis=1)
     unpacked = instance.unpacked_bytes * (counts[:, instance.packed].sum(axis=1) > 0)
     return np.asarray(used + unpacked - instance.capacity)
@@ -70,7 +70,7 @@ def count_options(instance: Instance, choice: Choice) -> np.ndarray:
     return np.stack([np.bincount(stage, minlength=width) for stage in choice])
 
 
-def to_assignment(problem: Problem, setting: Setting, choice: Choice) -> Assignment:
+def to_assignment(problem: Problem, configuration: Configuration, choice: Choice) -> Assignment:
     """A choice with its precisions' names."""
     stages = tuple(tuple(problem.precisions[o] for o in stage) for stage in choice)
-    return Assignment(setting, stages)
+    return Assignment(configuration, stages)

@@ -1,9 +1,9 @@
-"""How long one actor (a stage, or the link after it) takes for a micro-batch, in both phases.
+"""How long one resource (a stage, or the link after it) takes for a micro-batch, in both phases.
 
 All prices of plans rest on these works: the exact one (`evaluate`), the arrays that the methods
 optimise over (`instance`), and the simulation (`simulated`). Numbers or arrays of tokens go in.
 
-Not covered: how works of several actors make a schedule.
+Not covered: how works of several resources make a schedule.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ Cost = Callable[[int, Any], Seconds]  # of a micro-batch's requests and its prom
 
 @dataclass(frozen=True)
 class Work:
-    """What an actor does with a micro-batch in both phases."""
+    """What a resource does with a micro-batch in both phases."""
 
     prefill: Cost
     decode: Cost

@@ -26,7 +26,7 @@ from llmpq.costs.quality import prior_quality
 from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
 from llmpq.planner.bubbles import find_bubbles
 from llmpq.planner.evaluate import evaluate, to_plan
-from llmpq.planner.problem import Assignment, Place, Problem, Setting
+from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.simulated import simulate
 from llmpq.profile_data import Profile, load_profiles
 from llmpq.workload import Workload, request_lengths
@@ -60,7 +60,7 @@ class Case:
 
     def with_busy_times(self, factors: list[float]) -> "Case":
         """The same plan on stages so many times slower; each has a device type of its own."""
-        types = [place.type for place in self.assignment.setting.places]
+        types = [place.type for place in self.assignment.configuration.stage_devices]
         pairs = zip(types, factors, strict=True)
         times = {name: self.problem.times[name].scaled(factor) for name, factor in pairs}
         return Case(replace(self.problem, times=times, _known={}), self.assignment)
@@ -152,11 +152,11 @@ def with_requests(
     )
     batch = min(requests, int(rng.integers(3, 17)))
     prefill, decode = (min(batch, int(2 ** rng.integers(0, most))) for most in (4, 4))
-    places = tuple(Place(d.node, d.type, d.memory_bytes) for d in devices)
+    places = tuple(StageDevices(d.node, d.type, d.memory_bytes) for d in devices)
     cuts = sorted(rng.choice(np.arange(1, spec.num_layers), len(places) - 1, replace=False))
     bits = [str(p) for p in rng.choice(PRECISIONS, spec.num_layers)]
     stages = tuple(tuple(bits[a:b]) for a, b in pairwise((0, *map(int, cuts), spec.num_layers)))
-    return Case(problem, Assignment(Setting(places, batch, prefill, decode), stages))
+    return Case(problem, Assignment(Configuration(places, batch, prefill, decode), stages))
 
 
 # ---- one plan
@@ -164,9 +164,9 @@ def with_requests(
 
 def row(case: Case) -> dict[str, Any]:
     """What is predicted of a plan."""
-    setting = case.assignment.setting
+    setting = case.assignment.configuration
     return {
-        "stages": len(setting.places),
+        "stages": len(setting.stage_devices),
         "requests": len(case.problem.lengths),
         "batch": setting.batch,
         "micro_batches": [setting.prefill_micro_batch, setting.decode_micro_batch],
@@ -287,8 +287,8 @@ def speed_row() -> dict[str, Any]:
         quality=prior_quality(spec.num_layers),
         precisions=PRECISIONS,
     )
-    places = tuple(Place(d.node, d.type, d.memory_bytes) for d in devices)
-    setting = Setting(places, 64, 8, 8)
+    places = tuple(StageDevices(d.node, d.type, d.memory_bytes) for d in devices)
+    setting = Configuration(places, 64, 8, 8)
     assignment = Assignment(setting, (("8",),) * spec.num_layers)
     start = time.perf_counter()
     played = simulate(problem, assignment)

@@ -206,7 +206,7 @@ def beside_plain(case: Case, uneven: bool, limit: float) -> dict[str, Any]:
     """Seconds, status and objective of both."""
     problem = problem_of(case, case.thetas[1], uneven=uneven, max_tensor_parallel=1)
     plan = replan(problem, Options(gap=GAP, time_limit_s=20, compare=False))
-    instance = make_instance(problem, to_assignment(plan, problem.cluster).setting)
+    instance = make_instance(problem, to_assignment(plan, problem.cluster).configuration)
     row: dict[str, Any] = {"plain_programme": case.cluster, "uneven": uneven}
     for name, plain in (("ours", False), ("plain", True)):
         start = time.monotonic()
@@ -303,15 +303,15 @@ def simulations(quick: bool) -> list[dict[str, Any]]:
             if max(prefill, decode) > plan.batch:
                 continue
             pair = {"prefill_micro_batch": prefill, "decode_micro_batch": decode}
-            setting = assignment.setting.resized(**pair)
-            changed = replace(assignment, setting=setting)
+            setting = assignment.configuration.resized(**pair)
+            changed = replace(assignment, configuration=setting)
             predicted = evaluate(problem, changed).total_s
             simulated = simulate(problem, changed).total_s
             rows.append(
                 {
                     "simulated": case.cluster,
                     "micro_batches": [prefill, decode],
-                    "stages": len(setting.places),
+                    "stages": len(setting.stage_devices),
                     "predicted_s": predicted,
                     "simulated_s": simulated,
                     "error": predicted / simulated - 1,

@@ -9,7 +9,7 @@ from llmpq.costs.latency import LayerTimes
 from llmpq.costs.links import Seconds, Tokens
 from llmpq.planner.accuracy import warnings, with_accuracy
 from llmpq.planner.evaluate import evaluate
-from llmpq.planner.problem import Assignment, Place, Problem, Setting
+from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from tests.unit.test_search import cluster_of, problem_on
 
 
@@ -39,8 +39,8 @@ def two_stages(first: LayerTimes, second: LayerTimes) -> tuple[Problem, Assignme
     cluster = cluster_of({"t4-16g": 1, "v100-32g": 1}, mib=4000)
     problem = problem_on(cluster, 3, 256, ("16",))
     problem = replace(problem, times={"t4-16g": first, "v100-32g": second}, _known={})
-    places = tuple(Place(d.node, d.type, d.memory_bytes) for d in cluster.devices())
-    return problem, Assignment(Setting(places, 4, 1, 2), (("16",), ("16", "16")))
+    places = tuple(StageDevices(d.node, d.type, d.memory_bytes) for d in cluster.devices())
+    return problem, Assignment(Configuration(places, 4, 1, 2), (("16",), ("16", "16")))
 
 
 SURE, ROUGH = Accuracy("measured", 0.02), Accuracy("fitted", 0.1)

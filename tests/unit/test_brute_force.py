@@ -21,7 +21,7 @@ from llmpq.costs.timeline import run_s
 from llmpq.planner import search
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.instance import make_instance
-from llmpq.planner.problem import Place, Problem, Setting
+from llmpq.planner.problem import Configuration, Problem, StageDevices
 from llmpq.planner.solver import Solver
 from llmpq.planner.space import Space, make_space
 from llmpq.planner.value import objective, to_assignment
@@ -90,31 +90,31 @@ def least_omegas(omega: np.ndarray) -> dict[tuple[int, ...], float]:
     return found
 
 
-def settings_of(space: Space, order: tuple[Place, ...]) -> list[Setting]:
+def configurations_of(space: Space, order: tuple[StageDevices, ...]) -> list[Configuration]:
     """All sizes that the search looks at for these places; it must know every set of places."""
-    same = [one.sizes for one in space.tables if frozenset(one.mix) == frozenset(counted(order))]
+    same = [one.sizes for one in space.tables if frozenset(one.subset) == frozenset(counted(order))]
     assert same
     return [
-        Setting(order, sizes.batch, *pair, sizes.chunk_tokens, sizes.lanes)
+        Configuration(order, sizes.batch, *pair, sizes.chunk_tokens, sizes.lanes)
         for sizes in same
         for pair in itertools.product(sizes.prefill, sizes.decode)
     ]
 
 
-def counted(order: tuple[Place, ...]) -> list[tuple[Place, int]]:
+def counted(order: tuple[StageDevices, ...]) -> list[tuple[StageDevices, int]]:
     return list(Counter(order).items())
 
 
 def brute_force(problem: Problem, space: Space) -> float:
     """The least objective of all orders, pairs of micro-batches, partitions and precisions."""
-    places = [Place(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices()]
+    places = [StageDevices(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices()]
     best = math.inf
     for count in range(1, len(places) + 1):
         held, omega = ways(problem, count)
         allowed = omega <= problem.budget * (1 + 1e-12)
         held, omega = held[:, :, allowed], omega[allowed]
         for order in set(itertools.permutations(places, count)):
-            for setting in settings_of(space, order):
+            for setting in configurations_of(space, order):
                 instance = make_instance(problem, setting)
                 fits = fitting(instance, held)
                 stage = totals(instance, held[:, :, fits])
@@ -153,7 +153,7 @@ def test_most_of_the_small_problems_have_a_plan_and_they_differ() -> None:
     plans = [one for one in found if one is not None]
     assert len(plans) > 0.6 * len(found)
     assert len({len(one.stages) for one in plans}) == 3
-    assert len({one.setting.decode_micro_batch for one in plans}) > 2
+    assert len({one.configuration.decode_micro_batch for one in plans}) > 2
     assert sum(len(set(one.precisions)) > 1 for one in plans) > 0.2 * len(plans)
 
 
@@ -161,9 +161,9 @@ def test_most_of_the_small_problems_have_a_plan_and_they_differ() -> None:
 def test_an_instance_has_the_objective_of_the_plan(seed: int) -> None:
     """The price that is optimised is the price that plans are compared by."""
     problem, rng = random_problem(seed), np.random.default_rng(seed)
-    places = [Place(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices()]
+    places = [StageDevices(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices()]
     space, layers = make_space(problem, Solver()), problem.spec.num_layers
-    every = settings_of(space, tuple(places))
+    every = configurations_of(space, tuple(places))
     for _ in range(5):
         setting = every[rng.integers(len(every))]
         options = [int(n) for n in rng.integers(0, len(problem.precisions), layers)]

@@ -35,14 +35,14 @@ def test_other_chunks_make_runs_shorter_and_never_longer() -> None:
     """Tiny chunks become longer; where all prompts are short and alike nothing is tried."""
     problem = make_problem([(600, 9)] * 8 + [(60, 40)] * 40, ["t4-16g"] * 3)
     plan = assign(problem, 8, 2, 2)
-    small = replace(plan, setting=replace(plan.setting, chunk_tokens=64))
+    small = replace(plan, configuration=replace(plan.configuration, chunk_tokens=64))
     confirmed = Confirmed(problem, UNLIMITED)
     found = confirmed.improved(small)
-    assert problem.chunk_tokens(found.setting) > 64
+    assert problem.chunk_tokens(found.configuration) > 64
     assert run_s(problem, found) < 0.9 * run_s(problem, small)
     assert run_s(problem, confirmed.improved(plan)) <= run_s(problem, plan)
     alike = make_problem([(200, 9)] * 24, ["t4-16g"] * 3)
-    assert confirm._chunk(alike, assign(alike, 8, 2, 2).setting, 0.5) is None
+    assert confirm._chunk(alike, assign(alike, 8, 2, 2).configuration, 0.5) is None
 
 
 def test_the_candidate_with_the_shortest_run_is_taken_whatever_its_price() -> None:
@@ -56,8 +56,8 @@ def test_the_candidate_with_the_shortest_run_is_taken_whatever_its_price() -> No
 def test_a_candidate_that_does_not_fit_is_never_taken() -> None:
     problem = make_problem([(16, 9)] * 24, ["t4-16g", "t4-16g"])
     plan = assign(problem, 8, 2, 4)
-    places = tuple(replace(place, memory_bytes=1) for place in plan.setting.places)
-    tight = replace(plan, setting=replace(plan.setting, places=places))
+    places = tuple(replace(place, memory_bytes=1) for place in plan.configuration.stage_devices)
+    tight = replace(plan, configuration=replace(plan.configuration, stage_devices=places))
     confirmed = Confirmed(problem, UNLIMITED)
     assert confirmed.value(tight) == math.inf
     assert confirmed.best_of([tight, plan]) == plan
@@ -164,7 +164,7 @@ def test_ten_million_requests_get_the_plan_of_twenty_thousand(
 
 def test_a_sample_costs_its_part_of_the_sensitivity() -> None:
     problem = replace(make_problem([(16, 9)] * 2000, ["t4-16g"]), theta=10.0)
-    sample = sample_of(problem, assign(problem, 8, 2, 4).setting, 100)
+    sample = sample_of(problem, assign(problem, 8, 2, 4).configuration, 100)
     assert sample.theta == pytest.approx(10.0 * len(sample.lengths) / 2000)
 
 

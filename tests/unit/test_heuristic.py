@@ -18,7 +18,7 @@ from llmpq.model_lookup import spec_from_config
 from llmpq.planner.heuristic import heuristic, start_choice, transfer
 from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.moves import assign_layers
-from llmpq.planner.problem import OVER, Place, Problem, Setting
+from llmpq.planner.problem import OVER, Configuration, Problem, StageDevices
 from llmpq.planner.value import (
     Choice,
     count_options,
@@ -92,9 +92,9 @@ def real_problem(seed: int, layers: int, stages: int) -> Problem:
     )
 
 
-def real_setting(problem: Problem, prefill: int, decode: int) -> Setting:
-    places = [Place(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices()]
-    return Setting(tuple(places), 16, prefill, decode)
+def real_setting(problem: Problem, prefill: int, decode: int) -> Configuration:
+    places = [StageDevices(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices()]
+    return Configuration(tuple(places), 16, prefill, decode)
 
 
 def real_instance(seed: int, layers: int, stages: int) -> Instance:
@@ -252,10 +252,10 @@ def test_it_is_near_the_best_of_all_choices() -> None:
     assert np.median(ratios) <= 1.03
 
 
-# ---- several settings
+# ---- several configurations
 
 
-def test_the_best_of_several_settings_is_kept() -> None:
+def test_the_best_of_several_configurations_is_kept() -> None:
     problem = replace(real_problem(3, 12, 3), budget=math.inf)
     every = [real_setting(problem, 2**n, 2 ** (4 - n)) for n in range(5)]
     starts = {one: start_choice(make_instance(problem, one)) for one in every}
@@ -275,5 +275,5 @@ def test_the_best_of_several_settings_is_kept() -> None:
 
 def test_no_setting_that_fits_gives_nothing() -> None:
     problem = real_problem(3, 12, 3)
-    small = [replace(p, memory_bytes=1) for p in real_setting(problem, 1, 16).places]
-    assert heuristic(problem, [(0.0, Setting(tuple(small), 16, 1, 16))], soon()) is None
+    small = [replace(p, memory_bytes=1) for p in real_setting(problem, 1, 16).stage_devices]
+    assert heuristic(problem, [(0.0, Configuration(tuple(small), 16, 1, 16))], soon()) is None

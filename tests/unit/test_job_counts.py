@@ -14,7 +14,7 @@ from llmpq.costs.job_counts import (
     count_jobs,
     tokens_of,
 )
-from llmpq.costs.simulate import Jobs, play
+from llmpq.costs.simulate import Jobs, simulate_schedule
 from llmpq.job import Item, Job, LaneShape
 from llmpq.schedule import Schedule
 from llmpq.workload import chunk_tokens, lanes
@@ -38,7 +38,7 @@ class Run:
         """The jobs of the runtime's schedule on equal stages, a prefill as long as five steps."""
         items = (Item(i, *pair) for i, pair in enumerate(self.lengths))
         schedule = Schedule(self.lanes, self.prefill_rows, self.chunk_tokens, stages, items)
-        return play(schedule, lambda job: seconds(job, stages), 2 * stages).jobs
+        return simulate_schedule(schedule, lambda job: seconds(job, stages), 2 * stages).jobs
 
 
 def seconds(job: Job, stages: int) -> list[float]:

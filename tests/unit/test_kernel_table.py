@@ -45,7 +45,7 @@ from llmpq.machine import (
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import Linear, ModelSpec
 from llmpq.planner.evaluate import evaluate
-from llmpq.planner.problem import Assignment, Place, Problem, Setting
+from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.precision import PRECISIONS, STANDARD, group_size
 from llmpq.serving import needs_library, serving, switch_rows
 from llmpq.workload import Workload, request_lengths
@@ -363,7 +363,7 @@ def test_the_price_of_unpacking_with_torch_is_what_a_run_took() -> None:
     )
     found = {}
     for precision in ("16", "4"):
-        setting = Setting((Place("n", "h100-80g", 80 * 2**30),), 32, 8, 32)
+        setting = Configuration((StageDevices("n", "h100-80g", 80 * 2**30),), 32, 8, 32)
         found[precision] = evaluate(problem, Assignment(setting, ((precision,) * 32,)))
     four, stage = found["4"], found["4"].stages[0]
     assert four.tokens_per_s == pytest.approx(262, rel=0.15)

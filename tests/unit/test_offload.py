@@ -15,7 +15,7 @@ from llmpq.machine import cpu
 from llmpq.model_lookup import spec_from_config
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.offload import OffloadPlan, flexgen, host_link_bytes_per_s, offload_plan
-from llmpq.planner.problem import Assignment, Place, Problem, Setting
+from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.workload import Workload
 
 CONFIG = {
@@ -148,12 +148,12 @@ def test_what_fits_takes_as_long_and_as_much_as_one_stage(precision: str) -> Non
     device = device_of(problem)
     plan = offload_plan(problem, device, precision, 8, 2)
     assert (plan.weights_share, plan.cache_share, plan.host_bytes) == (1.0, 1.0, 0)
-    place = Place(device.node, device.type, device.memory_bytes)
-    one_stage = Assignment(Setting((place,), 8, 2, 2), ((precision,) * 4,))
+    place = StageDevices(device.node, device.type, device.memory_bytes)
+    one_stage = Assignment(Configuration((place,), 8, 2, 2), ((precision,) * 4,))
     predicted = evaluate(problem, one_stage)
     assert plan.total_s == pytest.approx(predicted.total_s, rel=0.01)
     assert plan.prefill_s == pytest.approx(predicted.prefill_s, rel=0.01)
-    setting, machine = one_stage.setting, problem.times[device.type].machine
+    setting, machine = one_stage.configuration, problem.times[device.type].machine
     where = {"first": True, "last": True, "precisions": (precision,)}
     sizes = problem.run_sizes(setting)
     alike = memory.activation_bytes(problem.spec, sizes, **where, machine=machine)

@@ -35,9 +35,9 @@ from llmpq.planner import baselines, search, sizes
 from llmpq.planner.evaluate import evaluate, shortages, to_assignment, to_plan
 from llmpq.planner.exact import solve
 from llmpq.planner.instance import Instance, make_instance
-from llmpq.planner.layouts import canonical, ends, mixes, num_devices, num_stages, orders
+from llmpq.planner.layouts import canonical, ends, num_devices, num_stages, orders, subsets
 from llmpq.planner.planning import METHODS, Options, make_plan, replan
-from llmpq.planner.problem import Assignment, Place, Problem, Setting
+from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.simulated import with_run
 from llmpq.planner.solver import Solver
 from llmpq.planner.space import make_space
@@ -192,26 +192,26 @@ def make_problem(
     return replace(problem, **changes)
 
 
-def full_settings(problem: Problem) -> list[Setting]:
+def full_configurations(problem: Problem) -> list[Configuration]:
     """Those that use all devices."""
     count = len(problem.cluster.devices())
-    return [s for s in every_setting(problem) if len(s.places) == count]
+    return [s for s in every_setting(problem) if len(s.stage_devices) == count]
 
 
-def every_setting(problem: Problem) -> list[Setting]:
-    """Every order of every mix at every pair of micro-batches."""
+def every_setting(problem: Problem) -> list[Configuration]:
+    """Every order of every subset at every pair of micro-batches."""
     space = make_space(problem, Solver())
     return [
-        replace(setting, places=order)
-        for _, setting in space.settings(problem)
-        for order in orders(setting.places)[0]
+        replace(configuration, stage_devices=order)
+        for _, configuration in space.configurations(problem)
+        for order in orders(configuration.stage_devices)[0]
     ]
 
 
 def all_assignments(problem: Problem) -> Iterator[Assignment]:
-    for setting in every_setting(problem):
-        for choice in all_choices(make_instance(problem, setting)):
-            yield from_choice(problem, setting, choice)
+    for configuration in every_setting(problem):
+        for choice in all_choices(make_instance(problem, configuration)):
+            yield from_choice(problem, configuration, choice)
 
 
 @pytest.mark.parametrize("percent", [0.3, 1.0, 30.0])
@@ -242,11 +242,11 @@ def test_the_instance_never_exceeds_the_exact_time() -> None:
     mixed = make_problem(1, 1, 1, workload=job | {"lengths": mixed_lengths()})
     equal = make_problem(1, 1, 1)
     for problem, tolerance in ((mixed, 0.3), (equal, 1e-3)):
-        for setting in full_settings(problem)[::5]:
-            instance = make_instance(problem, setting)
+        for configuration in full_configurations(problem)[::5]:
+            instance = make_instance(problem, configuration)
             for choice in (((0, 1), (2,), (0,)), ((3,), (1, 1), (0,))):
                 value = objective(instance, choice)
-                exact = evaluate(problem, from_choice(problem, setting, choice)).objective
+                exact = evaluate(problem, from_choice(problem, configuration, choice)).objective
                 assert value <= exact * (1 + 1e-9)
                 assert value >= exact * (1 - tolerance)
 
@@ -254,11 +254,11 @@ def test_the_instance_never_exceeds_the_exact_time() -> None:
 def test_instance_memory_is_the_plans_memory_or_a_little_more() -> None:
     """A packed stage is given room for any of the packed precisions, and for a layer before."""
     problem = make_problem(1, 1, 1)
-    setting = full_settings(problem)[7]
-    instance = make_instance(problem, setting)
+    configuration = full_configurations(problem)[7]
+    instance = make_instance(problem, configuration)
     for choice in (((0, 0), (0,), (0,)), ((0, 1), (0,), (3,))):
         short = shortage(instance, count_options(instance, choice))
-        assignment = from_choice(problem, setting, choice)
+        assignment = from_choice(problem, configuration, choice)
         predicted = evaluate(problem, assignment)
         exact = [s.peak_memory_bytes - s.memory_capacity_bytes for s in predicted.stages]
         assert (short >= exact).all()
@@ -306,10 +306,10 @@ def cluster_of(*nodes: dict[str, int]) -> Cluster:
 
 
 def test_every_mix_of_a_small_cluster_is_there_once() -> None:
-    found, notes = mixes(cluster_of({"t4-16g": 3}, {"v100-32g": 1}), (1,), 40)
+    found, notes = subsets(cluster_of({"t4-16g": 3}, {"v100-32g": 1}), (1,), 40)
     assert not notes and len(found) == len(set(found)) == 4 * 2 - 1
-    joined, notes = mixes(cluster_of({"a100-40g": 4}), (1, 2, 4), 40)
-    cuts = {tuple((p.tensor_parallel, n) for p, n in mix) for mix in joined}
+    joined, notes = subsets(cluster_of({"a100-40g": 4}), (1, 2, 4), 40)
+    cuts = {tuple((p.tensor_parallel, n) for p, n in subset) for subset in joined}
     assert not notes and cuts == {
         *{((1, n),) for n in (1, 2, 3, 4)},
         *{((2, 1),), ((2, 2),), ((2, 1), (1, 1)), ((2, 1), (1, 2)), ((4, 1),)},
@@ -320,44 +320,48 @@ def test_devices_of_unequal_memory_are_joined_too() -> None:
     groups = [{"type": "t4-16g", "count": n, "memory_gib": gib} for n, gib in ((2, 8), (1, 4))]
     groups.append({"type": "l4-24g", "count": 1})
     cluster = Cluster.model_validate({"nodes": [{"name": "box", "devices": groups[:2]}]})
-    found, notes = mixes(cluster, (1, 2), 40)
-    cuts = {tuple((p.memory_bytes >> 30, p.tensor_parallel, n) for p, n in mix) for mix in found}
+    found, notes = subsets(cluster, (1, 2), 40)
+    cuts = {
+        tuple((p.memory_bytes >> 30, p.tensor_parallel, n) for p, n in subset) for subset in found
+    }
     equal = {(), ((7, 1, 1),), ((7, 1, 2),), ((7, 2, 1),)}
     alone = {(*cut, (3, 1, 1)) for cut in equal}
     assert not notes and len(found) == len(cuts)
     assert cuts == (equal | alone | {((3, 2, 1),), ((7, 1, 1), (3, 2, 1))}) - {()}
     other = Cluster.model_validate({"nodes": [{"name": "box", "devices": groups[1:]}]})
-    assert all(p.tensor_parallel == 1 for mix in mixes(other, (1, 2), 40)[0] for p, _ in mix)
+    assert all(
+        p.tensor_parallel == 1 for subset in subsets(other, (1, 2), 40)[0] for p, _ in subset
+    )
 
 
 def test_nodes_that_are_alike_are_not_told_apart() -> None:
-    found, _ = mixes(cluster_of({"t4-16g": 1}, {"t4-16g": 1}, {"t4-16g": 1}), (1,), 40)
-    assert [num_stages(mix) for mix in found] == [3, 2, 1]
+    found, _ = subsets(cluster_of({"t4-16g": 1}, {"t4-16g": 1}, {"t4-16g": 1}), (1,), 40)
+    assert [num_stages(subset) for subset in found] == [3, 2, 1]
 
 
 def test_what_is_left_out_of_a_large_cluster_is_said() -> None:
     kinds = ("t4-16g", "v100-32g", "a100-40g", "l4-24g")
-    found, notes = mixes(cluster_of(*({kind: 8} for kind in kinds for _ in range(2))), (1, 2), 80)
+    found, notes = subsets(cluster_of(*({kind: 8} for kind in kinds for _ in range(2))), (1, 2), 80)
     assert notes and len(found) <= 2000
-    assert max(num_devices(mix) for mix in found) == 64
+    assert max(num_devices(subset) for subset in found) == 64
     many = cluster_of(*({kind: n} for kind in kinds for n in (1, 2, 3, 5, 6)))
-    few, notes = mixes(many, (1,), 80)
+    few, notes = subsets(many, (1,), 80)
     assert len(few) == 21 and "at most one kind" in " ".join(notes)
 
 
 def test_no_mix_has_more_stages_than_layers() -> None:
-    found, _ = mixes(cluster_of({"t4-16g": 2, "v100-32g": 1}), (1,), 2)
-    assert {num_stages(mix) for mix in found} == {1, 2}
-    found, _ = mixes(cluster_of({"t4-16g": 4096}), (1,), 40)
-    assert max(num_stages(mix) for mix in found) == 40
+    found, _ = subsets(cluster_of({"t4-16g": 2, "v100-32g": 1}), (1,), 2)
+    assert {num_stages(subset) for subset in found} == {1, 2}
+    found, _ = subsets(cluster_of({"t4-16g": 4096}), (1,), 40)
+    assert max(num_stages(subset) for subset in found) == 40
 
 
 def test_an_order_crosses_as_few_links_as_can_be() -> None:
     cluster = cluster_of({"t4-16g": 3}, {"v100-32g": 2}, {"a100-40g": 1})
-    mix = mixes(cluster, (1,), 40)[0][0]
-    for first, last in ends(cluster, mix):
-        order = canonical(mix, first, last)
-        assert Counter(order) == Counter(dict(mix))
+    subset = subsets(cluster, (1,), 40)[0][0]
+    for first, last in ends(cluster, subset):
+        order = canonical(subset, first, last)
+        assert Counter(order) == Counter(dict(subset))
         assert (order[0], order[-1]) == (first, last)
         crossed = sum(a.node != b.node for a, b in itertools.pairwise(order))
         assert crossed == (3 if first.node == last.node else 2)
@@ -398,7 +402,11 @@ def test_a_search_tells_how_far_it_is() -> None:
     seen: list[search.Progress] = []
     make_plan(make_problem(0.5, 0.4), Options(progress=seen.append), tuple(SLOWER))
     phases = list(dict.fromkeys(p.phase for p in seen))
-    assert phases == ["ways to use the devices", "settings", "settings by other methods"]
+    assert phases == [
+        "ways to use the devices",
+        "configurations",
+        "configurations by other methods",
+    ]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -411,11 +419,11 @@ def test_the_bound_of_a_mix_is_below_every_plan_of_it(seed: int) -> None:
     for table in space.tables:
         pairs = [p for p in ((0, 0), (1, 2), (3, 1)) if max(p) < len(table.bounds)]
         for pair in pairs:
-            for setting in search.settings_of(problem, table, pair):
-                found = solve(make_instance(problem, setting), Solver())
+            for configuration in search.configurations_of(problem, table, pair):
+                found = solve(make_instance(problem, configuration), Solver())
                 if found.choice is None:
                     continue
-                plan = evaluate(problem, from_choice(problem, setting, found.choice))
+                plan = evaluate(problem, from_choice(problem, configuration, found.choice))
                 assert table.bounds[pair] <= plan.objective * (1 + 1e-9)
 
 
@@ -463,7 +471,11 @@ EIGHT_AT_ONCE = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 8, "batch
 def outcomes_of(problem: Problem) -> dict[str, baselines.Outcome]:
     space = make_space(problem, Solver())
     found = baselines.run_baselines(
-        problem, space.settings(problem), math.inf, baselines.BASELINES, space.smallest(problem)
+        problem,
+        space.configurations(problem),
+        math.inf,
+        baselines.BASELINES,
+        space.smallest(problem),
     )
     return {outcome.method: outcome for outcome in found}
 
@@ -554,13 +566,15 @@ def test_a_plan_and_its_assignment_are_the_same() -> None:
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
 
-def test_settings_of_one_device_have_no_links() -> None:
+def test_configurations_of_one_device_have_no_links() -> None:
     problem = make_problem(2.0)
     plan = make_plan(problem, Options(), tuple(SLOWER)).plan
     assert len(plan.stages) == 1
     device = problem.cluster.devices()[0]
-    setting = Setting((Place(device.node, device.type, device.memory_bytes),), 8, 1, 8)
-    assert not make_instance(problem, setting).link.busy.any()
+    configuration = Configuration(
+        (StageDevices(device.node, device.type, device.memory_bytes),), 8, 1, 8
+    )
+    assert not make_instance(problem, configuration).link.busy.any()
 
 
 # ---- the command

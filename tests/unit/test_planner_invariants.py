@@ -6,7 +6,7 @@ planned again. A plan is within its printed gap of the best one, so the lower bo
 problem must not be above the objective of the worse problem's plan. Closed-form prices have narrow
 gaps; those of simulated runs are as wide as the closed form is off.
 
-Not covered: prices against real runs, and clusters so large that not all mixes are searched.
+Not covered: prices against real runs, and clusters so large that not all subsets are searched.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from llmpq.model_lookup import spec_from_config
 from llmpq.plan_data import Plan, Predicted
 from llmpq.planner.evaluate import evaluate, shortages
 from llmpq.planner.planning import Options, replan
-from llmpq.planner.problem import Assignment, Place, Problem, Setting
+from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.search import search
 from llmpq.planner.simulated import run_s
 from llmpq.planner.sizes import all_sizes
@@ -332,15 +332,17 @@ def random_assignment(
     Half of them differ from `like` in few respects. None: it does not fit, or loses too much.
     """
     devices = problem.cluster.devices()
-    places = [Place(device.node, device.type, device.memory_bytes) for device in devices]
+    places = [StageDevices(device.node, device.type, device.memory_bytes) for device in devices]
     count = draw.randint(1, min(len(places), problem.spec.num_layers))
     order = tuple(draw.sample(places, count))
     sizes = draw.choice(all_sizes(problem))
-    setting = Setting(order, sizes.batch, draw.choice(sizes.prefill), draw.choice(sizes.decode))
+    setting = Configuration(
+        order, sizes.batch, draw.choice(sizes.prefill), draw.choice(sizes.decode)
+    )
     offered = [p for p in problem.precisions if draw.random() < 0.6] or [problem.precisions[0]]
     precisions = draw.choices(offered, k=problem.spec.num_layers)
     if like is not None and draw.random() < 0.5:
-        setting = replace(setting, places=like.setting.places)
+        setting = replace(setting, stage_devices=like.configuration.stage_devices)
         count, precisions = len(like.stages), list(like.precisions)
         precisions[draw.randrange(len(precisions))] = draw.choice(offered)
     cuts = sorted(draw.sample(range(1, len(precisions)), count - 1))

@@ -97,7 +97,7 @@ def test_memory_is_that_of_the_plans_chunk_and_lanes() -> None:
 
 def test_an_assignment_keeps_the_plans_chunk_and_lanes() -> None:
     plan = edited(chunk_tokens=5, lanes=[{"rows": 1, "tokens": 12}] * 4)
-    setting = to_assignment(plan, plan.cluster).setting
+    setting = to_assignment(plan, plan.cluster).configuration
     assert (setting.chunk_tokens, setting.lanes) == (5, (LaneShape(1, 12),) * 4)
     other = setting.resized(decode_micro_batch=2)
     assert (other.chunk_tokens, other.lanes) == (5, None)

@@ -20,8 +20,8 @@ from llmpq.planner.space import make_space, rescaled
 
 def scaled(problem: Problem, assignment: Assignment, scale: float) -> Problem:
     """With a scale for the sizes of an assignment."""
-    setting = assignment.setting
-    return problem.scaled({(problem.scaled_sizes(setting), len(setting.places)): scale})
+    setting = assignment.configuration
+    return problem.scaled({(problem.scaled_sizes(setting), len(setting.stage_devices)): scale})
 
 
 def unequal(types: list[str], count: int = 120) -> Problem:
@@ -46,15 +46,15 @@ def test_the_ilps_arrays_have_the_same_scale() -> None:
     changed = scaled(problem, plan, 0.8)
     index = {name: number for number, name in enumerate(problem.precisions)}
     choice = tuple(tuple(index[name] for name in stage) for stage in plan.stages)
-    found = value.objective(make_instance(changed, plan.setting), choice)
+    found = value.objective(make_instance(changed, plan.configuration), choice)
     assert found == pytest.approx(evaluate(changed, plan).objective)
 
 
 def test_a_number_of_stages_without_a_scale_has_that_of_the_nearest() -> None:
     problem = unequal(["t4-16g"] * 3)
-    sizes = ScaledSizes(8, 2, 4, problem.chunk_tokens(assign(problem, 8, 2, 4).setting))
+    sizes = ScaledSizes(8, 2, 4, problem.chunk_tokens(assign(problem, 8, 2, 4).configuration))
     changed = problem.scaled({(sizes, 1): 1.1, (sizes, 4): 1.4})
-    table = replace(assign(problem, 8, 2, 4).setting.sizes, prefill=(1, 2), decode=(4, 8))
+    table = replace(assign(problem, 8, 2, 4).configuration.sizes, prefill=(1, 2), decode=(4, 8))
     each = [changed.scales_of(stages, table)[1, 0] for stages in (1, 2, 3, 4, 9)]
     assert each == [1.1, 1.1, 1.4, 1.4, 1.4]
     assert changed.scales_of(2, table)[0].tolist() == [1.0, 1.0]
@@ -64,7 +64,7 @@ def test_a_problem_of_very_many_requests_scales_what_is_planned() -> None:
     problem = replace(unequal(["t4-16g"]), num_requests=50_000)
     plan = assign(problem, 8, 2, 4)
     assert problem.unit is not problem
-    assert scaled(problem, plan, 1.5).unit.scale_of(plan.setting) == 1.5
+    assert scaled(problem, plan, 1.5).unit.scale_of(plan.configuration) == 1.5
 
 
 @pytest.mark.parametrize("theta", [0.0, 5.0])
@@ -103,7 +103,7 @@ def test_runs_that_are_far_from_the_closed_form_tell_its_scale() -> None:
     right = run_s(problem, plan) / closed_form_s(problem, plan)
     wrong = scaled(problem, plan, 2 * right)
     found = Confirmed(wrong, math.inf).scales([plan])
-    key = problem.scaled_sizes(plan.setting), 2
+    key = problem.scaled_sizes(plan.configuration), 2
     assert found[key] == pytest.approx(right)
     mended = wrong.scaled(found)
     assert closed_form_s(mended, plan) == pytest.approx(run_s(mended, plan), rel=CLOSE)

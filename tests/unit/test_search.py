@@ -18,7 +18,7 @@ from llmpq.planner import pool, pool_bounds, search
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.exact import solve
 from llmpq.planner.instance import make_instance
-from llmpq.planner.problem import Assignment, Place, Problem, Setting
+from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.solver import Solver
 from llmpq.planner.space import make_space
 from llmpq.planner.value import to_assignment
@@ -72,7 +72,7 @@ def problem_on(
 
 def best_of_all_orders(problem: Problem) -> float:
     """Each order of each set of devices, each pair of micro-batches, solved by itself."""
-    places = [Place(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices()]
+    places = [StageDevices(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices()]
     every = {
         order
         for count in range(1, len(places) + 1)
@@ -81,7 +81,7 @@ def best_of_all_orders(problem: Problem) -> float:
     }
     best = math.inf
     for order, prefill, decode in itertools.product(every, (1, 2, 4), (1, 2, 4)):
-        setting = Setting(order, 4, prefill, decode)
+        setting = Configuration(order, 4, prefill, decode)
         found = solve(make_instance(problem, setting), Solver())
         if found.choice is not None:
             assignment = to_assignment(problem, setting, found.choice)
@@ -137,7 +137,7 @@ def test_pairs_without_more_room_than_an_infeasible_one_are_infeasible(budget: f
     problem = replace(problem, budget=budget, _known={})
     infeasible = feasible = 0
     for table in make_space(problem, solver).tables:
-        pairs = [tuple(pair) for pair in np.argwhere(~pool.is_hopeless(table.pool))]
+        pairs = [tuple(pair) for pair in np.argwhere(~pool.is_infeasible(table.pool))]
         alone = {pair: pool_bounds.relaxed(table.pool, *pair, solver)[0] for pair in pairs}
         for pair in pairs:
             if math.isfinite(alone[pair]):
@@ -163,10 +163,10 @@ def test_a_plan_loses_no_quality_that_speed_does_not_need() -> None:
         changed = list(found.assignment.precisions)
         changed[layer] = "16"
         if precision != "16":
-            other = to_assignment_of(found.assignment.setting, changed)
+            other = to_assignment_of(found.assignment.configuration, changed)
             assert evaluate(problem, other).objective > found.predicted.objective * (1 - 1e-12)
 
 
-def to_assignment_of(setting: Setting, precisions: list[str]) -> Any:
+def to_assignment_of(setting: Configuration, precisions: list[str]) -> Any:
 
     return Assignment(setting, (tuple(precisions),))

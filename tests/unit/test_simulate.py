@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmpq.costs.simulate import Played, Seconds, play
+from llmpq.costs.simulate import Seconds, SimulatedRun, simulate_schedule
 from llmpq.job import Item, Job
 from llmpq.schedule import Schedule
 from llmpq.workload import chunk_tokens, lanes
@@ -49,8 +49,8 @@ class Case:
         size = job.rows * (job.end - job.begin)
         return list((self.fixed + size * self.growing)[int(job.prefill)])
 
-    def play(self, refill: bool = True) -> Played:
-        return play(self.schedule(refill), self.seconds, 2 * self.num_stages)
+    def simulate_schedule(self, refill: bool = True) -> SimulatedRun:
+        return simulate_schedule(self.schedule(refill), self.seconds, 2 * self.num_stages)
 
 
 class Events:
@@ -102,7 +102,7 @@ def test_the_recurrence_gives_what_a_queue_of_events_gives(
     seed: int, whole: bool, refill: bool
 ) -> None:
     case = Case(seed, whole)
-    played = case.play(refill)
+    played = case.simulate_schedule(refill)
     spans = Events(case.schedule(refill), case.seconds, 2 * case.num_stages).spans
     assert played.start_s.size == len(spans)
     for (job, server), (start, end) in spans.items():
@@ -126,7 +126,7 @@ def test_every_request_gets_its_tokens_once(seed: int, refill: bool) -> None:
                 computed[member.number] += min(job.end, member.prompt_tokens) - job.begin
         return case.seconds(job)
 
-    played = play(case.schedule(refill), seconds, 2 * case.num_stages, ended.append)
+    played = simulate_schedule(case.schedule(refill), seconds, 2 * case.num_stages, ended.append)
     assert [got[i] for i in range(len(case.lengths))] == [new for _, new in case.lengths]
     assert [computed[i] for i in range(len(case.lengths))] == [prompt for prompt, _ in case.lengths]
     assert ended == sorted(ended) and len(ended) == len(played.jobs)
@@ -150,7 +150,7 @@ def test_the_prefill_ends_when_every_request_has_its_first_token(seed: int, refi
         jobs.append(job)
         return case.seconds(job)
 
-    played = play(case.schedule(refill), seconds, 2 * case.num_stages)
+    played = simulate_schedule(case.schedule(refill), seconds, 2 * case.num_stages)
     assert len(first_job) == len(case.lengths)
     assert played.prefill_s == max(played.end_s[job, -1] for job in first_job.values())
     assert 0 < played.prefill_share <= 1
@@ -160,7 +160,7 @@ def test_the_prefill_ends_when_every_request_has_its_first_token(seed: int, refi
 @given(st.integers(0, 10**6))
 def test_servers_do_one_job_at_a_time_and_in_one_order(seed: int) -> None:
     case = Case(seed)
-    played = case.play()
+    played = case.simulate_schedule()
     assert (played.start_s[1:] >= played.end_s[:-1]).all()
     assert (played.start_s[:, 1:] >= played.end_s[:, :-1]).all()
     waits = played.jobs.parent >= 0
@@ -177,7 +177,7 @@ def test_one_stage_is_never_idle(seed: int) -> None:
     case = Case(seed)
     case.num_stages, case.fixed, case.growing = 1, case.fixed[:, :2], case.growing[:, :2]
     case.fixed[:, 1] = case.growing[:, 1] = 0.0
-    played = case.play()
+    played = case.simulate_schedule()
     assert played.total_s == pytest.approx(played.busy_s[0])
 
 
@@ -188,7 +188,9 @@ def test_one_stage_is_never_idle(seed: int) -> None:
 #   step 2      12-13   13-14    14-16   16-17
 def test_one_request_on_paper() -> None:
     schedule = Schedule(lanes([(4, 3)], 1, 1), 1, 4, 2, iter([Item(0, 4, 3)]))
-    played = play(schedule, lambda job: (2, 1, 3, 1) if job.prefill else (1, 1, 2, 1), 4)
+    played = simulate_schedule(
+        schedule, lambda job: (2, 1, 3, 1) if job.prefill else (1, 1, 2, 1), 4
+    )
     assert played.start_s.tolist() == [[0, 2, 3, 6], [7, 8, 9, 11], [12, 13, 14, 16]]
     assert played.total_s == 17 and played.busy_s.tolist() == [4, 3, 7, 3]
     assert played.prefill_s == 7 and played.busy_share == 7 / 14
@@ -203,20 +205,30 @@ def test_a_faster_stage_hardly_ever_makes_a_run_slower() -> None:
     ratios = []
     for seed in range(200):
         case, server = Case(seed), 2 * (seed % 4)
-        before = case.play().total_s
+        before = case.simulate_schedule().total_s
         case.fixed[:, server % (2 * case.num_stages)] *= 0.7
-        ratios.append(case.play().total_s / before)
+        ratios.append(case.simulate_schedule().total_s / before)
     found = np.array(ratios)
     assert found.mean() < 0.95 and np.mean(found > 1 + 1e-9) < 0.05 and found.max() < 1.15
 
 
 def test_refilling_places_saves_time_where_lengths_differ() -> None:
     cases = [case for case in map(Case, range(200)) if len(case.lengths) >= 2 * case.batch]
-    ratios = np.array([case.play().total_s / case.play(refill=False).total_s for case in cases])
+    ratios = np.array(
+        [
+            case.simulate_schedule().total_s / case.simulate_schedule(refill=False).total_s
+            for case in cases
+        ]
+    )
     assert np.median(ratios) < 0.9 and np.mean(ratios > 1 + 1e-9) < 0.1
 
 
 def test_refilling_changes_little_where_lengths_are_equal() -> None:
     cases = [Case(seed, equal=True) for seed in range(200)]
-    ratios = np.array([case.play().total_s / case.play(refill=False).total_s for case in cases])
+    ratios = np.array(
+        [
+            case.simulate_schedule().total_s / case.simulate_schedule(refill=False).total_s
+            for case in cases
+        ]
+    )
     assert np.median(ratios) == pytest.approx(1, abs=0.03) and ratios.max() < 1.25

@@ -12,7 +12,7 @@ import pytest
 from llmpq.cluster import Cluster
 from llmpq.costs.latency import LayerTimes, device_machine, spec_sheet_times
 from llmpq.costs.quality import prior_quality
-from llmpq.costs.simulate import Played, play
+from llmpq.costs.simulate import SimulatedRun, simulate_schedule
 from llmpq.devices import device_library
 from llmpq.errors import UserError
 from llmpq.job import Item, Job, LaneShape, Member
@@ -20,8 +20,8 @@ from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
 from llmpq.model_spec import ASSETS, ModelSpec
 from llmpq.plan_data import Plan
 from llmpq.planner.bubbles import by_cause, describe, find_bubbles, remedy, server_names
-from llmpq.planner.evaluate import actor_works, evaluate, to_plan
-from llmpq.planner.problem import Assignment, Place, Problem, Setting
+from llmpq.planner.evaluate import evaluate, resource_works, to_plan
+from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.simulated import Seconds, least_jobs, make_schedule, run_s, simulate, with_run
 from llmpq.planner.works import Work
 from llmpq.schedule import Schedule
@@ -61,10 +61,10 @@ def eager_times(device_type: str, spec: ModelSpec) -> LayerTimes:
 
 def assign(problem: Problem, batch: int, prefill: int, decode: int) -> Assignment:
     """Layers spread evenly over all devices."""
-    places = tuple(Place(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices())
+    places = tuple(StageDevices(d.node, d.type, d.memory_bytes) for d in problem.cluster.devices())
     ends = [problem.spec.num_layers * i // len(places) for i in range(len(places) + 1)]
     stages = tuple(("16",) * (b - a) for a, b in pairwise(ends))
-    return Assignment(Setting(places, batch, prefill, decode), stages)
+    return Assignment(Configuration(places, batch, prefill, decode), stages)
 
 
 def random_lengths(seed: int, count: int, prompt: int, new: int) -> list[tuple[int, int]]:
@@ -104,8 +104,8 @@ def test_an_edited_plan_does_the_same_jobs_when_simulated_and_in_the_runtime(
     shapes = tuple(LaneShape(1 + i, size) for i, size in enumerate(tokens))
     rows = [shape.rows for shape in shapes]
     assignment = assign(problem, sum(rows), 2, max(rows))
-    setting = replace(assignment.setting, chunk_tokens=chunk, lanes=shapes)
-    edited = replace(assignment, setting=setting)
+    setting = replace(assignment.configuration, chunk_tokens=chunk, lanes=shapes)
+    edited = replace(assignment, configuration=setting)
     jobs, before = (simulate(problem, one).jobs for one in (edited, assignment))
     simulated = list(zip(jobs.step == 0, jobs.requests, jobs.tokens, jobs.past, strict=True))
     assert simulated == runtime_jobs(monkeypatch, problem, edited, refill=True)
@@ -151,7 +151,7 @@ def runtime_jobs(
 
 def test_requests_longer_than_planned_get_longer_lanes_of_no_more_tokens() -> None:
     problem, planned = (make_problem(x, ["t4-16g"]) for x in (FEW + [(20, 12)], FEW))
-    setting = planned.resolved(assign(problem, 4, 2, 2).setting)
+    setting = planned.resolved(assign(problem, 4, 2, 2).configuration)
     shapes = make_schedule(problem, setting).shapes
     assert max(shape.tokens for shape in shapes) == 32
     assert sum(shape.rows * shape.tokens for shape in shapes) <= 4 * 16
@@ -171,7 +171,7 @@ def test_a_trace_keeps_the_prompt_and_the_output_of_a_request_together(tmp_path:
     lengths = request_lengths(load_workload(tmp_path / "w.yaml"))
     assert lengths == rows * 2
     problem = make_problem(lengths, ["t4-16g", "v100-32g"])
-    items = list(make_schedule(problem, assign(problem, 4, 2, 2).setting).source)
+    items = list(make_schedule(problem, assign(problem, 4, 2, 2).configuration).source)
     assert [(item.prompt_tokens, item.new_tokens) for item in items] == lengths
     played = simulate(problem, assign(problem, 4, 2, 2))
     decode = played.jobs.step > 0
@@ -202,7 +202,7 @@ def test_a_chunk_takes_what_the_longer_prompt_takes_more_and_a_call() -> None:
 
 def test_seconds_of_chunks_are_those_of_their_ends() -> None:
     problem = make_problem([(10, 2)], ["t4-16g", "v100-32g"])
-    works = actor_works(problem, assign(problem, 1, 1, 1))
+    works = resource_works(problem, assign(problem, 1, 1, 1))
     seconds, member = Seconds(works), Member(0, 0, 900, 0, 0)
     for begin, end in [(256, 512), (1, 2), (512, 513), (511, 900), (60, 64)]:
         found = seconds(Job(True, (member,), begin, end, 1))
@@ -275,7 +275,7 @@ def test_of_a_long_run_a_sample_is_played(monkeypatch: pytest.MonkeyPatch) -> No
     problem = make_problem(random_lengths(5, 1600, 100, 60), ["t4-16g", "v100-32g"])
     assignment = assign(problem, 16, 2, 4)
     whole, closed = simulate(problem, assignment), evaluate(problem, assignment)
-    assert least_jobs(problem, assignment.setting) <= len(whole.jobs)
+    assert least_jobs(problem, assignment.configuration) <= len(whole.jobs)
     assert with_run(problem, assignment, closed).total_s != whole.total_s
     assert with_run(problem, assignment, closed).total_s == pytest.approx(whole.total_s, rel=0.02)
     few = run_s(problem, assignment, 500)
@@ -317,7 +317,7 @@ def test_causes_add_up_to_the_idle_time(seed: int) -> None:
     assert sum(shares) == pytest.approx(idle, abs=1e-5) and shares == sorted(shares)[::-1]
 
 
-def causes(played: Played) -> dict[tuple[int, str], float]:
+def causes(played: SimulatedRun) -> dict[tuple[int, str], float]:
     """(stage, words) to idle seconds."""
     names = server_names(played.start_s.shape[1] // 2)
     return {
@@ -326,11 +326,13 @@ def causes(played: Played) -> dict[tuple[int, str], float]:
     }
 
 
-def run_of(prefill: Sequence[float], decode: Sequence[float], count: int, steps: int) -> Played:
+def run_of(
+    prefill: Sequence[float], decode: Sequence[float], count: int, steps: int
+) -> SimulatedRun:
     """`count` equal requests at once, each its own micro-batch in both phases."""
     items = iter([Item(i, 4, 1 + steps) for i in range(count)])
     schedule = Schedule((LaneShape(1, 5 + steps),) * count, 1, 4, len(prefill) // 2, items)
-    return play(schedule, lambda job: prefill if job.prefill else decode, len(prefill))
+    return simulate_schedule(schedule, lambda job: prefill if job.prefill else decode, len(prefill))
 
 
 def test_one_micro_batch_waits_for_the_loop() -> None:

@@ -13,7 +13,7 @@ from test_simulate_run import assign, make_problem, random_lengths
 
 from llmpq.cli import plan_trace
 from llmpq.cli.plain_console import PlainConsole
-from llmpq.costs.simulate import Played
+from llmpq.costs.simulate import SimulatedRun
 from llmpq.plan_data import Plan, load_plan
 from llmpq.planner.bubbles import find_bubbles
 from llmpq.planner.evaluate import evaluate, to_plan
@@ -23,7 +23,7 @@ from llmpq.planner.timeline_view import print_timeline
 __all__ = ["files"]  # a fixture
 
 
-def example(num_requests: int = 21) -> tuple[Plan, Played]:
+def example(num_requests: int = 21) -> tuple[Plan, SimulatedRun]:
     """A plan of three stages and its run, of requests of unequal lengths."""
     lengths = [*random_lengths(3, num_requests, 40, 12), (90, 3)]
     problem = make_problem(lengths, ["t4-16g", "v100-32g", "a100-40g"])

@@ -10,7 +10,7 @@ from test_simulate_run import make_problem
 from llmpq.errors import InfeasibleError
 from llmpq.plan_data import Plan
 from llmpq.planner.evaluate import shortages, to_assignment
-from llmpq.planner.layouts import mixes
+from llmpq.planner.layouts import subsets
 from llmpq.planner.problem import Problem, Sizes
 from llmpq.planner.sizes import (
     MOST_SHORTER,
@@ -54,7 +54,7 @@ def test_shorter_chunks_are_tried_only_where_they_leave_much_more_room() -> None
     lengths = [(1400, 4)] * 9
     ample, tight = job(lengths, [500.0]), job(lengths, [1.5])
     for problem, some in ((ample, False), (tight, True)):
-        found, _ = mixes(problem.cluster, [1], problem.spec.num_layers)
+        found, _ = subsets(problem.cluster, [1], problem.spec.num_layers)
         chunks = shorter_chunks(problem, found[0], 8)
         assert bool(chunks) == some and len(chunks) <= MOST_SHORTER
         assert list(chunks) == sorted(chunks)[::-1] and all(chunk < 1400 for chunk in chunks)

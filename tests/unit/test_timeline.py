@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_job_counts import Run, equal, unequal
 
 from llmpq.costs.job_counts import DecodeSteps, JobCounts, PrefillJob
-from llmpq.costs.simulate import Played, play
+from llmpq.costs.simulate import SimulatedRun, simulate_schedule
 from llmpq.costs.timeline import Costs, combined, run_s, shares
 from llmpq.job import Item, Job
 from llmpq.schedule import Schedule
@@ -151,11 +151,11 @@ def closed_s(resources: Sequence[Resource], counts: JobCounts) -> float:
     return float(run_s(stage, link))
 
 
-def played(resources: Sequence[Resource], run: Run) -> Played:
+def played(resources: Sequence[Resource], run: Run) -> SimulatedRun:
     items = (Item(i, *pair) for i, pair in enumerate(run.lengths))
     stages = len(resources) // 2
     schedule = Schedule(run.lanes, run.prefill_rows, run.chunk_tokens, stages, items)
-    return play(schedule, lambda job: [one(job) for one in resources], len(resources))
+    return simulate_schedule(schedule, lambda job: [one(job) for one in resources], len(resources))
 
 
 def ratio(seed: int, run: Run, stages: int) -> float:
