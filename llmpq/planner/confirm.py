@@ -18,7 +18,10 @@ from dataclasses import dataclass, field, replace
 from llmpq.planner.evaluate import closed_form_s, shortages
 from llmpq.planner.problem import Assignment, Configuration, Problem, ScaledSizes
 from llmpq.planner.simulated import run_s
+from llmpq.planner.tables import Table
 from llmpq.workload import LEAST_CHUNK_TOKENS
+
+RUN_S: Table[Assignment, float] = Table()  # of the whole run
 
 ScaledFor = tuple[ScaledSizes, int]  # and the number of stages
 
@@ -60,8 +63,7 @@ class Confirmed:
 
     def seconds(self, assignment: Assignment) -> float:
         """Of the whole run."""
-        key = ("compared", assignment)
-        return self.problem.cached(key, lambda: run_s(self.problem, assignment))
+        return self.problem.cached(RUN_S, assignment, lambda: run_s(self.problem, assignment))
 
     def is_infeasible(self, other: Assignment, best: Assignment) -> bool:
         """In closed form it is so much worse that its run is not worth simulating."""

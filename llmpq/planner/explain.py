@@ -12,7 +12,7 @@ Not covered: what would help (`fixes`).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -25,6 +25,9 @@ from llmpq.planner.instance import capacity, most_room, unpacked_bytes
 from llmpq.planner.layouts import DeviceSubset, canonical, ends, subsets
 from llmpq.planner.problem import OVER, Configuration, Problem
 from llmpq.planner.sizes import batch_options, chunk_options
+from llmpq.planner.tables import Table
+
+LEAST_LAYERS: Table[tuple[Hashable, ...], list[tuple[str, int, int]]] = Table()
 
 NUM_PRICED = 16  # configurations, of those with most room, that are looked at closely
 
@@ -209,17 +212,8 @@ def _option_bytes(
             if p in weights
         ]
 
-    return problem.cached(
-        (
-            "explained options",
-            devices.type,
-            devices.tensor_parallel,
-            first,
-            last,
-            configuration.sizes,
-        ),
-        compute,
-    )
+    key = devices.type, devices.tensor_parallel, first, last, configuration.sizes
+    return problem.cached(LEAST_LAYERS, key, compute)
 
 
 def _missing_in_all(problem: Problem, configuration: Configuration) -> float:

@@ -27,7 +27,20 @@ from llmpq.job import cache_tokens
 from llmpq.machine import Machine
 from llmpq.planner.job_table import table_of
 from llmpq.planner.problem import Configuration, Problem, Sizes, StageDevices
+from llmpq.planner.tables import Scope, Table
 from llmpq.planner.works import fixed_work, hop_works, layer_work
+
+LAYER_GROUPS: Table[None, "LayerGroups"] = Table()
+OMEGA: Table[None, np.ndarray] = Table()
+LAYER_COSTS: Table[tuple[Hashable, Sizes], Costs] = Table()
+FIXED_COSTS: Table[tuple[Hashable, bool, bool, Sizes], Costs] = Table()
+LINK_COSTS: Table[tuple[tuple[str, ...], Sizes], Costs] = Table()
+LEAST_HOPS: Table[tuple[str, str, Sizes], Costs] = Table()
+LAYER_BYTES: Table[tuple[Hashable, ...], np.ndarray] = Table()
+MESSAGES: Table[tuple[bool, bool, int, Sizes], np.ndarray] = Table(Scope.REQUESTS)
+ACTIVATIONS: Table[tuple["_StageKind", Sizes], np.ndarray] = Table(Scope.REQUESTS)
+PREFILL_BYTES: Table[tuple["_StageKind", int, int], int] = Table(Scope.REQUESTS)
+DECODE_BYTES: Table[tuple["_StageKind", int], int] = Table(Scope.REQUESTS)
 
 
 def stack(costs: Sequence[Costs]) -> Costs:
@@ -126,7 +139,7 @@ def make_instance(problem: Problem, configuration: Configuration) -> Instance:
 def groups_of(problem: Problem) -> LayerGroups:
     """Layers of equal sensitivity."""
     return problem.cached(
-        "layer groups", lambda: layer_groups(omega_of(problem), problem.budget, problem.theta)
+        LAYER_GROUPS, None, lambda: layer_groups(omega_of(problem), problem.budget, problem.theta)
     )
 
 
@@ -145,8 +158,10 @@ def capacity(
 ) -> np.ndarray:
     """[P, Q]: bytes that layers may take on each device, beside ends, activations, messages."""
     room = _room_beside_messages(problem, sizes, devices, first, last)
-    key = ("messages", first, last, num_stages, sizes)
-    taken = problem.shared(key, lambda: _messages(problem, sizes, first, last, num_stages))
+    key = first, last, num_stages, sizes
+    taken = problem.cached(
+        MESSAGES, key, lambda: _messages(problem, sizes, first, last, num_stages)
+    )
     return np.asarray(room - taken)
 
 
@@ -199,7 +214,9 @@ def _activations(
     """
     machine = problem.times[devices.type].machine
     stage = _StageKind(devices.tensor_parallel, machine, first, last, precisions)
-    return problem.shared((stage, sizes), lambda: _activations_of(problem, sizes, stage))
+    return problem.cached(
+        ACTIVATIONS, (stage, sizes), lambda: _activations_of(problem, sizes, stage)
+    )
 
 
 class _StageKind(NamedTuple):
@@ -229,11 +246,11 @@ def _activations_of(problem: Problem, sizes: Sizes, stage: _StageKind) -> np.nda
         return memory.decode_bytes(spec, requests, problem.max_tokens, **run)
 
     prefills = [
-        problem.shared((stage, "prefill", p, chunk), partial(prefill, p)) for p in sizes.prefill
+        problem.cached(PREFILL_BYTES, (stage, p, chunk), partial(prefill, p)) for p in sizes.prefill
     ]
     lanes = [problem.lanes(sizes, rows) for rows in sizes.decode]
     decodes = [
-        problem.shared((stage, "decode", rows), partial(decode, rows))
+        problem.cached(DECODE_BYTES, (stage, rows), partial(decode, rows))
         + memory.graph_bytes(shapes, machine)
         for rows, shapes in zip(sizes.decode, lanes, strict=True)
     ]
@@ -255,8 +272,8 @@ def layer_bytes(problem: Problem, sizes: Sizes, devices: StageDevices) -> np.nda
         weights = [memory.layer_weight_bytes(spec, p, machine) for p in problem.precisions]
         return np.array(weights, dtype=float) + memory.layer_cache_bytes(spec, tokens)
 
-    key = ("bytes", machine, sizes.batch, sizes.decode, sizes.lanes, devices.tensor_parallel)
-    return problem.cached(key, compute)
+    key = machine, sizes.batch, sizes.decode, sizes.lanes, devices.tensor_parallel
+    return problem.cached(LAYER_BYTES, key, compute)
 
 
 def unpacked_bytes(
@@ -279,7 +296,7 @@ def omega_of(problem: Problem) -> np.ndarray:
     def compute() -> np.ndarray:
         return np.array([problem.quality.omega[p] for p in problem.precisions], dtype=float).T
 
-    return problem.cached("omega", compute)
+    return problem.cached(OMEGA, None, compute)
 
 
 def kind_of(problem: Problem, devices: StageDevices) -> Hashable:
@@ -307,7 +324,7 @@ def layer_costs(problem: Problem, sizes: Sizes, devices: StageDevices) -> Costs:
         ]
         return combined(each, np.stack, axis=-1)
 
-    return problem.cached(("layers", kind, sizes), compute)
+    return problem.cached(LAYER_COSTS, (kind, sizes), compute)
 
 
 def _never(sizes: Sizes) -> Costs:
@@ -318,9 +335,9 @@ def fixed_costs(
     problem: Problem, sizes: Sizes, devices: StageDevices, first: bool, last: bool
 ) -> Costs:
     """[P, Q]: what a stage costs beside its layers."""
-    key = ("fixed", kind_of(problem, devices), first, last, sizes)
+    key = kind_of(problem, devices), first, last, sizes
     work = fixed_work(problem.times_at(devices), first, last)
-    return problem.cached(key, lambda: table_of(problem, sizes).costs(work))
+    return problem.cached(FIXED_COSTS, key, lambda: table_of(problem, sizes).costs(work))
 
 
 def link_costs(problem: Problem, sizes: Sizes, nodes: Sequence[str]) -> list[Costs]:
@@ -329,7 +346,7 @@ def link_costs(problem: Problem, sizes: Sizes, nodes: Sequence[str]) -> list[Cos
     ends = [("hop", *pair) for pair in zip(nodes, nodes[1:], strict=False)]
     ends.append(("back", *((nodes[-1], nodes[0]) if len(nodes) > 1 else ())))
     return [
-        problem.cached((end, sizes), partial(table_of(problem, sizes).costs, work))
+        problem.cached(LINK_COSTS, (end, sizes), partial(table_of(problem, sizes).costs, work))
         for end, work in zip(ends, works, strict=True)
     ]
 
@@ -345,7 +362,7 @@ def least_hop(problem: Problem, sizes: Sizes, node: str, nodes: tuple[str, ...])
     def compute() -> Costs:
         return combined([link_costs(problem, sizes, way)[0] for way in ways], np.min)
 
-    return problem.cached(("least hop", node, other, sizes), compute)
+    return problem.cached(LEAST_HOPS, (node, other, sizes), compute)
 
 
 def least_way_back(

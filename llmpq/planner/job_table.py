@@ -16,7 +16,10 @@ import numpy as np
 from llmpq.costs.job_counts import DecodeSteps, PrefillJob
 from llmpq.costs.timeline import Costs, Shares, shares
 from llmpq.planner.problem import Problem, Sizes
+from llmpq.planner.tables import Scope, Table
 from llmpq.planner.works import Work, later_chunk_s
+
+JOB_TABLES: Table[tuple[Sizes, float], "JobTable"] = Table(Scope.REQUESTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +109,7 @@ def _prefills(jobs: np.ndarray, rows: float) -> _Prefills:
 
 def table_of(problem: Problem, sizes: Sizes) -> JobTable:
     """The jobs of all pairs of micro-batches."""
-    return problem.shared(("table", sizes, problem.repeats), lambda: _make_table(problem, sizes))
+    return problem.cached(JOB_TABLES, (sizes, problem.repeats), lambda: _make_table(problem, sizes))
 
 
 def _make_table(problem: Problem, sizes: Sizes) -> JobTable:

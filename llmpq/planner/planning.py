@@ -9,7 +9,7 @@ runs decide, and what is told of a plan is its run.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -29,7 +29,10 @@ from llmpq.planner.simulated import with_run
 from llmpq.planner.sizes import sizes_near, spare_sizes
 from llmpq.planner.solver import Solver, make_solver
 from llmpq.planner.space import Space, make_space, rescaled
+from llmpq.planner.tables import Table
 from llmpq.planner.value import to_assignment
+
+PREDICTED: Table[tuple[Hashable, ...], Predicted] = Table()
 
 METHODS = ("auto", "ilp", "heuristic", *BASELINES)
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
@@ -305,13 +308,8 @@ def _predicted(run: _Run, assignment: Assignment) -> Predicted:
         priced = evaluate(run.problem, assignment)
         return with_run(run.problem, assignment, priced) if run.options.simulate else priced
 
-    key = (
-        "predicted",
-        run.options.simulate,
-        assignment,
-        run.problem.scale_of(assignment.configuration),
-    )
-    return run.problem.cached(key, compute)
+    key = run.options.simulate, assignment, run.problem.scale_of(assignment.configuration)
+    return run.problem.cached(PREDICTED, key, compute)
 
 
 def _plan_of(run: _Run, found: Search | None, outcomes: Sequence[Outcome]) -> Plan:

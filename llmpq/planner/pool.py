@@ -34,6 +34,13 @@ from llmpq.planner.instance import (
 )
 from llmpq.planner.layouts import DeviceSubset, num_stages
 from llmpq.planner.problem import OVER, Problem, Sizes, StageDevices
+from llmpq.planner.tables import Table
+
+SHARED: Table[tuple[Hashable, ...], "_Kinds"] = Table()
+ENDS: Table[tuple[Hashable, ...], "End"] = Table()
+END_COSTS: Table[tuple[Hashable, bool, int, Sizes], tuple[Costs, np.ndarray]] = Table()
+LEAST_LINKS: Table[tuple[tuple[tuple[str, int], ...], Sizes], tuple[Costs, Costs]] = Table()
+LEAST_BYTES: Table[tuple[str, int, int, Sizes, bool], np.ndarray] = Table()
 
 
 @dataclass(frozen=True)
@@ -103,15 +110,17 @@ def make_pool(problem: Problem, subset: DeviceSubset, sizes: Sizes) -> Pool:
     kinds = _kinds(problem, subset)
     stage_devices = [devices for devices, _ in kinds.values()]
     alone, stages = num_stages(subset) == 1, num_stages(subset)
-    same = ("kinds", tuple(kinds), sizes)
-    shared = problem.cached((*same, alone), lambda: _shared(problem, sizes, stage_devices, alone))
+    same = tuple(kinds), sizes
+    shared = problem.cached(
+        SHARED, (*same, alone), lambda: _shared(problem, sizes, stage_devices, alone)
+    )
     scale = problem.scales_of(stages, sizes)
     link_sum, link_most = (some.times(scale) for some in _links(problem, sizes, subset))
     many = np.array([count for _, count in kinds.values()], dtype=float)
 
     def end(last: bool) -> End:
-        key = (*same, "end", last, stages)
-        found = problem.cached(key, lambda: _end(problem, sizes, stage_devices, last, stages))
+        key = (*same, last, stages)
+        found = problem.cached(ENDS, key, lambda: _end(problem, sizes, stage_devices, last, stages))
         return End(found.costs.times(scale), found.num_bytes)
 
     def slowest(name: str) -> np.ndarray:
@@ -222,7 +231,7 @@ def _end_at(
         room = most_room(problem, sizes, devices, False)
         return added, room - capacity(problem, sizes, devices, not last, last, num_stages)
 
-    return problem.cached(("end", kind_of(problem, devices), last, num_stages, sizes), compute)
+    return problem.cached(END_COSTS, (kind_of(problem, devices), last, num_stages, sizes), compute)
 
 
 def _links(problem: Problem, sizes: Sizes, subset: DeviceSubset) -> tuple[Costs, Costs]:
@@ -230,8 +239,8 @@ def _links(problem: Problem, sizes: Sizes, subset: DeviceSubset) -> tuple[Costs,
     stages: dict[str, int] = {}
     for devices, count in subset:
         stages[devices.node] = stages.get(devices.node, 0) + count
-    key = ("least links", tuple(stages.items()), sizes)
-    return problem.cached(key, lambda: _find_links(problem, sizes, stages))
+    key = tuple(stages.items()), sizes
+    return problem.cached(LEAST_LINKS, key, lambda: _find_links(problem, sizes, stages))
 
 
 def _find_links(problem: Problem, sizes: Sizes, stages: dict[str, int]) -> tuple[Costs, Costs]:
@@ -247,8 +256,10 @@ def _find_links(problem: Problem, sizes: Sizes, stages: dict[str, int]) -> tuple
 
 def _least_bytes(problem: Problem, sizes: Sizes, devices: StageDevices, alone: bool) -> np.ndarray:
     """[B]: a packed layer takes its share of the unpacked matrix of as many as fit at most."""
-    key = ("least bytes", devices.type, devices.tensor_parallel, devices.memory_bytes, sizes, alone)
-    return problem.cached(key, lambda: _find_least_bytes(problem, sizes, devices, alone))
+    key = devices.type, devices.tensor_parallel, devices.memory_bytes, sizes, alone
+    return problem.cached(
+        LEAST_BYTES, key, lambda: _find_least_bytes(problem, sizes, devices, alone)
+    )
 
 
 def _find_least_bytes(

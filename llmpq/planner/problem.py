@@ -15,13 +15,14 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llmpq.cluster import Cluster
 from llmpq.costs.job_counts import (
     JobCounts,
+    LaneSteps,
     Tokens,
     count_prefills,
     count_steps,
@@ -31,10 +32,11 @@ from llmpq.costs.job_counts import (
 from llmpq.costs.latency import LayerTimes
 from llmpq.costs.memory import RunSizes
 from llmpq.costs.quality import QualityModel
-from llmpq.costs.rounds import run_in_rounds, slots_of
+from llmpq.costs.rounds import Rounds, run_in_rounds, slots_of
 from llmpq.costs.shards import tensor_parallel_times
 from llmpq.job import LaneShape
 from llmpq.model_spec import ModelSpec
+from llmpq.planner.tables import K, Scope, Table, V, ValuesByObjects
 from llmpq.profile_data import Profile
 from llmpq.workload import Workload, chunk_tokens, evenly_spaced, lanes, lanes_for
 
@@ -44,7 +46,6 @@ LANES_COUNTED = 16  # lanes of a batch, of which the slots of each length are ta
 LIKE_ROWS = 4  # prompts of a prefill job, while requests are followed, for all sizes above 1
 OVER = 1 + 1e-9  # rounding of sums of sensitivities and bytes: so far a limit may be overstepped
 
-T = TypeVar("T")
 Lengths = tuple[tuple[int, int], ...]  # (prompt tokens, new tokens) of every request
 
 
@@ -125,18 +126,22 @@ class ScaledSizes(NamedTuple):
 Scales = Mapping[ScaledSizes, Mapping[int, float]]  # by the number of stages
 
 
-class _SharedCache:
-    """What is known of some objects, such as a model and a list of requests.
-
-    The objects are kept, so that none is confused with a later one.
-    """
-
-    def __init__(self) -> None:
-        self.entries: dict[tuple[int, ...], tuple[object, dict[Hashable, Any]]] = {}
-
-    def of(self, *objects: object) -> dict[Hashable, Any]:
-        """The values of these very objects."""
-        return self.entries.setdefault(tuple(map(id, objects)), (objects, {}))[1]
+LONGEST_PROMPT: Table[None, int] = Table(Scope.REQUESTS)
+LONGEST_REQUEST: Table[None, int] = Table(Scope.REQUESTS)
+ALL_EQUAL: Table[None, bool] = Table(Scope.REQUESTS)
+DEFAULT_CHUNK: Table[None, int] = Table(Scope.REQUESTS)
+NEW_TOKENS: Table[None, int] = Table(Scope.REQUESTS)
+LISTED_TOKENS: Table[None, Tokens] = Table(Scope.REQUESTS)
+COUNTED: Table[float, Lengths] = Table(Scope.REQUESTS)
+LANES: Table[tuple[int, int, tuple[LaneShape, ...] | None], tuple[LaneShape, ...]] = Table(
+    Scope.REQUESTS
+)
+SHARDS: Table[int, ModelSpec] = Table(Scope.REQUESTS)
+JOB_COUNTS: Table[tuple[Hashable, ...], JobCounts] = Table(Scope.REQUESTS)
+ROUNDS: Table[tuple[Hashable, ...], Rounds] = Table(Scope.REQUESTS)
+PREFILL_COUNTS: Table[tuple[Hashable, ...], Any] = Table(Scope.REQUESTS)
+STEP_COUNTS: Table[tuple[Hashable, ...], LaneSteps] = Table(Scope.REQUESTS)
+SHARED_STAGES: Table["StageDevices", LayerTimes] = Table()
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +167,7 @@ class Problem:
     num_requests: int | None = None  # that the lengths stand for; None: for themselves
     scales: Scales = field(default_factory=dict)
     _known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-    _of_run: _SharedCache = field(default_factory=_SharedCache, repr=False)
+    _of_run: ValuesByObjects = field(default_factory=ValuesByObjects, repr=False)
 
     def scaled(self, found: Mapping[tuple[ScaledSizes, int], float]) -> "Problem":
         """With other scales for some sizes and numbers of stages; what is known stays known."""
@@ -206,36 +211,30 @@ class Problem:
         )
         return ScaledSizes(*sizes, self.chunk_tokens(configuration))
 
-    def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """`once` for what depends on the model and the requests alone.
+    def cached(self, table: Table[K, V], key: K, compute: Callable[[], V]) -> V:
+        """The value of a key in a table; `compute()` where it is asked for the first time.
 
-        Problems that are made from one another by `dataclasses.replace` share it.
+        Problems that are made from one another by `dataclasses.replace` share what does not depend
+        on what was replaced (`Scope`).
         """
-        known = self._of_run.of(self.spec, self.lengths)
+        known = self._values(table.scope).setdefault(table, {})
         if key not in known:
             known[key] = compute()
-        return known[key]
+        value: V = known[key]
+        return value
 
-    def cached_run(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """`once` for what depends on the model, the machines and the listed requests alone.
-
-        How many there are in all, and what quality costs, make no difference to it.
-        """
-        known = self._of_run.of(self.spec, self.lengths, self.cluster, self.times, self.profiles)
-        if key not in known:
-            known[key] = compute()
-        return known[key]
-
-    def cached(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """`compute()`, kept for the next time the same is asked."""
-        if key not in self._known:
-            self._known[key] = compute()
-        return self._known[key]
+    def _values(self, scope: Scope) -> dict[Hashable, Any]:
+        """The tables of a scope."""
+        if scope is Scope.PROBLEM:
+            return self._known
+        if scope is Scope.REQUESTS:
+            return self._of_run.of(self.spec, self.lengths)
+        return self._of_run.of(self.spec, self.lengths, self.cluster, self.times, self.profiles)
 
     @property
     def max_prompt_tokens(self) -> int:
         """The longest prompt."""
-        return self.shared("longest", lambda: max(prompt for prompt, _ in self.lengths))
+        return self.cached(LONGEST_PROMPT, None, lambda: max(prompt for prompt, _ in self.lengths))
 
     @property
     def repeats(self) -> float:
@@ -254,7 +253,9 @@ class Problem:
     @property
     def num_new_tokens(self) -> float:
         """Tokens to generate."""
-        return self.repeats * self.shared("new", lambda: sum(new for _, new in self.lengths))
+        return self.repeats * self.cached(
+            NEW_TOKENS, None, lambda: sum(new for _, new in self.lengths)
+        )
 
     def job_counts(self, sizes: Sizes, prefill: int = 0, decode: int = 0) -> JobCounts:
         """The jobs of a run with a pair of micro-batches, given by their positions in `sizes`.
@@ -262,28 +263,24 @@ class Problem:
         See `costs.job_counts`. Of many requests a sample is counted, of all lengths.
         """
         rows, decode_rows = sizes.prefill[prefill], sizes.decode[decode]
-        key = ("jobs", sizes.batch, rows, decode_rows, sizes.chunk_tokens, sizes.lanes)
-        return self.shared((*key, self.repeats), lambda: self._count_jobs(sizes, rows, decode_rows))
+        key = sizes.batch, rows, decode_rows, sizes.chunk_tokens, sizes.lanes, self.repeats
+        return self.cached(JOB_COUNTS, key, lambda: self._count_jobs(sizes, rows, decode_rows))
 
     def _count_jobs(self, sizes: Sizes, prefill_rows: int, decode_rows: int) -> JobCounts:
         lanes, chunk = self.lanes(sizes, decode_rows), self.chunk_tokens(sizes)
         slots = self._slots(sizes)
         like = 1 if prefill_rows == 1 or self.are_equal else LIKE_ROWS
-        rounds = self.shared(
-            ("rounds", slots, like, self.repeats),
-            lambda: run_in_rounds(self._counted, slots, like),
-        )
-        of_rounds = ("prefills", slots, like, chunk, self.repeats)
+        of_rounds = slots, like, self.repeats
+        rounds = self.cached(ROUNDS, of_rounds, lambda: run_in_rounds(self._counted, slots, like))
         prefills = count_prefills(
             rounds,
             prefill_rows,
             chunk,
             decode_rows,
-            lambda key, compute: self.shared((*of_rounds, key), compute),
+            lambda key, compute: self.cached(PREFILL_COUNTS, (*of_rounds, chunk, key), compute),
         )
-        steps = self.shared(
-            ("steps", lanes, slots, like, self.repeats), lambda: count_steps(rounds, lanes)
-        )
+        key = lanes, *of_rounds
+        steps = self.cached(STEP_COUNTS, key, lambda: count_steps(rounds, lanes))
         return together(rounds, prefills, steps, self._tokens)
 
     def _slots(self, sizes: Sizes) -> tuple[tuple[int, int], ...]:
@@ -304,12 +301,12 @@ class Problem:
             order = sorted(range(len(self.lengths)), key=lambda i: self.lengths[i][::-1])
             return tuple(self.lengths[i] for i in evenly_spaced(order, count))
 
-        return self.shared(("counted", self.repeats), compute)
+        return self.cached(COUNTED, self.repeats, compute)
 
     @property
     def _tokens(self) -> Tokens:
         """Of all requests."""
-        listed = self.shared("tokens", lambda: tokens_of(self.lengths))
+        listed = self.cached(LISTED_TOKENS, None, lambda: tokens_of(self.lengths))
         return Tokens(self.repeats * listed.prompt, self.repeats * listed.new)
 
     def waves(self, count: int, batch: int) -> Lengths:
@@ -325,18 +322,20 @@ class Problem:
     @property
     def are_equal(self) -> bool:
         """All requests have the same lengths."""
-        return self.shared("equal", lambda: len(set(self.lengths)) == 1)
+        return self.cached(ALL_EQUAL, None, lambda: len(set(self.lengths)) == 1)
 
     @property
     def max_tokens(self) -> int:
         """Of the longest request, prompt and new tokens."""
-        return self.shared("most", lambda: max(prompt + new for prompt, new in self.lengths))
+        return self.cached(
+            LONGEST_REQUEST, None, lambda: max(prompt + new for prompt, new in self.lengths)
+        )
 
     def chunk_tokens(self, sizes: Configuration | Sizes) -> int:
         """Tokens of a prompt that are computed at once, at most."""
         if sizes.chunk_tokens is not None:
             return min(sizes.chunk_tokens, self.max_prompt_tokens)
-        return self.shared("chunk", lambda: chunk_tokens(self.lengths))
+        return self.cached(DEFAULT_CHUNK, None, lambda: chunk_tokens(self.lengths))
 
     def lanes(self, sizes: Sizes, decode_micro_batch: int) -> tuple[LaneShape, ...]:
         """The KV cache of a run; the given lanes serve longer requests as `lanes_for` says.
@@ -350,7 +349,7 @@ class Problem:
                 return lanes(self.lengths, *pair)
             return lanes_for(self.lengths, given, *pair)
 
-        return self.shared(("lanes", *pair, given), compute)
+        return self.cached(LANES, (*pair, given), compute)
 
     def resolved(self, configuration: Configuration) -> Configuration:
         """The same configuration with its chunk and lanes in numbers."""
@@ -373,14 +372,14 @@ class Problem:
 
     def shard_of(self, degree: int) -> ModelSpec:
         """What one of `degree` devices holds of the model."""
-        return self.shared(("shard", degree), lambda: self.spec.shard(degree))
+        return self.cached(SHARDS, degree, lambda: self.spec.shard(degree))
 
     def times_at(self, devices: StageDevices) -> LayerTimes:
         """Times of a stage's devices, the messages between them included."""
         if devices.tensor_parallel == 1:
             return self.times[devices.type]
-        key = ("times", devices.type, devices.node, devices.tensor_parallel)
-        return self.cached(key, lambda: self._tensor_parallel_times(devices))
+        key = replace(devices, memory_bytes=0)  # which makes no difference
+        return self.cached(SHARED_STAGES, key, lambda: self._tensor_parallel_times(devices))
 
     def _tensor_parallel_times(self, devices: StageDevices) -> LayerTimes:
         return tensor_parallel_times(

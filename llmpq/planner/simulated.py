@@ -7,7 +7,7 @@ Not covered: stop tokens (a request generates as many tokens as the workload say
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -19,8 +19,13 @@ from llmpq.job import Item, Job
 from llmpq.plan_data import Predicted
 from llmpq.planner.evaluate import closed_form_s, resource_works, speeds
 from llmpq.planner.problem import Assignment, Configuration, Problem
+from llmpq.planner.tables import Scope, Table
 from llmpq.planner.works import Work, chunk_s
 from llmpq.schedule import Schedule
+
+RUNS: Table[tuple[Assignment, int, float], "Run"] = Table(Scope.MACHINES)
+JOB_SECONDS: Table[tuple[Hashable, ...], "Seconds"] = Table(Scope.MACHINES)
+SAMPLES: Table[tuple[int, int], Problem] = Table()
 
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, new tokens) of every request
 BLOCK = 256  # columns whose times are computed at once
@@ -66,8 +71,8 @@ def _whole_run(problem: Problem, assignment: Assignment, most_jobs: int) -> Run:
     The whole run takes as much longer as it does in closed form, which knows all tokens.
     """
     sample = sample_of(problem, assignment.configuration, most_jobs)
-    key = "run", assignment, len(sample.lengths), min(problem.repeats, problem.unit.repeats)
-    run = problem.cached_run(key, lambda: _of_sample(problem, sample, assignment))
+    key = assignment, len(sample.lengths), min(problem.repeats, problem.unit.repeats)
+    run = problem.cached(RUNS, key, lambda: _of_sample(problem, sample, assignment))
     if sample is problem:
         return run
     same = replace(assignment, configuration=problem.resolved(assignment.configuration))
@@ -79,8 +84,10 @@ def _whole_run(problem: Problem, assignment: Assignment, most_jobs: int) -> Run:
 def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Run:
     """The run of a sample with the chunk and lanes of the whole one."""
     grain = _grain(sample, problem.resolved(assignment.configuration))
-    key = ("seconds", assignment.configuration.stage_devices, assignment.stages, grain)
-    seconds = problem.cached_run(key, lambda: Seconds(resource_works(problem, assignment), grain))
+    key = assignment.configuration.stage_devices, assignment.stages, grain
+    seconds = problem.cached(
+        JOB_SECONDS, key, lambda: Seconds(resource_works(problem, assignment), grain)
+    )
     run = simulate(sample, assignment, problem, seconds=seconds)
     return Run(run.total_s, run.decode_s, run.prefill_share)
 
@@ -116,7 +123,7 @@ def sample_of(problem: Problem, configuration: Configuration, most_jobs: int) ->
     def compute() -> Problem:
         return these_alone(problem, problem.waves(waves, configuration.batch))
 
-    return problem.cached(("waves", waves, configuration.batch), compute)
+    return problem.cached(SAMPLES, (waves, configuration.batch), compute)
 
 
 def these_alone(problem: Problem, lengths: Lengths) -> Problem:

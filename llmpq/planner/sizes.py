@@ -16,7 +16,10 @@ more lanes than `MOST_LANES` keep no pipeline busier.
 from llmpq.planner.instance import capacity
 from llmpq.planner.layouts import DeviceSubset, num_stages
 from llmpq.planner.problem import Configuration, Problem, Sizes, StageDevices
+from llmpq.planner.tables import Table
 from llmpq.workload import LEAST_CHUNK_TOKENS
+
+SHORTER_CHUNKS: Table[tuple[StageDevices, int, int], tuple[int, ...]] = Table()
 
 AUTO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # 1: what fits at all fits with it
 MOST_PROMPTS = 16  # of unequal requests in a prefill micro-batch
@@ -85,8 +88,10 @@ def shorter_chunks(problem: Problem, subset: DeviceSubset, batch: int) -> tuple[
     Each at least `MUCH_ROOM` more than the next longer one; `MOST_SHORTER` at most.
     """
     smallest = min((devices for devices, _ in subset), key=lambda devices: devices.memory_bytes)
-    key = ("shorter chunks", smallest, num_stages(subset), batch)
-    return problem.cached(key, lambda: _shorter(problem, smallest, num_stages(subset), batch))
+    key = smallest, num_stages(subset), batch
+    return problem.cached(
+        SHORTER_CHUNKS, key, lambda: _shorter(problem, smallest, num_stages(subset), batch)
+    )
 
 
 def _shorter(problem: Problem, devices: StageDevices, stages: int, batch: int) -> tuple[int, ...]:

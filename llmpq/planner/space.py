@@ -21,6 +21,9 @@ from llmpq.planner.layouts import DeviceSubset, canonical, ends, num_stages, sub
 from llmpq.planner.problem import Configuration, Problem, Sizes, StageDevices
 from llmpq.planner.sizes import all_sizes, with_shorter_chunks
 from llmpq.planner.solver import Solver
+from llmpq.planner.tables import Table
+
+ORDERS: Table[DeviceSubset, list[tuple[StageDevices, ...]]] = Table()
 
 MOST_SMALLEST = 16
 
@@ -114,8 +117,7 @@ def configurations_of(
 ) -> list[Configuration]:
     """The canonical orders of a subset at one pair of micro-batches."""
     sizes = table.sizes
-    key = ("orders", table.subset)
-    found = problem.cached(key, lambda: _canonical_orders(problem, table.subset))
+    found = problem.cached(ORDERS, table.subset, lambda: _canonical_orders(problem, table.subset))
     micro_batches = sizes.prefill[pair[0]], sizes.decode[pair[1]]
     return [
         Configuration(order, sizes.batch, *micro_batches, sizes.chunk_tokens) for order in found

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from llmpq.planner.problem import Lengths, Problem
+from llmpq.planner.tables import Scope, Table
 from llmpq.planner.works import Cost
 from llmpq.schedule import PADDED
+
+WAVES: Table[int, list["BatchGroup"]] = Table(Scope.REQUESTS)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class BatchGroup:
 
 def groups(problem: Problem, batch: int) -> list[BatchGroup]:
     """The waves of a problem, by number of requests."""
-    found = problem.shared(("waves", batch), lambda: _groups(problem.lengths, batch))
+    found = problem.cached(WAVES, batch, lambda: _groups(problem.lengths, batch))
     return [replace(one, num_batches=problem.repeats * one.num_batches) for one in found]
 
 
