@@ -173,3 +173,10 @@ def test_lists_that_hardly_recur_are_planned_for_as_they_are_served() -> None:
     every = request_lengths(workload(20_000, list(range(1, 9000)), 7))
     assert len(some) <= PLANNED and max(some) == max(every)
     assert np.mean([p for p, _ in some]) == pytest.approx(np.mean([p for p, _ in every]), rel=0.01)
+
+
+def test_a_sample_has_no_more_waves_than_the_run() -> None:
+    lengths = random_lengths(1, 160, 50, 20)
+    problem = replace(make_problem(lengths, ["t4-16g"]), num_requests=180)
+    sample = sample_of(problem, assign(problem, 64, 2, 16).setting, 10**6)
+    assert len(sample.lengths) == 3 * 64  # 160 listed ones would be 2 waves, and a part of one

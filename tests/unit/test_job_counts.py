@@ -14,6 +14,7 @@ from llmpq.costs.job_counts import (
     count_jobs,
     tokens_of,
 )
+from llmpq.costs.rounds import run_in_rounds
 from llmpq.costs.simulate import Jobs, simulate_schedule
 from llmpq.job import Item, Job, LaneShape
 from llmpq.schedule import Schedule
@@ -280,3 +281,13 @@ def test_a_prompt_is_cut_into_chunks() -> None:
     counts = count_jobs([(100, 5)], [LaneShape(1, 105)], 2, 30)
     begins = [0, 18, 36, 54, 72, 90]
     assert counts.first == {PrefillJob(1, b, min(100, b + 18)): 1 for b in begins}
+
+
+def test_equal_requests_come_and_go_as_others_do() -> None:
+    """They are counted without following each; a kind of slot that nobody has changes that."""
+    equal_ones = [(10, 5)] * 17
+    for rows in (1, 4):
+        quick = run_in_rounds(equal_ones, [(15, 4)], rows)
+        followed = run_in_rounds(equal_ones, [(15, 4), (16, 0)], rows)
+        for name in ("slot", "begin", "end", "prompt"):
+            assert getattr(quick, name).tolist() == getattr(followed, name).tolist()

@@ -1,6 +1,7 @@
 """The closed form is scaled to simulated runs; bounds, ILPs and plans hold the same scale."""
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from llmpq.planner.evaluate import closed_form_s, evaluate
 from llmpq.planner.instance import make_instance
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Assignment, Problem, ScaledSizes
+from llmpq.planner.search import search
 from llmpq.planner.simulated import run_s
 from llmpq.planner.solver import make_solver
 from llmpq.planner.space import make_space, rescaled
@@ -118,3 +120,45 @@ def test_a_plan_that_was_made_is_near_its_closed_form() -> None:
         assert predicted is not None and predicted.closed_form_s is not None
         assert predicted.closed_form_s == pytest.approx(predicted.total_s, rel=2 * CLOSE)
         assert predicted.gap < 2 * CLOSE
+
+
+def test_a_later_search_relaxes_nothing_that_an_earlier_one_has() -> None:
+    problem, solver = unequal(["t4-16g", "v100-32g"]), make_solver("highs")
+    space = make_space(problem, solver)
+    until = time.monotonic() + 60
+    first = search(problem, space, solver, gap=0.02, deadline=until)
+    again = replace(space, floor=first.lower_bound)
+    second = search(problem, again, solver, gap=0.02, deadline=until, seeds=first.finalists)
+    assert first.num_relaxed > 0 and second.num_relaxed == 0
+    assert second.best <= first.best
+    assert first.lower_bound <= second.lower_bound <= second.best
+    exact = search(problem, again, solver, gap=0.0, deadline=until, seeds=first.finalists)
+    assert second.lower_bound <= exact.best * (1 + 1e-7)
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.3])
+def test_bounds_that_searches_have_learned_hold_for_the_rescaled_problem(scale: float) -> None:
+    problem, solver = unequal(["t4-16g", "v100-32g"]), make_solver("highs")
+    until = time.monotonic() + 60
+    space = make_space(problem, solver)
+    found = search(problem, space, solver, gap=0.02, deadline=until)
+    assert found.assignment is not None
+    sizes = problem.scaled_sizes(found.assignment.setting)
+    changed = problem.scaled({(sizes, len(found.assignment.stages)): scale})
+    moved = rescaled(replace(space, floor=found.lower_bound), problem, changed)
+    assert moved.floor == pytest.approx(found.lower_bound * min(scale, 1.0))
+    known = search(changed, moved, solver, gap=0.0, deadline=until, seeds=found.finalists)
+    anew = search(changed, make_space(changed, solver), solver, gap=0.0, deadline=until)
+    assert known.best == pytest.approx(anew.best, rel=1e-6)
+    assert known.lower_bound <= anew.best * (1 + 1e-6)
+
+
+def test_of_plans_of_the_same_sizes_the_fastest_run_says_the_scale() -> None:
+    problem = unequal(["t4-16g"] * 2, 40)
+    plan = assign(problem, 8, 2, 4)
+    wrong = scaled(problem, plan, 2 * run_s(problem, plan) / closed_form_s(problem, plan))
+    runs = Confirmed(wrong, math.inf)
+    key = problem.scaled_sizes(plan.setting), 2
+    assert key in runs.scales([plan])
+    runs.fastest[key] /= 2  # as if another plan of these sizes had run in half the time
+    assert key not in runs.scales([plan])
