@@ -16,7 +16,6 @@ Not covered: cards and several processes, which `llmpq-run` drives, profiling, a
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -28,14 +27,13 @@ from llmpq.errors import FailedRequests, UserError
 from llmpq.model_lookup import DEFAULT_MODEL, check_model, load_model_spec
 from llmpq.model_spec import ModelSpec
 from llmpq.plan_data import Plan, Predicted
+from llmpq.planning_methods import PlanningMethod
 from llmpq.workload import Workload
 
 if TYPE_CHECKING:
-    from llmpq.costs.quality import QualityModel
     from llmpq.planner.inputs import Inputs
     from llmpq.prompts.request import Request
 
-Method = Literal["auto", "ilp", "heuristic", "uniform", "pipeedge", "adabits"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -66,7 +64,7 @@ def plan(
     sensitivity: str | Path | None = None,
     max_quality_loss: float | None = None,
     precisions: Sequence[str] | None = None,
-    method: Method = "auto",
+    method: PlanningMethod = "auto",
     gap: float = 0.005,
     time_limit_s: float = 60.0,
 ) -> Plan:
@@ -230,21 +228,10 @@ def _inputs(
     profiles: str | Path | None,
     sensitivity: str | Path | None,
 ) -> "Inputs":
+    from llmpq.planner.input_files import read_quality
     from llmpq.planner.inputs import inputs_of
     from llmpq.profile_data import load_profiles
 
     measured = load_profiles(Path(profiles)) if profiles else []
-    quality = _quality(model, Path(sensitivity)) if sensitivity else None
+    quality = read_quality(model, Path(sensitivity) if sensitivity else None)
     return inputs_of(model, cluster, workload, measured, quality)
-
-
-def _quality(model: ModelSpec, path: Path) -> "QualityModel":
-    """As a sensitivity file says; the path of its second moments as seen from anywhere."""
-    from llmpq.costs.quality import measured_quality
-    from llmpq.profile_data import load_sensitivity
-
-    quality = measured_quality(load_sensitivity(path), model, str(path))
-    if quality.quantizer.moments is None:
-        return quality
-    moments = str((path.parent / quality.quantizer.moments).resolve())
-    return replace(quality, quantizer=quality.quantizer.model_copy(update={"moments": moments}))

@@ -236,3 +236,13 @@ def _refusal(
         said = why.reason if isinstance(why, Refusal) else "taken by another host"
         lines.append(f"{where} {hosts[host][0].host}: {said}")
     return Refusal("\n".join(["the plan does not fit the machines:", *lines]))
+
+
+def worker_places(plan: Plan) -> list[tuple[str, str]]:
+    """The node and device type of every worker, by its number in the plan."""
+    return [(stage.node, device) for stage in plan.stages for device in stage.devices]
+
+
+def worker_names(plan: Plan) -> list[str]:
+    """What people call every worker, by its number in the plan."""
+    return [f"{device} on {node}" for node, device in worker_places(plan)]

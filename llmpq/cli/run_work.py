@@ -1,33 +1,50 @@
-"""One worker's part of `llmpq-run`: input is checked, the stage loaded, the batch run, told."""
+"""One worker's part of `llmpq-run`: input is read, the stage loaded, the batch run, and told.
+
+The worker that leads writes results, the trace and the report. Every stage shows how far it has
+loaded, as the slowest may be any of them: a line every few seconds, or a bar where there is only
+one.
+"""
 
 import os
 import sys
-from collections.abc import Callable
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmpq.artifact import write_json
 from llmpq.cli.common import console
-from llmpq.cli.kernel_notes import say_engine, say_kernels
-from llmpq.cli.loading import shown_compiling, shown_loading
-from llmpq.cli.run_input import Prepared, prepare
-from llmpq.cli.run_lead import (
-    finish,
-    lead,
-    needs_no_engine,
-    open_results,
+from llmpq.cli.run_options import RunOptions, read_inputs
+from llmpq.cli.run_output import (
+    outcome,
+    say_engine,
     say_first,
-    told_outcome,
-    with_hashes,
+    say_kernels,
+    show_quality,
+    write_report,
 )
-from llmpq.cli.run_options import RunOptions
 from llmpq.costs.float16 import run_overflow
 from llmpq.errors import FailedRequests, InfeasibleError, UserError
 from llmpq.plan_data import Plan
+from llmpq.run_report import Report, RunCounts, make_report
 from llmpq.seats import Seat, stage_ranks
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from llmpq.checkpoint.packed_cache import PackedCache, WeightCache
+    from llmpq.evaluation.evaluate import Loss
     from llmpq.models.sharding import ShardGroup
+    from llmpq.models.stage_model import RawTensor
+    from llmpq.prompts.result_stream import ResultStream
+    from llmpq.reliability.journal import Results
+    from llmpq.render.progress import Progress
     from llmpq.runtime.process import Role
+    from llmpq.runtime.run_inputs import RunInputs
+
+COMPILING_EVERY_S = 2.0
 
 
 def work(
@@ -40,16 +57,16 @@ def work(
     from llmpq.runtime.process import disconnect
 
     try:
-        seats, prepared = _begin(plan, options, role, on_seated)
-        return _work(plan, options, role, seats, prepared)
+        seats, inputs = _begin(plan, options, role, on_seated)
+        return _work(plan, options, role, seats, inputs)
     finally:
         disconnect()
 
 
 def _begin(
     plan: Plan, options: RunOptions, role: "Role", on_seated: Callable[[int], object]
-) -> tuple[list[Seat], Prepared]:
-    """The workers' seats, and the input. Bad input is said once on each machine."""
+) -> "tuple[list[Seat], RunInputs]":
+    """The workers' seats, and the input. Bad input is told once on each machine."""
     from llmpq.runtime.cards import find_seats
 
     worker = None
@@ -59,7 +76,7 @@ def _begin(
         on_seated(worker)
         if without_cards and worker == 0:
             _warn_of_cpu(plan, options)
-        return seats, prepare(plan, options, leads=worker == 0)
+        return seats, read_inputs(plan, options, leads=worker == 0)
     except UserError:
         if role.local_rank == 0 or worker == 0:  # the leader reads what others do not
             raise
@@ -67,68 +84,63 @@ def _begin(
 
 
 def _warn_of_cpu(plan: Plan, options: RunOptions) -> None:
-    """A plan for cards on a machine that has none is a trial, and should look like one."""
+    """A plan for GPUs on a machine that has none is a trial, and should look like one."""
     types = {device for stage in plan.stages for device in stage.devices}
     cards = sorted(name for name in types if plan.cluster.kind_of(name) == "gpu")
     if cards:
         console(options.quiet).print(
-            f"warning: the plan is for {', '.join(cards)} and torch sees no card here: its stages "
+            f"warning: the plan is for {', '.join(cards)}, but torch sees no GPU here: its stages "
             "run on the CPU",
             soft_wrap=True,
         )
 
 
 def _work(
-    plan: Plan, options: RunOptions, role: "Role", seats: list[Seat], prepared: Prepared
+    plan: Plan, options: RunOptions, role: "Role", seats: list[Seat], inputs: "RunInputs"
 ) -> FailedRequests | None:
     """What follows once every process knows its seat."""
     import torch
 
-    from llmpq.evaluation.pipeline_loss import follow_text
     from llmpq.reliability.ending import SUPERVISED
     from llmpq.reliability.monitor import restarts
     from llmpq.runtime.process import all_gather, connect
 
     worker, _ = seats[role.rank]
-    results = open_results(plan, options, prepared) if worker == 0 else None
+    results = open_results(plan, options, inputs) if worker == 0 else None
     under_torchrun = role.size > 1 and SUPERVISED not in os.environ
-    ends = results is not None and needs_no_engine(results, prepared, options, restarts() > 0)
+    ends = results is not None and needs_no_engine(results, inputs, options, restarts() > 0)
     if any(int(told) for told in all_gather(torch.tensor(int(ends)), role)):  # the leader told it
         if results is None:
             return None
         with closing(results):
-            say_first(plan, options, prepared, results)
-        return told_outcome(results, prepared, options, under_torchrun)
+            say_first(plan, options, inputs, results)
+        return outcome(results, inputs.led_prompts, options, under_torchrun, "")
     device = _claim_device(plan, options, role, seats)
     transport, group = connect(role, device, stage_ranks(plan, seats))
     try:
-        engine = _engine(plan, options, prepared, device, transport, group)
+        engine = _engine(plan, options, inputs, device, transport, group)
         stage = engine.worker.stage
         if stage.shard.leads:
             say_kernels(plan, transport.rank, device, stage.dtype, worker == 0, options.quiet)
         graphs_note = say_engine(engine, options.quiet)
-        if results is not None:
-            report, served = lead(engine, plan, options, prepared, results)
+        if results is None:
+            _follow(engine, options)
             say_engine(engine, options.quiet, graphs_note)
-            dtype = stage.dtype
-            del engine, stage  # its memory is wanted for the layers of the 16-bit model
-            bad = finish(report, served, options, prepared, dtype, device)
-            return told_outcome(results, prepared, options, under_torchrun, dtype, bad)
-        else:
-            engine.start_clock(trace=options.trace is not None)
-            engine.follow()
-            say_engine(engine, options.quiet, graphs_note)
-            engine.measure(with_hashes(options))
-            if options.trace is not None:
-                engine.trace()
-            if options.check_quality:
-                follow_text(engine)
+            return None
+        report, served = _lead(engine, plan, options, inputs, results)
+        say_engine(engine, options.quiet, graphs_note)
+        dtype = stage.dtype
+        del engine, stage  # its memory is wanted for the layers of the 16-bit model
+        unmeasured = _finish(report, served, options, inputs, dtype, device)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise InfeasibleError(
             f"stage {transport.rank} ran out of memory on {device}: {reason}"
         ) from None
-    return None
+    failed = outcome(results, inputs.led_prompts, options, under_torchrun, str(dtype))
+    if failed is None or unmeasured is None:
+        return failed or unmeasured
+    return FailedRequests(f"{unmeasured}\n{failed}")
 
 
 def _claim_device(plan: Plan, options: RunOptions, role: "Role", seats: list[Seat]) -> Any:
@@ -156,7 +168,7 @@ def _claim_device(plan: Plan, options: RunOptions, role: "Role", seats: list[Sea
 def _engine(
     plan: Plan,
     options: RunOptions,
-    prepared: Prepared,
+    inputs: "RunInputs",
     device: Any,
     transport: Any,
     group: "ShardGroup | None",
@@ -173,20 +185,231 @@ def _engine(
         console(options.quiet).print(warning, soft_wrap=True)
     if options.cache_dir is not None and device.type == "cuda":
         keep_kernels_in(options.cache_dir)
-    with shown_loading(plan, transport.rank, options, prepared.cache, group) as packed:
+    with shown_loading(plan, transport.rank, options.quiet, inputs.cache, group) as packed:
         return Engine(
             plan,
-            prepared.config,
-            prepared.weights,
+            inputs.config,
+            inputs.weights,
             transport,
             dtype,
             device,
             Sampling(options.temperature, options.top_k, options.top_p, options.seed),
-            prepared.eos_ids,
-            roundings=prepared.roundings,
+            inputs.eos_ids,
+            roundings=inputs.roundings,
             packed=packed,
             group=group,
             graphs=options.graphs,
             batch_invariant=options.batch_invariant,
-            on_compiled=shown_compiling(transport.rank, options),
+            on_compiled=_shown_compiling(transport.rank, options.quiet),
         )
+
+
+# ---- loading
+
+
+@contextmanager
+def shown_loading(
+    plan: Plan,
+    rank: int,
+    quiet: bool,
+    cache: "PackedCache | None",
+    shares: "ShardGroup | None" = None,
+) -> "Iterator[WeightCache]":
+    """`cache`, or none, that shows how far it has filled the stage of `rank`.
+
+    Of workers that share the stage only the first one does.
+    """
+    from llmpq.checkpoint.packed_cache import NO_CACHE
+    from llmpq.render.progress import progress
+
+    stage, alone = plan.stages[rank], len(plan.stages) == 1
+    quiet = quiet or (shares is not None and shares.rank > 0)
+    what = "loading, layers" if alone else f"stage {rank}: loading, layers"
+    with progress(console(quiet) if alone else _lines(quiet), what, stage.num_layers) as shown:
+        yield _ShownCache(cache or NO_CACHE, stage.first_layer, shown)
+
+
+def _shown_compiling(rank: int, quiet: bool) -> Callable[[int, int], None]:
+    """Says every few seconds how many kernels of a stage are compiled."""
+    out, last_s = _lines(quiet), [time.monotonic()]
+
+    def tell(done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - last_s[0] >= COMPILING_EVERY_S:
+            last_s[0] = now
+            out.print(f"stage {rank}: compiled {done} of {total} kernels")
+
+    return tell
+
+
+def _lines(quiet: bool) -> "Console":
+    """Standard error without bars, which several processes cannot share."""
+    from llmpq.render.console import WIDTH, PlainConsole
+
+    return PlainConsole(quiet=quiet, force_terminal=False, width=WIDTH)
+
+
+class _ShownCache:
+    """Shows which tensor is next before it is filled in."""
+
+    def __init__(self, inner: "WeightCache", first_layer: int, shown: "Progress") -> None:
+        self._inner, self._first, self._shown, self._done = inner, first_layer, shown, 0
+
+    def fill(
+        self,
+        raw: "RawTensor",
+        name: str,
+        read: "Callable[[], Tensor]",
+        take: "Callable[[Tensor], None]",
+    ) -> None:
+        """As the cache does."""
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        self._done = numbers[0] - self._first if numbers else self._done
+        self._shown.update(self._done, name)
+        self._inner.fill(raw, name, read, take)
+
+
+# ---- the batch
+
+
+def open_results(plan: Plan, options: RunOptions, inputs: "RunInputs") -> "Results | ResultStream":
+    """The output, before anything is loaded: a restart must not take an older one for its own."""
+    from llmpq.prompts.result_lines import Writer
+    from llmpq.prompts.result_stream import ResultStream
+    from llmpq.reliability.journal import Results
+
+    prompts, chosen = inputs.led_prompts, options.output_format
+    writer = Writer(prompts.form if chosen == "auto" else chosen, Path(plan.model.name).name)
+    if options.streams:
+        return ResultStream(writer)
+    return Results(
+        options.output,
+        options.resume,
+        options.fsync,
+        _identity(plan, options) | {"weights": inputs.weights.fingerprint},
+        prompts.checksums() if options.resume else None,
+        options.keep_errors,
+        writer,
+    )
+
+
+def _identity(plan: Plan, options: RunOptions) -> dict[str, object]:
+    """What results must have in common to lie in one file."""
+    return {
+        "model": f"{Path(plan.model.name).name} {plan.model.model_key}",
+        "precisions": ",".join(plan.precisions),
+        "quantizer": plan.quantizer.method,
+        "dtype": options.dtype,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "seed": options.seed,
+        "ignore_eos": options.ignore_eos,
+    }
+
+
+def needs_no_engine(
+    results: "Results | ResultStream", inputs: "RunInputs", options: RunOptions, restarted: bool
+) -> bool:
+    """Whether every request is done, and nothing is asked for that only a loaded model tells.
+
+    `restarted`: torchrun has started this run again; what failed in it has been reported.
+    """
+    if len(results.finished) < len(inputs.led_prompts):
+        return False
+    measures = options.check_quality or options.trace is not None or options.has_report
+    return not measures or (restarted and bool(results.failed))
+
+
+def _follow(engine: Any, options: RunOptions) -> None:
+    """The part of a worker that does not lead."""
+    from llmpq.evaluation.pipeline_loss import follow_text
+
+    engine.start_clock(trace=options.trace is not None)
+    engine.follow()
+    engine.measure(options.has_report)
+    if options.trace is not None:
+        engine.trace()
+    if options.check_quality:
+        follow_text(engine)
+
+
+def _lead(
+    engine: Any,
+    plan: Plan,
+    options: RunOptions,
+    inputs: "RunInputs",
+    results: "Results | ResultStream",
+) -> "tuple[Report, Loss | None]":
+    """Runs the requests; the report, and the served weights' loss if checked."""
+    from llmpq.evaluation.pipeline_loss import lead_text
+    from llmpq.render.progress import progress
+    from llmpq.render.trace_file import write_measured
+    from llmpq.runtime.collector import Collector, samplings_of, stops_of
+    from llmpq.runtime.sampler import Sampling
+
+    out, prompts = console(options.quiet), inputs.led_prompts
+    say_first(plan, options, inputs, results)
+    todo = prompts.todo(results.finished)
+    run = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    with progress(out, "requests", len(todo)) as shown, closing(results):
+        collector = Collector(results, inputs.tokenizer, shown.update, shown.is_due)
+        collector.refuse(prompts)
+        engine.start_clock(trace=options.trace is not None)
+        collector.started = time.perf_counter()
+        engine.lead(
+            todo,
+            prompts.request,
+            collector.finish,
+            collector.after_job,
+            options.refill,
+            options.prefill_chunk,
+            samplings_of(prompts, run),
+            stops_of(inputs.tokenizer),
+        )
+        total_s = time.perf_counter() - collector.started
+        results.check_files()
+        stages = engine.measure(options.has_report)
+    if options.trace is not None:
+        write_measured(options.trace, plan, engine.trace())
+    done = collector.num_done, collector.num_failed, collector.num_tokens
+    report = make_report(plan, RunCounts(*done, collector.begun_s, total_s), stages)
+    if inputs.windows is None:
+        return report, None
+    with progress(out, "checking quality, windows", len(inputs.windows)) as shown:
+        return report, lead_text(engine, inputs.windows, shown.update)
+
+
+def _finish(
+    report: Report,
+    served: "Loss | None",
+    options: RunOptions,
+    inputs: "RunInputs",
+    dtype: Any,
+    device: Any,
+) -> FailedRequests | None:
+    """When the other stages are done: the 16-bit model for comparison, and the report.
+
+    Returns what to say where the quality could not be measured.
+    """
+    from llmpq.evaluation.quality_check import check_text, compare, sixteen_bits
+    from llmpq.render.progress import progress
+
+    if served is None:
+        write_report(report, options)
+        return None
+    if options.report is not None:
+        write_json(options.report, report)  # whatever comes of the comparison
+    windows = inputs.windows
+    num_layers, out = inputs.config.num_hidden_layers, console(options.quiet)
+    with progress(out, "16 bits for comparison, layers", num_layers) as shown:
+        base = sixteen_bits(inputs.config, inputs.weights, windows, dtype, device, shown.update)
+    quality = compare(report, served, base, options.check_text, windows.shape[1])
+    write_report(report.model_copy(update={"quality": quality}), options)
+    if quality is None:
+        return FailedRequests(
+            f"the quality could not be measured: the loss on {check_text(options.check_text).name} "
+            "is not a finite number, as activations became NaN or infinite"
+        )
+    show_quality(quality, options)
+    return None

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from llmpq.artifact import write_json
 from llmpq.cli import eval as eval_module
 from llmpq.cli import plan, profile, run
-from llmpq.cli.common import FiniteRange
+from llmpq.cli.options import FiniteRange
 from llmpq.cli.paths import check_files, model_files
 from llmpq.errors import UserError
 from llmpq.model_lookup import load_model_spec

@@ -1,14 +1,14 @@
-"""Chrome traces (chrome://tracing, Perfetto): a process a stage, with its link as a thread."""
+"""Chrome traces (chrome://tracing, Perfetto): one process per stage, with its link as a thread."""
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llmpq.plan_data import Plan
 
-Event = dict[str, Any]
+Event = dict[str, object]
 
 
 def stage_names(plan: "Plan") -> Iterator[Event]:
@@ -23,9 +23,9 @@ def stage_names(plan: "Plan") -> Iterator[Event]:
         yield _metadata("process_name", stage.rank, {"name": title})
         yield _metadata("process_sort_index", stage.rank, {"sort_index": stage.rank})
         for thread, name in ((0, title), (1, names[2 * stage.rank + 1])):
-            place = 2 * stage.rank + thread
-            yield _metadata("thread_name", stage.rank, {"name": name}, place)
-            yield _metadata("thread_sort_index", stage.rank, {"sort_index": place}, place)
+            number = 2 * stage.rank + thread
+            yield _metadata("thread_name", stage.rank, {"name": name}, number)
+            yield _metadata("thread_sort_index", stage.rank, {"sort_index": number}, number)
 
 
 def call(
@@ -38,9 +38,9 @@ def call(
     on_link: int = 0,
 ) -> Event:
     """Something that a stage, or the link after it, does; `kind` is its phase."""
-    place = {"pid": stage, "tid": 2 * stage + on_link}
-    event = {"name": name, "cat": kind, "ph": "X", "ts": start_us, "dur": length_us}
-    return event | place | {"args": args}
+    where: Event = {"pid": stage, "tid": 2 * stage + on_link}
+    event: Event = {"name": name, "cat": kind, "ph": "X", "ts": start_us, "dur": length_us}
+    return event | where | {"args": args}
 
 
 def write_events(path: Path, events: Sequence[Event]) -> None:
@@ -50,6 +50,21 @@ def write_events(path: Path, events: Sequence[Event]) -> None:
     write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
 
 
+def write_measured(path: Path, plan: "Plan", spans: Sequence[Sequence[Sequence[float]]]) -> None:
+    """Writes what every stage of a run computed, as the simulator's trace shows what it expects.
+
+    `spans`: for each stage, calls as (is prefill, micro-batch, tokens, start and end in seconds).
+    """
+    events = list(stage_names(plan))
+    for rank, calls in enumerate(spans):
+        for prefill, micro_batch, tokens, start_s, end_s in calls:
+            kind = "prefill" if prefill else "decode"
+            name = f"{kind} {micro_batch:.0f} x {tokens:.0f}"
+            sizes: Event = {"requests": int(micro_batch), "tokens": int(tokens)}
+            events.append(call(rank, kind, name, 1e6 * start_s, 1e6 * (end_s - start_s), sizes))
+    write_events(path, events)
+
+
 def _metadata(name: str, pid: int, values: Event, tid: int | None = None) -> Event:
-    thread = {} if tid is None else {"tid": tid}
+    thread: Event = {} if tid is None else {"tid": tid}
     return {"name": name, "ph": "M", "pid": pid, "args": values} | thread
