@@ -289,49 +289,16 @@ def show_results(
     """Tells and writes what was found; raises `FailedRequests` where that is not a number."""
     from llmpq.evaluation.eval_report import WHY, failures, report_data
     from llmpq.evaluation.evaluate import window_tokens
+    from llmpq.render.eval_view import print_rows, print_scores
 
     window = window_tokens(options.window, max_positions)
     emit(json.dumps(report_data(rows, scores, method, window), indent=1), options.json_path)
     out = report_console(options.quiet, options.json_path)
-    if rows:
-        out.print(_table(rows, options.verbose))
-    if scores:
-        out.print(_task_table(scores))
+    print_rows(out, rows, options.verbose)
+    print_scores(out, scores)
     if failed := failures(rows, scores):
         count = len(rows) + len(scores)
         raise FailedRequests(f"{len(failed)} of {count} failed: {', '.join(failed)}: {WHY}")
-
-
-def _table(rows: "list[EvalRow]", verbose: bool) -> Any:
-    from rich.table import Table
-
-    streamed = any(row.divergence is not None for row in rows)
-    last = "KL from 16 bits" if streamed else "weights MiB"
-    table = Table("what", "text", "perplexity", "tokens", last)
-    for row in rows:
-        name = row.subject.name
-        name += f" ({' '.join(row.subject.precisions)})" if verbose else ""
-        held = "-" if row.weight_bytes is None else f"{row.weight_bytes / 1024**2:.2f}"
-        cell = f"{row.divergence:.5f}" if row.divergence is not None else held
-        table.add_row(name, row.text, f"{row.loss.perplexity:.4f}", str(row.loss.num_tokens), cell)
-    return table
-
-
-def _task_table(scores: "Scores") -> Any:
-    from rich.table import Table
-
-    table = Table("what", "task", "few-shot", "metric", "value", "samples")
-    for subject, score in scores:
-        error = "" if score.error is None else f" ± {score.error:.4f}"
-        table.add_row(
-            subject.name,
-            score.task,
-            str(score.num_fewshot),
-            score.metric,
-            f"{score.value:.4f}{error}",
-            str(score.num_samples),
-        )
-    return table
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Identical cards are measured once. A run that was killed goes on with its samples.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,11 +29,10 @@ from llmpq.profile_data import Profile
 
 if TYPE_CHECKING:
     from llmpq.profiler.devices import Card
-    from llmpq.profiler.layer_profile import LayerRequest, Profiled, Target
+    from llmpq.profiler.layer_profile import LayerRequest, Target
     from llmpq.profiler.layers import Moment
 
 LISTS = ("prefill_micro_batches", "decode_micro_batches", "prompt_tokens", "past_tokens")
-MAX_TABLE_ROWS = 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +112,7 @@ def _measure(target: "Target", request: "LayerRequest", options: LayersOptions) 
     """Measures one device and writes its profile."""
     from llmpq.costs.fits import chosen_models, worst
     from llmpq.profiler.layer_profile import profile_device
+    from llmpq.render.profile_view import print_layers
     from llmpq.render.progress import progress
 
     out, budget_s = console(options.quiet), round(request.budget_s)
@@ -132,8 +131,11 @@ def _measure(target: "Target", request: "LayerRequest", options: LayersOptions) 
     done.partial.remove()
     count, key = len(done.measured.rows), request.spec.model_key
     out.print(f"{count} measurements of {key} -> {target.output}")
-    if not options.quiet:
-        _show(done, options)
+    print_layers(
+        report_console(options.quiet, options.json_path), done.measured.rows, done.precisions
+    )
+    for note in done.profile.notes:
+        out.print(f"note: {note}")
     return profile
 
 
@@ -201,28 +203,3 @@ def _check_several(options: LayersOptions, names: list[str]) -> None:
         )
     if options.device_type:
         raise UserError(f"--type {options.device_type}: {what}; give --device cuda:N with it")
-
-
-def _show(done: "Profiled", options: LayersOptions) -> None:
-    """Milliseconds per layer, shape by precision, a part of them where there are many; notes."""
-    from rich.table import Table
-
-    from llmpq.profiler.layer_profile import row_key
-
-    out, precisions = report_console(options.quiet, options.json_path), done.precisions
-    rows = [row for row in done.measured.rows if row.phase in ("prefill", "decode")]
-    times = {row_key(row)[1:]: row.time_ms for row in rows}
-    shapes = sorted({row_key(row)[2:] for row in rows}, key=lambda s: (s[0] == "decode", *s[1:]))
-    full = [s for s in shapes if all((p, *s) in times for p in precisions)] or shapes
-    shown: Sequence[tuple[str, int, int, int]] = full[:: -(-len(full) // MAX_TABLE_ROWS) or 1]
-    table = Table("ms per layer", *(f"{p} bits" for p in precisions))
-    for shape in shown:
-        phase, count, prompt, past = shape
-        figures = [f"{times[p, *shape]:.3f}" if (p, *shape) in times else "-" for p in precisions]
-        length = f"{past} tokens past" if past else f"{prompt} tokens each"
-        table.add_row(f"{phase} {count} x {length}", *figures)
-    out.print(table)
-    if len(shown) < len(shapes):
-        out.print(f"{len(shown)} of {len(shapes)} shapes shown")
-    for note in done.profile.notes:
-        console(options.quiet).print(f"note: {note}")

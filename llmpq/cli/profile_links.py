@@ -18,7 +18,7 @@ from llmpq.cli.options import CommonOptions, DeviceName, FiniteRange, command, o
 from llmpq.cli.paths import check_files
 from llmpq.cluster import Cluster, load_cluster
 from llmpq.errors import UserError
-from llmpq.link_data import Links, link_line, with_links
+from llmpq.link_data import Links, with_links
 
 if TYPE_CHECKING:
     from llmpq.runtime.process import Role
@@ -119,6 +119,7 @@ def _tell(
 ) -> None:
     """Writes the result and reports it."""
     from llmpq.profiler.links import planning_links
+    from llmpq.render.profile_view import print_links
 
     nodes, between = planning_links(pairs)
     found = Links(
@@ -130,33 +131,10 @@ def _tell(
     )
     write_json(options.output, found)
     emit(found.model_dump_json(indent=1), options.json_path)
-    _show(found, options)
+    print_links(report_console(options.quiet, options.json_path), found)
     if cluster is not None:
         _use(options, cluster, found)
     console(options.quiet).print(f"{len(pairs)} pairs by {backend} -> {options.output}")
-
-
-def _show(found: Links, options: LinksOptions) -> None:
-    """The matrix, and lines for a cluster file."""
-    from rich.table import Table
-
-    out = report_console(options.quiet, options.json_path)
-    size = 1 + max(pair.source for pair in found.pairs)
-    cells = {(pair.source, pair.destination): pair for pair in found.pairs}
-    table = Table("us, GB/s: from", *(f"to {rank}" for rank in range(size)))
-    for source in range(size):
-        line = [cells.get((source, destination)) for destination in range(size)]
-        texts = [f"{p.latency_us:.0f}, {p.bandwidth_gbs:.2f}" if p else "-" for p in line]
-        table.add_row(f"{source} ({cells[source, (source + 1) % size].source_node})", *texts)
-    out.print(table)
-    shared = [p.shared_bandwidth_gbs for p in found.pairs if p.shared_bandwidth_gbs]
-    out.print(f"all neighbours at once: {min(shared):.2f} GB/s on the slowest hop")
-    worst = max(pair.mean_error for pair in found.pairs)
-    out.print(f"latency + bytes / bandwidth fits with a mean error of {100 * worst:.0f} % at most")
-    for node in found.nodes:
-        out.print(f"link: {link_line(node.link)}  # inside {node.node}")
-    if found.between_nodes:
-        out.print(f"link: {link_line(found.between_nodes)}  # between nodes")
 
 
 def _use(options: LinksOptions, cluster: Cluster, found: Links) -> None:

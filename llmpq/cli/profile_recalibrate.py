@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmpq.planner.recalibration import Recalibration, Replanned, TypeResult
-    from llmpq.planner.recalibration_report import FactorRow, PastRuns, RunRow, StageRow
-
-ENDS = ("embedding", "head", "call")  # parts that are shown where they are told apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +49,7 @@ def recalibrate(options: RecalibrateOptions) -> None:
     from llmpq.artifact import SCHEMA_VERSION, Provenance
     from llmpq.planner.recalibration import replanned, type_result
     from llmpq.planner.recalibration_report import past_runs
+    from llmpq.render.profile_view import print_past_runs
     from llmpq.render.progress import progress
 
     asked = _read(options)
@@ -60,8 +58,7 @@ def recalibrate(options: RecalibrateOptions) -> None:
     written = _write(options.output, asked, results)
     past = past_runs(asked, results)
     out = report_console(options.quiet, options.json_path)
-    _show_factors(past.factors, out, options.verbose)
-    _show_stages(past, out)
+    print_past_runs(out, past, options.verbose)
     for note in past.notes:
         console(options.quiet).print(f"note: {note}")
     with progress(console(options.quiet), "planning", 1) as bar:
@@ -130,39 +127,6 @@ def _write(output: Path, asked: "Recalibration", results: "Sequence[TypeResult]"
         data = value.model_dump(mode="json", exclude_none=True)
         write_text(output / f"{name}.yaml", yaml.safe_dump(data, sort_keys=False))
     return written
-
-
-def _show_factors(factors: "Sequence[FactorRow]", out: "Console", verbose: bool) -> None:
-    from rich.table import Table
-
-    table = Table("device type", "part", "phase", "measured / predicted", "residual")
-    for row in factors:
-        if row.told_apart or verbose or row.part not in ENDS:
-            name = f"layers, {row.part} bits" if row.part.isdigit() else row.part
-            value = f"{row.factor:.3f}" + ("" if row.told_apart else " (joint)")
-            spread = f"+- {row.spread_percent:.1f} %"
-            table.add_row(row.device_type, name, row.phase or "both", value, spread)
-    out.print(table)
-
-
-def _show_stages(past: "PastRuns", out: "Console") -> None:
-    from rich.table import Table
-
-    table = Table("run", "stage", "phase", "measured s", "error before", "error after")
-    several = len(past.runs) > 1
-    for row in past.stages:
-        name = str(row.report + 1) if several else ""
-        stage = f"{row.rank} ({row.device_type})"
-        table.add_row(name, stage, row.phase, f"{row.measured_s:.3f}", *_errors(row))
-    for number, run in enumerate(past.runs, 1):
-        seconds = f"{run.measured_total_s:.3f}"
-        table.add_row(str(number) if several else "", "whole run", "", seconds, *_errors(run))
-    out.print(table)
-
-
-def _errors(row: "StageRow | RunRow") -> list[str]:
-    values = (row.error_before_percent, row.error_after_percent)
-    return ["-" if value is None else f"{value:+.1f} %" for value in values]
 
 
 def _tell_next(

@@ -13,24 +13,14 @@ from llmpq.artifact import write_json
 from llmpq.cli.common import console, emit, report_console
 from llmpq.cli.options import DtypeName, PrecisionNames, TorchOptions, command, option
 from llmpq.cli.paths import check_files, model_files
-from llmpq.cluster import MIB
 from llmpq.errors import UserError
 from llmpq.model_lookup import DEFAULT_MODEL
 from llmpq.model_spec import ASSETS
 from llmpq.quantizer import Method as QuantizerName
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from llmpq.profile_data import LayerSensitivity, Sensitivity
+    from llmpq.profile_data import Sensitivity
     from llmpq.profiler.sensitivity_run import SensitivityJob
-
-UNITS = {
-    "measured": "divergence from the 16-bit model, nats per token",
-    "variance": "added variance of outputs",
-    "hessian": "squared error of outputs x top eigenvalue",
-    "random": "drawn at random",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +84,8 @@ def sensitivity(options: SensitivityOptions) -> None:
 
     Calibration statistics come from the first half of the text, the second half is measured on.
     """
+    from llmpq.render.profile_view import print_sensitivity
+
     moments = options.moments_path(Path(tempfile.gettempdir())) if options.needs_moments else None
     writes = [("-o", options.output), ("--json", options.json_path), ("--moments", moments)]
     check_files([("--text", options.text), *model_files(options.model)], writes)
@@ -106,7 +98,9 @@ def sensitivity(options: SensitivityOptions) -> None:
     result = _measured(options)
     write_json(options.output, result)
     emit(result.model_dump_json(indent=1), options.json_path)
-    _show(result, options)
+    print_sensitivity(report_console(options.quiet, options.json_path), result)
+    for note in result.notes:
+        console(options.quiet).print(f"note: {note}")
 
 
 def _measured(options: SensitivityOptions) -> "Sensitivity":
@@ -164,40 +158,3 @@ def _job(options: SensitivityOptions) -> "SensitivityJob":
         options.max_windows,
         options.moment_tokens,
     )
-
-
-def _show(result: "Sensitivity", options: SensitivityOptions) -> None:
-    out = report_console(options.quiet, options.json_path)
-    lower = {p: values for p, values in result.table().items() if p != "16"}
-    text = f"{result.calibration.num_tokens:,} tokens of {result.calibration.source}"
-    out.print(f"{result.indicator}, {result.method}, on {text}: {UNITS[result.indicator]}")
-    out.print(_table(lower, result.num_layers))
-    parts = [row for row in result.layers if row.part != "layer"]
-    for part in dict.fromkeys(row.part for row in parts):
-        out.print(f"of its {part} alone")
-        out.print(_table(_by_precision(parts, part), result.num_layers))
-    fit = result.fit
-    out.print(
-        f"rise of perplexity = exp({fit.scale:.4g} x sum) - 1 on average, and budgets are kept "
-        f"with {fit.upper_scale:.4g}; mean error {fit.mean_abs_error_percent:.2f} points over "
-        f"{fit.num_plans} plans"
-    )
-    memory = f"{(result.peak_memory_bytes or 0) / MIB:.0f} MiB"
-    out.print(f"quantizer {result.quantizer.method}; {result.seconds:.1f} s, {memory} at the peak")
-    for note in result.notes:
-        console(options.quiet).print(f"note: {note}")
-
-
-def _by_precision(rows: "list[LayerSensitivity]", part: str) -> dict[str, list[float]]:
-    chosen = [row for row in rows if row.part == part]
-    names = dict.fromkeys(row.precision for row in chosen)
-    return {name: [r.sensitivity for r in chosen if r.precision == name] for name in names}
-
-
-def _table(values: dict[str, list[float]], num_layers: int) -> "Table":
-    from rich.table import Table
-
-    table = Table("layer", *(f"{precision} bits" for precision in values))
-    for layer in range(num_layers):
-        table.add_row(str(layer), *(f"{column[layer]:.3g}" for column in values.values()))
-    return table

@@ -1,15 +1,13 @@
 """One worker's part of `llmpq-run`: input is read, the stage loaded, the batch run, and told.
 
-The worker that leads writes results, the trace and the report. Every stage shows how far it has
-loaded, as the slowest may be any of them: a line every few seconds, or a bar where there is only
-one.
+The worker that leads writes results, the trace and the report.
 """
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,20 +29,13 @@ from llmpq.run_report import Report, RunCounts, make_report
 from llmpq.seats import Seat, stage_ranks
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from torch import Tensor
 
-    from llmpq.checkpoint.packed_cache import PackedCache, WeightCache
     from llmpq.evaluation.evaluate import Loss
     from llmpq.models.sharding import ShardGroup
-    from llmpq.models.stage_model import RawTensor
     from llmpq.prompts.result_stream import ResultStream
     from llmpq.reliability.journal import Results
-    from llmpq.render.progress import Progress
     from llmpq.runtime.process import Role
     from llmpq.runtime.run_inputs import RunInputs
-
-COMPILING_EVERY_S = 2.0
 
 
 def work(
@@ -174,7 +165,9 @@ def _engine(
     group: "ShardGroup | None",
 ) -> Any:
     """This process's stage, its weights loaded."""
+    from llmpq.checkpoint.packed_cache import NO_CACHE
     from llmpq.quant.humming_jit import keep_kernels_in
+    from llmpq.render.loading import shown_compiling, shown_loading
     from llmpq.runtime.engine import Engine
     from llmpq.runtime.process import choose_dtype
     from llmpq.runtime.sampler import Sampling
@@ -185,7 +178,9 @@ def _engine(
         console(options.quiet).print(warning, soft_wrap=True)
     if options.cache_dir is not None and device.type == "cuda":
         keep_kernels_in(options.cache_dir)
-    with shown_loading(plan, transport.rank, options.quiet, inputs.cache, group) as packed:
+    quiet = options.quiet or (group is not None and group.rank > 0)  # one of those that share it
+    cache = inputs.cache or NO_CACHE
+    with shown_loading(plan, transport.rank, quiet, cache) as packed:
         return Engine(
             plan,
             inputs.config,
@@ -200,73 +195,8 @@ def _engine(
             group=group,
             graphs=options.graphs,
             batch_invariant=options.batch_invariant,
-            on_compiled=_shown_compiling(transport.rank, options.quiet),
+            on_compiled=shown_compiling(transport.rank, options.quiet),
         )
-
-
-# ---- loading
-
-
-@contextmanager
-def shown_loading(
-    plan: Plan,
-    rank: int,
-    quiet: bool,
-    cache: "PackedCache | None",
-    shares: "ShardGroup | None" = None,
-) -> "Iterator[WeightCache]":
-    """`cache`, or none, that shows how far it has filled the stage of `rank`.
-
-    Of workers that share the stage only the first one does.
-    """
-    from llmpq.checkpoint.packed_cache import NO_CACHE
-    from llmpq.render.progress import progress
-
-    stage, alone = plan.stages[rank], len(plan.stages) == 1
-    quiet = quiet or (shares is not None and shares.rank > 0)
-    what = "loading, layers" if alone else f"stage {rank}: loading, layers"
-    with progress(console(quiet) if alone else _lines(quiet), what, stage.num_layers) as shown:
-        yield _ShownCache(cache or NO_CACHE, stage.first_layer, shown)
-
-
-def _shown_compiling(rank: int, quiet: bool) -> Callable[[int, int], None]:
-    """Says every few seconds how many kernels of a stage are compiled."""
-    out, last_s = _lines(quiet), [time.monotonic()]
-
-    def tell(done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - last_s[0] >= COMPILING_EVERY_S:
-            last_s[0] = now
-            out.print(f"stage {rank}: compiled {done} of {total} kernels")
-
-    return tell
-
-
-def _lines(quiet: bool) -> "Console":
-    """Standard error without bars, which several processes cannot share."""
-    from llmpq.render.console import WIDTH, PlainConsole
-
-    return PlainConsole(quiet=quiet, force_terminal=False, width=WIDTH)
-
-
-class _ShownCache:
-    """Shows which tensor is next before it is filled in."""
-
-    def __init__(self, inner: "WeightCache", first_layer: int, shown: "Progress") -> None:
-        self._inner, self._first, self._shown, self._done = inner, first_layer, shown, 0
-
-    def fill(
-        self,
-        raw: "RawTensor",
-        name: str,
-        read: "Callable[[], Tensor]",
-        take: "Callable[[Tensor], None]",
-    ) -> None:
-        """As the cache does."""
-        numbers = [int(part) for part in name.split(".") if part.isdigit()]
-        self._done = numbers[0] - self._first if numbers else self._done
-        self._shown.update(self._done, name)
-        self._inner.fill(raw, name, read, take)
 
 
 # ---- the batch

@@ -75,7 +75,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Profiled:
+class LayerProfile:
     """A profile, what was measured for it now, and at which precisions."""
 
     profile: Profile
@@ -90,7 +90,7 @@ def profile_device(
     choose: Choose,
     on_resume: Callable[[int], None],
     on_visit: Callable[[Moment], None],
-) -> Profiled:
+) -> LayerProfile:
     """Measures one device. `choose`: names the shapes to measure next (`costs.fits.worst`).
 
     `on_resume` is told how many cells a killed run has left. Raises `UserError` for shapes and
@@ -121,7 +121,7 @@ def profile_device(
         provenance=Provenance.here(described.name),
     )
     profile = extended(profile, old) if old else profile
-    return Profiled(profile, measured, grid.precisions, partial)
+    return LayerProfile(profile, measured, grid.precisions, partial)
 
 
 def make_grid(request: LayerRequest, target: Target) -> Grid | Ranges:

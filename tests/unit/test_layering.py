@@ -110,9 +110,9 @@ CAKE = [
     Part(
         "8",
         "render",
-        _names("nouns costs planner dry_run"),
-        _names("pydantic rich"),
-        _names("matplotlib"),
+        _names("nouns costs planner dry_run models checkpoint evaluation"),
+        _names("rich"),
+        _names("torch matplotlib"),
     ),
     Part(
         "9",

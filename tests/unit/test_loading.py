@@ -11,9 +11,9 @@ from llmpq.artifact import parse_json, write_text
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.packed_cache import NO_CACHE
-from llmpq.cli.run_work import shown_loading
 from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import LayerRange, load_config
+from llmpq.render.loading import shown_loading
 from llmpq.runtime.run_inputs import RunFiles, open_cache
 from llmpq.runtime.weights_hash import weights_hash
 
@@ -102,7 +102,7 @@ def test_loading_shows_layers_of_the_stage_as_they_come(monkeypatch, stages):
         stages=[SimpleNamespace(first_layer=i * cut, num_layers=cut) for i in range(stages)]
     )
     rank, first = stages - 1, 8 - cut
-    with shown_loading(plan, rank, False, None) as cache:
+    with shown_loading(plan, rank, False, NO_CACHE) as cache:
         shown = load(Checkpoint(TINY_TALES), first, 8, cache)
     assert named == [("stage 1: loading, layers" if stages > 1 else "loading, layers", cut)]
     assert [done for done, _ in said] == sorted(done for done, _ in said)
