@@ -136,7 +136,7 @@ class Engine:
         """Loads the weights of `model_dir`; None: of the model that the plan names.
 
         `dtype`: of activations and of weights at 16 bits. `ignore_eos`: end-of-text tokens end no
-        answer. `moments`: the file of second moments, where it is not at the plan's path.
+        answer. `moments`: the file of calibration statistics, where it is not at the plan's path.
         Raises `UserError` where the model has no tokenizer or is not the plan's.
         """
         if dtype not in get_args(DtypeName):
@@ -155,7 +155,7 @@ class Engine:
         check_model(folder, plan.model, "the plan")
         config, tokenizer = load_config(folder), load_tokenizer(folder)
         if tokenizer is None:
-            raise UserError(f"{folder}: has no tokenizer, which texts need")
+            raise UserError(f"{folder}: has no tokenizer, which is needed for texts")
         self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._rules = Rules(tokenizer, limits_of(plan, config), chat=False)
         roundings = load_roundings(plan.quantizer, Path(moments) if moments else None)
@@ -216,9 +216,11 @@ def _require(is_right: bool, name: str, expected: str, value: float) -> None:
 
 
 def _refuse_one_text(values: Sequence[str] | None, name: str) -> None:
-    """A text is a sequence of texts too: of its characters."""
+    """Raises `UserError` for a single string, which is a sequence of strings too."""
     if isinstance(values, str):
-        raise UserError(f"{name} must be a list of texts, found one text; give [{values[:40]!r}]")
+        raise UserError(
+            f"{name} must be a list of strings, found a single string; give [{values[:40]!r}]"
+        )
 
 
 def _inputs(

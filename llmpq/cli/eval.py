@@ -42,7 +42,7 @@ class EvalOptions(TorchOptions):
         "Uniform precisions to evaluate as well.", type=PrecisionNames()
     )
     quantizer: QuantizerName | None = option(
-        "Of --precisions; default: gptq with --moments, else rtn."
+        "How weights at --precisions are rounded; default: gptq with --moments, else rtn."
     )
     moments: Path | None = option(
         "Calibration statistics for gptq; default: the file that the plan names."
@@ -54,7 +54,10 @@ class EvalOptions(TorchOptions):
         type=click.Path(path_type=Path),
     )
     dataset: tuple[str, ...] = option(
-        "Well-known texts.", multiple=True, default=(), type=click.Choice(list(DATASETS))
+        "Well-known data sets as texts.",
+        multiple=True,
+        default=(),
+        type=click.Choice(list(DATASETS)),
     )
     data: Path | None = option(
         "Folder with the files of --dataset; default: $LLMPQ_DATA, else the hub.",
@@ -64,7 +67,9 @@ class EvalOptions(TorchOptions):
         "Tokens per window; default: the model's positions, 2048 at most.",
         type=click.IntRange(min=2),
     )
-    max_windows: int | None = option("Default: the whole text.", type=click.IntRange(min=1))
+    max_windows: int | None = option(
+        "Windows per text; default: all of them.", type=click.IntRange(min=1)
+    )
     tasks: tuple[str, ...] | None = option(
         "Tasks of lm-eval: piqa,lambada_openai,arc_easy.", type=Listed()
     )

@@ -49,7 +49,7 @@ class Listed(click.ParamType):
             return value
         words = dict.fromkeys(part.strip() for part in str(value).split(",") if part.strip())
         if not words:
-            self.fail(f"{value!r} names nothing", param, ctx)
+            self.fail(f"{value!r} names nothing; expected values with commas between", param, ctx)
         return self.parsed(tuple(words), param, ctx)
 
     def parsed(self, words: tuple[str, ...], param: Any, ctx: Any) -> tuple[Any, ...]:
@@ -117,8 +117,12 @@ class CommonOptions:
 class TorchOptions(CommonOptions):
     """Options of commands that compute with a model."""
 
-    device: DeviceName = option("Where to compute.", default="auto")
-    dtype: DtypeName = option("Of activations, and of weights at 16 bits.", default="auto")
+    device: DeviceName = option(
+        "Where to compute; auto: on a GPU where there is one.", default="auto"
+    )
+    dtype: DtypeName = option(
+        "Data type of activations, and of weights at 16 bits.", default="auto"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,13 +37,13 @@ def check_files(reads: Iterable[Named], writes: Iterable[Named]) -> None:
     writes = list(writes)
     outputs = [(name, str(path)) for name, path in writes if path is not None]
     faults = [
-        f"{name} {path}: the same file is named twice (it is {other} too); give each its own"
+        f"{name} {path}: the same file is named twice (also as {other}); give each its own"
         for (name, path), (other, second) in combinations(outputs, 2)
         if path == second == "-" or _are_one(path, second)
     ]
     inputs = [(name, str(path)) for name, path in reads if path is not None]
     faults += [
-        f"{name} {path}: is {other}, which would be lost; give another path"
+        f"{name} {path}: is also {other}, which would be overwritten; give another path"
         for name, path in outputs
         for other, source in inputs
         if _are_one(path, source)

@@ -28,14 +28,14 @@ class PlanOptions(CostOptions):
         type=FiniteRange(min=0),
     )
     precisions: tuple[str, ...] | None = option(
-        "Allowed, as in 16,8,4,3 [default: all that have times]", type=Listed()
+        "Allowed precisions, as in 16,8,4,3 [default: all that have times]", type=Listed()
     )
     method: Literal[PlanningMethod, "flexgen"] = option(
-        "auto: searches and bounds the gap to the optimum; ilp: the same by the plain integer "
-        "linear program, for reference.",
+        "auto: search with a bound on the gap to the optimum; ilp: the plain integer linear "
+        "program, for reference; heuristic: local moves only; the others are baselines.",
         default="auto",
     )
-    solver: Literal["highs", "gurobi"] = option("Of linear programs.", default="highs")
+    solver: Literal["highs", "gurobi"] = option("Solver of linear programs.", default="highs")
     tensor_parallel: str = option(
         "Stages of several devices of a node, at most N; not yet measured on GPUs.",
         default="off",
@@ -51,7 +51,7 @@ class PlanOptions(CostOptions):
         type=FiniteRange(0, 1, max_open=True),
     )
     time_limit: float = option(
-        "Seconds; the best plan so far is kept.",
+        "Seconds of planning; the best plan so far is kept.",
         default=60.0,
         type=FiniteRange(min=0, min_open=True),
     )

@@ -37,7 +37,7 @@ def devices(options: DevicesOptions) -> None:
     path = options.cluster_out
     check_files([], [("--cluster-out", path), ("--json", options.json_path)])
     if path is not None and path.exists() and not options.force:
-        raise UserError(f"--cluster-out {path}: is there already; --force overwrites it")
+        raise UserError(f"--cluster-out {path}: exists already; --force overwrites it")
     library, here = device_library(), host.devices_here()
     value = {
         "here": [device.model_dump() for device in here],

@@ -39,16 +39,18 @@ LISTS = ("prefill_micro_batches", "decode_micro_batches", "prompt_tokens", "past
 class LayersOptions(CommonOptions):
     """What the command line asks for."""
 
-    model: str = option("Directory, config.json or hub id.", default=DEFAULT_MODEL)
-    dtype: DtypeName = option("Of activations, and of weights at 16 bits.", default="auto")
+    model: str = option("Directory, config.json or Hugging Face id.", default=DEFAULT_MODEL)
+    dtype: DtypeName = option(
+        "Data type of activations, and of weights at 16 bits.", default="auto"
+    )
     device: str = option("auto, cpu, cuda (each kind once) or cuda:N.", default="auto")
     threads: int | None = option("CPU threads; 1 for rehearsals.", type=click.IntRange(min=1))
     device_type: str | None = option("Name of this device type in cluster files.", "--type")
     precisions: tuple[str, ...] | None = option(
-        "Default: all that this device can serve.", type=PrecisionNames()
+        "Precisions to measure; default: all that this device can serve.", type=PrecisionNames()
     )
     grid: Literal["auto", "fixed"] | None = option(
-        "auto: from the least to the most of each list, where it helps most; default: auto "
+        "auto: shapes between the ends of each list, where they help most; default: auto "
         "without lists."
     )
     prefill_micro_batches: tuple[int, ...] | None = option(
@@ -64,7 +66,9 @@ class LayersOptions(CommonOptions):
         "Tokens in the KV cache; default: as the model allows.", type=Integers()
     )
     budget_s: float = option("Seconds of measuring.", default=120.0, type=FiniteRange(min=1))
-    resume: bool = option("Go on with a killed run's samples.", "--resume/--fresh", default=True)
+    resume: bool = option(
+        "Continue with the samples of a killed run.", "--resume/--fresh", default=True
+    )
     extend: bool = option("Keep the output's other rows of this device.", default=False)
     output: str = option(
         "A file; or a directory (DIR/), for one file per kind of card.",
@@ -118,7 +122,7 @@ def _measure(target: "Target", request: "LayerRequest", options: LayersOptions) 
     out, budget_s = console(options.quiet), round(request.budget_s)
 
     def on_resume(count: int) -> None:
-        out.print(f"going on with the samples of {count} cells; --fresh starts over")
+        out.print(f"continuing with the samples of {count} cells; --fresh starts over")
 
     with progress(out, "profiling", budget_s) as shown:
 

@@ -31,7 +31,7 @@ class LinksOptions(CommonOptions):
     """What the command line asks for."""
 
     ranks: int | None = option("Local processes, without torchrun.", type=click.IntRange(min=2))
-    device: DeviceName = option("Where messages come from.", default="auto")
+    device: DeviceName = option("Device whose messages are measured.", default="auto")
     budget_s: float = option(
         "Seconds of measuring.", default=60.0, type=FiniteRange(min=0, min_open=True)
     )
@@ -62,7 +62,7 @@ def links(options: LinksOptions) -> None:
     with one_of_several(role, AGAIN):
         if role.size < 2:
             raise UserError(
-                "one rank has no link: start two or more (torchrun --nproc-per-node 2 ...)"
+                "a single rank has no link: start two or more (torchrun --nproc-per-node 2 ...)"
             )
         if options.ranks not in (None, role.size):
             raise UserError(f"--ranks {options.ranks}: torchrun started {role.size} processes")
@@ -91,7 +91,7 @@ def _start_ranks(options: LinksOptions) -> None:
 
     cards = 0 if options.device == "cpu" else torch.cuda.device_count()
     count = options.ranks or (cards if cards > 1 else DEFAULT_RANKS)
-    why = "" if options.ranks else " (say --ranks N, or start with torchrun)"
+    why = "" if options.ranks else " (--ranks N for another number, or torchrun)"
     console(options.quiet).print(f"measuring links between {count} processes here{why}")
     names = [f"rank {rank}" for rank in range(count)]
     start_workers(["links", *command_words()], names, "llmpq.cli.profile", AGAIN)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class RecalibrateOptions(CostOptions):
     """What the command line asks for."""
 
-    report: tuple[Path, ...] = required("Of llmpq-run.", "--report", multiple=True)
-    cluster: Path | None = option("cluster.yaml, where it is not the plan's any more.")
+    report: tuple[Path, ...] = required("report.json of llmpq-run.", "--report", multiple=True)
+    cluster: Path | None = option("cluster.yaml, where it is no longer the plan's.")
     profiles: Path | None = option("Folder of the profiles that the plan was made with.")
     max_quality_loss: float | None = option(
         "Percent by which perplexity may rise in a new plan; default: what the plan loses.",
@@ -146,7 +146,9 @@ def _tell_next(
     out.print(f"plan that ran, at corrected times: {now}")
     out.print(f"best plan now: {best}")
     if gain is not None:
-        out.print(f"another plan is better by {gain:.1f} %" if worth else "it is still the best")
+        out.print(
+            f"another plan is better by {gain:.1f} %" if worth else "the plan is still the best"
+        )
     if changed:
         out.print(str(changed))
     if command_line:

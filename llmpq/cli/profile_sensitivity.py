@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 class SensitivityOptions(TorchOptions):
     """What the command line asks for."""
 
-    model: str = option("Directory or hub id.", default=DEFAULT_MODEL)
+    model: str = option("Directory or Hugging Face id.", default=DEFAULT_MODEL)
     text: Path | None = option("Calibration text; default: a shipped one.")
     precisions: tuple[str, ...] | None = option(
-        "Default: all that this device can serve.", type=PrecisionNames()
+        "Precisions to measure; default: all that this device can serve.", type=PrecisionNames()
     )
     indicator: Literal["measured", "variance", "hessian", "random"] = option(
         "What stands for a layer's sensitivity.", default="measured"
@@ -41,10 +41,10 @@ class SensitivityOptions(TorchOptions):
     )
     quantizer: QuantizerName = option("How weights are rounded.", default="gptq")
     moments: Path | None = option(
-        "File of calibration statistics for gptq: read where it is there, else written. Default: "
+        "File of calibration statistics for gptq: read if it exists, else written. Default: "
         "beside the output."
     )
-    remake_moments: bool = option("Write that file anew though it is there.", default=False)
+    remake_moments: bool = option("Write that file anew even if it exists.", default=False)
     moment_tokens: int = option(
         "Tokens for these statistics, at most.", default=32768, type=click.IntRange(min=1)
     )
@@ -53,15 +53,17 @@ class SensitivityOptions(TorchOptions):
         type=click.IntRange(min=1),
     )
     apart: bool = option("Attention and feed-forward of each layer as well.", default=False)
-    seed: int = option("Of --indicator random and of the plans drawn.", default=0)
+    seed: int = option("Seed of --indicator random and of the plans drawn.", default=0)
     window: int | None = option(
         "Tokens per window; default: 256 at most.", type=click.IntRange(min=2)
     )
     max_windows: int | None = option(
-        "To measure on; default: 4096 tokens (8192 with --method exact).",
+        "Windows to measure on; default: 4096 tokens (8192 with --method exact).",
         type=click.IntRange(min=1),
     )
-    dtype: DtypeName = option("Of activations, and of weights at 16 bits.", default="float32")
+    dtype: DtypeName = option(
+        "Data type of activations, and of weights at 16 bits.", default="float32"
+    )
     output: Path = option("Where to write.", "-o", "--output", default=Path("sensitivity.json"))
 
     @property

@@ -29,7 +29,8 @@ END_S = 10.0  # at most until other workers have ended, which torchrun would end
 def main(options: RunOptions) -> None:
     """Generate for every prompt with the stages of a plan.
 
-    Without torchrun the processes are started here, on this machine; under it each is one stage:
+    Without torchrun, this command starts one process per device of the plan on this machine; under
+    torchrun, each process is one of them:
 
       torchrun --nproc-per-node 3 -m llmpq.run --plan P.json --prompts IN.jsonl --output OUT.jsonl
 

@@ -23,22 +23,23 @@ FOR_REPLANNING = ("cluster", "profiles", "sensitivity", "max_quality_loss")
 class RunOptions(CostOptions, TorchOptions):
     """What the command line of `llmpq-run` asks for."""
 
-    plan: Path = required("plan.json")
+    plan: Path = required("The plan to run, a plan.json of llmpq-plan.")
     prompts: Path = required(
-        "prompts.jsonl; also OpenAI batch files, CSV, JSON arrays and Parquet, compressed or not."
+        "Requests: prompts.jsonl; also OpenAI batch files, CSV, JSON arrays, Parquet; compressed "
+        "or not."
     )
     output: Path = required(
-        "out.jsonl; '-': standard output, which keeps nothing to resume.",
+        "Results: out.jsonl; '-': standard output, which keeps nothing to resume.",
         type=click.Path(path_type=Path, allow_dash=True),
     )
     output_format: Literal["auto", "llmpq", "openai"] = option(
-        "Of OUTPUT; auto: openai (its batch output) where all prompts are OpenAI batch lines.",
+        "Format of OUTPUT; auto: openai (its batch output) if all prompts are OpenAI batch lines.",
         default="auto",
     )
     report: Path | None = option("Where to write report.json.")
     trace: Path | None = option("Where to write a Chrome trace of what ran, for Perfetto.")
     model: str | None = option("The model's directory, where it is not the plan's own.")
-    moments: Path | None = option("Calibration statistics, where not at the plan's path.")
+    moments: Path | None = option("Calibration statistics, where they are not at the plan's path.")
     check_quality: bool = option(
         "Measure the perplexity of the served weights against 16 bits.", default=False
     )
@@ -62,17 +63,22 @@ class RunOptions(CostOptions, TorchOptions):
         "When results are forced to the disk; interval: every second.", default="interval"
     )
     chat: bool = option(
-        "A prompt that is a text is a user's message: use the model's chat template.", default=False
+        "Treat a prompt that is a string as a user's message: apply the model's chat template.",
+        default=False,
     )
-    refill: bool = option("Give slots of ended requests to the next at once.", default=True)
+    refill: bool = option(
+        "Give the slots of finished requests to the next ones at once.", default=True
+    )
     prefill_chunk: int | None = option(
         "Tokens of a prompt computed at once; default: as planned.", type=click.IntRange(min=16)
     )
     graphs: bool = option("On a GPU, run decode steps as CUDA graphs.", default=True)
     batch_invariant: bool = option(
-        "No token depends on its micro-batch; may be slower.", default=False
+        "Make no token depend on its micro-batch; may be slower.", default=False
     )
-    temperature: float = option("0: greedy.", default=0.0, type=FiniteRange(min=0))
+    temperature: float = option(
+        "Sampling temperature; 0: greedy.", default=0.0, type=FiniteRange(min=0)
+    )
     top_p: float = option(
         "Draw from the most likely tokens of this total probability.",
         default=1.0,
@@ -83,7 +89,7 @@ class RunOptions(CostOptions, TorchOptions):
         default=0,
         type=click.IntRange(min=0),
     )
-    seed: int = option("Of sampling.", default=0)
+    seed: int = option("Seed of sampling.", default=0)
     ignore_eos: bool = option("Always generate all new tokens.", default=False)
     replan_on_loss: bool = option("Go on without a worker that is lost.", default=False)
     cluster: Path | None = option(

@@ -29,7 +29,6 @@ from llmpq.run_report import Report, RunCounts, make_report
 from llmpq.seats import Seat, stage_ranks
 
 if TYPE_CHECKING:
-
     from llmpq.evaluation.evaluate import Loss
     from llmpq.models.sharding import ShardGroup
     from llmpq.prompts.result_stream import ResultStream

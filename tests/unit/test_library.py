@@ -136,7 +136,7 @@ def test_what_the_engine_refuses(tmp_path: Path) -> None:
     for name, value in (("temperature", -1.0), ("top_p", 7.0), ("top_p", float("nan"))):
         with pytest.raises(UserError, match=f"'{name}' must be .*, found"):
             engine.generate(["Once"], new_tokens=2, **{name: value})
-    with pytest.raises(UserError, match="prompts must be a list of texts, found one text"):
+    with pytest.raises(UserError, match="prompts must be a list of strings, found a single string"):
         engine.generate("Once")
     with pytest.raises(UserError, match="unknown dtype 'int8'; known: float32, "):
         llmpq.Engine(plan_of(3), dtype="int8")  # type: ignore[arg-type]

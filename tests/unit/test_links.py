@@ -166,4 +166,4 @@ def test_one_rank_of_torchrun_has_no_link(monkeypatch):
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     done = CliRunner().invoke(main, ["links"])
-    assert done.exit_code == 2 and "one rank has no link" in done.output
+    assert done.exit_code == 2 and "a single rank has no link" in done.output
