@@ -78,7 +78,7 @@ def _run(options: RunOptions) -> None:
 
 def _dry_run(plan: Plan, options: RunOptions) -> None:
     """Checks all input, tells what would be done, and writes it where --json says."""
-    from llmpq.cli.run_output import report_to
+    from llmpq.cli.run_work import report_to
     from llmpq.dry_run import dry_run
     from llmpq.planner.report import print_notes
     from llmpq.render.dry_run_view import print_dry_run

@@ -4,6 +4,7 @@ The worker that leads writes results, the trace and the report.
 """
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -11,30 +12,31 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from llmpq.artifact import write_json
-from llmpq.cli.common import console
+from llmpq.cli.common import ARGUMENTS, console, emit, report_console
 from llmpq.cli.run_options import RunOptions, read_inputs
-from llmpq.cli.run_output import (
-    outcome,
-    say_engine,
-    say_first,
-    say_kernels,
-    show_quality,
-    write_report,
-)
 from llmpq.costs.float16 import run_overflow
 from llmpq.errors import FailedRequests, InfeasibleError, UserError
 from llmpq.plan_data import Plan
+from llmpq.planned_kernels import COUNTED, kernel_lines
+from llmpq.precision import PRECISIONS
 from llmpq.run_report import Report, RunCounts, make_report
 from llmpq.seats import Seat, stage_ranks
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from llmpq.evaluation.evaluate import Loss
     from llmpq.models.sharding import ShardGroup
+    from llmpq.prompts.prompts import PromptFile
     from llmpq.prompts.result_stream import ResultStream
     from llmpq.reliability.journal import Results
     from llmpq.runtime.process import Role
     from llmpq.runtime.run_inputs import RunInputs
+
+RETRIES = ("--resume", "--keep-errors")
 
 
 def work(
@@ -93,10 +95,11 @@ def _work(
 
     from llmpq.reliability.ending import SUPERVISED
     from llmpq.reliability.monitor import restarts
+    from llmpq.runtime.cards_here import claim_device
     from llmpq.runtime.process import all_gather, connect
 
     worker, _ = seats[role.rank]
-    results = open_results(plan, options, inputs) if worker == 0 else None
+    results = _open_results(plan, options, inputs) if worker == 0 else None
     under_torchrun = role.size > 1 and SUPERVISED not in os.environ
     ends = results is not None and needs_no_engine(results, inputs, options, restarts() > 0)
     if any(int(told) for told in all_gather(torch.tensor(int(ends)), role)):  # the leader told it
@@ -105,7 +108,7 @@ def _work(
         with closing(results):
             say_first(plan, options, inputs, results)
         return outcome(results, inputs.led_prompts, options, under_torchrun, "")
-    device = _claim_device(plan, options, role, seats)
+    device = claim_device(plan, options.device, role, seats)
     transport, group = connect(role, device, stage_ranks(plan, seats))
     try:
         engine = _engine(plan, options, inputs, device, transport, group)
@@ -131,28 +134,6 @@ def _work(
     if failed is None or unmeasured is None:
         return failed or unmeasured
     return FailedRequests(f"{unmeasured}\n{failed}")
-
-
-def _claim_device(plan: Plan, options: RunOptions, role: "Role", seats: list[Seat]) -> Any:
-    """The device of this process; a rehearsed one on the CPU has a core to itself."""
-    import torch
-
-    from llmpq.runtime.process import card_device, choose_device
-    from llmpq.runtime.rehearsal import own_core
-
-    rehearsed = bool(plan.cluster.rehearse)
-    _, card = seats[role.rank]
-    if card is not None:
-        return card_device(card)
-    others_have_cards = any(taken is not None for _, taken in seats)
-    if not rehearsed and (options.device == "auto" or others_have_cards):
-        return torch.device("cpu")
-    auto_on_cpu = rehearsed and options.device == "auto"
-    device = choose_device("cpu" if auto_on_cpu else options.device, role)
-    if rehearsed and device.type == "cpu":
-        torch.set_num_threads(1)
-        own_core(role.rank, role.size)
-    return device
 
 
 def _engine(
@@ -201,40 +182,19 @@ def _engine(
 # ---- the batch
 
 
-def open_results(plan: Plan, options: RunOptions, inputs: "RunInputs") -> "Results | ResultStream":
-    """The output, before anything is loaded: a restart must not take an older one for its own."""
-    from llmpq.prompts.result_lines import Writer
-    from llmpq.prompts.result_stream import ResultStream
-    from llmpq.reliability.journal import Results
+def _open_results(plan: Plan, options: RunOptions, inputs: "RunInputs") -> "Results | ResultStream":
+    from llmpq.runtime.run_results import ResultFile, open_results
 
-    prompts, chosen = inputs.led_prompts, options.output_format
-    writer = Writer(prompts.form if chosen == "auto" else chosen, Path(plan.model.name).name)
-    if options.streams:
-        return ResultStream(writer)
-    return Results(
-        options.output,
+    shared = ("dtype", "temperature", "top_p", "top_k", "seed", "ignore_eos")
+    output = ResultFile(
+        None if options.streams else options.output,
+        {name: getattr(options, name) for name in shared},
+        options.output_format,
         options.resume,
-        options.fsync,
-        _identity(plan, options) | {"weights": inputs.weights.fingerprint},
-        prompts.checksums() if options.resume else None,
         options.keep_errors,
-        writer,
+        options.fsync,
     )
-
-
-def _identity(plan: Plan, options: RunOptions) -> dict[str, object]:
-    """What results must have in common to lie in one file."""
-    return {
-        "model": f"{Path(plan.model.name).name} {plan.model.model_key}",
-        "precisions": ",".join(plan.precisions),
-        "quantizer": plan.quantizer.method,
-        "dtype": options.dtype,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-        "seed": options.seed,
-        "ignore_eos": options.ignore_eos,
-    }
+    return open_results(plan, inputs, output)
 
 
 def needs_no_engine(
@@ -321,11 +281,11 @@ def _finish(
 
     Returns what to say where the quality could not be measured.
     """
-    from llmpq.evaluation.quality_check import check_text, compare, sixteen_bits
+    from llmpq.evaluation.quality_check import check_text, compare, sixteen_bits, summary
     from llmpq.render.progress import progress
 
     if served is None:
-        write_report(report, options)
+        _write_report(report, options)
         return None
     if options.report is not None:
         write_json(options.report, report)  # whatever comes of the comparison
@@ -334,11 +294,107 @@ def _finish(
     with progress(out, "16 bits for comparison, layers", num_layers) as shown:
         base = sixteen_bits(inputs.config, inputs.weights, windows, dtype, device, shown.update)
     quality = compare(report, served, base, options.check_text, windows.shape[1])
-    write_report(report.model_copy(update={"quality": quality}), options)
+    _write_report(report.model_copy(update={"quality": quality}), options)
     if quality is None:
         return FailedRequests(
             f"the quality could not be measured: the loss on {check_text(options.check_text).name} "
             "is not a finite number, as activations became NaN or infinite"
         )
-    show_quality(quality, options)
+    report_to(options).print(summary(quality))
     return None
+
+
+# ---- what is told
+
+
+def report_to(options: RunOptions) -> "Console":
+    """Where the report goes: standard output, unless results or JSON have that."""
+    return report_console(options.quiet, options.json_path, options.output)
+
+
+def say_kernels(plan: Plan, stage: int, device: Any, dtype: Any, leads: bool, quiet: bool) -> None:
+    """Once, when a stage is loaded: all lines where this worker leads, else those that differ."""
+    from llmpq.quant import machine_here
+
+    optional = any(PRECISIONS[p].library is not None for p in plan.stages[stage].precisions)
+    for line in kernel_lines(plan, stage, machine_here(device, dtype, optional)):
+        if leads or COUNTED in line:
+            console(quiet).print(line, soft_wrap=True)
+
+
+def say_engine(engine: Any, quiet: bool, before: str | None = None) -> str | None:
+    """How a loaded stage computes, where that is worth a word; returns what was said of graphs.
+
+    After a run, with what was said `before`: only what has changed, as capturing may fail late.
+    """
+    if not engine.worker.stage.shard.leads:
+        return None
+    note: str | None = engine.graphs_note()
+    notes = engine.kernel_notes if before is None else []
+    for line in [*notes, *([note] if note is not None and note != before else [])]:
+        console(quiet).print(f"stage {engine.transport.rank}: {line}", soft_wrap=True)
+    return note
+
+
+def say_first(
+    plan: Plan, options: RunOptions, inputs: "RunInputs", results: "Results | ResultStream"
+) -> None:
+    """What is to be known of the input and of earlier results before anything runs."""
+    from llmpq.runtime.run_results import format_notes
+
+    out, prompts = console(options.quiet), inputs.led_prompts
+    if note := inputs.weights.note(plan.precisions):
+        out.print(f"warning: {note}")
+    on_format = format_notes(prompts, options.output_format)
+    for line in [*inputs.notes, *prompts.notes, *on_format, *results.notes]:
+        out.print(line, soft_wrap=True)
+    if results.finished:
+        out.print(f"resuming: {len(results.finished)} requests are already done")
+
+
+def _write_report(report: Report, options: RunOptions) -> None:
+    """Writes report.json and JSON where they are asked for, and tells the report's main figures."""
+    from llmpq.render.run_view import memory_warnings, print_run
+
+    if options.report is not None:
+        write_json(options.report, report)
+    emit(report.model_dump_json(indent=1), options.json_path)
+    print_run(report_to(options), report, options.verbose)
+    for line in memory_warnings(report):
+        console(options.quiet).print(line)
+
+
+def outcome(
+    results: "Results | ResultStream",
+    prompts: "PromptFile",
+    options: RunOptions,
+    under_torchrun: bool,
+    dtype: str,
+) -> FailedRequests | None:
+    """Tells that all is done; where requests failed, returns the error that the command ends with.
+
+    `dtype`: what the run computed in.
+    """
+    num_requests = len(prompts)
+    place = "standard output" if options.streams else str(options.output)
+    failed = len(results.failed)
+    if not failed:
+        what = f"all {num_requests} requests are done, none failed: {place}"
+        report_to(options).print(what, soft_wrap=True)
+        return None
+    what = f"{failed} of {num_requests} requests failed; their lines in {place} say why"
+    refused = {prompts.ids[number] for number in prompts.refused}
+    if dtype.endswith("float16") and not dtype.endswith("bfloat16") and results.failed - refused:
+        what += "; where activations overflow in float16, --dtype bfloat16 or float32 has more room"
+    return FailedRequests(f"{what}; {_how_to_retry(options.output, under_torchrun)}")
+
+
+def _how_to_retry(output: Path, under_torchrun: bool) -> str:
+    context = click.get_current_context(silent=True)
+    words = context.meta.get(ARGUMENTS) if context else None
+    if str(output) == "-":
+        return "to try them again, run with an --output that is a file, then with --resume"
+    if words is None or under_torchrun:
+        return "to try them again, run the same command with --resume"
+    again = [word for word in words if word not in RETRIES]
+    return f"to try them again: {shlex.join(['llmpq-run', *again, '--resume'])}"

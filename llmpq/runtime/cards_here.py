@@ -5,10 +5,14 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 
+import torch
+
 from llmpq.placement import FoundCard, PlannedDevice, Refusal, match_cards, visible_line
 from llmpq.plan_data import Plan
 from llmpq.runtime import cards
-from llmpq.seats import parts_of, planned_devices, worker_places
+from llmpq.runtime.process import Role, card_device, choose_device
+from llmpq.runtime.rehearsal import own_core
+from llmpq.seats import Seat, parts_of, planned_devices, worker_places
 
 
 def card_lines(plan: Plan, device: str) -> list[str]:
@@ -57,6 +61,25 @@ def _here(plan: Plan, device: str) -> tuple[tuple[FoundCard, ...], list[PlannedD
     if device == "cpu" or plan.cluster.rehearse:
         return (), []
     return cards.visible_cards(), devices_of(plan, socket.gethostname())
+
+
+def claim_device(plan: Plan, device: str, role: Role, seats: Sequence[Seat]) -> torch.device:
+    """The device of this process; a rehearsed one on the CPU gets a core of its own.
+
+    `device`: what `--device` says. Raises `UserError` where it is not there.
+    """
+    rehearsed = bool(plan.cluster.rehearse)
+    _, card = seats[role.rank]
+    if card is not None:
+        return card_device(card)
+    others_have_cards = any(taken is not None for _, taken in seats)
+    if not rehearsed and (device == "auto" or others_have_cards):
+        return torch.device("cpu")
+    chosen = choose_device("cpu" if rehearsed and device == "auto" else device, role)
+    if rehearsed and chosen.type == "cpu":
+        torch.set_num_threads(1)
+        own_core(role.rank, role.size)
+    return chosen
 
 
 # ---- cards that stay when workers are lost

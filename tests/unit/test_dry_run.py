@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from llmpq.cli.run import main
-from llmpq.cli.run_output import say_kernels
+from llmpq.cli.run_work import say_kernels
 from llmpq.cluster import Cluster
 from llmpq.dry_run import memory_of
 from llmpq.model_lookup import load_model_spec
