@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmpq.planner.problem import Problem
     from llmpq.planner.search import Progress
     from llmpq.planner.what_if import WhatIf
-    from llmpq.render.progress import Progress as ProgressBar
+    from llmpq.render.progress import ProgressBar
 
 WHAT_IF_S = 2.0  # at most, for what would change a plan
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llmpq.plan_data import Plan
     from llmpq.planner.frontier import Point
     from llmpq.planner.problem import Problem
-    from llmpq.render.progress import Progress as ProgressBar
+    from llmpq.render.progress import ProgressBar
 
 REPLAN_GAP = 0.02
 REPLAN_S = 2.0  # at most, for one plan of a changed problem

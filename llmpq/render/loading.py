@@ -13,7 +13,7 @@ from rich.console import Console
 
 from llmpq.plan_data import Plan
 from llmpq.render.console import WIDTH, PlainConsole
-from llmpq.render.progress import Progress, progress
+from llmpq.render.progress import ProgressBar, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ def _lines(quiet: bool) -> Console:
 class ShownCache:
     """Shows which tensor is next before it is filled in."""
 
-    def __init__(self, inner: "WeightCache", first_layer: int, shown: Progress) -> None:
+    def __init__(self, inner: "WeightCache", first_layer: int, shown: ProgressBar) -> None:
         self._inner, self._first, self._shown, self._done = inner, first_layer, shown, 0
 
     def fill(

@@ -15,7 +15,7 @@ LINE_EVERY_S = 5.0
 BAR_EVERY_S = 0.1
 
 
-class Progress:
+class ProgressBar:
     """Call `update(done, detail)`; the first two seconds say nothing."""
 
     def __init__(self, out: "Console", what: str, total: int) -> None:
@@ -68,9 +68,9 @@ class Progress:
 
 
 @contextmanager
-def progress(out: "Console", what: str, total: int) -> Iterator[Progress]:
-    """A `Progress` that is closed at the end."""
-    shown = Progress(out, what, total)
+def progress(out: "Console", what: str, total: int) -> Iterator[ProgressBar]:
+    """A `ProgressBar` that is closed at the end."""
+    shown = ProgressBar(out, what, total)
     try:
         yield shown
     finally:

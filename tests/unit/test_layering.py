@@ -137,7 +137,7 @@ MORE_THIRD_PARTY = {
     "llmpq.models.attention_source": _names("triton"),
 }
 # Modules that may import only these of another part.
-ONLY = {("llmpq.run", "cli"): _names("llmpq.cli.run")}
+ONLY = {("llmpq.run.__main__", "cli"): _names("llmpq.cli.run")}
 # Commands that must start without torch.
 LIGHT_COMMANDS = ["main", "plan", "profile", "run", "eval", "export", "common"]
 
@@ -342,8 +342,8 @@ def test_the_checks_see_faults(tmp_path: Path) -> None:
     assert _why_forbidden("llmpq.plan_data", PARTS["nouns"], Import("pandas", 1, False))
     assert not _why_forbidden("llmpq.plan_data", PARTS["nouns"], Import("pandas", 1, True))
     assert _why_forbidden("llmpq.costs.memory", PARTS["costs"], Import("scipy", 1, True))
-    assert _why_forbidden("llmpq.run", PARTS["run"], Import("llmpq.cli.plan", 1, False))
-    assert not _why_forbidden("llmpq.run", PARTS["run"], Import("llmpq.cli.run", 1, False))
+    assert _why_forbidden("llmpq.run.__main__", PARTS["run"], Import("llmpq.cli.plan", 1, False))
+    assert not _why_forbidden("llmpq.run.__main__", PARTS["run"], Import("llmpq.cli.run", 1, False))
     bad = "global x", "import pickle", "from pickle import loads", "torch.load(f)"
     bad += ("load(m, trust_remote_code=True)", "torch.load(f, weights_only=False)")
     for code in bad:

@@ -96,7 +96,7 @@ def test_loading_shows_layers_of_the_stage_as_they_come(monkeypatch, stages):
         def close(self):
             pass
 
-    monkeypatch.setattr("llmpq.render.progress.Progress", Shown)
+    monkeypatch.setattr("llmpq.render.progress.ProgressBar", Shown)
     cut = 8 // stages
     plan = SimpleNamespace(
         stages=[SimpleNamespace(first_layer=i * cut, num_layers=cut) for i in range(stages)]
