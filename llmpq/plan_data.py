@@ -96,7 +96,7 @@ class Lane(Strict):
 class PredictedStage(Strict):
     """Predicted times of one stage. `prefill_s` and `decode_step_s` are of one micro-batch.
 
-    The errors are what to expect of these times in the mean, not bounds; None where unknown.
+    The errors are what to expect of these times on average, not bounds; None where unknown.
     `kernels`: those that are counted on, by precision and then by rising numbers of rows.
     `source`: "measured", "interpolated", "fitted", "beyond the profile" or "spec sheet", the least
     certain of all that went into the times.

@@ -126,8 +126,8 @@ def _measure(target: "Target", request: "LayerRequest", options: LayersOptions) 
 
     with progress(out, "profiling", budget_s) as shown:
 
-        def on_visit(moment: "Moment") -> None:
-            shown.update(min(round(moment.spent_s), budget_s), _words(moment))
+        def on_visit(status: "Moment") -> None:
+            shown.update(min(round(status.spent_s), budget_s), _words(status))
 
         done = profile_device(target, request, worst, on_resume, on_visit)
     profile = done.profile.model_copy(update={"models": chosen_models(done.profile.rows)})
@@ -143,11 +143,11 @@ def _measure(target: "Target", request: "LayerRequest", options: LayersOptions) 
     return profile
 
 
-def _words(moment: "Moment") -> str:
-    key = moment.cell
-    width = f"+-{100 * moment.half_width:.1f} %"
+def _words(status: "Moment") -> str:
+    key = status.cell
+    width = f"+-{100 * status.half_width:.1f} %"
     what = f"{key.phase} {key.micro_batch} x {key.tokens} at {key.precision} bits {width}"
-    return f"s, {moment.num_cells} cells; {what}"
+    return f"s, {status.num_cells} cells; {what}"
 
 
 def choose_targets(options: LayersOptions) -> "list[Target]":

@@ -22,19 +22,19 @@ MAX_EVENTS = 200_000  # more is slow to load in a viewer
 MICROSECONDS = 1e6
 
 
-def figures(played: "Played", bubbles: "Sequence[Bubble]", plan: "Plan") -> dict[str, object]:
+def figures(run: "Played", bubbles: "Sequence[Bubble]", plan: "Plan") -> dict[str, object]:
     """The numbers of a simulated run, beside the closed form of the plan's prediction."""
     from llmpq.planner.bubbles import describe, server_names
 
     assert plan.predicted is not None
     names = server_names(len(plan.stages))
     return {
-        "num_jobs": len(played.jobs),
-        "total_s": played.total_s,
-        "prefill_s": played.prefill_s,
-        "decode_s": played.decode_s,
-        "prefill_share": played.prefill_share,
-        "busy_percent": [100 * float(busy) / played.total_s for busy in played.busy_s[::2]],
+        "num_jobs": len(run.jobs),
+        "total_s": run.total_s,
+        "prefill_s": run.prefill_s,
+        "decode_s": run.decode_s,
+        "prefill_share": run.prefill_share,
+        "busy_percent": [100 * float(busy) / run.total_s for busy in run.busy_s[::2]],
         "bubbles": [
             {
                 "stage": bubble.stage,
@@ -46,23 +46,23 @@ def figures(played: "Played", bubbles: "Sequence[Bubble]", plan: "Plan") -> dict
             }
             for bubble in bubbles
         ],
-        "closed_form_difference_percent": 100 * (plan.predicted.priced_s / played.total_s - 1),
+        "closed_form_difference_percent": 100 * (plan.predicted.priced_s / run.total_s - 1),
     }
 
 
-def write_trace(path: Path, plan: "Plan", played: "Played") -> str:
+def write_trace(path: Path, plan: "Plan", run: "Played") -> str:
     """Writes the first jobs, as many as a viewer can show; returns what the file holds."""
-    count = len(played.jobs)
+    count = len(run.jobs)
     most = min(count, max(1, MAX_EVENTS // (2 * len(plan.stages))))
-    write_events(path, [*stage_names(plan), *_events(played, most)])
+    write_events(path, [*stage_names(plan), *_events(run, most)])
     return f"{path}, {f'all {count}' if most == count else f'the first {most} of {count}'} jobs"
 
 
-def _events(played: "Played", most: int) -> Iterator[Event]:
+def _events(run: "Played", most: int) -> Iterator[Event]:
     """A complete event for each of the first jobs on every server that it takes any time."""
-    jobs = played.jobs
-    starts = (played.start_s[:most] * MICROSECONDS).tolist()
-    lengths = ((played.end_s - played.start_s)[:most] * MICROSECONDS).tolist()
+    jobs = run.jobs
+    starts = (run.start_s[:most] * MICROSECONDS).tolist()
+    lengths = ((run.end_s - run.start_s)[:most] * MICROSECONDS).tolist()
     columns = (jobs.micro_batch, jobs.step, jobs.requests, jobs.tokens, jobs.past)
     rows = zip(*(column[:most].tolist() for column in columns), strict=True)
     for values, begins, takes in zip(rows, starts, lengths, strict=True):

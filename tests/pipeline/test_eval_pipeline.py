@@ -177,7 +177,7 @@ def test_the_comparison_is_kept_until_something_changes(checked, monkeypatch):
         calls.append(arguments)
         raise RuntimeError("streamed again")
 
-    monkeypatch.setattr("llmpq.evaluation.streaming.stream", refused)
+    monkeypatch.setattr("llmpq.evaluation.quality_check.stream", refused)
     again = checked.run(*asked)
     assert again.exit_code == 0, (again.stderr, again.exception)
     assert json.loads(report.read_text())["quality"] == quality and not calls
