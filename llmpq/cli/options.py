@@ -24,6 +24,7 @@ from llmpq.version import __version__
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 HELP = {"help_option_names": ["-h", "--help"]}
+LAST = ("device", "dtype", "json_path", "verbose", "quiet")  # in the help text
 O = TypeVar("O", bound="CommonOptions")  # noqa: E741 (options)
 
 
@@ -162,10 +163,14 @@ def command(
 
 
 def parameters(options: type[CommonOptions]) -> list[click.Parameter]:
-    """The click parameters of a class of options, those of every command last."""
-    common = {one.name for one in dataclasses.fields(CommonOptions)}
-    fields = sorted(dataclasses.fields(options), key=lambda one: one.name in common)
-    return [_parameter(one) for one in fields]
+    """The click parameters of a class of options: those that are required and the model first."""
+
+    def place(one: "Field[Any]") -> tuple[int, bool, bool]:
+        is_required = one.metadata.get("settings", {}).get("required", False)
+        late = LAST.index(one.name) + 1 if one.name in LAST else 0
+        return late, not is_required, one.name != "model"
+
+    return [_parameter(one) for one in sorted(dataclasses.fields(options), key=place)]
 
 
 def _parameter(one: "Field[Any]") -> click.Parameter:

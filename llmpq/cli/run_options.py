@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from llmpq.cli.common import console
-from llmpq.cli.options import CostOptions, FiniteRange, TorchOptions, option, required
+from llmpq.cli.options import FiniteRange, TorchOptions, option, required
 from llmpq.cli.paths import Named, check_files, model_files, profile_files
 from llmpq.errors import UserError
 from llmpq.plan_data import Plan
@@ -20,7 +20,7 @@ FOR_REPLANNING = ("cluster", "profiles", "sensitivity", "max_quality_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(CostOptions, TorchOptions):
+class RunOptions(TorchOptions):
     """What the command line of `llmpq-run` asks for."""
 
     plan: Path = required("The plan to run, a plan.json of llmpq-plan.")
