@@ -68,7 +68,7 @@ class PromptsPreview(Strict):
 
 
 class DryRun(Strict):
-    """What --json writes."""
+    """What a run would do; --json writes it."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Literal["dry_run"] = "dry_run"
@@ -96,7 +96,7 @@ class ReadBytes:
 def dry_run(
     plan: Plan, inputs: "RunInputs", device: str, dtype: str, words: Sequence[str]
 ) -> DryRun:
-    """What a run of the plan on these inputs would do.
+    """Finds out what a run of the plan on these inputs would do.
 
     `device` and `dtype` are what the command line says, `words` the options of the run that the
     launch lines repeat. Raises `UserError` where a tensor is missing or has another shape.
@@ -127,7 +127,7 @@ def dry_run(
 
 
 def memory_of(plan: Plan, rank: int) -> StageMemory:
-    """What each device of a stage holds, as the planner counts it."""
+    """Returns what each device of a stage holds, as the planner counts it."""
     stage = plan.stages[rank]
     return stage_memory(
         plan.model.shard(stage.tensor_parallel),
@@ -171,7 +171,7 @@ def _stage(
 def _device(
     card: "FoundCard | None", device: str, dtype: str
 ) -> "tuple[torch.device, torch.dtype]":
-    """What a stage would compute on here: its card (None: it has none), else the CPU."""
+    """Returns what a stage would compute on here: its card, or the CPU where it has none."""
     import torch
 
     from llmpq.runtime.process import NO_CUDA, choose_dtype
@@ -185,7 +185,7 @@ def _device(
 def _read(
     plan: Plan, rank: int, inputs: "RunInputs", place: "tuple[torch.device, torch.dtype]"
 ) -> ReadBytes:
-    """What the devices of a stage read. Raises `UserError` where a tensor is not as it must be."""
+    """Counts what the devices of a stage read; raises `UserError` where a tensor is wrong."""
     from llmpq.checkpoint.loader import empty_stage
     from llmpq.models.sharding import Shard
     from llmpq.models.stage_model import LayerRange
@@ -201,7 +201,7 @@ def _read(
 
 
 def _read_by(stage: "StageModel", inputs: "RunInputs") -> ReadBytes:
-    """What one device reads."""
+    """Counts what one device reads."""
     from llmpq.checkpoint.loader import raw_tensors
     from llmpq.checkpoint.packed_cache import packs
 
@@ -223,7 +223,7 @@ def _sum(parts: Sequence[ReadBytes]) -> ReadBytes:
 
 
 def _kernels(plan: Plan, places: "Sequence[tuple[torch.device, torch.dtype]]") -> list[str]:
-    """A line for each device type and precision: kernels here, or of the card that is not here."""
+    """Returns a line per device type and precision: kernels here, or of a card elsewhere."""
     from llmpq.quant import machine_here
 
     lines: dict[str, None] = {}

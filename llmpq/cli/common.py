@@ -32,24 +32,24 @@ KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def bound_kernel_caches() -> None:
-    """Bounds the memory of torch's kernels on a CPU, in what measures layers as in what runs them.
+    """Bounds the memory that torch's kernels take on a CPU, for profiling as for running.
 
-    Must be called before torch first computes. The user's own settings stay.
+    It must be called before torch first computes. Settings of the user are kept.
     """
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
 class PlainErrors(click.Command):
-    """Has click quote values of the command line in its errors without control characters."""
+    """A command whose errors quote values of the command line without control characters."""
 
     def make_context(self, *args: Any, **more: Any) -> click.Context:
-        """As click does."""
+        """Parses the command line as click does."""
         with _in_plain_text():
             return super().make_context(*args, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click does; what libraries log meanwhile is plain too."""
+        """Runs the command as click does; what libraries log meanwhile is plain text too."""
         before = logging.getLogRecordFactory()
         logging.setLogRecordFactory(PlainRecord)
         try:
@@ -60,7 +60,7 @@ class PlainErrors(click.Command):
 
 
 class PlainRecord(logging.LogRecord):
-    """What a library says, which may quote names of files and what is in them."""
+    """A log record of a library, which may quote names of files and what is in them."""
 
     def getMessage(self) -> str:  # noqa: N802 (the name is logging's)
         """The text with control characters spelled out."""
@@ -100,7 +100,7 @@ class Command(PlainErrors):
 
 
 def _file_error(error: OSError) -> str:
-    """What no place that opens files has told: raises the error again where that is nothing."""
+    """The message for an error that was not caught where files are opened; else raises it again."""
     if error.errno == ENAMETOOLONG:
         return f"{show_value(error.filename)}: no such file: its name is too long"
     if error.errno == ENOSPC and error.filename is None:
@@ -117,7 +117,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 
 @contextmanager
 def one_of_several(role: "Role", advice: str) -> Iterator[None]:
-    """Runs a worker's part of a command; what went wrong is told once.
+    """Runs a worker's part of a command, so that one worker per machine tells what went wrong.
 
     `advice`: what to do where a worker is lost.
     """
@@ -143,7 +143,7 @@ def one_of_several(role: "Role", advice: str) -> Iterator[None]:
 
 
 def command_words() -> list[str]:
-    """The words of the command line that is running."""
+    """Returns the words of the command line that is running."""
     return list(click.get_current_context().meta[ARGUMENTS])
 
 
@@ -163,14 +163,14 @@ def emit(text: str, path: Path | None) -> None:
 
 
 def console(quiet: bool = False) -> "Console":
-    """The console for notes, warnings and progress: standard error."""
+    """Returns the console for notes, warnings and progress, on standard error."""
     from llmpq.render.console import PlainConsole
 
     return PlainConsole(quiet=quiet)
 
 
 def report_console(quiet: bool, *outputs: Path | None) -> "Console":
-    """The console for reports: standard output, unless one of the outputs ('-') has that."""
+    """Returns the console for reports: standard output, unless an output ('-') has that."""
     from llmpq.render.console import PlainConsole
 
     return PlainConsole(stderr="-" in map(str, outputs), quiet=quiet)

@@ -148,7 +148,7 @@ def _check(options: EvalOptions, plans: Plans) -> None:
 
 
 def _evaluate_here(options: EvalOptions, plans: Plans, role: "Role") -> None:
-    """All in this process."""
+    """Evaluates everything in this process."""
     from llmpq.evaluation.methods import layer_by_layer, num_passes, stage_by_stage
     from llmpq.render.progress import progress
 
@@ -191,7 +191,7 @@ def _start(options: EvalOptions, plans: Plans) -> None:
 
 
 def _check_processes(plans: Plans, size: int | None = None) -> None:
-    """Every plan must have a stage per process. `size`: how many torchrun started."""
+    """Raises `UserError` unless plans have a stage per process. `size`: torchrun's processes."""
     if not plans:
         raise UserError("stage processes: name a plan; uniform precisions have a single stage")
     first, expected = plans[0][0], size or len(plans[0][1].stages)
@@ -209,7 +209,7 @@ def _check_processes(plans: Plans, size: int | None = None) -> None:
 
 
 def _work(options: EvalOptions, plans: Plans, role: "Role") -> None:
-    """One worker among several."""
+    """Evaluates as one worker among several."""
     from llmpq.evaluation.methods import through_processes
     from llmpq.render.progress import progress
     from llmpq.runtime.process import choose_dtype, connect, share_cores
@@ -238,7 +238,7 @@ def _work(options: EvalOptions, plans: Plans, role: "Role") -> None:
 def _load(
     options: EvalOptions, plans: Plans, role: "Role"
 ) -> "tuple[LoadedModel, list[EvalSubject]]":
-    """The model, and what of it is evaluated."""
+    """Opens the model, and returns it with all that is evaluated of it."""
     from llmpq.evaluation.methods import load_model, plan_subject, uniform_subject
     from llmpq.runtime.process import choose_device, choose_dtype
 
@@ -259,7 +259,7 @@ def _load(
 
 
 def _windows(options: EvalOptions, model: "LoadedModel") -> dict[str, Any]:
-    """label -> `[n, W]` token ids of every text."""
+    """Returns `[n, W]` token ids of every text, by its label."""
     from llmpq.evaluation.evaluate import text_windows, window_tokens, windows_of
 
     window, most = window_tokens(options.window, model.max_positions), options.max_windows
@@ -291,7 +291,7 @@ def _tasks(options: EvalOptions, until_the_end: ExitStack) -> "TaskSet | None":
 def show_results(
     rows: "list[EvalRow]", scores: "Scores", options: EvalOptions, method: str, max_positions: int
 ) -> None:
-    """Tells and writes what was found; raises `FailedRequests` where that is not a number."""
+    """Writes and prints the result; raises `FailedRequests` where a value is not finite."""
     from llmpq.evaluation.eval_report import WHY, failures, report_data
     from llmpq.evaluation.evaluate import window_tokens
     from llmpq.render.eval_view import print_rows, print_scores

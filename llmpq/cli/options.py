@@ -25,7 +25,7 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 HELP = {"help_option_names": ["-h", "--help"]}
 LAST = ("device", "dtype", "json_path", "verbose", "quiet")  # in the help text
-O = TypeVar("O", bound="CommonOptions")  # noqa: E741 (options)
+AnyOptions = TypeVar("AnyOptions", bound="CommonOptions")
 
 
 class FiniteRange(click.FloatRange):
@@ -54,7 +54,7 @@ class Listed(click.ParamType):
         return self.parsed(tuple(words), param, ctx)
 
     def parsed(self, words: tuple[str, ...], param: Any, ctx: Any) -> tuple[Any, ...]:
-        """The words as values; fails where one of them is none."""
+        """Converts the words to values, or fails."""
         return words
 
 
@@ -128,7 +128,7 @@ class TorchOptions(CommonOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CostOptions(CommonOptions):
-    """Options of commands that plan: what is there, and what it costs."""
+    """Options of commands that plan: the devices, and what layers cost on them."""
 
     cluster: Path | None = option("cluster.yaml: nodes, devices and links.")
     profiles: Path | None = option("Folder of profiles; default: estimates from spec sheets.")
@@ -141,11 +141,11 @@ class CostOptions(CommonOptions):
 
 
 def command(
-    options: type[O], name: str | None = None
-) -> Callable[[Callable[[O], None]], click.Command]:
+    options: type[AnyOptions], name: str | None = None
+) -> Callable[[Callable[[AnyOptions], None]], click.Command]:
     """Makes a command of a function that takes these options; its docstring is the help text."""
 
-    def decorate(function: Callable[[O], None]) -> click.Command:
+    def decorate(function: Callable[[AnyOptions], None]) -> click.Command:
         def call(**values: Any) -> None:
             function(options(**values))
 
@@ -186,7 +186,7 @@ def _parameter(one: "Field[Any]") -> click.Parameter:
 
 
 def _read_as(annotation: Any) -> dict[str, Any]:
-    """What click must know of a type: a flag, a choice, a path or a plain value."""
+    """Returns click's settings for a type: a flag, a choice, a path or a plain value."""
     is_union = get_origin(annotation) in (Union, UnionType)
     kinds = get_args(annotation) if is_union else (annotation,)
     kind = next(one for one in kinds if one is not NoneType)

@@ -129,7 +129,7 @@ def _mode_faults(options: PlanOptions) -> list[str]:
 
 
 def _check_files(options: PlanOptions) -> None:
-    """No file is written that is read, or written as another one."""
+    """Raises `UserError` where a file to be written is read, or is another one of these."""
     output, folder = options.output, options.baseline_plans
     picture = output.with_suffix(".frontier.png") if output and options.frontier else None
     writes: list[Named] = [
@@ -157,9 +157,9 @@ def _check_files(options: PlanOptions) -> None:
 def pose(
     options: PlanOptions, plan: "Plan | None" = None
 ) -> "tuple[Problem, list[str], list[str]]":
-    """The problem that files and options pose, all precisions on offer, and notes.
+    """Returns the problem that files and options pose, all precisions on offer, and notes.
 
-    `plan`: one that is priced; it stands for what is not given.
+    `plan`: one whose run is predicted; it stands for what is not given.
     """
     from llmpq.planner.input_files import InputFiles, read_inputs
     from llmpq.planner.inputs import Wishes, make_problem

@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from llmpq.planner.problem import Assignment, Problem
     from llmpq.planner.what_if import WhatIf
 
-MAX_SPANS = 50_000_000  # 16 bytes each
-MAX_JOBS = 1_000_000  # some 40 seconds
+MAX_SPANS = 50_000_000  # of all jobs on all stages and links, 16 bytes each
+MAX_JOBS = 1_000_000  # simulating them takes some 40 seconds
 
 
 def report_to(options: PlanOptions) -> "Console":
-    """Where the report goes."""
+    """Returns the console that the report goes to."""
     return report_console(options.quiet, options.json_path)
 
 
 def show_notes(options: PlanOptions, notes: Sequence[str]) -> None:
-    """What a reader should know, on standard error."""
+    """Prints what a reader should know, on standard error."""
     from llmpq.planner.report import print_notes
 
     print_notes(console(options.quiet), notes)
@@ -46,7 +46,7 @@ def show_plan(
     notes: Sequence[str],
     what_if: "WhatIf | None" = None,
 ) -> None:
-    """The plan, the baselines, what would change it, and how to run it."""
+    """Prints the plan, the baselines, what would change it, and how to run it."""
     from llmpq.launch import launch_lines
     from llmpq.planner.report import print_changes, print_outcomes, print_report
 
@@ -64,7 +64,7 @@ def show_plan(
 
 
 def _warnings(options: PlanOptions, problem: "Problem", plan: "Plan") -> list[str]:
-    """What the reader of a plan should know of its predictions."""
+    """Returns what the reader of a plan should know of its predictions."""
     from llmpq.costs.float16 import planned_overflow
     from llmpq.planner.accuracy import assumed_calls, warnings
     from llmpq.planner.evaluate import to_assignment
@@ -113,7 +113,7 @@ def write_baselines(options: PlanOptions, problem: "Problem", planned: "Planned"
 
 
 def write_value(options: PlanOptions, kind: str, value: Mapping[str, object]) -> None:
-    """Writes a result that is no plan as JSON, where that is asked for."""
+    """Writes a result other than a plan as JSON, where that is asked for."""
     from llmpq.artifact import SCHEMA_VERSION, Provenance
 
     whole = {"schema_version": SCHEMA_VERSION, "kind": kind, **value}

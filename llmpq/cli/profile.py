@@ -13,7 +13,7 @@ from llmpq.version import __version__
 
 
 class DefaultGroup(PlainErrors, click.Group):
-    """A group whose first command is meant where none is named."""
+    """A group whose command `layers` runs where none is named."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         shows_group = args[:1] and args[0] in (*self.commands, "-h", "--help", "--version")

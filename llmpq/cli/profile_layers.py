@@ -151,7 +151,7 @@ def _words(status: "Moment") -> str:
 
 
 def choose_targets(options: LayersOptions) -> "list[Target]":
-    """A device of each kind: the CPU, a named card, or one of each kind of card."""
+    """Returns what to measure: the CPU, a named card, or one of each kind of card."""
     import torch
 
     from llmpq.profiler.devices import cards, distinct
@@ -185,7 +185,7 @@ def choose_targets(options: LayersOptions) -> "list[Target]":
 
 
 def _card_target(options: LayersOptions, card: "Card") -> "Target":
-    """In a directory, a profile is named by the card's type; a file is the user's to name."""
+    """Returns a card as a target; in a directory, its profile is named by the card's type."""
     import torch
 
     from llmpq.profiler.layer_profile import Target

@@ -98,7 +98,7 @@ def _start_ranks(options: LinksOptions) -> None:
 
 
 def _measure(options: LinksOptions, role: "Role", cluster: Cluster | None) -> None:
-    """This rank's part; rank 0 tells the result."""
+    """Measures this rank's links; rank 0 reports the result."""
     from llmpq.profiler.links import CARD_SIZES, CPU_SIZES, ROUNDS, measure
     from llmpq.render.progress import progress
     from llmpq.runtime.process import choose_device, connect
@@ -138,7 +138,7 @@ def _tell(
 
 
 def _use(options: LinksOptions, cluster: Cluster, found: Links) -> None:
-    """The given cluster with measured links: told, and written where that is asked for."""
+    """Reports the cluster with measured links, and writes it where that is asked for."""
     import yaml
 
     out = console(options.quiet)

@@ -97,7 +97,7 @@ def _read(options: RecalibrateOptions) -> "Recalibration":
 
 
 def _check_files(options: RecalibrateOptions, asked: "Recalibration") -> None:
-    """No file is written that is read, or written as another one."""
+    """Raises `UserError` where a file to be written is read, or is another one of these."""
     names = [*map(_file_name, asked.device_types), "cluster.yaml", "workload.yaml"]
     writes: list[Named] = [("a file of -o", options.output / name) for name in names]
     writes += [("--json", options.json_path)]
@@ -107,7 +107,7 @@ def _check_files(options: RecalibrateOptions, asked: "Recalibration") -> None:
 
 
 def _file_name(device_type: str) -> str:
-    """The file of a type's profile, whatever the type is called."""
+    """Returns the name of a type's profile, whatever the type is called."""
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', device_type)}.json"
 
 
@@ -132,7 +132,7 @@ def _write(output: Path, asked: "Recalibration", results: "Sequence[TypeResult]"
 def _tell_next(
     options: RecalibrateOptions, asked: "Recalibration", found: "Replanned", out: "Console"
 ) -> Mapping[str, object]:
-    """Reports whether another plan is now better, and gives it as JSON."""
+    """Prints whether another plan is now better, and returns the same as JSON."""
     from llmpq.plan_data import diff
     from llmpq.planner.recalibration import tokens_per_s
 
@@ -163,7 +163,7 @@ def _tell_next(
 
 
 def _command(options: RecalibrateOptions, asked: "Recalibration", percent: float) -> str:
-    """The command line that makes the best plan."""
+    """Returns the command line that makes the best plan."""
     output = options.output
     words: list[object] = ["llmpq-plan", "--model", asked.runs[-1].plan.model.name]
     words += ["--cluster", options.cluster or output / "cluster.yaml"]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmpq.planner.replanning import ReplanInputs
     from llmpq.runtime.process import LostWorkers, Role
 
-END_S = 10.0  # at most until other workers have ended, which torchrun would end where one failed
+END_S = 10.0  # at most, for other workers to end: torchrun kills them when one fails
 
 
 @command(RunOptions)
@@ -48,7 +48,7 @@ def main(options: RunOptions) -> None:
     with interruptible(RESUME):
         try:
             _run(options)
-        except Ended as error:  # at once: an interpreter takes seconds to end in order
+        except Ended as error:  # ends at once, as an interpreter takes seconds to shut down
             end_process(str(error), error.exit_code)
 
 
@@ -91,7 +91,7 @@ def _dry_run(plan: Plan, options: RunOptions) -> None:
 
 
 def _words_of_run() -> list[str]:
-    """The command line, less what makes it a dry run and what a dry run alone writes."""
+    """Returns the command line without --dry-run and its --json."""
     words, kept = command_words(), []
     while words:
         word = words.pop(0)
@@ -125,7 +125,7 @@ def _run_here(plan: Plan, options: RunOptions) -> None:
 
 
 def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
-    """One worker among several; what went wrong is said once."""
+    """Runs as one worker among several; one of them tells what went wrong."""
     from llmpq.cli.run_work import work
     from llmpq.reliability.ending import RESUME, SUPERVISED, end_process, ended_by_signals
     from llmpq.reliability.monitor import Monitor, restarts
@@ -142,7 +142,7 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
     speaks = role.local_rank == 0
     if speaks and SUPERVISED not in os.environ:
         _warn_of_crowding(plan, options)
-    if restarts():  # what has failed was tried in this very run
+    if restarts():  # failed requests were already tried in this run
         options = replace(options, resume=True, keep_errors=True)
         check_options(options)
     monitor = Monitor(role.rank, role.size, names[role.rank])
@@ -151,7 +151,7 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
             failed = work(plan, options, role, lambda worker: monitor.rename(names[worker]))
     except (InfeasibleError, WorkerError) as error:
         # Threads may still wait inside torch.distributed, which an orderly end would not survive.
-        # Of a lost worker the process that started us tells.
+        # The process that started this one tells which worker was lost.
         told = isinstance(error, WorkerError) and SUPERVISED in os.environ
         end_process("" if told else str(error), error.exit_code)
     if failed is not None and SUPERVISED not in os.environ:
@@ -160,7 +160,7 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
 
 
 def _how_many(plan: Plan) -> str:
-    """Processes to start, on each node."""
+    """Returns how many processes to start on each node."""
     parts = parts_of(plan)
     if len(parts) == 1:
         return f"use --nproc-per-node {len(parts[0].workers)}"
@@ -191,7 +191,7 @@ def _warn_of_crowding(plan: Plan, options: RunOptions) -> None:
 
 
 def _replan_inputs(plan: Plan, options: RunOptions, longest: int) -> "ReplanInputs":
-    """What new plans are made from, read before the first worker starts."""
+    """Reads what new plans are made from, before the first worker starts."""
     from llmpq.planner.input_files import InputFiles
     from llmpq.planner.replanning import absolute_quantizer, load_replan_inputs
 
@@ -230,7 +230,7 @@ def _run_and_replan(options: RunOptions, inputs: "ReplanInputs", words: Sequence
 def _plan_after(
     loss: "LostWorkers", inputs: "ReplanInputs", plan: Plan, path: Path, quiet: bool
 ) -> Plan:
-    """The next plan: made, written to `path`, and told."""
+    """Makes the next plan, writes it to `path` and prints what changes."""
     from llmpq.planner.replanning import plan_without
     from llmpq.reliability.ending import RESUME
 
@@ -250,7 +250,7 @@ def _plan_after(
 
 
 def _state(output: Path) -> tuple[int, int, int] | None:
-    """Changes once a run has begun to write: what was there before is no result of this run."""
+    """Returns a value that changes once this run has begun to write its output."""
     try:
         found = output.stat()
     except OSError:

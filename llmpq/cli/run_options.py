@@ -130,12 +130,12 @@ def check_options(options: RunOptions) -> None:
 
 
 def replan_path(options: RunOptions, number: int) -> Path:
-    """Where the new plan after so many losses is written."""
+    """Returns where the new plan after so many losses is written."""
     return options.output.with_name(f"{options.output.name}.replan-{number}.json")
 
 
 def read_inputs(plan: Plan, options: RunOptions, leads: bool = True) -> "RunInputs":
-    """Reads and checks all input; the worker that leads also sees to the files that are written."""
+    """Reads and checks all input; the worker that leads also checks the files to be written."""
     from llmpq.runtime.run_inputs import RunFiles, read_run_inputs
 
     if leads:
@@ -164,7 +164,7 @@ def read_inputs(plan: Plan, options: RunOptions, leads: bool = True) -> "RunInpu
 
 
 def _check_files(plan: Plan, options: RunOptions) -> None:
-    """No file is written that is read or written as another one, and all can be written."""
+    """Raises `UserError` where a file to be written is read, is another one, or cannot be."""
     from llmpq.reliability.journal import files_beside
 
     writes: list[Named] = [
@@ -177,7 +177,7 @@ def _check_files(plan: Plan, options: RunOptions) -> None:
         kept = files_beside(options.output)
         writes += [("a file that --output keeps beside it,", path) for path in kept]
         plans = [replan_path(options, number + 1) for number in range(len(plan.stages))]
-        # The one that runs was written by the run before it, which goes on with the next number.
+        # The plan that runs now was written after a loss; the next one has the next number.
         plans = [path for path in plans if path != options.plan]
         writes += [("a plan of --replan-on-loss,", path) for path in plans]
     moments = plan.quantizer.moments

@@ -42,7 +42,7 @@ RETRIES = ("--resume", "--keep-errors")
 def work(
     plan: Plan, options: RunOptions, role: "Role", on_seated: Callable[[int], object] = lambda _: 0
 ) -> FailedRequests | None:
-    """This process's part of the run; the leader's, where requests failed, returns what to say.
+    """Does this process's part of the run; returns the error of failed requests, if it leads.
 
     `on_seated` is told which worker of the plan this process is. The first one leads.
     """
@@ -58,7 +58,7 @@ def work(
 def _begin(
     plan: Plan, options: RunOptions, role: "Role", on_seated: Callable[[int], object]
 ) -> "tuple[list[Seat], RunInputs]":
-    """The workers' seats, and the input. Bad input is told once on each machine."""
+    """Finds the workers' seats and reads the input; one worker per machine tells of bad input."""
     from llmpq.runtime.cards import find_seats
 
     worker = None
@@ -76,7 +76,7 @@ def _begin(
 
 
 def _warn_of_cpu(plan: Plan, options: RunOptions) -> None:
-    """A plan for GPUs on a machine that has none is a trial, and should look like one."""
+    """Warns where a plan for GPUs runs on a machine that has none."""
     types = {device for stage in plan.stages for device in stage.devices}
     cards = sorted(name for name in types if plan.cluster.kind_of(name) == "gpu")
     if cards:
@@ -90,7 +90,7 @@ def _warn_of_cpu(plan: Plan, options: RunOptions) -> None:
 def _work(
     plan: Plan, options: RunOptions, role: "Role", seats: list[Seat], inputs: "RunInputs"
 ) -> FailedRequests | None:
-    """What follows once every process knows its seat."""
+    """Loads the stage and runs the batch, once every process knows its seat."""
     import torch
 
     from llmpq.reliability.ending import SUPERVISED
@@ -102,7 +102,7 @@ def _work(
     results = _open_results(plan, options, inputs) if worker == 0 else None
     under_torchrun = role.size > 1 and SUPERVISED not in os.environ
     ends = results is not None and needs_no_engine(results, inputs, options, restarts() > 0)
-    if any(int(told) for told in all_gather(torch.tensor(int(ends)), role)):  # the leader told it
+    if any(int(told) for told in all_gather(torch.tensor(int(ends)), role)):
         if results is None:
             return None
         with closing(results):
@@ -144,7 +144,7 @@ def _engine(
     transport: Any,
     group: "ShardGroup | None",
 ) -> Any:
-    """This process's stage, its weights loaded."""
+    """Builds the engine of this process, with the weights of its stage loaded."""
     from llmpq.checkpoint.packed_cache import NO_CACHE
     from llmpq.quant.humming_jit import keep_kernels_in
     from llmpq.render.loading import shown_compiling, shown_loading
@@ -158,7 +158,7 @@ def _engine(
         console(options.quiet).print(warning, soft_wrap=True)
     if options.cache_dir is not None and device.type == "cuda":
         keep_kernels_in(options.cache_dir)
-    quiet = options.quiet or (group is not None and group.rank > 0)  # one of those that share it
+    quiet = options.quiet or (group is not None and group.rank > 0)  # one worker per stage tells
     cache = inputs.cache or NO_CACHE
     with shown_loading(plan, transport.rank, quiet, cache) as packed:
         return Engine(
@@ -211,7 +211,7 @@ def needs_no_engine(
 
 
 def _follow(engine: Any, options: RunOptions) -> None:
-    """The part of a worker that does not lead."""
+    """Does the part of a worker that does not lead."""
     from llmpq.evaluation.pipeline_loss import follow_text
 
     engine.start_clock(trace=options.trace is not None)
@@ -230,7 +230,7 @@ def _lead(
     inputs: "RunInputs",
     results: "Results | ResultStream",
 ) -> "tuple[Report, Loss | None]":
-    """Runs the requests; the report, and the served weights' loss if checked."""
+    """Runs the requests; returns the report, and the loss of the served weights if checked."""
     from llmpq.evaluation.pipeline_loss import lead_text
     from llmpq.render.progress import progress
     from llmpq.render.trace_file import write_measured
@@ -277,9 +277,9 @@ def _finish(
     dtype: Any,
     device: Any,
 ) -> FailedRequests | None:
-    """When the other stages are done: the 16-bit model for comparison, and the report.
+    """Measures the 16-bit model for comparison, when the other stages are done, and reports.
 
-    Returns what to say where the quality could not be measured.
+    Returns an error where the quality could not be measured.
     """
     from llmpq.evaluation.quality_check import check_text, compare, sixteen_bits, summary
     from llmpq.render.progress import progress
@@ -288,7 +288,7 @@ def _finish(
         _write_report(report, options)
         return None
     if options.report is not None:
-        write_json(options.report, report)  # whatever comes of the comparison
+        write_json(options.report, report)  # the comparison may fail
     windows = inputs.windows
     num_layers, out = inputs.config.num_hidden_layers, console(options.quiet)
     with progress(out, "16 bits for comparison, layers", num_layers) as shown:
@@ -308,12 +308,12 @@ def _finish(
 
 
 def report_to(options: RunOptions) -> "Console":
-    """Where the report goes: standard output, unless results or JSON have that."""
+    """Returns the console for the report: standard output, unless results or JSON have that."""
     return report_console(options.quiet, options.json_path, options.output)
 
 
 def say_kernels(plan: Plan, stage: int, device: Any, dtype: Any, leads: bool, quiet: bool) -> None:
-    """Once, when a stage is loaded: all lines where this worker leads, else those that differ."""
+    """Prints which kernels serve a loaded stage; a worker that does not lead, only differences."""
     from llmpq.quant import machine_here
 
     optional = any(PRECISIONS[p].library is not None for p in plan.stages[stage].precisions)
@@ -323,9 +323,9 @@ def say_kernels(plan: Plan, stage: int, device: Any, dtype: Any, leads: bool, qu
 
 
 def say_engine(engine: Any, quiet: bool, before: str | None = None) -> str | None:
-    """How a loaded stage computes, where that is worth a word; returns what was said of graphs.
+    """Prints how a loaded stage computes; returns the note on CUDA graphs, if there is one.
 
-    After a run, with what was said `before`: only what has changed, as capturing may fail late.
+    `before`: that note before the run; then only a change is printed, as capturing may fail late.
     """
     if not engine.worker.stage.shard.leads:
         return None
@@ -339,7 +339,7 @@ def say_engine(engine: Any, quiet: bool, before: str | None = None) -> str | Non
 def say_first(
     plan: Plan, options: RunOptions, inputs: "RunInputs", results: "Results | ResultStream"
 ) -> None:
-    """What is to be known of the input and of earlier results before anything runs."""
+    """Prints notes on the input and on earlier results, before anything runs."""
     from llmpq.runtime.run_results import format_notes
 
     out, prompts = console(options.quiet), inputs.led_prompts
@@ -371,7 +371,7 @@ def outcome(
     under_torchrun: bool,
     dtype: str,
 ) -> FailedRequests | None:
-    """Tells that all is done; where requests failed, returns the error that the command ends with.
+    """Prints that all is done, or returns the error that the command ends with.
 
     `dtype`: what the run computed in.
     """

@@ -26,5 +26,5 @@ class PlainConsole(Console):
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, **settings)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Every string passes here, in tables and titles too."""
+        """Makes a text of a string; strings in tables and titles pass here too."""
         return super().render_str(plain(text), **options)

@@ -13,7 +13,7 @@ from llmpq.planner.report import empty_table, expected_time
 
 
 def print_dry_run(out: Console, plan: Plan, found: DryRun) -> None:
-    """Prints all but the notes."""
+    """Prints the report of a dry run without its notes."""
     names = (found.model, plan.cluster.name, plan.workload.name)
     out.print("{} on {}, {}: what a run would do; nothing is loaded".format(*names))
     out.print(_memory_table(found.stages))
@@ -34,12 +34,12 @@ def print_dry_run(out: Console, plan: Plan, found: DryRun) -> None:
 
 
 def layer_counts(precisions: Sequence[str]) -> str:
-    """["8", "8", "4"] as "2x8,1x4": layers x precision."""
+    """Writes ["8", "8", "4"] as "2x8,1x4": layers x precision."""
     return ",".join(f"{len(list(group))}x{name}" for name, group in groupby(precisions))
 
 
 def _memory_table(stages: Sequence[StagePreview]) -> Table:
-    """One row per stage: what each of its devices holds."""
+    """Makes a table with a row per stage: what each of its devices holds."""
     unit, size = _unit(max(stage.total_bytes for stage in stages))
     table = empty_table(
         ["rank", "node", "device", "layers", "precisions"],
@@ -69,7 +69,7 @@ def _memory_table(stages: Sequence[StagePreview]) -> Table:
 
 
 def _loading_table(stages: Sequence[StagePreview]) -> Table:
-    """One row per stage: what is read, and what a micro-batch takes."""
+    """Makes a table with a row per stage: what it reads, and how long a micro-batch takes."""
     unit, size = _unit(max(stage.checkpoint_read_bytes for stage in stages))
     table = empty_table(
         ["rank"],

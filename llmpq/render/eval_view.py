@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def print_rows(out: Console, rows: "Sequence[EvalRow]", verbose: bool) -> None:
-    """A row per subject and text; where there are none, nothing."""
+    """Prints a row per subject and text, if there are any."""
     if not rows:
         return
     streamed = any(row.divergence is not None for row in rows)
@@ -30,7 +30,7 @@ def print_rows(out: Console, rows: "Sequence[EvalRow]", verbose: bool) -> None:
 
 
 def print_scores(out: Console, scores: "Scores") -> None:
-    """A row per subject and task; where there are none, nothing."""
+    """Prints a row per subject and task, if there are any."""
     if not scores:
         return
     table = Table("what", "task", "few-shot", "metric", "value", "samples")

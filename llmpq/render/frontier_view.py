@@ -21,7 +21,7 @@ INCHES, DOTS_PER_INCH = (7.0, 4.5), 150
 
 
 def print_frontier(console: "Console", points: "Sequence[Point]") -> None:
-    """A row for each point: budget, what its plan loses, speed, layers at each precision."""
+    """Prints a row per point: budget, quality loss, speed and gap of its plan, and its layers."""
     from rich.table import Table
 
     table = Table(title="Speed against quality", title_justify="left")
@@ -74,7 +74,7 @@ def _layers(point: "Point") -> str:
 
 
 def _counts(plan: "Plan") -> str:
-    """How many layers have each precision, as "20x16-bit, 4x8-bit"."""
+    """Writes how many layers have each precision, as "20x16-bit, 4x8-bit"."""
     held = plan.precisions
     names = dict.fromkeys(sorted(held, key=lambda name: -int(name.partition("-")[0])))
     return ", ".join(f"{held.count(name)}x{_bits(name)}" for name in names)
@@ -92,7 +92,7 @@ def _mark(axes: Any, baselines: "Sequence[Baseline]") -> None:
 
 
 def _new_figure() -> Any:
-    """A figure on matplotlib's Agg canvas, which needs no display."""
+    """Makes a figure on matplotlib's Agg canvas, which needs no display."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

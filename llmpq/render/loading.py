@@ -28,7 +28,7 @@ COMPILING_EVERY_S = 2.0
 def shown_loading(
     plan: Plan, rank: int, quiet: bool, cache: "WeightCache"
 ) -> "Iterator[WeightCache]":
-    """`cache`, which shows how far it has filled the stage of `rank`."""
+    """Yields `cache`, wrapped so that it shows how far it has filled the stage of `rank`."""
     stage, alone = plan.stages[rank], len(plan.stages) == 1
     what = "loading, layers" if alone else f"stage {rank}: loading, layers"
     out = PlainConsole(quiet=quiet) if alone else _lines(quiet)
@@ -37,7 +37,7 @@ def shown_loading(
 
 
 def shown_compiling(rank: int, quiet: bool) -> Callable[[int, int], None]:
-    """Tells every few seconds how many kernels of a stage are compiled."""
+    """Returns a function that prints every few seconds how many kernels are compiled."""
     out, last_s = _lines(quiet), [time.monotonic()]
 
     def tell(done: int, total: int) -> None:
@@ -55,7 +55,7 @@ def _lines(quiet: bool) -> Console:
 
 
 class ShownCache:
-    """Shows which tensor is next before it is filled in."""
+    """A cache that shows which tensor it fills next."""
 
     def __init__(self, inner: "WeightCache", first_layer: int, shown: ProgressBar) -> None:
         self._inner, self._first, self._shown, self._done = inner, first_layer, shown, 0
@@ -67,7 +67,7 @@ class ShownCache:
         read: "Callable[[], Tensor]",
         take: "Callable[[Tensor], None]",
     ) -> None:
-        """As the cache does."""
+        """Shows the tensor, then fills it as the wrapped cache does."""
         numbers = [int(part) for part in name.split(".") if part.isdigit()]
         self._done = numbers[0] - self._first if numbers else self._done
         self._shown.update(self._done, name)

@@ -26,7 +26,7 @@ ENDS = ("embedding", "head", "call")  # parts that are shown where they are told
 
 
 def print_layers(out: Console, rows: Sequence[ProfileRow], precisions: Sequence[str]) -> None:
-    """Milliseconds per layer, shape by precision; where there are many shapes, some of them."""
+    """Prints milliseconds per layer, shape by precision; of many shapes, some."""
     rows = [row for row in rows if row.phase in ("prefill", "decode")]
     times = {(row.precision, *_shape(row)): row.time_ms for row in rows}
     shapes = sorted({_shape(row) for row in rows}, key=lambda s: (s[0] == "decode", *s[1:]))
@@ -48,7 +48,7 @@ def _shape(row: ProfileRow) -> tuple[str, int, int, int]:
 
 
 def print_sensitivity(out: Console, found: Sensitivity) -> None:
-    """A row per layer, the same of parts of layers, and how sums become percent."""
+    """Prints a row per layer, the same for parts of layers, and how sums become percent."""
     lower = {p: values for p, values in found.table().items() if p != "16"}
     text = f"{found.calibration.num_tokens:,} tokens of {found.calibration.source}"
     out.print(f"{found.indicator}, {found.method}, on {text}: {UNITS[found.indicator]}")
@@ -81,7 +81,7 @@ def _layer_table(values: Mapping[str, Sequence[float]], num_layers: int) -> Tabl
 
 
 def print_links(out: Console, found: Links) -> None:
-    """The matrix of pairs, and lines for a cluster file."""
+    """Prints the matrix of pairs, and lines for a cluster file."""
     size = 1 + max(pair.source for pair in found.pairs)
     cells = {(pair.source, pair.destination): pair for pair in found.pairs}
     table = Table("us, GB/s: from", *(f"to {rank}" for rank in range(size)))
@@ -103,7 +103,7 @@ def print_links(out: Console, found: Links) -> None:
 def print_devices(
     out: Console, here: Sequence[FoundDevice], library: Mapping[str, DeviceType]
 ) -> None:
-    """The devices of this machine, and the types that cluster files can name."""
+    """Prints the devices of this machine, and the types that cluster files can name."""
     for device in here:
         _print_device(out, device)
     table = Table("type", "name", "GiB", "GB/s", "fp16 TFLOP/s")
@@ -137,7 +137,7 @@ def _print_device(out: Console, device: FoundDevice) -> None:
 
 
 def print_past_runs(out: Console, past: "PastRuns", verbose: bool) -> None:
-    """Factors of each device type, and errors of stages and whole runs before and after."""
+    """Prints factors of each device type, and errors of stages and runs before and after."""
     table = Table("device type", "part", "phase", "measured / predicted", "residual")
     for row in past.factors:
         if row.told_apart or verbose or row.part not in ENDS:

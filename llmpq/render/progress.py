@@ -16,7 +16,7 @@ BAR_EVERY_S = 0.1
 
 
 class ProgressBar:
-    """Call `update(done, detail)`; the first two seconds say nothing."""
+    """Shows what `update(done, detail)` is told, after the first two seconds."""
 
     def __init__(self, out: "Console", what: str, total: int) -> None:
         self._out, self._what, self._total = out, what, total
@@ -24,13 +24,13 @@ class ProgressBar:
         self._bar: object | None = None
 
     def is_due(self) -> bool:
-        """An update would be seen; asking first saves making its detail."""
+        """Whether an update would be seen; asking first saves making its detail."""
         now = time.monotonic()
         every = BAR_EVERY_S if self._out.is_terminal else LINE_EVERY_S
         return now - self._started >= SILENT_S and now - self._said > every
 
     def update(self, done: int, detail: str = "", total: int | None = None) -> None:
-        """`done` of the total are finished; `total`: a new one, of a new phase."""
+        """Shows that `done` of the total are finished; `total`: a new one, of a new phase."""
         self._total = self._total if total is None else total
         now = time.monotonic()
         if now - self._started < SILENT_S:
@@ -69,7 +69,7 @@ class ProgressBar:
 
 @contextmanager
 def progress(out: "Console", what: str, total: int) -> Iterator[ProgressBar]:
-    """A `ProgressBar` that is closed at the end."""
+    """Yields a `ProgressBar`, which is closed at the end."""
     shown = ProgressBar(out, what, total)
     try:
         yield shown

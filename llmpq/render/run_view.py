@@ -6,7 +6,7 @@ from llmpq.run_report import Report, duration
 
 
 def print_run(out: Console, report: Report, verbose: bool) -> None:
-    """Prints what was done and how fast, beside the prediction; verbose: each stage too."""
+    """Prints what was done and how fast, and the prediction; verbose: each stage too."""
     out.print(
         f"{report.num_requests} requests, {report.num_new_tokens} new tokens in "
         f"{duration(report.total_s)}: {report.tokens_per_s:.1f} tokens/s, "
@@ -22,7 +22,7 @@ def print_run(out: Console, report: Report, verbose: bool) -> None:
 
 
 def memory_warnings(report: Report) -> list[str]:
-    """A line for each stage and phase that ran out of memory and went on with fewer requests."""
+    """Returns a line for each stage and phase that continued with fewer requests at once."""
     return [
         f"warning: stage {stage.rank} ran out of memory: {phase} continued with {rows} requests "
         "at once"

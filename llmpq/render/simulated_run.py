@@ -23,7 +23,7 @@ MICROSECONDS = 1e6
 
 
 def figures(run: "Played", bubbles: "Sequence[Bubble]", plan: "Plan") -> dict[str, object]:
-    """The numbers of a simulated run, beside the closed form of the plan's prediction."""
+    """Returns the numbers of a simulated run, and how far off the plan's closed form is."""
     from llmpq.planner.bubbles import describe, server_names
 
     assert plan.predicted is not None
@@ -59,7 +59,7 @@ def write_trace(path: Path, plan: "Plan", run: "Played") -> str:
 
 
 def _events(run: "Played", most: int) -> Iterator[Event]:
-    """A complete event for each of the first jobs on every server that it takes any time."""
+    """Yields a complete event per job and per stage or link that it occupies."""
     jobs = run.jobs
     starts = (run.start_s[:most] * MICROSECONDS).tolist()
     lengths = ((run.end_s - run.start_s)[:most] * MICROSECONDS).tolist()

@@ -12,7 +12,7 @@ Event = dict[str, object]
 
 
 def stage_names(plan: "Plan") -> Iterator[Event]:
-    """What viewers call processes and threads, and their order."""
+    """Yields the names of processes and threads for viewers, and their order."""
     from llmpq.planner.bubbles import server_names
 
     names = server_names(len(plan.stages))
@@ -37,7 +37,7 @@ def call(
     args: Event,
     on_link: int = 0,
 ) -> Event:
-    """Something that a stage, or the link after it, does; `kind` is its phase."""
+    """Makes an event of what a stage, or the link after it, does; `kind` is its phase."""
     where: Event = {"pid": stage, "tid": 2 * stage + on_link}
     event: Event = {"name": name, "cat": kind, "ph": "X", "ts": start_us, "dur": length_us}
     return event | where | {"args": args}
