@@ -114,6 +114,16 @@ def test_a_report_goes_to_standard_output_and_notes_do_not(tmp_path):
     assert "t4-16g" in devices.stdout and not devices.stderr
 
 
+def test_a_report_that_cannot_be_written_is_one_error(tmp_path):
+    cluster, workload = small_files(tmp_path)
+    words = ["--cluster", str(cluster), "--workload", str(workload), "--no-what-if"]
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "llmpq.cli.plan", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard output cannot be written (No space")
+
+
 @pytest.fixture(scope="module")
 def profiles(tmp_path_factory) -> Path:
     """A folder with a profile on a tiny grid, and the same figures as another device type."""
