@@ -6,8 +6,8 @@ key that is there twice, a text for a number and a yes-or-no for a number are fa
 to a temporary file beside the target first, so that a reader never sees half a file.
 
 Text files may begin with a byte-order mark, as those written on Windows do, which also tells UTF-16
-and UTF-32. What is no regular file (a pipe, a device) is refused before it is opened, as reading it
-may never end; so is a file far too large for what it should hold.
+and UTF-32. What is not a regular file (a pipe, a device) is refused before it is opened, as reading
+it may never end; so is a file far too large for what it should hold.
 """
 
 import codecs
@@ -110,7 +110,7 @@ def refuse_unless_regular(path: Path) -> None:
     if stat.S_ISDIR(mode):
         raise UserError(f"{path}: is a directory, expected a file")
     if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: is no regular file; save what comes out of it to one")
+        raise UserError(f"{path}: is not a regular file; save its contents to one")
 
 
 def read_json(path: Path, kind: type[M]) -> M:

@@ -104,7 +104,7 @@ class Cluster(Strict):
         unknown = {g.type for g in self._groups if g.type not in known and g.memory_gib is None}
         faults = _unknown_types(sorted(unknown), known)
         faults += [
-            f"{name} is rehearsed: memory_gib does not hold for it, give rehearse.{name}.memory_mib"
+            f"{name} is rehearsed: memory_gib does not apply to it; give rehearse.{name}.memory_mib"
             for name in sorted(self._rehearsed_with_memory())
         ]
         faults += [*self._figure_faults(), *self._kernel_faults()] if not unknown else []
@@ -157,8 +157,8 @@ class Cluster(Strict):
             bandwidth, tflops, *_ = next(iter(given))
             if name in self.rehearse and any(next(iter(given))):
                 faults.append(
-                    f"{name} is rehearsed on a CPU: {', '.join(FIGURES)} do not hold for it, leave "
-                    "them out"
+                    f"{name} is rehearsed on a CPU: {', '.join(FIGURES)} do not apply to it; "
+                    "leave them out"
                 )
             elif (bandwidth is None) != (tflops is None) and not self.is_in_library(name):
                 missing = "tflops" if tflops is None else "bandwidth_gbs"
@@ -170,7 +170,7 @@ class Cluster(Strict):
 
     def _faults_of(self, name: str, kernels: list[str]) -> list[str]:
         if name in self.rehearse:
-            return [f"{name} is rehearsed on a CPU: kernels does not hold for it, leave it out"]
+            return [f"{name} is rehearsed on a CPU: kernels does not apply to it; leave it out"]
         capability = self.capability_of(name)
         served = served_libraries(parse_capability(capability))
         return [
@@ -265,7 +265,7 @@ def load_cluster(path: Path) -> Cluster:
 
 def _why_no_library(name: str, capability: str) -> str:
     if name not in LIBRARIES:
-        return "is no library of kernels"
+        return "is not a kernel library"
     least = ".".join(map(str, LIBRARIES[name]))
     return f"needs compute capability {least} (this device: {capability or 'none'})"
 
@@ -306,5 +306,5 @@ def _unknown_types(names: Sequence[str], known: Collection[str]) -> list[str]:
 
 def _nearest(name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name.lower(), sorted(known), n=3, cutoff=0.3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "it is like no known one"
+    hint = f"did you mean {' or '.join(near)}?" if near else "no known type is similar"
     return f"unknown device type {show_value(name)}; {hint}"

@@ -21,7 +21,7 @@ class ConfigKeys:
         """The text under a key; raises `UserError` at once where there is none."""
         value = self.data.get(key)
         if not isinstance(value, str):
-            raise UserError(f"{self.source}: '{key}' is missing or not a text")
+            raise UserError(f"{self.source}: '{key}' is missing or not a string")
         return value
 
     def count(self, *names: str, default: int | None = None) -> int:

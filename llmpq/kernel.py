@@ -177,19 +177,18 @@ class Kernel:
     def _why_not_shape(self, out_features: int, in_features: int, group: int) -> str | None:
         whole = self.whole_rows and group == in_features
         if self.groups is not None and group not in self.groups and not whole:
-            return f"{self.name} has no groups of {group} weights"
+            return f"{self.name} does not support groups of {group} weights"
         if out_features < self.least[0] or in_features < self.least[1]:
             return f"{self.name}: {out_features} x {in_features} is below {self.least}"
         if out_features % self.out_step:
-            return f"{self.name}: {out_features} outputs are no multiple of {self.out_step}"
+            return f"{self.name}: {out_features} outputs are not a multiple of {self.out_step}"
         if -(-in_features // 8) * 8 % self.in_step:
-            return f"{self.name}: {in_features} inputs are no multiple of {self.in_step}"
+            return f"{self.name}: {in_features} inputs are not a multiple of {self.in_step}"
         if self.streams and group != in_features:
             stream = -(-in_features // 8) * 8 // self.streams
             if math.gcd(stream, group) % RUN:
-                return (
-                    f"{self.name}: rows of {in_features} weights, {group} a scale, do not suit it"
-                )
+                rows = f"rows of {in_features} weights with one scale per {group}"
+                return f"{self.name}: {rows} do not suit it"
         return None
 
     def held_bytes(self, out_features: int, in_features: int, group: int, dtype: str) -> int:
@@ -224,4 +223,4 @@ class Kernel:
 
 def _span(least: Capability, below: Capability | None) -> str:
     text = f"{least[0]}.{least[1]}"
-    return text + (f" up to below {below[0]}.{below[1]}" if below else " or above")
+    return text + (f" to below {below[0]}.{below[1]}" if below else " or above")

@@ -32,9 +32,9 @@ def launch_lines(plan: Plan, files: Sequence[str]) -> list[str]:
         count = f"--nnodes {len(parts)} --node-rank {number} --nproc-per-node {len(part.workers)}"
         lines.append(f"on {part.name}: torchrun {count} {meet} {words}")
     lines.append(
-        "workers talk over the interface that reaches that address; where that is the wrong one: "
-        "GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME before torchrun. Anyone who reaches port "
-        f"{PORT} and those of the workers can disturb the run: trusted networks only"
+        "workers communicate over the network interface that reaches that address; to use another, "
+        "set GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME before torchrun. Anyone who can reach "
+        f"port {PORT} and those of the workers can disturb the run: use trusted networks only"
     )
     return lines
 

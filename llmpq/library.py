@@ -16,7 +16,6 @@ Not covered: cards and several processes, which `llmpq-run` drives, profiling, a
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -28,14 +27,13 @@ from llmpq.errors import FailedRequests, UserError
 from llmpq.model_lookup import DEFAULT_MODEL, check_model, load_model_spec
 from llmpq.model_spec import ModelSpec
 from llmpq.plan_data import Plan, Predicted
+from llmpq.planning_methods import PlanningMethod
 from llmpq.workload import Workload
 
 if TYPE_CHECKING:
-    from llmpq.costs.quality import QualityModel
     from llmpq.planner.inputs import Inputs
     from llmpq.prompts.request import Request
 
-Method = Literal["auto", "ilp", "heuristic", "uniform", "pipeedge", "adabits"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -66,7 +64,7 @@ def plan(
     sensitivity: str | Path | None = None,
     max_quality_loss: float | None = None,
     precisions: Sequence[str] | None = None,
-    method: Method = "auto",
+    method: PlanningMethod = "auto",
     gap: float = 0.005,
     time_limit_s: float = 60.0,
 ) -> Plan:
@@ -138,7 +136,7 @@ class Engine:
         """Loads the weights of `model_dir`; None: of the model that the plan names.
 
         `dtype`: of activations and of weights at 16 bits. `ignore_eos`: end-of-text tokens end no
-        answer. `moments`: the file of second moments, where it is not at the plan's path.
+        answer. `moments`: the file of calibration statistics, where it is not at the plan's path.
         Raises `UserError` where the model has no tokenizer or is not the plan's.
         """
         if dtype not in get_args(DtypeName):
@@ -157,7 +155,7 @@ class Engine:
         check_model(folder, plan.model, "the plan")
         config, tokenizer = load_config(folder), load_tokenizer(folder)
         if tokenizer is None:
-            raise UserError(f"{folder}: has no tokenizer, which texts need")
+            raise UserError(f"{folder}: has no tokenizer, which is needed for texts")
         self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._rules = Rules(tokenizer, limits_of(plan, config), chat=False)
         roundings = load_roundings(plan.quantizer, Path(moments) if moments else None)
@@ -218,9 +216,11 @@ def _require(is_right: bool, name: str, expected: str, value: float) -> None:
 
 
 def _refuse_one_text(values: Sequence[str] | None, name: str) -> None:
-    """A text is a sequence of texts too: of its characters."""
+    """Raises `UserError` for a single string, which is a sequence of strings too."""
     if isinstance(values, str):
-        raise UserError(f"{name} must be a list of texts, found one text; give [{values[:40]!r}]")
+        raise UserError(
+            f"{name} must be a list of strings, found a single string; give [{values[:40]!r}]"
+        )
 
 
 def _inputs(
@@ -230,21 +230,10 @@ def _inputs(
     profiles: str | Path | None,
     sensitivity: str | Path | None,
 ) -> "Inputs":
+    from llmpq.planner.input_files import read_quality
     from llmpq.planner.inputs import inputs_of
     from llmpq.profile_data import load_profiles
 
     measured = load_profiles(Path(profiles)) if profiles else []
-    quality = _quality(model, Path(sensitivity)) if sensitivity else None
+    quality = read_quality(model, Path(sensitivity) if sensitivity else None)
     return inputs_of(model, cluster, workload, measured, quality)
-
-
-def _quality(model: ModelSpec, path: Path) -> "QualityModel":
-    """As a sensitivity file says; the path of its second moments as seen from anywhere."""
-    from llmpq.costs.quality import measured_quality
-    from llmpq.profile_data import load_sensitivity
-
-    quality = measured_quality(load_sensitivity(path), model, str(path))
-    if quality.quantizer.moments is None:
-        return quality
-    moments = str((path.parent / quality.quantizer.moments).resolve())
-    return replace(quality, quantizer=quality.quantizer.model_copy(update={"moments": moments}))

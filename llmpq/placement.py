@@ -136,8 +136,8 @@ def _reason(
     text = f"planned: {planned}; found: {found}; no card is left for {without}"
     if any(is_slice(card.name) for card in cards):
         text += (
-            "; a MIG slice is no whole card: give it a type name of its own in the cluster file, "
-            "with memory_gib and a profile"
+            "; a MIG slice is not a whole card: give it a type name of its own in the cluster "
+            "file, with memory_gib and a profile"
         )
     return text
 

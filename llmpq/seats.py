@@ -34,7 +34,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Part:
+class NodePart:
     """What one host is to run: a node's workers, by their numbers in the plan."""
 
     name: str
@@ -61,11 +61,11 @@ def _planned(cluster: Cluster, stage: int, node: str, name: str) -> PlannedDevic
     )
 
 
-def parts_of(plan: Plan) -> list[Part]:
+def parts_of(plan: Plan) -> list[NodePart]:
     """The nodes that the plan uses, the leader's first."""
     nodes = [stage.node for stage in plan.stages for _ in stage.devices]
     return [
-        Part(name, tuple(number for number, node in enumerate(nodes) if node == name))
+        NodePart(name, tuple(number for number, node in enumerate(nodes) if node == name))
         for name in dict.fromkeys(nodes)
     ]
 
@@ -118,14 +118,14 @@ def stage_ranks(plan: Plan, seats: Sequence[Seat]) -> list[list[int]]:
     return [[rank_of[worker] for worker in workers] for workers in plan.ranks]
 
 
-def _parts_for(plan: Plan, hosts: Sequence[Sequence[Process]]) -> list[Part]:
+def _parts_for(plan: Plan, hosts: Sequence[Sequence[Process]]) -> list[NodePart]:
     """A part for each host: the plan's nodes where there are as many, else pieces in order."""
     parts = parts_of(plan)
     if len(parts) == len(hosts):
         return parts
     pieces, first = [], 0
     for host in hosts:
-        pieces.append(Part("", tuple(range(first, first + len(host)))))
+        pieces.append(NodePart("", tuple(range(first, first + len(host)))))
         first += len(host)
     return pieces
 
@@ -134,7 +134,7 @@ def _preference(
     tried: list[Seat] | Refusal,
     host: Sequence[Process],
     number: int,
-    parts: Sequence[Part],
+    parts: Sequence[NodePart],
     part: int,
 ) -> int | None:
     """0: the node of the host's name; 1: of its number; 2: another whose cards fit."""
@@ -221,7 +221,7 @@ def _fix(process: Process, devices: Sequence[PlannedDevice]) -> str:
 
 def _refusal(
     hosts: Sequence[Sequence[Process]],
-    parts: Sequence[Part],
+    parts: Sequence[NodePart],
     found: dict[int, int],
     tried: dict[tuple[int, int], list[Seat] | Refusal],
 ) -> Refusal:
@@ -236,3 +236,13 @@ def _refusal(
         said = why.reason if isinstance(why, Refusal) else "taken by another host"
         lines.append(f"{where} {hosts[host][0].host}: {said}")
     return Refusal("\n".join(["the plan does not fit the machines:", *lines]))
+
+
+def worker_places(plan: Plan) -> list[tuple[str, str]]:
+    """The node and device type of every worker, by its number in the plan."""
+    return [(stage.node, device) for stage in plan.stages for device in stage.devices]
+
+
+def worker_names(plan: Plan) -> list[str]:
+    """What people call every worker, by its number in the plan."""
+    return [f"{device} on {node}" for node, device in worker_places(plan)]

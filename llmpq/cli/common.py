@@ -1,67 +1,55 @@
-"""What every command shares: `--version`, `-v/-q`, `--json`, exit codes, consoles.
+"""What every command shares: errors and their exit codes, consoles, and where JSON goes.
 
-A user's error is printed as its message alone and ends with the exit code of its kind.
-Human output goes to standard error, so that `--json -` can own standard output.
+A user's error is printed as its message alone and ends with the exit code of its kind. A report
+goes to standard output, everything else that people read to standard error; where `--json -` asks
+for standard output, it holds nothing but JSON.
 """
 
 import logging
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import ENAMETOOLONG
+from errno import ENAMETOOLONG, ENOSPC
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from llmpq.artifact import show_value, write_text
-from llmpq.errors import LlmpqError, UserError
+from llmpq.errors import LlmpqError, UserError, WorkerError
 from llmpq.kernel import KERNELS_KEPT
 from llmpq.plain import plain
-from llmpq.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmpq.runtime.process import Role
+
 ARGUMENTS = "llmpq.arguments"  # in a context's meta: the words of the command line
 RUN_EXTRA = ("torch", "transformers", "safetensors", "tokenizers")
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def bound_kernel_caches() -> None:
-    """Bounds the memory of torch's kernels on a CPU, in what measures layers as in what runs them.
+    """Bounds the memory that torch's kernels take on a CPU, for profiling as for running.
 
-    Must be called before torch first computes. The user's own settings stay.
+    It must be called before torch first computes. Settings of the user are kept.
     """
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
-class FiniteRange(click.FloatRange):
-    """A range of numbers without infinity and NaN."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number", param, ctx)
-        return float(number)
-
-
 class PlainErrors(click.Command):
-    """Has click quote values of the command line in its errors without control characters."""
+    """A command whose errors quote values of the command line without control characters."""
 
     def make_context(self, *args: Any, **more: Any) -> click.Context:
-        """As click does."""
+        """Parses the command line as click does."""
         with _in_plain_text():
             return super().make_context(*args, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click does; what libraries log meanwhile is plain too."""
+        """Runs the command as click does; what libraries log meanwhile is plain text too."""
         before = logging.getLogRecordFactory()
         logging.setLogRecordFactory(PlainRecord)
         try:
@@ -72,7 +60,7 @@ class PlainErrors(click.Command):
 
 
 class PlainRecord(logging.LogRecord):
-    """What a library says, which may quote names of files and what is in them."""
+    """A log record of a library, which may quote names of files and what is in them."""
 
     def getMessage(self) -> str:  # noqa: N802 (the name is logging's)
         """The text with control characters spelled out."""
@@ -105,15 +93,19 @@ class Command(PlainErrors):
                 raise
             _fail(f"this command needs {error.name}: pip install 'llmpq[run]'", UserError.exit_code)
         except OSError as error:
-            if error.errno != ENAMETOOLONG:  # others are told where files are opened
-                raise
-            _fail(
-                f"{show_value(error.filename)}: no such file: its name is too long",
-                UserError.exit_code,
-            )
+            _fail(_file_error(error), UserError.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)
+
+
+def _file_error(error: OSError) -> str:
+    """The message for an error that was not caught where files are opened; else raises it again."""
+    if error.errno == ENAMETOOLONG:
+        return f"{show_value(error.filename)}: no such file: its name is too long"
+    if error.errno == ENOSPC and error.filename is None:
+        return f"standard output cannot be written ({error.strerror})"
+    raise error
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
@@ -121,6 +113,38 @@ def _fail(message: str, exit_code: int) -> NoReturn:
         fix = line.startswith("would fit:")
         click.echo(line if fix else f"error: {line}", err=True)
     sys.exit(exit_code)
+
+
+@contextmanager
+def one_of_several(role: "Role", advice: str) -> Iterator[None]:
+    """Runs a worker's part of a command, so that one worker per machine tells what went wrong.
+
+    `advice`: what to do where a worker is lost.
+    """
+    from llmpq.reliability.ending import SUPERVISED
+    from llmpq.reliability.monitor import Monitor
+    from llmpq.runtime.process import check_meeting_point, disconnect, end_with_parent
+
+    end_with_parent()
+    check_meeting_point()
+    try:
+        with Monitor(role.rank, role.size, f"rank {role.rank}", advice):
+            yield
+    except UserError:
+        if role.local_rank == 0:
+            raise
+        sys.exit(UserError.exit_code)  # the first rank on this machine says the same
+    except WorkerError:
+        if SUPERVISED not in os.environ:
+            raise
+        sys.exit(WorkerError.exit_code)  # the process that started us says which rank was lost
+    finally:
+        disconnect()
+
+
+def command_words() -> list[str]:
+    """Returns the words of the command line that is running."""
+    return list(click.get_current_context().meta[ARGUMENTS])
 
 
 def emit(text: str, path: Path | None) -> None:
@@ -138,26 +162,15 @@ def emit(text: str, path: Path | None) -> None:
         write_text(path, text + "\n")
 
 
-def common_options(function: F) -> F:
-    """Adds `--json`, `-v`, `-q` and `--version`."""
-    decorators = [
-        click.option(
-            "--json",
-            "json_path",
-            type=click.Path(path_type=Path, allow_dash=True),
-            help="Also write the result as JSON to this file ('-': standard output).",
-        ),
-        click.option("-v", "--verbose", is_flag=True, help="Say more."),
-        click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
-        click.version_option(__version__, prog_name="llmpq"),
-    ]
-    for decorator in reversed(decorators):
-        function = decorator(function)
-    return function
-
-
 def console(quiet: bool = False) -> "Console":
-    """Where people read: standard error, without styles where it is no terminal."""
-    from llmpq.cli.plain_console import PlainConsole
+    """Returns the console for notes, warnings and progress, on standard error."""
+    from llmpq.render.console import PlainConsole
 
-    return PlainConsole(quiet=quiet, width=None if sys.stderr.isatty() else 120)
+    return PlainConsole(quiet=quiet)
+
+
+def report_console(quiet: bool, *outputs: Path | None) -> "Console":
+    """Returns the console for reports: standard output, unless an output ('-') has that."""
+    from llmpq.render.console import PlainConsole
+
+    return PlainConsole(stderr="-" in map(str, outputs), quiet=quiet)

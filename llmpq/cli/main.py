@@ -5,6 +5,7 @@ import importlib
 import click
 
 from llmpq.cli.common import PlainErrors
+from llmpq.cli.options import HELP
 from llmpq.version import __version__
 
 COMMANDS = {
@@ -33,7 +34,7 @@ class Umbrella(PlainErrors, click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.command(cls=Umbrella)
+@click.command(cls=Umbrella, context_settings=HELP)
 @click.version_option(__version__, prog_name="llmpq")
 def main() -> None:
     """Plan and run large language models over unequal GPUs, with a precision for every layer."""

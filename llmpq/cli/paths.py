@@ -1,4 +1,4 @@
-"""Files that a command reads and files that it writes are different ones: seen to before it starts.
+"""Checks, before a command starts, that it writes none of the files that it reads.
 
 Two paths are one file where they lead to the same place through links and "..", where they are hard
 links of one file, and where their names differ in case alone and nothing shows that they are two
@@ -37,13 +37,13 @@ def check_files(reads: Iterable[Named], writes: Iterable[Named]) -> None:
     writes = list(writes)
     outputs = [(name, str(path)) for name, path in writes if path is not None]
     faults = [
-        f"{name} {path}: the same file is named twice (it is {other} too); give each its own"
+        f"{name} {path}: the same file is named twice (also as {other}); give each its own"
         for (name, path), (other, second) in combinations(outputs, 2)
         if path == second == "-" or _are_one(path, second)
     ]
     inputs = [(name, str(path)) for name, path in reads if path is not None]
     faults += [
-        f"{name} {path}: is {other}, which would be lost; give another path"
+        f"{name} {path}: is also {other}, which would be overwritten; give another path"
         for name, path in outputs
         for other, source in inputs
         if _are_one(path, source)
@@ -56,7 +56,7 @@ def check_files(reads: Iterable[Named], writes: Iterable[Named]) -> None:
 
 
 def _refuse_unwritable(path: Path) -> None:
-    """Finds out before the work, and not after it, that its result has no place."""
+    """Raises `UserError` where a result could not be written, before any work is done."""
     try:
         folder = next(p for p in path.absolute().parents if os.path.lexists(p))
         is_wrong = path.is_dir() or not folder.is_dir()
@@ -77,7 +77,7 @@ def _is_there(path: Path) -> bool:
 
 
 def model_files(model: str | Path | None) -> Iterator[Named]:
-    """What a command reads of MODEL, where that is a folder or a file here."""
+    """Yields the files that a command reads of MODEL, where that is a folder or a file here."""
     folder = Path(model) if model is not None else None
     if folder is None or not folder.exists():
         return
@@ -91,10 +91,10 @@ def model_files(model: str | Path | None) -> Iterator[Named]:
 
 
 def trace_files(workload: Path | None) -> Iterator[Named]:
-    """The CSV files that a workload takes its lengths from."""
+    """Yields the CSV files that a workload takes its lengths from."""
     if workload is None:
         return
-    with suppress(UserError):  # reading it in earnest says the same
+    with suppress(UserError):  # the command reads it later, and then says so
         found = read_yaml(workload, Workload)
         for lengths in (found.prompt_tokens, found.new_tokens):
             if isinstance(lengths, Trace):
@@ -102,7 +102,7 @@ def trace_files(workload: Path | None) -> Iterator[Named]:
 
 
 def profile_files(folder: Path | None, writes: Iterable[Named]) -> Iterator[Named]:
-    """The profiles of a folder that one of these outputs would replace; other files may be."""
+    """Yields the profiles of a folder that one of these outputs would replace."""
     if folder is None or not folder.is_dir():
         return
     targets = [str(path) for _, path in writes if path is not None]
@@ -125,5 +125,5 @@ def _are_one(first: str, second: str) -> bool:
 
 
 def _folded(path: str) -> str:
-    """The place, in a form that is equal for all names which some disk takes for one."""
+    """Returns the real path in a form that is equal for all names that a disk may take for one."""
     return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()

@@ -1,137 +1,36 @@
-"""`llmpq-run`: executes a plan on prompts, under torchrun or alone."""
+"""`llmpq-run`: executes a plan on prompts, under torchrun or alone.
+
+Alone, this process starts the workers and waits; when one is lost and `--replan-on-loss` is given,
+it plans for those that are left (`planner.replanning`) and starts again with --resume.
+"""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import click
-
-from llmpq.cli.common import (
-    ARGUMENTS,
-    Command,
-    FiniteRange,
-    bound_kernel_caches,
-    common_options,
-    console,
-)
-from llmpq.cli.replan import ReplanOptions, run_and_replan, survey, worker_names
-from llmpq.cli.run_options import DTYPE_NAMES, FORMATS, TOO_LONG, RunOptions
+from llmpq.artifact import write_json
+from llmpq.cli.common import bound_kernel_caches, command_words, console, emit
+from llmpq.cli.options import command
+from llmpq.cli.run_options import RunOptions, check_options, read_inputs, replan_path
 from llmpq.errors import FailedRequests, InfeasibleError, UserError, WorkerError
-from llmpq.plan_data import Plan, load_plan, refuse_shared_stages
+from llmpq.plan_data import Plan, diff, load_plan, refuse_shared_stages
+from llmpq.seats import parts_of, worker_names
 
 if TYPE_CHECKING:
-    from llmpq.runtime.process import Role
+    from llmpq.planner.replanning import ReplanInputs
+    from llmpq.runtime.process import LostWorkers, Role
 
-END_S = 10.0  # at most until other workers have ended, which torchrun would end where one failed
+END_S = 10.0  # at most, for other workers to end: torchrun kills them when one fails
 
 
-@click.command(cls=Command)
-@click.option("--plan", required=True, type=click.Path(path_type=Path), help="plan.json")
-@click.option(
-    "--prompts",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="prompts.jsonl; also OpenAI batch files, CSV, JSON arrays, Parquet, packed or not.",
-)
-@click.option(
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path, allow_dash=True),
-    help="out.jsonl; '-': standard output, which keeps nothing to resume.",
-)
-@click.option(
-    "--output-format",
-    type=click.Choice(FORMATS),
-    default="auto",
-    help="Of OUTPUT; auto: openai (its batch output) where all prompts are OpenAI batch lines.",
-)
-@click.option("--report", type=click.Path(path_type=Path), help="Where to write report.json.")
-@click.option(
-    "--trace", type=click.Path(path_type=Path), help="A Chrome trace of what ran, for Perfetto."
-)
-@click.option("--model", help="The model's directory, where it is not the plan's own.")
-@click.option(
-    "--moments", type=click.Path(path_type=Path), help="Second moments, where not at the plan's."
-)
-@click.option(
-    "--check-quality", is_flag=True, help="Perplexity of the served weights against 16 bits."
-)
-@click.option(
-    "--check-text", type=click.Path(path_type=Path), help="For that; default: shipped text."
-)
-@click.option(
-    "--check-windows", type=click.IntRange(min=1), help="Of 256 tokens; default: 80 at most."
-)
-@click.option(
-    "--cache-dir", type=click.Path(path_type=Path), help="Packed weights are kept here, and found."
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be loaded where, and load nothing.")
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="Keep finished requests of OUTPUT, do the others; failed ones again.",
-)
-@click.option(
-    "--keep-errors", is_flag=True, help="With --resume: leave failed requests as they are."
-)
-@click.option(
-    "--too-long",
-    type=click.Choice(TOO_LONG),
-    default="error",
-    help="A request that is too long: fails alone (error), loses its prompt's beginning "
-    "(truncate), or refuses the run (fail).",
-)
-@click.option(
-    "--fsync",
-    type=click.Choice(["always", "interval", "never"]),
-    default="interval",
-    help="When results are forced to the disk; interval: every second.",
-)
-@click.option(
-    "--chat",
-    is_flag=True,
-    help="A prompt that is a text is a user's message: use the model's chat template.",
-)
-@click.option(
-    "--refill/--no-refill", default=True, help="Give slots of ended requests to the next at once."
-)
-@click.option(
-    "--prefill-chunk",
-    type=click.IntRange(min=16),
-    help="Tokens of a prompt computed at once; default: as planned.",
-)
-@click.option(
-    "--graphs/--no-graphs", default=True, help="On a card, run decode steps as CUDA graphs."
-)
-@click.option(
-    "--batch-invariant", is_flag=True, help="No token depends on its micro-batch; may be slower."
-)
-@click.option("--temperature", type=FiniteRange(min=0), default=0.0, help="0: greedy.")
-@click.option("--top-p", type=FiniteRange(0, 1, min_open=True), default=1.0)
-@click.option("--top-k", type=click.IntRange(min=0), default=0, help="0: all tokens.")
-@click.option("--seed", type=int, default=0)
-@click.option("--ignore-eos", is_flag=True, help="Always generate all new tokens.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--dtype", type=click.Choice(DTYPE_NAMES), default="auto")
-@click.option("--replan-on-loss", is_flag=True, help="Go on without a worker that is lost.")
-@click.option(
-    "--cluster", type=click.Path(path_type=Path), help="For that: what is there, if not the plan's."
-)
-@click.option("--profiles", type=click.Path(path_type=Path), help="For that; else spec sheets.")
-@click.option(
-    "--sensitivity", type=click.Path(path_type=Path), help="For that; else a built-in prior."
-)
-@click.option(
-    "--max-quality-loss",
-    type=FiniteRange(min=0),
-    help="For that: percent that perplexity may rise; default: as little as fits.",
-)
-@common_options
-def main(**flags: Any) -> None:
+@command(RunOptions)
+def main(options: RunOptions) -> None:
     """Generate for every prompt with the stages of a plan.
 
-    Without torchrun the processes are started here, on this machine; under it each is one stage:
+    Without torchrun, this command starts one process per device of the plan on this machine; under
+    torchrun, each process is one of them:
 
       torchrun --nproc-per-node 3 -m llmpq.run --plan P.json --prompts IN.jsonl --output OUT.jsonl
 
@@ -140,7 +39,7 @@ def main(**flags: Any) -> None:
       0  done
       2  bad usage or bad input
       3  no plan (or run) fits
-      4  a worker was lost or failed, or a file changed by others; --resume continues
+      4  a worker was lost or failed, or others changed a file; --resume continues
       5  the run finished, but some requests failed (their lines say why;
          --resume tries them again)
     """
@@ -148,16 +47,14 @@ def main(**flags: Any) -> None:
 
     with interruptible(RESUME):
         try:
-            _run(flags)
-        except Ended as error:  # at once: an interpreter takes seconds to end in order
+            _run(options)
+        except Ended as error:  # ends at once, as an interpreter takes seconds to shut down
             end_process(str(error), error.exit_code)
 
 
-def _run(flags: dict[str, Any]) -> None:
+def _run(options: RunOptions) -> None:
     bound_kernel_caches()
-    replanning = ReplanOptions.taken_from(flags)
-    options = RunOptions(**flags)
-    _check(options, replanning)
+    check_options(options)
     plan = load_plan(options.plan)
     if options.check_quality:
         refuse_shared_stages(plan, options.plan)
@@ -165,36 +62,48 @@ def _run(flags: dict[str, Any]) -> None:
     from llmpq.runtime.process import role_from_environment
 
     role = role_from_environment()
-    if replanning.replan_on_loss and role is not None and SUPERVISED not in os.environ:
+    if options.replan_on_loss and role is not None and SUPERVISED not in os.environ:
         raise UserError(
             "--replan-on-loss: needs a run that starts its own workers; under torchrun, "
             "--max-restarts N starts lost workers again"
         )
     if options.dry_run:
-        from llmpq.cli.dry_run import show
-
         if role is None or role.rank == 0:
-            show(plan, options)
+            _dry_run(plan, options)
     elif role is None:
-        _run_here(plan, options, replanning)
+        _run_here(plan, options)
     else:
         _guarded(plan, options, role)
 
 
-def _check(options: RunOptions, replanning: ReplanOptions) -> None:
-    """Options that do not go together."""
-    if not options.check_quality and (options.check_text or options.check_windows):
-        raise UserError("--check-text, --check-windows: only with --check-quality")
-    if options.keep_errors and not options.resume:
-        raise UserError("--keep-errors: only with --resume; a new run has no errors to keep")
-    if options.streams and (options.resume or replanning.replan_on_loss):
-        name = "--resume" if options.resume else "--replan-on-loss"
-        raise UserError(f"{name}: needs an --output that is a file; '-' keeps no results")
+def _dry_run(plan: Plan, options: RunOptions) -> None:
+    """Checks all input, tells what would be done, and writes it where --json says."""
+    from llmpq.cli.run_work import report_to
+    from llmpq.dry_run import dry_run
+    from llmpq.planner.report import print_notes
+    from llmpq.render.dry_run_view import print_dry_run
+
+    inputs = read_inputs(plan, options)
+    found = dry_run(plan, inputs, options.device, options.dtype, _words_of_run())
+    emit(found.model_dump_json(indent=1), options.json_path)
+    print_dry_run(report_to(options), plan, found)
+    print_notes(console(options.quiet), found.notes)
 
 
-def _run_here(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> None:
+def _words_of_run() -> list[str]:
+    """Returns the command line without --dry-run and its --json."""
+    words, kept = command_words(), []
+    while words:
+        word = words.pop(0)
+        if word == "--json":
+            words = words[1:]
+        elif word != "--dry-run" and not word.startswith("--json="):
+            kept.append(word)
+    return kept
+
+
+def _run_here(plan: Plan, options: RunOptions) -> None:
     """Checks all input, then starts the workers (or is the only one)."""
-    from llmpq.cli.run_input import prepare
     from llmpq.cli.run_work import work
     from llmpq.reliability.ending import RESUME, ended_by_signals
     from llmpq.runtime.process import Role, start_workers
@@ -205,34 +114,18 @@ def _run_here(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> Non
             failed = work(plan, options, Role(0, 1, 0, 1))
         _raise(failed)
         return
-    prompts = prepare(plan, options).prompts
+    prompts = read_inputs(plan, options).led_prompts
     _warn_of_crowding(plan, options)
-    words = click.get_current_context().meta[ARGUMENTS]
-    if replanning.replan_on_loss:
-        _check_replan_files(plan, options, replanning)
-        assert prompts is not None
+    words = command_words()
+    if options.replan_on_loss:
         longest = max(1, *map(sum, prompts.lengths))
-        run_and_replan(plan, options, survey(plan, options, replanning, longest), words)
+        _run_and_replan(options, _replan_inputs(plan, options, longest), words)
     else:
         start_workers(words, worker_names(plan), "llmpq.run")
 
 
-def _check_replan_files(plan: Plan, options: RunOptions, replanning: ReplanOptions) -> None:
-    """What new plans are made from is not written over."""
-    from llmpq.cli.paths import Named, check_files, profile_files
-    from llmpq.cli.run_input import output_files
-
-    writes = output_files(plan, options)
-    reads: list[Named] = [
-        ("--cluster", replanning.cluster),
-        ("--sensitivity", replanning.sensitivity),
-        *profile_files(replanning.profiles, writes),
-    ]
-    check_files(reads, writes)
-
-
 def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
-    """One worker among several; what went wrong is said once."""
+    """Runs as one worker among several; one of them tells what went wrong."""
     from llmpq.cli.run_work import work
     from llmpq.reliability.ending import RESUME, SUPERVISED, end_process, ended_by_signals
     from llmpq.reliability.monitor import Monitor, restarts
@@ -243,22 +136,22 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
     names = worker_names(plan)
     if role.size != len(names):
         raise UserError(
-            f"{options.plan}: the plan has {len(names)} stages but torchrun started "
+            f"{options.plan}: the plan has {len(names)} workers but torchrun started "
             f"{role.size} processes; {_how_many(plan)}"
         )
     speaks = role.local_rank == 0
     if speaks and SUPERVISED not in os.environ:
         _warn_of_crowding(plan, options)
-    if restarts():  # what has failed was tried in this very run
+    if restarts():  # failed requests were already tried in this run
         options = replace(options, resume=True, keep_errors=True)
-        _check(options, ReplanOptions.none())
+        check_options(options)
     monitor = Monitor(role.rank, role.size, names[role.rank])
     try:
         with ended_by_signals(RESUME, speaks, monitor.look_now), monitor:
             failed = work(plan, options, role, lambda worker: monitor.rename(names[worker]))
     except (InfeasibleError, WorkerError) as error:
         # Threads may still wait inside torch.distributed, which an orderly end would not survive.
-        # Of a lost worker the process that started us tells.
+        # The process that started this one tells which worker was lost.
         told = isinstance(error, WorkerError) and SUPERVISED in os.environ
         end_process("" if told else str(error), error.exit_code)
     if failed is not None and SUPERVISED not in os.environ:
@@ -267,9 +160,7 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
 
 
 def _how_many(plan: Plan) -> str:
-    """Processes to start, on each node."""
-    from llmpq.seats import parts_of
-
+    """Returns how many processes to start on each node."""
     parts = parts_of(plan)
     if len(parts) == 1:
         return f"use --nproc-per-node {len(parts[0].workers)}"
@@ -283,7 +174,7 @@ def _raise(failed: FailedRequests | None) -> None:
 
 
 def _warn_of_crowding(plan: Plan, options: RunOptions) -> None:
-    """Says so where a rehearsal cannot be true to its slowdowns on this machine."""
+    """Warns where a rehearsal cannot be true to its slowdowns on this machine."""
     from llmpq.runtime.rehearsal import available_cores, cores_needed
 
     roles = [plan.cluster.rehearse.get(stage.devices[0]) for stage in plan.stages]
@@ -294,6 +185,77 @@ def _warn_of_crowding(plan: Plan, options: RunOptions) -> None:
             f"warning: this rehearsal needs {needed:.1f} cores and there are {cores}; its times "
             f"will be too long. Raise the slowdowns by {needed / cores:.2f}x or more."
         )
+
+
+# ---- lost workers
+
+
+def _replan_inputs(plan: Plan, options: RunOptions, longest: int) -> "ReplanInputs":
+    """Reads what new plans are made from, before the first worker starts."""
+    from llmpq.planner.input_files import InputFiles
+    from llmpq.planner.replanning import absolute_quantizer, load_replan_inputs
+
+    files = InputFiles(
+        cluster=options.cluster,
+        profiles=options.profiles,
+        sensitivity=options.sensitivity,
+        plan_folder=options.output.parent,
+    )
+    quantizer = absolute_quantizer(plan, options.plan, options.moments)
+    return load_replan_inputs(plan, files, quantizer, longest, options.max_quality_loss)
+
+
+def _run_and_replan(options: RunOptions, inputs: "ReplanInputs", words: Sequence[str]) -> None:
+    """Runs a plan with workers of this process's own; plans and starts again after each loss."""
+    from llmpq.reliability.ending import RESUME
+    from llmpq.runtime.cards_here import cards_left, workers_cards
+    from llmpq.runtime.process import LostWorkers, start_workers
+
+    before, number = _state(options.output), 0
+    plan, more = inputs.plan, list(words)
+    cards = workers_cards(plan, options.device)
+    while True:
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(cards)} if cards and number else {}
+        try:
+            start_workers(more, worker_names(plan), "llmpq.run", RESUME, visible)
+            return
+        except LostWorkers as loss:
+            number += 1
+            new = _plan_after(loss, inputs, plan, replan_path(options, number), options.quiet)
+            cards, plan = cards_left(cards, plan, loss.ranks, new), new
+        begun = options.resume or _state(options.output) != before
+        more = [*words, f"--plan={replan_path(options, number)}", *(["--resume"] if begun else [])]
+
+
+def _plan_after(
+    loss: "LostWorkers", inputs: "ReplanInputs", plan: Plan, path: Path, quiet: bool
+) -> Plan:
+    """Makes the next plan, writes it to `path` and prints what changes."""
+    from llmpq.planner.replanning import plan_without
+    from llmpq.reliability.ending import RESUME
+
+    out = console(quiet)
+    out.print(f"{loss.what}; planning for the devices that are left", soft_wrap=True)
+    try:
+        new, notes = plan_without(inputs, plan, loss.ranks)
+    except InfeasibleError as error:
+        raise InfeasibleError(
+            f"{loss.what}; no plan fits the devices that are left\n{error}\n{RESUME}"
+        ) from None
+    write_json(path, new)
+    for line in [*str(diff(plan, new)).splitlines(), *notes]:
+        out.print(f"  {line}", soft_wrap=True)
+    out.print(f"continuing with {path}", soft_wrap=True)
+    return new
+
+
+def _state(output: Path) -> tuple[int, int, int] | None:
+    """Returns a value that changes once this run has begun to write its output."""
+    try:
+        found = output.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 from llmpq.costs import links
 from llmpq.costs.latency import LayerTimes
 from llmpq.plan_data import Plan
-from llmpq.report import Report
+from llmpq.run_report import Report
 
 PULL = 2e-3  # squared: 1 % of relative error weighs as much as a factor 0.2 off its common one
 ANCHOR = 1e-9  # keeps the common factor of a phase without data at 1

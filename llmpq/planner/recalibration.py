@@ -29,7 +29,7 @@ from llmpq.planner.search import Progress
 from llmpq.planner.simulated import run_s, with_run
 from llmpq.precision import STANDARD
 from llmpq.profile_data import Profile, load_sensitivity
-from llmpq.report import Report
+from llmpq.run_report import Report
 from llmpq.workload import planned_lengths
 
 GAP = 0.005  # of the search for a better plan; what is less is no gain

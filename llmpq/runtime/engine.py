@@ -26,7 +26,7 @@ from llmpq.models.sharding import ALONE, Shard, ShardGroup
 from llmpq.models.stage_model import LayerRange, StageModel
 from llmpq.plan_data import Plan, reserve_of
 from llmpq.prompts.request import Finished, Request
-from llmpq.report import MeasuredTime, StageReport
+from llmpq.run_report import MeasuredTime, StageReport
 from llmpq.runtime.agreed import agree_on_draws
 from llmpq.runtime.jobs import headers_for
 from llmpq.runtime.leader import Ends, Leader, Status, never

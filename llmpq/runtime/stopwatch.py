@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
 
-from llmpq.report import MeasuredTime
+from llmpq.run_report import MeasuredTime
 
 MAX_KINDS = 160
 PAST_CLASS_TOKENS = 16

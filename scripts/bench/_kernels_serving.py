@@ -25,13 +25,13 @@ from click.testing import CliRunner
 
 from llmpq.checkpoint.checkpoint import RandomWeights
 from llmpq.cli.plan import main as plan_command
-from llmpq.cli.profile_devices import type_of_card, type_of_cpu
+from llmpq.device_names import type_of_card, type_of_cpu
 from llmpq.model_lookup import config_path, load_model_spec
 from llmpq.model_spec import ModelSpec
 from llmpq.models.stage_model import load_config
 from llmpq.plan_data import Plan, load_plan
 from llmpq.prompts.request import Finished, Request
-from llmpq.report import StageReport
+from llmpq.run_report import StageReport
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
@@ -114,7 +114,7 @@ def device_type(place: Place) -> str:
 
 
 def _cpu_name() -> str:
-    from llmpq.cli.profile_devices import cpu_name
+    from llmpq.profiler.host import cpu_name
 
     return cpu_name()
 

@@ -128,7 +128,7 @@ def test_what_is_served_is_what_is_evaluated_by_gptq(tmp_path, moments):
     rise = 100 * (quality["perplexity"] / quality["baseline_perplexity"] - 1)
     assert quality["measured_percent"] == pytest.approx(rise, abs=1e-6)
     assert (
-        f"measured {rise:+.2f} %" in done.stderr and "evaluation.txt, 1,530 tokens" in done.stderr
+        f"measured {rise:+.2f} %" in done.stdout and "evaluation.txt, 1,530 tokens" in done.stdout
     )
 
 
@@ -169,7 +169,7 @@ def test_the_comparison_is_kept_until_something_changes(checked, monkeypatch):
     assert first.exit_code == 0, (first.stderr, first.exception)
     quality = json.loads(report.read_text())["quality"]
     assert quality["num_tokens"] == 510 and quality["text"] == "evaluation.txt"
-    assert "quality: nothing was predicted, measured" in first.stderr
+    assert "quality: nothing was predicted, measured" in first.stdout
 
     calls = []
 
@@ -177,7 +177,7 @@ def test_the_comparison_is_kept_until_something_changes(checked, monkeypatch):
         calls.append(arguments)
         raise RuntimeError("streamed again")
 
-    monkeypatch.setattr("llmpq.evaluation.streaming.stream", refused)
+    monkeypatch.setattr("llmpq.evaluation.quality_check.stream", refused)
     again = checked.run(*asked)
     assert again.exit_code == 0, (again.stderr, again.exception)
     assert json.loads(report.read_text())["quality"] == quality and not calls

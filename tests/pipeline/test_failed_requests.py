@@ -17,13 +17,13 @@ from jobs import PATIENCE_S, RUN, TORCHRUN, run
 from safetensors.torch import load_file, save_file
 
 from llmpq.artifact import write_json
-from llmpq.cli import run_lead
 from llmpq.cli.eval import main as eval_command
 from llmpq.cli.profile import main as profile_command
 from llmpq.cli.run import main
 from llmpq.errors import WorkerError
 from llmpq.model_lookup import load_model_spec
 from llmpq.reliability import journal
+from llmpq.runtime.collector import Collector
 
 EMBEDDING = "model.embed_tokens.weight"
 BAD_TOKEN = 5  # whose embedding is not a number, in a model that was spoilt
@@ -132,7 +132,7 @@ def test_resuming_tries_failed_requests_again_and_those_alone(job):
     assert again.exit_code == 0, again.stderr
     assert "failed requests that are tried again: 1" in again.stderr
     assert "resuming: 2 requests are already done" in again.stderr
-    assert last(again) == f"all 3 requests are done, none failed: {job.output}"
+    assert again.stdout.endswith(f"all 3 requests are done, none failed: {job.output}\n")
     after = job.lines()
     assert after["b"]["finish_reason"] == "length"
     assert {name: after[name] for name in "ac"} == {name: before[name] for name in "ac"}
@@ -272,14 +272,14 @@ def test_standard_output_that_nobody_reads_is_a_failure(job):
 def test_an_output_that_is_removed_meanwhile_ends_the_run_with_4(job, monkeypatch, ending):
     job.write(*[prompt(i, 9, 8) for i in range(4)])
     monkeypatch.setattr(journal, "CHECK_EVERY_S", 3600.0)  # seen at the end at the latest
-    finish = run_lead._Collector.finish
+    finish = Collector.finish
 
     def remove(self, finished):
         finish(self, finished)
         Path(f"{job.output}{ending}").unlink(missing_ok=True)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_lead._Collector, "finish", remove)
+        patched.setattr(Collector, "finish", remove)
         result = CliRunner().invoke(main, job.words())
     assert result.exit_code == WorkerError.exit_code == 4
     assert f"{job.output}{ending}: is gone" in result.stderr
@@ -365,7 +365,7 @@ def test_a_loss_that_is_no_number_is_a_failure(job, command, words):
     assert "NaN or infinite" in last(result) and "Traceback" not in result.stderr
     if command is eval_command:
         (row,) = json.loads(found.read_text(), parse_constant=pytest.fail)["rows"]
-        assert row["perplexity"] is None and "no finite number" in row["error"]
+        assert row["perplexity"] is None and "not a finite number" in row["error"]
     else:
         assert not found.exists() and not (job.folder / "s.json").exists()
 

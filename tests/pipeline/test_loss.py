@@ -169,7 +169,7 @@ def test_a_run_goes_on_without_the_workers_it_loses(job, expected):
     run.workers()[1].kill()
     _, errors = run.process.communicate(timeout=PATIENCE_S)
     assert run.process.returncode == 0, errors
-    assert "was ended by SIGKILL; planning for those that are left" in errors
+    assert "was ended by SIGKILL; planning for the devices that are left" in errors
     assert "times of t4-16g: spec sheet" in errors
     assert job.results() == expected
     plan = load_plan(job.output.with_name("out.jsonl.replan-1.json"))
@@ -192,7 +192,9 @@ def test_nothing_is_left_to_plan_for(job):
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, errors
     assert (
-        "no plan fits what is left" in errors and "at most 0 %" in errors and "--resume" in errors
+        "no plan fits the devices that are left" in errors
+        and "at most 0 %" in errors
+        and "--resume" in errors
     )
     assert "Traceback" not in errors
 

@@ -93,7 +93,7 @@ def test_a_memory_cap_below_need_says_what_is_short(job):
 def test_torchrun_with_another_number_of_processes(job):
     done = run(job.command([*TORCHRUN, "1", "-m", "llmpq.run"], job.plan([4, 8])))
     assert done.returncode != 0
-    assert "has 2 stages but torchrun started 1 processes" in done.stderr
+    assert "has 2 workers but torchrun started 1 processes" in done.stderr
     # torchrun itself ends with 1; the worker's own code is in its summary.
     assert "exitcode" in done.stderr and ": 2" in done.stderr
 

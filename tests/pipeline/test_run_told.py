@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from jobs import Job
 
 from llmpq.cli.run import main
-from llmpq.cli.run_lead import _Collector
 from llmpq.prompts.request import Finished, Request
+from llmpq.runtime.collector import Collector
 from llmpq.runtime.leader import Status
 
 NEW_TOKENS = 20
@@ -76,35 +76,27 @@ def test_tokens_that_cannot_be_decoded_are_kept_and_their_request_has_failed():
     def decode(tokens, skip_special_tokens):
         raise TypeError("no such token")
 
-    prepared = SimpleNamespace(tokenizer=SimpleNamespace(decode=decode))
-    collector = _Collector(Written(), prepared, None)
+    collector = Collector(Written(), SimpleNamespace(decode=decode))
     collector.finish(Finished(Request("a", 0, (1,), 2), (7, 8), "length"))
     error = "the model's tokenizer cannot decode its tokens (no such token)"
     assert Written.lines == [((7, 8), "error", error, "")] and collector.num_failed == 1
 
 
 def test_progress_tells_speed_busy_shares_and_the_cache():
-    class Shown:
-        said: list[str] = []
-
-        def is_due(self) -> bool:
-            return True
-
-        def update(self, done: int, detail: str) -> None:
-            self.said.append(f"{done} {detail}")
-
-    collector = _Collector(None, None, Shown())
+    said: list[str] = []
+    show = lambda done, detail: said.append(f"{done} {detail}")  # noqa: E731
+    collector = Collector(None, None, show, is_due=lambda: True)
     status = Status(3, 120, busy_ms=(0, 0), cache_tokens=25, cache_reserved=100)
-    collector.show(status)
-    assert Shown.said[0].startswith("3 (")
-    assert "stages busy 0 0 %; cache 25 % used" in Shown.said[0]
+    collector.after_job(status)
+    assert said[0].startswith("3 (")
+    assert "stages busy 0 0 %; KV cache 25 % used" in said[0]
 
 
 def test_the_prefill_ends_when_the_last_request_has_its_first_token(monkeypatch):
     """Also where decoding is under way between one prefill and the next."""
     clock = iter([1.0, 2.0, 5.0, 9.0])
-    monkeypatch.setattr("llmpq.cli.run_lead.time.perf_counter", lambda: next(clock))
-    collector = _Collector(None, None, SimpleNamespace(is_due=lambda: False))
+    monkeypatch.setattr("llmpq.runtime.collector.time.perf_counter", lambda: next(clock))
+    collector = Collector(None, None)
     for num_begun in (2, 2, 3, 3):
-        collector.show(Status(0, 9, (0,), 1, 1, num_begun))
+        collector.after_job(Status(0, 9, (0,), 1, 1, num_begun))
     assert collector.begun_s == 5.0

@@ -304,7 +304,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path) 
     loop.symlink_to(loop)
     for path in (pipe, Path("/dev/zero")):
         for read in (read_text, parse_json, lambda p: read_yaml(p, Outer)):
-            with pytest.raises(UserError, match="is no regular file"):
+            with pytest.raises(UserError, match="is not a regular file"):
                 read(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_text(loop)

@@ -33,8 +33,6 @@ from llmpq.checkpoint.packed_cache import PackedCache, _about
 from llmpq.cli import eval as eval_module
 from llmpq.cli import export, main, plan, profile, run
 from llmpq.cli.common import Command
-from llmpq.cli.plain_console import PlainConsole
-from llmpq.cli.progress import progress
 from llmpq.errors import UserError, WorkerError
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import ASSETS
@@ -53,6 +51,8 @@ from llmpq.reliability.monitor import (
     Who,
     process_state,
 )
+from llmpq.render.console import PlainConsole
+from llmpq.render.progress import progress
 from llmpq.runtime import process
 from llmpq.runtime.cards import read_process
 from llmpq.seats import Process
@@ -88,7 +88,7 @@ def test_a_text_from_elsewhere_cannot_begin_a_line():
 
 
 def test_the_console_takes_texts_as_they_are(monkeypatch):
-    monkeypatch.setattr("llmpq.cli.progress.SILENT_S", -1.0)
+    monkeypatch.setattr("llmpq.render.progress.SILENT_S", -1.0)
     file = io.StringIO()
     console = PlainConsole(file=file, width=200, force_terminal=True, color_system=None)
     table = Table(HOSTILE, title=HOSTILE)
@@ -194,8 +194,9 @@ def call(command, words: str, folder: Path) -> Result:
 def test_names_that_steer_a_terminal_do_not_hinder(hostile, command, words):
     result = call(command, words, hostile)
     assert result.exit_code == 0, (result.stderr, result.exception)
-    assert not STEERS.search(result.stderr)
-    assert r"\x1b[31m" in result.stderr or "--cache-dir" in words  # a run that names nothing
+    told = result.stdout + result.stderr
+    assert not STEERS.search(told)
+    assert r"\x1b[31m" in told or "--cache-dir" in words  # a run that names nothing
 
 
 @pytest.mark.timeout(60)

@@ -88,6 +88,42 @@ def test_devices_lists_the_library_as_json():
     assert "t4-16g" in data["library"]
 
 
+def small_files(folder: Path) -> tuple[Path, Path]:
+    """A cluster of one T4, and a workload."""
+    cluster, workload = folder / "cluster.yaml", folder / "workload.yaml"
+    cluster.write_text("nodes: [{name: a, devices: [{type: t4-16g}]}]\n")
+    workload.write_text("{prompt_tokens: 16, new_tokens: 8, num_requests: 8}\n")
+    return cluster, workload
+
+
+def test_a_report_goes_to_standard_output_and_notes_do_not(tmp_path):
+    cluster, workload = small_files(tmp_path)
+    files = ("--cluster", cluster, "--workload", workload)
+    result = call(plan.main, *files)
+    assert result.exit_code == 0, result.stderr
+    assert "tokens/s" in result.stdout and "start: llmpq-run" in result.stdout
+    assert "note:" not in result.stdout
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("note: times of t4-16g come from spec sheets")
+    assert "tokens/s" not in result.stderr
+    both = call(plan.main, *files, "--json", "-")
+    assert json.loads(both.stdout)["kind"] == "plan" and "start: llmpq-run" in both.stderr
+    quiet = call(plan.main, *files, "-q")
+    assert quiet.exit_code == 0 and not quiet.stdout and not quiet.stderr
+    devices = call(profile.main, "devices")
+    assert "t4-16g" in devices.stdout and not devices.stderr
+
+
+def test_a_report_that_cannot_be_written_is_one_error(tmp_path):
+    cluster, workload = small_files(tmp_path)
+    words = ["--cluster", str(cluster), "--workload", str(workload), "--no-what-if"]
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "llmpq.cli.plan", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard output cannot be written (No space")
+
+
 @pytest.fixture(scope="module")
 def profiles(tmp_path_factory) -> Path:
     """A folder with a profile on a tiny grid, and the same figures as another device type."""
@@ -204,7 +240,7 @@ def test_second_moments_of_another_model_are_refused(tmp_path):
     assert result.exit_code == 2
     assert "another" in result.stderr and "--remake-moments" in result.stderr
     result = call(profile.main, "sensitivity", "--moments", path, "--quantizer", "rtn")
-    assert result.exit_code == 2 and "take no second moments" in result.stderr
+    assert result.exit_code == 2 and "take no calibration statistics" in result.stderr
 
 
 @pytest.mark.parametrize("indicator", ["variance", "hessian", "random"])
@@ -245,7 +281,7 @@ def test_a_plan_finds_the_moments_of_its_sensitivity(measured_folder, tmp_path):
     made = load_plan(tmp_path / "plans" / "plan.json")
     assert made.quantizer.sha256 == measured.quantizer.sha256
     load_roundings(made.quantizer, base=tmp_path / "plans" / "plan.json")  # raises if not found
-    assert "gptq weights" in result.stderr
+    assert "gptq weights" in result.stdout
 
 
 def test_perplexities_as_json(tmp_path):

@@ -178,5 +178,5 @@ def test_lists_that_hardly_recur_are_planned_for_as_they_are_served() -> None:
 def test_a_sample_has_no_more_waves_than_the_run() -> None:
     lengths = random_lengths(1, 160, 50, 20)
     problem = replace(make_problem(lengths, ["t4-16g"]), num_requests=180)
-    sample = sample_of(problem, assign(problem, 64, 2, 16).setting, 10**6)
+    sample = sample_of(problem, assign(problem, 64, 2, 16).configuration, 10**6)
     assert len(sample.lengths) == 3 * 64  # 160 listed ones would be 2 waves, and a part of one

@@ -1,13 +1,11 @@
 """A dry run compares the cards of its machine with the plan."""
 
-from types import SimpleNamespace
-
 import pytest
 from test_placement import T4, V100, found
 from test_seats import make_plan
 
-from llmpq.cli.dry_cards import devices_of, lines_of, stage_cards
 from llmpq.runtime import cards
+from llmpq.runtime.cards_here import devices_of, lines_of, stage_cards
 
 
 def test_a_line_for_each_stage():
@@ -37,11 +35,11 @@ def test_each_stage_is_shown_with_its_own_card(monkeypatch, device, expected):
     """CUDA lists the fastest card first; kernels and sizes are of the one that a stage takes."""
     monkeypatch.setattr(cards, "visible_cards", lambda: tuple(found(V100, T4, T4)))
     plan = make_plan(("a", "t4-16g"), ("a", "v100-32g"), ("a", "t4-16g"))
-    taken = stage_cards(plan, SimpleNamespace(device=device))
+    taken = stage_cards(plan, device)
     assert {stage: card.index for stage, card in taken.items()} == expected
 
 
 def test_no_stage_has_a_card_where_a_run_is_refused(monkeypatch):
     monkeypatch.setattr(cards, "visible_cards", lambda: tuple(found(V100)))
     plan = make_plan(("a", "t4-16g"), ("a", "v100-32g"))
-    assert stage_cards(plan, SimpleNamespace(device="auto")) == {}
+    assert stage_cards(plan, "auto") == {}

@@ -7,13 +7,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from llmpq.cli.dry_run import compressed, memory_of
-from llmpq.cli.kernel_notes import say_kernels
 from llmpq.cli.run import main
+from llmpq.cli.run_work import say_kernels
 from llmpq.cluster import Cluster
+from llmpq.dry_run import memory_of
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import ASSETS
 from llmpq.plan_data import Plan, Predicted, PredictedStage, Stage
+from llmpq.render.dry_run_view import layer_counts
 from llmpq.workload import Workload
 
 TINY_TALES = ASSETS / "tiny-tales"
@@ -350,5 +351,5 @@ def test_memory_is_what_the_planner_counts(tmp_path):
 
 
 def test_runs_of_precisions_are_counted():
-    assert compressed(["8", "8", "4", "8"]) == "2x8,1x4,1x8"
-    assert compressed(["8-w8a8"]) == "1x8-w8a8"
+    assert layer_counts(["8", "8", "4", "8"]) == "2x8,1x4,1x8"
+    assert layer_counts(["8-w8a8"]) == "1x8-w8a8"

@@ -13,14 +13,13 @@ import torch
 from click.testing import CliRunner, Result
 
 from llmpq.checkpoint.checkpoint import Checkpoint
-from llmpq.cli.check_quality import compare, summary
-from llmpq.cli.eval import main
-from llmpq.cli.eval_output import show
+from llmpq.cli.eval import EvalOptions, main, show_results
 from llmpq.errors import FailedRequests, UserError
 from llmpq.evaluation import evaluate as evaluation
 from llmpq.evaluation.evaluate import Loss, evaluate, load_stages, next_token_loss, window_tokens
 from llmpq.evaluation.harness import NoNumber, Scorer, run_tasks
 from llmpq.evaluation.pipeline_loss import PipelineLoss
+from llmpq.evaluation.quality_check import compare, summary
 from llmpq.evaluation.tasks import load_tasks
 from llmpq.evaluation.texts import DATASETS, named_text
 from llmpq.model_spec import ASSETS
@@ -179,9 +178,9 @@ def test_tasks_on_broken_logits_have_scores_that_are_no_numbers(monkeypatch, cap
     [score] = run_tasks({"tasks": {"piqa": task}}, None, None)
     assert score.task == "piqa" and math.isnan(score.value)
     subject = SimpleNamespace(name="uniform-4", precisions=("4",))
-    flags = {"window": None, "json_path": Path("-"), "quiet": True, "verbose": False}
+    options = EvalOptions(json_path=Path("-"), quiet=True)
     with pytest.raises(FailedRequests, match="uniform-4 on piqa"):
-        show([], [(subject, score)], flags, "stages", SimpleNamespace(max_positions=512))
+        show_results([], [(subject, score)], options, "stages", 512)
     data = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert data["tasks"][0]["value"] is None
 
@@ -277,7 +276,7 @@ def check(result: Result, *parts: object) -> None:
         (["--window", 513], ["--window 513", "512 positions"]),
         (["--limit", 3, "--task-data", "x"], ["--task-data, --limit: only with --tasks"]),
         (["--tasks", "piqa", "--stream"], ["leave --stream out"]),
-        (["--tasks", ", "], ["names no task"]),
+        (["--tasks", ", "], ["names nothing"]),
         (["--stream", "--processes"], ["only one of"]),
         (["--processes"], ["name a plan"]),
         (["--processes", "--precisions", "8"], ["is for plans"]),
@@ -298,12 +297,10 @@ def test_tasks_without_the_library(monkeypatch):
 
 def test_only_tasks_are_run_where_no_text_is_named(monkeypatch):
     """The shipped text is for those who name nothing at all."""
-    from llmpq.cli.eval import _texts
-
-    flags = {"text": (), "dataset": (), "tasks": ("piqa",)}
-    assert _texts(flags) == []
-    assert [label for label, _ in _texts(flags | {"tasks": None})] == ["evaluation.txt"]
-    assert [label for label, _ in _texts(flags | {"dataset": ("c4",)})] == ["c4"]
+    assert EvalOptions(tasks=("piqa",)).texts == []
+    assert [label for label, _ in EvalOptions().texts] == ["evaluation.txt"]
+    both = EvalOptions(tasks=("piqa",), dataset=("c4",))
+    assert [label for label, _ in both.texts] == ["c4"]
 
 
 # ---- tasks

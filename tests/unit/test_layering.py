@@ -2,9 +2,9 @@
 
 Nouns <- costs <- planner <- cli, and nouns <- quant <- models <- checkpoint <- runtime <-
 evaluation <- profiler <- cli; the runtime stands on `prompts` and `reliability` too. The two
-branches meet only in `cli`, in `library` and through files, so that planning needs no torch and
-the runtime needs no planner. Imports inside functions count too; a third-party library that is
-marked lazy may be imported there and nowhere else.
+branches meet only in `cli`, `dry_run`, `library` and through files, so that planning needs no torch
+and the runtime needs no planner; `render` holds what people read. Imports inside functions count
+too; a third-party library that is marked lazy may be imported there and nowhere else.
 
 `python tests/unit/test_layering.py` prints the cake with the modules it holds.
 """
@@ -38,9 +38,10 @@ def _names(text: str) -> frozenset[str]:
 
 NOUNS = _names(
     "version errors precision artifact config_keys families model_known model_spec model_lookup "
-    "workload devices cluster profile_data plan_data plan_diff report link_data quantizer job "
+    "workload devices cluster profile_data plan_data plan_diff run_report link_data quantizer job "
     "schedule machine workspace kernel kernel_table serving device_names placement seats launch "
-    "plain whole_file others_files"
+    "plain whole_file others_files planning_methods planned_kernels "
+    "cluster_draft"
 )
 PLAIN = "pydantic yaml "
 TORCH = "torch transformers safetensors tokenizers numpy "
@@ -100,17 +101,31 @@ CAKE = [
         lazy=_names("torch"),
     ),
     Part(
+        "7",
+        "dry_run",
+        _names("nouns costs planner quant models checkpoint runtime"),
+        _names("pydantic"),
+        _names("torch"),
+    ),
+    Part(
         "8",
+        "render",
+        _names("nouns costs planner dry_run models checkpoint evaluation"),
+        _names("rich"),
+        _names("torch matplotlib"),
+    ),
+    Part(
+        "9",
         "cli",
         _names(
             "nouns costs planner models quant checkpoint prompts reliability runtime evaluation "
-            "profiler"
+            "profiler dry_run render"
         ),
         _names(PLAIN + "click rich numpy"),
-        _names(TORCH + KERNELS + "pandas scipy matplotlib compressed_tensors vllm"),
+        _names(TORCH + KERNELS + "pandas compressed_tensors vllm"),
     ),
-    Part("8", "run", _names("cli")),
-    Part("9", "llmpq", _names("nouns library")),  # what `import llmpq` offers
+    Part("9", "run", _names("cli")),
+    Part("10", "llmpq", _names("nouns library")),  # what `import llmpq` offers
 ]
 PARTS = {part.name: part for part in CAKE}
 # Modules that may import a little more than the rest of their part.
@@ -122,7 +137,7 @@ MORE_THIRD_PARTY = {
     "llmpq.models.attention_source": _names("triton"),
 }
 # Modules that may import only these of another part.
-ONLY = {("llmpq.run", "cli"): _names("llmpq.cli.run")}
+ONLY = {("llmpq.run.__main__", "cli"): _names("llmpq.cli.run")}
 # Commands that must start without torch.
 LIGHT_COMMANDS = ["main", "plan", "profile", "run", "eval", "export", "common"]
 
@@ -327,8 +342,8 @@ def test_the_checks_see_faults(tmp_path: Path) -> None:
     assert _why_forbidden("llmpq.plan_data", PARTS["nouns"], Import("pandas", 1, False))
     assert not _why_forbidden("llmpq.plan_data", PARTS["nouns"], Import("pandas", 1, True))
     assert _why_forbidden("llmpq.costs.memory", PARTS["costs"], Import("scipy", 1, True))
-    assert _why_forbidden("llmpq.run", PARTS["run"], Import("llmpq.cli.plan", 1, False))
-    assert not _why_forbidden("llmpq.run", PARTS["run"], Import("llmpq.cli.run", 1, False))
+    assert _why_forbidden("llmpq.run.__main__", PARTS["run"], Import("llmpq.cli.plan", 1, False))
+    assert not _why_forbidden("llmpq.run.__main__", PARTS["run"], Import("llmpq.cli.run", 1, False))
     bad = "global x", "import pickle", "from pickle import loads", "torch.load(f)"
     bad += ("load(m, trust_remote_code=True)", "torch.load(f, weights_only=False)")
     for code in bad:

@@ -10,9 +10,9 @@ import pytest
 
 import llmpq
 from llmpq.errors import InfeasibleError, UserError
-from llmpq.library import Method
 from llmpq.plan_data import Plan
 from llmpq.planner.planning import METHODS
+from llmpq.planning_methods import PlanningMethod
 from llmpq.workload import Workload
 
 CLUSTER = "configs/clusters/03-opt30b-3xt4-1xv100.yaml"
@@ -71,7 +71,7 @@ def test_only_the_engine_imports_torch() -> None:
 
 def test_what_is_offered() -> None:
     assert all(getattr(llmpq, name) for name in llmpq.__all__)
-    assert set(get_args(Method)) == set(METHODS)
+    assert set(get_args(PlanningMethod)) == set(METHODS)
     with pytest.raises(AttributeError, match="module 'llmpq' has no attribute 'plam'"):
         _ = llmpq.plam  # type: ignore[attr-defined]
 
@@ -136,7 +136,7 @@ def test_what_the_engine_refuses(tmp_path: Path) -> None:
     for name, value in (("temperature", -1.0), ("top_p", 7.0), ("top_p", float("nan"))):
         with pytest.raises(UserError, match=f"'{name}' must be .*, found"):
             engine.generate(["Once"], new_tokens=2, **{name: value})
-    with pytest.raises(UserError, match="prompts must be a list of texts, found one text"):
+    with pytest.raises(UserError, match="prompts must be a list of strings, found a single string"):
         engine.generate("Once")
     with pytest.raises(UserError, match="unknown dtype 'int8'; known: float32, "):
         llmpq.Engine(plan_of(3), dtype="int8")  # type: ignore[arg-type]

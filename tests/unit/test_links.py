@@ -7,10 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 from llmpq.cli.profile import main
-from llmpq.cli.profile_links import link_line, with_links
 from llmpq.cluster import Cluster, Link
 from llmpq.errors import UserError
-from llmpq.link_data import LinkPair, LinkRow, Links
+from llmpq.link_data import LinkPair, LinkRow, Links, link_line, with_links
 from llmpq.profiler.links import (
     ACK_BYTES,
     CPU_SIZES,
@@ -119,7 +118,7 @@ def test_hosts_are_matched_by_name_else_in_order(names):
         assert new.link.bandwidth_gbs == expected
     assert after.link.bandwidth_gbs == 1.5
     assert len(notes) == len(names) + 1
-    assert any("not measured, as it was" in note for note in notes)
+    assert any("not measured, unchanged" in note for note in notes)
 
 
 def test_links_between_nodes_stay_where_one_host_was_measured():
@@ -131,7 +130,9 @@ def test_links_between_nodes_stay_where_one_host_was_measured():
 
 
 def test_more_hosts_than_nodes_is_an_error():
-    with pytest.raises(UserError, match="between 2 hosts .a, b., cluster 'cluster' has 1 nodes"):
+    with pytest.raises(
+        UserError, match="between 2 hosts .a, b., but cluster 'cluster' has 1 nodes"
+    ):
         with_links(cluster("one"), two_hosts())
 
 
@@ -165,4 +166,4 @@ def test_one_rank_of_torchrun_has_no_link(monkeypatch):
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     done = CliRunner().invoke(main, ["links"])
-    assert done.exit_code == 2 and "one rank has no link" in done.output
+    assert done.exit_code == 2 and "a single rank has no link" in done.output

@@ -11,10 +11,10 @@ from llmpq.artifact import parse_json, write_text
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.packed_cache import NO_CACHE
-from llmpq.cli import loading
-from llmpq.cli.loading import shown_loading
 from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import LayerRange, load_config
+from llmpq.render.loading import shown_loading
+from llmpq.runtime.run_inputs import RunFiles, open_cache
 from llmpq.runtime.weights_hash import weights_hash
 
 CPU = torch.device("cpu")
@@ -96,13 +96,13 @@ def test_loading_shows_layers_of_the_stage_as_they_come(monkeypatch, stages):
         def close(self):
             pass
 
-    monkeypatch.setattr("llmpq.cli.progress.Progress", Shown)
+    monkeypatch.setattr("llmpq.render.progress.ProgressBar", Shown)
     cut = 8 // stages
     plan = SimpleNamespace(
         stages=[SimpleNamespace(first_layer=i * cut, num_layers=cut) for i in range(stages)]
     )
     rank, first = stages - 1, 8 - cut
-    with shown_loading(plan, rank, SimpleNamespace(quiet=False), None) as cache:
+    with shown_loading(plan, rank, False, NO_CACHE) as cache:
         shown = load(Checkpoint(TINY_TALES), first, 8, cache)
     assert named == [("stage 1: loading, layers" if stages > 1 else "loading, layers", cut)]
     assert [done for done, _ in said] == sorted(done for done, _ in said)
@@ -112,19 +112,18 @@ def test_loading_shows_layers_of_the_stage_as_they_come(monkeypatch, stages):
 
 
 def test_without_a_folder_nothing_is_kept():
-    options = SimpleNamespace(cache_dir=None)
-    assert loading.open_cache(SimpleNamespace(), options, SimpleNamespace()) is None
+    files = RunFiles(plan=Path("p"), prompts=Path("q"))
+    assert open_cache(SimpleNamespace(), files, SimpleNamespace(), print) is None
 
 
-def test_what_is_wrong_with_the_folder_is_a_warning_on_standard_error(tmp_path, capsys):
+def test_what_is_wrong_with_the_folder_is_told(tmp_path):
     from llmpq.quantizer import Quantizer
 
-    options = SimpleNamespace(cache_dir=tmp_path, moments=None, plan=Path("p"), quiet=False)
+    files, told = RunFiles(plan=Path("p"), prompts=Path("q"), cache=tmp_path), []
     plan = SimpleNamespace(quantizer=Quantizer())
     for _ in range(2):
-        cache = loading.open_cache(plan, options, Checkpoint(TINY_TALES))
+        cache = open_cache(plan, files, Checkpoint(TINY_TALES), told.append)
         load(Checkpoint(TINY_TALES), 0, 1, cache)
         for path in tmp_path.glob("*.safetensors"):
             path.write_bytes(b"")
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 7 and all(line.startswith("warning: ") for line in lines)
+    assert len(told) == 7 and all(str(tmp_path) in line for line in told)

@@ -149,7 +149,7 @@ def test_bad_files_are_named(tmp_path, path):
         MomentsFile(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")
     for read in (MomentsFile, sha256_of):
-        with pytest.raises(UserError, match="is no regular file"):
+        with pytest.raises(UserError, match="is not a regular file"):
             read(tmp_path / "pipe")
     with pytest.raises(UserError, match="not a readable safetensors"):
         MomentsFile(TINY_TALES / "config.json")

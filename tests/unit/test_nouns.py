@@ -219,7 +219,7 @@ def test_the_kernels_that_a_cluster_has() -> None:
     [
         (
             {"t4": ["marlin"], "more": ["marlin"]},
-            "t4-16g: kernels names 'marlin', which is no library of kernels; use [humming, triton]",
+            "t4-16g: kernels names 'marlin', which is not a kernel library; use [humming, triton]",
         ),
         (
             {"v100": ["humming"]},
@@ -238,7 +238,7 @@ def test_bad_kernels(kernels: dict[str, list[str]], expected: str) -> None:
 def test_a_rehearsed_type_has_no_kernels_of_a_card() -> None:
     node = {"name": "n", "devices": [{"type": "slow", "kernels": []}]}
     rehearse = {"slow": {"slowdown": 2, "memory_mib": 9}}
-    with pytest.raises(ValueError, match="slow is rehearsed on a CPU: kernels does not hold"):
+    with pytest.raises(ValueError, match="slow is rehearsed on a CPU: kernels does not apply"):
         Cluster.model_validate({"nodes": [node], "rehearse": rehearse})
 
 

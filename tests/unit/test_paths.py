@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from llmpq.artifact import write_json
 from llmpq.cli import eval as eval_module
 from llmpq.cli import plan, profile, run
-from llmpq.cli.common import FiniteRange
+from llmpq.cli.options import FiniteRange
 from llmpq.cli.paths import check_files, model_files
 from llmpq.errors import UserError
 from llmpq.model_lookup import load_model_spec
@@ -182,7 +182,7 @@ def test_nothing_is_written_over_what_is_read_or_written(folder, command, words)
     before = contents(folder)
     result = call(command, words)
     assert result.exit_code == 2, (result.stderr, result.exception)
-    assert "would be lost" in result.stderr or "named twice" in result.stderr, result.stderr
+    assert "would be overwritten" in result.stderr or "named twice" in result.stderr, result.stderr
     assert contents(folder) == before
 
 
@@ -190,7 +190,7 @@ def test_a_plan_may_lie_beside_profiles(folder):
     Path("profiles").mkdir()
     Path("profiles/plan.json").write_text(json.dumps({"kind": "plan"}))
     result = call(plan.main, f"{PLAN} --profiles profiles -o profiles/plan.json")
-    assert "would be lost" not in result.stderr
+    assert "would be overwritten" not in result.stderr
 
 
 # ---- numbers that are none

@@ -111,7 +111,7 @@ def test_stages_of_several_devices_are_planned_where_asked_for(tmp_path: Path) -
     assert result.exit_code == 0, result.output
     joined = load_plan(output)
     assert max(stage.tensor_parallel for stage in joined.stages) > 1
-    assert "llmpq-run cannot run" in " ".join(result.output.split())
+    assert "have not been measured on GPUs" in " ".join(result.output.split())
     again = CliRunner().invoke(
         main, ["--evaluate", str(output), "--json", str(tmp_path / "e.json")]
     )

@@ -9,35 +9,37 @@ import pytest
 from click.testing import CliRunner
 
 from llmpq.artifact import read_json
-from llmpq.cli import plan, profile, profile_devices, profile_layers
-from llmpq.cli.common import console
-from llmpq.cli.profile_devices import cluster_text, type_of_card, type_of_cpu
+from llmpq.cli import plan, profile, profile_layers
 from llmpq.cluster import load_cluster
+from llmpq.cluster_draft import FoundDevice, cluster_text
+from llmpq.device_names import type_of_card, type_of_cpu
 from llmpq.errors import UserError
 from llmpq.model_lookup import load_model_spec
 from llmpq.placement import FoundCard, PlannedDevice, match_cards
 from llmpq.profile_data import Profile
+from llmpq.profiler import host
 
-CPU = {"kind": "cpu", "name": "a CPU", "memory_gib": 16.0, "free_gib": 10.0, "type": None}
-T4 = {
-    "kind": "cuda",
-    "name": "Tesla T4",
-    "memory_gib": 14.7,
-    "free_gib": 14.56,
-    "compute_capability": "7.5",
-    "bandwidth_gbs": 240.0,
-    "type": "t4-16g",
-}
-UNKNOWN = T4 | {"name": "NVIDIA Q9", "type": None, "memory_gib": 33.0, "bandwidth_gbs": 880.0}
+CPU = FoundDevice(kind="cpu", name="a CPU", memory_gib=16.0, free_gib=10.0)
+T4 = FoundDevice(
+    kind="cuda",
+    name="Tesla T4",
+    memory_gib=14.7,
+    free_gib=14.56,
+    compute_capability="7.5",
+    bandwidth_gbs=240.0,
+    type="t4-16g",
+)
+OTHER = {"name": "NVIDIA Q9", "type": None, "memory_gib": 33.0, "bandwidth_gbs": 880.0}
+UNKNOWN = T4.model_copy(update=OTHER)
 
 
 def call(*arguments: Any) -> Any:
     return CliRunner().invoke(profile.main, [str(a) for a in arguments])
 
 
-def written(monkeypatch: pytest.MonkeyPatch, path: Path, here: list[dict[str, Any]]) -> Any:
+def written(monkeypatch: pytest.MonkeyPatch, path: Path, here: list[FoundDevice]) -> Any:
     """The result of `devices --cluster-out` on a machine with these devices."""
-    monkeypatch.setattr(profile_devices, "devices_here", lambda: here)
+    monkeypatch.setattr(host, "devices_here", lambda: here)
     return call("devices", "--cluster-out", path)
 
 
@@ -48,7 +50,7 @@ def test_cards_become_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     types = [device.type for device in load_cluster(path).devices()]
     assert types == ["t4-16g", "t4-16g", "v100-32g"]  # the nearest to what is not known
     assert "llmpq-profile links" in path.read_text()
-    assert "not in the library" in path.read_text() and "Q9" in result.stderr
+    assert "not in the library" in path.read_text() and "Q9" in result.stdout
     assert load_cluster(path).nodes[0].devices[0].memory_gib == 14.5
 
 
@@ -56,12 +58,15 @@ def test_a_type_that_stands_for_a_card_has_the_cards_capability(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A run on that very card must not be refused as another card's."""
-    path, card = tmp_path / "cluster.yaml", {**UNKNOWN, "compute_capability": "13.0"}
+    path, card = (
+        tmp_path / "cluster.yaml",
+        UNKNOWN.model_copy(update={"compute_capability": "13.0"}),
+    )
     assert written(monkeypatch, path, [CPU, card]).exit_code == 0
     cluster = load_cluster(path)
     group = cluster.nodes[0].devices[0]
     device = PlannedDevice(0, group.type, group.memory_gib or 0, cluster.capability_of(group.type))
-    here = FoundCard(0, card["name"], int(card["memory_gib"] * 2**30), "13.0")
+    here = FoundCard(0, card.name, int(card.memory_gib * 2**30), "13.0")
     assert match_cards([here], [device]) == [here]
 
 
@@ -181,8 +186,8 @@ def targets(monkeypatch: pytest.MonkeyPatch, names: list[str], **flags: Any) -> 
     monkeypatch.setattr(found, "cards", lambda: cards)
     monkeypatch.setattr(process, "choose_device", lambda name, role: torch.device("cuda", 0))
     monkeypatch.setattr(process, "choose_dtype", lambda name, device: torch.float16)
-    usual = {"device": "cuda", "dtype": "auto", "threads": None, "device_type": None}
-    return profile_layers._targets(usual | {"output": "p.json"} | flags, console(quiet=True))
+    usual = {"device": "cuda", "output": "p.json", "quiet": True}
+    return profile_layers.choose_targets(profile_layers.LayersOptions(**usual | flags))
 
 
 def test_identical_cards_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:

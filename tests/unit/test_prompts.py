@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_read_twice_is_refused(tmp_path):
     for name, message in {
         "none": "no such file",
         "": "is a directory",
-        "pipe": "is no regular file",
+        "pipe": "is not a regular file",
         "empty": "holds no prompts",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -25,7 +25,7 @@ from llmpq.costs.recalibrate import (
 from llmpq.model_lookup import spec_from_config
 from llmpq.plan_data import Plan, Predicted, PredictedStage, load_plan
 from llmpq.profile_data import Profile, ProfiledDevice, ProfileRow, load_profiles
-from llmpq.report import MeasuredTime, Report, StageReport
+from llmpq.run_report import MeasuredTime, Report, StageReport
 from llmpq.runtime.stopwatch import MAX_KINDS, TIME_COLUMNS, Stopwatch, measured_times
 
 CONFIG = {
@@ -427,10 +427,10 @@ def test_bad_input_is_one_message(files, tmp_path):
     known = ["--profiles", files["profiles"], "-o", files["out"]]
     for words, part in (
         (["--report", stale, *known], "run again with this version"),
-        (["--report", files["plan"], *known], "is of the kind 'plan', expected a report"),
+        (["--report", files["plan"], *known], "is of kind 'plan'; expected a report"),
         (
             ["--report", files["profiles"] / "cpu.json", *known],
-            "of the kind 'profile', expected",
+            "of kind 'profile'; expected",
         ),
         (["--report", tmp_path / "none.json", *known], "no such file"),
         (["--report", files["report"], "-o", files["out"]], "has no profile of"),

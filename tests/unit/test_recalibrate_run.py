@@ -11,7 +11,7 @@ from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import load_config
 from llmpq.plan_data import Plan
 from llmpq.prompts.request import Request
-from llmpq.report import StageReport
+from llmpq.run_report import StageReport
 from llmpq.runtime.engine import Engine
 from llmpq.runtime.transport import LocalHub, LocalTransport
 

@@ -1,27 +1,27 @@
 """New plans for what is left of a cluster, without any process."""
 
+from pathlib import Path
+
 import pytest
 from test_placement import T4, V100, found
 from test_seats import make_plan as seated_plan
 
-from llmpq.artifact import write_json
-from llmpq.cli.replan import (
-    ReplanOptions,
-    cards_left,
-    in_workers_order,
-    places,
-    plan_without,
-    survey,
-    with_longest,
-    without,
-    worker_names,
-)
-from llmpq.cli.run import main
-from llmpq.cli.run_options import RunOptions
+from llmpq.cli.run_options import RunOptions, check_options
 from llmpq.cluster import Cluster
 from llmpq.errors import InfeasibleError, UserError
 from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
 from llmpq.plan_data import Plan
+from llmpq.planner.input_files import InputFiles
+from llmpq.planner.replanning import (
+    ReplanInputs,
+    absolute_quantizer,
+    load_replan_inputs,
+    plan_without,
+    with_longest,
+    without,
+)
+from llmpq.runtime.cards_here import cards_left, in_workers_order
+from llmpq.seats import worker_names, worker_places
 from llmpq.workload import Workload, request_lengths
 
 TYPES = ("t4-16g", "v100-32g", "t4-16g")
@@ -61,19 +61,12 @@ def make_plan(precision="16", cluster=CLUSTER, **more) -> Plan:
     return Plan.model_validate(values | more)
 
 
-@pytest.fixture
-def options(tmp_path):
-    """From words of the command line: what `llmpq-run` makes of them."""
-
-    def make(*words: str, plan: Plan) -> tuple[RunOptions, ReplanOptions]:
-        write_json(tmp_path / "plan.json", plan)
-        files = [f"--{name}={tmp_path / name}" for name in ("prompts", "output")]
-        line = [f"--plan={tmp_path / 'plan.json'}", *files, "--replan-on-loss", *words]
-        flags = dict(main.make_context("llmpq-run", line).params)
-        more = ReplanOptions.taken_from(flags)
-        return RunOptions(**flags), more
-
-    return make
+def inputs_of(
+    plan: Plan, longest: int = 44, max_loss: float | None = None, **files: Path
+) -> ReplanInputs:
+    """What new plans are made from, read as `llmpq-run` does."""
+    quantizer = absolute_quantizer(plan, Path("plan.json"), None)
+    return load_replan_inputs(plan, InputFiles(**files), quantizer, longest, max_loss)
 
 
 def rehearsed(memory_mib: float) -> dict:
@@ -99,7 +92,7 @@ def test_a_lost_device_leaves_the_cluster():
 
 def test_workers_by_rank():
     plan = make_plan()
-    assert places(plan) == [("a", "t4-16g"), ("a", "v100-32g"), ("b", "t4-16g")]
+    assert worker_places(plan) == [("a", "t4-16g"), ("a", "v100-32g"), ("b", "t4-16g")]
     assert worker_names(plan) == ["t4-16g on a", "v100-32g on a", "t4-16g on b"]
 
 
@@ -141,73 +134,73 @@ def test_the_longest_request_is_planned_for_and_the_default_output_stays():
 # ---- new plans
 
 
-def test_plans_for_one_device_less_again_and_again(options):
+def test_plans_for_one_device_less_again_and_again():
     plan = make_plan()
-    ground = survey(plan, *options(plan=plan), longest=44)
+    inputs = inputs_of(plan)
     lost = []
     for left in (3, 2, 1):
-        lost.append(places(plan)[0])
-        plan, notes = plan_without(ground, plan, [0])
+        lost.append(worker_places(plan)[0])
+        plan, notes = plan_without(inputs, plan, [0])
         assert len(plan.cluster.devices()) == left
-        assert all(device in {"t4-16g", "v100-32g"} for _, device in places(plan))
+        assert all(device in {"t4-16g", "v100-32g"} for _, device in worker_places(plan))
         assert plan.model.num_layers == len(plan.precisions)
         assert any("spec sheet" in note for note in notes)
     with pytest.raises(InfeasibleError, match="no device is left"):
-        plan_without(ground, plan, range(len(plan.stages)))
+        plan_without(inputs, plan, range(len(plan.stages)))
 
 
-def test_precision_drops_only_where_it_must_and_that_is_said(options):
+def test_precision_drops_only_where_it_must_and_that_is_said():
     roomy = make_plan(cluster=rehearsed(30))
-    plan, notes = plan_without(survey(roomy, *options(plan=roomy), longest=44), roomy, [0, 1])
+    plan, notes = plan_without(inputs_of(roomy), roomy, [0, 1])
     assert set(plan.precisions) == {"16"}
     assert not any("keeps the quality" in note for note in notes)
 
     tight = make_plan(cluster=rehearsed(4.5))
-    ground = survey(tight, *options(plan=tight), longest=44)
-    plan, notes = plan_without(ground, tight, [0, 1, 2])
+    inputs = inputs_of(tight)
+    plan, notes = plan_without(inputs, tight, [0, 1, 2])
     assert set(plan.precisions) != {"16"}
-    assert any("nothing that is left keeps the quality loss of 0 %" in note for note in notes)
+    assert any("no plan for what is left keeps the quality loss of 0 %" in note for note in notes)
 
 
-def test_a_quality_limit_is_kept(options):
+def test_a_quality_limit_is_kept():
     tight = make_plan(cluster=rehearsed(4.5))
-    ground = survey(tight, *options("--max-quality-loss", "0", plan=tight), longest=44)
+    inputs = inputs_of(tight, max_loss=0.0)
     with pytest.raises(InfeasibleError, match="at most 0 %"):
-        plan_without(ground, tight, [0, 1, 2])
+        plan_without(inputs, tight, [0, 1, 2])
 
 
-def test_a_request_that_fits_no_more_is_no_plan(options):
+def test_a_request_that_fits_no_more_is_no_plan():
     tight = make_plan(cluster=rehearsed(2.0))
-    ground = survey(tight, *options(plan=tight), longest=120)
+    inputs = inputs_of(tight, longest=120)
     with pytest.raises(InfeasibleError, match="short"):
-        plan_without(ground, tight, [0, 1, 2])
+        plan_without(inputs, tight, [0, 1, 2])
 
 
 # ---- bad input
 
 
-def test_bad_files_are_told_at_once(options, tmp_path):
+def test_bad_files_are_told_at_once(tmp_path):
     plan = make_plan()
     cluster, sensitivity = tmp_path / "c.yaml", tmp_path / "s.json"
     cluster.write_text("nodes: [{name: a, devices: [{type: t4-16g}]}]\n")
     sensitivity.write_text("{}")
-    words = [f"--cluster={cluster}", f"--sensitivity={sensitivity}"]
     with pytest.raises(UserError) as caught:
-        survey(plan, *options(*words, plan=plan), longest=44)
+        inputs_of(plan, cluster=cluster, sensitivity=sensitivity)
     assert str(sensitivity) in str(caught.value)
     with pytest.raises(UserError, match="stage 1 asks for a v100-32g on a"):
-        survey(plan, *options(words[0], plan=plan), longest=44)
+        inputs_of(plan, cluster=cluster)
 
 
-def test_an_unknown_rehearsed_device_needs_a_profile(options):
+def test_an_unknown_rehearsed_device_needs_a_profile():
     roles = {name: {"slowdown": 2, "memory_mib": 30} for name in ("t4-16g", "v100-32g", "mine")}
     nodes = [*CLUSTER["nodes"], {"name": "c", "devices": [{"type": "mine"}]}]
     plan = make_plan(cluster={"nodes": nodes, "rehearse": roles})
     with pytest.raises(UserError, match="'mine' is rehearsed .*--profiles"):
-        survey(plan, *options(plan=plan), longest=44)
+        inputs_of(plan)
 
 
 def test_options_without_effect_are_refused():
-    flags = {name: None for name in ReplanOptions.__dataclass_fields__} | {"max_quality_loss": 1.0}
+    files = {name: Path(name) for name in ("plan", "prompts", "output")}
     with pytest.raises(UserError, match="--max-quality-loss: only with --replan-on-loss"):
-        ReplanOptions.taken_from(flags | {"replan_on_loss": False})
+        check_options(RunOptions(**files, max_quality_loss=1.0))
+    check_options(RunOptions(**files, max_quality_loss=1.0, replan_on_loss=True))

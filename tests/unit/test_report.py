@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from test_explain import real, replan, tiny
 
-from llmpq.cli.plain_console import PlainConsole
-from llmpq.cli.plan_frontier import print_frontier, save_frontier
 from llmpq.cluster import Cluster
 from llmpq.errors import UserError
 from llmpq.plan_data import Baseline, Plan
@@ -26,6 +24,8 @@ from llmpq.planner.report import (
     print_report,
 )
 from llmpq.planner.what_if import Change, WhatIf
+from llmpq.render.console import PlainConsole
+from llmpq.render.frontier_view import print_frontier, save_frontier
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_the_frontier_is_a_table(console: PlainConsole, points: list[Point]) -> 
         assert f"{point.max_loss_percent:.3g} %" in text
         if point.plan:
             assert f"{point.tokens_per_s:.1f}" in text
-    assert " at 8" in text and "no plan" in text
+    assert "x8-bit" in text and "no plan" in text
 
 
 def test_the_frontier_is_drawn(tmp_path: Path, points: list[Point]) -> None:

@@ -12,8 +12,8 @@ from test_dry_run import make_plan
 from test_nouns import plan_data
 from test_planner import files, run
 
-from llmpq.cli.dry_run import memory_of
 from llmpq.costs.memory import run_sizes
+from llmpq.dry_run import memory_of
 from llmpq.errors import UserError
 from llmpq.job import LaneShape
 from llmpq.plan_data import Lane, Plan, diff, lanes_of, load_plan, reserve_of, shapes_of

@@ -143,7 +143,7 @@ def test_bounds_that_searches_have_learned_hold_for_the_rescaled_problem(scale: 
     space = make_space(problem, solver)
     found = search(problem, space, solver, gap=0.02, deadline=until)
     assert found.assignment is not None
-    sizes = problem.scaled_sizes(found.assignment.setting)
+    sizes = problem.scaled_sizes(found.assignment.configuration)
     changed = problem.scaled({(sizes, len(found.assignment.stages)): scale})
     moved = rescaled(replace(space, floor=found.lower_bound), problem, changed)
     assert moved.floor == pytest.approx(found.lower_bound * min(scale, 1.0))
@@ -158,7 +158,7 @@ def test_of_plans_of_the_same_sizes_the_fastest_run_says_the_scale() -> None:
     plan = assign(problem, 8, 2, 4)
     wrong = scaled(problem, plan, 2 * run_s(problem, plan) / closed_form_s(problem, plan))
     runs = Confirmed(wrong, math.inf)
-    key = problem.scaled_sizes(plan.setting), 2
+    key = problem.scaled_sizes(plan.configuration), 2
     assert key in runs.scales([plan])
     runs.fastest[key] /= 2  # as if another plan of these sizes had run in half the time
     assert key not in runs.scales([plan])

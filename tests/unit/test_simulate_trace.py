@@ -11,14 +11,15 @@ import pytest
 from test_planner import files, run
 from test_simulate_run import assign, make_problem, random_lengths
 
-from llmpq.cli import plan_trace
-from llmpq.cli.plain_console import PlainConsole
+from llmpq.cli import plan_output
 from llmpq.costs.simulate import SimulatedRun
 from llmpq.plan_data import Plan, load_plan
 from llmpq.planner.bubbles import find_bubbles
 from llmpq.planner.evaluate import evaluate, to_plan
 from llmpq.planner.simulated import simulate
 from llmpq.planner.timeline_view import print_timeline
+from llmpq.render import simulated_run
+from llmpq.render.console import PlainConsole
 
 __all__ = ["files"]  # a fixture
 
@@ -40,7 +41,7 @@ def events_of(path: Path) -> list[dict[str, Any]]:
 
 def test_a_trace_holds_every_job_once_and_no_two_at_a_time(tmp_path: Path) -> None:
     plan, played = example()
-    said = plan_trace.write_trace(tmp_path / "t.json", plan, played)
+    said = simulated_run.write_trace(tmp_path / "t.json", plan, played)
     assert said.endswith(f"all {len(played.jobs)} jobs")
     events = [e for e in events_of(tmp_path / "t.json") if e["ph"] == "X"]
     by_thread: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -58,7 +59,7 @@ def test_a_trace_holds_every_job_once_and_no_two_at_a_time(tmp_path: Path) -> No
 
 def test_events_say_what_they_are_of(tmp_path: Path) -> None:
     plan, played = example()
-    plan_trace.write_trace(tmp_path / "t.json", plan, played)
+    simulated_run.write_trace(tmp_path / "t.json", plan, played)
     events = events_of(tmp_path / "t.json")
     threads = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert threads[0] == "stage 0: t4-16g on n (layers 0-1)"
@@ -81,8 +82,8 @@ def test_long_runs_are_cut_to_what_a_viewer_bears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, played = example()
-    monkeypatch.setattr(plan_trace, "MAX_EVENTS", 60)
-    said = plan_trace.write_trace(tmp_path / "t.json", plan, played)
+    monkeypatch.setattr(simulated_run, "MAX_EVENTS", 60)
+    said = simulated_run.write_trace(tmp_path / "t.json", plan, played)
     assert f"the first 10 of {len(played.jobs)} jobs" in said
     assert sum(e["ph"] == "X" for e in events_of(tmp_path / "t.json")) <= 60
 
@@ -170,6 +171,6 @@ def test_what_cannot_be_traced_is_said(files: Path, options: list[str], words: s
 def test_a_run_too_long_to_simulate_is_said(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, trace = files / "plan.json", files / "trace.json"
     run(files, "-o", str(output), "-q")
-    monkeypatch.setattr(plan_trace, "MAX_SPANS", 10)
+    monkeypatch.setattr(plan_output, "MAX_SPANS", 10)
     result = run(files, "--evaluate", str(output), "--trace", str(trace))
     assert result.exit_code == 2 and "--workload" in result.output and not trace.exists()

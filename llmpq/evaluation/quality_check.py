@@ -1,8 +1,9 @@
-"""`llmpq-run --check-quality`: what the run's precisions cost, measured beside what was predicted.
+"""What the precisions of a run cost in quality, measured beside what was predicted.
 
-The stages of the run evaluate a text with the weights they have just served, through their own
-transport. What the model does at 16 bits on the same windows is measured layer by layer on the
-first worker, when the others are done, and kept for the next check (XDG_CACHE_HOME/llmpq).
+The stages of a run evaluate a text with the weights they have just served, through their own
+transport (`pipeline_loss`). The loss of the 16-bit model on the same windows is measured here,
+layer by layer, on the first worker when the others are done, and kept for the next check
+(XDG_CACHE_HOME/llmpq).
 """
 
 import hashlib
@@ -11,18 +12,17 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import NonNegativeFloat, PositiveInt
 
 from llmpq.artifact import Strict, cache_folder, read_json, read_text, write_json
+from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.errors import UserError
+from llmpq.evaluation.evaluate import Loss, text_windows
+from llmpq.evaluation.streaming import stream
 from llmpq.model_spec import ASSETS
-from llmpq.report import Quality, Report
-
-if TYPE_CHECKING:
-    from llmpq.checkpoint.checkpoint import Checkpoint
-    from llmpq.evaluation.evaluate import Loss
+from llmpq.run_report import Quality, Report
 
 # Windows as those that sensitivity is measured on, so that both percentages mean the same.
 WINDOW_TOKENS = 256
@@ -31,7 +31,7 @@ MAX_WINDOWS = 80  # 20,400 predicted tokens
 WEIGHT_FILES = (".safetensors", ".bin")
 
 
-class Baseline(Strict):
+class KeptLoss(Strict):
     """The summed loss of the 16-bit model, as it is kept."""
 
     total: NonNegativeFloat
@@ -47,27 +47,22 @@ def check_windows(
     asked: Path | None, tokenizer: Any, max_positions: int, max_windows: int | None
 ) -> Any:
     """`[n, W]` token ids. Raises `UserError` where the text cannot be read or is too short."""
-    from llmpq.evaluation.evaluate import text_windows
-
     window = min(WINDOW_TOKENS, max_positions)
     return text_windows(check_text(asked), tokenizer, window, max_windows or MAX_WINDOWS)
 
 
 def sixteen_bits(
     config: Any,
-    weights: "Checkpoint",
+    weights: Checkpoint,
     windows: Any,
     dtype: Any,
     device: Any,
     on_layer: Callable[[int], None],
-) -> "Loss":
+) -> Loss:
     """The loss of `[n, W]` windows at 16 bits, from an earlier check where nothing has changed."""
-    from llmpq.evaluation.evaluate import Loss
-    from llmpq.evaluation.streaming import stream
-
-    place = cache_folder() / "baselines" / f"{_key(weights.folder, windows, dtype, device)}.json"
+    path = cache_folder() / "baselines" / f"{_key(weights.folder, windows, dtype, device)}.json"
     with suppress(UserError):  # not there, or broken: measured anew
-        kept = read_json(place, Baseline)
+        kept = read_json(path, KeptLoss)
         return Loss(kept.total, kept.num_tokens)
     sixteen = ["16"] * config.num_hidden_layers
     [found] = stream(
@@ -75,12 +70,12 @@ def sixteen_bits(
     )
     if found.loss.is_finite:
         with suppress(UserError):  # a cache that cannot be written is none
-            write_json(place, Baseline(total=found.loss.total, num_tokens=found.loss.num_tokens))
+            write_json(path, KeptLoss(total=found.loss.total, num_tokens=found.loss.num_tokens))
     return found.loss
 
 
 def compare(
-    report: Report, served: "Loss", base: "Loss", asked: Path | None, window: int
+    report: Report, served: Loss, base: Loss, asked: Path | None, window: int
 ) -> Quality | None:
     """The rise of the perplexity, measured and predicted; None where one of them is no number."""
     predicted = report.predicted

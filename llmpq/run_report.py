@@ -2,15 +2,19 @@
 
 Besides sums, each stage tells how long its calls took, by phase, micro-batch and length, and the
 report holds the plan that ran: what is needed to correct the times that plans are made with.
-Reports of earlier versions have neither, and can still be read.
+Reports of earlier versions have neither, and can still be read. `make_report` makes a report of
+what a run counted.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict
 from llmpq.plan_data import Plan, Predicted
+from llmpq.workload import request_lengths
 
 SECONDS_PER_HOUR = 3600
 
@@ -101,3 +105,53 @@ class Report(Strict):
     error_percent: float | None = None
     quality: Quality | None = None
     provenance: Provenance = Provenance()
+
+
+@dataclass(frozen=True)
+class RunCounts:
+    """What a run did: requests, those of them that failed, and new tokens.
+
+    `begun_s`: seconds until the first token of every request was back; `total_s`: of the run.
+    """
+
+    num_done: int
+    num_failed: int
+    num_tokens: int
+    begun_s: float
+    total_s: float
+
+
+def make_report(plan: Plan, counts: RunCounts, stages: Sequence[StageReport]) -> Report:
+    """The report of a run of `plan`."""
+
+    def busy_s(stage: StageReport) -> float:
+        return stage.busy_prefill_s + stage.busy_decode_s
+
+    total_s, busiest = counts.total_s, max(stages, key=busy_s)
+    shares = [stage.model_copy(update={"busy_share": busy_s(stage) / total_s}) for stage in stages]
+    return Report(
+        tokens_per_s=counts.num_tokens / total_s,
+        requests_per_s=(counts.num_done - counts.num_failed) / total_s,
+        prefill_share=busiest.busy_prefill_s / (busy_s(busiest) or 1.0),
+        prefill_s=counts.begun_s,
+        decode_s=total_s - counts.begun_s,
+        total_s=total_s,
+        load_s=max(stage.load_s for stage in stages),
+        num_requests=counts.num_done,
+        num_new_tokens=counts.num_tokens,
+        num_failed=counts.num_failed,
+        stages=shares,
+        predicted=plan.predicted,
+        plan=plan,
+        error_percent=_error_percent(plan, counts),
+        provenance=Provenance.here(),
+    )
+
+
+def _error_percent(plan: Plan, counts: RunCounts) -> float | None:
+    """Of the predicted time; None where something else than the planned work was done."""
+    planned = request_lengths(plan.workload)
+    done = (counts.num_done, counts.num_tokens)
+    if plan.predicted is None or done != (len(planned), sum(new for _, new in planned)):
+        return None
+    return 100 * (plan.predicted.total_s / counts.total_s - 1)

@@ -1,7 +1,7 @@
-"""The frontier of speed and quality for people: a table, and a picture for reports.
+"""The frontier of speed and quality: a table for people, and a picture.
 
-Only renders what `planner.frontier` found. The picture needs matplotlib, which is imported when
-one is asked for and drawn without a display.
+This module only renders what `planner.frontier` found. The picture needs matplotlib, which is
+imported when a picture is asked for, and no display.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ INCHES, DOTS_PER_INCH = (7.0, 4.5), 150
 
 
 def print_frontier(console: "Console", points: "Sequence[Point]") -> None:
-    """A row for each point: budget, what its plan loses, speed, layers at each precision."""
+    """Prints a row per point: budget, quality loss, speed and gap of its plan, and its layers."""
     from rich.table import Table
 
-    table = Table(title="speed against quality", title_justify="left")
+    table = Table(title="Speed against quality", title_justify="left")
     for heading in ("largest loss", "quality loss", "tokens/s", "gap"):
         table.add_column(heading, justify="right")
     table.add_column("layers", overflow="fold")
@@ -74,10 +74,14 @@ def _layers(point: "Point") -> str:
 
 
 def _counts(plan: "Plan") -> str:
-    """How many layers are at each precision, as "20 at 16, 4 at 8"."""
+    """Writes how many layers have each precision, as "20x16-bit, 4x8-bit"."""
     held = plan.precisions
     names = dict.fromkeys(sorted(held, key=lambda name: -int(name.partition("-")[0])))
-    return ", ".join(f"{held.count(name)} at {name}" for name in names)
+    return ", ".join(f"{held.count(name)}x{_bits(name)}" for name in names)
+
+
+def _bits(precision: str) -> str:
+    return f"{precision}-bit" if precision.isdigit() else precision
 
 
 def _mark(axes: Any, baselines: "Sequence[Baseline]") -> None:
@@ -88,7 +92,7 @@ def _mark(axes: Any, baselines: "Sequence[Baseline]") -> None:
 
 
 def _new_figure() -> Any:
-    """A figure on matplotlib's Agg canvas, which needs no display."""
+    """Makes a figure on matplotlib's Agg canvas, which needs no display."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

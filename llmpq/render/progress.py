@@ -15,8 +15,8 @@ LINE_EVERY_S = 5.0
 BAR_EVERY_S = 0.1
 
 
-class Progress:
-    """Call `update(done, detail)`; the first two seconds say nothing."""
+class ProgressBar:
+    """Shows what `update(done, detail)` is told, after the first two seconds."""
 
     def __init__(self, out: "Console", what: str, total: int) -> None:
         self._out, self._what, self._total = out, what, total
@@ -24,13 +24,13 @@ class Progress:
         self._bar: object | None = None
 
     def is_due(self) -> bool:
-        """An update would be seen; asking first saves making its detail."""
+        """Whether an update would be seen; asking first saves making its detail."""
         now = time.monotonic()
         every = BAR_EVERY_S if self._out.is_terminal else LINE_EVERY_S
         return now - self._started >= SILENT_S and now - self._said > every
 
     def update(self, done: int, detail: str = "", total: int | None = None) -> None:
-        """`done` of the total are finished; `total`: a new one, of a new phase."""
+        """Shows that `done` of the total are finished; `total`: a new one, of a new phase."""
         self._total = self._total if total is None else total
         now = time.monotonic()
         if now - self._started < SILENT_S:
@@ -68,9 +68,9 @@ class Progress:
 
 
 @contextmanager
-def progress(out: "Console", what: str, total: int) -> Iterator[Progress]:
-    """A `Progress` that is closed at the end."""
-    shown = Progress(out, what, total)
+def progress(out: "Console", what: str, total: int) -> Iterator[ProgressBar]:
+    """Yields a `ProgressBar`, which is closed at the end."""
+    shown = ProgressBar(out, what, total)
     try:
         yield shown
     finally:

@@ -1,4 +1,4 @@
-"""Three ways to the same perplexity: stage after stage, through stage processes, layer by layer.
+"""Three methods for the same perplexity: stage by stage, through stage processes, layer by layer.
 
 `stage_by_stage` holds all stages in this process and can answer tasks too; `through_processes` is
 one worker's part where each stage has its process and hidden states travel by the runtime's own
@@ -11,20 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from llmpq.checkpoint.checkpoint import Checkpoint
+from llmpq.checkpoint.inventory import check_checkpoint
+from llmpq.checkpoint.loader import model_folder
 from llmpq.checkpoint.roundings import Roundings, load_roundings
+from llmpq.errors import UserError
 from llmpq.evaluation.evaluate import Loss, evaluate, load_stages
 from llmpq.evaluation.harness import Scorer, TaskScore, harness_model, run_tasks
 from llmpq.evaluation.pipeline_loss import PipelineLoss
 from llmpq.evaluation.streaming import stream
+from llmpq.model_lookup import load_model_spec
+from llmpq.models.stage_model import load_config
+from llmpq.plan_data import Plan
+from llmpq.prompts.tokenizer import load_tokenizer
 from llmpq.quantizer import Quantizer
 from llmpq.runtime.transport import Transport
 from llmpq.runtime.weights_hash import gather_hashes, weights_hash
 
-Said = Callable[[int, str], None]  # how much is done, and of what
+OnProgress = Callable[[int, str], None]  # how much is done, and of what
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalSubject:
     """What is evaluated: a precision for every layer, cut into stages as a plan says."""
 
     name: str
@@ -40,7 +47,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Model:
+class LoadedModel:
     """Where weights come from, and how they are held."""
 
     config: Any
@@ -54,20 +61,53 @@ class Model:
     notes: list[str] = field(default_factory=list)  # on what of the checkpoint is not read
 
 
-@dataclass(frozen=True)
-class Row:
-    """A subject's loss on a text. `divergence`: from the 16-bit model, nats a token."""
+def load_model(
+    name: str, device: Any, dtype: Any, moments: Path | None, hashes: bool
+) -> LoadedModel:
+    """Opens the files of a model; its weights are read later."""
+    folder = model_folder(name)
+    config, weights = load_config(folder), Checkpoint(folder)
+    return LoadedModel(
+        config=config,
+        weights=weights,
+        tokenizer=load_tokenizer(folder),
+        max_positions=load_model_spec(name).max_positions,
+        dtype=dtype,
+        device=device,
+        moments=moments,
+        hashes=hashes,
+        notes=check_checkpoint(config, weights),
+    )
 
-    subject: Subject
+
+def plan_subject(path: Path, plan: Plan, num_layers: int) -> EvalSubject:
+    """A plan as what is evaluated; raises `UserError` where it is for another number of layers."""
+    if plan.model.num_layers != num_layers:
+        raise UserError(f"{path}: is for {plan.model.num_layers} layers, not {num_layers}")
+    cuts = tuple((stage.first_layer, stage.end_layer) for stage in plan.stages)
+    return EvalSubject(str(path), cuts, tuple(plan.precisions), plan.quantizer, path)
+
+
+def uniform_subject(precision: str, num_layers: int, quantizer: Quantizer) -> EvalSubject:
+    """All layers at one precision, in one stage."""
+    same = (precision,) * num_layers
+    return EvalSubject(f"uniform-{precision}", ((0, num_layers),), same, quantizer)
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """A subject's loss on a text. `divergence`: from the 16-bit model, nats per token."""
+
+    subject: EvalSubject
     text: str
     loss: Loss
     weight_bytes: int | None = None
-    weights_sha256: tuple[str, ...] = ()  # one a stage, where asked for
+    weights_sha256: tuple[str, ...] = ()  # one per stage, where asked for
     divergence: float | None = None
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskSet:
     """lm-eval's tasks, loaded, and how many samples of each."""
 
     tasks: Any
@@ -78,12 +118,16 @@ Windows = Mapping[str, Any]  # text -> [n, W] token ids
 
 
 def stage_by_stage(
-    model: Model, subjects: Sequence[Subject], windows: Windows, task: Task | None, said: Said
-) -> tuple[list[Row], list[tuple[Subject, TaskScore]]]:
+    model: LoadedModel,
+    subjects: Sequence[EvalSubject],
+    windows: Windows,
+    task: TaskSet | None,
+    on_progress: OnProgress,
+) -> tuple[list[EvalRow], list[tuple[EvalSubject, TaskScore]]]:
     """All stages in this process, one after the other."""
-    rows: list[Row] = []
-    scores: list[tuple[Subject, TaskScore]] = []
-    count = _Count(said)
+    rows: list[EvalRow] = []
+    scores: list[tuple[EvalSubject, TaskScore]] = []
+    count = _ProgressSum(on_progress)
     for subject in subjects:
         stages: list[Any] = []  # frees the last subject's before the next are loaded
         stages = load_stages(
@@ -99,27 +143,26 @@ def stage_by_stage(
         hashes = tuple(map(weights_hash, stages)) if model.hashes else ()
         for text, part in windows.items():
             loss = evaluate(stages, part, count.of(subject.name))
-            rows.append(Row(subject, text, loss, held, hashes))
+            rows.append(EvalRow(subject, text, loss, held, hashes))
         if task is not None:
             scorer = Scorer(stages, model.max_positions)
-            said_of_task = count.answers(subject.name)
-            answering = harness_model(scorer, model.tokenizer, said_of_task)
+            answering = harness_model(scorer, model.tokenizer, count.answers(subject.name))
             found = run_tasks(task.tasks, answering, task.limit)
             scores += [(subject, score) for score in found]
     return rows, scores
 
 
 def through_processes(
-    model: Model,
-    subjects: Sequence[Subject],
+    model: LoadedModel,
+    subjects: Sequence[EvalSubject],
     texts: Sequence[str],
     windows: Windows,
     transport: Transport,
-    said: Said,
-) -> list[Row]:
+    on_progress: OnProgress,
+) -> list[EvalRow]:
     """This process's stage of every subject. Only the first stage needs `windows`."""
-    rows: list[Row] = []
-    count = _Count(said)
+    rows: list[EvalRow] = []
+    count = _ProgressSum(on_progress)
     for subject in subjects:
         stage: Any = None  # frees the last subject's before the next is loaded
         stage = _own_stage(model, subject, transport.rank)
@@ -132,16 +175,16 @@ def through_processes(
             loss = (
                 pipeline.lead(windows[text], on_windows=on_windows) if first else pipeline.follow()
             )
-            rows.append(Row(subject, text, loss, held, hashes))
+            rows.append(EvalRow(subject, text, loss, held, hashes))
     return rows
 
 
 def layer_by_layer(
-    model: Model, subjects: Sequence[Subject], windows: Windows, said: Said
-) -> list[Row]:
+    model: LoadedModel, subjects: Sequence[EvalSubject], windows: Windows, on_progress: OnProgress
+) -> list[EvalRow]:
     """Subjects that are rounded alike share a pass over the layers."""
-    found: dict[tuple[str, str], Row] = {}
-    count = _Count(said)
+    found: dict[tuple[str, str], EvalRow] = {}
+    count = _ProgressSum(on_progress)
     for group in _rounded_alike(subjects):
         roundings = group[0].roundings(model.moments)
         for text, part in windows.items():
@@ -156,25 +199,25 @@ def layer_by_layer(
                 on_layer=count.of(text),
             )
             for subject, one in zip(group, streamed, strict=True):
-                row = Row(subject, text, one.loss, divergence=one.divergence)
+                row = EvalRow(subject, text, one.loss, divergence=one.divergence)
                 found[subject.name, text] = row
     return [found[subject.name, text] for subject in subjects for text in windows]
 
 
-def num_passes(subjects: Sequence[Subject], windows: Windows) -> int:
+def num_passes(subjects: Sequence[EvalSubject], windows: Windows) -> int:
     """How often `layer_by_layer` goes through the layers."""
     return len(list(_rounded_alike(subjects))) * len(windows)
 
 
-def _rounded_alike(subjects: Sequence[Subject]) -> Iterator[list[Subject]]:
-    kinds: dict[tuple[Quantizer, Path | None], list[Subject]] = {}
+def _rounded_alike(subjects: Sequence[EvalSubject]) -> Iterator[list[EvalSubject]]:
+    kinds: dict[tuple[Quantizer, Path | None], list[EvalSubject]] = {}
     for subject in subjects:
         place = subject.plan.parent if subject.plan and subject.quantizer.moments else None
         kinds.setdefault((subject.quantizer, place), []).append(subject)
     yield from kinds.values()
 
 
-def _own_stage(model: Model, subject: Subject, rank: int) -> Any:
+def _own_stage(model: LoadedModel, subject: EvalSubject, rank: int) -> Any:
     [stage] = load_stages(
         model.config,
         model.weights,
@@ -193,11 +236,11 @@ def _number(value: int) -> Any:
     return torch.tensor(value)
 
 
-class _Count:
+class _ProgressSum:
     """Adds up what several loops have done, each of which counts from 1."""
 
-    def __init__(self, said: Said) -> None:
-        self._said, self._done = said, 0
+    def __init__(self, on_progress: OnProgress) -> None:
+        self._on_progress, self._done = on_progress, 0
 
     def of(self, what: str) -> Callable[[int], None]:
         """To be called with how much of this loop is done."""
@@ -207,10 +250,12 @@ class _Count:
             nonlocal before
             self._done += done - before
             before = done
-            self._said(self._done, what)
+            self._on_progress(self._done, what)
 
         return note
 
     def answers(self, what: str) -> Callable[[int, int], None]:
         """For answers to a task's requests, which are only said."""
-        return lambda done, total: self._said(self._done, f"{what}, tasks: {done} of {total}")
+        return lambda done, total: self._on_progress(
+            self._done, f"{what}, tasks: {done} of {total}"
+        )

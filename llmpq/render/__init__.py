@@ -1,0 +1,1 @@
+"""What people read: the console, progress, and tables of what the commands found."""
