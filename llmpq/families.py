@@ -50,7 +50,7 @@ class Matrix(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelSizes:
     """What a configuration stands for: counts of parameters, as `ModelSpec` explains them."""
 
     num_layers: int
@@ -99,7 +99,7 @@ def llama_sizes(
     qk_norm: bool = False,
     tied: bool = False,
     eager_attention: bool = False,
-) -> Sizes:
+) -> ModelSizes:
     """Gated feed-forward, rotary positions, root-mean-square norms, grouped-query attention."""
     spec = _common(keys)
     hidden, ffn, dim = spec["hidden_size"], spec["ffn_size"], spec["head_dim"]
@@ -119,7 +119,7 @@ def llama_sizes(
         Matrix("up_proj", ffn, hidden),
         Matrix("down_proj", hidden, ffn),
     )
-    return Sizes(
+    return ModelSizes(
         **spec,
         linears=linears,
         layer_other_params=other,
@@ -130,7 +130,7 @@ def llama_sizes(
     )
 
 
-def _opt_sizes(keys: ConfigKeys) -> Sizes:
+def _opt_sizes(keys: ConfigKeys) -> ModelSizes:
     spec = _common(keys)
     hidden, ffn = spec["hidden_size"], spec["ffn_size"]
     embed = keys.count("word_embed_proj_dim", default=hidden)
@@ -139,7 +139,7 @@ def _opt_sizes(keys: ConfigKeys) -> Sizes:
     project = embed * hidden if embed != hidden else 0
     final_norm = 2 * hidden if keys.flag("do_layer_norm_before", True) else 0
     attention = tuple(Matrix(f"{n}_proj", hidden, hidden) for n in ("q", "k", "v", "out"))
-    return Sizes(
+    return ModelSizes(
         **spec | {"head_params": spec["vocab_size"] * embed},
         linears=(*attention, Matrix("fc1", ffn, hidden), Matrix("fc2", hidden, ffn)),
         layer_other_params=4 * hidden + bias,
@@ -149,12 +149,12 @@ def _opt_sizes(keys: ConfigKeys) -> Sizes:
     )
 
 
-def _fused_qkv_sizes(keys: ConfigKeys, tied: bool) -> Sizes:
+def _fused_qkv_sizes(keys: ConfigKeys, tied: bool) -> ModelSizes:
     """BLOOM and GPT-NeoX: one matrix for query, key and value; biases everywhere."""
     spec = _common(keys, ffn_factor=4)
     hidden, ffn = spec["hidden_size"], spec["ffn_size"]
     attention_bias = 4 * hidden if keys.flag("attention_bias", True) else 0
-    return Sizes(
+    return ModelSizes(
         **spec,
         linears=(
             Matrix("query_key_value", 3 * hidden, hidden),
@@ -169,7 +169,7 @@ def _fused_qkv_sizes(keys: ConfigKeys, tied: bool) -> Sizes:
     )
 
 
-def _bloom_sizes(keys: ConfigKeys) -> Sizes:
+def _bloom_sizes(keys: ConfigKeys) -> ModelSizes:
     sizes = _fused_qkv_sizes(keys, tied=True)
     norm = 2 * sizes.hidden_size  # of the embedding
     return replace(sizes, embedding_params=sizes.embedding_params + norm, eager_attention=True)
@@ -204,7 +204,7 @@ class Family:
     input: tuple[str, ...] = ()  # act on the embedded input
     positions: tuple[str, ...] = ()  # learned positions, added to the embedded input
     head_in_files: str = "lm_head"  # what checkpoints call the head
-    sizes: Callable[[ConfigKeys], Sizes] | None = None
+    sizes: Callable[[ConfigKeys], ModelSizes] | None = None
     is_tested: bool = False
     variants: tuple[Mapping[str, Any], ...] = ({},)
     heads_fill_hidden: bool = False

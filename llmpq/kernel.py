@@ -1,9 +1,10 @@
 """One kernel that multiplies by a layer's weights: where it serves, what it moves, what it reaches.
 
-How fast a kernel is, is said relative to a plain 16-bit product on the same device
-(`Efficiency`), because those were fitted on many GPUs (docs/device-library.md). Each figure names
-its source: a measurement with card and date, or "estimate" and why. Here are also the costs that
-all kernels share: what a launch takes, with and without CUDA graphs, and what graphs hold.
+The speed of a kernel is given relative to a plain 16-bit product on the same device
+(`KernelEfficiency`), because plain products were fitted on many GPUs (docs/device-library.md). Each
+figure names its source: a measurement with card and date, or "estimate" and why. This module also
+holds the costs that all kernels share: the time of a launch, with and without CUDA graphs, and the
+memory that graphs take.
 
 Not covered: which kernels there are (`llmpq.kernel_table`), and attention.
 """
@@ -78,7 +79,7 @@ def graph_lengths(most_tokens: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Efficiency:
+class KernelEfficiency:
     """What a kernel reaches, as shares of what a plain 16-bit product reaches on the same device.
 
     `bandwidth`: while it reads the weight as it is stored. `peak`: of the arithmetic, at numbers of
@@ -129,7 +130,7 @@ class Kernel:
     layout: Layout
     precision: str
     kind: Kind
-    efficiency: Efficiency
+    efficiency: KernelEfficiency
     workspace_bytes: Callable[[Product], int]
     max_rows: int | None = None
     dtypes: tuple[str, ...] = DTYPES

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from llmpq import workspace
 from llmpq.errors import UserError
-from llmpq.kernel import HALVES, Efficiency, Kernel, Layout, Unpacking
+from llmpq.kernel import HALVES, Kernel, KernelEfficiency, Layout, Unpacking
 from llmpq.machine import (
     BITSANDBYTES,
     HUMMING,
@@ -34,7 +34,9 @@ FEW_ROWS, FUSED_UNPACKING = "Triton few-row multiply", "Triton unpacking + cuBLA
 INT4_READ, INT8_READ = "int4 tiles", "int8 rows"
 
 # What all others are relative to.
-PLAIN = Efficiency("fitted on ten GPUs, docs/device-library.md", measured_on=(7, 0), error=0.0)
+PLAIN = KernelEfficiency(
+    "fitted on ten GPUs, docs/device-library.md", measured_on=(7, 0), error=0.0
+)
 
 # ---- humming (cards)
 
@@ -42,9 +44,9 @@ PLAIN = Efficiency("fitted on ten GPUs, docs/device-library.md", measured_on=(7,
 # One of 20 points is far off: 53 us at 4 bits for 8192 x 8192 with 8 rows, where this says 23.
 H100 = "measured on an H100 80GB, 2026-11-27, humming-kernels 0.1.19, 28672 x 8192"
 HUMMING_EFFICIENCY = {
-    "8": Efficiency(H100, 0.93, ((64, 0.62), (256, 0.755), (2048, 0.84)), (9, 0), 0.01),
-    "4": Efficiency(H100, 0.855, ((64, 0.58), (256, 0.85), (2048, 0.97)), (9, 0), 0.09),
-    "3": Efficiency(H100, 0.735, ((64, 0.55), (256, 0.78), (2048, 0.96)), (9, 0), 0.02),
+    "8": KernelEfficiency(H100, 0.93, ((64, 0.62), (256, 0.755), (2048, 0.84)), (9, 0), 0.01),
+    "4": KernelEfficiency(H100, 0.855, ((64, 0.58), (256, 0.85), (2048, 0.97)), (9, 0), 0.09),
+    "3": KernelEfficiency(H100, 0.735, ((64, 0.55), (256, 0.78), (2048, 0.96)), (9, 0), 0.02),
 }
 # A call takes 6 us more than cuBLAS's in a graph and 67 us more in eager torch, as much as two more
 # launches (H200, 2026-11-27, steps of 32 layers of LLaMA-8B).
@@ -97,12 +99,15 @@ INT4_GROUPS = (32, 64, 128, 256)  # that torch's int4 kernel knows
 INT8_COLUMN_STEP = 16  # torch's int8 kernel reads past the end of rows that are no multiple of this
 # Shares that give these speeds on larger matrices with two threads. bf16 linear itself reaches a
 # third of the bandwidth, which the packed kernels exceed.
-TILES = {"4": Efficiency(EPYC, 1.19, ((1, 0.45),)), "3": Efficiency(EPYC, 0.27, ((1, 0.45),))}
-INT8_ROWS = Efficiency(EPYC, 1.19, ((1, 0.28),))
-TOKEN_INT8 = Efficiency(EPYC, 1.19, ((1, 0.75),), arithmetic="int8")
+TILES = {
+    "4": KernelEfficiency(EPYC, 1.19, ((1, 0.45),)),
+    "3": KernelEfficiency(EPYC, 0.27, ((1, 0.45),)),
+}
+INT8_ROWS = KernelEfficiency(EPYC, 1.19, ((1, 0.28),))
+TOKEN_INT8 = KernelEfficiency(EPYC, 1.19, ((1, 0.75),), arithmetic="int8")
 # Unpacking a part in the cache takes as long as reading the weight in 16 bits.
 CPU_UNPACKING = Unpacking(CPU_PART_WEIGHTS, 2.0, 1.0, launches=1)
-UNPACKED = Efficiency(EPYC)
+UNPACKED = KernelEfficiency(EPYC)
 
 # ---- bitsandbytes
 
@@ -111,7 +116,7 @@ LIKE_INT8 = (
     "estimate: half of a plain product's arithmetic, inputs quantized by torch; not measured"
 )
 NF4_UNPACKING = Unpacking(CARD_PART_WEIGHTS, 2.56, FUSED_BANDWIDTH, launches=2)
-LLM_INT8 = Efficiency(LIKE_INT8, 0.8, ((1, 0.5),))
+LLM_INT8 = KernelEfficiency(LIKE_INT8, 0.8, ((1, 0.5),))
 LLM_INT8_LAUNCHES = 15
 
 
@@ -139,7 +144,7 @@ def _card(precision: str) -> Iterator[Kernel]:
         layout=_stored(precision),
         precision=precision,
         kind="cuda",
-        efficiency=Efficiency(FUSED),
+        efficiency=KernelEfficiency(FUSED),
         workspace_bytes=workspace.fused_parts,
         dtypes=HALVES,
         capability=LIBRARIES[TRITON],
@@ -152,8 +157,8 @@ def _card(precision: str) -> Iterator[Kernel]:
 def _few_rows(precision: str, vector: bool) -> Kernel:
     """Our multiply by packed weights: on tensor cores, or (`vector`) on cards before them."""
     bits, bandwidth = int(precision), TRITON_BANDWIDTH[precision]
-    tensor = Efficiency(TRITON_TENSOR, bandwidth, ((64, 0.29),), pass_rows=TENSOR_PASS_ROWS)
-    plain = Efficiency(
+    tensor = KernelEfficiency(TRITON_TENSOR, bandwidth, ((64, 0.29),), pass_rows=TENSOR_PASS_ROWS)
+    plain = KernelEfficiency(
         TRITON_VECTOR,
         bandwidth,
         ((1, 0.5),),
@@ -185,7 +190,7 @@ def _torch_alone(precision: str) -> Iterator[Kernel]:
         "layout": _stored(precision),
         "precision": precision,
         "kind": "cuda",
-        "efficiency": Efficiency(TORCH, measured_on=(9, 0), error=TORCH_ERRORS[precision]),
+        "efficiency": KernelEfficiency(TORCH, measured_on=(9, 0), error=TORCH_ERRORS[precision]),
     }
     passes = Unpacking(CARD_PART_WEIGHTS, *TORCH_PASSES[precision])
     if precision != "8":
@@ -261,7 +266,7 @@ def _bitsandbytes(kind: Kind) -> Iterator[Kernel]:
     unpacking = NF4_UNPACKING if is_card else CPU_UNPACKING
     parts = partial(workspace.nf4_parts, part_weights=unpacking.part_weights)
     nf4: dict[str, Any] = {
-        "efficiency": Efficiency(LIKE_FUSED),
+        "efficiency": KernelEfficiency(LIKE_FUSED),
         "workspace_bytes": parts,
         "unpacking": unpacking,
     }

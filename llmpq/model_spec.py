@@ -22,7 +22,7 @@ ASSETS = Path(__file__).parent / "assets"
 ALL_HEADS = "as many key-value heads"  # the table of activations: heads that are not grouped
 
 
-class Linear(Strict):
+class LinearShape(Strict):
     """A weight matrix `[out_features, in_features]` of a layer."""
 
     name: str
@@ -30,7 +30,7 @@ class Linear(Strict):
     in_features: int = Field(gt=0)
 
 
-class Moment(Strict):
+class AllocationSnapshot(Strict):
     """What a stage has alive at one time, beside weights and cache.
 
     `num_bytes`: products of sizes ("requests*tokens*hidden"), each with its factor in bytes.
@@ -50,12 +50,12 @@ class Activations(Strict):
     `_first`: those that only a stage that embeds tokens has besides; `_last`: that has the head.
     """
 
-    prefill: tuple[Moment, ...]
-    decode: tuple[Moment, ...]
-    prefill_first: tuple[Moment, ...]
-    decode_first: tuple[Moment, ...]
-    prefill_last: tuple[Moment, ...]
-    decode_last: tuple[Moment, ...]
+    prefill: tuple[AllocationSnapshot, ...]
+    decode: tuple[AllocationSnapshot, ...]
+    prefill_first: tuple[AllocationSnapshot, ...]
+    decode_first: tuple[AllocationSnapshot, ...]
+    prefill_last: tuple[AllocationSnapshot, ...]
+    decode_last: tuple[AllocationSnapshot, ...]
 
 
 class ModelSpec(Strict):
@@ -71,7 +71,7 @@ class ModelSpec(Strict):
     head_dim: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     max_positions: int = Field(gt=0)
-    linears: tuple[Linear, ...]
+    linears: tuple[LinearShape, ...]
     layer_other_params: int = Field(ge=0)  # norms and biases of one layer
     embedding_params: int = Field(ge=0)  # token and position embeddings and their norm
     head_params: int = Field(ge=0)  # the output matrix, also where it is tied to the embedding
@@ -158,15 +158,15 @@ def _part(size: int, degree: int) -> int:
     return -(-size // degree)
 
 
-def _cut_size(op: Linear) -> int:
+def _cut_size(op: LinearShape) -> int:
     return op.in_features if CUTS[op.name] == "in" else op.out_features
 
 
-def _num_parts(spec: ModelSpec, op: Linear, degree: int) -> int:
+def _num_parts(spec: ModelSpec, op: LinearShape, degree: int) -> int:
     """Into how many different parts a matrix falls."""
     return min(degree, spec.num_kv_heads) if CUTS[op.name] == "kv" else degree
 
 
-def _cut(spec: ModelSpec, op: Linear, degree: int) -> Linear:
+def _cut(spec: ModelSpec, op: LinearShape, degree: int) -> LinearShape:
     side = "in_features" if CUTS[op.name] == "in" else "out_features"
     return op.model_copy(update={side: _cut_size(op) // _num_parts(spec, op, degree)})

@@ -19,7 +19,7 @@ from llmpq.cluster import GIB, Cluster
 from llmpq.errors import UserError, listed
 from llmpq.job import LaneShape
 from llmpq.model_spec import ModelSpec, shard_faults
-from llmpq.plan_diff import Place, PlanDiff, changes, layer_ranges
+from llmpq.plan_diff import LayerPlacement, PlanDiff, changes, layer_ranges
 from llmpq.precision import PRECISIONS
 from llmpq.quantizer import Quantizer
 from llmpq.workload import (
@@ -353,15 +353,15 @@ def _lanes_text(shapes: Iterable[LaneShape]) -> str:
     return ", ".join(f"{count} of {rows} x {tokens}" for (rows, tokens), count in counts)
 
 
-def _places(plan: Plan) -> list[Place]:
+def _places(plan: Plan) -> list[LayerPlacement]:
     """The devices of every layer of the model."""
-    places: list[Place] = []
+    places: list[LayerPlacement] = []
     used: Counter[tuple[str, str]] = Counter()
     for stage in plan.stages:
         kind, count = (stage.node, stage.devices[0]), len(stage.devices)
         numbers = tuple(range(used[kind], used[kind] + count))
         used[kind] += count
-        places += [Place(*kind, numbers, stage.rank)] * stage.num_layers
+        places += [LayerPlacement(*kind, numbers, stage.rank)] * stage.num_layers
     return places
 
 

@@ -1,9 +1,10 @@
 """What changes from one plan to another, as a value that prints itself in short lines.
 
-A plan is told apart by three kinds of facts: settings and predictions, which are names with
-values; and for every layer the devices that hold it and its precision. Values that differ become
-a `Change`; neighbouring layers that change alike become one `LayerRange`, so that every changed
-layer lies in exactly one range.
+Two plans are compared by settings and predictions, which are names with values, and by the devices
+and the precision of every layer. Values that differ become a `ValueChange`; neighbouring layers
+that change alike become one `LayerRangeChange`, so that every changed layer lies in exactly one
+range.
+
 Equal devices of a node are interchangeable: they are numbered in the order of a plan's stages, and
 a layer has moved where its numbered device is another one. What `llmpq.plan_data.diff` does not
 compare: provenance, the baselines and the time that planning took.
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPlacement:
     """Devices of a node that hold layers together; `numbers` count equal devices from 0.
 
     `rank`, the stage, is for the reader: the same devices are the same place in another stage.
@@ -35,7 +36,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Change:
+class ValueChange:
     """A named value before and after; None where a plan does not have it."""
 
     name: str
@@ -47,7 +48,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class LayerRange(Generic[T]):
+class LayerRangeChange(Generic[T]):
     """Layers `first_layer` up to but not including `end_layer`, which change alike."""
 
     first_layer: int
@@ -71,10 +72,10 @@ class PlanDiff:
     """
 
     inputs: tuple[str, ...] = ()
-    settings: tuple[Change, ...] = ()
-    moves: tuple[LayerRange[Place], ...] = ()
-    precisions: tuple[LayerRange[str], ...] = ()
-    predicted: tuple[Change, ...] = ()
+    settings: tuple[ValueChange, ...] = ()
+    moves: tuple[LayerRangeChange[LayerPlacement], ...] = ()
+    precisions: tuple[LayerRangeChange[str], ...] = ()
+    predicted: tuple[ValueChange, ...] = ()
 
     def __bool__(self) -> bool:
         return self != PlanDiff()
@@ -85,23 +86,23 @@ class PlanDiff:
         return "\n".join([*inputs, *map(str, parts)]) or "no difference"
 
 
-def changes(before: Mapping[str, object], after: Mapping[str, object]) -> tuple[Change, ...]:
+def changes(before: Mapping[str, object], after: Mapping[str, object]) -> tuple[ValueChange, ...]:
     """The names whose values differ, in the order of `before`; what only `after` has comes last."""
-    every = [Change(name, before.get(name), after.get(name)) for name in {**before, **after}]
+    every = [ValueChange(name, before.get(name), after.get(name)) for name in {**before, **after}]
     return tuple(change for change in every if change.before != change.after)
 
 
-def layer_ranges(before: Sequence[T], after: Sequence[T]) -> tuple[LayerRange[T], ...]:
+def layer_ranges(before: Sequence[T], after: Sequence[T]) -> tuple[LayerRangeChange[T], ...]:
     """The layers that differ, in order, as few ranges as there can be; one entry a layer each."""
-    ranges: list[LayerRange[T]] = []
+    ranges: list[LayerRangeChange[T]] = []
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
         if old == new:
             continue
         last = ranges[-1] if ranges else None
         if last and (last.end_layer, last.before, last.after) == (layer, old, new):
-            ranges[-1] = LayerRange(last.first_layer, layer + 1, last.before, last.after)
+            ranges[-1] = LayerRangeChange(last.first_layer, layer + 1, last.before, last.after)
         else:
-            ranges.append(LayerRange(layer, layer + 1, old, new))
+            ranges.append(LayerRangeChange(layer, layer + 1, old, new))
     return tuple(ranges)
 
 

@@ -1,7 +1,7 @@
 """Precisions by name, and how many bytes a weight matrix takes at each.
 
 A precision is a string, as plans write it: "16", "8", "4", "3" are weight-only; "8-w8a8" stores
-8-bit weights per output channel and quantises activations per token to 8 bits as it multiplies.
+8-bit weights per output channel and quantizes activations per token to 8 bits as it multiplies.
 "nf4" and "8-bnb" are bitsandbytes': optional, there where that library is, and used only where
 they are asked for by name. "nf4" has 16 levels spaced as normal weights are and a scale each 64
 weights of a row. "8-bnb" is LLM.int8: like "8-w8a8", but inputs of 6.0 and above stay at 16 bits.

@@ -1,6 +1,6 @@
 """How weights are rounded when they are loaded: by a rule, or with the help of calibration data.
 
-A plan carries the quantiser its sensitivity was measured with, and a run uses that one: what is
+A plan carries the quantizer its sensitivity was measured with, and a run uses that one: what is
 served is what was measured.
 """
 

@@ -34,7 +34,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Part:
+class NodeWorkers:
     """What one host is to run: a node's workers, by their numbers in the plan."""
 
     name: str
@@ -61,11 +61,11 @@ def _planned(cluster: Cluster, stage: int, node: str, name: str) -> PlannedDevic
     )
 
 
-def parts_of(plan: Plan) -> list[Part]:
+def nodes_of(plan: Plan) -> list[NodeWorkers]:
     """The nodes that the plan uses, the leader's first."""
     nodes = [stage.node for stage in plan.stages for _ in stage.devices]
     return [
-        Part(name, tuple(number for number, node in enumerate(nodes) if node == name))
+        NodeWorkers(name, tuple(number for number, node in enumerate(nodes) if node == name))
         for name in dict.fromkeys(nodes)
     ]
 
@@ -96,7 +96,7 @@ def take_seats(processes: Sequence[Process], plan: Plan, with_cards: bool) -> li
         lambda host, part: _preference(tried[host, part], groups[host], host, parts, part),
     )
     if len(found) < len(groups):
-        refusal, nodes = _refusal(groups, parts, found, tried), parts_of(plan)
+        refusal, nodes = _refusal(groups, parts, found, tried), nodes_of(plan)
         if len(groups) == len(nodes):
             return refusal
         names = ", ".join(part.name for part in nodes)
@@ -118,14 +118,14 @@ def stage_ranks(plan: Plan, seats: Sequence[Seat]) -> list[list[int]]:
     return [[rank_of[worker] for worker in workers] for workers in plan.ranks]
 
 
-def _parts_for(plan: Plan, hosts: Sequence[Sequence[Process]]) -> list[Part]:
+def _parts_for(plan: Plan, hosts: Sequence[Sequence[Process]]) -> list[NodeWorkers]:
     """A part for each host: the plan's nodes where there are as many, else pieces in order."""
-    parts = parts_of(plan)
+    parts = nodes_of(plan)
     if len(parts) == len(hosts):
         return parts
     pieces, first = [], 0
     for host in hosts:
-        pieces.append(Part("", tuple(range(first, first + len(host)))))
+        pieces.append(NodeWorkers("", tuple(range(first, first + len(host)))))
         first += len(host)
     return pieces
 
@@ -134,7 +134,7 @@ def _preference(
     tried: list[Seat] | Refusal,
     host: Sequence[Process],
     number: int,
-    parts: Sequence[Part],
+    parts: Sequence[NodeWorkers],
     part: int,
 ) -> int | None:
     """0: the node of the host's name; 1: of its number; 2: another whose cards fit."""
@@ -221,7 +221,7 @@ def _fix(process: Process, devices: Sequence[PlannedDevice]) -> str:
 
 def _refusal(
     hosts: Sequence[Sequence[Process]],
-    parts: Sequence[Part],
+    parts: Sequence[NodeWorkers],
     found: dict[int, int],
     tried: dict[tuple[int, int], list[Seat] | Refusal],
 ) -> Refusal:

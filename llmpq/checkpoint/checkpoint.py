@@ -2,7 +2,7 @@
 
 Which files these are, `checkpoint_files` finds; `inventory` says whether all they hold is served.
 safetensors files are opened per tensor, so that the pages of a file do not stay mapped. Weights
-that are quantised already (`prequantized`) are handed out as codes, or dequantised.
+that are quantized already (`prequantized`) are handed out as codes, or dequantized.
 `RandomWeights` has the same interface, for measuring shapes whose weights are not at hand.
 """
 
@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
-from llmpq.checkpoint.checkpoint_files import Stored, find_weights, load_bin, reading
+from llmpq.checkpoint.checkpoint_files import StoredTensor, find_weights, load_bin, reading
 from llmpq.checkpoint.fingerprint import fingerprint
 from llmpq.checkpoint.float8 import float8_of
-from llmpq.checkpoint.prequantized import OLD_GPTQ, packing_of
+from llmpq.checkpoint.prequantized import OLD_GPTQ, quantized_format
 from llmpq.errors import UserError
 from llmpq.quant import PackedWeight, TensorPart
 
@@ -36,10 +36,10 @@ class Weights(Protocol):
         """A part of a tensor, whose whole shape is `shape`."""
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
-        """The codes of a weight `[out, in]` that is quantised already; None where it is not."""
+        """The codes of a weight `[out, in]` that is quantized already; None where it is not."""
 
     def stores(self, name: str) -> bool:
-        """Whether files hold the tensor, quantised or not."""
+        """Whether files hold the tensor, quantized or not."""
 
     def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
         """Whether two matrices that files hold are the same."""
@@ -53,10 +53,10 @@ class Checkpoint:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such model directory")
         self._stored = find_weights(folder)
-        self._packing, self._float8 = packing_of(folder), float8_of(folder)
+        self._packing, self._float8 = quantized_format(folder), float8_of(folder)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor called `name`, dequantised if need be; `shape` is what config.json implies."""
+        """The tensor called `name`, dequantized if need be; `shape` is what config.json implies."""
         packed = self.packed(name, shape)
         if packed is not None:
             return packed.dequantized()
@@ -71,13 +71,13 @@ class Checkpoint:
         return self.tensor(name, shape, part)
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
-        """The codes of a weight `[out, in]` that is quantised already; None where it is not."""
+        """The codes of a weight `[out, in]` that is quantized already; None where it is not."""
         if self._packing is None or not self.is_packed(name):
             return None
         return self._packing.read(name.removesuffix(".weight"), shape, self)
 
     def stores(self, name: str) -> bool:
-        """Whether files hold the tensor, quantised or not."""
+        """Whether files hold the tensor, quantized or not."""
         return name in self or self.is_packed(name)
 
     def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
@@ -91,7 +91,7 @@ class Checkpoint:
         return True
 
     def note(self, precisions: Collection[str]) -> str | None:
-        """What a plan with these precisions does to weights that are quantised already."""
+        """What a plan with these precisions does to weights that are quantized already."""
         if self._float8 is not None:
             return (
                 f"{self.folder}: the weights are float8; they are turned into 16 bits, and rounded "
@@ -101,8 +101,8 @@ class Checkpoint:
             return None
         own = ", ".join(sorted(self._packing.precisions))
         return (
-            f"{self.folder}: the weights are quantised already ({self._packing.method}, {own}); "
-            "layers at other precisions are dequantised, and rounded a second time below 16 bits"
+            f"{self.folder}: the weights are quantized already ({self._packing.method}, {own}); "
+            "layers at other precisions are dequantized, and rounded a second time below 16 bits"
         )
 
     @property
@@ -124,12 +124,12 @@ class Checkpoint:
         return sorted({stored.path for stored in self._stored.values()})
 
     @property
-    def stored(self) -> Mapping[str, Stored]:
+    def stored(self) -> Mapping[str, StoredTensor]:
         """All tensors of the files, by the names they have there."""
         return self._stored
 
     def sources(self, name: str) -> list[str]:
-        """The stored names that the tensor `name` is read from; several for a quantised one."""
+        """The stored names that the tensor `name` is read from; several for a quantized one."""
         held = self._packing if self.is_packed(name) else self._float8
         if held is None or not (self.is_packed(name) or self.is_float8(name)):
             return [alias for alias in _aliases(name) if alias in self._stored]
@@ -138,7 +138,7 @@ class Checkpoint:
         return [part for part in parts if part in self._stored]
 
     def stored_bytes(self, name: str, shape: tuple[int, ...]) -> int:
-        """Bytes that files hold of the tensor `name`, all parts of a quantised one included.
+        """Bytes that files hold of the tensor `name`, all parts of a quantized one included.
 
         Reads headers only. Raises `UserError` where it is missing or its shape is another.
         """
@@ -177,7 +177,7 @@ class Checkpoint:
         return self._float8 is not None and linear != name and self._float8.holds(linear, self)
 
     def is_packed(self, name: str) -> bool:
-        """Whether the weight is quantised already."""
+        """Whether the weight is quantized already."""
         linear = name.removesuffix(".weight")
         return self._packing is not None and linear != name and self._packing.holds(linear, self)
 
@@ -231,7 +231,7 @@ class RandomWeights:
         return part.of(self.read(name, shape))
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
-        """None of them is quantised."""
+        """None of them is quantized."""
         return None
 
     def stores(self, name: str) -> bool:

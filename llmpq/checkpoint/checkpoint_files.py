@@ -42,7 +42,7 @@ OTHERS = (
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file, by its header. `dtype` as safetensors spells it: "BF16", "I64"."""
 
     path: Path
@@ -60,7 +60,7 @@ class Stored:
         return self.dtype in ("F16", "BF16", "F32", "F64")
 
 
-def find_weights(folder: Path) -> dict[str, Stored]:
+def find_weights(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the directory's weights, by name.
 
     Raises `UserError` where there are none, or where a file is missing or cannot be read.
@@ -68,7 +68,7 @@ def find_weights(folder: Path) -> dict[str, Stored]:
     start = weights_file(folder)
     refuse_adapter(folder)
     paths = _shards(start) if start.name.endswith(".index.json") else [start]
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for path in paths:
         for name, stored in _header(path).items():
             if name in found:
@@ -163,14 +163,17 @@ def _is_plain(name: str) -> bool:
     return Path(name).name == name and len(name.encode(errors="replace")) < MOST_NAME
 
 
-def _header(path: Path) -> dict[str, Stored]:
+def _header(path: Path) -> dict[str, StoredTensor]:
     if path.suffix == ".bin":
         return {n: _stored(path, tensor) for n, tensor in load_bin(path).items()}
     _refuse_pointer(path)
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {n: Stored(path, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+            return {
+                n: StoredTensor(path, s.get_dtype(), tuple(s.get_shape()))
+                for n, s in slices.items()
+            }
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path}: not a readable safetensors file ({path.stat().st_size} bytes): "
@@ -178,11 +181,11 @@ def _header(path: Path) -> dict[str, Stored]:
         ) from None
 
 
-def _stored(path: Path, tensor: torch.Tensor) -> Stored:
+def _stored(path: Path, tensor: torch.Tensor) -> StoredTensor:
     kinds = {torch.bfloat16: "BF16", torch.bool: "BOOL", torch.uint8: "U8"}
     kind = "F" if tensor.is_floating_point() else "C" if tensor.is_complex() else "I"
     dtype = kinds.get(tensor.dtype, f"{kind}{8 * tensor.element_size()}")
-    return Stored(path, dtype, tuple(tensor.shape))
+    return StoredTensor(path, dtype, tuple(tensor.shape))
 
 
 def _refuse_pointer(path: Path) -> None:

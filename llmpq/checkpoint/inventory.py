@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llmpq.checkpoint.checkpoint import Checkpoint
-from llmpq.checkpoint.checkpoint_files import Stored, unread
+from llmpq.checkpoint.checkpoint_files import StoredTensor, unread
 from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, RawTensor, StageModel
 
@@ -102,7 +102,7 @@ def _refuse_formats(weights: Checkpoint, left: Sequence[str]) -> None:
             raise UserError(f"{path}: tensor '{found[0]}' is of {what}; {PLAIN}")
 
 
-def _is_float8(stored: Stored) -> bool:
+def _is_float8(stored: StoredTensor) -> bool:
     return stored.dtype.startswith("F8")
 
 
@@ -146,7 +146,7 @@ def _check_tensor(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> Non
 
 
 def _try_one(weights: Checkpoint, wanted: Iterable[RawTensor]) -> None:
-    """Reads the first weight that comes quantised: settings that fit none are found so."""
+    """Reads the first weight that comes quantized: settings that fit none are found so."""
     held = (raw for raw in wanted if weights.is_packed(raw.name) or weights.is_float8(raw.name))
     for raw in islice(held, 1):
         weights.read(raw.name, raw.shape)

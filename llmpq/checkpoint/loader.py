@@ -1,7 +1,7 @@
-"""Fills a stage: read one tensor, quantise, place, free.
+"""Fills a stage: read one tensor, quantize, place, free.
 
 Peak host memory is the stage's packed weights plus two of its largest tensors: the raw tensor
-just read and what quantising it takes. A test holds the loader to that. (One of several shards may
+just read and what quantizing it takes. A test holds the loader to that. (One of several shards may
 need whole tensors of which it keeps a part: at 8 bits, by GPTQ.) Rounding by GPTQ also
 holds what it needs of the one input being worked on: with n inputs, two n x n matrices of fp32
 (twice that while it prepares), and 512 rows of the weight in fp64.
@@ -72,7 +72,7 @@ def load_stage(
 ) -> StageModel:
     """The stage with its weights in place. `on_tensor` is called after every tensor.
 
-    `roundings` says how each weight is rounded. Weights that come quantised keep their codes where
+    `roundings` says how each weight is rounded. Weights that come quantized keep their codes where
     the stage wants them at those bits. What `cache` holds is neither read nor rounded.
     One of several shards holds the codes of the whole matrices, and reads no more than they take.
     """
@@ -145,10 +145,10 @@ def place(
     device: torch.device,
     rounding: Rounding = quantize,
 ) -> None:
-    """Puts one raw tensor where it belongs; a quantised linear packs it."""
+    """Puts one raw tensor where it belongs; a quantized linear packs it."""
     if isinstance(raw.module, PlainLinear | QuantizedLinear):
         try:
-            raw.module.swallow(raw.attribute, tensor, rounding)
+            raw.module.load_weight(raw.attribute, tensor, rounding)
         except ValueError as error:
             raise UserError(f"tensor '{raw.name}': {error}") from None
         return

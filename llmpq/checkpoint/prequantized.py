@@ -1,4 +1,4 @@
-"""Checkpoints that are quantised already: which tensors hold a weight, and what their bits mean.
+"""Checkpoints that are quantized already: which tensors hold a weight, and what their bits mean.
 
 By `quantization_config.quant_method` of config.json, or what older tools wrote instead of it;
 int32 words hold codes from the lowest bit up:
@@ -15,7 +15,7 @@ Codes of 3 bits run on across words; compressed-tensors did so only from 0.18 on
 in a word before. Linears that have no such tensors are read as they are. Zeros and codes come out
 unsigned (`PackedWeight`).
 Not covered: other bits than 3, 4 and 8, floats of 8 (see `float8`) and 4 bits, AWQ, sparse
-weights, scales of activations (those are quantised a token at a time, whatever the file says).
+weights, scales of activations (those are quantized a token at a time, whatever the file says).
 """
 
 import re
@@ -36,7 +36,7 @@ BITS = (3, 4, 8)
 OLD_GPTQ = "quantize_config.json"  # AutoGPTQ's settings, beside config.json
 WHAT_LOADS = (
     "what loads is gptq (3, 4 or 8 bits), compressed-tensors (pack-quantized or int-quantized, "
-    "3, 4 or 8 bits), fp8 with weight_scale_inv, or weights that are not quantised"
+    "3, 4 or 8 bits), fp8 with weight_scale_inv, or weights that are not quantized"
 )
 GPTQ_SETTINGS = (
     ("group_size", int, "an integer"),
@@ -59,22 +59,22 @@ class Tensors(Protocol):
         """The error that names the tensor, its file and what is wrong with it."""
 
 
-class Packing(Protocol):
-    """How a checkpoint holds its quantised linears."""
+class QuantizedFormat(Protocol):
+    """How a checkpoint holds its quantized linears."""
 
     method: str
     precisions: frozenset[str]  # those that its codes serve as they are
-    parts: tuple[str, ...]  # names of tensors that a quantised linear may have, beside its bias
+    parts: tuple[str, ...]  # names of tensors that a quantized linear may have, beside its bias
 
     def holds(self, linear: str, tensors: Tensors) -> bool:
-        """Whether this linear is quantised."""
+        """Whether this linear is quantized."""
 
     def read(self, linear: str, shape: tuple[int, ...], tensors: Tensors) -> PackedWeight:
         """Its weight, which is `[out, in]`."""
 
 
-def packing_of(folder: Path) -> Packing | None:
-    """How the checkpoint in this directory is quantised; None where it is not.
+def quantized_format(folder: Path) -> QuantizedFormat | None:
+    """How the checkpoint in this directory is quantized; None where it is not.
 
     Raises `UserError` where it is in a way that cannot be read.
     """
@@ -85,16 +85,16 @@ def packing_of(folder: Path) -> Packing | None:
     if method == "fp8":  # no codes; see `float8`
         return None
     if method == "gptq":
-        return Gptq(settings, path)
+        return GptqFormat(settings, path)
     if method == "compressed-tensors":
-        return CompressedTensors(settings, path)
+        return CompressedTensorsFormat(settings, path)
     raise UserError(
-        f"{path}: weights quantised by {show_value(method)} cannot be read; {WHAT_LOADS}"
+        f"{path}: weights quantized by {show_value(method)} cannot be read; {WHAT_LOADS}"
     )
 
 
 def settings_of(folder: Path) -> tuple[Any, Path]:
-    """How weights are quantised, and the file that says so: config.json, or one beside it."""
+    """How weights are quantized, and the file that says so: config.json, or one beside it."""
     path = folder / "config.json"
     config = parse_json(path) if path.is_file() else None
     if not isinstance(config, dict):
@@ -114,7 +114,7 @@ def settings_of(folder: Path) -> tuple[Any, Path]:
     return None, path
 
 
-class Gptq:
+class GptqFormat:
     """What GPTQModel, AutoGPTQ and Optimum write."""
 
     method = "gptq"
@@ -133,7 +133,7 @@ class Gptq:
         self._less_one = layout == "gptq"
 
     def holds(self, linear: str, tensors: Tensors) -> bool:
-        """Whether this linear is quantised."""
+        """Whether this linear is quantized."""
         return f"{linear}.qweight" in tensors
 
     def read(self, linear: str, shape: tuple[int, ...], tensors: Tensors) -> PackedWeight:
@@ -169,19 +169,19 @@ class Gptq:
 
 
 @dataclass(frozen=True)
-class _Scheme:
+class _QuantizationScheme:
     """A group of compressed-tensors' configuration."""
 
     targets: tuple[str, ...]
     bits: int
-    token_int8: bool  # activations are to be quantised as well
+    token_int8: bool  # activations are to be quantized as well
 
     def rank(self, linear: str) -> int:
         """0: not meant; the higher, the more closely this linear is named."""
         return max((_rank(target, linear) for target in self.targets), default=0)
 
 
-class CompressedTensors:
+class CompressedTensorsFormat:
     """What llm-compressor writes."""
 
     method = "compressed-tensors"
@@ -192,7 +192,7 @@ class CompressedTensors:
         "weight_zero_point",
         "weight_g_idx",
         "weight_shape",
-        "input_scale",  # of activations: those are quantised a token at a time
+        "input_scale",  # of activations: those are quantized a token at a time
         "input_zero_point",
     )
 
@@ -210,7 +210,7 @@ class CompressedTensors:
         self.precisions: frozenset[str] = frozenset().union(*served)
 
     def holds(self, linear: str, tensors: Tensors) -> bool:
-        """Whether this linear is quantised."""
+        """Whether this linear is quantized."""
         return any(f"{linear}.{name}" in tensors for name in ("weight_packed", "weight_scale"))
 
     def read(self, linear: str, shape: tuple[int, ...], tensors: Tensors) -> PackedWeight:
@@ -316,7 +316,7 @@ def _misshapen(tensors: Tensors, name: str, found: Tensor, shape: tuple[int, ...
     )
 
 
-def _scheme(name: str, group: Any, path: Path) -> _Scheme:
+def _scheme(name: str, group: Any, path: Path) -> _QuantizationScheme:
     where = f"{path}: config_groups.{name}"
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict) or not isinstance(group.get("targets"), list):
@@ -332,7 +332,7 @@ def _scheme(name: str, group: Any, path: Path) -> _Scheme:
         )
     _check_bits(weights.get("num_bits"), path)
     activations = group.get("input_activations") is not None
-    return _Scheme(tuple(group["targets"]), weights["num_bits"], activations)
+    return _QuantizationScheme(tuple(group["targets"]), weights["num_bits"], activations)
 
 
 def _check_sorts(settings: Mapping[str, Any], path: Path) -> None:

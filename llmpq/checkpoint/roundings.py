@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llmpq.checkpoint.moments_file import MomentsFile, sha256_of
+from llmpq.checkpoint.calibration_file import CalibrationFile, sha256_of
 from llmpq.errors import UserError
 from llmpq.quant.gptq import NEAREST_BITS, ROWS, Gptq
 from llmpq.quant.rounding import Rounding, quantize, quantize_mse
@@ -19,8 +19,8 @@ class Roundings(Protocol):
         """The rounding of the tensor called `name`."""
 
 
-class Moments(Protocol):
-    """Second moments of the inputs of weights, as `MomentsFile` has them."""
+class CalibrationSource(Protocol):
+    """Second moments of the inputs of weights, as `CalibrationFile` has them."""
 
     def key(self, name: str) -> str:
         """What weights with the same input share. Raises `UserError` where there is none."""
@@ -47,7 +47,7 @@ class GptqRoundings:
     weights that follow with the same input, and no longer: memory holds that of one input.
     """
 
-    def __init__(self, source: Moments) -> None:
+    def __init__(self, source: CalibrationSource) -> None:
         self._source = source
         self._key: str | None = None
         self._prepared: Gptq | None = None
@@ -88,18 +88,18 @@ NEAREST: Roundings = Always(quantize)
 def load_roundings(
     quantizer: Quantizer, override: Path | None = None, base: Path | None = None
 ) -> Roundings:
-    """The roundings of a plan's quantiser.
+    """The roundings of a plan's quantizer.
 
-    The moments file is `override`, or else the quantiser's own path: as it is, or beside `base`,
+    The moments file is `override`, or else the quantizer's own path: as it is, or beside `base`,
     the file that names it. Raises `UserError` where it is missing, is not the one that the
-    quantiser was measured with (by SHA-256), or cannot be read.
+    quantizer was measured with (by SHA-256), or cannot be read.
     """
     if quantizer.moments is None:
         if override is not None:
             raise UserError(f"{override}: rounding by '{quantizer.method}' takes no second moments")
         return Always(quantize_mse if quantizer.method == "mse" else quantize)
     path = override or _find(quantizer.moments, base)
-    file = MomentsFile(path)
+    file = CalibrationFile(path)
     if quantizer.sha256 and sha256_of(path) != quantizer.sha256:
         raise UserError(
             f"{path}: not the second moments that quality was measured with (SHA-256 "
@@ -111,7 +111,7 @@ def load_roundings(
 def rounding_key(
     quantizer: Quantizer, override: Path | None = None, base: Path | None = None
 ) -> str:
-    """Tells apart quantisers that may find other codes: the method, and its moments' SHA-256.
+    """Tells apart quantizers that may find other codes: the method, and its moments' SHA-256.
 
     Arguments and errors are those of `load_roundings`.
     """

@@ -22,7 +22,7 @@ from llmpq.report import Quality, Report
 
 if TYPE_CHECKING:
     from llmpq.checkpoint.checkpoint import Checkpoint
-    from llmpq.evaluation.evaluate import Loss
+    from llmpq.evaluation.perplexity import Loss
 
 # Windows as those that sensitivity is measured on, so that both percentages mean the same.
 WINDOW_TOKENS = 256
@@ -47,7 +47,7 @@ def check_windows(
     asked: Path | None, tokenizer: Any, max_positions: int, max_windows: int | None
 ) -> Any:
     """`[n, W]` token ids. Raises `UserError` where the text cannot be read or is too short."""
-    from llmpq.evaluation.evaluate import text_windows
+    from llmpq.evaluation.perplexity import text_windows
 
     window = min(WINDOW_TOKENS, max_positions)
     return text_windows(check_text(asked), tokenizer, window, max_windows or MAX_WINDOWS)
@@ -62,7 +62,7 @@ def sixteen_bits(
     on_layer: Callable[[int], None],
 ) -> "Loss":
     """The loss of `[n, W]` windows at 16 bits, from an earlier check where nothing has changed."""
-    from llmpq.evaluation.evaluate import Loss
+    from llmpq.evaluation.perplexity import Loss
     from llmpq.evaluation.streaming import stream
 
     place = cache_folder() / "baselines" / f"{_key(weights.folder, windows, dtype, device)}.json"

@@ -5,7 +5,7 @@ import socket
 from llmpq.cli.run_options import RunOptions
 from llmpq.placement import FoundCard, PlannedDevice, Refusal, match_cards, visible_line
 from llmpq.plan_data import Plan
-from llmpq.seats import parts_of, planned_devices
+from llmpq.seats import nodes_of, planned_devices
 
 
 def card_lines(plan: Plan, options: RunOptions) -> list[str]:
@@ -28,7 +28,7 @@ def stage_cards(plan: Plan, options: RunOptions) -> dict[int, FoundCard]:
 
 def devices_of(plan: Plan, host: str) -> list[PlannedDevice]:
     """What is planned for a host: all of a plan for one node, else the node of its name."""
-    parts, devices = parts_of(plan), planned_devices(plan)
+    parts, devices = nodes_of(plan), planned_devices(plan)
     own = [part for part in parts if len(parts) == 1 or part.name in (host, host.partition(".")[0])]
     return [devices[number] for part in own for number in part.workers]
 

@@ -166,7 +166,7 @@ def _here(flags: dict[str, Any], plans: list[tuple[Path, Plan]], role: "Role") -
 
 
 def _warn(model: "Model", subjects: "list[Subject]", quiet: bool) -> None:
-    """Where weights that come quantised are rounded a second time."""
+    """Where weights that come quantized are rounded a second time."""
     note = model.weights.note({p for subject in subjects for p in subject.precisions})
     if note is not None:
         console(quiet).print(f"warning: {note}")
@@ -331,7 +331,7 @@ def _texts(flags: dict[str, Any]) -> list[tuple[str, Path | None]]:
 
 def _windows(flags: dict[str, Any], model: "Model") -> dict[str, Any]:
     """label -> `[n, W]` token ids of every text."""
-    from llmpq.evaluation.evaluate import text_windows, window_tokens, windows_of
+    from llmpq.evaluation.perplexity import text_windows, window_tokens, windows_of
 
     window, most = window_tokens(flags["window"], model.max_positions), flags["max_windows"]
     windows = {}

@@ -30,7 +30,7 @@ def show(
 
     JSON has null in the place of such a number, and "error" says why.
     """
-    from llmpq.evaluation.evaluate import window_tokens
+    from llmpq.evaluation.perplexity import window_tokens
 
     data = {
         "schema_version": 1,

@@ -75,7 +75,7 @@ def devices_here() -> list[dict[str, Any]]:
         import torch
     except ImportError:
         return [cpu]
-    from llmpq.profiler.devices import cards, copy_gbs
+    from llmpq.profiler.device_probe import cards, copy_gbs
 
     host = torch.device("cpu")
     cpu["num_threads"] = torch.get_num_threads()

@@ -35,9 +35,9 @@ from llmpq.serving import switch_rows
 if TYPE_CHECKING:
     import torch
 
-    from llmpq.profiler.devices import Card
-    from llmpq.profiler.grid import Grid, Ranges
-    from llmpq.profiler.layers import LayerProfiler, Measured, Moment
+    from llmpq.profiler.device_probe import Card
+    from llmpq.profiler.grid import AdaptiveGrid, Grid
+    from llmpq.profiler.layers import LayerMeasurements, LayerProfiler, ProfilingProgress
     from llmpq.profiler.resume import PartialFile
 
 DEFAULT_BUDGET_S = 120.0
@@ -103,7 +103,7 @@ def layers(**flags: Any) -> None:
 def _measure(target: Target, spec: ModelSpec, flags: dict[str, Any], out: Any) -> Profile:
     """Measures one device and writes its profile."""
     from llmpq.costs.fits import chosen_models
-    from llmpq.profiler.devices import card_state
+    from llmpq.profiler.device_probe import card_state
 
     if target.card is not None:
         _make_current(target.card.index)
@@ -150,7 +150,7 @@ def _profiler(
     flags: dict[str, Any],
     described: ProfiledDevice,
     start_s: float,
-) -> "tuple[LayerProfiler, PartialFile, Grid | Ranges]":
+) -> "tuple[LayerProfiler, PartialFile, Grid | AdaptiveGrid]":
     from llmpq.costs.fits import worst
     from llmpq.model_lookup import config_path
     from llmpq.models.stage_model import load_config
@@ -180,12 +180,12 @@ def _profiler(
     return profiler, partial, grid
 
 
-def _run(profiler: "LayerProfiler", partial: "PartialFile", out: Any) -> "Measured":
+def _run(profiler: "LayerProfiler", partial: "PartialFile", out: Any) -> "LayerMeasurements":
     if found := partial.load():
         out.print(f"going on with the samples of {len(found.cells)} cells; --fresh starts over")
     with progress(out, "profiling", round(profiler.budget_s)) as shown:
 
-        def on_visit(moment: "Moment") -> None:
+        def on_visit(moment: "ProfilingProgress") -> None:
             shown.update(min(round(moment.spent_s), round(profiler.budget_s)), _words(moment))
 
         try:
@@ -195,7 +195,7 @@ def _run(profiler: "LayerProfiler", partial: "PartialFile", out: Any) -> "Measur
             raise
 
 
-def _words(moment: "Moment") -> str:
+def _words(moment: "ProfilingProgress") -> str:
     key = moment.cell
     width = f"+-{100 * moment.half_width:.1f} %"
     what = f"{key.phase} {key.micro_batch} x {key.tokens} at {key.precision} bits {width}"
@@ -224,7 +224,7 @@ def _targets(flags: dict[str, Any], out: Any) -> list[Target]:
 
 def _card_targets(flags: dict[str, Any], number: int | None, out: Any) -> list[Target]:
     """One of each kind of card, or the one with this number."""
-    from llmpq.profiler.devices import cards, distinct
+    from llmpq.profiler.device_probe import cards, distinct
 
     found = cards()
     if number is not None:
@@ -275,9 +275,9 @@ def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
-def _grid(flags: dict[str, Any], spec: ModelSpec, target: Target) -> "Grid | Ranges":
+def _grid(flags: dict[str, Any], spec: ModelSpec, target: Target) -> "Grid | AdaptiveGrid":
     """The lists as they are; or ranges, from the least of a list to its greatest."""
-    from llmpq.profiler.grid import Grid, Ranges, Span
+    from llmpq.profiler.grid import AdaptiveGrid, Grid, ShapeRange
     from llmpq.quant import machine_here
 
     max_positions = spec.max_positions
@@ -294,10 +294,10 @@ def _grid(flags: dict[str, Any], spec: ModelSpec, target: Target) -> "Grid | Ran
         return Grid(precisions, **lists)
     ends = {name: (min(values), max(values)) for name, values in lists.items()}
     matrices = [(op.out_features, op.in_features) for op in spec.linears]
-    return Ranges(
+    return AdaptiveGrid(
         precisions,
-        Span(ends["prefill_micro_batches"], ends["prompt_tokens"]),
-        Span(ends["decode_micro_batches"], ends["past_tokens"]),
+        ShapeRange(ends["prefill_micro_batches"], ends["prompt_tokens"]),
+        ShapeRange(ends["decode_micro_batches"], ends["past_tokens"]),
         switch_rows(machine_here(target.device, target.dtype), precisions, matrices),
     )
 
@@ -325,7 +325,7 @@ def _describe(target: Target) -> ProfiledDevice:
     """The device, with the bandwidth of a copy and the framework's own memory."""
     import torch
 
-    from llmpq.profiler.devices import context_bytes, copy_gbs
+    from llmpq.profiler.device_probe import context_bytes, copy_gbs
 
     device, card = target.device, target.card
     described = ProfiledDevice(
@@ -379,7 +379,9 @@ def _key(row: ProfileRow) -> tuple[Any, ...]:
     )
 
 
-def _show(measured: "Measured", precisions: tuple[str, ...], notes: list[str], out: Any) -> None:
+def _show(
+    measured: "LayerMeasurements", precisions: tuple[str, ...], notes: list[str], out: Any
+) -> None:
     """Milliseconds a layer, shape by precision, a part of them where there are many; notes."""
     from rich.table import Table
 

@@ -111,7 +111,7 @@ def _guarded(flags: dict[str, Any], role: "Role") -> None:
 def _measure(flags: dict[str, Any], role: "Role") -> None:
     """This rank's part; rank 0 tells the result."""
     from llmpq.cli.progress import progress
-    from llmpq.profiler.links import CARD_SIZES, CPU_SIZES, ROUNDS, measure
+    from llmpq.profiler.link_meter import CARD_SIZES, CPU_SIZES, ROUNDS, measure
     from llmpq.runtime.process import choose_device, connect, disconnect
 
     device = choose_device(flags["device"], role)
@@ -131,7 +131,7 @@ def _measure(flags: dict[str, Any], role: "Role") -> None:
 def _tell(flags: dict[str, Any], backend: Any, pairs: Any, device: str, out: "Console") -> None:
     from llmpq.artifact import Provenance, write_json
     from llmpq.link_data import Links
-    from llmpq.profiler.links import planning_links
+    from llmpq.profiler.link_meter import planning_links
 
     nodes, between = planning_links(pairs)
     found = Links(

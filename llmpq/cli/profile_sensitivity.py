@@ -1,4 +1,4 @@
-"""`llmpq-profile sensitivity`: quality by layer and precision, with the quantiser to serve with."""
+"""`llmpq-profile sensitivity`: quality by layer and precision, with the quantizer to serve with."""
 
 import os
 import tempfile
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from llmpq.checkpoint.moments_file import MomentsFile
+    from llmpq.checkpoint.calibration_file import CalibrationFile
     from llmpq.profile_data import LayerSensitivity, Sensitivity
     from llmpq.profiler.effort import Effort
-    from llmpq.profiler.indicators import Subject
-    from llmpq.profiler.sensitivity import Inputs, Measured, Recipe
+    from llmpq.profiler.indicators import LoadableModel
+    from llmpq.profiler.sensitivity import InputStatistics, SensitivityOptions, SensitivityResult
 
 FAST_TOKENS, EXACT_TOKENS = 4096, 8192
 MOMENT_TOKENS = 32768
@@ -111,8 +111,8 @@ class _Job:
 
     model: str
     text: Path
-    subject: "Subject"
-    recipe: "Recipe"
+    subject: "LoadableModel"
+    recipe: "SensitivityOptions"
     fitted: "torch.Tensor"  # windows that second moments are taken from
     measured: "torch.Tensor"  # windows to measure on
 
@@ -122,8 +122,8 @@ def _job(flags: dict[str, Any]) -> _Job:
     from llmpq.checkpoint.inventory import check_checkpoint
     from llmpq.checkpoint.loader import model_folder
     from llmpq.models.stage_model import load_config
-    from llmpq.profiler.indicators import Subject
-    from llmpq.profiler.sensitivity import Recipe
+    from llmpq.profiler.indicators import LoadableModel
+    from llmpq.profiler.sensitivity import SensitivityOptions
     from llmpq.prompts.tokenizer import load_tokenizer
     from llmpq.quant import available_precisions
     from llmpq.runtime.process import Role, choose_device, choose_dtype
@@ -141,8 +141,8 @@ def _job(flags: dict[str, Any]) -> _Job:
     config, weights = load_config(folder), Checkpoint(folder)
     for note in check_checkpoint(config, weights):
         console(flags["quiet"]).print(note, soft_wrap=True)
-    subject = Subject(config, weights, dtype, device)
-    recipe = Recipe(
+    subject = LoadableModel(config, weights, dtype, device)
+    recipe = SensitivityOptions(
         flags["precisions"] or available_precisions(device, dtype),
         flags["indicator"],
         flags["method"],
@@ -159,7 +159,7 @@ def _windows(
 
     They are spread over their half: neighbours tell of one subject, and a text of many.
     """
-    from llmpq.evaluation.evaluate import text_windows
+    from llmpq.evaluation.perplexity import text_windows
 
     window = flags["window"] or min(256, max_positions)
     if window > max_positions:
@@ -191,10 +191,12 @@ def _needs_inputs(flags: dict[str, Any]) -> bool:
     return _needs_moments(flags) or flags["indicator"] == "variance"
 
 
-def _prepare(job: _Job, flags: dict[str, Any], folder: Path) -> "tuple[Subject, Inputs, Quantizer]":
+def _prepare(
+    job: _Job, flags: dict[str, Any], folder: Path
+) -> "tuple[LoadableModel, InputStatistics, Quantizer]":
     """What is known of the linears' inputs at 16 bits, and the subject rounded with it."""
     from llmpq.checkpoint.roundings import load_roundings
-    from llmpq.profiler.sensitivity import Inputs, gather_input_variance
+    from llmpq.profiler.sensitivity import InputStatistics, gather_input_variance
 
     moments = variance = None
     if _needs_moments(flags):
@@ -205,12 +207,12 @@ def _prepare(job: _Job, flags: dict[str, Any], folder: Path) -> "tuple[Subject, 
     path = moments.path if moments and flags["quantizer"] == "gptq" else None
     quantizer = _quantizer(flags, path)
     roundings = load_roundings(quantizer, override=path)
-    return replace(job.subject, roundings=roundings), Inputs(moments, variance), quantizer
+    return replace(job.subject, roundings=roundings), InputStatistics(moments, variance), quantizer
 
 
 def _quantizer(flags: dict[str, Any], moments: Path | None) -> Quantizer:
     """With the moments' path as seen from the output's folder."""
-    from llmpq.checkpoint.moments_file import sha256_of
+    from llmpq.checkpoint.calibration_file import sha256_of
 
     if moments is None:
         return Quantizer(method=flags["quantizer"])
@@ -218,10 +220,10 @@ def _quantizer(flags: dict[str, Any], moments: Path | None) -> Quantizer:
     return Quantizer(method="gptq", moments=relative, sha256=sha256_of(moments))
 
 
-def _moments(job: _Job, flags: dict[str, Any], folder: Path) -> "MomentsFile":
+def _moments(job: _Job, flags: dict[str, Any], folder: Path) -> "CalibrationFile":
     """The file of second moments: what is there already if it suits, else a new one."""
-    from llmpq.checkpoint.moments_file import MomentsFile
-    from llmpq.profiler.second_moments import gather_moments, most_bytes
+    from llmpq.checkpoint.calibration_file import CalibrationFile
+    from llmpq.profiler.calibration_pass import gather_calibration, most_bytes
 
     path, out = _moments_path(flags, folder), console(flags["quiet"])
     about = {
@@ -233,7 +235,7 @@ def _moments(job: _Job, flags: dict[str, Any], folder: Path) -> "MomentsFile":
     }
     wanted = about if flags["moments"] is None else {"model": about["model"]}
     if path.exists() and not flags["remake_moments"]:
-        file = MomentsFile(path)
+        file = CalibrationFile(path)
         if all(file.about.get(key) == value for key, value in wanted.items()):
             out.print(f"second moments: {path} is there and used")
             return file
@@ -245,7 +247,7 @@ def _moments(job: _Job, flags: dict[str, Any], folder: Path) -> "MomentsFile":
     size = most_bytes(load_model_spec(job.model), flags["moment_block"])
     out.print(f"second moments: {path}, at most {size / MIB:.1f} MiB")
     with _layer_progress(job, flags, "second moments") as on_layer:
-        file = gather_moments(
+        file = gather_calibration(
             job.subject, job.fitted, path, about, flags["moment_block"], on_layer=on_layer
         )
     out.print(f"second moments: {path.stat().st_size / MIB:.1f} MiB of {about['tokens']} tokens")
@@ -268,7 +270,9 @@ def _layer_progress(job: _Job, flags: dict[str, Any], what: str) -> Iterator[Cal
         yield shown.update
 
 
-def _measure(job: _Job, subject: "Subject", inputs: "Inputs", flags: dict[str, Any]) -> "Measured":
+def _measure(
+    job: _Job, subject: "LoadableModel", inputs: "InputStatistics", flags: dict[str, Any]
+) -> "SensitivityResult":
     from llmpq.profiler.sensitivity import measure_sensitivity
 
     what = "sensitivity: layers" if job.recipe.method == "fast" else "sensitivity: evaluations"
@@ -296,7 +300,7 @@ def _no_number(job: _Job) -> UserError:
 
 
 def _result(
-    job: _Job, measured: "Measured", quantizer: Quantizer, effort: "Effort"
+    job: _Job, measured: "SensitivityResult", quantizer: Quantizer, effort: "Effort"
 ) -> "Sensitivity":
     from llmpq.profile_data import CalibrationText, Sensitivity
     from llmpq.profiler.quality_fit import notes_on_fit
@@ -339,7 +343,7 @@ def _show(result: "Sensitivity", out: "Console") -> None:
     for note in result.notes:
         out.print(f"note: {note}")
     memory = f"{(result.peak_memory_bytes or 0) / MIB:.0f} MiB"
-    out.print(f"quantiser {result.quantizer.method}; {result.seconds:.1f} s, {memory} at the peak")
+    out.print(f"quantizer {result.quantizer.method}; {result.seconds:.1f} s, {memory} at the peak")
 
 
 def _by_precision(rows: "list[LayerSensitivity]", part: str) -> dict[str, list[float]]:

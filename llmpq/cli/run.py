@@ -268,9 +268,9 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
 
 def _how_many(plan: Plan) -> str:
     """Processes to start, on each node."""
-    from llmpq.seats import parts_of
+    from llmpq.seats import nodes_of
 
-    parts = parts_of(plan)
+    parts = nodes_of(plan)
     if len(parts) == 1:
         return f"use --nproc-per-node {len(parts[0].workers)}"
     counts = [f"--nproc-per-node {len(part.workers)} on {part.name}" for part in parts]

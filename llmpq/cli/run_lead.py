@@ -19,7 +19,7 @@ from llmpq.workload import request_lengths
 
 if TYPE_CHECKING:
     from llmpq.cli.run_input import Prepared
-    from llmpq.evaluation.evaluate import Loss
+    from llmpq.evaluation.perplexity import Loss
     from llmpq.prompts.prompts import PromptFile
     from llmpq.prompts.request import Finished, Request
     from llmpq.prompts.result_stream import ResultStream

@@ -163,7 +163,7 @@ def _engine(
 ) -> Any:
     """This process's stage, its weights loaded."""
     from llmpq.quant.humming_jit import keep_kernels_in
-    from llmpq.runtime.engine import Engine
+    from llmpq.runtime.engine import StageEngine
     from llmpq.runtime.process import choose_dtype
     from llmpq.runtime.sampler import Sampling
 
@@ -174,7 +174,7 @@ def _engine(
     if options.cache_dir is not None and device.type == "cuda":
         keep_kernels_in(options.cache_dir)
     with shown_loading(plan, transport.rank, options, prepared.cache, group) as packed:
-        return Engine(
+        return StageEngine(
             plan,
             prepared.config,
             prepared.weights,

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from llmpq.errors import UserError
-from llmpq.evaluation.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE
+from llmpq.evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from llmpq.job import Job, LaneShape, Member
 from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import StageModel
 from llmpq.prompts.request import Request
 from llmpq.runtime.sampler import Sampling
-from llmpq.runtime.steps import BROKEN, DecodeSteps, first_tokens, prefill
+from llmpq.runtime.steps import BROKEN, DecodeStepRunner, first_tokens, prefill
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 BOOTSTRAPS = 1000  # for the standard errors of metrics that have no formula
@@ -123,7 +123,9 @@ class Scorer:
         new_tokens = requests[0].new_tokens
         lane = LaneShape(len(requests), max(len(r.prompt) for r in requests) + new_tokens)
         caches = [LaneCache(s.layers.end - s.layers.first, [lane]) for s in self.stages]
-        steps = [DecodeSteps(*pair, sampling) for pair in zip(self.stages, caches, strict=True)]
+        steps = [
+            DecodeStepRunner(*pair, sampling) for pair in zip(self.stages, caches, strict=True)
+        ]
         answers: list[list[int]] = [[] for _ in requests]
         live = set(range(len(requests)))
         for position in range(new_tokens):
@@ -148,7 +150,10 @@ class Scorer:
         return answers
 
     def _first(
-        self, requests: Sequence[Request], members: tuple[Member, ...], steps: Sequence[DecodeSteps]
+        self,
+        requests: Sequence[Request],
+        members: tuple[Member, ...],
+        steps: Sequence[DecodeStepRunner],
     ) -> torch.Tensor:
         """`[b]` tokens after the prompts, whose states are then in the caches."""
         prompts = _padded([request.prompt for request in requests])

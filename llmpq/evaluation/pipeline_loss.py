@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from llmpq.evaluation.evaluate import TOKENS_AT_ONCE, Loss, next_token_loss
+from llmpq.evaluation.perplexity import TOKENS_AT_ONCE, Loss, next_token_loss
 from llmpq.models.stage_model import StageModel
-from llmpq.runtime.engine import Engine
+from llmpq.runtime.engine import StageEngine
 from llmpq.runtime.transport import Pending, Transport, message_bytes, pack, payload, unpack
 
 MESSAGES_UNDER_WAY = 2  # from one stage to the next
@@ -107,7 +107,7 @@ class PipelineLoss:
 
 
 def lead_text(
-    engine: Engine, windows: torch.Tensor, on_windows: Callable[[int], None] = lambda _: None
+    engine: StageEngine, windows: torch.Tensor, on_windows: Callable[[int], None] = lambda _: None
 ) -> Loss:
     """First stage: the loss of `[n, W]` windows through the stages as they are loaded.
 
@@ -118,6 +118,6 @@ def lead_text(
     return pipeline.lead(windows, min(TOKENS_AT_ONCE, planned), on_windows)
 
 
-def follow_text(engine: Engine) -> Loss:
+def follow_text(engine: StageEngine) -> Loss:
     """Other stages: their part in that."""
     return PipelineLoss(engine.worker.stage, engine.transport).follow()

@@ -27,12 +27,12 @@ from torch import Tensor
 from llmpq.checkpoint.checkpoint import Weights
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.roundings import NEAREST, Roundings
-from llmpq.evaluation.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE, Loss
+from llmpq.evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE, Loss
 from llmpq.models.stage_model import LayerPrecision, LayerRange, StageModel
 
 Variant = Sequence[LayerPrecision]
 Prefix = tuple[LayerPrecision, ...]  # the precisions of the layers passed so far
-Watch = Callable[[StageModel], AbstractContextManager[Any]]
+LayerObserver = Callable[[StageModel], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def stream(
     roundings: Roundings = NEAREST,
     *,
     divergence: bool = True,
-    watch: Watch | None = None,
+    watch: LayerObserver | None = None,
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> list[Streamed]:
     """Loss and divergence of every variant on `[n, W]` windows, in the order of `variants`.

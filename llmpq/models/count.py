@@ -19,12 +19,19 @@ from transformers import AutoConfig
 
 from llmpq.errors import UserError
 from llmpq.job import LaneShape
-from llmpq.model_spec import Activations, Linear, ModelSpec, Moment
+from llmpq.model_spec import Activations, AllocationSnapshot, LinearShape, ModelSpec
 from llmpq.models.buffers import stored_buffers
 from llmpq.models.family import find
 from llmpq.models.lanes import LaneCache
-from llmpq.models.live_tensors import LiveTensors, Snapshot
-from llmpq.models.stage_memory import META, Shape, covers, moments, run_on_meta, snapshots
+from llmpq.models.live_tensors import LiveTensors, TensorSnapshot
+from llmpq.models.stage_memory import (
+    META,
+    MicroBatchShape,
+    covers,
+    run_on_meta,
+    snapshot_table,
+    snapshots,
+)
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import PlainLinear
 
@@ -46,11 +53,11 @@ class Primes:
         length = {"tokens": self.tokens} if phase == "prefill" else {"seen": self.seen}
         return {"requests": self.requests} | length
 
-    def shape(self, phase: str) -> Shape:
+    def shape(self, phase: str) -> MicroBatchShape:
         """The micro-batch of a phase."""
         if phase == "prefill":
-            return Shape(self.requests, self.tokens, self.tokens)
-        return Shape(self.requests, 1, self.seen)
+            return MicroBatchShape(self.requests, self.tokens, self.tokens)
+        return MicroBatchShape(self.requests, 1, self.seen)
 
 
 PRIMES = Primes(10007, 20011, 40009)
@@ -61,18 +68,18 @@ def count_activations(
     configs: Iterable[Any], sizes: Mapping[str, int], primes: Primes = PRIMES
 ) -> Activations:
     """The moments of models alike; `sizes` names their own sizes that may be factors."""
-    found: dict[str, list[Snapshot]] = defaultdict(list)
+    found: dict[str, list[TensorSnapshot]] = defaultdict(list)
     for config in configs:
         whole = with_layers(config, NUM_LAYERS)
         for phase, start, end in product(PHASES, (0, 1), (NUM_LAYERS - 1, NUM_LAYERS)):
             layers = LayerRange(start, end, NUM_LAYERS)
             place = "_last" if layers.is_last else "_first" if layers.is_first else ""
             found[phase + place] += snapshots(whole, layers, primes.shape(phase))
-    parts: dict[str, tuple[Moment, ...]] = {}
+    parts: dict[str, tuple[AllocationSnapshot, ...]] = {}
     for phase in PHASES:
-        known: tuple[Moment, ...] = ()
+        known: tuple[AllocationSnapshot, ...] = ()
         for place in (phase, f"{phase}_first", f"{phase}_last"):
-            met = moments(found[place], {**primes.named(phase), **sizes})
+            met = snapshot_table(found[place], {**primes.named(phase), **sizes})
             parts[place] = tuple(m for m in met if not any(covers(n, m) for n in known))
             known += parts[place]
     return Activations(**parts)
@@ -144,9 +151,9 @@ def count_model(path: Path) -> ModelSpec:
     )
 
 
-def _linears(layer: nn.Module) -> tuple[Linear, ...]:
+def _linears(layer: nn.Module) -> tuple[LinearShape, ...]:
     return tuple(
-        Linear(
+        LinearShape(
             name=name.rpartition(".")[2],
             out_features=module.out_features,
             in_features=module.in_features,
@@ -161,7 +168,7 @@ def _heads(config: Any, stage: StageModel) -> dict[str, Any]:
     num_layers, seen = config.num_hidden_layers, 2
     cache = LaneCache(num_layers, [LaneShape(1, seen)])
     with torch.inference_mode(), LiveTensors():
-        run_on_meta(stage, cache, Shape(1, 1, seen))
+        run_on_meta(stage, cache, MicroBatchShape(1, 1, seen))
     held = cache.num_bytes // (num_layers * 2 * seen * torch.bfloat16.itemsize)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -13,7 +13,7 @@ from torch import nn
 from llmpq.errors import UserError
 from llmpq.families import FAMILIES, Family, family_for
 
-Part = Literal["attention", "ffn"]
+LayerPart = Literal["attention", "ffn"]
 ATTENTION = ("attn", "attention")  # in the names of linears that attend, in every family
 
 
@@ -25,13 +25,13 @@ class PartOfLayer:
     """
 
     precision: str
-    part: Part
+    part: LayerPart
 
     def __call__(self, linear: str) -> str:
         return self.precision if part_of(linear) == self.part else "16"
 
 
-def part_of(linear: str) -> Part:
+def part_of(linear: str) -> LayerPart:
     """The part of a layer that a linear belongs to, by its name."""
     return "attention" if any(word in linear for word in ATTENTION) else "ffn"
 

@@ -24,7 +24,7 @@ Pair = tuple[Tensor, Tensor]  # keys and values
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoreIndex:
     """Where a prefill's states `[b, S]` go: those at (`rows`, `places`) to `target` tokens.
 
     All are `[n]`; without `rows` and `places` all states are stored, row after row.
@@ -85,14 +85,14 @@ class LaneCache:
         places = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
         target = on_device(starts[rows] + places, device)
         if len(rows) == len(members) * width:
-            stored = Stored(target)
+            stored = StoreIndex(target)
         else:
-            stored = Stored(target, on_device(rows, device), on_device(places, device))
+            stored = StoreIndex(target, on_device(rows, device), on_device(places, device))
         seen = (int(starts[0]) - job.begin, job.end) if job.begin else None
         return self.prompts(stored, job.begin, seen)
 
     def prompts(
-        self, stored: Stored, begin: int, seen: tuple[int, int] | None = None
+        self, stored: StoreIndex, begin: int, seen: tuple[int, int] | None = None
     ) -> "StageCache":
         """For tokens from `begin` on; those of a chunk also see `seen` (first, count) tokens."""
         layers = [_Prefill(self, i, stored, begin, seen) for i in range(self._num_layers)]
@@ -197,7 +197,7 @@ class _Prefill(_Layer):
         self,
         cache: LaneCache,
         layer: int,
-        stored: Stored,
+        stored: StoreIndex,
         past: int,
         seen: tuple[int, int] | None,
     ) -> None:

@@ -68,7 +68,7 @@ def storages(tree: Any) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class TensorSnapshot:
     """What was alive at once, and the linear that was computing (empty: none)."""
 
     op: str
@@ -83,7 +83,7 @@ class LiveTensors(PeakMemory):
     def __init__(self) -> None:
         super().__init__()
         self.live: Bytes = Counter()
-        self.snapshots: list[Snapshot] = []
+        self.snapshots: list[TensorSnapshot] = []
         self.later = False
         self._inside_linear = False
 
@@ -116,4 +116,4 @@ class LiveTensors(PeakMemory):
         super()._release(key, size)
 
     def _take(self, op: str = "", biased: bool = False) -> None:
-        self.snapshots.append(Snapshot(op, biased, self.later, +self.live))
+        self.snapshots.append(TensorSnapshot(op, biased, self.later, +self.live))

@@ -4,7 +4,7 @@
 The layers of other stages stay in their places, emptied: they hand on what they are given
 (`passing`), so that every index of a layer means the same as in the whole model, and what comes
 before the first layer acts once. Its linears are llmpq's
-quantised ones. It holds no weights until `parameters_to_load` have been filled by a loader.
+quantized ones. It holds no weights until `parameters_to_load` have been filled by a loader.
 
 A stage may be one shard of several that share every layer (`sharding`): then `embed`, `run` and
 `head` are called on all of them alike, and give the same on each.
@@ -146,7 +146,7 @@ class StageModel(nn.Module):
         compute_buffers(model, device)
         self._row_ropes = decide_by_row(model)
         self._cut_embedding()
-        self._quantise(precisions)
+        self._quantize(precisions)
         decoder = find(model, self.family.decoder)
         assert decoder is not None
         self._decoder = [decoder]  # in a list: already registered as part of `model`
@@ -257,7 +257,7 @@ class StageModel(nn.Module):
         seen: set[int] = set()
         return sum(_held_bytes(module, seen) for module in self.model.modules())
 
-    def _quantise(self, precisions: Sequence[LayerPrecision]) -> None:
+    def _quantize(self, precisions: Sequence[LayerPrecision]) -> None:
         """Replaces the linears of every layer by ones that own their precision."""
         for layer, precision in zip(self.own_layers, precisions, strict=True):
             linears = [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]

@@ -1,10 +1,11 @@
 """Whether the machine itself was slower for a while: a fixed computation timed through the run.
 
-`Watch` times the reference now and then and gives its latest time, which is kept beside every
-sample. On a card, whose clock is what it is: a sample is unsteady if its reference was off the
-median of all of them by more than 5 %, and by more than the reference's own noise explains (three
-times what it changes by from one timing to the next). Unsteady samples are left out where the cell
-has steady ones, and said.
+`DriftMonitor` times this reference computation now and then and gives its latest time, which is
+kept beside every sample. On a card, a sample is unsteady if its reference time was off the median
+of all of them by more than 5 %, and by more than the reference's own noise explains (three times
+its usual change from one timing to the next). Unsteady samples are left out where the cell has
+steady ones, and a note says so.
+
 On a CPU (`scales`), which others share: its speed changes by half, for seconds to minutes, and
 times of small layers follow it. The reference is timed after every sample, and every time is given
 for the reference's median speed. Over 40 s on two shared cores that brought what the medians of ten
@@ -26,7 +27,7 @@ MIN_STEADY = 3  # fewer steady samples than this, and the unsteady ones are kept
 
 
 @dataclass
-class Watch:
+class DriftMonitor:
     """The reference's times so far. `measure()` times it once, in ms."""
 
     measure: Callable[[], float]

@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from llmpq.profiler.devices import resident_bytes
+from llmpq.profiler.device_probe import resident_bytes
 
 
 class Effort:

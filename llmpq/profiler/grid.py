@@ -1,9 +1,10 @@
 """Which shapes to measure: a fixed grid, or ranges from which to choose as the run goes on.
 
 A cell is a `Candidate`: precision, phase, micro-batch and tokens. `Grid` holds exactly the lists
-that a user gave. `Ranges` begins with few cells (corners, the middle, micro-batch 1, and both sides
-of the numbers of rows at which the packed kernels hand over to others) and offers a grid in steps
-of sqrt(2) to choose more from. Pure functions; what is affordable is `schedule`'s business.
+that a user gave. `AdaptiveGrid` begins with few cells (corners, the middle, micro-batch 1, and both
+sides of the numbers of rows at which the packed kernels hand over to others) and offers a grid in
+steps of sqrt(2) to choose more from. All functions are pure. Not covered: which cells the budget
+can afford (`cell_queue`).
 """
 
 import math
@@ -23,7 +24,7 @@ Pairs = list[tuple[int, int]]  # (micro-batch, tokens)
 
 
 @dataclass(frozen=True)
-class Span:
+class ShapeRange:
     """Micro-batches and tokens of one phase: their least and greatest values."""
 
     micro_batches: tuple[int, int]
@@ -47,15 +48,15 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Ranges:
+class AdaptiveGrid:
     """Choose cells within these spans as the measurements come in.
 
     `switches`: numbers of rows at which kernels change (`llmpq.serving.switch_rows`).
     """
 
     precisions: tuple[str, ...]
-    prefill: Span
-    decode: Span
+    prefill: ShapeRange
+    decode: ShapeRange
     switches: tuple[int, ...] = ()
 
     def start(self, phase: Phase) -> Pairs:
@@ -72,7 +73,7 @@ class Ranges:
         (_, prompts), (_, tokens) = self.prefill.micro_batches, self.prefill.tokens
         return max(prompts * tokens, self.decode.micro_batches[1])
 
-    def _span(self, phase: Phase) -> Span:
+    def _span(self, phase: Phase) -> ShapeRange:
         return self.prefill if phase == "prefill" else self.decode
 
 

@@ -24,18 +24,18 @@ from torch import Tensor, nn
 from llmpq.checkpoint.checkpoint import Weights
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.roundings import NEAREST, Roundings
-from llmpq.evaluation.streaming import Watch, stream
+from llmpq.evaluation.streaming import LayerObserver, stream
 from llmpq.models.family import PartOfLayer, part_of
 from llmpq.models.stage_model import LayerPrecision, LayerRange, StageModel
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.profile_data import LayerSensitivity
 
-Part = Literal["layer", "attention", "ffn"]
+LayerPart = Literal["layer", "attention", "ffn"]
 POWER_STEPS, POWER_TOLERANCE = 500, 1e-6
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadableModel:
     """A model, and how it is loaded."""
 
     config: Any
@@ -62,7 +62,7 @@ class Subject:
             roundings=self.roundings,
         )
 
-    def run(self, windows: Tensor, watch: Watch, on_layer: Callable[[int], None]) -> None:
+    def run(self, windows: Tensor, watch: LayerObserver, on_layer: Callable[[int], None]) -> None:
         """Watches the 16-bit model on `[n, W]` windows, one layer in memory at a time."""
         stream(
             self.config,
@@ -77,12 +77,12 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Cell:
+class SensitivityCell:
     """One layer, or a part of it, at one precision."""
 
     layer: int
     precision: str
-    part: Part = "layer"
+    part: LayerPart = "layer"
 
     def variant(self, num_layers: int) -> list[LayerPrecision]:
         """The model with this alone below 16 bits."""
@@ -96,11 +96,13 @@ class Cell:
         )
 
 
-def cells(num_layers: int, precisions: Sequence[str], apart: bool = False) -> list[Cell]:
+def sensitivity_cells(
+    num_layers: int, precisions: Sequence[str], apart: bool = False
+) -> list[SensitivityCell]:
     """Every layer at every precision below 16 bits; `apart`: its attention and FFN as well."""
-    parts: tuple[Part, ...] = ("layer", "attention", "ffn") if apart else ("layer",)
+    parts: tuple[LayerPart, ...] = ("layer", "attention", "ffn") if apart else ("layer",)
     return [
-        Cell(layer, precision, part)
+        SensitivityCell(layer, precision, part)
         for precision in precisions
         if precision != "16"
         for part in parts
@@ -108,7 +110,7 @@ def cells(num_layers: int, precisions: Sequence[str], apart: bool = False) -> li
     ]
 
 
-def random_rows(wanted: Sequence[Cell], seed: int) -> list[LayerSensitivity]:
+def random_rows(wanted: Sequence[SensitivityCell], seed: int) -> list[LayerSensitivity]:
     """A draw for each layer and part, times the variance of errors at its bits."""
     draw = random.Random(seed)
     keys = dict.fromkeys((cell.layer, cell.part) for cell in wanted)
@@ -149,8 +151,8 @@ class InputVariance:
 
 
 def variance_rows(
-    subject: Subject,
-    wanted: Sequence[Cell],
+    subject: LoadableModel,
+    wanted: Sequence[SensitivityCell],
     variance: Callable[[str], float],
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> list[LayerSensitivity]:
@@ -165,8 +167,8 @@ def variance_rows(
 
 
 def hessian_rows(
-    subject: Subject,
-    wanted: Sequence[Cell],
+    subject: LoadableModel,
+    wanted: Sequence[SensitivityCell],
     moments: Callable[[str], Tensor],
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> list[LayerSensitivity]:
@@ -215,8 +217,8 @@ def top_eigenvalue(matrix: Tensor) -> float:
 
 
 def _operator_rows(
-    subject: Subject,
-    wanted: Sequence[Cell],
+    subject: LoadableModel,
+    wanted: Sequence[SensitivityCell],
     damage: Callable[[str, Any, str], float],
     loaded_at: Callable[[str], str],
     on_layer: Callable[[int], None],
@@ -232,8 +234,8 @@ def _operator_rows(
             stage = subject.load(layer, layer + 1, [loaded_at(precision)])
             for name, linear in stage.linears().items():
                 lost = damage(name, linear, precision)
-                parts: tuple[Part, ...] = ("layer", part_of(name))
-                for cell in (Cell(layer, precision, part) for part in parts):
+                parts: tuple[LayerPart, ...] = ("layer", part_of(name))
+                for cell in (SensitivityCell(layer, precision, part) for part in parts):
                     if cell in sums:
                         sums[cell] += lost
             del stage
@@ -241,6 +243,6 @@ def _operator_rows(
     return [cell.row(total) for cell, total in sums.items()]
 
 
-def _raw(subject: Subject, name: str, linear: Any) -> Tensor:
+def _raw(subject: LoadableModel, name: str, linear: Any) -> Tensor:
     shape = (linear.out_features, linear.in_features)
     return subject.weights.read(name, shape).to(subject.device).float()

@@ -20,14 +20,15 @@ import torch
 
 from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Candidate, MemoryRow, Phase, ProfileRow
+from llmpq.profiler.cell_queue import SHARES, WAVE, CostModel, PhaseQueue, next_queue, work_of
 from llmpq.profiler.cells import SLOW_MS, Cell, Cells, memory_rows, profile_row, profile_rows
-from llmpq.profiler.drift import Watch, is_steady
+from llmpq.profiler.drift import DriftMonitor, is_steady
 from llmpq.profiler.grid import (
     ENDS,
     LAYER_PHASES,
+    AdaptiveGrid,
     Choose,
     Grid,
-    Ranges,
     end_cells,
     farthest,
     layer_cells,
@@ -35,7 +36,6 @@ from llmpq.profiler.grid import (
 )
 from llmpq.profiler.resume import PartialFile, restored
 from llmpq.profiler.sampling import TARGET, is_outlier
-from llmpq.profiler.schedule import SHARES, WAVE, CostModel, Lane, next_lane, work_of
 
 SAMPLES = 5  # a visit, at least
 SLOW_SAMPLES = 2
@@ -78,7 +78,7 @@ class Workbench(Protocol):
 
 
 @dataclass(frozen=True)
-class Measured:
+class LayerMeasurements:
     """What a run gives. `reference_ms`: the machine's speed that the times are scaled to."""
 
     rows: list[ProfileRow]
@@ -88,7 +88,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Moment:
+class ProfilingProgress:
     """How far a run is, for those who wait. `half_width`: of the last cell, relative."""
 
     spent_s: float
@@ -102,7 +102,7 @@ class LayerProfiler:
     """Measures one model's layers on one device within a budget of seconds."""
 
     spec: ModelSpec
-    grid: Grid | Ranges
+    grid: Grid | AdaptiveGrid
     bench: Workbench
     budget_s: float
     choose: Choose = farthest
@@ -110,25 +110,29 @@ class LayerProfiler:
     clock: Callable[[], float] = time.monotonic
     scales: bool = False  # times by the machine's speed: see `drift`
     cells: Cells = field(init=False)
-    lanes: dict[str, Lane] = field(init=False)
-    watch: Watch = field(init=False)
+    lanes: dict[str, PhaseQueue] = field(init=False)
+    watch: DriftMonitor = field(init=False)
 
     def __post_init__(self) -> None:
         self.cells = Cells(self.grid.precisions[0])
-        self.lanes = {name: Lane(name, share * self.budget_s) for name, share in SHARES.items()}
-        self.watch = Watch(self.bench.reference_ms, self.clock, scales=self.scales)
+        self.lanes = {
+            name: PhaseQueue(name, share * self.budget_s) for name, share in SHARES.items()
+        }
+        self.watch = DriftMonitor(self.bench.reference_ms, self.clock, scales=self.scales)
         self._costs = CostModel(work_of(self.spec))
         self._deadline_s = 0.0
 
     @torch.inference_mode()
-    def run(self, on_visit: Callable[[Moment], None] = lambda _: None) -> Measured:
+    def run(
+        self, on_visit: Callable[[ProfilingProgress], None] = lambda _: None
+    ) -> LayerMeasurements:
         """All rows. `on_visit` is called after each visit of a cell."""
         self._restore()
         self._enqueue_start()
         fixed = isinstance(self.grid, Grid)
         left_s = self.budget_s - sum(lane.spent_s for lane in self.lanes.values())
         self._deadline_s = self.clock() + max(0.0, left_s)
-        while lane := next_lane(self.lanes.values(), all_first=fixed):
+        while lane := next_queue(self.lanes.values(), all_first=fixed):
             cell = self._next_cell(lane)
             if cell is None:
                 lane.is_open = False
@@ -163,7 +167,7 @@ class LayerProfiler:
             return True
         if key.precision not in self.grid.precisions:
             return False
-        if isinstance(self.grid, Ranges):
+        if isinstance(self.grid, AdaptiveGrid):
             return True
         phase: Phase = "decode" if key.phase.endswith("decode") else "prefill"
         return (key.micro_batch, key.tokens) in self.grid.start(phase)
@@ -181,10 +185,10 @@ class LayerProfiler:
                 self.cells[key] = cell or Cell(key)
                 self._lane_of(key).cells.append(self.cells[key])
 
-    def _lane_of(self, key: Candidate) -> Lane:
+    def _lane_of(self, key: Candidate) -> PhaseQueue:
         return self.lanes["ends" if key.phase in ENDS else key.phase.removeprefix("stage_")]
 
-    def _next_cell(self, lane: Lane) -> Cell | None:
+    def _next_cell(self, lane: PhaseQueue) -> Cell | None:
         """The next cell of a lane; None where nothing more is wanted or affordable."""
         if cell := self._next_new(lane):
             return cell
@@ -195,19 +199,19 @@ class LayerProfiler:
             return self._next_new(lane)
         return None if cell is None or self._is_late(2 * cell.call_s) else cell
 
-    def _next_new(self, lane: Lane) -> Cell | None:
+    def _next_new(self, lane: PhaseQueue) -> Cell | None:
         """The first cell without a visit that can be afforded, by what is known now."""
         waiting = (cell for cell in lane.waiting if not self._is_too_much(lane, cell.key))
         return next(waiting, None)
 
-    def _is_too_much(self, lane: Lane, key: Candidate) -> bool:
+    def _is_too_much(self, lane: PhaseQueue, key: Candidate) -> bool:
         if self._is_late(2 * self._costs.call_s(key)):
             return True
         if isinstance(self.grid, Grid) or lane.name == "ends":
             return False
         return self._costs.is_too_large(key, len(self._precisions), lane)
 
-    def _explore(self, lane: Lane) -> bool:
+    def _explore(self, lane: PhaseQueue) -> bool:
         """Adds a wave of cells that the chooser names; False where there is nothing to choose."""
         if lane.name == "ends":
             return False
@@ -233,14 +237,14 @@ class LayerProfiler:
     def _is_late(self, more_s: float) -> bool:
         return self.clock() + more_s > self._deadline_s + (OVERRUN - 1) * self.budget_s
 
-    def _spend(self, lane: Lane, cell: Cell) -> None:
+    def _spend(self, lane: PhaseQueue, cell: Cell) -> None:
         start_s = self.clock()
         self._visit(lane, cell)
         lane.spent_s += self.clock() - start_s
         if self.partial is not None:
             self.partial.save(self.cells.values(), self._spent(), self.watch.levels_ms)
 
-    def _visit(self, lane: Lane, cell: Cell) -> None:
+    def _visit(self, lane: PhaseQueue, cell: Cell) -> None:
         """More samples of one cell. The first visit also counts memory and finds the depth."""
         probe = self.bench.open(cell.key)
         if not cell.num_visits and not self._get_ready(cell, probe):
@@ -295,17 +299,17 @@ class LayerProfiler:
     def _spent(self) -> dict[str, float]:
         return {name: lane.spent_s for name, lane in self.lanes.items()}
 
-    def _moment(self, cell: Cell) -> Moment:
+    def _moment(self, cell: Cell) -> ProfilingProgress:
         measured = len(self.cells.measured())
-        return Moment(sum(self._spent().values()), cell.key, measured, cell.half_width)
+        return ProfilingProgress(sum(self._spent().values()), cell.key, measured, cell.half_width)
 
-    def _result(self) -> Measured:
+    def _result(self) -> LayerMeasurements:
         spec = self.spec
         layer_bytes = {p: self.bench.layer_bytes(p) for p in self._precisions}
         cache_bytes = spec.kv_values_per_token * CACHE_VALUE_BYTES
         memory = memory_rows(self.cells, spec.model_key, layer_bytes, cache_bytes)
         reference_ms = self.watch.usual().level_ms if self.scales else None
-        return Measured(self._rows(), memory, self.notes(), reference_ms)
+        return LayerMeasurements(self._rows(), memory, self.notes(), reference_ms)
 
     def notes(self) -> list[str]:
         """What a reader of the rows must know: drift, outliers, cut shapes, wide intervals."""

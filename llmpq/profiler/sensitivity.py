@@ -18,19 +18,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llmpq.checkpoint.moments_file import MomentsFile
-from llmpq.evaluation.evaluate import LOGITS_AT_ONCE, Loss
+from llmpq.checkpoint.calibration_file import CalibrationFile
+from llmpq.evaluation.perplexity import LOGITS_AT_ONCE, Loss
 from llmpq.evaluation.streaming import DamageSum, Streamed, Variant, stream
 from llmpq.models.family import find
 from llmpq.models.stage_model import LayerPrecision, StageModel
 from llmpq.profile_data import LayerSensitivity, MeasuredPlan, QualityFit
 from llmpq.profiler.indicators import (
-    Cell,
     InputVariance,
-    Subject,
-    cells,
+    LoadableModel,
+    SensitivityCell,
     hessian_rows,
     random_rows,
+    sensitivity_cells,
     variance_rows,
 )
 from llmpq.profiler.quality_fit import draw_plans, fit_quality
@@ -41,7 +41,7 @@ Steps = Callable[[int, int], None]  # done, of so many
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SensitivityOptions:
     """What to measure. `apart`: attention and FFN of each layer as well; `seed`: of all draws."""
 
     precisions: tuple[str, ...]
@@ -52,15 +52,15 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputStatistics:
     """What was gathered of the linears' inputs at 16 bits, where the indicator needs it."""
 
-    moments: MomentsFile | None = None
+    moments: CalibrationFile | None = None
     variance: InputVariance | None = None
 
 
 @dataclass(frozen=True)
-class Measured:
+class SensitivityResult:
     """Rows, the fit, and the 16-bit model's loss on the same windows."""
 
     rows: list[LayerSensitivity]
@@ -69,18 +69,18 @@ class Measured:
 
 
 def measure_sensitivity(
-    subject: Subject,
-    recipe: Recipe,
+    subject: LoadableModel,
+    recipe: SensitivityOptions,
     windows: Tensor,
-    inputs: Inputs = Inputs(),
+    inputs: InputStatistics = InputStatistics(),
     on_step: Steps = lambda done, total: None,
-) -> Measured:
+) -> SensitivityResult:
     """Every layer at every precision, and plans, on `[n, W]` windows.
 
     "fast" streams all variants through one layer after the other; "exact" holds the whole model
     at every precision and runs one variant after the other.
     """
-    wanted = cells(subject.num_layers, recipe.precisions, recipe.apart)
+    wanted = sensitivity_cells(subject.num_layers, recipe.precisions, recipe.apart)
     measures = recipe.indicator == "measured"
     singles = [cell.variant(subject.num_layers) for cell in wanted] if measures else []
     plans = draw_plans(subject.num_layers, recipe.precisions, recipe.seed)
@@ -92,11 +92,11 @@ def measure_sensitivity(
     else:
         rows = _calculated(subject, recipe, wanted, inputs, on_step)
     whole = [_divergence(one) for one in found[len(singles) :]]
-    return Measured(rows, fit_quality(_points(rows, plans, whole)), base.loss)
+    return SensitivityResult(rows, fit_quality(_points(rows, plans, whole)), base.loss)
 
 
 def gather_input_variance(
-    subject: Subject, windows: Tensor, on_layer: Callable[[int], None] = lambda _: None
+    subject: LoadableModel, windows: Tensor, on_layer: Callable[[int], None] = lambda _: None
 ) -> InputVariance:
     """Variance of every linear's inputs on `[n, W]` windows, at 16 bits."""
     variance = InputVariance()
@@ -105,7 +105,11 @@ def gather_input_variance(
 
 
 def _calculated(
-    subject: Subject, recipe: Recipe, wanted: Sequence[Cell], inputs: Inputs, on_step: Steps
+    subject: LoadableModel,
+    recipe: SensitivityOptions,
+    wanted: Sequence[SensitivityCell],
+    inputs: InputStatistics,
+    on_step: Steps,
 ) -> list[LayerSensitivity]:
     def on_layer(done: int) -> None:
         on_step(done, subject.num_layers)
@@ -139,7 +143,7 @@ def _divergence(one: Streamed) -> float:
 
 
 def _streamed(
-    subject: Subject, variants: Sequence[Variant], windows: Tensor, on_step: Steps
+    subject: LoadableModel, variants: Sequence[Variant], windows: Tensor, on_step: Steps
 ) -> list[Streamed]:
     return stream(
         subject.config,
@@ -155,7 +159,7 @@ def _streamed(
 
 @torch.inference_mode()
 def _whole(
-    subject: Subject, variants: Sequence[Variant], windows: Tensor, on_step: Steps
+    subject: LoadableModel, variants: Sequence[Variant], windows: Tensor, on_step: Steps
 ) -> list[Streamed]:
     """Each variant by the whole model, whose layers are exchanged; the first variant is 16 bits."""
     needed = dict.fromkeys(precision for variant in variants for precision in variant)

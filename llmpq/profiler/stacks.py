@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llmpq.checkpoint.checkpoint import RandomWeights
-from llmpq.checkpoint.kernels import prepare_kernels
+from llmpq.checkpoint.kernel_setup import prepare_kernels
 from llmpq.checkpoint.loader import load_stage
 from llmpq.job import Job, LaneShape, Member
 from llmpq.models.count import with_layers
@@ -25,7 +25,7 @@ from llmpq.profile_data import Candidate
 from llmpq.profiler.timer import Timer
 from llmpq.runtime.rehearsal import peak_bytes
 from llmpq.runtime.sampler import Sampling
-from llmpq.runtime.steps import DecodeSteps, choose_tokens, prefill
+from llmpq.runtime.steps import DecodeStepRunner, choose_tokens, prefill
 
 # How long a rehearsed stage rests between calls, on which its caches depend: it waits as long as
 # the device that it plays would go on computing, and then for others. In three random plans on 3
@@ -178,7 +178,7 @@ class _Stack:
         def step(depth: int) -> object:
             self._use(depth)
             if depth not in steps:
-                steps[depth] = DecodeSteps(self.stage, cache, Sampling())
+                steps[depth] = DecodeStepRunner(self.stage, cache, Sampling())
             return steps[depth].run(job, hidden, 0, rows)
 
         return step

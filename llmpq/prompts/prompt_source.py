@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from llmpq.artifact import no_repeated_keys, read_text, refuse_unless_regular, text_encoding
 from llmpq.errors import UserError, one_line
-from llmpq.prompts.prompt_tables import Row, array_rows, csv_columns, csv_rows, parquet_rows
+from llmpq.prompts.prompt_tables import PromptRow, array_rows, csv_columns, csv_rows, parquet_rows
 
 MAX_LINE_BYTES = 1 << 26  # a longer line is no prompt; and all of it would have to be in memory
 HEAD_BYTES = 1 << 16
@@ -131,7 +131,7 @@ def _from_text(path: Path, unpack: Unpack) -> Source:
     """Of a file of text, which may be packed and in another encoding."""
     with reading(path), unpack(path) as file:
         head = file.read(HEAD_BYTES)
-    file_text = _Text(path, unpack, text_encoding(head))
+    file_text = _TextFile(path, unpack, text_encoding(head))
     start = head.decode(file_text.encoding, errors="ignore").lstrip("\ufeff \t\r\n")
     if start.startswith("["):
         return _from_rows(path, "a JSON array", lambda: _array(file_text))
@@ -165,7 +165,7 @@ def _is_json(text: str) -> bool:
         return False
 
 
-def _from_rows(path: Path, kind: str, rows: Callable[[], Iterator[Row]]) -> Source:
+def _from_rows(path: Path, kind: str, rows: Callable[[], Iterator[PromptRow]]) -> Source:
     """Of a table or an array, whose rows become lines."""
     faults: list[tuple[int, str]] = []
     notes: list[str] = []
@@ -175,7 +175,7 @@ def _from_rows(path: Path, kind: str, rows: Callable[[], Iterator[Row]]) -> Sour
 
 
 def _numbered(
-    rows: Iterator[Row], faults: list[tuple[int, str]], notes: list[str]
+    rows: Iterator[PromptRow], faults: list[tuple[int, str]], notes: list[str]
 ) -> Iterator[tuple[int, bytes]]:
     """Rows as lines of JSON; those without ids get their number, where no row has one."""
     first = next(rows, None)
@@ -221,7 +221,7 @@ def _bare(line: bytes) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Text:
+class _TextFile:
     """A file of text: how it is unpacked, and its encoding."""
 
     path: Path
@@ -247,12 +247,12 @@ class _Text:
                     yield number, one.strip("\ufeff\r\n").encode(errors="surrogatepass")
 
 
-def _array(text: _Text) -> Iterator[Row]:
+def _array(text: _TextFile) -> Iterator[PromptRow]:
     with text.decoded() as file:
         yield from array_rows(file, text.path, no_repeated_keys)
 
 
-def _table(text: _Text, delimiter: str) -> Iterator[Row]:
+def _table(text: _TextFile, delimiter: str) -> Iterator[PromptRow]:
     with text.decoded() as file:
         yield from csv_rows(file, text.path, delimiter)
 

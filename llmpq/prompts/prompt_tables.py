@@ -29,7 +29,7 @@ READ_CHARACTERS = 1 << 20  # at once
 EXPECTED = "a request is a text or an object"
 
 
-class Row(NamedTuple):
+class PromptRow(NamedTuple):
     """A request's keys, or why it is none. `number`: its line (its row, where there are none)."""
 
     number: int
@@ -56,7 +56,7 @@ def csv_columns(head: str, path: Path) -> str | None:
     return None
 
 
-def csv_rows(file: TextIO, path: Path, delimiter: str) -> Iterator[Row]:
+def csv_rows(file: TextIO, path: Path, delimiter: str) -> Iterator[PromptRow]:
     """Rows of a table whose first line names its columns."""
     with _long_cells():
         reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -78,19 +78,19 @@ def csv_rows(file: TextIO, path: Path, delimiter: str) -> Iterator[Row]:
             raise UserError(f"{where} or after: not UTF-8 text ({error.reason})") from None
 
 
-def _csv_row(number: int, names: list[str], cells: list[str]) -> Row:
+def _csv_row(number: int, names: list[str], cells: list[str]) -> PromptRow:
     if len(cells) != len(names):
-        return Row(number, {}, f"has {len(cells)} cells, the first line names {len(names)}")
+        return PromptRow(number, {}, f"has {len(cells)} cells, the first line names {len(names)}")
     data: dict[str, Any] = {}
     for name, cell in zip(names, cells, strict=True):
         if name in JSON_COLUMNS and cell.strip():
             try:
                 data[name] = json.loads(cell)
             except (ValueError, RecursionError):
-                return Row(number, {}, f"column '{name}' holds no JSON: {cell[:60]!r}")
+                return PromptRow(number, {}, f"column '{name}' holds no JSON: {cell[:60]!r}")
         elif cell.strip() or name == "prompt":
             data[name] = cell
-    return Row(number, data)
+    return PromptRow(number, data)
 
 
 def _names(cells: list[str]) -> list[str]:
@@ -121,12 +121,12 @@ def _long_cells() -> Iterator[None]:
 
 def array_rows(
     file: TextIO, path: Path, hook: Callable[[list[tuple[str, Any]]], Any]
-) -> Iterator[Row]:
+) -> Iterator[PromptRow]:
     """Elements of one array of JSON, numbered by the lines on which they begin.
 
     No more is held in memory than an element and what is read at once.
     """
-    text = _Text(file, path, json.JSONDecoder(object_pairs_hook=hook))
+    text = _JsonStream(file, path, json.JSONDecoder(object_pairs_hook=hook))
     text.expect("[")
     if text.peek() == "]":
         text.expect("]")
@@ -141,15 +141,15 @@ def array_rows(
         raise UserError(f"{path}:{text.line}: something follows the end of the array")
 
 
-def _array_row(number: int, value: Any) -> Row:
+def _array_row(number: int, value: Any) -> PromptRow:
     if isinstance(value, str):
-        return Row(number, {"prompt": value})
+        return PromptRow(number, {"prompt": value})
     if isinstance(value, dict):
-        return Row(number, value)
-    return Row(number, {}, EXPECTED)
+        return PromptRow(number, value)
+    return PromptRow(number, {}, EXPECTED)
 
 
-class _Text:
+class _JsonStream:
     """A text that is read as far as it has to be."""
 
     def __init__(self, file: TextIO, path: Path, decoder: json.JSONDecoder) -> None:
@@ -214,7 +214,7 @@ class _Text:
 # ---- Parquet
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
+def parquet_rows(path: Path) -> Iterator[PromptRow]:
     """Rows of a Parquet file; only columns that are known are read."""
     try:
         from pyarrow import ArrowException
@@ -232,6 +232,6 @@ def parquet_rows(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}: has no column 'prompt' or 'text'; it has {', '.join(held)}")
         rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
-            yield Row(number, {k.lower(): v for k, v in row.items() if v is not None})
+            yield PromptRow(number, {k.lower(): v for k, v in row.items() if v is not None})
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({one_line(error)})") from None

@@ -1,6 +1,6 @@
 """Linear layers that hold their weight at a given precision, and multiply by it.
 
-`make_linear` builds one; it is empty until it swallows its raw weight, which it rounds
+`make_linear` builds one; it is empty until its raw weight is loaded, which it rounds
 (`rounding`), packs (`packing`) and keeps. How it multiplies (`kernels`) depends on the device, the
 dtype and the number of rows, never on a clock, so the same input always gives the same bits.
 """

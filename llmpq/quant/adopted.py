@@ -1,6 +1,6 @@
 """Weights that come as codes already: kept as they are, in the grids they were made with.
 
-`PackedWeight` is one matrix of a checkpoint that somebody else quantised. `keep_codes` puts it in
+`PackedWeight` is one matrix of a checkpoint that somebody else quantized. `keep_codes` puts it in
 a layer that was built for the same bits: the layer itself where its own format can hold the grids
 without rounding them, otherwise an `AdoptedLinear`, which holds grids of any group size, scales of
 any float type, and columns that belong to groups in any order.
@@ -74,7 +74,7 @@ class PackedWeight:
 
 
 class AdoptedLinear(QuantizedLinear):
-    """3, 4 or 8 bits in foreign grids; dequantised some rows at a time."""
+    """3, 4 or 8 bits in foreign grids; dequantized some rows at a time."""
 
     weight_buffers = ("packed", "scales", "zeros", "group_of")
     packed: Tensor  # uint8 [out, bits * ceil(in / 8)]

@@ -1,13 +1,14 @@
 """What the linear layers share, whatever way they store a weight.
 
-A layer is built empty. `swallow("weight", tensor)` rounds and packs the raw weight, some rows at a
-time, so the raw tensor may be freed afterwards and nothing near a second copy of it ever exists.
-Callers never ask how many bits a layer has: every class offers `swallow`, `weight_bytes`,
-`dequantized_weight` and `forward`, and the checkpoint loop has no `if`.
+A layer is built empty. `load_weight("weight", tensor)` rounds and packs the raw weight, some rows
+at a time, so the raw tensor may be freed afterwards and no second copy of it ever exists. Callers
+need not know how many bits a layer has: every class offers `load_weight`, `weight_bytes`,
+`dequantized_weight` and `forward`.
 
-    PlainLinear      16 bits
-    QuantizedLinear  fewer: bias, checks, shapes, bytes
-    GridLinear       of these, `(code - zero) * scale`, and which kernel multiplies how many rows
+    PlainLinear      holds 16 bits
+    QuantizedLinear  holds fewer bits; shares the bias, the checks, the shapes and the byte counts
+    GridLinear       holds `(code - zero) * scale`; the kernel table says which kernel multiplies
+                     how many rows
 
 A layer may hold a part of a matrix (`TensorPart`), with the codes and grids of the whole one; its
 sizes are its own. `part_to_read` says what it must be given: where grids or GPTQ look at more of a
@@ -66,14 +67,14 @@ class PlainLinear(nn.Linear):
 
     @property
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What it must swallow, by name; of a part, the shapes of the whole."""
+        """What it must be given, by name; of a part, the shapes of the whole."""
         return _raw_shapes(self.out_features, self.in_features, self.bias is not None, self.part)
 
     def part_to_read(self, name: str, rounding: Rounding = quantize) -> TensorPart | None:
         """The part that it must be given of the whole "weight" or "bias"; None: all."""
         return None if name == "bias" and input_part(self.part) else self.part
 
-    def swallow(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
+    def load_weight(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
         """Copy the raw "weight" `[out, in]` or "bias" `[out]`."""
         _check(name, tensor, self.raw_shapes.get(name), self.part_to_read(name))
         own = tensor.detach().to(device=self.home, dtype=self.weight.dtype, copy=True)
@@ -81,7 +82,7 @@ class PlainLinear(nn.Linear):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes held for the weight; 0 until it is swallowed."""
+        """Bytes held for the weight; 0 until it is loaded."""
         return 0 if self.weight.is_meta else self.weight.nbytes
 
     def dequantized_weight(self) -> Tensor:
@@ -90,7 +91,7 @@ class PlainLinear(nn.Linear):
 
 
 class QuantizedLinear(nn.Module):
-    """What all quantised layers share: bias, checks, shapes, bytes."""
+    """What all quantized layers share: bias, checks, shapes, bytes."""
 
     weight_buffers: tuple[str, ...]  # the names of the buffers that hold the weight
     waits_for_device = False  # its product looks at values, so that no CUDA graph can hold it
@@ -115,7 +116,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What it must swallow, by name; of a part, the shapes of the whole."""
+        """What it must be given, by name; of a part, the shapes of the whole."""
         return _raw_shapes(self.out_features, self.in_features, self.has_bias, self.part)
 
     @property
@@ -133,7 +134,7 @@ class QuantizedLinear(nn.Module):
         """Whether a part of the inputs gets the codes of whole rows without the rest of them."""
         return False
 
-    def swallow(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
+    def load_weight(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
         """Take in the raw "weight" `[out, in]` (rounded and packed) or "bias" `[out]`."""
         _check(name, tensor, self.raw_shapes.get(name), self.part_to_read(name, rounding))
         if name == "bias":
@@ -151,7 +152,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes held for the weight: packed codes, scales and zeros; 0 until it is swallowed."""
+        """Bytes held for the weight: packed codes, scales and zeros; 0 until it is loaded."""
         held = (getattr(self, name) for name in self.weight_buffers)
         return sum(buffer.nbytes for buffer in held if buffer is not None)
 
@@ -185,7 +186,7 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def multiply(self, x: Tensor) -> Tensor:
-        """`x [M, in]`, contiguous, to `[M, out]` without the bias: dequantised chunk by chunk."""
+        """`x [M, in]`, contiguous, to `[M, out]` without the bias: dequantized chunk by chunk."""
         return kernels.linear_by_chunks(x, self.out_features, self._weight_rows)
 
     def dequantized_weight(self) -> Tensor:
@@ -193,7 +194,7 @@ class QuantizedLinear(nn.Module):
         return self._weight_rows(0, self.out_features)
 
     def _weight_rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the dequantised weight."""
+        """Rows of the dequantized weight."""
         raise NotImplementedError
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -251,7 +252,7 @@ class GridLinear(QuantizedLinear):
         return triton_kernels.dequantize(*weight, *sizes, rows=slice(start, stop))
 
     def torch_rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the dequantised weight, by torch's operators."""
+        """Rows of the dequantized weight, by torch's operators."""
         raise NotImplementedError
 
     def store(self, weight: Tensor, rounding: Rounding) -> None:

@@ -61,7 +61,7 @@ class Nf4Linear(QuantizedLinear):
         return True
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Dequantise and multiply, chunk by chunk."""
+        """Dequantize and multiply, chunk by chunk."""
         missing = self._padded - self.in_features
         return super().multiply(F.pad(x, (0, missing)) if missing else x)
 

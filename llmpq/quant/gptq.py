@@ -50,7 +50,7 @@ class Gptq:
         if moments.dim() != 3 or moments.shape[1] != moments.shape[2]:
             raise ValueError(f"moments have shape {list(moments.shape)}, expected [blocks, B, B]")
         self.moments, self.damping, self.sweeps = moments, damping, sweeps
-        self._blocks: list[_Block] = []
+        self._blocks: list[_HessianBlock] = []
 
     def __call__(
         self, weight: Tensor, bits: int, group: int, centre_up_to: float = 1.0
@@ -81,10 +81,10 @@ class Gptq:
             raise ValueError(f"groups of {group} do not divide moments in blocks of {size}")
         if not self._blocks or self._blocks[0].moments.device != weight.device:
             self.moments = self.moments.to(weight.device)
-            self._blocks = [_Block(moments, self.damping) for moments in self.moments]
+            self._blocks = [_HessianBlock(moments, self.damping) for moments in self.moments]
 
     def _round(
-        self, block: "_Block", weight: Tensor, bits: int, group: int
+        self, block: "_HessianBlock", weight: Tensor, bits: int, group: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, scales and zeros of `[R, B]`."""
         grid = quantize_mse(weight, bits, group, importance=block.diagonal)
@@ -100,7 +100,7 @@ class Gptq:
         return codes, scales, zeros
 
 
-class _Block:
+class _HessianBlock:
     """Moments of n inputs, ready to be used.
 
     moments   fp32 [n, n]
@@ -129,7 +129,7 @@ class _Block:
 
 
 def _inverse_factor(moments: Tensor, order: Tensor, damping: float) -> Tensor | None:
-    """`_Block.upper`; None where the matrix cannot be factored.
+    """`_HessianBlock.upper`; None where the matrix cannot be factored.
 
     Backwards, `H = lower lower^T`; so forwards `upper` is the inverse of `lower`, turned around.
     """
@@ -184,13 +184,13 @@ class _Rows:
         """`[n, R]`: weight less what its codes stand for."""
         return self.weight - (self.grouped_steps * self.scales[:, None]).flatten(0, 1)
 
-    def loss(self, block: _Block) -> Tensor:
+    def loss(self, block: _HessianBlock) -> Tensor:
         """fp32 `[R]`: how far each row moves its output, squared and averaged over tokens."""
         off = self.off().float()
         return (off * (block.moments @ off)).sum(dim=0)
 
 
-def _feed_back(rows: _Rows, block: _Block) -> None:
+def _feed_back(rows: _Rows, block: _HessianBlock) -> None:
     """Step 2: overwrites the steps."""
     left = rows.weight[block.order]  # what is still to be rounded, in the order of the block
     groups = (block.order // rows.group).tolist()
@@ -209,7 +209,7 @@ def _feed_back(rows: _Rows, block: _Block) -> None:
         left[stop:].addmm_(upper[:, stop - start :].t(), errors, alpha=-1)
 
 
-def _sweep(rows: _Rows, block: _Block) -> None:
+def _sweep(rows: _Rows, block: _HessianBlock) -> None:
     """Step 3, once: every group's scale, then its codes; each the best given everything else."""
     off = rows.off()
     for number in range(len(rows.scales)):

@@ -5,7 +5,7 @@ device, with torch alone: codes in a little-endian stream along each row, a scal
 zero a group. That state is also what the disk cache keeps. `serve` then compiles the kernels that a
 list of layers needs and hands each layer over: its buffers are replaced by those of the kernels'
 layout, which depends on the card, so a weight is held once. Where a kernel cannot be compiled, its
-layers stay as they were, and dequantise chunk by chunk.
+layers stay as they were, and dequantize chunk by chunk.
 
 The kernels multiply by the same weights, bit for bit, as the other classes hold at that dtype:
 `(code - zero) * scale`, rounded once; at bfloat16, a scale of a whole row goes into the answer. At

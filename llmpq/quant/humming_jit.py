@@ -66,7 +66,7 @@ class KernelShape:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelToCompile:
     """One kernel to compile: a shape, and what of its tuning goes into the code, as JSON."""
 
     shape: KernelShape
@@ -111,11 +111,11 @@ def row_ladder(most_rows: int) -> tuple[int, ...]:
 
 def kernels_needed(
     shapes: Iterable[KernelShape], rows: Sequence[int], choose: Choose
-) -> list[Kernel]:
+) -> list[KernelToCompile]:
     """The kernels, each once, that serve these shapes at these row counts (`row_ladder`)."""
     return list(
         dict.fromkeys(
-            Kernel(shape, _compiled_part(choose(shape, count)))
+            KernelToCompile(shape, _compiled_part(choose(shape, count)))
             for shape in dict.fromkeys(shapes)
             for count in rows
         )
@@ -138,16 +138,16 @@ def chooser(device: torch.device) -> Choose:
 
 
 def compile_all(
-    kernels: Sequence[Kernel],
+    kernels: Sequence[KernelToCompile],
     device: torch.device,
     on_done: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[Kernel, str]:
+) -> dict[KernelToCompile, str]:
     """Compile kernels into humming's folder, as many at once as CPUs (and `MOST_COMPILERS`) allow.
 
     Those that are there already take no time, and two processes that want the same one wait for
     each other. `on_done(done, total)` is called after each. Returns why some could not be made.
     """
-    failed: dict[Kernel, str] = {}
+    failed: dict[KernelToCompile, str] = {}
     # Threads, as NVRTC runs in processes of its own.
     workers = min(MOST_COMPILERS, library().utils.cpu.get_available_cpu_count())
     with _compiling(device), ThreadPoolExecutor(workers) as pool:
@@ -266,7 +266,7 @@ def _compiling(device: torch.device) -> Iterator[None]:
             os.environ[LIBRARY_PATH] = before
 
 
-def _compile(kernel: Kernel, device: torch.device) -> None:
+def _compile(kernel: KernelToCompile, device: torch.device) -> None:
     with torch.cuda.device(device):
         layer = json.loads(_layer_config(kernel.shape).to_str())
         config = layer | _compute_config(kernel.shape) | json.loads(kernel.tuning)

@@ -1,6 +1,6 @@
 """Ways to multiply `x [M, in]` by a packed weight, with torch alone.
 
-Everywhere: dequantise some output rows at a time and call `linear` (`linear_by_chunks`); the
+Everywhere: dequantize some output rows at a time and call `linear` (`linear_by_chunks`); the
 temporary stays near the cache, and no layer needs room for its whole weight in 16 bits. On a CPU in
 bf16 two kernels of torch read packed weights directly and win while rows are few:
 - int4: reads 4-bit codes in tiles of 64 output rows. 3-bit codes are expanded to such tiles a
@@ -30,7 +30,7 @@ ACTIVATION_ZERO = 128  # uint8 activations: int8 ones take a reference path 1000
 
 
 def chunk_rows(in_features: int, device: torch.device) -> int:
-    """Output rows to dequantise at a time: near the size of the cache on a CPU."""
+    """Output rows to dequantize at a time: near the size of the cache on a CPU."""
     on_cpu = device.type == "cpu"
     weights = workspace.CPU_PART_WEIGHTS if on_cpu else workspace.CARD_PART_WEIGHTS
     return workspace.part_rows(weights, in_features)
@@ -104,7 +104,7 @@ def unpack_scale_and_zero(scale_and_zero: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int4_linear(x: Tensor, tiles: Tensor, bits: int, scale_and_zero: Tensor) -> Tensor:
-    """`x [M, in]` times tiles `[out / 64, in * 8 * bits]`, in bf16, without dequantising."""
+    """`x [M, in]` times tiles `[out / 64, in * 8 * bits]`, in bf16, without dequantizing."""
     groups, out_features, _ = scale_and_zero.shape
     group = x.shape[1] // groups
     step = out_features
@@ -164,7 +164,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_int8_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """`x [M, in]` quantised a token at a time, times prepacked int8 weights; fp32 `[M, out]`."""
+    """`x [M, in]` quantized a token at a time, times prepacked int8 weights; fp32 `[M, out]`."""
     codes, token_scales = quantize_tokens(x)
     no_zeros = torch.zeros(scales.shape, dtype=torch.int32)
     out = torch.ops.onednn.qlinear_pointwise(

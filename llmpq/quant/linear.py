@@ -37,7 +37,7 @@ BY_GROUP = (quantize, quantize_mse)  # roundings that look at nothing but a grou
 
 
 class GroupedLinear(GridLinear):
-    """3 or 4 bits, `(code - zero) * scale` a group; dequantised some rows at a time."""
+    """3 or 4 bits, `(code - zero) * scale` a group; dequantized some rows at a time."""
 
     weight_buffers = ("packed", "scales", "zeros")
     layout = "grouped"
@@ -103,7 +103,7 @@ class TiledLinear(GridLinear):
         return super().group if grids is None else self.in_features // grids.shape[0]
 
     def multiply(self, x: Tensor) -> Tensor:
-        """The int4 kernel for few rows, dequantised chunks for many."""
+        """The int4 kernel for few rows, dequantized chunks for many."""
         if len(x) and self.kernel(len(x)) == INT4_READ:
             return kernels.int4_linear(x, self.tiles, self.bits, self.scale_and_zero)
         return super().multiply(x)
@@ -145,7 +145,7 @@ class RowLinear(GridLinear):
         self.zeros[rows] = zeros[:, 0].to(SCALE_DTYPE) - kernels.BYTE_MIDDLE
 
     def multiply(self, x: Tensor) -> Tensor:
-        """A packed kernel for few rows; else chunks: dequantised, or in bf16 scaled afterwards."""
+        """A packed kernel for few rows; else chunks: dequantized, or in bf16 scaled afterwards."""
         name = self.kernel(len(x))
         if len(x) and name == INT8_READ:
             return kernels.int8_linear(x, self.codes, self.scales, self.zeros)

@@ -157,4 +157,4 @@ def _round_up_to_bf16(values: Tensor) -> Tensor:
 def check_finite(scale: Tensor) -> None:
     """`ValueError` where the scales of a weight are not numbers, as the weight is then not."""
     if not torch.isfinite(scale).all():
-        raise ValueError("the weight holds NaN or infinite values: it cannot be quantised")
+        raise ValueError("the weight holds NaN or infinite values: it cannot be quantized")

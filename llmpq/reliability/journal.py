@@ -31,11 +31,11 @@ from llmpq.errors import UserError, WorkerError
 from llmpq.prompts.request import Finished
 from llmpq.prompts.result_lines import OWN_START, Id, Writer, json_bytes, parse_object
 from llmpq.reliability.append_file import AppendFile, new_name
-from llmpq.reliability.mending import (
+from llmpq.reliability.repair import (
     MAX_LINE_BYTES,
     Found,
-    Mending,
     Payload,
+    ResultRepair,
     bare,
     fetch,
     frame,
@@ -160,7 +160,7 @@ class Results:
             logged = scan(journal_file, unframe, start)
             shown = scan(output_file, bare)
             _refuse_other_files(self._path, shown, output_file, run is None and not logged.lines)
-            mending = Mending(
+            mending = ResultRepair(
                 logged, shown, journal_file, output_file, self._prompts, not self._keeps_failed
             )
             if mending.kept:
@@ -197,7 +197,7 @@ class Results:
             )
             self.notes.append(f"{self._path}: finished requests had other settings: {changes}")
 
-    def _compare_forms(self, mending: Mending) -> None:
+    def _compare_forms(self, mending: ResultRepair) -> None:
         """The lines themselves, where no header has told their form."""
         form = self._writer.form
         other = next((n for n in mending.kept if mending.span(n).form != form), None)
@@ -207,7 +207,7 @@ class Results:
                 f"{SAME['form']}"
             )
 
-    def _compare_prompts(self, mending: Mending) -> None:
+    def _compare_prompts(self, mending: ResultRepair) -> None:
         """Refuses results of prompts that are others now."""
         if self._prompts is None:
             return
@@ -232,7 +232,7 @@ class Results:
         lines = [fetch(file, span) for span in shown.broken]
         self._save(".broken", "lines that are no results", lines)
 
-    def _save_strangers(self, mending: Mending) -> None:
+    def _save_strangers(self, mending: ResultRepair) -> None:
         lines = [mending.line(name) for name in mending.strangers]
         self._save(".aside", "results with an id that no prompt has", lines)
 

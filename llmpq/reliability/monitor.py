@@ -214,7 +214,7 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-class Watch:
+class HeartbeatTracker:
     """Decides who is lost from looks at the beats, one look a period."""
 
     def __init__(self, size: int) -> None:
@@ -313,7 +313,7 @@ class Monitor:
             board = self._open(self.size)
             told = self._who
             board.join(told)
-            watch, self._num_looks = Watch(self.size), 1
+            watch, self._num_looks = HeartbeatTracker(self.size), 1
             while not self._left.is_set():
                 if self._who is not told:
                     told = self._who
@@ -329,7 +329,7 @@ class Monitor:
             if self._is_watched:
                 self._end("")
 
-    def _look(self, board: Board, watch: Watch) -> None:
+    def _look(self, board: Board, watch: HeartbeatTracker) -> None:
         """Ends this process where another one is to blame for something."""
         gone = [rank for rank, who in self._others.items() if who.is_gone]
         beats = board.beats()  # after the processes: who has ended in order has said so before

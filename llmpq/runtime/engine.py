@@ -1,7 +1,7 @@
 """One worker process from start to report: load the stage, do its jobs, gather the times.
 
 The first stage leads: it reads the requests and decides every job (`Leader`, `llmpq.schedule`).
-`Engine` is the same for one stage or many, for processes or threads.
+`StageEngine` is the same for one stage or many, for processes or threads.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llmpq.checkpoint.checkpoint import Weights
-from llmpq.checkpoint.kernels import OnCompiled, planned_rows, prepare_kernels, prepare_rows
+from llmpq.checkpoint.kernel_setup import OnCompiled, planned_rows, prepare_kernels, prepare_rows
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.packed_cache import NO_CACHE, WeightCache
 from llmpq.checkpoint.roundings import NEAREST, Roundings
@@ -40,7 +40,7 @@ from llmpq.schedule import Schedule
 from llmpq.workload import lanes_for, planned_lengths
 
 
-class Engine:
+class StageEngine:
     """This process's stage of a plan, loaded and ready."""
 
     def __init__(

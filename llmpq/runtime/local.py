@@ -16,7 +16,7 @@ from llmpq.checkpoint.roundings import NEAREST, Roundings
 from llmpq.models.stage_model import load_config
 from llmpq.plan_data import Plan
 from llmpq.prompts.request import Finished, Request
-from llmpq.runtime.engine import Engine
+from llmpq.runtime.engine import StageEngine
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.shard_group import LocalShardHub
 from llmpq.runtime.transport import LocalHub, LocalTransport
@@ -39,7 +39,7 @@ def generate_locally(
     return {one.request.id: list(one.token_ids) for one in finished}
 
 
-class _Place(NamedTuple):
+class _WorkerId(NamedTuple):
     """A worker: its stage, and which of those that share it."""
 
     stage: int
@@ -58,10 +58,10 @@ class LocalStages:
         roundings: Roundings = NEAREST,
     ) -> None:
         """Loads the weights of the model in `folder`; the tokens `eos_ids` end a request."""
-        self._crew = crew = _Crew(plan)
-        self._engines: dict[_Place, Engine] = {}
+        self._crew = crew = _WorkerThreads(plan)
+        self._engines: dict[_WorkerId, StageEngine] = {}
 
-        def load(place: _Place) -> None:
+        def load(place: _WorkerId) -> None:
             self._engines[place] = crew.engine(place, folder, dtype, eos_ids, roundings)
 
         crew.run(load)
@@ -76,13 +76,13 @@ class LocalStages:
     ) -> list[Finished]:
         """What becomes of every request, in the order in which they end.
 
-        The arguments are those of `Engine.lead`; after an error the stages are of no more use.
+        The arguments are those of `StageEngine.lead`; after an error the stages are of no more use.
         """
         lengths = {one.number: (len(one.prompt), one.new_tokens) for one in requests}
         fetch = {request.number: request for request in requests}.__getitem__
         finished: list[Finished] = []
 
-        def work(place: _Place) -> None:
+        def work(place: _WorkerId) -> None:
             engine = self._engines[place]
             engine.sampling = sampling
             if place == (0, 0):
@@ -97,13 +97,15 @@ class LocalStages:
         return finished
 
 
-class _Crew:
+class _WorkerThreads:
     """The workers of a plan as threads, and what connects them."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         sizes = [stage.tensor_parallel for stage in plan.stages]
-        self._places = [_Place(i, shard) for i, size in enumerate(sizes) for shard in range(size)]
+        self._places = [
+            _WorkerId(i, shard) for i, size in enumerate(sizes) for shard in range(size)
+        ]
         self._hub = LocalHub(len(sizes), sizes)
         self._shard_hubs = [LocalShardHub(size) for size in sizes]
         # One after the other: transformers sets torch's default data type while it builds a model.
@@ -112,16 +114,16 @@ class _Crew:
 
     def engine(
         self,
-        place: _Place,
+        place: _WorkerId,
         folder: Path,
         dtype: torch.dtype,
         eos_ids: frozenset[int],
         roundings: Roundings,
-    ) -> Engine:
+    ) -> StageEngine:
         """The engine of one worker, loaded in its own thread."""
         stage, shard = place
         hub = self._shard_hubs[stage]
-        return Engine(
+        return StageEngine(
             self._plan,
             load_config(folder),
             Checkpoint(folder),
@@ -135,7 +137,7 @@ class _Crew:
             loading=self._loading,
         )
 
-    def run(self, work: Callable[[_Place], None]) -> None:
+    def run(self, work: Callable[[_WorkerId], None]) -> None:
         """Does `work` in a thread for each worker; raises what failed first."""
         threads = [threading.Thread(target=self._try, args=(work, p)) for p in self._places]
         for thread in threads:
@@ -145,7 +147,7 @@ class _Crew:
         if self._failures:
             raise self._failures[0]
 
-    def _try(self, work: Callable[[_Place], None], place: _Place) -> None:
+    def _try(self, work: Callable[[_WorkerId], None], place: _WorkerId) -> None:
         try:
             work(place)
         except BaseException as error:

@@ -26,8 +26,8 @@ from llmpq.reliability.monitor import (
     NO_SIGN,
     PERIOD_S,
     Board,
+    HeartbeatTracker,
     Verdict,
-    Watch,
     open_board,
     open_store,
     process_state,
@@ -226,7 +226,7 @@ def start_workers(
     that is lost is a `LostWorkers`, Ctrl-C and SIGTERM are `Interrupted`. `advice`: what to do
     then.
     """
-    crew = _Crew(names, advice)
+    crew = _WorkerProcesses(names, advice)
     with interruptible(advice):
         try:
             for rank in range(len(names)):
@@ -242,7 +242,11 @@ def start_workers(
 
 
 def _start(
-    crew: "_Crew", rank: int, arguments: Sequence[str], module: str, more: Mapping[str, str]
+    crew: "_WorkerProcesses",
+    rank: int,
+    arguments: Sequence[str],
+    module: str,
+    more: Mapping[str, str],
 ) -> subprocess.Popen[bytes]:
     """Ctrl-C at a terminal goes to all processes: it is blocked there, as the parent ends them."""
     size = str(len(crew.names))
@@ -283,7 +287,7 @@ def _local_store() -> dist.TCPStore:
 
 
 @dataclass
-class _Crew:
+class _WorkerProcesses:
     """The workers that this process has started."""
 
     names: Sequence[str]
@@ -294,7 +298,7 @@ class _Crew:
     def watch(self) -> Exception | None:
         """Returns when all have ended, or when the rest need not go on; what went wrong."""
         board = open_board(len(self.names), self.store)
-        watch, next_look, deadline = Watch(len(self.names)), 0.0, float("inf")
+        watch, next_look, deadline = HeartbeatTracker(len(self.names)), 0.0, float("inf")
         silent: list[int] = []
         while (now := time.monotonic()) < deadline and None in self._codes() and not silent:
             if now >= next_look:

@@ -67,7 +67,7 @@ def prefill(
     return stage.run(hidden, positions, cache.prefill(job, first, end, stage.device), lengths)
 
 
-class DecodeSteps:
+class DecodeStepRunner:
     """The decode steps of a stage that fill a cache; `graphs` False: none are captured."""
 
     def __init__(

@@ -28,7 +28,7 @@ from llmpq.runtime.jobs import END, Headers, shape
 from llmpq.runtime.outbox import Outbox
 from llmpq.runtime.rehearsal import Throttle
 from llmpq.runtime.sampler import Draws, Sampling
-from llmpq.runtime.steps import DecodeSteps, first_tokens, prefill
+from llmpq.runtime.steps import DecodeStepRunner, first_tokens, prefill
 from llmpq.runtime.stopwatch import Stopwatch
 from llmpq.runtime.transport import Pending, Transport, message_bytes, pack, payload, unpack
 
@@ -85,9 +85,9 @@ class Worker:
         return self.transport.rank == self.transport.size - 1
 
     @cached_property
-    def steps(self) -> DecodeSteps:
+    def steps(self) -> DecodeStepRunner:
         """The decode steps that fill the cache."""
-        return DecodeSteps(self.stage, self.cache, self.sampling, self.graphs)
+        return DecodeStepRunner(self.stage, self.cache, self.sampling, self.graphs)
 
     def use_cache(self, cache: LaneCache) -> None:
         """Takes another cache in place of this one."""

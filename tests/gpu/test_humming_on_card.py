@@ -30,7 +30,7 @@ def filled(card, bits, shape, dtype, **how):
         pytest.skip(reason)
     generator = torch.Generator().manual_seed(bits)
     layer = HummingLinear(in_features, out_features, False, dtype, card, bits, **how)
-    layer.swallow("weight", torch.randn(out_features, in_features, generator=generator) * 0.02)
+    layer.load_weight("weight", torch.randn(out_features, in_features, generator=generator) * 0.02)
     return layer
 
 

@@ -49,7 +49,7 @@ def test_two_stages_of_two_devices_generate_what_transformers_does(family_model,
     [("llama", "8"), ("llama", "4"), ("llama", "3")]
     + [(family, MIXED) for family in ("opt", "bloom", "llama", "qwen2", "gpt_neox")],
 )
-def test_quantised_stages_generate_the_tokens_of_one_device(family_model, family, precisions):
+def test_quantized_stages_generate_the_tokens_of_one_device(family_model, family, precisions):
     model = family_model(family)
     alone = model.generate([4], precisions)
     assert generate(model, [2, 4], [2, 2], precisions) == alone

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save
 from test_packed_cache import CPU, assert_equal, load, packed_files
 
 from llmpq.artifact import write_json, write_text
-from llmpq.checkpoint.moments_file import write_moments
+from llmpq.checkpoint.calibration_file import write_calibration
 from llmpq.checkpoint.packed_cache import PackedCache, _about
 from llmpq.cli import eval as eval_module
 from llmpq.cli import export, main, plan, profile, run
@@ -340,7 +340,7 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
     try:
         write_text(made / "a.json", "{}")
         AppendFile(made / "b.jsonl").close()
-        write_moments(made / "c.safetensors", {"k": torch.eye(8)[None]}, {"w": "k"}, {})
+        write_calibration(made / "c.safetensors", {"k": torch.eye(8)[None]}, {"w": "k"}, {})
         load(ASSETS / "tiny-tales", tmp_path / "cache")
     finally:
         os.umask(before)
@@ -597,7 +597,7 @@ def test_a_parent_whose_store_breaks_says_so(monkeypatch):
     def broken(crew):
         raise dist.DistNetworkError("the connection was closed")
 
-    monkeypatch.setattr(process._Crew, "watch", broken)
+    monkeypatch.setattr(process._WorkerProcesses, "watch", broken)
     with pytest.raises(WorkerError, match="meeting point broke: the connection was closed; redo"):
         process.start_workers([], ["a"], "this", "redo")
 

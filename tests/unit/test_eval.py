@@ -17,9 +17,9 @@ from llmpq.cli.check_quality import compare, summary
 from llmpq.cli.eval import main
 from llmpq.cli.eval_output import show
 from llmpq.errors import FailedRequests, UserError
-from llmpq.evaluation import evaluate as evaluation
-from llmpq.evaluation.evaluate import Loss, evaluate, load_stages, next_token_loss, window_tokens
+from llmpq.evaluation import perplexity as evaluation
 from llmpq.evaluation.harness import NoNumber, Scorer, run_tasks
+from llmpq.evaluation.perplexity import Loss, evaluate, load_stages, next_token_loss, window_tokens
 from llmpq.evaluation.pipeline_loss import PipelineLoss
 from llmpq.evaluation.tasks import load_tasks
 from llmpq.evaluation.texts import DATASETS, named_text

@@ -33,7 +33,7 @@ from llmpq.quant import (
     keep_codes,
 )
 from llmpq.quant.humming import HummingLinear, grid_inputs, padded_tensors, serve
-from llmpq.quant.humming_jit import Kernel, KernelShape
+from llmpq.quant.humming_jit import KernelShape, KernelToCompile
 from llmpq.quant.linear import GroupedLinear, RowLinear
 from llmpq.quant.rounding import SCALE_DTYPE
 
@@ -52,9 +52,9 @@ def random_weight(out_features: int, in_features: int) -> Tensor:
 def filled(bits: int, weight: Tensor, dtype=torch.bfloat16, bias=None) -> HummingLinear:
     out_features, in_features = weight.shape
     layer = HummingLinear(in_features, out_features, bias is not None, dtype, CPU, bits)
-    layer.swallow("weight", weight)
+    layer.load_weight("weight", weight)
     if bias is not None:
-        layer.swallow("bias", bias)
+        layer.load_weight("bias", bias)
     return layer
 
 
@@ -100,7 +100,7 @@ def assert_stands_for_its_weight(layer: HummingLinear) -> None:
 def test_it_holds_the_weight_of_the_usual_class_bit_for_bit(bits, out_features, in_features, dtype):
     weight = random_weight(out_features, in_features)
     layer, other = filled(bits, weight, dtype), usual(bits, in_features, out_features, dtype)
-    other.swallow("weight", weight)
+    other.load_weight("weight", weight)
     assert torch.equal(layer.dequantized_weight(), other.dequantized_weight())
     assert_stands_for_its_weight(layer)
 
@@ -114,7 +114,7 @@ def test_a_part_holds_its_part_of_the_weight(bits, dim, cut):
     sizes = (256, part.size) if dim == OUTPUTS else (part.size, 256)
     layer = HummingLinear(*sizes, False, torch.bfloat16, CPU, bits, part)
     wanted = layer.part_to_read("weight")
-    layer.swallow("weight", wanted.of(weight) if wanted else weight)
+    layer.load_weight("weight", wanted.of(weight) if wanted else weight)
     assert torch.equal(
         layer.dequantized_weight(), part.of(filled(bits, weight).dequantized_weight())
     )
@@ -142,7 +142,7 @@ def test_every_usual_scale_is_a_float16():
 def test_small_scales_at_float16_are_those_of_the_usual_class(bits):
     weight = random_weight(64, 128) * torch.logspace(-7, 0, 64)[:, None]
     layer, other = filled(bits, weight, torch.float16), usual(bits, 128, 64, torch.float16)
-    other.swallow("weight", weight)
+    other.load_weight("weight", weight)
     assert (layer.scales < 2**-17).any()
     assert torch.equal(layer.dequantized_weight(), other.dequantized_weight())
     assert_stands_for_its_weight(layer)
@@ -271,7 +271,7 @@ def test_a_served_weight_is_no_longer_portable(kernel):
 def test_a_layer_takes_a_new_weight_after_it_was_served(kernel):
     layer, weight = filled(4, random_weight(64, 128)), random_weight(64, 128) + 1
     layer.hand_over(layer.kernel_shape)
-    layer.swallow("weight", weight)
+    layer.load_weight("weight", weight)
     assert torch.equal(layer.dequantized_weight(), filled(4, weight).dequantized_weight())
     layer.hand_over(layer.kernel_shape)
     layer.restore(filled(4, weight).packed_state())
@@ -506,7 +506,7 @@ def test_kernels_are_compiled(card, tmp_path):
     dtype = torch.float16 if card < (8, 0) else torch.bfloat16
     layers = [HummingLinear(520, 264, False, dtype, CPU, bits) for bits in (3, 8)]
     for layer in layers:
-        layer.swallow("weight", random_weight(264, 520))
+        layer.load_weight("weight", random_weight(264, 520))
     shapes, device = [layer.kernel_shape for layer in layers], torch.device("cuda", 0)
     choose, seen = humming_jit.chooser(device), []
     needed = [
@@ -514,7 +514,7 @@ def test_kernels_are_compiled(card, tmp_path):
         *humming_jit.kernels_needed(shapes[1:], (256,), choose),
     ]
     tile = '{"block_shape": [16, 96, 64], "warp_shape": [16, 96, 64]}'
-    impossible = Kernel(shapes[0], tile)
+    impossible = KernelToCompile(shapes[0], tile)
     failed = humming_jit.compile_all([*needed, impossible], device, lambda *done: seen.append(done))
     assert list(failed) == [impossible] and "Error" in failed[impossible]
     assert seen == [(1, 3), (2, 3), (3, 3)]

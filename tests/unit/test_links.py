@@ -11,7 +11,7 @@ from llmpq.cli.profile_links import link_line, with_links
 from llmpq.cluster import Cluster, Link
 from llmpq.errors import UserError
 from llmpq.link_data import LinkPair, LinkRow, Links
-from llmpq.profiler.links import (
+from llmpq.profiler.link_meter import (
     ACK_BYTES,
     CPU_SIZES,
     fit_link,

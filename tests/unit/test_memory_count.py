@@ -23,7 +23,7 @@ from llmpq.families import FAMILIES  # noqa: E402
 from llmpq.job import LaneShape  # noqa: E402
 from llmpq.machine import INT4_TILES, VNNI, Machine, cpu, host_cpu  # noqa: E402
 from llmpq.model_lookup import load_model_spec  # noqa: E402
-from llmpq.model_spec import ALL_HEADS, ASSETS, Linear, ModelSpec  # noqa: E402
+from llmpq.model_spec import ALL_HEADS, ASSETS, LinearShape, ModelSpec  # noqa: E402
 from llmpq.models import count  # noqa: E402
 from llmpq.models.count_families import WHOLE, count_family, families_text  # noqa: E402
 from llmpq.models.stage_model import LayerRange, StageModel, load_config  # noqa: E402
@@ -94,9 +94,9 @@ def test_tiles_that_are_taken_apart_take_what_is_predicted(bits: int) -> None:
 
 
 def fill(layer: Any, out: int, cols: int, biased: bool) -> None:
-    layer.swallow("weight", torch.randn(out, cols))
+    layer.load_weight("weight", torch.randn(out, cols))
     if biased:
-        layer.swallow("bias", torch.randn(out))
+        layer.load_weight("bias", torch.randn(out))
 
 
 def check(layer: Any, precision: str, rows: int, biased: bool, here: Machine) -> None:
@@ -104,7 +104,7 @@ def check(layer: Any, precision: str, rows: int, biased: bool, here: Machine) ->
     with torch.inference_mode():
         layer(x)
         measured = peak_bytes(lambda: layer(x), CPU)
-    op = Linear(name="x", out_features=layer.out_features, in_features=layer.in_features)
+    op = LinearShape(name="x", out_features=layer.out_features, in_features=layer.in_features)
     predicted = memory.linear_bytes(precision, op, rows, biased=biased, machine=here)
     assert measured <= predicted <= 1.05 * measured, (precision, rows, biased)
 

@@ -24,9 +24,9 @@ from llmpq.reliability.monitor import (
     SILENT_LOOKS,
     START_LOOKS,
     Board,
+    HeartbeatTracker,
     Monitor,
     Verdict,
-    Watch,
     Who,
     process_state,
     verdict_on,
@@ -46,7 +46,7 @@ def fast(monkeypatch):
 
 
 def test_who_stops_beating_is_lost_after_some_looks_and_not_before():
-    watch = Watch(2)
+    watch = HeartbeatTracker(2)
     beats = [[beat, min(beat, 3)] for beat in range(1, 3 + SILENT_LOOKS + 1)]
     found = [watch.look(two) for two in beats]
     assert found[:-1] == [[]] * (len(beats) - 1)
@@ -54,19 +54,19 @@ def test_who_stops_beating_is_lost_after_some_looks_and_not_before():
 
 
 def test_who_is_done_or_beats_slowly_is_not_lost():
-    watch = Watch(2)
+    watch = HeartbeatTracker(2)
     for look in range(4 * SILENT_LOOKS):
         assert watch.look([DONE + 7, 1 + look // (SILENT_LOOKS - 1)]) == []
 
 
 def test_who_has_not_begun_has_more_time():
-    watch = Watch(2)
+    watch = HeartbeatTracker(2)
     looks = [watch.look([look, 0]) for look in range(1, START_LOOKS + 1)]
     assert looks == [[]] * (START_LOOKS - 1) + [[1]]
 
 
 def test_time_in_which_nobody_looks_does_not_count():
-    watch = Watch(1)
+    watch = HeartbeatTracker(1)
     for _ in range(SILENT_LOOKS):
         watch.look([5])
     assert watch.look([6]) == []  # however long ago the last look was

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from llmpq.artifact import read_text
 from llmpq.checkpoint.checkpoint import Weights
-from llmpq.checkpoint.kernels import prepare_kernels
+from llmpq.checkpoint.kernel_setup import prepare_kernels
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.roundings import NEAREST, Roundings
 from llmpq.errors import UserError

@@ -2,7 +2,7 @@
 
 H = X^T X / T of the inputs X `[T tokens, in]`, as blocks `[blocks, B, B]` along its diagonal (one
 block unless asked otherwise). Linears with the same input share one H, under the name ("key") of
-the first of them. `llmpq.checkpoint.moments_file` keeps them.
+the first of them. `llmpq.checkpoint.calibration_file` keeps them.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from llmpq.precision import group_size
 TOKENS_AT_ONCE = 4096  # inputs held in fp32
 
 
-class MomentsMeter:
+class CalibrationMeter:
     """Accumulates the moments of a stage's linears while it runs; a context manager.
 
     `block`: the most columns of a block; by default one block holds all.

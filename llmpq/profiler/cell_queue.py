@@ -25,7 +25,7 @@ OTHER_PRECISION = 1.5  # a cell may cost so much more than at a precision that w
 
 
 @dataclass
-class Lane:
+class PhaseQueue:
     """The cells of one phase in the order of their first visits, and the seconds spent on them."""
 
     name: str
@@ -50,7 +50,7 @@ class Lane:
         return min(open_cells, key=lambda c: (c.num_visits, -c.half_width), default=None)
 
 
-def next_lane(lanes: Iterable[Lane], all_first: bool) -> Lane | None:
+def next_queue(lanes: Iterable[PhaseQueue], all_first: bool) -> PhaseQueue | None:
     """The open lane furthest behind; `all_first`: lanes with unvisited cells before others."""
     candidates = [lane for lane in lanes if lane.is_open]
     return min(
@@ -96,7 +96,7 @@ class CostModel:
         work = factor * self._work_of(key)
         return min((one.bound_s(work) for one in same or seen.values()), default=0.0)
 
-    def is_too_large(self, key: Candidate, num_precisions: int, lane: Lane) -> bool:
+    def is_too_large(self, key: Candidate, num_precisions: int, lane: PhaseQueue) -> bool:
         """Whether the shape's calls are slow, and would take more than their part of the lane."""
         call_s = self.call_s(key)
         total_s = SLOW_CALLS * call_s * num_precisions

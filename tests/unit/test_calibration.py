@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from llmpq.checkpoint import roundings
+from llmpq.checkpoint.calibration_file import CalibrationFile, sha256_of, write_calibration
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.checkpoint.loader import load_stage
-from llmpq.checkpoint.moments_file import MomentsFile, sha256_of, write_moments
 from llmpq.checkpoint.roundings import GptqRoundings, load_roundings
 from llmpq.errors import UserError
-from llmpq.evaluation.moments import MomentsMeter, block_columns
+from llmpq.evaluation.calibration import CalibrationMeter, block_columns
 from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.precision import group_size
@@ -40,7 +40,7 @@ def measured(block: int | None = None):
     stage, inputs = two_layers(), []
     stage.linears()[GATE].register_forward_pre_hook(lambda _, x: inputs.append(x[0].flatten(0, 1)))
     generator = torch.Generator().manual_seed(0)
-    with MomentsMeter(stage, block) as meter:
+    with CalibrationMeter(stage, block) as meter:
         for rows in (3, 1):
             hidden = torch.randn(rows, 100, 192, generator=generator)
             stage.run(
@@ -60,7 +60,7 @@ def meter():
 @pytest.fixture(scope="module")
 def path(meter, tmp_path_factory):
     path = tmp_path_factory.mktemp("moments") / "deep" / "tiny.moments.safetensors"
-    write_moments(path, meter.moments(), meter.keys, {"model": "tiny-tales", "tokens": "400"})
+    write_calibration(path, meter.moments(), meter.keys, {"model": "tiny-tales", "tokens": "400"})
     return path
 
 
@@ -109,7 +109,7 @@ def test_blocks_divide_the_inputs_and_hold_whole_groups(in_features, block, want
 
 
 def test_a_file_gives_back_what_was_written(meter, path):
-    file = MomentsFile(path)
+    file = CalibrationFile(path)
     assert file.about == {"model": "tiny-tales", "tokens": "400"}
     assert file.keys == meter.keys and GATE in file and "lm_head.weight" not in file
     for name, key in meter.keys.items():
@@ -124,7 +124,7 @@ def test_a_file_gives_back_what_was_written(meter, path):
 
 def test_a_file_loses_no_quality(meter, path):
     """Codes from the file's moments move outputs as little as those from the exact ones."""
-    weights, file = Checkpoint(TINY_TALES), MomentsFile(path)
+    weights, file = Checkpoint(TINY_TALES), CalibrationFile(path)
     for name, linear in two_layers().linears().items():
         exact = meter.moments()[meter.keys[name]]
         weight = weights.read(name, (linear.out_features, linear.in_features)).float()
@@ -140,32 +140,32 @@ def test_a_file_loses_no_quality(meter, path):
 def test_inputs_that_are_always_zero_survive(tmp_path):
     moments = torch.eye(64)[None] * 2
     moments[0, 3, 3] = 0
-    write_moments(tmp_path / "m", {"a": moments}, {"a": "a", "b": "a"}, {})
-    assert torch.allclose(MomentsFile(tmp_path / "m").moments("b"), moments)
+    write_calibration(tmp_path / "m", {"a": moments}, {"a": "a", "b": "a"}, {})
+    assert torch.allclose(CalibrationFile(tmp_path / "m").moments("b"), moments)
 
 
 def test_bad_files_are_named(tmp_path, path):
     with pytest.raises(UserError, match="nowhere: no such file"):
-        MomentsFile(tmp_path / "nowhere")
+        CalibrationFile(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")
-    for read in (MomentsFile, sha256_of):
+    for read in (CalibrationFile, sha256_of):
         with pytest.raises(UserError, match="is no regular file"):
             read(tmp_path / "pipe")
     with pytest.raises(UserError, match="not a readable safetensors"):
-        MomentsFile(TINY_TALES / "config.json")
+        CalibrationFile(TINY_TALES / "config.json")
     with pytest.raises(UserError, match="no file of second moments"):
-        MomentsFile(TINY_TALES / "model.safetensors")
+        CalibrationFile(TINY_TALES / "model.safetensors")
     with pytest.raises(UserError, match="no second moments for 'x'.*tiny-tales"):
-        MomentsFile(path).key("x")
+        CalibrationFile(path).key("x")
     kind = {"kind": "llmpq-moments", "schema_version": "1"}
     for keys, message in (("[", "map weights"), ('{"a": 1}', "map weights"), ('{"a": "b"}', "'b'")):
         save_file({"x": torch.zeros(1)}, tmp_path / "bad", {**kind, "keys": keys})
         with pytest.raises(UserError, match=message):
-            MomentsFile(tmp_path / "bad")
+            CalibrationFile(tmp_path / "bad")
     wrong = {"a.deviation": torch.ones(1, 64), "a.correlation": torch.zeros(1, 9).short()}
     save_file(wrong, tmp_path / "bad", {**kind, "keys": json.dumps({"a": "a"})})
     with pytest.raises(UserError, match="'a.correlation'"):
-        MomentsFile(tmp_path / "bad").moments("a")
+        CalibrationFile(tmp_path / "bad").moments("a")
     for odd in (math.nan, math.inf):
         save_file(
             wrong | {"a.deviation": torch.full((1, 64), odd)},
@@ -173,7 +173,7 @@ def test_bad_files_are_named(tmp_path, path):
             {**kind, "keys": json.dumps({"a": "a"})},
         )
         with pytest.raises(UserError, match="'a.deviation' has NaN or infinite numbers"):
-            MomentsFile(tmp_path / "bad").moments("a")
+            CalibrationFile(tmp_path / "bad").moments("a")
 
 
 # Loading weights with it
@@ -181,7 +181,7 @@ def test_bad_files_are_named(tmp_path, path):
 
 def test_a_stage_is_loaded_with_the_moments_of_each_weight(meter, path):
     stage = two_layers("3", load_roundings(Quantizer(method="gptq", moments=str(path))))
-    weights, file = Checkpoint(TINY_TALES), MomentsFile(path)
+    weights, file = Checkpoint(TINY_TALES), CalibrationFile(path)
     for name, linear in stage.linears().items():
         weight = weights.read(name, (linear.out_features, linear.in_features))
         codes, scales, zeros = Gptq(file.moments(name))(weight, 3, 64 if 192 % 128 else 128)
@@ -195,7 +195,7 @@ def test_a_stage_is_loaded_with_the_moments_of_each_weight(meter, path):
 def test_moments_are_read_once_an_input_and_only_where_used(path):
     read = []
 
-    class Counted(MomentsFile):
+    class Counted(CalibrationFile):
         def moments(self, name):
             read.append(name)
             return super().moments(name)
@@ -217,25 +217,25 @@ def test_one_input_at_a_time_is_held_and_none_afterwards(path, monkeypatch):
             most.append(len(alive))
 
     monkeypatch.setattr(roundings, "Gptq", Seen)
-    kept = GptqRoundings(MomentsFile(path))
+    kept = GptqRoundings(CalibrationFile(path))
     two_layers("4", kept)
     assert len(most) == 2 * 4 and set(most) == {1} and len(alive) == 0
 
 
 def test_weights_without_moments_are_named(tmp_path):
-    write_moments(tmp_path / "m", {"a": torch.eye(64)[None]}, {"a": "a"}, {"model": "other"})
+    write_calibration(tmp_path / "m", {"a": torch.eye(64)[None]}, {"a": "a"}, {"model": "other"})
     with pytest.raises(UserError, match="m: no second moments for 'model.layers.3.*other"):
         two_layers("4", load_roundings(Quantizer(method="gptq", moments=str(tmp_path / "m"))))
 
 
 def test_moments_of_another_size_are_named(tmp_path, meter):
     moments = dict.fromkeys(meter.moments(), torch.eye(64)[None])
-    write_moments(tmp_path / "m", moments, meter.keys, {})
+    write_calibration(tmp_path / "m", moments, meter.keys, {})
     with pytest.raises(UserError, match="layers.3.self_attn.q_proj.*64 inputs.*has 192"):
         two_layers("4", load_roundings(Quantizer(method="gptq", moments=str(tmp_path / "m"))))
 
 
-def test_quantisers_give_their_roundings():
+def test_quantizers_give_their_roundings():
     assert load_roundings(Quantizer()).of("x") is quantize
     assert load_roundings(Quantizer(method="mse")).of("x") is quantize_mse
 

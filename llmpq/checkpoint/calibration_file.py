@@ -9,7 +9,7 @@ fp32 `[blocks, B]`, and `KEY.correlation`, the lower triangle without the diagon
 int16 `[blocks, B (B - 1) / 2]` in steps of 1 / 32767. (In fp16 the error of 1,024 inputs with a
 common mean was 0.009 of the mean moment, near the damping of GPTQ; with equal steps it is 0.0006.)
 Its metadata hold the format's version, the key of each weight (JSON), and where the moments come
-from. `llmpq.evaluation.moments` measures them.
+from. `llmpq.evaluation.calibration` measures them.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ KIND, VERSION = "llmpq-moments", "1"
 STEPS = 32767  # of int16, for a correlation of 1
 
 
-class MomentsWriter:
+class CalibrationWriter:
     """Writes the file one H at a time: what was added is on disk, not in memory.
 
     `close` puts the whole file in its place; without it, nothing is left behind.
@@ -71,17 +71,17 @@ class MomentsWriter:
         self._header[name] = {"dtype": dtype, "shape": [*tensor.shape], "data_offsets": offsets}
 
 
-def write_moments(
+def write_calibration(
     path: Path, moments: Mapping[str, Tensor], alias: Mapping[str, str], about: Mapping[str, str]
 ) -> None:
-    """Writes all `moments` (fp32 `[blocks, B, B]` by key) at once; see `MomentsWriter`."""
-    writer = MomentsWriter(path)
+    """Writes all `moments` (fp32 `[blocks, B, B]` by key) at once; see `CalibrationWriter`."""
+    writer = CalibrationWriter(path)
     for key, tensor in moments.items():
         writer.add(key, tensor)
     writer.close(alias, about)
 
 
-class MomentsFile:
+class CalibrationFile:
     """Second moments by the checkpoint's name of a weight, each read when it is asked for.
 
     Raises `UserError` where the file is missing, is none of ours, or lacks what is asked for.

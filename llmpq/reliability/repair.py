@@ -35,7 +35,7 @@ class Payload(NamedTuple):
     prompt: int | None = None
 
 
-class Span(NamedTuple):
+class LineSpan(NamedTuple):
     """Where an output's line lies in a file, in bytes, and what it says."""
 
     start: int
@@ -45,7 +45,7 @@ class Span(NamedTuple):
     failed: bool = False
     form: Form = "llmpq"
 
-    def is_same(self, other: "Span") -> bool:
+    def is_same(self, other: "LineSpan") -> bool:
         """Whether both are the same bytes."""
         return (self.length, self.checksum) == (other.length, other.checksum)
 
@@ -54,9 +54,9 @@ class Span(NamedTuple):
 class Found:
     """What a file of results holds."""
 
-    lines: dict[Id, Span] = field(default_factory=dict)  # one of each id
-    broken: list[Span] = field(default_factory=list)  # whole lines that are no results
-    torn: Span | None = None  # a last line that was not written to its end
+    lines: dict[Id, LineSpan] = field(default_factory=dict)  # one of each id
+    broken: list[LineSpan] = field(default_factory=list)  # whole lines that are no results
+    torn: LineSpan | None = None  # a last line that was not written to its end
     num_bad: int = 0  # both, and lines of zeros
     first_bad: int = 0  # the line number of the first of these
     num_repeated: int = 0
@@ -109,7 +109,7 @@ def scan(file: BinaryIO, payload_of: Callable[[bytes], Payload | None], start: i
         else:
             found.num_replaced += known is not None
             line, place = payload.line, start + record.index(payload.line)
-            found.lines[told.id] = Span(
+            found.lines[told.id] = LineSpan(
                 place, len(line), crc32(line), payload.prompt, told.failed, told.form
             )
             found.is_in_order, found.lacks_break = not is_spoilt, not record.endswith(b"\n")
@@ -122,21 +122,21 @@ def scan(file: BinaryIO, payload_of: Callable[[bytes], Payload | None], start: i
 def _note_broken(found: Found, number: int, start: int, record: bytes) -> None:
     found.num_bad += 1
     found.first_bad = found.first_bad or number
-    span = Span(start, len(record.rstrip(b"\0\r\n")), 0)
+    span = LineSpan(start, len(record.rstrip(b"\0\r\n")), 0)
     if not (record.endswith(b"\n") or len(record) == MAX_LINE_BYTES):
         found.torn = span
     elif span.length:  # zeros are what a crash leaves of a line
         found.broken.append(span)
 
 
-def fetch(file: BinaryIO, span: Span) -> bytes:
+def fetch(file: BinaryIO, span: LineSpan) -> bytes:
     """The bytes of a line."""
     file.seek(span.start)
     return file.read(span.length)
 
 
 @dataclass
-class Mending:
+class ResultRepair:
     """Makes two files of results agree; reads from handles that stay as they were.
 
     `known`: the ids that the prompts have; None: whatever is there. `retries`: failed requests are
@@ -166,7 +166,7 @@ class Mending:
             if name in shown and name in logged and not shown[name].is_same(self.span(name))
         ]
 
-    def span(self, name: Id) -> Span:
+    def span(self, name: Id) -> LineSpan:
         """Where the line lies that counts, in the file that `_is_logged` says."""
         return (self.logged if self._is_logged(name) else self.shown).lines[name]
 

@@ -6,32 +6,32 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llmpq.checkpoint.moments_file import MomentsFile, MomentsWriter
-from llmpq.evaluation.moments import MomentsMeter, block_columns
-from llmpq.evaluation.streaming import Watch
+from llmpq.checkpoint.calibration_file import CalibrationFile, CalibrationWriter
+from llmpq.evaluation.calibration import CalibrationMeter, block_columns
+from llmpq.evaluation.streaming import LayerObserver
 from llmpq.model_spec import ModelSpec
 from llmpq.models.stage_model import StageModel
-from llmpq.profiler.indicators import Subject
+from llmpq.profiler.indicators import LoadableModel
 
 
-def gather_moments(
-    subject: Subject,
+def gather_calibration(
+    subject: LoadableModel,
     windows: Tensor,
     path: Path,
     about: Mapping[str, str],
     block: int | None = None,
-    also: Watch | None = None,
+    also: LayerObserver | None = None,
     on_layer: Callable[[int], None] = lambda _: None,
-) -> MomentsFile:
+) -> CalibrationFile:
     """Writes the moments of every linear's inputs on `[n, W]` windows, a layer at a time.
 
     `block`: the most columns of a block of H. `also` watches the same pass.
     """
-    writer, keys = MomentsWriter(path), dict[str, str]()
+    writer, keys = CalibrationWriter(path), dict[str, str]()
 
     @contextmanager
     def watch(stage: StageModel) -> Iterator[None]:
-        with MomentsMeter(stage, block) as meter, also(stage) if also else nullcontext():
+        with CalibrationMeter(stage, block) as meter, also(stage) if also else nullcontext():
             yield
         for key, moments in meter.moments().items():
             writer.add(key, moments)
@@ -39,7 +39,7 @@ def gather_moments(
 
     subject.run(windows, watch, on_layer)
     writer.close(keys, about)
-    return MomentsFile(path)
+    return CalibrationFile(path)
 
 
 def most_bytes(spec: ModelSpec, block: int | None = None) -> int:
