@@ -1,9 +1,9 @@
 """Reads single tensors from a Hugging Face model directory, one at a time.
 
-Which files these are, `checkpoint_files` finds; `inventory` says whether all they hold is served.
-safetensors files are opened per tensor, so that the pages of a file do not stay mapped. Weights
-that are quantized already (`prequantized`) are handed out as codes, or dequantized.
-`RandomWeights` has the same interface, for measuring shapes whose weights are not at hand.
+`checkpoint_files` finds the files, and `inventory` says whether all their tensors are served.
+safetensors files are opened for each tensor, so that the pages of a file do not stay mapped.
+Weights that are quantized already (`prequantized`) are returned as codes, or dequantized.
+`RandomWeights` has the same interface, for measuring shapes whose weights are not available.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from llmpq.checkpoint.prequantized import OLD_GPTQ, quantized_format
 from llmpq.errors import UserError
 from llmpq.quant import PackedWeight, TensorPart
 
-ROWS_AT_ONCE = 4096  # of two matrices that are compared
+ROWS_AT_ONCE = 4096  # rows of two matrices that are compared at a time
 
 
 class Weights(Protocol):
@@ -91,7 +91,7 @@ class Checkpoint:
         return True
 
     def note(self, precisions: Collection[str]) -> str | None:
-        """What a plan with these precisions does to weights that are quantized already."""
+        """A note on what these precisions do to weights that are quantized already, or None."""
         if self._float8 is not None:
             return (
                 f"{self.folder}: the weights are float8; they are turned into 16 bits, and rounded "
@@ -107,7 +107,7 @@ class Checkpoint:
 
     @property
     def stamp(self) -> str:
-        """Another one when any file has changed, by path, size and times; reads none of them."""
+        """A digest of the files' paths, sizes and times, which changes with any file."""
         settings = (self.folder / name for name in ("config.json", OLD_GPTQ))
         paths = {*settings, *self._paths}
         stats = [(path.resolve(), path.stat()) for path in sorted(paths) if path.is_file()]
@@ -116,7 +116,7 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """Of the configuration and of each file of weights; reads a few blocks of each."""
+        """Digests of the configuration and of each weight file; reads a few blocks of each."""
         return fingerprint(self.folder / "config.json", self._paths)
 
     @property
@@ -138,9 +138,9 @@ class Checkpoint:
         return [part for part in parts if part in self._stored]
 
     def stored_bytes(self, name: str, shape: tuple[int, ...]) -> int:
-        """Bytes that files hold of the tensor `name`, all parts of a quantized one included.
+        """The bytes of the tensor `name` in files, with all parts of a quantized one.
 
-        Reads headers only. Raises `UserError` where it is missing or its shape is another.
+        Reads headers only. Raises `UserError` where the tensor is missing or has another shape.
         """
         if not self.is_packed(name):
             stored = self._resolve(name)
@@ -151,9 +151,9 @@ class Checkpoint:
     def tensor(
         self, name: str, shape: tuple[int, ...] | None = None, part: TensorPart | None = None
     ) -> torch.Tensor:
-        """The tensor as it is stored, or a part; raises `UserError` where its shape is another."""
+        """The tensor as it is stored, or a part; raises `UserError` where the shape differs."""
         stored = self._resolve(name)
-        if part is not None:  # what is read does not show the shape
+        if part is not None:  # the part does not show the whole shape
             self._check(stored, self._stored[stored].shape, shape)
         tensor = self._read(self._stored[stored].path, stored, part)
         if part is None:
@@ -207,8 +207,8 @@ class Checkpoint:
 class RandomWeights:
     """Tensors that depend on the seed and their name alone, so that every process agrees.
 
-    They are drawn on `device`, where they also lie: a card draws billions of them in a second. Each
-    kind of device draws numbers of its own.
+    They are drawn and kept on `device`: a card draws billions of them in a second. Different kinds
+    of devices draw different numbers.
     """
 
     def __init__(
@@ -231,19 +231,19 @@ class RandomWeights:
         return part.of(self.read(name, shape))
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
-        """None of them is quantized."""
+        """None: no weight is quantized."""
         return None
 
     def stores(self, name: str) -> bool:
-        """Nothing is in files."""
+        """False: no tensor is in files."""
         return False
 
     def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
-        """Each name has numbers of its own."""
+        """Whether both names are the same, as each name has numbers of its own."""
         return first == second
 
 
 def _aliases(name: str) -> list[str]:
-    """Checkpoints written from the bare decoder lack the name of the whole model's attribute."""
+    """Names of a tensor in files: checkpoints of the bare decoder lack the model's prefix."""
     _, _, rest = name.partition(".")
     return [name, rest] if name.startswith(("model.", "transformer.", "gpt_neox.")) else [name]

@@ -1,9 +1,10 @@
-"""Which files of a model directory hold its weights, and what their headers say.
+"""Finds the files of a model directory that hold its weights, and reads their headers.
 
 The order is transformers' own (`_get_resolved_checkpoint_files`, 5.23): the file that config.json
 names as `transformers_weights`, else model.safetensors, the index of its shards, pytorch_model.bin,
-the index of its shards. Names come from the files, not from the index, as there. A directory that
-holds something else (an adapter, a GGUF file, a variant, Git LFS pointers) is told what it holds.
+the index of its shards. Names come from the files, not from the index, as in transformers. The
+error for a directory with other files (an adapter, a GGUF file, a variant, Git LFS pointers) names
+them.
 Not covered: Flax and TensorFlow files, files inside sub-folders.
 """
 
@@ -22,8 +23,8 @@ from llmpq.errors import UserError, one_line
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
 STANDARD = (SAFETENSORS, f"{SAFETENSORS}.index.json", BIN, f"{BIN}.index.json")
-MOST_NAME = 255  # bytes that file systems take
-# What folders without standard names hold, and what helps: the first that is there is named.
+MOST_NAME = 255  # bytes of a file name that file systems accept
+# Files of folders without standard names, and what helps: the first that is found is named.
 OTHERS = (
     ("adapter_config.json", "is of a LoRA adapter; merge it into its base model and save that"),
     ("adapter_model.*", "is a LoRA adapter; merge it into its base model and save that"),
@@ -51,12 +52,12 @@ class StoredTensor:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one value; 1 where several share a byte."""
+        """Bytes of one value; 1 where several values share a byte."""
         return 1 if self.dtype == "BOOL" else max(1, _bits(self.dtype) // 8)
 
     @property
     def is_plain_float(self) -> bool:
-        """Whether values mean what they say: floats of 16 bits or more."""
+        """Whether values are floats of 16 bits or more, which need no scales."""
         return self.dtype in ("F16", "BF16", "F32", "F64")
 
 
@@ -78,7 +79,7 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file or index that transformers would start from."""
+    """The file or index that transformers would read first."""
     path = folder / "config.json"
     config = parse_json(path) if path.is_file() else None
     named = config.get("transformers_weights") if isinstance(config, dict) else None
@@ -97,7 +98,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def unread(folder: Path) -> str | None:
-    """What lies beside the weights under a standard name, and is not read; None: nothing."""
+    """A note on a file with a standard name that is not read; None where there is none."""
     start = weights_file(folder)
     beside = [name for name in STANDARD if name != start.name and (folder / name).is_file()]
     if not beside:
@@ -117,7 +118,7 @@ def refuse_adapter(folder: Path) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what goes wrong with a file of weights into a `UserError`."""
+    """Turns errors of reading a weight file into a `UserError`."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:

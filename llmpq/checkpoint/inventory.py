@@ -1,11 +1,12 @@
-"""Whether all that a checkpoint holds is served, found by the headers of its files.
+"""Checks by the headers of a checkpoint's files that all of its tensors are served.
 
-Every stored tensor must be one of these: read by some stage; known to be redundant (rotary
-frequencies that follow from config.json, masks, biases of zeros, what the model's class in
-transformers ignores, layers that predict further tokens); or part of a format of quantized weights
-that is refused by name. Anything else is refused too, since a part that is left out changes what
-the model says. So are tensors that are missing, misshapen, or of a type that is no weight.
-Not covered: values, which are read when weights are loaded, but for one quantized weight.
+Every stored tensor must be read by some stage, or be known to be redundant (rotary frequencies that
+follow from config.json, masks, biases of zeros, tensors that the model's class in transformers
+ignores, layers that predict further tokens). Formats of quantized weights that cannot be read are
+refused by name. Any other tensor is refused too, since leaving it out would change the model's
+answers. So are tensors that are missing, have another shape, or have a type that is no weight.
+
+Not covered: values, which are read when weights are loaded, except for one quantized weight.
 """
 
 import re
@@ -21,7 +22,7 @@ from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, RawTensor, StageModel
 
 PLAIN = "what loads: plain weights; gptq, compressed-tensors or fp8 by config.json"
-# Ends of the names of tensors that only quantized weights, or adapters, have.
+# Name endings of tensors that only quantized weights or adapters have.
 FORMATS = (
     (r"\.weight_scale_inv$", "weights with scales by block that are not applied"),
     (r"\.(weight_scale_2|weight_global_scale)$", "4-bit floats (NVFP4)"),
@@ -37,14 +38,14 @@ FORMATS = (
     (r"\.(Qidxs|SU|SV|trellis|q_weight|q_scale)$", "QuIP or EXL weights"),
     (r"\.lora_(A|B|embedding_A|embedding_B)\b|\.base_layer\.", "a LoRA adapter; merge it first"),
 )
-CACHE_SCALE = r"attn\.(k|v|kv|q|prob)_scale$|\.[kv]_proj\.output_scale$"  # of a cache of 8 bits
+CACHE_SCALE = r"attn\.(k|v|kv|q|prob)_scale$|\.[kv]_proj\.output_scale$"  # of an 8-bit cache
 REDUNDANT = (
     r"rotary_emb\.(\w+_)?inv_freq$",
     r"rotary_emb\.(cos|sin)_cached$",
     r"\.masked_bias$",
     r"(^|\.)position_ids$",
     CACHE_SCALE,
-    r"^v_head\.",  # the value head of training by reinforcement
+    r"^v_head\.",  # the value head of reinforcement learning
 )
 PREFIXES = {
     "module.": "as data-parallel training saves; save model.module instead",
@@ -56,9 +57,9 @@ PREFIXES = {
 
 
 def check_checkpoint(config: Any, weights: Checkpoint) -> list[str]:
-    """Notes on what is not read because it is redundant.
+    """Notes on redundant tensors and files that are not read.
 
-    Raises `UserError` with one message where anything is missing, unfit or would be left out.
+    Raises `UserError` with one message where a tensor is missing, unfit or would be left out.
     """
     stage = _whole_model(config)
     wanted = {raw.name: raw for raw in stage.parameters_to_load()}
@@ -79,14 +80,14 @@ def check_checkpoint(config: Any, weights: Checkpoint) -> list[str]:
 
 
 def _whole_model(config: Any) -> StageModel:
-    """All layers, without memory."""
+    """The whole model on the meta device."""
     total = config.num_hidden_layers
     layers, device = LayerRange(0, total, total), torch.device("meta")
     return StageModel(config, layers, ["16"] * total, torch.bfloat16, device)
 
 
 def _tie_names(wanted: dict[str, RawTensor], stage: StageModel, weights: Checkpoint) -> None:
-    """Leaves out the one of the two that is not stored, if the other is."""
+    """Removes the tied name that is not stored, where the other one is."""
     both = stage.head_name, stage.embedding_name
     absent = [name for name in both if not weights.stores(name)]
     if absent:
@@ -126,7 +127,7 @@ def _refuse_missing(weights: Checkpoint, wanted: dict[str, RawTensor], left: Seq
 
 
 def _prefix(missing: Iterable[str], left: Sequence[str]) -> str | None:
-    """What stored names begin with before the name, or the tail of one, that is missing."""
+    """The prefix of stored names before a missing name, or before its last parts."""
     of_layers = [name for name in missing if any(part.isdigit() for part in name.split("."))]
     for name in of_layers[:10]:
         for ending in (name, name.partition(".")[2]):
@@ -137,7 +138,7 @@ def _prefix(missing: Iterable[str], left: Sequence[str]) -> str | None:
 
 
 def _check_tensor(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> None:
-    """The shape, and that numbers are floats which mean what they say."""
+    """Checks the shape of a tensor, and that its values are floats without scales."""
     if not weights.is_packed(raw.name) and not weights.is_float8(raw.name):
         _check_plain(stage, weights, raw)
     elif raw.name in weights and raw.name not in weights.sources(raw.name):
@@ -146,7 +147,7 @@ def _check_tensor(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> Non
 
 
 def _try_one(weights: Checkpoint, wanted: Iterable[RawTensor]) -> None:
-    """Reads the first weight that comes quantized: settings that fit none are found so."""
+    """Reads the first quantized weight, which finds settings that do not fit the tensors."""
     held = (raw for raw in wanted if weights.is_packed(raw.name) or weights.is_float8(raw.name))
     for raw in islice(held, 1):
         weights.read(raw.name, raw.shape)
@@ -172,7 +173,7 @@ def _check_plain(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> None
 
 
 def _later_layers(stage: StageModel, weights: Checkpoint, left: Sequence[str]) -> dict[str, int]:
-    """Names of layers beyond the last one, which predict further tokens (MTP), and the layer."""
+    """Tensors of layers beyond the last one (which predict further tokens, MTP), and the layer."""
     inner = f"{stage.family.decoder}.{stage.family.layers}".partition(".")[2]
     total = stage.layers.total
     more = getattr(stage.config, "num_nextn_predict_layers", None) or 0
@@ -212,7 +213,7 @@ def _layer(name: str, inner: str) -> int | None:
 
 
 def _unknown(stage: StageModel, weights: Checkpoint, left: Sequence[str]) -> list[str]:
-    """Names that are not known to be redundant."""
+    """The names that are not known to be redundant."""
     ignored = getattr(stage.model, "_keys_to_ignore_on_load_unexpected", None) or ()
     known = [re.compile(pattern) for pattern in (*REDUNDANT, *ignored)]
     unknown = [name for name in left if not any(pattern.search(name) for pattern in known)]
@@ -229,5 +230,5 @@ def _refuse_rest(stage: StageModel, weights: Checkpoint, rest: Sequence[str]) ->
 
 
 def _is_zero_bias(weights: Checkpoint, name: str) -> bool:
-    """As AutoGPTQ writes for linears that have none."""
+    """Whether a tensor is a bias of zeros, as AutoGPTQ writes for linears without a bias."""
     return name.endswith(".bias") and not weights.tensor(name).any()

@@ -1,4 +1,4 @@
-"""Which rounding each weight of a checkpoint gets."""
+"""Chooses the rounding of each weight of a checkpoint."""
 
 from pathlib import Path
 from typing import Protocol
@@ -20,13 +20,13 @@ class Roundings(Protocol):
 
 
 class CalibrationSource(Protocol):
-    """Second moments of the inputs of weights, as `CalibrationFile` has them."""
+    """Gives calibration statistics of weights, as `CalibrationFile` does."""
 
     def key(self, name: str) -> str:
-        """What weights with the same input share. Raises `UserError` where there is none."""
+        """The key that weights with the same input share; raises `UserError` for unknown ones."""
 
-    def moments(self, name: str) -> Tensor:
-        """fp32 `[blocks, B, B]`."""
+    def statistics(self, name: str) -> Tensor:
+        """The second moments fp32 `[blocks, B, B]` of a weight's inputs."""
 
 
 class Always:
@@ -36,15 +36,15 @@ class Always:
         self._rounding = rounding
 
     def of(self, name: str) -> Rounding:
-        """The rounding."""
+        """The one rounding."""
         return self._rounding
 
 
 class GptqRoundings:
-    """GPTQ with the moments of each weight's inputs.
+    """GPTQ with the calibration statistics of each weight.
 
-    Moments are read when a weight is really rounded by them, and what is prepared is kept for the
-    weights that follow with the same input, and no longer: memory holds that of one input.
+    Statistics are read when a weight is really rounded with them. The prepared factors are kept for
+    the following weights with the same input, so that memory holds those of one input.
     """
 
     def __init__(self, source: CalibrationSource) -> None:
@@ -57,16 +57,16 @@ class GptqRoundings:
         return _Late(self, name)
 
     def prepared(self, name: str) -> Gptq:
-        """The rounding of a weight, its moments read."""
+        """The rounding of a weight, with its statistics read."""
         key = self._source.key(name)
         if self._prepared is None or self._key != key:
             self._prepared = None  # frees the last one before the next is read
-            self._prepared, self._key = Gptq(self._source.moments(name)), key
+            self._prepared, self._key = Gptq(self._source.statistics(name)), key
         return self._prepared
 
 
 class _Late:
-    """Reads the moments only if a weight is rounded with them: not at 8 bits or more."""
+    """Reads the statistics only if a weight is rounded with them: not at 8 bits or more."""
 
     rows_at_once = ROWS
 
@@ -90,19 +90,21 @@ def load_roundings(
 ) -> Roundings:
     """The roundings of a plan's quantizer.
 
-    The moments file is `override`, or else the quantizer's own path: as it is, or beside `base`,
-    the file that names it. Raises `UserError` where it is missing, is not the one that the
-    quantizer was measured with (by SHA-256), or cannot be read.
+    The file of calibration statistics is `override`, or else the quantizer's own path, as it is or
+    relative to `base`, the file that names it. Raises `UserError` where the file is missing, cannot
+    be read, or is not the one that the quantizer was measured with (by SHA-256).
     """
     if quantizer.moments is None:
         if override is not None:
-            raise UserError(f"{override}: rounding by '{quantizer.method}' takes no second moments")
+            raise UserError(
+                f"{override}: rounding by '{quantizer.method}' takes no calibration statistics"
+            )
         return Always(quantize_mse if quantizer.method == "mse" else quantize)
     path = override or _find(quantizer.moments, base)
     file = CalibrationFile(path)
     if quantizer.sha256 and sha256_of(path) != quantizer.sha256:
         raise UserError(
-            f"{path}: not the second moments that quality was measured with (SHA-256 "
+            f"{path}: not the calibration statistics that quality was measured with (SHA-256 "
             f"{quantizer.sha256[:12]}...); give that file with --moments FILE"
         )
     return GptqRoundings(file)
@@ -111,7 +113,7 @@ def load_roundings(
 def rounding_key(
     quantizer: Quantizer, override: Path | None = None, base: Path | None = None
 ) -> str:
-    """Tells apart quantizers that may find other codes: the method, and its moments' SHA-256.
+    """A text that differs between quantizers that may give other codes: method and SHA-256.
 
     Arguments and errors are those of `load_roundings`.
     """
@@ -128,4 +130,4 @@ def _find(moments: str, base: Path | None) -> Path:
         if place.is_file():
             return place
     tried = " and ".join(str(place) for place in dict.fromkeys(places))
-    raise UserError(f"no second moments at {tried}; give the file with --moments FILE")
+    raise UserError(f"no calibration statistics at {tried}; give the file with --moments FILE")

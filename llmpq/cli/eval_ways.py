@@ -12,9 +12,10 @@ from typing import Any
 
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.checkpoint.roundings import Roundings, load_roundings
-from llmpq.evaluation.harness import Scorer, TaskScore, harness_model, run_tasks
+from llmpq.evaluation.harness import TaskScore, harness_model, run_tasks
 from llmpq.evaluation.perplexity import Loss, evaluate, load_stages
 from llmpq.evaluation.pipeline_loss import PipelineLoss
+from llmpq.evaluation.scorer import Scorer
 from llmpq.evaluation.streaming import stream
 from llmpq.quantizer import Quantizer
 from llmpq.runtime.transport import Transport

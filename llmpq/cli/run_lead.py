@@ -37,14 +37,14 @@ def with_hashes(options: RunOptions) -> bool:
 
 def open_results(plan: Plan, options: RunOptions, prepared: "Prepared") -> "Results | ResultStream":
     """The output, before anything is loaded: a restart must not take an older one for its own."""
-    from llmpq.prompts.result_lines import Writer
+    from llmpq.prompts.result_lines import ResultWriter
     from llmpq.prompts.result_stream import ResultStream
     from llmpq.reliability.journal import Results
 
     prompts = prepared.prompts
     assert prompts is not None
     chosen = options.output_format
-    writer = Writer(prompts.form if chosen == "auto" else chosen, Path(plan.model.name).name)
+    writer = ResultWriter(prompts.form if chosen == "auto" else chosen, Path(plan.model.name).name)
     if options.streams:
         return ResultStream(writer)
     return Results(

@@ -36,8 +36,8 @@ class MicroBatchShape:
 
 def snapshots(config: Any, layers: LayerRange, shape: MicroBatchShape) -> list[TensorSnapshot]:
     """What is alive while a stage runs one micro-batch, as the runtime's warm-up does."""
-    stage = StageModel(config, layers, ["16"] * (layers.end - layers.first), torch.bfloat16, META)
-    cache = LaneCache(layers.end - layers.first, [LaneShape(shape.requests, shape.seen)])
+    stage = StageModel(config, layers, ["16"] * layers.count, torch.bfloat16, META)
+    cache = LaneCache(layers.count, [LaneShape(shape.requests, shape.seen)])
     watch = LiveTensors()
     with torch.inference_mode():
         with LiveTensors():

@@ -73,13 +73,18 @@ class LayerRange:
     total: int
 
     @property
+    def count(self) -> int:
+        """The number of layers in the range."""
+        return self.end - self.first
+
+    @property
     def is_first(self) -> bool:
-        """Embeds the tokens."""
+        """Whether the range holds the first layer, so that its stage embeds tokens."""
         return self.first == 0
 
     @property
     def is_last(self) -> bool:
-        """Computes the logits."""
+        """Whether the range holds the last layer, so that its stage computes logits."""
         return self.end == self.total
 
 
@@ -122,7 +127,7 @@ class StageModel(nn.Module):
         group: ShardGroup | None = None,
     ) -> None:
         super().__init__()
-        assert len(precisions) == layers.end - layers.first
+        assert len(precisions) == layers.count
         assert layers.total == config.num_hidden_layers
         assert group is None or (group.rank, group.size) == (shard.index, shard.count)
         self.layers, self.dtype, self.device = layers, dtype, device

@@ -1,4 +1,4 @@
-"""The file of second moments that GPTQ rounds with: gathered in one streaming pass at 16 bits."""
+"""Gathers the calibration statistics for GPTQ in one streaming pass at 16 bits."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,9 +23,9 @@ def gather_calibration(
     also: LayerObserver | None = None,
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> CalibrationFile:
-    """Writes the moments of every linear's inputs on `[n, W]` windows, a layer at a time.
+    """Writes the statistics of every linear's inputs on `[n, W]` windows, a layer at a time.
 
-    `block`: the most columns of a block of H. `also` watches the same pass.
+    `block` is the most columns of a block of H. `also` observes the same pass.
     """
     writer, keys = CalibrationWriter(path), dict[str, str]()
 
@@ -33,8 +33,8 @@ def gather_calibration(
     def watch(stage: StageModel) -> Iterator[None]:
         with CalibrationMeter(stage, block) as meter, also(stage) if also else nullcontext():
             yield
-        for key, moments in meter.moments().items():
-            writer.add(key, moments)
+        for key, statistics in meter.statistics().items():
+            writer.add(key, statistics)
         keys.update(meter.keys)
 
     subject.run(windows, watch, on_layer)
@@ -43,6 +43,6 @@ def gather_calibration(
 
 
 def most_bytes(spec: ModelSpec, block: int | None = None) -> int:
-    """What the file takes at most: columns of a block times n bytes for each linear of n inputs."""
+    """An upper bound of the file's bytes: n times a block's columns for a linear of n inputs."""
     sizes = [op.in_features for op in spec.linears]
     return spec.num_layers * sum(size * block_columns(size, block) for size in sizes)

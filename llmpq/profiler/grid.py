@@ -17,7 +17,7 @@ from llmpq.profile_data import Candidate, Phase, ProfileRow
 LAYER_PHASES: tuple[Phase, ...] = ("prefill", "decode")
 STAGE_PHASE: dict[Phase, Phase] = {"prefill": "stage_prefill", "decode": "stage_decode"}
 ENDS = ("embedding", "head")
-NUM_END_SHAPES = 6  # of the embedding, and of the head
+NUM_END_SHAPES = 6  # shapes of the embedding, and of the head
 
 Choose = Callable[[Sequence[ProfileRow], Sequence[Candidate], int], list[Candidate]]
 Pairs = list[tuple[int, int]]  # (micro-batch, tokens)
@@ -25,13 +25,13 @@ Pairs = list[tuple[int, int]]  # (micro-batch, tokens)
 
 @dataclass(frozen=True)
 class ShapeRange:
-    """Micro-batches and tokens of one phase: their least and greatest values."""
+    """The least and greatest micro-batches and tokens of one phase."""
 
     micro_batches: tuple[int, int]
     tokens: tuple[int, int]
 
     def start(self, phase: Phase, switches: Sequence[int] = ()) -> Pairs:
-        """A few pairs to begin with, small ones first; some with `switches` rows."""
+        """A few initial pairs, small ones first, some of them with `switches` rows."""
         (few, many), (short, long) = self.micro_batches, self.tokens
         middle = _middle(few, many), _middle(short, long)
         pairs = {(b, t) for b in (few, many) for t in (short, long)} | {middle}
@@ -49,9 +49,9 @@ class ShapeRange:
 
 @dataclass(frozen=True)
 class AdaptiveGrid:
-    """Choose cells within these spans as the measurements come in.
+    """Chooses cells within these ranges while measurements come in.
 
-    `switches`: numbers of rows at which kernels change (`llmpq.serving.switch_rows`).
+    `switches` holds the numbers of rows at which kernels change (`llmpq.serving.switch_rows`).
     """
 
     precisions: tuple[str, ...]
@@ -60,11 +60,11 @@ class AdaptiveGrid:
     switches: tuple[int, ...] = ()
 
     def start(self, phase: Phase) -> Pairs:
-        """Where to begin."""
+        """The initial pairs of a phase."""
         return self._span(phase).start(phase, self.switches)
 
     def dense(self, phase: Phase) -> Pairs:
-        """What may be added."""
+        """The pairs that may be added."""
         return self._span(phase).dense()
 
     @property
@@ -79,7 +79,7 @@ class AdaptiveGrid:
 
 @dataclass(frozen=True)
 class Grid:
-    """Exactly these shapes."""
+    """Measures exactly these shapes."""
 
     precisions: tuple[str, ...]
     prefill_micro_batches: tuple[int, ...]
@@ -88,7 +88,7 @@ class Grid:
     past_tokens: tuple[int, ...]
 
     def start(self, phase: Phase) -> Pairs:
-        """All of them."""
+        """All pairs of a phase."""
         if phase == "prefill":
             batches, lengths = self.prefill_micro_batches, self.prompt_tokens
         else:
@@ -96,7 +96,7 @@ class Grid:
         return [(b, t) for t in lengths for b in batches]
 
     def dense(self, phase: Phase) -> Pairs:
-        """Nothing is added."""
+        """No pairs: a fixed grid adds none."""
         return []
 
     @property
@@ -107,7 +107,7 @@ class Grid:
 
 
 def layer_cells(precisions: Sequence[str], phase: Phase, pairs: Pairs) -> list[Candidate]:
-    """Each shape at every precision, after what a stage's call costs beside its layers."""
+    """The cells of each shape: a stage's call without layers, then every precision."""
     return [
         cell
         for batch, tokens in pairs
@@ -124,7 +124,7 @@ def stage_cell(precisions: Sequence[str], phase: Phase, batch: int, tokens: int)
 
 
 def end_cells(prefills: Pairs, decodes: Pairs) -> list[Candidate]:
-    """A few shapes of the embedding, by tokens in all, and of the head, by requests."""
+    """Cells of a few shapes of the embedding (by tokens) and of the head (by requests)."""
     lookups = {batch * tokens: (batch, tokens) for batch, tokens in prefills}
     lookups |= {batch: (batch, 1) for batch, _ in decodes}
     heads = sorted({batch for batch, _ in (*prefills, *decodes)})
@@ -137,7 +137,7 @@ def farthest(
 ) -> list[Candidate]:
     """The candidates farthest from all measured cells of their precision and phase, in log space.
 
-    The default where no cost model says where it is worst.
+    This is the default where no cost model names the cells that it predicts worst.
     """
     known = defaultdict(list)
     for row in rows:
@@ -172,7 +172,7 @@ def _steps(least: int, most: int) -> list[int]:
 
 
 def _spread(values: list[int]) -> list[int]:
-    """At most `NUM_END_SHAPES` of ascending values, the ends among them."""
+    """At most `NUM_END_SHAPES` of ascending values, with the first and the last."""
     if len(values) <= NUM_END_SHAPES:
         return values
     last = NUM_END_SHAPES - 1

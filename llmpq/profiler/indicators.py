@@ -1,14 +1,14 @@
-"""How much a layer suffers at a precision, while all others stay at 16 bits: four indicators.
+"""Four indicators of the sensitivity of a layer at a precision, with all others at 16 bits.
 
     measured  the divergence from the 16-bit model's next-token distributions, nats a token
     variance  D S^2 G: inner dimension x squared step x variance of the inputs, summed over linears
-              (LLM-PQ, arXiv 2403.01136, eq. 3: what rounding adds to the variance of the outputs)
+              (LLM-PQ, arXiv 2403.01136, eq. 3: the variance that rounding adds to the outputs)
     hessian   tr(dW H dW^T) x the top eigenvalue of H, summed over linears; H = X^T X / T is the
-              mean second moment of the inputs, dW what rounding changed
-    random    drawn, but dearer at fewer bits: what an indicator must beat
+              mean second moment of the inputs, dW the change by rounding
+    random    random numbers, larger at fewer bits: the baseline for the other indicators
 
-"measured" and plans are run; this module knows the others, and which variants to run.
-Not covered: how activations suffer in "8-w8a8", in any but "measured".
+"measured" needs runs of variants, which this module only names; it computes the other three.
+Not covered: the effect of 8-bit activations ("8-w8a8") in any indicator but "measured".
 """
 
 import random
@@ -36,7 +36,7 @@ POWER_STEPS, POWER_TOLERANCE = 500, 1e-6
 
 @dataclass(frozen=True)
 class LoadableModel:
-    """A model, and how it is loaded."""
+    """A model and the settings with which it is loaded."""
 
     config: Any
     weights: Weights
@@ -46,11 +46,11 @@ class LoadableModel:
 
     @property
     def num_layers(self) -> int:
-        """All of them."""
+        """All layers of the model."""
         return int(self.config.num_hidden_layers)
 
     def load(self, first: int, end: int, precisions: Sequence[LayerPrecision]) -> StageModel:
-        """Layers `first` up to `end`."""
+        """Loads layers `first` up to `end`."""
         layers = LayerRange(first, end, self.num_layers)
         return load_stage(
             self.config,
@@ -63,7 +63,7 @@ class LoadableModel:
         )
 
     def run(self, windows: Tensor, watch: LayerObserver, on_layer: Callable[[int], None]) -> None:
-        """Watches the 16-bit model on `[n, W]` windows, one layer in memory at a time."""
+        """Runs the 16-bit model on `[n, W]` windows under `watch`, with one layer in memory."""
         stream(
             self.config,
             self.weights,
@@ -85,12 +85,12 @@ class SensitivityCell:
     part: LayerPart = "layer"
 
     def variant(self, num_layers: int) -> list[LayerPrecision]:
-        """The model with this alone below 16 bits."""
+        """The model with only this layer, or part, below 16 bits."""
         low = self.precision if self.part == "layer" else PartOfLayer(self.precision, self.part)
         return [low if layer == self.layer else "16" for layer in range(num_layers)]
 
     def row(self, sensitivity: float) -> LayerSensitivity:
-        """As files hold it."""
+        """The row of a sensitivity file."""
         return LayerSensitivity(
             layer=self.layer, precision=self.precision, part=self.part, sensitivity=sensitivity
         )
@@ -99,7 +99,7 @@ class SensitivityCell:
 def sensitivity_cells(
     num_layers: int, precisions: Sequence[str], apart: bool = False
 ) -> list[SensitivityCell]:
-    """Every layer at every precision below 16 bits; `apart`: its attention and FFN as well."""
+    """Every layer at every precision below 16 bits; with `apart`, attention and FFN as well."""
     parts: tuple[LayerPart, ...] = ("layer", "attention", "ffn") if apart else ("layer",)
     return [
         SensitivityCell(layer, precision, part)
@@ -111,7 +111,7 @@ def sensitivity_cells(
 
 
 def random_rows(wanted: Sequence[SensitivityCell], seed: int) -> list[LayerSensitivity]:
-    """A draw for each layer and part, times the variance of errors at its bits."""
+    """A random number for each layer and part, times the variance of errors at its bits."""
     draw = random.Random(seed)
     keys = dict.fromkeys((cell.layer, cell.part) for cell in wanted)
     drawn = {key: draw.random() for key in keys}
@@ -123,13 +123,13 @@ def random_rows(wanted: Sequence[SensitivityCell], seed: int) -> list[LayerSensi
 
 @dataclass
 class InputVariance:
-    """Variance of the inputs of each linear, over tokens and features; `watch` gathers it."""
+    """The variance of the inputs of each linear, over tokens and features."""
 
     _sums: dict[str, list[float]] = field(default_factory=dict)
 
     @contextmanager
     def watch(self, stage: StageModel) -> Iterator[None]:
-        """Counts what the stage's linears are given meanwhile."""
+        """Adds the inputs of the stage's linears while the context is open."""
         handles = [
             linear.register_forward_pre_hook(partial(self._add, name))
             for name, linear in stage.linears().items()
@@ -139,7 +139,7 @@ class InputVariance:
             handle.remove()
 
     def of(self, name: str) -> float:
-        """Of the inputs of the weight called `name`."""
+        """The variance of the inputs of the weight `name`."""
         count, total, squares = self._sums[name]
         return max(0.0, squares / count - (total / count) ** 2)
 
@@ -156,7 +156,7 @@ def variance_rows(
     variance: Callable[[str], float],
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> list[LayerSensitivity]:
-    """The variance indicator; `variance` gives that of the inputs by the weight's name."""
+    """Rows of the variance indicator; `variance` maps a weight's name to that of its inputs."""
 
     def damage(name: str, linear: nn.Module, precision: str) -> float:
         raw = _raw(subject, name, linear)
@@ -172,7 +172,7 @@ def hessian_rows(
     moments: Callable[[str], Tensor],
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> list[LayerSensitivity]:
-    """The Hessian indicator; `moments` gives fp32 `[blocks, B, B]` by the weight's name."""
+    """Rows of the Hessian indicator; `moments` maps weights to H, fp32 `[blocks, B, B]`."""
     eigenvalues: dict[str, float] = {}
 
     def damage(name: str, linear: Any, precision: str) -> float:
@@ -186,14 +186,14 @@ def hessian_rows(
 
 
 def mean_square_step(weight: Tensor, bits: int) -> float:
-    """The squared step of the grid that covers each group of a weight `[out, in]`, mean."""
+    """The mean squared step of the grids that cover each group of a weight `[out, in]`."""
     groups = weight.unflatten(1, (-1, group_size(bits, weight.shape[1])))
     span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
     return float((span / (2**bits - 1)).square().mean())
 
 
 def output_error(lost: Tensor, moments: Tensor) -> float:
-    """tr(dW H dW^T) of `lost [out, in]`: the squared error of the outputs, summed, a token."""
+    """tr(dW H dW^T) of `lost [out, in]`: the summed squared error of outputs, for a token."""
     parts = lost.split(moments.shape[-1], dim=1)
     return sum(
         float((part @ block.to(part)).mul_(part).sum())
@@ -202,7 +202,7 @@ def output_error(lost: Tensor, moments: Tensor) -> float:
 
 
 def top_eigenvalue(matrix: Tensor) -> float:
-    """Of a positive semi-definite `[B, B]`, by power iteration."""
+    """The top eigenvalue of a positive semi-definite `[B, B]`, by power iteration."""
     vector = matrix.sum(0) + matrix.diagonal()
     found = 0.0
     for _ in range(POWER_STEPS):

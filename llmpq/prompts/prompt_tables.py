@@ -1,8 +1,8 @@
-"""Rows of tables and arrays of requests: CSV, JSON arrays, Parquet. Streamed, row by row.
+"""Streams rows of tables and arrays of requests: CSV, JSON arrays, Parquet.
 
-A column is known by its name, whatever its case; what a cell holds becomes the value of the key of
-that name. An empty cell is no value. Cells of CSV are texts: those of keys that take numbers or
-lists are read as JSON.
+Columns are matched by name, in upper or lower case; a cell becomes the value of the key of that
+name. An empty cell is no value. Cells of CSV are texts: those of keys that take numbers or lists
+are parsed as JSON.
 """
 
 import csv
@@ -30,10 +30,10 @@ EXPECTED = "a request is a text or an object"
 
 
 class PromptRow(NamedTuple):
-    """A request's keys, or why it is none. `number`: its line (its row, where there are none)."""
+    """The keys of a request, or the fault of a row. `number`: its line, or its row in Parquet."""
 
     number: int
-    data: dict[str, Any]
+    data: dict[str, object]
     fault: str | None = None
 
 
@@ -41,9 +41,9 @@ class PromptRow(NamedTuple):
 
 
 def csv_columns(head: str, path: Path) -> str | None:
-    """The delimiter of a text whose first line names a column of prompts; None: it is no CSV.
+    """The delimiter of a text whose first line names a column of prompts; None for other texts.
 
-    Raises `UserError` where the file calls itself one and has no such column.
+    Raises `UserError` where the file's name says CSV and there is no such column.
     """
     first = head.splitlines()[0] if head else ""
     for delimiter in DELIMITERS:
@@ -81,7 +81,7 @@ def csv_rows(file: TextIO, path: Path, delimiter: str) -> Iterator[PromptRow]:
 def _csv_row(number: int, names: list[str], cells: list[str]) -> PromptRow:
     if len(cells) != len(names):
         return PromptRow(number, {}, f"has {len(cells)} cells, the first line names {len(names)}")
-    data: dict[str, Any] = {}
+    data: dict[str, object] = {}
     for name, cell in zip(names, cells, strict=True):
         if name in JSON_COLUMNS and cell.strip():
             try:
@@ -94,7 +94,7 @@ def _csv_row(number: int, names: list[str], cells: list[str]) -> PromptRow:
 
 
 def _names(cells: list[str]) -> list[str]:
-    """Columns that are known by the name of their key, others as they are."""
+    """Names of columns: known ones as the name of their key, others unchanged."""
     bare = [cell.strip().lstrip("\ufeff") for cell in cells]
     return [cell.lower() if cell.lower() in COLUMNS else cell for cell in bare]
 
@@ -108,7 +108,7 @@ def _checked_names(names: list[str], path: Path, number: int) -> list[str]:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """The csv module's limit is one for the whole process, and small."""
+    """Raises the csv module's limit of a cell, which is small and holds for the whole process."""
     before = csv.field_size_limit(MAX_CELL)
     try:
         yield
@@ -122,9 +122,9 @@ def _long_cells() -> Iterator[None]:
 def array_rows(
     file: TextIO, path: Path, hook: Callable[[list[tuple[str, Any]]], Any]
 ) -> Iterator[PromptRow]:
-    """Elements of one array of JSON, numbered by the lines on which they begin.
+    """The elements of one array of JSON, numbered by the lines on which they begin.
 
-    No more is held in memory than an element and what is read at once.
+    Memory holds one element, and the characters that are read at a time.
     """
     text = _JsonStream(file, path, json.JSONDecoder(object_pairs_hook=hook))
     text.expect("[")
@@ -141,7 +141,7 @@ def array_rows(
         raise UserError(f"{path}:{text.line}: something follows the end of the array")
 
 
-def _array_row(number: int, value: Any) -> PromptRow:
+def _array_row(number: int, value: object) -> PromptRow:
     if isinstance(value, str):
         return PromptRow(number, {"prompt": value})
     if isinstance(value, dict):
@@ -150,7 +150,7 @@ def _array_row(number: int, value: Any) -> PromptRow:
 
 
 class _JsonStream:
-    """A text that is read as far as it has to be."""
+    """A stream of JSON, which is read no further than necessary."""
 
     def __init__(self, file: TextIO, path: Path, decoder: json.JSONDecoder) -> None:
         self._file, self._path, self._decoder = file, path, decoder
@@ -158,7 +158,7 @@ class _JsonStream:
         self.line = 1
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is no white space; empty at the end."""
         while True:
             while self._at < len(self._rest):
                 found = self._rest[self._at]
@@ -170,7 +170,7 @@ class _JsonStream:
                 return ""
 
     def expect(self, *wanted: str) -> str:
-        """Passes over one of these characters."""
+        """Consumes one of these characters, and returns it."""
         found = self.peek()
         if found not in wanted or not found:
             what = " or ".join(map(repr, wanted))
@@ -179,7 +179,7 @@ class _JsonStream:
         return found
 
     def value(self) -> Any:
-        """Passes over a value of JSON."""
+        """Consumes a value of JSON, and returns it."""
         while True:
             try:
                 found, end = self._decoder.raw_decode(self._rest, self._at)
@@ -198,7 +198,7 @@ class _JsonStream:
                 return found
 
     def _more(self) -> bool:
-        """Reads on, twice as much each time that one value needs more."""
+        """Reads more characters, twice as many each time that one value needs more."""
         held = len(self._rest) - self._at
         try:
             new = self._file.read(max(READ_CHARACTERS, held))
@@ -215,7 +215,7 @@ class _JsonStream:
 
 
 def parquet_rows(path: Path) -> Iterator[PromptRow]:
-    """Rows of a Parquet file; only columns that are known are read."""
+    """Rows of a Parquet file; only known columns are read."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile

@@ -1,7 +1,7 @@
-"""All stages of a plan as threads of this process: the twin of the runtime for tests and trials.
+"""Runs all stages of a plan as threads of this process, for tests and short trials.
 
-Slower than processes (one interpreter), but the same engine, schedule and tokens. All stages are on
-the CPU, and the plan's rehearsal is not played.
+Threads share one interpreter and are slower than processes, but use the same engine and schedule
+and give the same tokens. All stages are on the CPU, without the plan's rehearsal.
 """
 
 import threading
@@ -40,7 +40,7 @@ def generate_locally(
 
 
 class _WorkerId(NamedTuple):
-    """A worker: its stage, and which of those that share it."""
+    """The stage of a worker, and its shard of that stage."""
 
     stage: int
     shard: int
@@ -74,9 +74,9 @@ class LocalStages:
         chunk: int | None = None,
         samplings: Sequence[Sampling] = (),
     ) -> list[Finished]:
-        """What becomes of every request, in the order in which they end.
+        """The finished requests, in the order in which they end.
 
-        The arguments are those of `StageEngine.lead`; after an error the stages are of no more use.
+        The arguments are those of `StageEngine.lead`. After an error the stages are unusable.
         """
         lengths = {one.number: (len(one.prompt), one.new_tokens) for one in requests}
         fetch = {request.number: request for request in requests}.__getitem__
@@ -98,7 +98,7 @@ class LocalStages:
 
 
 class _WorkerThreads:
-    """The workers of a plan as threads, and what connects them."""
+    """The threads of a plan's workers, and the hubs that connect them."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -138,7 +138,7 @@ class _WorkerThreads:
         )
 
     def run(self, work: Callable[[_WorkerId], None]) -> None:
-        """Does `work` in a thread for each worker; raises what failed first."""
+        """Calls `work` in a thread for each worker; raises the first error."""
         threads = [threading.Thread(target=self._try, args=(work, p)) for p in self._places]
         for thread in threads:
             thread.start()

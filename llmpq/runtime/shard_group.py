@@ -1,7 +1,7 @@
-"""How the shards of a stage add up what each has computed (`models.sharding.ShardGroup`).
+"""Collective operations between the shards of a stage (`models.sharding.ShardGroup`).
 
-`DistributedShardGroup` goes through torch.distributed, `LocalShardGroup` connects threads of one
-process. In both, every shard gets the same bits of a sum, so that all shards go on alike.
+`DistributedShardGroup` uses torch.distributed, `LocalShardGroup` connects threads of one process.
+In both, every shard gets the same bits of a sum, so that all shards compute the same states.
 """
 
 import threading
@@ -19,9 +19,9 @@ LOCAL_TIMEOUT_S = TIMEOUT.total_seconds()
 
 
 class DistributedShardGroup:
-    """Processes of torch.distributed; `ranks` are those of its world, the first shard's first.
+    """A group of processes of torch.distributed; `ranks` holds their ranks in order of shards.
 
-    `device`: where tensors must be to travel (NCCL's card); None: wherever they are.
+    `device` is the card that NCCL sends from; None sends tensors from where they are.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class DistributedShardGroup:
 def distributed_shard_group(
     stages: Sequence[Sequence[int]], backend: str, device: torch.device
 ) -> DistributedShardGroup | None:
-    """This process's group, of all those of a plan; None where its stage has one device.
+    """The group of this process's stage; None where its stage has one device.
 
-    `stages` holds the ranks of each stage, `device` is this process's. Every process of the world
-    must call it alike.
+    `stages` holds the ranks of each stage, `device` is the device of this process. Every process
+    must call this with the same `stages`.
     """
     own = None
     for ranks in stages:
@@ -68,7 +68,7 @@ def distributed_shard_group(
 
 
 class LocalShardHub:
-    """What the threads of a `LocalShardGroup` share."""
+    """The state that the threads of a `LocalShardGroup` share."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -76,11 +76,11 @@ class LocalShardHub:
         self._barrier = threading.Barrier(size)
 
     def groups(self) -> list[ShardGroup]:
-        """One for each shard."""
+        """A group object for each shard."""
         return [LocalShardGroup(rank, self) for rank in range(self.size)]
 
     def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:
-        """Every shard's tensor, once all have come; none may be written to."""
+        """The tensors of all shards, once all have called this; none may be written to."""
         self._slots[rank] = tensor
         try:
             self._barrier.wait(timeout=LOCAL_TIMEOUT_S)
@@ -96,7 +96,7 @@ class LocalShardHub:
 
 
 class LocalShardGroup:
-    """Threads of this process. Sums are taken in the order of the shards."""
+    """Connects threads of this process. Sums are taken in the order of the shards."""
 
     def __init__(self, rank: int, hub: LocalShardHub) -> None:
         self.rank, self.size, self._hub = rank, hub.size, hub

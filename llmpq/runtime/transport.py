@@ -1,11 +1,11 @@
-"""How stages talk: tensors of known size, point to point, never pickled objects.
+"""Communication between stages: tensors of known size, point to point, never pickled objects.
 
-`Transport` is the seam. `DistributedTransport` goes through torch.distributed (gloo on CPUs, NCCL
+`Transport` is the interface. `DistributedTransport` uses torch.distributed (gloo on CPUs, NCCL
 between cards of one process each, gloo through main memory where processes share a card);
 `LocalTransport` connects stages that are threads of one process, for tests and evaluation.
 
-A job comes as a header of fixed size (`runtime.jobs`), then its hidden states as one byte buffer:
-16 bytes (a number, the data type) and the states, whose size the header tells.
+A job arrives as a header of fixed size (`runtime.jobs`), then its hidden states as one byte buffer:
+16 bytes (a number, the data type) and the states, whose size the header gives.
 """
 
 import os
@@ -26,14 +26,14 @@ TIMEOUT = timedelta(days=1)  # loading may take hours; that a worker is lost, it
 
 
 class Pending(Protocol):
-    """A transfer under way."""
+    """A transfer in flight."""
 
     def wait(self) -> object:
         """Returns when the tensor has been sent or filled."""
 
 
 class Transport(Protocol):
-    """Connects the stages 0 .. size-1. `message_device` is where hidden states travel from.
+    """Connects the stages 0 .. size-1. `message_device` is the device that sends hidden states.
 
     Where several workers share a stage, its first one sends and receives; all of them take part in
     `broadcast` and `gather`.
@@ -102,12 +102,12 @@ def payload(buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def message_bytes(num_values: int, dtype: torch.dtype) -> int:
-    """Size of a message that carries so many values."""
+    """Bytes of a message that carries so many values."""
     return HEADER_BYTES + num_values * dtype.itemsize
 
 
 class DistributedTransport:
-    """torch.distributed between processes. `stages`: the ranks of each stage's workers."""
+    """Connects processes by torch.distributed; `stages` holds the ranks of each stage's workers."""
 
     def __init__(
         self, backend: str, device: torch.device, stages: Sequence[Sequence[int]] | None = None
@@ -157,7 +157,7 @@ class DistributedTransport:
 
 
 class LocalTransport:
-    """Stages that are threads of this process."""
+    """Connects stages that are threads of this process."""
 
     message_device = torch.device("cpu")
 
@@ -199,7 +199,7 @@ class LocalTransport:
 
 
 class LocalHub:
-    """What the threads of a `LocalTransport` share. `shards`: workers of each stage."""
+    """The state that the threads of a `LocalTransport` share; `shards`: workers of each stage."""
 
     def __init__(self, size: int, shards: Sequence[int] | None = None) -> None:
         self.size = size
@@ -211,7 +211,7 @@ class LocalHub:
         self._barrier = threading.Barrier(sum(self.shards))
 
     def exchange(self, worker: int, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The tensor of every stage's first worker, once all workers have come."""
+        """The tensor of every stage's first worker, once all workers have called this."""
         self._slots[worker] = tensor
         try:
             self._barrier.wait(timeout=600)
@@ -229,7 +229,7 @@ class LocalHub:
 
 
 class _Channel(queue.SimpleQueue[torch.Tensor | None]):
-    """Tensors in order; None means that the other end has failed."""
+    """A queue of tensors; None means that the other end has failed."""
 
 
 class _QueuedSend:

@@ -143,15 +143,9 @@ def humming_invariant(place: Place, shape: Shape) -> Iterator[Duel]:
     for bits in BITS:
         layers = []
         for invariant in (True, False):
-            layer = HummingLinear(
-                in_features,
-                out_features,
-                False,
-                place.dtype,
-                place.device,
-                bits,
-                batch_invariant=invariant,
-            )
+            where = place.dtype, place.device
+            layer = HummingLinear(in_features, out_features, False, *where, bits)
+            layer.batch_invariant = invariant
             layer.load_weight("weight", weight)
             layers.append(layer)
         held = layers[0].dequantized_weight().float()

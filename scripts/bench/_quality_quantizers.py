@@ -90,7 +90,7 @@ def gptq_from(settings: Settings, subject: Subject, windows: torch.Tensor) -> Qu
     with torch.inference_mode(), CalibrationMeter(stage) as meter:
         for part in windows.split(AT_ONCE):
             stage.run(stage.embed(part))
-    write_calibration(path, meter.moments(), meter.keys, {"model": subject.name})
+    write_calibration(path, meter.statistics(), meter.keys, {"model": subject.name})
     return Quantizer(method="gptq", moments=str(path), sha256=sha256_of(path))
 
 

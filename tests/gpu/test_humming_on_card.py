@@ -23,13 +23,14 @@ def card() -> Iterator["torch.device"]:
     yield device
 
 
-def filled(card, bits, shape, dtype, **how):
+def filled(card, bits, shape, dtype, batch_invariant=False):
     out_features, in_features = shape
     group, capability = grid_inputs(bits, in_features, None), torch.cuda.get_device_capability(card)
     if reason := humming_support.why_not(capability, dtype, bits, in_features, out_features, group):
         pytest.skip(reason)
     generator = torch.Generator().manual_seed(bits)
-    layer = HummingLinear(in_features, out_features, False, dtype, card, bits, **how)
+    layer = HummingLinear(in_features, out_features, False, dtype, card, bits)
+    layer.batch_invariant = batch_invariant
     layer.load_weight("weight", torch.randn(out_features, in_features, generator=generator) * 0.02)
     return layer
 

@@ -20,8 +20,9 @@ from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.cli.eval import main as eval_command
 from llmpq.cli.run import main as run_command
 from llmpq.evaluation.calibration import CalibrationMeter
-from llmpq.evaluation.harness import Scorer, harness_model, run_tasks
+from llmpq.evaluation.harness import harness_model, run_tasks
 from llmpq.evaluation.perplexity import evaluate, load_stages, text_windows
+from llmpq.evaluation.scorer import Scorer
 from llmpq.evaluation.tasks import load_tasks
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import ASSETS
@@ -70,7 +71,7 @@ def moments(tmp_path_factory):
     windows = text_windows(ASSETS / "calibration.txt", load_tokenizer(TINY_TALES), 256, 4)
     with CalibrationMeter(stage) as meter:
         evaluate([stage], windows)
-    write_calibration(path, meter.moments(), meter.keys, {"model": "tiny-tales"})
+    write_calibration(path, meter.statistics(), meter.keys, {"model": "tiny-tales"})
     return path
 
 

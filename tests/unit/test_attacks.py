@@ -50,7 +50,7 @@ from llmpq.reliability.monitor import (
     MOST_CHARACTERS,
     Board,
     Verdict,
-    Who,
+    WorkerIdentity,
     process_state,
 )
 from llmpq.runtime import process
@@ -566,11 +566,11 @@ def test_texts_of_the_store_are_short_and_in_one_line():
     verdict = Board(Store(changed(GUILTY, how="\x1b[2J\n" * 999)), 2).verdict()
     assert verdict is not None and verdict.how.startswith(r"\x1b[2J\x0a\x1b")
     assert "\n" not in verdict.how
-    assert Board(Store(changed(WHO)), 2).who(1) == Who(**WHO)
+    assert Board(Store(changed(WHO)), 2).who(1) == WorkerIdentity(**WHO)
 
 
 def test_what_workers_tell_is_read_as_it_was(monkeypatch):
-    board, who = Board(dist.HashStore(), 2), Who.here(1, "t4-16g on node0")
+    board, who = Board(dist.HashStore(), 2), WorkerIdentity.here(1, "t4-16g on node0")
     board.join(who)
     board.conclude(Verdict((0, 1), "was lost", True, True))
     assert board.who(1) == who and board.who(0) is None
@@ -584,8 +584,8 @@ def test_a_process_that_is_no_worker_of_this_run_is_not_ended(monkeypatch, rank,
     variables = os.environ | {"RANK": rank, "MASTER_PORT": port}
     command = [sys.executable, "-c", "input()"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables)
-    machine = Who.here(0, "me").machine
-    Who(1, "a", "here", child.pid, machine, process_state(child.pid)[1]).kill()
+    machine = WorkerIdentity.here(0, "me").machine
+    WorkerIdentity(1, "a", "here", child.pid, machine, process_state(child.pid)[1]).kill()
     assert child.poll() is None
     child.communicate(b"\n", timeout=30)
     assert child.returncode == 0
@@ -621,7 +621,7 @@ CARD = {"index": 0, "name": "T4", "memory_bytes": 1, "compute_capability": "7.5"
     ],
 )
 def test_a_process_that_does_not_describe_itself_ends_the_run_in_order(text):
-    with pytest.raises(WorkerError, match="rank 1: what it says of its host"):
+    with pytest.raises(WorkerError, match="rank 1: its description of its host"):
         read_process(text if isinstance(text, bytes) else text.encode(), 1)
 
 

@@ -1,4 +1,4 @@
-"""Second moments: measured on a running stage, written, read, and used to load weights."""
+"""Calibration statistics: measured on a running stage, written, read, and used to load weights."""
 
 import json
 import math
@@ -60,7 +60,9 @@ def meter():
 @pytest.fixture(scope="module")
 def path(meter, tmp_path_factory):
     path = tmp_path_factory.mktemp("moments") / "deep" / "tiny.moments.safetensors"
-    write_calibration(path, meter.moments(), meter.keys, {"model": "tiny-tales", "tokens": "400"})
+    write_calibration(
+        path, meter.statistics(), meter.keys, {"model": "tiny-tales", "tokens": "400"}
+    )
     return path
 
 
@@ -70,7 +72,7 @@ def path(meter, tmp_path_factory):
 def test_a_meter_measures_the_mean_second_moment():
     meter, inputs = measured()
     assert meter.num_tokens == len(inputs) == 400
-    moments = meter.moments()[meter.keys[GATE]]
+    moments = meter.statistics()[meter.keys[GATE]]
     assert moments.shape == (1, 192, 192) and moments.dtype == torch.float32
     assert torch.allclose(moments[0], inputs.t() @ inputs / 400, rtol=1e-4, atol=1e-5)
 
@@ -81,13 +83,13 @@ def test_linears_with_the_same_input_share_one(meter):
     assert meter.keys[GATE] == meter.keys[UP] == GATE
     attention = [meter.keys[f"model.layers.3.self_attn.{n}_proj.weight"] for n in "qkvo"]
     assert len(set(attention[:3])) == 1 and attention[3] != attention[0]
-    assert set(meter.moments()) == set(meter.keys.values())
-    assert len(meter.moments()) == 2 * 4
+    assert set(meter.statistics()) == set(meter.keys.values())
+    assert len(meter.statistics()) == 2 * 4
 
 
 def test_blocks_are_those_along_the_diagonal(meter):
-    blocked = measured(block=64)[0].moments()[GATE]
-    whole = meter.moments()[GATE][0]
+    blocked = measured(block=64)[0].statistics()[GATE]
+    whole = meter.statistics()[GATE][0]
     assert blocked.shape == (3, 64, 64)
     for number, block in enumerate(blocked):
         at = slice(64 * number, 64 * (number + 1))
@@ -113,11 +115,11 @@ def test_a_file_gives_back_what_was_written(meter, path):
     assert file.about == {"model": "tiny-tales", "tokens": "400"}
     assert file.keys == meter.keys and GATE in file and "lm_head.weight" not in file
     for name, key in meter.keys.items():
-        wanted, got = meter.moments()[key], file.moments(name)
+        wanted, got = meter.statistics()[key], file.statistics(name)
         assert got.shape == wanted.shape and torch.equal(got, got.transpose(1, 2))
         largest = wanted.diagonal(dim1=1, dim2=2).max()
         assert (got - wanted).abs().max() <= largest / 2**15
-    sizes = sum(tensor.numel() for tensor in meter.moments().values())
+    sizes = sum(tensor.numel() for tensor in meter.statistics().values())
     assert path.stat().st_size < 1.1 * sizes + 8192
     assert [item.name for item in path.parent.iterdir()] == [path.name]  # nothing left over
 
@@ -126,10 +128,10 @@ def test_a_file_loses_no_quality(meter, path):
     """Codes from the file's moments move outputs as little as those from the exact ones."""
     weights, file = Checkpoint(TINY_TALES), CalibrationFile(path)
     for name, linear in two_layers().linears().items():
-        exact = meter.moments()[meter.keys[name]]
+        exact = meter.statistics()[meter.keys[name]]
         weight = weights.read(name, (linear.out_features, linear.in_features)).float()
         losses = []
-        for moments in (exact, file.moments(name)):
+        for moments in (exact, file.statistics(name)):
             codes, scales, zeros = Gptq(moments)(weight, 3, 64)
             steps = codes.float() - zeros.float().repeat_interleave(64, 1)
             off = weight - steps * scales.float().repeat_interleave(64, 1)
@@ -141,7 +143,7 @@ def test_inputs_that_are_always_zero_survive(tmp_path):
     moments = torch.eye(64)[None] * 2
     moments[0, 3, 3] = 0
     write_calibration(tmp_path / "m", {"a": moments}, {"a": "a", "b": "a"}, {})
-    assert torch.allclose(CalibrationFile(tmp_path / "m").moments("b"), moments)
+    assert torch.allclose(CalibrationFile(tmp_path / "m").statistics("b"), moments)
 
 
 def test_bad_files_are_named(tmp_path, path):
@@ -153,9 +155,9 @@ def test_bad_files_are_named(tmp_path, path):
             read(tmp_path / "pipe")
     with pytest.raises(UserError, match="not a readable safetensors"):
         CalibrationFile(TINY_TALES / "config.json")
-    with pytest.raises(UserError, match="no file of second moments"):
+    with pytest.raises(UserError, match="no file of calibration statistics"):
         CalibrationFile(TINY_TALES / "model.safetensors")
-    with pytest.raises(UserError, match="no second moments for 'x'.*tiny-tales"):
+    with pytest.raises(UserError, match="no calibration statistics for 'x'.*tiny-tales"):
         CalibrationFile(path).key("x")
     kind = {"kind": "llmpq-moments", "schema_version": "1"}
     for keys, message in (("[", "map weights"), ('{"a": 1}', "map weights"), ('{"a": "b"}', "'b'")):
@@ -165,7 +167,7 @@ def test_bad_files_are_named(tmp_path, path):
     wrong = {"a.deviation": torch.ones(1, 64), "a.correlation": torch.zeros(1, 9).short()}
     save_file(wrong, tmp_path / "bad", {**kind, "keys": json.dumps({"a": "a"})})
     with pytest.raises(UserError, match="'a.correlation'"):
-        CalibrationFile(tmp_path / "bad").moments("a")
+        CalibrationFile(tmp_path / "bad").statistics("a")
     for odd in (math.nan, math.inf):
         save_file(
             wrong | {"a.deviation": torch.full((1, 64), odd)},
@@ -173,7 +175,7 @@ def test_bad_files_are_named(tmp_path, path):
             {**kind, "keys": json.dumps({"a": "a"})},
         )
         with pytest.raises(UserError, match="'a.deviation' has NaN or infinite numbers"):
-            CalibrationFile(tmp_path / "bad").moments("a")
+            CalibrationFile(tmp_path / "bad").statistics("a")
 
 
 # Loading weights with it
@@ -184,7 +186,7 @@ def test_a_stage_is_loaded_with_the_moments_of_each_weight(meter, path):
     weights, file = Checkpoint(TINY_TALES), CalibrationFile(path)
     for name, linear in stage.linears().items():
         weight = weights.read(name, (linear.out_features, linear.in_features))
-        codes, scales, zeros = Gptq(file.moments(name))(weight, 3, 64 if 192 % 128 else 128)
+        codes, scales, zeros = Gptq(file.statistics(name))(weight, 3, 64 if 192 % 128 else 128)
         if linear.in_features != 192:
             continue
         steps = codes.float() - zeros.float().repeat_interleave(64, 1)
@@ -196,9 +198,9 @@ def test_moments_are_read_once_an_input_and_only_where_used(path):
     read = []
 
     class Counted(CalibrationFile):
-        def moments(self, name):
+        def statistics(self, name):
             read.append(name)
-            return super().moments(name)
+            return super().statistics(name)
 
     for precision in ("16", "8"):
         two_layers(precision, GptqRoundings(Counted(path)))
@@ -224,12 +226,12 @@ def test_one_input_at_a_time_is_held_and_none_afterwards(path, monkeypatch):
 
 def test_weights_without_moments_are_named(tmp_path):
     write_calibration(tmp_path / "m", {"a": torch.eye(64)[None]}, {"a": "a"}, {"model": "other"})
-    with pytest.raises(UserError, match="m: no second moments for 'model.layers.3.*other"):
+    with pytest.raises(UserError, match="m: no calibration statistics for 'model.layers.3.*other"):
         two_layers("4", load_roundings(Quantizer(method="gptq", moments=str(tmp_path / "m"))))
 
 
 def test_moments_of_another_size_are_named(tmp_path, meter):
-    moments = dict.fromkeys(meter.moments(), torch.eye(64)[None])
+    moments = dict.fromkeys(meter.statistics(), torch.eye(64)[None])
     write_calibration(tmp_path / "m", moments, meter.keys, {})
     with pytest.raises(UserError, match="layers.3.self_attn.q_proj.*64 inputs.*has 192"):
         two_layers("4", load_roundings(Quantizer(method="gptq", moments=str(tmp_path / "m"))))
@@ -249,9 +251,9 @@ def test_the_file_is_found_beside_the_plan_or_given(path, tmp_path, monkeypatch)
         load_roundings(quantizer, base=tmp_path / "plan.json")
     with pytest.raises(UserError, match="elsewhere: no such file"):
         load_roundings(quantizer, override=tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="'rtn' takes no second moments"):
+    with pytest.raises(UserError, match="'rtn' takes no calibration statistics"):
         load_roundings(Quantizer(), override=path)
     other = Quantizer(method="gptq", moments=path.name, sha256="0" * 64)
     for given in ({"override": path}, {"base": path.parent / "plan.json"}):
-        with pytest.raises(UserError, match="not the second moments.*--moments FILE"):
+        with pytest.raises(UserError, match="not the calibration statistics.*--moments FILE"):
             load_roundings(other, **given)

@@ -162,7 +162,7 @@ def test_a_step_is_that_of_each_group():
 
 def test_hessian_is_the_error_of_outputs_times_the_top_eigenvalue(subject, windows, tmp_path):
     file = gather_calibration(subject, windows, tmp_path / "m.safetensors", {"model": "tiny"})
-    [row] = hessian_rows(subject, [SensitivityCell(0, "3")], file.moments)
+    [row] = hessian_rows(subject, [SensitivityCell(0, "3")], file.statistics)
     expected = 0.0
     for name, x in inputs_of(subject, windows).items():
         if ".layers.0." in name:
@@ -226,7 +226,7 @@ def test_calculated_indicators_are_fitted_to_measured_plans(subject, windows, tm
     assert found.fit.scale > 0 and len(found.rows) == 2 * NUM_LAYERS
 
 
-# ---- second moments
+# ---- calibration statistics
 
 
 def test_moments_are_those_of_the_inputs(subject, windows, tmp_path):
@@ -237,7 +237,7 @@ def test_moments_are_those_of_the_inputs(subject, windows, tmp_path):
     assert file.about["model"] == "tiny"
     for name, x in inputs_of(subject, windows).items():
         expected = x.t() @ x / len(x)
-        assert torch.allclose(file.moments(name)[0], expected, atol=float(expected.max()) * 1e-3)
+        assert torch.allclose(file.statistics(name)[0], expected, atol=float(expected.max()) * 1e-3)
         assert variance.of(name) == pytest.approx(float(x.var(correction=0)), rel=1e-3)
 
 

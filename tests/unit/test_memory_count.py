@@ -137,7 +137,7 @@ def test_a_familys_table_is_the_count_of_a_model(model_type: str, tmp_path: Path
     """At sizes that the table was not made with, in every place, to the byte."""
     folder = folder_of(model_type, tmp_path)
     spec, config = load_model_spec(str(folder)), load_config(folder)
-    shape = count.Shape(3, 20, 20)
+    shape = count.MicroBatchShape(3, 20, 20)
     whole = count.with_layers(config, count.NUM_LAYERS)
     for first, last in product((True, False), repeat=2):
         layers = LayerRange(0 if first else 1, 7 if last else 6, 7)

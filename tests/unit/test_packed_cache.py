@@ -230,7 +230,7 @@ def test_gptq_finds_its_codes_again(model, tmp_path):
         def key(self, name):
             return name
 
-        def moments(self, name):
+        def statistics(self, name):
             columns = Checkpoint(model).tensor(name).shape[1]
             x = torch.randn(256, columns, generator=torch.Generator().manual_seed(1))
             return (x.t() @ x / 256)[None]

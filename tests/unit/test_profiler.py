@@ -14,7 +14,7 @@ from llmpq.profile_data import Candidate, ProfileRow
 pytest.importorskip("torch")
 
 from llmpq.profiler.cells import FEW, MAX_SAMPLES
-from llmpq.profiler.drift import TOLERANCE, DriftMonitor, Usual, steady
+from llmpq.profiler.drift import TOLERANCE, DriftMonitor, MachineSpeed, steady
 from llmpq.profiler.grid import AdaptiveGrid, Grid, ShapeRange, end_cells, farthest
 from llmpq.profiler.layers import LayerMeasurements, LayerProfiler
 from llmpq.profiler.resume import Identity, PartialFile
@@ -156,12 +156,12 @@ def test_few_values_are_as_sure_as_their_range() -> None:
 
 def test_unsteady_samples_are_left_out_where_there_are_steady_ones() -> None:
     times, levels = [1.0, 1.0, 1.0, 1.5, 1.5], [2.0, 2.0, 2.0, 3.0, 3.0]
-    assert steady(times, levels, Usual(2.0)) == [1.0, 1.0, 1.0]
-    assert steady(times, levels, Usual(3.0)) == times  # only two are near
+    assert steady(times, levels, MachineSpeed(2.0)) == [1.0, 1.0, 1.0]
+    assert steady(times, levels, MachineSpeed(3.0)) == times  # only two are near
 
 
 def test_times_are_given_for_the_usual_speed_where_they_are_scaled() -> None:
-    usual = Usual(2.0, scales=True)
+    usual = MachineSpeed(2.0, scales=True)
     assert steady([1.0, 1.5, 0.5], [2.0, 3.0, 1.0], usual) == [1.0, 1.0, 1.0]
     machine = FakeMachine()
     watch = DriftMonitor(machine.reference_ms, machine.clock, scales=True)
@@ -184,10 +184,10 @@ def test_a_machine_whose_speed_changes_gives_the_times_of_one_speed(spec: ModelS
 def test_a_noisy_reference_is_no_drift_and_a_slow_stretch_is() -> None:
     rng = np.random.default_rng(3)
     noisy = DriftMonitor(lambda: 1.0, lambda: 0.0, list(1 + 0.08 * rng.standard_normal(60)))
-    assert sum(not noisy.usual().holds(level) for level in noisy.levels_ms) <= 2
+    assert sum(not noisy.speed().holds(level) for level in noisy.levels_ms) <= 2
     assert any("busy" in note for note in noisy.notes())
     slowed = DriftMonitor(lambda: 1.0, lambda: 0.0, [1.0, 1.01] * 20 + [1.1, 1.11] * 10)
-    assert sum(not slowed.usual().holds(level) for level in slowed.levels_ms) == 20
+    assert sum(not slowed.speed().holds(level) for level in slowed.levels_ms) == 20
     assert ["drifted" in note for note in slowed.notes()] == [True]
 
 
@@ -292,7 +292,7 @@ def test_more_cells_are_chosen_until_the_budget_ends(spec: ModelSpec) -> None:
     assert asked and machine.now_s <= 66
     start = sum(len(RANGES.start(p)) for p in ("prefill", "decode")) * len(PRECISIONS)
     assert sum(r.phase in ("prefill", "decode") for r in measured.rows) > start
-    spent = [made.lanes[name].spent_s for name in ("prefill", "decode")]
+    spent = [made.queues[name].spent_s for name in ("prefill", "decode")]
     assert max(spent) < 1.5 * min(spent)
     assert max(errors(measured, machine)) < 0.1
 
