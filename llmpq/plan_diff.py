@@ -1,4 +1,4 @@
-"""What changes from one plan to another, as a value that prints itself in short lines.
+"""The changes from one plan to another, as a value that prints itself in short lines.
 
 Two plans are compared by settings and predictions, which are names with values, and by the devices
 and the precision of every layer. Values that differ become a `ValueChange`; neighbouring layers
@@ -6,8 +6,9 @@ that change alike become one `LayerRangeChange`, so that every changed layer lie
 range.
 
 Equal devices of a node are interchangeable: they are numbered in the order of a plan's stages, and
-a layer has moved where its numbered device is another one. What `llmpq.plan_data.diff` does not
-compare: provenance, the baselines and the time that planning took.
+a layer has moved where the number of its device differs.
+
+Not covered: provenance, baselines and planning time, which `llmpq.plan_data.diff` does not compare.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ T = TypeVar("T")
 class LayerPlacement:
     """Devices of a node that hold layers together; `numbers` count equal devices from 0.
 
-    `rank`, the stage, is for the reader: the same devices are the same place in another stage.
+    The stage `rank` is only shown: the same devices in another stage are the same placement.
     """
 
     node: str
@@ -65,10 +66,10 @@ class LayerRangeChange(Generic[T]):
 
 @dataclass(frozen=True)
 class PlanDiff:
-    """What changes from one plan to another; false where nothing does.
+    """The changes from one plan to another; false where there are none.
 
-    `inputs` names those that differ, `settings` are batch, micro-batches, devices in order, tensor
-    parallelism and the like, `moves` and `precisions` the layers that change in either.
+    `inputs` names inputs that differ, `settings` holds batch, micro-batches, devices in order,
+    tensor parallelism and the like, `moves` and `precisions` hold the layers that change in either.
     """
 
     inputs: tuple[str, ...] = ()
@@ -87,13 +88,13 @@ class PlanDiff:
 
 
 def changes(before: Mapping[str, object], after: Mapping[str, object]) -> tuple[ValueChange, ...]:
-    """The names whose values differ, in the order of `before`; what only `after` has comes last."""
+    """The values that differ, in the order of `before`, then names that only `after` has."""
     every = [ValueChange(name, before.get(name), after.get(name)) for name in {**before, **after}]
     return tuple(change for change in every if change.before != change.after)
 
 
 def layer_ranges(before: Sequence[T], after: Sequence[T]) -> tuple[LayerRangeChange[T], ...]:
-    """The layers that differ, in order, as few ranges as there can be; one entry a layer each."""
+    """The layers that differ, as the fewest ranges; both sequences have an entry a layer."""
     ranges: list[LayerRangeChange[T]] = []
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
         if old == new:

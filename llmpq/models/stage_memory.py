@@ -27,7 +27,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """A micro-batch: `requests` with `tokens` new ones each, which see `seen` tokens in all."""
+    """A micro-batch of `requests` with `tokens` new tokens each, which see `seen` tokens."""
 
     requests: int
     tokens: int
@@ -35,7 +35,7 @@ class MicroBatchShape:
 
 
 def snapshots(config: Any, layers: LayerRange, shape: MicroBatchShape) -> list[TensorSnapshot]:
-    """What is alive while a stage runs one micro-batch, as the runtime's warm-up does."""
+    """Snapshots of a stage that runs one micro-batch, as in the runtime's warm-up."""
     stage = StageModel(config, layers, ["16"] * layers.count, torch.bfloat16, META)
     cache = LaneCache(layers.count, [LaneShape(shape.requests, shape.seen)])
     watch = LiveTensors()
@@ -50,7 +50,7 @@ def snapshots(config: Any, layers: LayerRange, shape: MicroBatchShape) -> list[T
 
 
 def run_on_meta(stage: StageModel, cache: LaneCache, shape: MicroBatchShape) -> None:
-    """What a worker does with a job; what it is given stays alive to the end."""
+    """Runs a job as a worker does; its input stays alive to the end."""
     requests, tokens = shape.requests, shape.tokens
     if stage.layers.is_first:
         given = stage.embed(_integers(requests, tokens))  # ids are counted in `costs.memory`
@@ -59,7 +59,7 @@ def run_on_meta(stage: StageModel, cache: LaneCache, shape: MicroBatchShape) -> 
         given = torch.empty(size, dtype=stage.dtype, device=META)
     columns, positions = _integers(requests), _integers(requests, tokens)
     if tokens == shape.seen:
-        every = _integers(requests * tokens)  # as good as: one prompt is a little shorter
+        every = _integers(requests * tokens)  # as if one prompt were a little shorter
         view = cache.prompts(StoreIndex(every, every.clone(), every.clone()), 0)
     else:
         view = cache.step(0, range(requests), shape.seen, columns, columns)
@@ -76,7 +76,7 @@ def _integers(*shape: int) -> torch.Tensor:
 
 
 def _hooks(stage: StageModel, watch: LiveTensors) -> Iterator[Any]:
-    """Each puts one hook in place: around every linear of the layers, and on the layers."""
+    """Functions that each install one hook: around every linear, and on the layers."""
     for index, layer in enumerate(stage.own_layers):
         yield lambda layer=layer, index=index: layer.register_forward_pre_hook(
             lambda *_: setattr(watch, "later", index > 0)
@@ -101,10 +101,10 @@ def _watch_linear(module: PlainLinear, op: str, watch: LiveTensors) -> None:
 def snapshot_table(
     seen: Iterable[TensorSnapshot], sizes: Mapping[str, int]
 ) -> tuple[AllocationSnapshot, ...]:
-    """The moments that may decide the peak, their bytes as products of the named `sizes`.
+    """The snapshots that may be the peak, with bytes as products of the named `sizes`.
 
-    A size is recognised by the largest prime in it, which no two sizes may share, but that a size
-    may hold another one's (`heads` those of `kv_heads`).
+    A size is recognized by its largest prime, which no two sizes may share; only a multiple of
+    another size may (`heads` of `kv_heads`).
     """
     terms: dict[int, tuple[str, float]] = {}
     found = [_moment(snapshot, sizes, terms) for snapshot in seen]
@@ -126,7 +126,7 @@ def _moment(
 
 
 def _product(num_bytes: int, sizes: Mapping[str, int]) -> tuple[str, float]:
-    """`num_bytes` as names of sizes joined by "*", and the factor that is left."""
+    """`num_bytes` as names of sizes joined by "*", and the remaining factor."""
     names, rest = [], Fraction(num_bytes)
     for name, size in sorted(sizes.items(), key=lambda item: -_odd(item[1])):
         odd = _odd(size)
@@ -138,12 +138,12 @@ def _product(num_bytes: int, sizes: Mapping[str, int]) -> tuple[str, float]:
 
 
 def _odd(size: int) -> int:
-    """The odd part, by which a size is recognised: halves and quarters of it are met too."""
+    """The odd part, by which a size is recognized, as halves and quarters of it occur too."""
     return size // (size & -size)
 
 
 def _deciding(found: Iterable[AllocationSnapshot]) -> tuple[AllocationSnapshot, ...]:
-    """Without moments at which no more was alive, product by product, than at another one."""
+    """Without the snapshots that another one covers, product by product."""
     kept: list[AllocationSnapshot] = []
     for moment in sorted(found, key=lambda m: (m.later, bool(m.op), -sum(m.num_bytes.values()))):
         if not any(covers(other, moment) for other in kept):
@@ -153,6 +153,7 @@ def _deciding(found: Iterable[AllocationSnapshot]) -> tuple[AllocationSnapshot, 
 
 
 def covers(more: AllocationSnapshot, less: AllocationSnapshot) -> bool:
+    """Whether `more` needs at least the memory of `less` at all sizes."""
     if more.later and not less.later:
         return False
     if less.op and (more.op, more.biased) != (less.op, less.biased):

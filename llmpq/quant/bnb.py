@@ -19,9 +19,9 @@ from llmpq.quant import kernels
 from llmpq.quant.base import QuantizedLinear
 from llmpq.quant.part import columns_of, input_part
 from llmpq.quant.rounding import Rounding, check_finite
+from llmpq.workspace import LARGE_COLUMNS
 
 OUTLIER = 6.0  # the threshold of the LLM.int8 paper
-OUTLIER_COLUMNS = 64  # columns with outliers multiplied at a time
 # Weights rounded to 4 bits at a time: bitsandbytes compares each with all 16 levels.
 ROUNDED_WEIGHTS = 2**16
 
@@ -129,7 +129,7 @@ class LlmInt8Linear(QuantizedLinear):
     def _large_part(self, x: Tensor, columns: Tensor) -> Tensor:
         """The product fp64 `[M, out]` of `x`, which is zero outside of `columns`."""
         out = torch.zeros(x.shape[0], self.out_features, dtype=torch.float64, device=x.device)
-        for part in columns.split(OUTLIER_COLUMNS):
+        for part in columns.split(LARGE_COLUMNS):
             out.addmm_(x[:, part].double(), self.codes[:, part].double().t())
         return out.mul_(self.scales / 127)
 

@@ -12,7 +12,7 @@ The kernels multiply by the same weights, bit for bit, as the other classes hold
 result. At float16 the scale itself is rounded first, as in the other classes: that changes no bf16
 scale from 2^-17 to 65280, and smaller ones by 2^-25 at most.
 
-Not covered: whether a linear is served (`humming_support`), and choosing between kernels.
+Not covered: which linears are served, and choosing between kernels (`llmpq.kernel_table`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,16 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmpq.kernel_table import HUMMING_GROUPS
 from llmpq.precision import group_size
 from llmpq.quant import humming_jit, kernels
 from llmpq.quant.base import CENTRE_UP_TO, GridLinear
-from llmpq.quant.humming_jit import ALIGNED, ROW_GROUP, KernelShape, round_up
-from llmpq.quant.humming_support import GROUPS
+from llmpq.quant.humming_jit import ROW_GROUP, KernelShape
 from llmpq.quant.packing import CODES_IN_WORDS, pack_words, unpack_words
 from llmpq.quant.part import TensorPart, part_group, row_length
 from llmpq.quant.rounding import SCALE_DTYPE
+from llmpq.workspace import HUMMING_LOCKS, HUMMING_REPEATED, PADDED, round_up
 
-REPEATED_GROUP = 128  # how often a scale of a whole row is repeated at float16
 READ_BACK_ROWS = 1024  # of the identity, multiplied at a time
 
 
@@ -92,7 +92,7 @@ class HummingLinear(GridLinear):
     def adopts(self, scales: Tensor) -> bool:
         """Whether it can keep foreign grids `[out, groups]`, and its kernels serve them."""
         group = self.in_features // scales.shape[1]
-        return scales.dtype == self.dtype and group in (self.in_features, *GROUPS)
+        return scales.dtype == self.dtype and group in (self.in_features, *HUMMING_GROUPS)
 
     def keep(self, rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
         """Packs some rows; of grids that are equal for a whole row it keeps one."""
@@ -142,13 +142,13 @@ class HummingLinear(GridLinear):
 
         One scale a row is applied to the result, which is rounded to 16 bits before: float16 may
         overflow there (65504, where the codes alone reach 255), so it gets the same scale for every
-        `REPEATED_GROUP` inputs, which is multiplied into the weight.
+        `HUMMING_REPEATED` inputs, which is multiplied into the weight.
         """
         groups = self.scales.shape[1]
-        row_group = ROW_GROUP if self.dtype == torch.bfloat16 else REPEATED_GROUP
+        row_group = ROW_GROUP if self.dtype == torch.bfloat16 else HUMMING_REPEATED
         return KernelShape(
-            round_up(self.out_features, ALIGNED),
-            round_up(self.in_features, ALIGNED),
+            round_up(self.out_features, PADDED),
+            round_up(self.in_features, PADDED),
             self.bits,
             row_group if groups == 1 else self.in_features // groups,
             self.dtype,
@@ -160,7 +160,7 @@ class HummingLinear(GridLinear):
         shape = self.kernel_shape
         padded = padded_tensors(shape, self.words, self.scales, self.zeros)
         self.words, self.scales, self.zeros = humming_jit.to_kernel_layout(shape, *padded)
-        locks = torch.zeros(humming_jit.NUM_LOCKS, dtype=torch.int32, device=self.home)
+        locks = torch.zeros(HUMMING_LOCKS, dtype=torch.int32, device=self.home)
         self._served = _Served(shape, table, locks)
 
     def _make_room(self, groups: int, scale_dtype: torch.dtype) -> None:

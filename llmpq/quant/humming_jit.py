@@ -28,11 +28,9 @@ from torch import Tensor
 from llmpq.errors import UserError
 from llmpq.others_files import refuse_others_files
 from llmpq.quant.humming_support import library
+from llmpq.workspace import HUMMING_IN, HUMMING_OUT, round_up
 
 ROW_GROUP = 0  # one scale a row
-OUT_TILE, IN_TILE = 256, 128  # humming's docs/config.md pads shapes to multiples of these
-ALIGNED = 8  # sizes that its own padding takes are multiples of this: rows of 16 bytes
-NUM_LOCKS = 2048  # int32, which order the parts of a split sum; as in its own layer
 MOST_ROWS = 1 << 30
 MOST_COMPILERS = 16  # at a time: NVRTC 13.0 took 412 MiB of memory a kernel
 LIBRARY_PATH = "LD_LIBRARY_PATH"
@@ -45,7 +43,7 @@ class KernelShape:
     """The sizes and number formats of a linear that a kernel is compiled for.
 
     `group` inputs share a scale and a zero; `ROW_GROUP` means all. Sizes are multiples of
-    `ALIGNED`.
+    `workspace.PADDED`.
     """
 
     out_features: int
@@ -58,7 +56,7 @@ class KernelShape:
     @property
     def padded(self) -> tuple[int, int]:
         """Outputs and inputs, padded to whole tiles."""
-        return round_up(self.out_features, OUT_TILE), round_up(self.in_features, IN_TILE)
+        return round_up(self.out_features, HUMMING_OUT), round_up(self.in_features, HUMMING_IN)
 
     @property
     def num_groups(self) -> int:
@@ -215,11 +213,6 @@ def launch(
         zero_point=zeros,
         locks=locks,
     )
-
-
-def round_up(size: int, step: int) -> int:
-    """`size` rounded up to a multiple of `step`."""
-    return -(-size // step) * step
 
 
 def _layer_config(shape: KernelShape) -> Any:

@@ -24,28 +24,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmpq.kernel_table import TENSOR_CORES
+from llmpq.machine import LIBRARIES, TRITON, Capability
 from llmpq.quant.packing import padded_columns
+from llmpq.workspace import (
+    TENSOR_LEAST_BLOCKS,
+    TENSOR_PROGRAMS,
+    TENSOR_TILES,
+    VECTOR_CHUNK_BYTES,
+)
 
-Capability = tuple[int, int]
-
-LEAST_CAPABILITY: Capability = (7, 0)
-TENSOR_CORES: Capability = (8, 0)  # the first capability for which Triton uses them
 INTERPRETED: Capability = (8, 0)  # the capability assumed for Triton's interpreter on a CPU
 
 CODES = {8: (1, 1), 4: (2, 1), 3: (4, 2)}  # bits: codes in a byte, bytes that share third bits
 LARGEST_GRANULE = 128
 SMALLEST_GRANULE = 16  # of `multiply_few_rows`: the depth of a tensor core's product of 16 bits
-# For each number of bits: bytes of a stream and outputs that a program holds at a time. A thread
-# has 64 weights when they stay in registers for all rows, half of that when they are only written.
-SUM_TILES = {8: (512, 16), 4: (256, 16), 3: (128, 8)}
+# For each number of bits: outputs that a program holds at a time, beside `VECTOR_CHUNK_BYTES` of a
+# stream: 64 weights a thread, which stay in registers for all rows.
+SUM_OUTPUTS = {8: 16, 4: 16, 3: 8}
+# For each number of bits: bytes of a stream and outputs that a program holds at a time, 32 weights
+# a thread, which are only written.
 DEQUANTIZE_TILES = {8: (512, 8), 4: (256, 8), 3: (128, 4)}
-# For each number of bits: bytes of a stream, outputs, warps and pipeline stages; small enough that
-# two or more programs share a multiprocessor's registers.
-DOT_TILES = {8: (128, 128, 8, 3), 4: (64, 128, 8, 4), 3: (32, 64, 4, 4)}
+# For each number of bits: warps and pipeline stages of a program with a tile of `TENSOR_TILES`.
+DOT_WARPS_AND_STAGES = {8: (8, 3), 4: (8, 4), 3: (4, 4)}
 ALIGNED_BYTES, UNALIGNED_WIDTH = 16, 32
 DOT_ROWS = 16  # the rows of a tensor core's product
-DOT_PROGRAMS = 512  # the least, where the matrix allows: a few for each multiprocessor of a card
-DOT_LEAST_BLOCKS = 4  # of a chunk, to be worth its start and its partial sums
 ADD_BLOCK = 256
 
 
@@ -96,7 +99,7 @@ def available(device: torch.device) -> bool:
     if find_spec("triton") is None:
         return False
     if device.type == "cuda":
-        return torch.version.cuda is not None and capability_of(device) >= LEAST_CAPABILITY
+        return torch.version.cuda is not None and capability_of(device) >= LIBRARIES[TRITON]
     return interpreted()
 
 
@@ -156,19 +159,19 @@ def config_for(
 
 
 def _sums_config(bits: int, packing: Packing) -> Config:
-    width, rows = SUM_TILES[bits]
+    width, rows = VECTOR_CHUNK_BYTES[bits], SUM_OUTPUTS[bits]
     constants = _tile(packing, width, rows)
     return Config("multiply_by_sums", constants, chunks=cdiv(packing.stream_bytes, width))
 
 
 def _dots_config(bits: int, packing: Packing, out_features: int) -> Config:
-    width, outputs, num_warps, num_stages = DOT_TILES[bits]
+    (width, outputs), (num_warps, num_stages) = TENSOR_TILES[bits], DOT_WARPS_AND_STAGES[bits]
     width = min(width, packing.granule)
     if packing.stream_bytes % ALIGNED_BYTES:  # bytes are read one by one
         width = min(width, UNALIGNED_WIDTH)
     blocks = cdiv(packing.stream_bytes, width)
-    wanted = cdiv(DOT_PROGRAMS, cdiv(out_features, outputs))
-    chunk = cdiv(blocks, min(wanted, cdiv(blocks, DOT_LEAST_BLOCKS)))
+    wanted = cdiv(TENSOR_PROGRAMS, cdiv(out_features, outputs))
+    chunk = cdiv(blocks, min(wanted, cdiv(blocks, TENSOR_LEAST_BLOCKS)))
     constants = {
         "FIELDS": packing.fields,
         "PLANES": packing.planes,

@@ -36,6 +36,7 @@ from llmpq.quant.humming import HummingLinear, grid_inputs, padded_tensors, serv
 from llmpq.quant.humming_jit import KernelShape, KernelToCompile
 from llmpq.quant.linear import GroupedLinear, RowLinear
 from llmpq.quant.rounding import SCALE_DTYPE
+from llmpq.workspace import round_up
 
 CPU = torch.device("cpu")
 SHAPES = [(64, 128), (256, 704), (130, 100), (320, 256), (72, 328)]
@@ -304,46 +305,6 @@ def test_a_kernel_that_fails_leaves_its_layers_as_they_were(kernel, monkeypatch)
 # What is served
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"capability": (7, 5), "dtype": torch.float16},
-        {"bits": 8, "in_features": 4096, "group": 4096},
-        {"in_features": 100, "group": 100},
-    ],
-)
-def test_what_is_served(how):
-    assert humming_support.why_not(**USUAL | how) is None
-
-
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        ({"capability": (7, 0), "dtype": torch.float16}, "compute capability 7.0"),
-        ({"capability": (13, 0)}, "compute capability 13.0"),
-        ({"capability": (7, 5)}, "needs compute capability 8.0, not the card's 7.5; float16 is"),
-        ({"dtype": torch.float32}, "not float32"),
-        ({"bits": 5}, "5 bits are not served, 3, 4 and 8 are"),
-        ({"group": 16}, "groups of 16 are not served, 32, 64, 128 and 256 and whole rows are"),
-        ({"out_features": 8}, "[8, 1024] is smaller than [64, 32]"),
-        ({"in_features": 16, "group": 16}, "[1024, 16] is smaller"),
-    ],
-)
-def test_reasons(how, reason):
-    assert reason in humming_support.why_not(**USUAL | how)
-
-
-USUAL = {
-    "capability": (9, 0),
-    "dtype": torch.bfloat16,
-    "bits": 4,
-    "in_features": 1024,
-    "out_features": 1024,
-    "group": 128,
-}
-
-
 def test_what_to_install(monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
@@ -353,7 +314,6 @@ def test_what_to_install(monkeypatch):
         assert humming_support.install_command(cuda) == f"pip install 'llmpq[{extra}]'"
     monkeypatch.setattr(metadata, "version", missing)
     assert "not installed: pip install 'llmpq[gpu" in humming_support.why_not_installed()
-    assert not humming_support.installed()
     monkeypatch.setattr(metadata, "version", lambda name: "0.1.20")
     assert "0.1.19 is needed, not 0.1.20" in humming_support.why_not_installed()
     monkeypatch.setattr(metadata, "version", lambda name: humming_support.VERSION)
@@ -390,7 +350,7 @@ def test_the_group_to_ask_about(bits):
 
 def tiles_of_16(shape: KernelShape, rows: int) -> dict:
     """A stand-in for humming's heuristics."""
-    tile = humming_jit.round_up(rows, 16)
+    tile = round_up(rows, 16)
     return {"block_shape": [tile, 128, 64], "num_sms": rows}
 
 

@@ -286,21 +286,6 @@ def test_triton_kernels_cut_the_inputs_as_they_are_counted() -> None:
                     assert config.chunks == count(product, bits)
 
 
-def test_humming_serves_what_it_says() -> None:
-    humming = pytest.importorskip("llmpq.quant.humming_support")
-    import torch
-
-    for capability in ("7.0", "7.5", "8.0", "9.0"):
-        for precision in ("8", "4", "3"):
-            for out, cols in ((8, 64), (64, 32), (96, 200), (1000, 1376), LARGE):
-                group = group_size(int(precision), cols)
-                machine = card(capability, [HUMMING])
-                shape = parse_capability(capability), getattr(torch, machine.dtype), int(precision)
-                refused = humming.why_not(*shape, cols, out, group)
-                found = choices(machine, precision, out, cols, group)[0].name
-                assert (found == "humming") == (refused is None), (refused, found)
-
-
 # ---- what it makes of the prices
 
 
