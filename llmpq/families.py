@@ -17,7 +17,7 @@ Not covered: options of single models, which their settings give.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple
 
 from llmpq.config_keys import ConfigKeys
 
@@ -63,44 +63,33 @@ class ModelSizes:
     head_dim: int
     vocab_size: int
     max_positions: int
-    linears: tuple[Matrix, ...]
-    layer_other_params: int
-    embedding_params: int
-    head_params: int
-    final_params: int
-    tied: bool
+    linears: tuple[Matrix, ...] = ()
+    layer_other_params: int = 0
+    embedding_params: int = 0
+    head_params: int = 0
+    final_params: int = 0
+    tied: bool = False
     eager_attention: bool = False
 
 
 # ---- the sizes that follow from a configuration
 
 
-class _CommonSizes(TypedDict):
-    num_layers: int
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-
-
-def _common(keys: ConfigKeys, ffn_factor: int | None = None) -> _CommonSizes:
-    """The sizes that every family's configuration gives, under one key or another."""
+def _common(keys: ConfigKeys, ffn_factor: int | None = None) -> ModelSizes:
+    """The sizes that every family's configuration gives under some key; others are missing."""
     hidden = keys.count("hidden_size", "n_embed")
     heads = keys.count("num_attention_heads", "n_head")
     ffn_default = ffn_factor * hidden if ffn_factor else None
-    return {
-        "num_layers": keys.count("num_hidden_layers", "n_layer"),
-        "hidden_size": hidden,
-        "ffn_size": keys.count("intermediate_size", "ffn_dim", default=ffn_default),
-        "num_heads": heads,
-        "num_kv_heads": keys.count("num_key_value_heads", default=heads),
-        "head_dim": keys.count("head_dim", default=max(1, hidden // heads)),
-        "vocab_size": keys.count("vocab_size"),
-        "max_positions": keys.count("max_position_embeddings", "seq_length", default=2048),
-    }
+    return ModelSizes(
+        num_layers=keys.count("num_hidden_layers", "n_layer"),
+        hidden_size=hidden,
+        ffn_size=keys.count("intermediate_size", "ffn_dim", default=ffn_default),
+        num_heads=heads,
+        num_kv_heads=keys.count("num_key_value_heads", default=heads),
+        head_dim=keys.count("head_dim", default=max(1, hidden // heads)),
+        vocab_size=keys.count("vocab_size"),
+        max_positions=keys.count("max_position_embeddings", "seq_length", default=2048),
+    )
 
 
 def llama_sizes(
@@ -114,8 +103,8 @@ def llama_sizes(
 ) -> ModelSizes:
     """Sizes of models with gated feed-forward, rotary positions, RMS norms, grouped queries."""
     spec = _common(keys)
-    hidden, ffn, dim = spec["hidden_size"], spec["ffn_size"], spec["head_dim"]
-    query, key_value = spec["num_heads"] * dim, spec["num_kv_heads"] * dim
+    hidden, ffn, dim = spec.hidden_size, spec.ffn_size, spec.head_dim
+    query, key_value = spec.num_heads * dim, spec.num_kv_heads * dim
     attention_bias = keys.flag("attention_bias", False)
     biased_qkv = attention_bias if qkv_bias is None else qkv_bias
     other = norms * hidden + (2 * dim if qk_norm else 0)
@@ -131,12 +120,12 @@ def llama_sizes(
         Matrix("up_proj", ffn, hidden),
         Matrix("down_proj", hidden, ffn),
     )
-    return ModelSizes(
-        **spec,
+    return replace(
+        spec,
         linears=linears,
         layer_other_params=other,
-        embedding_params=spec["vocab_size"] * hidden,
-        head_params=spec["vocab_size"] * hidden,
+        embedding_params=spec.vocab_size * hidden,
+        head_params=spec.vocab_size * hidden,
         final_params=hidden,
         tied=keys.flag("tie_word_embeddings", tied),
         eager_attention=eager_attention,
@@ -145,19 +134,19 @@ def llama_sizes(
 
 def _opt_sizes(keys: ConfigKeys) -> ModelSizes:
     spec = _common(keys)
-    hidden, ffn = spec["hidden_size"], spec["ffn_size"]
+    hidden, ffn = spec.hidden_size, spec.ffn_size
     embed = keys.count("word_embed_proj_dim", default=hidden)
     bias = 4 * hidden + ffn + hidden if keys.flag("enable_bias", True) else 0
-    positions = (spec["max_positions"] + 2) * hidden
+    positions = (spec.max_positions + 2) * hidden
     project = embed * hidden if embed != hidden else 0
     final_norm = 2 * hidden if keys.flag("do_layer_norm_before", True) else 0
     attention = tuple(Matrix(f"{n}_proj", hidden, hidden) for n in ("q", "k", "v", "out"))
-    return ModelSizes(
-        **spec,
+    return replace(
+        spec,
         linears=(*attention, Matrix("fc1", ffn, hidden), Matrix("fc2", hidden, ffn)),
         layer_other_params=4 * hidden + bias,
-        embedding_params=spec["vocab_size"] * embed + positions + project,
-        head_params=spec["vocab_size"] * embed,
+        embedding_params=spec.vocab_size * embed + positions + project,
+        head_params=spec.vocab_size * embed,
         final_params=final_norm + project,
         tied=keys.flag("tie_word_embeddings", True),
     )
@@ -166,10 +155,10 @@ def _opt_sizes(keys: ConfigKeys) -> ModelSizes:
 def _fused_qkv_sizes(keys: ConfigKeys, tied: bool) -> ModelSizes:
     """Sizes of BLOOM and GPT-NeoX: one matrix for query, key and value; biases everywhere."""
     spec = _common(keys, ffn_factor=4)
-    hidden, ffn = spec["hidden_size"], spec["ffn_size"]
+    hidden, ffn = spec.hidden_size, spec.ffn_size
     attention_bias = 4 * hidden if keys.flag("attention_bias", True) else 0
-    return ModelSizes(
-        **spec,
+    return replace(
+        spec,
         linears=(
             Matrix("query_key_value", 3 * hidden, hidden),
             Matrix("dense", hidden, hidden),
@@ -177,8 +166,8 @@ def _fused_qkv_sizes(keys: ConfigKeys, tied: bool) -> ModelSizes:
             Matrix("dense_4h_to_h", hidden, ffn),
         ),
         layer_other_params=4 * hidden + attention_bias + ffn + hidden,
-        embedding_params=spec["vocab_size"] * hidden,
-        head_params=spec["vocab_size"] * hidden,
+        embedding_params=spec.vocab_size * hidden,
+        head_params=spec.vocab_size * hidden,
         final_params=2 * hidden,
         tied=keys.flag("tie_word_embeddings", tied),
     )
@@ -186,7 +175,7 @@ def _fused_qkv_sizes(keys: ConfigKeys, tied: bool) -> ModelSizes:
 
 def _bloom_sizes(keys: ConfigKeys) -> ModelSizes:
     sizes = _fused_qkv_sizes(keys, tied=True)
-    norm = 2 * sizes.hidden_size  # of the embedding
+    norm = 2 * sizes.hidden_size  # the weight and bias of the embedding's norm
     return replace(sizes, embedding_params=sizes.embedding_params + norm, eager_attention=True)
 
 

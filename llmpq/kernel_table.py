@@ -70,7 +70,7 @@ TENSOR_CORES = (8, 0)  # the least capability at which Triton multiplies on them
 # Rows up to which reading packed weights is faster than unpacking them, by these estimates.
 TENSOR_MAX_ROWS, VECTOR_MAX_ROWS = 64, 16
 UNPACK_OPERATIONS = 8.0
-TENSOR_PASS_ROWS = 16  # it reads the weight again for each so many rows
+TENSOR_PASS_ROWS = 16  # the kernel reads the weight once for each 16 rows
 FUSED = "estimate: one pass over the weight, as fast as the fused elementwise kernels of the fit"
 FUSED_BANDWIDTH = 0.9
 FUSED_BYTES = {"8": 3.0, "4": 2.53, "3": 2.41}  # read of code and grid, written in 16 bits
@@ -96,7 +96,7 @@ EPYC = "measured on two cores of an AMD EPYC (AVX-512), torch 2.13, against bf16
 #   8 bits  256x704:  0.8/0.5 at 1, 0.6/0.6 at 8, 0.57/0.57 at 16, 0.48/0.61 at 32
 INT4_MAX_ROWS = 64
 INT8_MAX_ROWS = 16
-INT4_GROUPS = (32, 64, 128, 256)  # that torch's int4 kernel knows
+INT4_GROUPS = (32, 64, 128, 256)  # the groups that torch's int4 kernel knows
 INT8_COLUMN_STEP = 16  # torch's int8 kernel reads past the end of rows that are no multiple of this
 # Shares that match these speeds on larger matrices with two threads. bf16 linear itself reaches a
 # third of the bandwidth, which the packed kernels exceed.
@@ -118,7 +118,6 @@ LIKE_INT8 = (
 )
 NF4_UNPACKING = Unpacking(CARD_PART_WEIGHTS, 2.56, FUSED_BANDWIDTH, launches=2)
 LLM_INT8 = KernelEfficiency(LIKE_INT8, 0.8, ((1, 0.5),))
-LLM_INT8_LAUNCHES = 15
 
 
 def _card(precision: str) -> Iterator[Kernel]:
@@ -275,28 +274,13 @@ def _cpu_unpacking(layout: Layout, precision: str, parts: Callable[[Product], in
 def _bitsandbytes(kind: Kind) -> Iterator[Kernel]:
     """The kernels of the precisions that plans ask for by name."""
     unpacking = NF4_UNPACKING if kind == "cuda" else CPU_UNPACKING
-    yield Kernel(
-        name="bitsandbytes nf4",
-        layout="nf4",
-        precision="nf4",
-        kind=kind,
-        efficiency=KernelEfficiency(LIKE_FUSED),
-        workspace_bytes=partial(workspace.nf4_parts, part_weights=unpacking.part_weights),
-        dtypes=(*HALVES, "float32"),
-        library=BITSANDBYTES,
-        unpacking=unpacking,
-    )
-    yield Kernel(
-        name="LLM.int8",
-        layout="8-bnb",
-        precision="8-bnb",
-        kind=kind,
-        efficiency=LLM_INT8,
-        workspace_bytes=workspace.llm_int8,
-        dtypes=(*HALVES, "float32"),
-        library=BITSANDBYTES,
-        launches=LLM_INT8_LAUNCHES,
-    )
+    parts = partial(workspace.nf4_parts, part_weights=unpacking.part_weights)
+    fused = KernelEfficiency(LIKE_FUSED)
+    for kernel in (
+        Kernel("bitsandbytes nf4", "nf4", "nf4", kind, fused, parts, unpacking=unpacking),
+        Kernel("LLM.int8", "8-bnb", "8-bnb", kind, LLM_INT8, workspace.llm_int8, launches=15),
+    ):
+        yield replace(kernel, dtypes=(*HALVES, "float32"), library=BITSANDBYTES)
 
 
 TABLE: tuple[Kernel, ...] = (

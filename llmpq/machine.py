@@ -20,7 +20,7 @@ Capability = tuple[int, int]
 HUMMING, TRITON = "humming", "triton"
 LIBRARIES: dict[str, Capability] = {HUMMING: (7, 5), TRITON: (7, 0)}
 GPU_EXTRA = "llmpq[gpu]"
-BITSANDBYTES = "bitsandbytes"  # for precisions that plans ask for by name, on any device
+BITSANDBYTES = "bitsandbytes"  # plans ask for these precisions by name, on any device
 BITSANDBYTES_EXTRA = "llmpq[bnb]"
 
 # Features of a CPU. INT4_TILES means that torch's int4 kernel reads tiles of 64 output rows, as it

@@ -19,7 +19,7 @@ from llmpq.families import CUTS, family_for
 
 ASSETS = Path(__file__).parent / "assets"
 
-ALL_HEADS = "as many key-value heads"  # in the table of activations: without grouped heads
+ALL_HEADS = "as many key-value heads"  # in the table of activations: no grouped heads
 
 
 class LinearShape(Strict):

@@ -102,9 +102,9 @@ class MemoryRow(Strict):
 
 
 class ChosenModel(Strict):
-    """The model of times that predicts unseen rows of this kind best, with its mean error.
+    """Which model of the times predicts unseen rows of this kind best, and how far off it was.
 
-    Readers of the profile need not choose again, unless they do not know the name.
+    Spares whoever reads the profile the choice; a name that is not known is chosen anew.
     """
 
     model_key: str
@@ -222,18 +222,18 @@ class Sensitivity(Strict):
 
 
 def load_profiles(folder: Path) -> list[Profile]:
-    """Every profile of a folder (`*.json`); llmpq's files of other kinds are ignored."""
+    """Every profile of a folder (`*.json`); files of llmpq's other kinds are passed over."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of profiles")
     read = [(path, parse_json(path)) for path in sorted(folder.glob("*.json"))]
-    found = [validate(data, Profile, path) for path, data in read if not _is_other(data)]
+    found = [
+        validate(data, Profile, path)
+        for path, data in read
+        if not (isinstance(data, dict) and data.get("kind") in OTHER_KINDS)
+    ]
     if not found:
         raise UserError(f"{folder}: holds no profile (*.json); make one with 'llmpq-profile'")
     return found
-
-
-def _is_other(data: object) -> bool:
-    return isinstance(data, dict) and data.get("kind") in OTHER_KINDS
 
 
 def load_sensitivity(path: Path) -> Sensitivity:

@@ -31,7 +31,7 @@ from llmpq.errors import UserError, one_line
 from llmpq.whole_file import whole_file
 
 KIND, VERSION = "llmpq-moments", "1"
-STEPS = 32767  # of int16, for a correlation of 1
+STEPS = 32767  # the int16 value of a correlation of 1
 
 
 class CalibrationWriter:
@@ -179,9 +179,9 @@ def _packed(moments: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(deviation > 0, STEPS / deviation, 0.0)
     correlation = torch.empty(blocks, size * (size - 1) // 2, dtype=torch.int16)
     for block in range(blocks):
-        for row, place in _triangle(size):
+        for row, columns in _triangle(size):
             steps = moments[block, row, :row] * scale[block, :row] * (scale[block, row] / STEPS)
-            correlation[block, place] = steps.round().clamp(-STEPS, STEPS).to(torch.int16)
+            correlation[block, columns] = steps.round().clamp(-STEPS, STEPS).to(torch.int16)
     return deviation, correlation
 
 
@@ -191,8 +191,8 @@ def _unpacked(deviation: Tensor, correlation: Tensor) -> Tensor:
     moments = torch.empty(blocks, size, size)
     for block in range(blocks):
         own = deviation[block]
-        for row, place in _triangle(size):
-            values = correlation[block, place].float() * own[:row] * (own[row] / STEPS)
+        for row, columns in _triangle(size):
+            values = correlation[block, columns].float() * own[:row] * (own[row] / STEPS)
             moments[block, row, :row] = values
             moments[block, :row, row] = values
         moments[block].diagonal().copy_(own.square())

@@ -205,23 +205,21 @@ class Checkpoint:
 
 
 class RandomWeights:
-    """Tensors that depend on the seed and their name alone, so that every process agrees.
+    """Tensors that depend on their name alone, so that every process agrees.
 
     They are drawn and kept on `device`: a card draws billions of them in a second. Different kinds
     of devices draw different numbers.
     """
 
-    def __init__(
-        self, seed: int = 0, scale: float = 0.02, device: torch.device | str = "cpu"
-    ) -> None:
-        self.seed, self.scale, self.device = seed, scale, torch.device(device)
+    def __init__(self, scale: float = 0.02, device: torch.device | str = "cpu") -> None:
+        self.scale, self.device = scale, torch.device(device)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Normal weights; vectors (norms) are 1 and biases 0."""
+        """Draws normal weights; vectors (norms) are 1 and biases 0."""
         if len(shape) == 1:
             make = torch.zeros if name.endswith("bias") else torch.ones
             return make(shape, device=self.device)
-        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        digest = hashlib.sha256(name.encode()).digest()
         generator = torch.Generator(self.device).manual_seed(int.from_bytes(digest[:7], "little"))
         drawn = torch.randn(shape, generator=generator, device=self.device)
         return drawn.mul_(self.scale)
@@ -231,11 +229,11 @@ class RandomWeights:
         return part.of(self.read(name, shape))
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
-        """None: no weight is quantized."""
+        """Returns None, as no weight is quantized."""
         return None
 
     def stores(self, name: str) -> bool:
-        """False: no tensor is in files."""
+        """Returns False, as no tensor is in files."""
         return False
 
     def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:

@@ -149,19 +149,15 @@ def _shards(index: Path) -> list[Path]:
     names = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
         raise UserError(f"{index}: has no 'weight_map' from tensor names to files")
-    odd = next((name for name in names.values() if not _is_plain(name)), None)
-    if odd is not None:
-        raise UserError(f"{index}: {show_value(odd)} is no name of a file beside it")
+    for name in names.values():
+        if Path(name).name != name or len(name.encode(errors="replace")) >= MOST_NAME:
+            raise UserError(f"{index}: {show_value(name)} is no name of a file beside it")
     paths = [index.parent / name for name in sorted(set(names.values()))]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]}: missing{more}, but {index} names it")
     return paths
-
-
-def _is_plain(name: str) -> bool:
-    return Path(name).name == name and len(name.encode(errors="replace")) < MOST_NAME
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:

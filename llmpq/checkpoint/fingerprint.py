@@ -43,8 +43,8 @@ def _of_weights(path: Path) -> str:
             if size <= WHOLE_BYTES:
                 return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
             digest = hashlib.sha256(b"%d" % size)
-            for place in ((size - BLOCK_BYTES) * i // (BLOCKS - 1) for i in range(BLOCKS)):
-                file.seek(place)
+            for offset in ((size - BLOCK_BYTES) * i // (BLOCKS - 1) for i in range(BLOCKS)):
+                file.seek(offset)
                 digest.update(file.read(BLOCK_BYTES))
             return digest.hexdigest()[:DIGITS]
     except OSError as error:

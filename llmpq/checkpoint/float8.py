@@ -64,12 +64,9 @@ def float8_of(folder: Path) -> Float8 | None:
     block: Any = settings.get("weight_block_size")
     if block is None:
         return Float8(None)
-    if not (isinstance(block, list) and len(block) == 2 and all(_is_size(n) for n in block)):
+    sizes = block if isinstance(block, list) else []
+    if len(sizes) != 2 or any(type(size) is not int or size <= 0 for size in sizes):
         raise UserError(
             f"{path}: weight_block_size is {show_value(block)}, expected rows and columns"
         )
     return Float8((block[0], block[1]))
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0

@@ -38,7 +38,7 @@ FORMATS = (
     (r"\.(Qidxs|SU|SV|trellis|q_weight|q_scale)$", "QuIP or EXL weights"),
     (r"\.lora_(A|B|embedding_A|embedding_B)\b|\.base_layer\.", "a LoRA adapter; merge it first"),
 )
-CACHE_SCALE = r"attn\.(k|v|kv|q|prob)_scale$|\.[kv]_proj\.output_scale$"  # of an 8-bit cache
+CACHE_SCALE = r"attn\.(k|v|kv|q|prob)_scale$|\.[kv]_proj\.output_scale$"  # scales of an 8-bit cache
 REDUNDANT = (
     r"rotary_emb\.(\w+_)?inv_freq$",
     r"rotary_emb\.(cos|sin)_cached$",
@@ -96,7 +96,7 @@ def _tie_names(wanted: dict[str, RawTensor], stage: StageModel, weights: Checkpo
 
 def _refuse_formats(weights: Checkpoint, left: Sequence[str]) -> None:
     for pattern, what in FORMATS:
-        found = [name for name in left if re.search(pattern, name) and not _is_cache_scale(name)]
+        found = [n for n in left if re.search(pattern, n) and not re.search(CACHE_SCALE, n)]
         if found:
             path = weights.stored[found[0]].path
             what = f"{what} (float8)" if any(map(_is_float8, weights.stored.values())) else what
@@ -105,10 +105,6 @@ def _refuse_formats(weights: Checkpoint, left: Sequence[str]) -> None:
 
 def _is_float8(stored: StoredTensor) -> bool:
     return stored.dtype.startswith("F8")
-
-
-def _is_cache_scale(name: str) -> bool:
-    return re.search(CACHE_SCALE, name) is not None
 
 
 def _refuse_missing(weights: Checkpoint, wanted: dict[str, RawTensor], left: Sequence[str]) -> None:
@@ -217,7 +213,8 @@ def _unknown(stage: StageModel, weights: Checkpoint, left: Sequence[str]) -> lis
     ignored = getattr(stage.model, "_keys_to_ignore_on_load_unexpected", None) or ()
     known = [re.compile(pattern) for pattern in (*REDUNDANT, *ignored)]
     unknown = [name for name in left if not any(pattern.search(name) for pattern in known)]
-    return [name for name in unknown if not _is_zero_bias(weights, name)]
+    # AutoGPTQ writes biases of zeros for linears without a bias.
+    return [n for n in unknown if not n.endswith(".bias") or weights.tensor(n).any()]
 
 
 def _refuse_rest(stage: StageModel, weights: Checkpoint, rest: Sequence[str]) -> None:
@@ -227,8 +224,3 @@ def _refuse_rest(stage: StageModel, weights: Checkpoint, rest: Sequence[str]) ->
             f"{weights.stored[rest[0]].path}: tensor '{rest[0]}'{more} is no part of this model by "
             f"config.json ('{stage.config.model_type}') and would be left out"
         )
-
-
-def _is_zero_bias(weights: Checkpoint, name: str) -> bool:
-    """Whether a tensor is a bias of zeros, as AutoGPTQ writes for linears without a bias."""
-    return name.endswith(".bias") and not weights.tensor(name).any()

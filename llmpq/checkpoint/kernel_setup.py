@@ -76,17 +76,16 @@ def prepare_rows(stage: StageModel, rows: Sequence[int], chosen: Sequence[int] =
     if stage.device.type != "cpu":
         return
     layers = list(stage.linears().values())
-    kinds = {(type(one), one.in_features, one.out_features, _bits(one)): one for one in layers}
+    kinds = {
+        (type(one), one.in_features, one.out_features, getattr(one, "bits", 16)): one
+        for one in layers
+    }
     most = KERNELS_KEPT // max(1, len({kind[1:3] for kind in kinds}))
     for linear in kinds.values():
         _multiply(linear, rows[:most], stage.dtype)
     head = find(stage.model, stage.family.head)
     if stage.layers.is_last and isinstance(head, PlainLinear):
         _multiply(head, chosen, stage.dtype)
-
-
-def _bits(linear: PlainLinear | QuantizedLinear) -> int:
-    return linear.bits if isinstance(linear, QuantizedLinear) else 16
 
 
 @torch.inference_mode()

@@ -77,7 +77,7 @@ def load_stage(
     One of several shards gets the same codes as the whole matrices, and reads only the parts that
     this needs.
     """
-    stage = empty_stage(config, layers, precisions, dtype, device, shard, group)
+    stage = StageModel(config, layers, precisions, dtype, device, shard, group)
     roundings = copy(roundings)  # factors kept from one weight for the next end with this call
     tensors = raw_tensors(stage, weights)
     for raw, name in tensors:
@@ -91,29 +91,13 @@ def load_stage(
         else:
             rounding = roundings.of(name)
             read = partial(_read, weights, name, raw, packed, rounding)
-            take = partial(place, raw, dtype=dtype, device=device, rounding=rounding)
+            take = partial(load_tensor, raw, dtype=dtype, device=device, rounding=rounding)
             cache.fill(raw, name, read, take)
         if on_tensor is not None:
             on_tensor(stage)
     if layers.is_first and layers.is_last and not any(_is_head(stage, raw) for raw, _ in tensors):
         _tie(stage)
     return stage.eval()
-
-
-def empty_stage(
-    config: Any,
-    layers: LayerRange,
-    precisions: Sequence[LayerPrecision],
-    dtype: torch.dtype,
-    device: torch.device,
-    shard: Shard = ALONE,
-    group: ShardGroup | None = None,
-) -> StageModel:
-    """The stage without weights. Raises `UserError` where this device cannot serve it."""
-    try:
-        return StageModel(config, layers, precisions, dtype, device, shard, group)
-    except ValueError as error:  # a precision that this device cannot serve
-        raise UserError(str(error)) from None
 
 
 def raw_tensors(stage: StageModel, weights: Weights) -> list[tuple[RawTensor, str]]:
@@ -141,7 +125,7 @@ def _source(stage: StageModel, weights: Weights, raw: RawTensor) -> str | None:
     return head if both and not weights.equal(head, embedding, raw.shape) else None
 
 
-def place(
+def load_tensor(
     raw: RawTensor,
     tensor: torch.Tensor,
     dtype: torch.dtype,

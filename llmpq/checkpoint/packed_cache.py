@@ -44,7 +44,7 @@ from llmpq.quant.base import Shapes
 from llmpq.version import __version__
 from llmpq.whole_file import create
 
-FORMAT = 2  # of the files; files of another format are not found
+FORMAT = 2  # the version of the files; files of other versions are not found
 UNFINISHED = ".part"  # ends the name of a file that is being written
 LEFT_BEHIND_S = 3600  # an unfinished file this old has lost its writer
 

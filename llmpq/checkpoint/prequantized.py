@@ -102,7 +102,7 @@ def settings_of(folder: Path) -> tuple[Any, Path]:
         return None, path
     if config.get("quantization_config") is not None:
         return config["quantization_config"], path
-    if isinstance(config.get("compression_config"), dict):  # of compressed-tensors up to 0.6
+    if isinstance(config.get("compression_config"), dict):  # compressed-tensors to 0.6
         return {"quant_method": "compressed-tensors"} | config["compression_config"], path
     old, modelopt = path.with_name(OLD_GPTQ), path.with_name("hf_quant_config.json")
     settings = parse_json(old) if old.is_file() else None
@@ -193,7 +193,7 @@ class CompressedTensorsFormat:
         "weight_zero_point",
         "weight_g_idx",
         "weight_shape",
-        "input_scale",  # of activations, which are quantized a token at a time instead
+        "input_scale",  # activations are quantized a token at a time instead
         "input_zero_point",
     )
 

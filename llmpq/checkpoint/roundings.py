@@ -125,9 +125,9 @@ def rounding_key(
 
 def _find(moments: str, base: Path | None) -> Path:
     named = Path(moments)
-    places = [named] if base is None else [named, base.parent / named]
-    for place in places:
-        if place.is_file():
-            return place
-    tried = " and ".join(str(place) for place in dict.fromkeys(places))
+    paths = [named] if base is None else [named, base.parent / named]
+    for path in paths:
+        if path.is_file():
+            return path
+    tried = " and ".join(str(path) for path in dict.fromkeys(paths))
     raise UserError(f"no calibration statistics at {tried}; give the file with --moments FILE")

@@ -191,16 +191,15 @@ def _stage(plan: Plan, rank: int, files: Files) -> StagePreview:
 
 def _files(plan: Plan, rank: int, options: RunOptions, prepared: "Prepared") -> Files:
     """What the devices of a stage read. Raises `UserError` where a tensor is not as it must be."""
-    from llmpq.checkpoint.loader import empty_stage
     from llmpq.models.sharding import Shard
-    from llmpq.models.stage_model import LayerRange
+    from llmpq.models.stage_model import LayerRange, StageModel
 
     stage = plan.stages[rank]
     device, dtype = _device(plan, rank, options)
     layers = LayerRange(stage.first_layer, stage.end_layer, plan.model.num_layers)
     shards = [Shard(index, stage.tensor_parallel) for index in range(stage.tensor_parallel)]
     models = [
-        empty_stage(prepared.config, layers, stage.precisions, dtype, device, shard)
+        StageModel(prepared.config, layers, stage.precisions, dtype, device, shard)
         for shard in shards
     ]
     return _sum([_files_of(model, prepared) for model in models])

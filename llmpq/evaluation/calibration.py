@@ -81,7 +81,7 @@ class CalibrationMeter:
 
 def block_columns(in_features: int, block: int | None = None) -> int:
     """The largest divisor of `in_features` up to `block` that is whole groups; at least a group."""
-    group = group_size(4, in_features)  # that of 3 bits as well
+    group = group_size(4, in_features)  # 3 bits have the same groups
     sizes = range(group, in_features + 1, group)
     fitting = [n for n in sizes if in_features % n == 0 and n <= (block or in_features)]
     return max(fitting, default=group)

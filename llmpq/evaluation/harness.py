@@ -14,7 +14,7 @@ from typing import Any
 from llmpq.evaluation.scorer import NonFiniteLogits, Scorer
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
-BOOTSTRAPS = 1000  # for the standard errors of metrics that have no formula
+BOOTSTRAPS = 1000  # samples for standard errors of metrics that have no formula
 
 
 def harness_model(

@@ -37,7 +37,7 @@ def judge(path: Path) -> ModelSpec:
     is_tested = family_for(kind).is_tested
     try:
         spec = count_model(path)
-        if not is_tested or has_sizes(kind):  # of a tested family, but with odd settings
+        if not is_tested or has_sizes(kind):  # a tested family may have odd settings
             verify(config)
     except UserError:
         raise

@@ -14,7 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from llmpq.evaluation.scorer import ScoredPair, Scorer
 from llmpq.runtime.sampler import Sampling
 
-NEW_TOKENS = 256  # where a task gives no number, as in lm-eval's own models
+NEW_TOKENS = 256  # the number where a task gives none, as in lm-eval's own models
 
 
 class PipelineModel(TemplateLM):

@@ -16,7 +16,7 @@ from llmpq.models.stage_model import StageModel
 from llmpq.runtime.engine import StageEngine
 from llmpq.runtime.transport import Pending, Transport, message_bytes, pack, payload, unpack
 
-MESSAGES_IN_FLIGHT = 2  # from one stage to the next
+MESSAGES_IN_FLIGHT = 2  # between neighbouring stages
 
 
 class PipelineLoss:
@@ -62,7 +62,7 @@ class PipelineLoss:
             if index + 1 < len(parts):
                 incoming = self._post(parts[index + 1])
             hidden = self.stage.run(hidden)
-            if self._is_last:
+            if self.stage.layers.is_last:
                 total += next_token_loss(self.stage, hidden, part.to(self.stage.device))
             else:
                 sends.append(self._send(index, hidden))
@@ -74,10 +74,6 @@ class PipelineLoss:
             send.wait()
         totals = self.transport.gather(torch.tensor(total, dtype=torch.float64))
         return Loss(float(totals[-1]), windows.shape[0] * (windows.shape[1] - 1))
-
-    @property
-    def _is_last(self) -> bool:
-        return self.transport.rank == self.transport.size - 1
 
     def _post(self, part: torch.Tensor) -> tuple[torch.Tensor, Pending] | None:
         """Posts the receive buffer of a part; the first stage needs none."""

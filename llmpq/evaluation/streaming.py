@@ -13,7 +13,7 @@ windows, so that models larger than memory can be measured.
 Shapes: n windows of W tokens, T tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,11 +78,12 @@ def stream(
         stage: StageModel | None = None
         for layer in range(len(sixteen)):
             passed = list(dict.fromkeys(variant[: layer + 1] for variant in carried))
-            for precision in _sixteen_first(prefix[-1] for prefix in passed):
+            precisions = dict.fromkeys(prefix[-1] for prefix in passed)
+            for precision in sorted(precisions, key=lambda precision: precision != "16"):
                 stage = None  # frees the last one before the next is loaded
-                place = LayerRange(layer, layer + 1, len(sixteen))
+                layers = LayerRange(layer, layer + 1, len(sixteen))
                 stage = load_stage(
-                    config, weights, place, [precision], dtype, device, roundings=roundings
+                    config, weights, layers, [precision], dtype, device, roundings=roundings
                 )
                 for prefix in (p for p in passed if p[-1] == precision):
                     is_watched = watch is not None and prefix == sixteen[: layer + 1]
@@ -129,10 +130,6 @@ class _States:
 
     def _path(self, prefix: Prefix, piece: int) -> Path:
         return self._folder / f"{self._numbers[prefix]}-{piece}.safetensors"
-
-
-def _sixteen_first(precisions: Iterator[LayerPrecision]) -> list[LayerPrecision]:
-    return sorted(dict.fromkeys(precisions), key=lambda precision: precision != "16")
 
 
 def _pass(stage: StageModel, states: _States, prefix: Prefix, pieces: Sequence[Tensor]) -> None:

@@ -136,27 +136,24 @@ def _leaves(name: str, index: Any) -> Iterator[str]:
 
 def _files(folder: Path, data: TaskData, scratch: Path) -> dict[str, Path]:
     """The file of each part (train, validation, test) of a task's data; empty without files."""
-    for place in _places(folder, data):
+    for inside in _folders(folder, data):
         files = {
             part: path
-            for path in sorted(place.iterdir())
-            if path.suffix in KINDS and (part := _part(path)) is not None
+            for path in sorted(inside.iterdir())
+            for start, part in PARTS.items()
+            if path.suffix in KINDS and path.name.startswith(start)
         }
         if files:
             return {part: _labelled(path, scratch / data.task) for part, path in files.items()}
     return {}
 
 
-def _places(folder: Path, data: TaskData) -> list[Path]:
+def _folders(folder: Path, data: TaskData) -> list[Path]:
     inner, hub = data.configuration, data.data_set
-    places = [folder / data.task, folder / hub / inner, folder / hub]
+    folders = [folder / data.task, folder / hub / inner, folder / hub]
     if folder.resolve().name in (data.task, hub):
-        places += [folder / inner, folder]
-    return [place for place in places if place.is_dir()]
-
-
-def _part(path: Path) -> str | None:
-    return next((part for start, part in PARTS.items() if path.name.startswith(start)), None)
+        folders += [folder / inner, folder]
+    return [inside for inside in folders if inside.is_dir()]
 
 
 def _labelled(path: Path, scratch: Path) -> Path:

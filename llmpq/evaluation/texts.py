@@ -27,9 +27,9 @@ class DataSet:
     """The location of a text, and how its rows are joined."""
 
     file: str  # plain text in the user's folder
-    pattern: str  # of the hub's own files, anywhere below that folder
+    pattern: str  # matches the hub's own files, anywhere below that folder
     hub: str
-    options: tuple[tuple[str, Any], ...]  # of `datasets.load_dataset`
+    options: tuple[tuple[str, Any], ...]  # arguments of `datasets.load_dataset`
     column: str
     joiner: str
     max_rows: int | None = None

@@ -20,21 +20,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmpq.checkpoint.checkpoint import Checkpoint
-from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError
+from llmpq.evaluation.perplexity import load_stages
 from llmpq.evaluation.scorer import Scorer
 from llmpq.models.count import ROPES, with_layers
 from llmpq.models.rope import switches_at
-from llmpq.models.stage_model import LayerRange, StageModel
+from llmpq.models.stage_model import StageModel
 
 CPU = torch.device("cpu")
 LENGTHS, NEW_TOKENS = (13, 7, 5, 1), 4
 VOCABULARY = 120
-WINDOW = 5  # of attention: shorter than most of the prompts
+WINDOW = 5  # the attention window is shorter than most of the prompts
 SWITCH = 10  # the length at which positions change: some prompts are longer, none cross it
 LEAST_LAYERS, MOST_LAYERS = 4, 12
 MOST_PARAMETERS = 30_000_000
-TOLERANCE = 2e-3  # of the spread of the logits; sums in another order differ by 1e-5
+TOLERANCE = 2e-3  # relative to the logits' spread; sums in another order differ by 1e-5
 
 
 def verify(config: Any) -> None:
@@ -44,7 +44,10 @@ def verify(config: Any) -> None:
         prompts = _prompts()
         expected = [_own_logits(model, prompt) for prompt in prompts]
         for ends in _cuts(model.config.num_hidden_layers):
-            stages = _stages(model.config, Path(folder), ends)
+            precisions = ["16"] * ends[-1]
+            cuts = list(zip([0, *ends], ends, strict=False))
+            weights = Checkpoint(Path(folder))
+            stages = load_stages(model.config, weights, cuts, precisions, torch.float32, CPU)
             for some in (prompts, *([prompt] for prompt in prompts)):
                 wanted = [expected[prompts.index(prompt)] for prompt in some]
                 _compare(_logits(stages, some), wanted, len(ends), len(some))
@@ -141,22 +144,6 @@ def _cuts(total: int) -> Iterator[list[int]]:
         yield [total // 2, total]
     if total > 1:
         yield list(range(1, total + 1))
-
-
-def _stages(config: Any, folder: Path, ends: Sequence[int]) -> list[StageModel]:
-    weights = Checkpoint(folder)
-    ranges = zip([0, *ends], ends, strict=False)
-    return [
-        load_stage(
-            config,
-            weights,
-            LayerRange(first, end, ends[-1]),
-            ["16"] * (end - first),
-            torch.float32,
-            CPU,
-        )
-        for first, end in ranges
-    ]
 
 
 def _own_logits(model: Any, prompt: list[int]) -> Tensor:

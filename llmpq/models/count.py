@@ -74,15 +74,15 @@ def count_activations(
         whole = with_layers(config, NUM_LAYERS)
         for phase, start, end in product(PHASES, (0, 1), (NUM_LAYERS - 1, NUM_LAYERS)):
             layers = LayerRange(start, end, NUM_LAYERS)
-            place = "_last" if layers.is_last else "_first" if layers.is_first else ""
-            found[phase + place] += snapshots(whole, layers, primes.shape(phase))
+            where = "_last" if layers.is_last else "_first" if layers.is_first else ""
+            found[phase + where] += snapshots(whole, layers, primes.shape(phase))
     parts: dict[str, tuple[AllocationSnapshot, ...]] = {}
     for phase in PHASES:
         known: tuple[AllocationSnapshot, ...] = ()
-        for place in (phase, f"{phase}_first", f"{phase}_last"):
-            met = snapshot_table(found[place], {**primes.named(phase), **sizes})
-            parts[place] = tuple(m for m in met if not any(covers(n, m) for n in known))
-            known += parts[place]
+        for where in (phase, f"{phase}_first", f"{phase}_last"):
+            met = snapshot_table(found[where], {**primes.named(phase), **sizes})
+            parts[where] = tuple(m for m in met if not any(covers(n, m) for n in known))
+            known += parts[where]
     return Activations(**parts)
 
 

@@ -84,10 +84,10 @@ def families_text(counted: Mapping[str, Activations]) -> str:
     """The table as JSON, with one snapshot a line."""
     blocks = []
     for name, activations in counted.items():
-        places = activations.model_dump(mode="json", exclude_defaults=True)
+        phases = activations.model_dump(mode="json", exclude_defaults=True)
         lines = [
-            f' "{place}": [\n' + ",\n".join(f"  {json.dumps(m)}" for m in some) + "\n ]"
-            for place, some in places.items()
+            f' "{phase}": [\n' + ",\n".join(f"  {json.dumps(m)}" for m in some) + "\n ]"
+            for phase, some in phases.items()
         ]
         blocks.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
     return "{\n" + ",\n".join(blocks) + "\n}"

@@ -74,7 +74,7 @@ class TensorSnapshot:
 
     op: str
     biased: bool
-    later: bool  # in a layer after the stage's first one
+    later: bool  # whether its layer is not the stage's first one
     live: Bytes
 
 

@@ -89,7 +89,7 @@ class _Nothing(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        return next(tensors).new_zeros(())  # on the device of the others
+        return next(tensors).new_zeros(())  # it is on the device of the other tensors
 
 
 class _Reached(Exception):
@@ -112,7 +112,7 @@ def gives_tuples(
 
     hook = first_layer.register_forward_hook(reached)
     states = torch.empty(1, 1, width, dtype=dtype, device="meta")
-    with torch.inference_mode(), suppress(Exception):  # of any kind: then nothing is found
+    with torch.inference_mode(), suppress(Exception):  # after any error nothing is found
         decoder(inputs_embeds=states, use_cache=False)
     hook.remove()
     return bool(found) and isinstance(found[0], tuple)

@@ -143,12 +143,12 @@ def _odd(size: int) -> int:
 
 
 def _deciding(found: Iterable[AllocationSnapshot]) -> tuple[AllocationSnapshot, ...]:
-    """Without the snapshots that another one covers, product by product."""
+    """The snapshots that no other one covers, product by product."""
     kept: list[AllocationSnapshot] = []
-    for moment in sorted(found, key=lambda m: (m.later, bool(m.op), -sum(m.num_bytes.values()))):
-        if not any(covers(other, moment) for other in kept):
-            kept = [other for other in kept if not covers(moment, other)]
-            kept.append(moment)
+    for snapshot in sorted(found, key=lambda m: (m.later, bool(m.op), -sum(m.num_bytes.values()))):
+        if not any(covers(other, snapshot) for other in kept):
+            kept = [other for other in kept if not covers(snapshot, other)]
+            kept.append(snapshot)
     return tuple(sorted(kept, key=lambda m: (m.later, m.op, sorted(m.num_bytes.items()))))
 
 

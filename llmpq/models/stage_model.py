@@ -91,10 +91,10 @@ class LayerRange:
 class RawTensor:
     """A tensor of the checkpoint, and the module that needs it or a part of it."""
 
-    name: str  # in the whole model's checkpoint
+    name: str  # its name in the whole model's checkpoint
     module: nn.Module
     attribute: str
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # the whole tensor's shape
 
     def part(self, rounding: Rounding = quantize) -> TensorPart | None:
         """The part that the module needs, if weights are rounded so; None: all of it."""
@@ -112,7 +112,8 @@ class StageModel(nn.Module):
     """Layers of a model at given precisions; `dtype` is that of activations and 16-bit weights.
 
     `shard` is this device among those that share the layers; `group` connects them, and is needed
-    for computing where there are several. Raises `UserError` where the model cannot be cut so.
+    for computing where there are several. Raises `UserError` where the model cannot be cut so, or
+    where this device cannot serve a precision.
     """
 
     def __init__(
@@ -287,15 +288,18 @@ class StageModel(nn.Module):
         shape = (like.out_features, like.in_features)
         out_features, in_features = part.of_shape(shape) if part else shape
         added_elsewhere = part is not None and part.dim == INPUTS and not self.shard.leads
-        return make_linear(
-            precision,
-            in_features,
-            out_features,
-            bias=like.bias is not None and not added_elsewhere,
-            dtype=self.dtype,
-            device=self.device,
-            part=part,
-        )
+        try:
+            return make_linear(
+                precision,
+                in_features,
+                out_features,
+                bias=like.bias is not None and not added_elsewhere,
+                dtype=self.dtype,
+                device=self.device,
+                part=part,
+            )
+        except ValueError as error:  # a precision that this device cannot serve
+            raise UserError(str(error)) from None
 
     def _cut_embedding(self) -> None:
         """Cuts the token embedding to the rows that this shard holds."""

@@ -1,14 +1,13 @@
 """Gathers the calibration statistics for GPTQ in one streaming pass at 16 bits."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from llmpq.checkpoint.calibration_file import CalibrationFile, CalibrationWriter
 from llmpq.evaluation.calibration import CalibrationMeter, block_columns
-from llmpq.evaluation.streaming import LayerObserver
 from llmpq.model_spec import ModelSpec
 from llmpq.models.stage_model import StageModel
 from llmpq.profiler.indicators import LoadableModel
@@ -20,18 +19,17 @@ def gather_calibration(
     path: Path,
     about: Mapping[str, str],
     block: int | None = None,
-    also: LayerObserver | None = None,
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> CalibrationFile:
     """Writes the statistics of every linear's inputs on `[n, W]` windows, a layer at a time.
 
-    `block` is the most columns of a block of H. `also` observes the same pass.
+    `block` is the most columns of a block of H.
     """
     writer, keys = CalibrationWriter(path), dict[str, str]()
 
     @contextmanager
     def watch(stage: StageModel) -> Iterator[None]:
-        with CalibrationMeter(stage, block) as meter, also(stage) if also else nullcontext():
+        with CalibrationMeter(stage, block) as meter:
             yield
         for key, statistics in meter.statistics().items():
             writer.add(key, statistics)

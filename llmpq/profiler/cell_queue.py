@@ -107,7 +107,7 @@ class CostModel:
 def work_of(spec: ModelSpec) -> Callable[[Candidate], float]:
     """The work of a cell: its tokens, weighted by the tokens that they attend to."""
     params = sum(op.out_features * op.in_features for op in spec.linears)
-    even_tokens = params / (2 * spec.hidden_size)  # where attention costs as much as the linears
+    even_tokens = params / (2 * spec.hidden_size)  # attention then costs as much as the linears
 
     def work(key: Candidate) -> float:
         if key.phase in ("prefill", "stage_prefill"):

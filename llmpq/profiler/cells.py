@@ -21,7 +21,7 @@ from llmpq.profiler.sampling import FLOOR_MS, TARGET, Estimate, estimate, is_out
 
 STAGE_TARGET = 0.05  # a stage's own cost is a small part of a call
 MAX_SAMPLES = 150
-MIN_VISITS = 2  # so that no cell is measured at one time only
+MIN_VISITS = 2  # no cell is measured at one time only
 SLOW_MS = 100.0  # slower calls are sampled less
 FEW, SLOW_FEW = 6, 3  # the least samples of a settled cell, and of a slow one
 

@@ -46,10 +46,10 @@ from llmpq.profiler.grid import (
 from llmpq.profiler.resume import PartialFile, restored
 from llmpq.profiler.sampling import TARGET
 
-SAMPLES = 5  # of a visit, at least
+SAMPLES = 5  # the least samples of a visit
 SLOW_SAMPLES = 2
 MOST_SAMPLES = 15
-VISITS = 3  # of a cell, by which its share of a queue's budget is computed
+VISITS = 3  # a cell's share of its queue's budget is for this many visits
 DEEP_ENOUGH_MS = 10.0  # a call needs no more layers than take this long
 OVERRUN = 1.05  # share of the budget after which a cell is skipped
 CACHE_VALUE_BYTES = 2

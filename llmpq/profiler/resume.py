@@ -64,7 +64,7 @@ class PartialFile:
             return None
         try:
             found = read_json(self._path, Partial)
-        except UserError:  # of another version, or broken; the file only saves time
+        except UserError:  # the file is broken or of another version; it only saves time
             return None
         return found if found.identity == self._identity else None
 

@@ -95,7 +95,7 @@ class Bench:
     ) -> None:
         self._config, self.depth = config, depth
         self._dtype, self._device, self._most_rows = dtype, device, most_rows
-        self.notes: list[str] = []  # on linears that use slower kernels
+        self.notes: list[str] = []  # warnings of linears that use slower kernels
         self._timer = Timer(device)
         self._square = torch.ones(REFERENCE_SIZE, REFERENCE_SIZE, device=device)
         self._refer()  # warms up

@@ -131,8 +131,8 @@ def with_settings(checksum: int, drawn: Mapping[str, float], stops: tuple[str, .
 
 def cut_at(text: str, stops: tuple[str, ...]) -> str:
     """The part of a text before the first of `stops` in it."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text
+    positions = [position for stop in stops if (position := text.find(stop)) >= 0]
+    return text[: min(positions)] if positions else text
 
 
 def has_stopped(text: str, stops: tuple[str, ...]) -> bool:

@@ -38,7 +38,7 @@ from llmpq.prompts.request import Request
 TooLong = Literal["error", "truncate", "fail"]
 
 LENGTH_KEYS = ("max_new_tokens", "max_tokens", "max_completion_tokens")  # all mean the same
-WAYS = ("prompt", "prompt_token_ids", "messages")  # to give the prompt, one a line
+WAYS = ("prompt", "prompt_token_ids", "messages")  # a line gives its prompt under one of them
 OWN_KEYS = {"id", "custom_id", "tools", "text", *WAYS, *LENGTH_KEYS, *OWN_KNOWN}
 BATCH_KEYS = {"id", "custom_id", "method", "url", "body"}
 BODY_KEYS = {"model", "messages", "prompt", "prompt_token_ids", "tools", *LENGTH_KEYS, *BODY_KNOWN}
@@ -53,10 +53,10 @@ class Tokenizer(Protocol):
     chat_template: Any
 
     def encode(self, text: str) -> list[int]:
-        """Text to token ids."""
+        """Encodes a text as token ids."""
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
-        """Token ids to text."""
+        """Decodes token ids to a text."""
 
     def apply_chat_template(
         self,
@@ -79,7 +79,7 @@ class Limits:
     cache of a text that grows past it would be wrong (`llmpq.models.rope`).
     """
 
-    new_tokens: int  # for lines that give no number
+    new_tokens: int  # the number for lines that give none
     max_positions: int
     vocab_size: int
     cache_tokens: int | None = None
@@ -223,7 +223,7 @@ class Rules:
 
     def _tokens(self, data: dict[str, object], way: str) -> list[int]:
         given = data[way]
-        if way == "prompt" and isinstance(given, list):  # as OpenAI's completions allow
+        if way == "prompt" and isinstance(given, list):  # OpenAI's completions allow this
             way, given = _listed_prompt(given)
         if way == "prompt_token_ids":
             token_ids = given

@@ -90,8 +90,8 @@ class ConvertedSource(PromptSource):
         super().__init__(path)
         self.kind = kind
         self._numbers = array("Q")
-        self._file = _temporary(path)
         with _writing(path):
+            self._file = tempfile.TemporaryFile(prefix="llmpq-")  # noqa: SIM115
             for number, line in lines:
                 self._numbers.append(number)
                 self._file.write(line + b"\n")
@@ -281,8 +281,3 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be turned into JSON lines in {tempfile.gettempdir()} "
             f"({error.strerror}); TMPDIR names another folder"
         ) from None
-
-
-def _temporary(path: Path) -> BinaryIO:
-    with _writing(path):
-        return tempfile.TemporaryFile(prefix="llmpq-")  # noqa: SIM115

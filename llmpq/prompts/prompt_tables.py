@@ -25,7 +25,7 @@ JSON_COLUMNS = (
 COLUMNS = (*ID_COLUMNS, "prompt", "text", *JSON_COLUMNS)
 DELIMITERS = ",;\t"
 MAX_CELL = 1 << 26  # characters
-READ_CHARACTERS = 1 << 20  # at once
+READ_CHARACTERS = 1 << 20  # characters read at once
 EXPECTED = "a request is a text or an object"
 
 

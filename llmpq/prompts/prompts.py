@@ -10,7 +10,7 @@ Not covered: what a line may say (`prompt_rules`), and which files can be read (
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from zlib import crc32
@@ -31,8 +31,8 @@ from llmpq.prompts.prompt_source import Line, PromptSource, open_source
 from llmpq.prompts.request import Request
 from llmpq.prompts.result_lines import Form, Id
 
-MAX_NAMES = 1000  # of keys that are counted one by one
-MOST_SHOWN = 8  # of these in a message
+MAX_NAMES = 1000  # the keys that are counted one by one
+MOST_SHOWN = 8  # the keys that a message names
 
 
 class PromptFile:
@@ -53,7 +53,7 @@ class PromptFile:
         self._source, self._rules = source, rules
         self._checksums, self._line_numbers = array("I"), array("Q")
         self._offsets, self._marks = array("Q"), array("I")
-        self._told = _FileNotes()
+        self._facts = _FileNotes()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -61,12 +61,12 @@ class PromptFile:
     @property
     def form(self) -> Form:
         """The form of the output: OpenAI's where every line is of that form."""
-        return "openai" if self._told.num_openai == len(self) else "llmpq"
+        return "openai" if self._facts.num_openai == len(self) else "llmpq"
 
     @property
     def is_mixed(self) -> bool:
         """Whether the file has lines of both forms."""
-        return 0 < self._told.num_openai < len(self)
+        return 0 < self._facts.num_openai < len(self)
 
     def request(self, number: int) -> Request:
         """The request at this position, read from the file now.
@@ -110,12 +110,12 @@ class PromptFile:
         else:
             self.refused[number] = asked.refusal
             self.lengths.append((0, 0))
-        self._told.add(asked, line.number)
+        self._facts.add(asked, line.number)
 
     def tell(self) -> None:
         """Fills `notes`, once the whole file was read."""
         self.notes = [*self._source.notes]
-        self.notes += [f"{self.path}: {note}" for note in self._told.notes()]
+        self.notes += [f"{self.path}: {note}" for note in self._facts.notes()]
         if self.refused:
             number, reason = next(iter(self.refused.items()))
             where = f"line {self._line_numbers[number]}"
@@ -179,9 +179,8 @@ def check_prompts(
     tokenizer: Tokenizer | None,
     limits: Limits,
     chat: bool = False,
-    on_line: Callable[[int], None] | None = None,
 ) -> PromptFile:
-    """Checks every line of a file; `on_line` is called with the number of lines read so far.
+    """Checks every line of a file.
 
     Raises one `UserError` that lists every broken line (the first 20, and how many more).
     """
@@ -194,7 +193,7 @@ def check_prompts(
     found = PromptFile(source, Rules(tokenizer, limits, chat))
     faults: list[str] = []
     num_faults = 0
-    for number, fault in (*source.faults, *_check(found, on_line)):
+    for number, fault in (*source.faults, *_check(found)):
         num_faults += 1
         if num_faults <= MAX_FAULTS:
             faults.append(f"{path}:{number}: {fault}")
@@ -208,7 +207,7 @@ def check_prompts(
     return found
 
 
-def _check(found: PromptFile, on_line: Callable[[int], None] | None) -> Iterator[tuple[int, str]]:
+def _check(found: PromptFile) -> Iterator[tuple[int, str]]:
     """Adds every valid line to `found`; yields the number and fault of every other line."""
     seen: dict[Id, int] = {}
     for line in found._source.lines():
@@ -221,8 +220,6 @@ def _check(found: PromptFile, on_line: Callable[[int], None] | None) -> Iterator
             found.add(asked, line)
         except ValueError as error:
             yield line.number, str(error)
-        if on_line is not None:
-            on_line(line.number)
 
 
 def _count(counter: "Counter[str]", name: str) -> None:

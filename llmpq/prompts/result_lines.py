@@ -123,20 +123,20 @@ def _read_own(data: Mapping[str, object]) -> ParsedResult | None:
         return None
     if not isinstance(data.get("token_ids"), list) or not isinstance(data.get("text"), str):
         return None
-    return _told(data.get("id"), "llmpq", reason == "error")
+    return _parsed(data.get("id"), "llmpq", reason == "error")
 
 
 def _read_openai(data: Mapping[str, object]) -> ParsedResult | None:
     response, error = data.get("response"), data.get("error")
     if isinstance(response, dict) and isinstance(response.get("status_code"), int):
         failed = response["status_code"] != DONE or error is not None
-        return _told(data["custom_id"], "openai", failed)
+        return _parsed(data["custom_id"], "openai", failed)
     if response is None and isinstance(error, dict):
-        return _told(data["custom_id"], "openai", failed=True)
+        return _parsed(data["custom_id"], "openai", failed=True)
     return None
 
 
-def _told(name: object, form: Form, failed: bool) -> ParsedResult | None:
+def _parsed(name: object, form: Form, failed: bool) -> ParsedResult | None:
     if isinstance(name, str | int) and not isinstance(name, bool):
         return ParsedResult(name, form, failed)
     return None

@@ -27,7 +27,7 @@ class ResultStream:
             sys.stdout.buffer.write(line + b"\n")
             sys.stdout.buffer.flush()
         except OSError as error:
-            with suppress(OSError, ValueError):  # what is left over is not written at the very end
+            with suppress(OSError, ValueError):  # the interpreter would write the rest at its end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise WorkerError(
                 f"standard output cannot be written ({error.strerror}); --output - keeps nothing, "

@@ -17,7 +17,7 @@ from llmpq.errors import UserError
 
 CONFIG = "tokenizer_config.json"
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", CONFIG)
-TEXTS = (".json", ".txt", ".jinja")  # of these files, what is text
+TEXTS = (".json", ".txt", ".jinja")  # the suffixes of text files
 PROBE = "Once"  # a text that every tokenizer must be able to encode and decode
 NEEDS_CODE = (
     "the tokenizer asks for Python code of its own ('auto_map'), which is never run; with a "
@@ -30,7 +30,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     """The tokenizer, or None where the directory has none (token ids can still be given)."""
     if not any((folder / name).is_file() for name in FILES):
         return None
-    with _without_marks(folder) as plain, _told(folder):
+    with _without_marks(folder) as plain, _as_user_error(folder):
         tokenizer = AutoTokenizer.from_pretrained(plain, trust_remote_code=False)
         ids = tokenizer.encode(PROBE)
         if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
@@ -92,7 +92,7 @@ def _has_mark(path: Path) -> bool:
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _as_user_error(folder: Path) -> Iterator[None]:
     """Turns all errors of a tokenizer into a `UserError`."""
     try:
         yield

@@ -46,7 +46,7 @@ from llmpq.quant.rounding import (
 # never negative, zeros beside the middle doubled the error of the int8 kernel (1.7 % to 0.9 %).
 CENTRE_UP_TO = 1.5
 BY_GROUP = (quantize, quantize_mse)  # roundings that depend on one group alone
-Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of tensors, by name
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # tensors' types and shapes by name
 
 
 class PlainLinear(nn.Linear):
@@ -67,11 +67,11 @@ class PlainLinear(nn.Linear):
 
     @property
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What it must be given, by name; of a part, the shapes of the whole."""
+        """Shapes of the tensors to load, by name; those of the whole where this is a part."""
         return _raw_shapes(self.out_features, self.in_features, self.bias is not None, self.part)
 
     def part_to_read(self, name: str, rounding: Rounding = quantize) -> TensorPart | None:
-        """The part that it must be given of the whole "weight" or "bias"; None: all."""
+        """The part to load of the whole "weight" or "bias"; None for all of it."""
         return None if name == "bias" and input_part(self.part) else self.part
 
     def load_weight(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
@@ -116,7 +116,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What it must be given, by name; of a part, the shapes of the whole."""
+        """Shapes of the tensors to load, by name; those of the whole where this is a part."""
         return _raw_shapes(self.out_features, self.in_features, self.has_bias, self.part)
 
     @property
@@ -125,7 +125,7 @@ class QuantizedLinear(nn.Module):
         return row_length(self.in_features, self.part)
 
     def part_to_read(self, name: str, rounding: Rounding = quantize) -> TensorPart | None:
-        """The part that it must be given of the whole "weight" or "bias"; None: all."""
+        """The part to load of the whole "weight" or "bias"; None for all of it."""
         if input_part(self.part) is None or (name == "weight" and self.rounds_alone(rounding)):
             return self.part
         return None

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llmpq.quant.rounding import SCALE_DTYPE, SMALLEST_SCALE, quantize, quantize_mse
 
-NEAREST_BITS = 8  # from these bits on, codes are those of `quantize`
+NEAREST_BITS = 8  # `quantize` makes the codes of this many bits and more
 COLUMNS = 128  # columns rounded one by one before the following columns are updated
 ROWS = 512  # rows rounded at a time: each column costs some operations, whatever their size
 SWEEPS = 1  # one sweep reduced the divergence at 3 bits by 7 to 12 %, a second by 1 to 6 % more

@@ -22,7 +22,7 @@ def machine_here(device: torch.device, dtype: torch.dtype, optional: bool = Fals
     libraries = {BITSANDBYTES} if optional and has_bitsandbytes() else set()
     if device.type != "cpu":  # a card, or "meta", where only sizes are counted
         capability = (0, 0)
-        if device.type == "cuda" and _has_card():
+        if device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available():
             capability = torch.cuda.get_device_capability(device)
             libraries |= _on(device)
         return Machine("cuda", name, capability, libraries=frozenset(libraries))
@@ -41,10 +41,6 @@ def has_bitsandbytes() -> bool:
     except Exception:  # builds for another system fail in ways of their own
         return False
     return True
-
-
-def _has_card() -> bool:
-    return torch.version.cuda is not None and torch.cuda.is_available()
 
 
 def _on(device: torch.device) -> set[str]:

@@ -32,7 +32,7 @@ from llmpq.quant.part import TensorPart, part_group, row_length
 from llmpq.quant.rounding import SCALE_DTYPE
 from llmpq.workspace import HUMMING_LOCKS, HUMMING_REPEATED, PADDED, round_up
 
-READ_BACK_ROWS = 1024  # of the identity, multiplied at a time
+READ_BACK_ROWS = 1024  # rows of the identity that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class HummingLinear(GridLinear):
 
     @property
     def centre_up_to(self) -> float:
-        """That of `RowLinear` at 8 bits: the quality of a layer does not depend on its kernel."""
+        """The value of `RowLinear` at 8 bits: quality does not depend on the kernel."""
         return CENTRE_UP_TO if self.bits == 8 else 1.0
 
     def reserve(self, group: int) -> None:

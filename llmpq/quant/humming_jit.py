@@ -32,7 +32,7 @@ from llmpq.workspace import HUMMING_IN, HUMMING_OUT, round_up
 
 ROW_GROUP = 0  # one scale a row
 MOST_ROWS = 1 << 30
-MOST_COMPILERS = 16  # at a time: NVRTC 13.0 took 412 MiB of memory a kernel
+MOST_COMPILERS = 16  # threads that compile: NVRTC 13.0 took 412 MiB of memory a kernel
 LIBRARY_PATH = "LD_LIBRARY_PATH"
 
 Tuning = Mapping[str, Any]  # tile and pipeline of a kernel, and how many multiprocessors to use
@@ -50,7 +50,7 @@ class KernelShape:
     in_features: int
     bits: int
     group: int
-    dtype: torch.dtype  # of activations, scales and answers
+    dtype: torch.dtype  # the type of activations, scales and outputs
     batch_invariant: bool = False
 
     @property

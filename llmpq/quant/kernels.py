@@ -26,7 +26,7 @@ from llmpq.workspace import TILE_ROWS
 
 NIBBLE_MIDDLE = 8  # the int4 kernel computes (code - 8) * scale + zero_point
 BYTE_MIDDLE = 128
-ACTIVATION_ZERO = 128  # of uint8 activations; int8 ones use a path 1000 times slower
+ACTIVATION_ZERO = 128  # the zero of uint8 activations; int8 ones use a path 1000 times slower
 
 
 def chunk_rows(in_features: int, device: torch.device) -> int:

@@ -16,7 +16,7 @@ of all codes of a row one after the other, lowest first, in int32, where a code 
 import torch
 from torch import Tensor
 
-LOW_TWO_BITS = 0x33  # of both nibbles of a byte
+LOW_TWO_BITS = 0x33  # the mask for both nibbles of a byte
 THIRD_BIT = 0x44
 CODES_IN_WORDS = 32  # codes that fill whole words at any number of bits
 

@@ -21,7 +21,7 @@ from torch import Tensor
 SCALE_DTYPE = torch.bfloat16
 BLOCK_WEIGHTS = 2**18  # weights rounded at a time, with fp32 temporaries of a few MiB
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-SHRINKS = tuple(1 - 0.02 * step for step in range(1, 26))  # of the range, by `quantize_mse`
+SHRINKS = tuple(1 - 0.02 * step for step in range(1, 26))  # factors that `quantize_mse` tries
 
 Grid = tuple[Tensor, Tensor]  # fp32 scales (exact in bf16) and integer zeros, [rows, groups]
 

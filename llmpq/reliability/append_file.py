@@ -18,7 +18,8 @@ from typing import BinaryIO
 
 from llmpq.errors import UserError, WorkerError
 
-UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # on some network file systems
+# The errors of file systems without locks, as some network file systems are.
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
 
@@ -47,7 +48,7 @@ class AppendFile:
 
     def append(self, record: bytes) -> None:
         """Appends all of `record`, or nothing of it."""
-        with _told(self.path):
+        with _as_worker_error(self.path):
             start = self.size
             if start != self._expected:
                 raise self._meddled(f"has {start} bytes and not {self._expected}")
@@ -79,14 +80,14 @@ class AppendFile:
     def cut(self, size: int) -> None:
         """Truncates the file to its first `size` bytes."""
         if size < self.size:
-            with _told(self.path):
+            with _as_worker_error(self.path):
                 os.ftruncate(self._handle, size)
             self._expected = size
 
     def rewrite(self, records: Iterable[bytes]) -> None:
         """Replaces all contents in one step, which a crash cannot leave half done."""
         new = new_name(self.path)
-        with _told(self.path):
+        with _as_worker_error(self.path):
             handle = os.open(new, _FLAGS | os.O_TRUNC, stat.S_IMODE(os.fstat(self._handle).st_mode))
             try:
                 _lock(handle)
@@ -104,7 +105,7 @@ class AppendFile:
 
     def move(self, target: Path) -> None:
         """Renames the file to `target`, and starts again with an empty file."""
-        with _told(self.path):
+        with _as_worker_error(self.path):
             os.replace(self.path, target)
             handle = _open_locked(self.path)
             os.close(self._handle)
@@ -113,17 +114,17 @@ class AppendFile:
 
     def read(self) -> BinaryIO:
         """Opens the file as it is now; the handle stays readable when the file is rewritten."""
-        with _told(self.path):
+        with _as_worker_error(self.path):
             return self.path.open("rb")
 
     def sync(self) -> None:
         """Syncs the contents to the disk."""
-        with _told(self.path):
+        with _as_worker_error(self.path):
             os.fsync(self._handle)
 
     def sync_name(self) -> None:
         """Syncs the file's name to the disk, where the file system can do that."""
-        with _told(self.path):
+        with _as_worker_error(self.path):
             folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(folder)
@@ -176,7 +177,7 @@ def _write_all(handle: int, data: bytes) -> None:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _as_worker_error(path: Path) -> Iterator[None]:
     """Turns an error of the operating system into a `WorkerError` that says what is safe."""
     try:
         yield

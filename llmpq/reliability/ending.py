@@ -20,10 +20,10 @@ from llmpq.errors import LlmpqError, WorkerError
 from llmpq.plain import plain
 
 SUPERVISED = "LLMPQ_SUPERVISED"  # the process id of the parent that started this worker
-AGAIN = "nothing was written, start again"  # of commands that write at their end
+AGAIN = "nothing was written, start again"  # for commands that write at their end
 RESUME = "finished requests are in the output, run again with --resume to do the others"
 HANDLED = (signal.SIGINT, signal.SIGTERM)
-TOGETHER_S = 0.3  # so that all workers get a signal before the first one ends and is missed
+TOGETHER_S = 0.3  # all workers get a signal before the first one ends and is missed
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 
@@ -75,7 +75,7 @@ def ended_by_signals(
 
     def wait() -> None:
         received = os.read(reader, 1)
-        if received:  # else closed below; a second signal still finds the pipe open
+        if received:  # a second signal must find the pipe open; without one it is closed below
             look()
             time.sleep(TOGETHER_S)
             interrupted = Interrupted(received[0], advice)

@@ -45,10 +45,10 @@ from llmpq.reliability.repair import (
 
 Fsync = Literal["always", "interval", "never"]
 
-VERSION = 2  # of the journal; version 1 has no checksums of prompts
+VERSION = 2  # the journal's; version 1 has no checksums of prompts
 SYNC_EVERY_S = 1.0
-CHECK_EVERY_S = 1.0  # that the files still have their names
-MOST_SHOWN = 5  # of requests that a message names
+CHECK_EVERY_S = 1.0  # the interval of checks that the files still have their names
+MOST_SHOWN = 5  # the requests that a message names
 # What all results in one file must have in common, and what to do where they differ.
 SAME = {
     "model": "give another --output",

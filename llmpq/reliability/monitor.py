@@ -40,12 +40,12 @@ PERIOD_S = 1.0  # between two heartbeats, and between two looks
 SILENT_LOOKS = 5  # looks without a new heartbeat after which a worker is lost
 START_LOOKS = 300  # looks without a first heartbeat after which a worker is lost
 DONE = 1 << 40  # added to the beats of a worker that has ended in order
-LOOK_S = 1.0  # at most, for a look out of turn
+LOOK_S = 1.0  # the time limit of a look out of turn
 ENDED = "its process has ended"
 NO_SIGN = f"no sign of life for {(SILENT_LOOKS + 1) * PERIOD_S:.0f} s"  # beats lie before looks
 
 
-MOST_BYTES, MOST_CHARACTERS = 1 << 16, 1000  # of what a worker tells, and of a text in it
+MOST_BYTES, MOST_CHARACTERS = 1 << 16, 1000  # limits of a worker's report and of a text in it
 
 T = TypeVar("T")
 ReportedText = Annotated[str, AfterValidator(lambda text: plain_line(text[:MOST_CHARACTERS]))]
@@ -59,7 +59,7 @@ class WorkerIdentity:
     name: ReportedText
     host: ReportedText
     pid: PositiveInt
-    machine: ReportedText = ""  # where process ids mean the same
+    machine: ReportedText = ""  # process ids are comparable within a machine
     started: NonNegativeInt = 0  # tells the process from a later one of the same id
 
     def __str__(self) -> str:
@@ -252,14 +252,15 @@ class Monitor:
         self.rank, self.size, self.advice = rank, size, advice
         self._who = WorkerIdentity.here(rank, name)
         self._open, self._end = open_board, end
-        self._is_watched = SUPERVISED in os.environ  # by the parent
-        self._left, self._hurry = threading.Event(), threading.Event()
-        self._last_words: Callable[[Board], object] = lambda board: board.done(rank)
+        self._is_watched = SUPERVISED in os.environ  # the parent process watches this one
+        self._ended, self._wake = threading.Event(), threading.Event()
+        self._write_end: Callable[[Board], object] = lambda board: board.done(rank)
         self._num_looks = 0
         self._patience = SILENT_LOOKS
         self._others: dict[int, WorkerIdentity] = {}
         self._threads = [
-            threading.Thread(target=target, daemon=True) for target in (self._speak, self._guard)
+            threading.Thread(target=target, daemon=True)
+            for target in (self._use_store, self._check_store)
         ]
 
     def __enter__(self) -> Self:
@@ -275,9 +276,9 @@ class Monitor:
             time.sleep((SILENT_LOOKS + 2) * PERIOD_S)  # a look finds who it was, and ends this
         verdict = verdict_on(self.rank, error)
         if verdict is not None:
-            self._last_words = lambda board: board.conclude(verdict)
-        self._left.set()
-        self._hurry.set()
+            self._write_end = lambda board: board.conclude(verdict)
+        self._ended.set()
+        self._wake.set()
         for thread in self._threads:
             thread.join(2 * PERIOD_S)
 
@@ -290,7 +291,7 @@ class Monitor:
         self._patience = 0
         before, end = self._num_looks, time.monotonic() + LOOK_S
         while self._num_looks < before + 2 and time.monotonic() < end:  # one may be under way
-            self._hurry.set()
+            self._wake.set()
             time.sleep(0.01)
 
     def wait_for_others(self, seconds: float) -> None:
@@ -302,25 +303,25 @@ class Monitor:
         while any(who.is_there for who in self._others.values()) and time.monotonic() < end:
             time.sleep(0.05)
 
-    def _speak(self) -> None:
+    def _use_store(self) -> None:
         """Writes heartbeats and looks; the thread that uses the store."""
         try:
             board = self._open(self.size)
-            told = self._who
-            board.join(told)
+            announced = self._who
+            board.join(announced)
             watch, self._num_looks = HeartbeatTracker(self.size), 1
-            while not self._left.is_set():
-                if self._who is not told:
-                    told = self._who
-                    board.join(told)
+            while not self._ended.is_set():
+                if self._who is not announced:
+                    announced = self._who
+                    board.join(announced)
                 board.beat(self.rank)
                 if not self._is_watched:
                     self._look(board, watch)
                 self._num_looks += 1
-                self._hurry.wait(PERIOD_S)
-                self._hurry.clear()
-            self._last_words(board)
-        except RuntimeError:  # the store has closed; `_guard` gives this process time to end
+                self._wake.wait(PERIOD_S)
+                self._wake.clear()
+            self._write_end(board)
+        except RuntimeError:  # the store has closed; `_check_store` gives this process time to end
             if self._is_watched:
                 self._end("")
 
@@ -353,10 +354,10 @@ class Monitor:
         near = [r for r, who in self._others.items() if who.host == self._who.host]
         return all(rank > self.rank for rank in near if rank not in lost)
 
-    def _guard(self) -> None:
+    def _check_store(self) -> None:
         """Checks that the store still answers; runs in a thread of its own."""
         last, same = 0, 0
-        while not self._left.wait(PERIOD_S):
+        while not self._ended.wait(PERIOD_S):
             same = same + 1 if self._num_looks == last else 0
             last = self._num_looks
             if last and same > SILENT_LOOKS and not self._is_watched:

@@ -104,19 +104,19 @@ def scan(
         payload = payload_of(record)
         if payload is not None and not payload.line:
             continue
-        told = None if payload is None else read_result(payload.line)
-        if payload is None or told is None:
+        parsed = None if payload is None else read_result(payload.line)
+        if payload is None or parsed is None:
             _note_broken(found, number, start, record)
-        elif (known := found.lines.get(told.id)) is not None and not known.failed:
+        elif (known := found.lines.get(parsed.id)) is not None and not known.failed:
             found.num_repeated += 1
         else:
             found.num_replaced += known is not None
-            line, place = payload.line, start + record.index(payload.line)
-            found.lines[told.id] = LineSpan(
-                place, len(line), crc32(line), payload.prompt, told.failed, told.form
+            line, position = payload.line, start + record.index(payload.line)
+            found.lines[parsed.id] = LineSpan(
+                position, len(line), crc32(line), payload.prompt, parsed.failed, parsed.form
             )
             found.is_in_order, found.lacks_break = not is_spoilt, not record.endswith(b"\n")
-            found.end = place + len(line) if found.lacks_break else offset
+            found.end = position + len(line) if found.lacks_break else offset
             continue
         is_spoilt = True
     return found

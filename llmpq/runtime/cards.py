@@ -23,7 +23,7 @@ from llmpq.runtime.process import Role, all_gather
 from llmpq.seats import Process, Seat, take_seats
 
 MIB = 2**20
-MOST_BYTES = 1 << 20  # of a process's description of itself
+MOST_BYTES = 1 << 20  # the limit of a process's description of itself
 PROCESS = TypeAdapter(Process)
 QUERY = "index,name,memory.total,compute_cap,uuid"
 

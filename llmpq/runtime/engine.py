@@ -28,7 +28,7 @@ from llmpq.report import MeasuredTime, StageReport
 from llmpq.runtime.agreed import agree_on_draws
 from llmpq.runtime.jobs import headers_for
 from llmpq.runtime.leader import Ends, Leader, Status, never
-from llmpq.runtime.rehearsal import MemoryAccount, MeteredTransport, Throttle
+from llmpq.runtime.rehearsal import MemoryAccount, MessageMeter, Throttle
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.stopwatch import SPAN_COLUMNS, TIME_COLUMNS, Stopwatch, measured_times
 from llmpq.runtime.transport import Transport
@@ -80,7 +80,8 @@ class StageEngine:
         micro_batches = plan.prefill_micro_batch, plan.decode_micro_batch
         self.worker = Worker(
             stage=stage,
-            transport=MeteredTransport(transport, self.account),
+            transport=transport,
+            meter=MessageMeter(self.account),
             cache=LaneCache(stage.layers.count, self.reserve.lanes),
             throttle=Throttle(factor, device),
             sampling=sampling,

@@ -8,7 +8,7 @@ from llmpq.job import Job, Member, Move
 
 FIXED = 8  # numbers in front of the tables
 MEMBER, MOVE = len(Member._fields), len(Move._fields)
-END = -1  # in place of the kind: no job follows
+END = -1  # the kind that says that no job follows
 HEADER_DTYPE = torch.int32
 
 

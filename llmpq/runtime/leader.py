@@ -65,7 +65,7 @@ class Leader:
         self.on_finished, self.on_status, self._ends = on_finished, on_status, ends
         self._open: dict[int, _Open] = {}
         self._schedule, self._fetch = schedule, fetch
-        self._results: deque[Result] = deque()  # of a single stage, not delivered yet
+        self._results: deque[Result] = deque()  # results of a single stage that nobody took yet
         self._inbox: Inbox[list[int]] | None = None
         self._outbox: Outbox | None = None
         self._busy_ms: tuple[int, ...] = (0,) * worker.headers.num_stages

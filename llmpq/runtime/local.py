@@ -58,13 +58,13 @@ class LocalStages:
         roundings: Roundings = NEAREST,
     ) -> None:
         """Loads the weights of the model in `folder`; the tokens `eos_ids` end a request."""
-        self._crew = crew = _WorkerThreads(plan)
+        self._threads = threads = _WorkerThreads(plan)
         self._engines: dict[_WorkerId, StageEngine] = {}
 
-        def load(place: _WorkerId) -> None:
-            self._engines[place] = crew.engine(place, folder, dtype, eos_ids, roundings)
+        def load(worker: _WorkerId) -> None:
+            self._engines[worker] = threads.engine(worker, folder, dtype, eos_ids, roundings)
 
-        crew.run(load)
+        threads.run(load)
 
     def generate(
         self,
@@ -82,17 +82,17 @@ class LocalStages:
         fetch = {request.number: request for request in requests}.__getitem__
         finished: list[Finished] = []
 
-        def work(place: _WorkerId) -> None:
-            engine = self._engines[place]
+        def work(worker: _WorkerId) -> None:
+            engine = self._engines[worker]
             engine.sampling = sampling
-            if place == (0, 0):
+            if worker == (0, 0):
                 engine.lead(
                     lengths, fetch, finished.append, refill=refill, chunk=chunk, samplings=samplings
                 )
             else:
                 engine.follow()
 
-        self._crew.run(work)
+        self._threads.run(work)
         assert len({one.request.id for one in finished}) == len(finished)
         return finished
 
@@ -103,9 +103,7 @@ class _WorkerThreads:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         sizes = [stage.tensor_parallel for stage in plan.stages]
-        self._places = [
-            _WorkerId(i, shard) for i, size in enumerate(sizes) for shard in range(size)
-        ]
+        self._ids = [_WorkerId(i, shard) for i, size in enumerate(sizes) for shard in range(size)]
         self._hub = LocalHub(len(sizes), sizes)
         self._shard_hubs = [LocalShardHub(size) for size in sizes]
         # One after the other: transformers sets torch's default data type while it builds a model.
@@ -114,14 +112,14 @@ class _WorkerThreads:
 
     def engine(
         self,
-        place: _WorkerId,
+        worker: _WorkerId,
         folder: Path,
         dtype: torch.dtype,
         eos_ids: frozenset[int],
         roundings: Roundings,
     ) -> StageEngine:
         """The engine of one worker, loaded in its own thread."""
-        stage, shard = place
+        stage, shard = worker
         hub = self._shard_hubs[stage]
         return StageEngine(
             self._plan,
@@ -139,7 +137,7 @@ class _WorkerThreads:
 
     def run(self, work: Callable[[_WorkerId], None]) -> None:
         """Calls `work` in a thread for each worker; raises the first error."""
-        threads = [threading.Thread(target=self._try, args=(work, p)) for p in self._places]
+        threads = [threading.Thread(target=self._try, args=(work, p)) for p in self._ids]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -147,9 +145,9 @@ class _WorkerThreads:
         if self._failures:
             raise self._failures[0]
 
-    def _try(self, work: Callable[[_WorkerId], None], place: _WorkerId) -> None:
+    def _try(self, work: Callable[[_WorkerId], None], worker: _WorkerId) -> None:
         try:
-            work(place)
+            work(worker)
         except BaseException as error:
             self._failures.append(error)
             self._hub.abort()

@@ -16,6 +16,7 @@ import torch
 from llmpq.job import Job
 from llmpq.models.stage_model import StageModel
 from llmpq.runtime.jobs import END, Headers, shape
+from llmpq.runtime.rehearsal import MessageMeter
 from llmpq.runtime.transport import Pending, Transport, message_bytes, pack, unpack
 
 Message = tuple[Job, list[int], torch.Tensor]  # a job, milliseconds of the stages before, a buffer
@@ -54,6 +55,7 @@ class StageMessages:
 
     stage: StageModel
     transport: Transport
+    meter: MessageMeter
     headers: Headers
     _sends: deque[tuple[bool, tuple[Pending, ...]]] = field(default_factory=deque)
 
@@ -82,6 +84,7 @@ class StageMessages:
         rows, tokens = shape(read[0])
         with _on_stream(self._receiving):
             buffer = self._buffer(rows * tokens * self.stage.config.hidden_size)
+            self.meter.count(buffer)
             self.transport.receive_hidden(buffer).wait()
             if buffer.is_cuda:  # NCCL's wait holds back the stream, not this thread
                 torch.cuda.current_stream(buffer.device).synchronize()
@@ -102,6 +105,7 @@ class StageMessages:
             header = self.headers.write(job, busy_ms)
             pending = [self.transport.send_header(header)]
             with _on_stream(self._sending):
+                self.meter.count(tensor)
                 pending.append(self.transport.send_hidden(tensor))
         # Messages are kept until they must have arrived: no more of either phase are under way.
         self._sends.append((job.prefill, tuple(pending)))
@@ -151,7 +155,7 @@ class StageMessages:
         return torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _buffer(self, num_values: int) -> torch.Tensor:
-        """Memory for a message; pinned where it goes from a card through main memory."""
+        """Allocates a message's buffer; it is pinned for copies from a card to main memory."""
         device = self.transport.message_device
         num_bytes = message_bytes(num_values, self.stage.dtype)
         pinned = self.stage.device.type == "cuda" and device.type == "cpu"

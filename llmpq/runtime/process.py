@@ -224,37 +224,37 @@ def start_workers(
     worker raises `LostWorkers`, Ctrl-C and SIGTERM raise `Interrupted`. `advice` says what the user
     can do then.
     """
-    crew = _WorkerProcesses(names, advice)
+    processes = _WorkerProcesses(names, advice)
     with interruptible(advice):
         try:
             for rank in range(len(names)):
-                crew.workers.append(_start(crew, rank, arguments, module, environment))
-            error = crew.watch()
-        except RuntimeError as error:  # torch.distributed's, of the store
+                processes.workers.append(_start(processes, rank, arguments, module, environment))
+            error = processes.watch()
+        except RuntimeError as error:  # torch.distributed reports faults of the store so
             raise WorkerError(f"the workers' meeting point broke: {error}; {advice}") from None
         finally:
-            crew.stop()
+            processes.stop()
     if error is not None:
         raise error
     return 0
 
 
 def _start(
-    crew: "_WorkerProcesses",
+    processes: "_WorkerProcesses",
     rank: int,
     arguments: Sequence[str],
     module: str,
     more: Mapping[str, str],
 ) -> subprocess.Popen[bytes]:
     """Starts one worker, with SIGINT blocked: the parent ends workers when Ctrl-C is pressed."""
-    size = str(len(crew.names))
+    size = str(len(processes.names))
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": size,
         "LOCAL_WORLD_SIZE": size,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(crew.store.port),
+        "MASTER_PORT": str(processes.store.port),
         SUPERVISED: str(os.getpid()),
         **more,
     }
@@ -359,7 +359,7 @@ def conclusion(
         names = {rank: signal.Signals(number).name for rank, number in ended.items()}
         what = "; ".join(f"{workers[rank]} was ended by {name}" for rank, name in names.items())
         lost = LostWorkers(what, advice, tuple(ended))
-        if set(ended.values()) == {signal.SIGTERM}:  # as when a machine is to be given back
+        if set(ended.values()) == {signal.SIGTERM}:  # a machine that must be given back ends so
             lost.exit_code = 128 + signal.SIGTERM
         return lost
     if verdict is not None:

@@ -4,7 +4,7 @@
 time, so that sharing a core with other workers shortens the wait and does not change the result; a
 wait that was too long shortens the next one. `cores_needed` says how many cores this needs.
 `MemoryAccount` adds up weights, cache, activations and message buffers against a cap; above it the
-worker stops. `MeteredTransport` counts the buffers that are alive.
+worker stops. `MessageMeter` counts the message buffers that are alive.
 
 Not counted: the process itself, its libraries, and temporaries inside torch's kernels.
 """
@@ -23,7 +23,6 @@ import torch
 from llmpq.cluster import MIB
 from llmpq.errors import InfeasibleError
 from llmpq.models.live_tensors import PeakMemory
-from llmpq.runtime.transport import Pending, Transport
 
 T = TypeVar("T")
 
@@ -82,7 +81,7 @@ class Throttle:
         start, end, note = self._running.popleft()
         end.synchronize()
         now = torch.cuda.Event(enable_timing=True)
-        now.record(self._aside)  # not behind what is still computing
+        now.record(self._aside)  # this stream does not wait for running kernels
         now.synchronize()
         note(start.elapsed_time(end) / 1000, end.elapsed_time(now) / 1000)
 
@@ -127,7 +126,7 @@ class MemoryAccount:
 
     @property
     def parts(self) -> tuple[int, int, int, int]:
-        """Weights, cache, activations, buffers."""
+        """The bytes of weights, cache, activations and buffers."""
         return self.weights, self.cache, self.activations, self.buffers
 
     @property
@@ -149,54 +148,19 @@ class MemoryAccount:
         )
 
 
-class MeteredTransport:
-    """A transport that records the peak bytes of hidden states in flight.
+class MessageMeter:
+    """Records the peak bytes of hidden states in flight in a memory account.
 
     The thread that receives and the one that sends use it at the same time.
     """
 
-    def __init__(self, inner: Transport, account: MemoryAccount) -> None:
-        self._inner, self._account = inner, account
-        self.rank, self.size = inner.rank, inner.size
-        self.message_device = inner.message_device
+    def __init__(self, account: MemoryAccount) -> None:
+        self._account = account
         self._alive = 0
         self._lock = threading.RLock()  # a buffer may be freed while another is counted
 
-    def send_header(self, tensor: torch.Tensor) -> Pending:
-        """To the next stage."""
-        return self._inner.send_header(tensor)
-
-    def receive_header(self, tensor: torch.Tensor) -> Pending:
-        """Into `tensor`, from the stage before."""
-        return self._inner.receive_header(tensor)
-
-    def send_hidden(self, tensor: torch.Tensor) -> Pending:
-        """To the next stage."""
-        self._note(tensor)
-        return self._inner.send_hidden(tensor)
-
-    def receive_hidden(self, tensor: torch.Tensor) -> Pending:
-        """Into `tensor`, from the stage before."""
-        self._note(tensor)
-        return self._inner.receive_hidden(tensor)
-
-    def send_tokens(self, tensor: torch.Tensor) -> Pending:
-        """From the last stage to the first."""
-        return self._inner.send_tokens(tensor)
-
-    def receive_tokens(self, tensor: torch.Tensor) -> Pending:
-        """On the first stage."""
-        return self._inner.receive_tokens(tensor)
-
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """Rank 0's values into everyone's tensor."""
-        self._inner.broadcast(tensor)
-
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Everyone's tensor, on every rank."""
-        return self._inner.gather(tensor)
-
-    def _note(self, buffer: torch.Tensor) -> None:
+    def count(self, buffer: torch.Tensor) -> None:
+        """Counts a buffer until it is freed; raises `InfeasibleError` above the account's cap."""
         storage = buffer.untyped_storage()
         with self._lock:
             self._alive += storage.nbytes()

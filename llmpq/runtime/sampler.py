@@ -19,7 +19,7 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 SHIFTS = (30, 27, 31)
 
-MOST_K = 2**31  # of top-k: more tokens than any vocabulary has
+MOST_K = 2**31  # the limit of top-k: more tokens than any vocabulary has
 GREEDY_BELOW = 1e-5  # as in vLLM (_SAMPLING_EPS)
 
 

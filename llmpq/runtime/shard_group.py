@@ -4,18 +4,15 @@
 In both, every shard gets the same bits of a sum, so that all shards compute the same states.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmpq.errors import NeighbourLost, WorkerError
+from llmpq.errors import NeighbourLost
 from llmpq.models.sharding import ShardGroup
-from llmpq.runtime.transport import TIMEOUT
-
-LOCAL_TIMEOUT_S = TIMEOUT.total_seconds()
+from llmpq.runtime.transport import TIMEOUT, ThreadExchange
 
 
 class DistributedShardGroup:
@@ -67,32 +64,15 @@ def distributed_shard_group(
     return own
 
 
-class LocalShardHub:
+class LocalShardHub(ThreadExchange):
     """The state that the threads of a `LocalShardGroup` share."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
-        self._slots: list[Tensor] = [torch.empty(0)] * size
-        self._barrier = threading.Barrier(size)
+        super().__init__(size, "shard")
 
     def groups(self) -> list[ShardGroup]:
         """A group object for each shard."""
         return [LocalShardGroup(rank, self) for rank in range(self.size)]
-
-    def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all shards, once all have called this; none may be written to."""
-        self._slots[rank] = tensor
-        try:
-            self._barrier.wait(timeout=LOCAL_TIMEOUT_S)
-            everyone = list(self._slots)
-            self._barrier.wait(timeout=LOCAL_TIMEOUT_S)
-        except threading.BrokenBarrierError:
-            raise WorkerError(f"shard {rank}: another shard has stopped") from None
-        return everyone
-
-    def abort(self) -> None:
-        """Wakes everyone who waits, after a shard has failed."""
-        self._barrier.abort()
 
 
 class LocalShardGroup:

@@ -26,7 +26,7 @@ from llmpq.models.lanes import LaneCache, on_device
 from llmpq.models.stage_model import StageModel
 from llmpq.runtime.sampler import Draws, Sampling, choose
 
-BROKEN = -1  # in place of a token: the logits are not finite
+BROKEN = -1  # the token of logits that are not finite
 COLUMNS, TOKENS, REQUESTS, POSITIONS, IDS = range(5)  # rows of the table of numbers
 
 Key = tuple[int, int]  # lane, width
@@ -43,7 +43,7 @@ class Graphs:
 
     why_not: str | None
     captured: dict[Key, "torch.cuda.CUDAGraph"] = field(default_factory=dict)
-    num_bytes: int = 0  # that the captured steps keep
+    num_bytes: int = 0  # the memory that the captured steps keep
 
     @property
     def wanted(self) -> bool:

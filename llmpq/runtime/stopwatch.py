@@ -18,8 +18,8 @@ from llmpq.report import MeasuredTime
 
 MAX_KINDS = 160
 PAST_CLASS_TOKENS = 16
-TIME_COLUMNS = 6  # of a row of `Stopwatch.table`
-SPAN_COLUMNS = 5  # of `Stopwatch.spans`: is prefill, micro-batch, tokens, start, end
+TIME_COLUMNS = 6  # the columns of `Stopwatch.table`
+SPAN_COLUMNS = 5  # `Stopwatch.spans` has: is prefill, micro-batch, tokens, start, end
 
 
 class Call(NamedTuple):
@@ -46,7 +46,7 @@ class Stopwatch:
     idle_s: float = 0.0
     comm_s: float = 0.0
     calls: defaultdict[Call, "array[float]"] = field(default_factory=_no_calls)
-    spans: "array[float] | None" = None  # of every call, where a trace is wanted
+    spans: "array[float] | None" = None  # all calls, where a trace is wanted
     started: float = field(default_factory=time.perf_counter)
 
     def busy(

@@ -24,7 +24,7 @@ from llmpq.runtime.inbox import Inbox
 from llmpq.runtime.jobs import Headers, shape
 from llmpq.runtime.messages import Message, Result, StageMessages
 from llmpq.runtime.outbox import Outbox
-from llmpq.runtime.rehearsal import Throttle
+from llmpq.runtime.rehearsal import MessageMeter, Throttle
 from llmpq.runtime.sampler import Draws, Sampling
 from llmpq.runtime.steps import DecodeStepRunner, first_tokens, prefill
 from llmpq.runtime.stopwatch import Stopwatch
@@ -39,6 +39,7 @@ class Worker:
 
     stage: StageModel
     transport: Transport
+    meter: MessageMeter
     cache: LaneCache
     throttle: Throttle
     sampling: Sampling | Draws
@@ -51,7 +52,7 @@ class Worker:
     @cached_property
     def messages(self) -> StageMessages:
         """The messages that this stage sends and receives."""
-        return StageMessages(self.stage, self.transport, self.headers)
+        return StageMessages(self.stage, self.transport, self.meter, self.headers)
 
     @property
     def is_first(self) -> bool:

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from llmpq.checkpoint.calibration_file import CalibrationFile
 from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
 from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError
@@ -17,7 +16,6 @@ from llmpq.precision import group_size
 from llmpq.profile_data import MeasuredPlan
 from llmpq.profiler.calibration_pass import gather_calibration
 from llmpq.profiler.indicators import (
-    InputVariance,
     LoadableModel,
     SensitivityCell,
     hessian_rows,
@@ -231,9 +229,8 @@ def test_calculated_indicators_are_fitted_to_measured_plans(subject, windows, tm
 
 def test_moments_are_those_of_the_inputs(subject, windows, tmp_path):
     path = tmp_path / "m.safetensors"
-    variance = InputVariance()
-    gather_calibration(subject, windows, path, {"model": "tiny"}, also=variance.watch)
-    file = CalibrationFile(path)
+    file = gather_calibration(subject, windows, path, {"model": "tiny"})
+    variance = gather_input_variance(subject, windows)
     assert file.about["model"] == "tiny"
     for name, x in inputs_of(subject, windows).items():
         expected = x.t() @ x / len(x)

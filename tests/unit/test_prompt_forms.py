@@ -466,7 +466,7 @@ def test_keys_without_a_meaning_are_told_once_with_their_count(tmp_path):
 def test_ever_new_keys_fill_no_memory(tmp_path):
     lines = [{"id": i, "prompt": "a", f"key {i}": 1} for i in range(3000)]
     found = of_lines(tmp_path, *lines)
-    assert len(found._told._left_out) <= 1001
+    assert len(found._facts._left_out) <= 1001
     assert all(len(note) < 1000 for note in found.notes)
 
 

@@ -436,7 +436,7 @@ def test_a_shard_that_fails_wakes_the_others():
     hub = LocalShardHub(2)
     groups = hub.groups()
     threading.Timer(0.05, hub.abort).start()
-    with pytest.raises(WorkerError, match="shard 1: another shard has stopped"):
+    with pytest.raises(WorkerError, match="shard 1: another one has stopped"):
         groups[1].all_reduce(torch.ones(2))
 
 
