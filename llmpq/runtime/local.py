@@ -1,4 +1,4 @@
-"""Runs all stages of a plan as threads of this process, for tests and short trials.
+"""Runs all stages of a plan as threads of this process, for `llmpq.library` and tests.
 
 Threads share one interpreter and are slower than processes, but use the same engine and schedule
 and give the same tokens. All stages are on the CPU, without the plan's rehearsal.
@@ -20,23 +20,6 @@ from llmpq.runtime.engine import StageEngine
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.shard_group import LocalShardHub
 from llmpq.runtime.transport import LocalHub, LocalTransport
-
-
-def generate_locally(
-    plan: Plan,
-    folder: Path,
-    requests: Sequence[Request],
-    dtype: torch.dtype = torch.float32,
-    sampling: Sampling = Sampling(),
-    eos_ids: frozenset[int] = frozenset(),
-    refill: bool = True,
-    chunk: int | None = None,
-    samplings: Sequence[Sampling] = (),
-) -> dict[str | int, list[int]]:
-    """The new tokens of every request, by its id."""
-    stages = LocalStages(plan, folder, dtype, eos_ids)
-    finished = stages.generate(requests, sampling, refill, chunk, samplings)
-    return {one.request.id: list(one.token_ids) for one in finished}
 
 
 class _WorkerId(NamedTuple):

@@ -9,13 +9,12 @@ import sys
 import psutil
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, generate_locally
 from jobs import PATIENCE_S, wait_until
 
 from llmpq.artifact import write_json
 from llmpq.errors import UserError
 from llmpq.plan_data import Plan
-from llmpq.runtime.local import generate_locally
 from llmpq.runtime.sampler import Sampling
 
 MIXED = ["16", "8", "4", "3"]
