@@ -14,7 +14,7 @@ from llmpq.profiler.indicators import LoadableModel
 
 
 def gather_calibration(
-    subject: LoadableModel,
+    loadable: LoadableModel,
     windows: Tensor,
     path: Path,
     about: Mapping[str, str],
@@ -35,7 +35,7 @@ def gather_calibration(
             writer.add(key, statistics)
         keys.update(meter.keys)
 
-    subject.run(windows, watch, on_layer)
+    loadable.run(windows, watch, on_layer)
     writer.close(keys, about)
     return CalibrationFile(path)
 

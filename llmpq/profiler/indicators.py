@@ -151,7 +151,7 @@ class InputVariance:
 
 
 def variance_rows(
-    subject: LoadableModel,
+    loadable: LoadableModel,
     wanted: Sequence[SensitivityCell],
     variance: Callable[[str], float],
     on_layer: Callable[[int], None] = lambda _: None,
@@ -159,15 +159,15 @@ def variance_rows(
     """Rows of the variance indicator; `variance` maps a weight's name to that of its inputs."""
 
     def damage(name: str, linear: nn.Module, precision: str) -> float:
-        raw = _raw(subject, name, linear)
+        raw = _raw(loadable, name, linear)
         step = mean_square_step(raw, PRECISIONS[precision].weight_bits)
         return raw.shape[1] * step * variance(name)
 
-    return _operator_rows(subject, wanted, damage, lambda _: "16", on_layer)
+    return _operator_rows(loadable, wanted, damage, lambda _: "16", on_layer)
 
 
 def hessian_rows(
-    subject: LoadableModel,
+    loadable: LoadableModel,
     wanted: Sequence[SensitivityCell],
     moments: Callable[[str], Tensor],
     on_layer: Callable[[int], None] = lambda _: None,
@@ -179,10 +179,10 @@ def hessian_rows(
         blocks = moments(name)
         if name not in eigenvalues:
             eigenvalues[name] = max(top_eigenvalue(block) for block in blocks)
-        lost = _raw(subject, name, linear) - linear.dequantized_weight().float()
+        lost = _raw(loadable, name, linear) - linear.dequantized_weight().float()
         return output_error(lost, blocks) * eigenvalues[name]
 
-    return _operator_rows(subject, wanted, damage, lambda precision: precision, on_layer)
+    return _operator_rows(loadable, wanted, damage, lambda precision: precision, on_layer)
 
 
 def mean_square_step(weight: Tensor, bits: int) -> float:
@@ -217,7 +217,7 @@ def top_eigenvalue(matrix: Tensor) -> float:
 
 
 def _operator_rows(
-    subject: LoadableModel,
+    loadable: LoadableModel,
     wanted: Sequence[SensitivityCell],
     damage: Callable[[str, Any, str], float],
     loaded_at: Callable[[str], str],
@@ -229,9 +229,9 @@ def _operator_rows(
     """
     sums = dict.fromkeys(wanted, 0.0)
     precisions = list(dict.fromkeys(cell.precision for cell in wanted))
-    for layer in range(subject.num_layers):
+    for layer in range(loadable.num_layers):
         for precision in precisions:
-            stage = subject.load(layer, layer + 1, [loaded_at(precision)])
+            stage = loadable.load(layer, layer + 1, [loaded_at(precision)])
             for name, linear in stage.linears().items():
                 lost = damage(name, linear, precision)
                 parts: tuple[LayerPart, ...] = ("layer", part_of(name))
@@ -243,6 +243,6 @@ def _operator_rows(
     return [cell.row(total) for cell, total in sums.items()]
 
 
-def _raw(subject: LoadableModel, name: str, linear: Any) -> Tensor:
+def _raw(loadable: LoadableModel, name: str, linear: Any) -> Tensor:
     shape = (linear.out_features, linear.in_features)
-    return subject.weights.read(name, shape).to(subject.device).float()
+    return loadable.weights.read(name, shape).to(loadable.device).float()

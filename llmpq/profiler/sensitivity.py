@@ -68,7 +68,7 @@ class SensitivityResult:
 
 
 def measure_sensitivity(
-    subject: LoadableModel,
+    loadable: LoadableModel,
     recipe: SensitivityOptions,
     windows: Tensor,
     inputs: InputStatistics = InputStatistics(),
@@ -79,46 +79,46 @@ def measure_sensitivity(
     "fast" streams all variants through one layer after the other; "exact" holds the whole model
     at every precision and runs one variant after the other.
     """
-    wanted = sensitivity_cells(subject.num_layers, recipe.precisions, recipe.apart)
+    wanted = sensitivity_cells(loadable.num_layers, recipe.precisions, recipe.apart)
     measures = recipe.indicator == "measured"
-    singles = [cell.variant(subject.num_layers) for cell in wanted] if measures else []
-    plans = draw_plans(subject.num_layers, recipe.precisions, recipe.seed)
-    variants: list[Variant] = [["16"] * subject.num_layers, *singles, *plans]
+    singles = [cell.variant(loadable.num_layers) for cell in wanted] if measures else []
+    plans = draw_plans(loadable.num_layers, recipe.precisions, recipe.seed)
+    variants: list[Variant] = [["16"] * loadable.num_layers, *singles, *plans]
     run = _streamed if recipe.method == "fast" else _whole
-    base, *found = run(subject, variants, windows, on_step)
+    base, *found = run(loadable, variants, windows, on_step)
     if measures:
         rows = [c.row(_divergence(one)) for c, one in zip(wanted, found, strict=False)]
     else:
-        rows = _calculated(subject, recipe, wanted, inputs, on_step)
+        rows = _calculated(loadable, recipe, wanted, inputs, on_step)
     whole = [_divergence(one) for one in found[len(singles) :]]
     return SensitivityResult(rows, fit_quality(_points(rows, plans, whole)), base.loss)
 
 
 def gather_input_variance(
-    subject: LoadableModel, windows: Tensor, on_layer: Callable[[int], None] = lambda _: None
+    loadable: LoadableModel, windows: Tensor, on_layer: Callable[[int], None] = lambda _: None
 ) -> InputVariance:
     """The variance of every linear's inputs on `[n, W]` windows, at 16 bits."""
     variance = InputVariance()
-    subject.run(windows, variance.watch, on_layer)
+    loadable.run(windows, variance.watch, on_layer)
     return variance
 
 
 def _calculated(
-    subject: LoadableModel,
+    loadable: LoadableModel,
     recipe: SensitivityOptions,
     wanted: Sequence[SensitivityCell],
     inputs: InputStatistics,
     on_step: Steps,
 ) -> list[LayerSensitivity]:
     def on_layer(done: int) -> None:
-        on_step(done, subject.num_layers)
+        on_step(done, loadable.num_layers)
 
     if recipe.indicator == "variance":
         assert inputs.variance is not None
-        return variance_rows(subject, wanted, inputs.variance.of, on_layer)
+        return variance_rows(loadable, wanted, inputs.variance.of, on_layer)
     if recipe.indicator == "hessian":
         assert inputs.calibration is not None
-        return hessian_rows(subject, wanted, inputs.calibration.statistics, on_layer)
+        return hessian_rows(loadable, wanted, inputs.calibration.statistics, on_layer)
     return random_rows(wanted, recipe.seed)
 
 
@@ -142,33 +142,33 @@ def _divergence(one: Streamed) -> float:
 
 
 def _streamed(
-    subject: LoadableModel, variants: Sequence[Variant], windows: Tensor, on_step: Steps
+    loadable: LoadableModel, variants: Sequence[Variant], windows: Tensor, on_step: Steps
 ) -> list[Streamed]:
     return stream(
-        subject.config,
-        subject.weights,
+        loadable.config,
+        loadable.weights,
         variants,
         windows,
-        subject.dtype,
-        subject.device,
-        subject.roundings,
-        on_layer=lambda done: on_step(done, subject.num_layers),
+        loadable.dtype,
+        loadable.device,
+        loadable.roundings,
+        on_layer=lambda done: on_step(done, loadable.num_layers),
     )
 
 
 @torch.inference_mode()
 def _whole(
-    subject: LoadableModel, variants: Sequence[Variant], windows: Tensor, on_step: Steps
+    loadable: LoadableModel, variants: Sequence[Variant], windows: Tensor, on_step: Steps
 ) -> list[Streamed]:
     """Runs each variant as a whole model with exchanged layers; the first must be 16 bits."""
     needed = dict.fromkeys(precision for variant in variants for precision in variant)
-    last = subject.num_layers
-    models = {p: subject.load(0, last, [p] * last) for p in needed}
+    last = loadable.num_layers
+    models = {p: loadable.load(0, last, [p] * last) for p in needed}
     sums = [DamageSum() for _ in variants]
-    rows = max(1, LOGITS_AT_ONCE // subject.config.vocab_size // windows.shape[1])
+    rows = max(1, LOGITS_AT_ONCE // loadable.config.vocab_size // windows.shape[1])
     pieces = windows.split(rows)
     for number, piece in enumerate(pieces):
-        token_ids = piece.to(subject.device)
+        token_ids = piece.to(loadable.device)
         base: Tensor | None = None
         for at, (variant, total) in enumerate(zip(variants, sums, strict=True)):
             with _assembled(models, variant) as model:
