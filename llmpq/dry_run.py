@@ -188,15 +188,14 @@ def _read(
     plan: Plan, rank: int, inputs: "RunInputs", place: "tuple[torch.device, torch.dtype]"
 ) -> ReadBytes:
     """Counts what the devices of a stage read; raises `UserError` where a tensor is wrong."""
-    from llmpq.checkpoint.loader import empty_stage
     from llmpq.models.sharding import Shard
-    from llmpq.models.stage_model import LayerRange
+    from llmpq.models.stage_model import LayerRange, StageModel
 
     stage, (device, dtype) = plan.stages[rank], place
     layers = LayerRange(stage.first_layer, stage.end_layer, plan.model.num_layers)
     shards = [Shard(index, stage.tensor_parallel) for index in range(stage.tensor_parallel)]
     models = [
-        empty_stage(inputs.config, layers, stage.precisions, dtype, device, shard)
+        StageModel(inputs.config, layers, stage.precisions, dtype, device, shard)
         for shard in shards
     ]
     return _sum([_read_by(model, inputs) for model in models])

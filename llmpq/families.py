@@ -1,15 +1,17 @@
-"""What differs between families of decoder models: one row of `FAMILIES` each, without torch.
+"""The differences between families of decoder models: a row of `FAMILIES` for each, without torch.
 
-A row says where transformers' module keeps its parts, how many parameters a configuration stands
-for, which settings change what a layer has alive, and what is peculiar to the family. Everything
-else in llmpq asks the row and names no family. A model type without a row is taken to be laid out
-like LLaMA, its sizes are counted on transformers' own modules (`llmpq.evaluation.judge`).
+A row gives the paths of the parts of transformers' module, the numbers of parameters that follow
+from a configuration, the settings that change the memory of a layer, and peculiarities of the
+family. All other modules of llmpq ask the row and name no family. A model type without a row is
+assumed to be laid out like LLaMA; its sizes are counted on transformers' own modules
+(`llmpq.evaluation.judge`).
 
-To add a family: write its row, and where its matrices have new names their cuts in `CUTS`. Tests
-compare the counts with transformers' own modules and its pipelines' tokens with the whole model's.
-`python -m llmpq.models.count_families` then counts its activations into assets/activations.json.
+To add a family, write its row, and the cuts of its matrices in `CUTS` where their names are new.
+Tests compare the counts with transformers' own modules, and tokens of pipelines with those of the
+whole model. `python -m llmpq.models.count_families` then counts its activations, which
+assets/activations.json holds.
 
-Not covered: what single models of a family have switched off or on, which their settings say.
+Not covered: options of single models, which their settings give.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,7 +53,7 @@ class Matrix(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What a configuration stands for: counts of parameters, as `ModelSpec` explains them."""
+    """The sizes that follow from a configuration: counts of parameters, as in `ModelSpec`."""
 
     num_layers: int
     hidden_size: int
@@ -61,34 +63,33 @@ class ModelSizes:
     head_dim: int
     vocab_size: int
     max_positions: int
-    linears: tuple[Matrix, ...]
-    layer_other_params: int
-    embedding_params: int
-    head_params: int
-    final_params: int
-    tied: bool
+    linears: tuple[Matrix, ...] = ()
+    layer_other_params: int = 0
+    embedding_params: int = 0
+    head_params: int = 0
+    final_params: int = 0
+    tied: bool = False
     eager_attention: bool = False
 
 
-# ---- how many parameters a configuration stands for
+# ---- the sizes that follow from a configuration
 
 
-def _common(keys: ConfigKeys, ffn_factor: int | None = None) -> dict[str, Any]:
-    """The sizes that every family's configuration gives, under one key or another."""
+def _common(keys: ConfigKeys, ffn_factor: int | None = None) -> ModelSizes:
+    """The sizes that every family's configuration gives under some key; others are missing."""
     hidden = keys.count("hidden_size", "n_embed")
     heads = keys.count("num_attention_heads", "n_head")
     ffn_default = ffn_factor * hidden if ffn_factor else None
-    return {
-        "num_layers": keys.count("num_hidden_layers", "n_layer"),
-        "hidden_size": hidden,
-        "ffn_size": keys.count("intermediate_size", "ffn_dim", default=ffn_default),
-        "num_heads": heads,
-        "num_kv_heads": keys.count("num_key_value_heads", default=heads),
-        "head_dim": keys.count("head_dim", default=max(1, hidden // heads)),
-        "vocab_size": keys.count("vocab_size"),
-        "max_positions": keys.count("max_position_embeddings", "seq_length", default=2048),
-        "head_params": keys.count("vocab_size") * hidden,
-    }
+    return ModelSizes(
+        num_layers=keys.count("num_hidden_layers", "n_layer"),
+        hidden_size=hidden,
+        ffn_size=keys.count("intermediate_size", "ffn_dim", default=ffn_default),
+        num_heads=heads,
+        num_kv_heads=keys.count("num_key_value_heads", default=heads),
+        head_dim=keys.count("head_dim", default=max(1, hidden // heads)),
+        vocab_size=keys.count("vocab_size"),
+        max_positions=keys.count("max_position_embeddings", "seq_length", default=2048),
+    )
 
 
 def llama_sizes(
@@ -100,10 +101,10 @@ def llama_sizes(
     tied: bool = False,
     eager_attention: bool = False,
 ) -> ModelSizes:
-    """Gated feed-forward, rotary positions, root-mean-square norms, grouped-query attention."""
+    """Sizes of models with gated feed-forward, rotary positions, RMS norms, grouped queries."""
     spec = _common(keys)
-    hidden, ffn, dim = spec["hidden_size"], spec["ffn_size"], spec["head_dim"]
-    query, key_value = spec["num_heads"] * dim, spec["num_kv_heads"] * dim
+    hidden, ffn, dim = spec.hidden_size, spec.ffn_size, spec.head_dim
+    query, key_value = spec.num_heads * dim, spec.num_kv_heads * dim
     attention_bias = keys.flag("attention_bias", False)
     biased_qkv = attention_bias if qkv_bias is None else qkv_bias
     other = norms * hidden + (2 * dim if qk_norm else 0)
@@ -119,11 +120,12 @@ def llama_sizes(
         Matrix("up_proj", ffn, hidden),
         Matrix("down_proj", hidden, ffn),
     )
-    return ModelSizes(
-        **spec,
+    return replace(
+        spec,
         linears=linears,
         layer_other_params=other,
-        embedding_params=spec["vocab_size"] * hidden,
+        embedding_params=spec.vocab_size * hidden,
+        head_params=spec.vocab_size * hidden,
         final_params=hidden,
         tied=keys.flag("tie_word_embeddings", tied),
         eager_attention=eager_attention,
@@ -132,30 +134,31 @@ def llama_sizes(
 
 def _opt_sizes(keys: ConfigKeys) -> ModelSizes:
     spec = _common(keys)
-    hidden, ffn = spec["hidden_size"], spec["ffn_size"]
+    hidden, ffn = spec.hidden_size, spec.ffn_size
     embed = keys.count("word_embed_proj_dim", default=hidden)
     bias = 4 * hidden + ffn + hidden if keys.flag("enable_bias", True) else 0
-    positions = (spec["max_positions"] + 2) * hidden
+    positions = (spec.max_positions + 2) * hidden
     project = embed * hidden if embed != hidden else 0
     final_norm = 2 * hidden if keys.flag("do_layer_norm_before", True) else 0
     attention = tuple(Matrix(f"{n}_proj", hidden, hidden) for n in ("q", "k", "v", "out"))
-    return ModelSizes(
-        **spec | {"head_params": spec["vocab_size"] * embed},
+    return replace(
+        spec,
         linears=(*attention, Matrix("fc1", ffn, hidden), Matrix("fc2", hidden, ffn)),
         layer_other_params=4 * hidden + bias,
-        embedding_params=spec["vocab_size"] * embed + positions + project,
+        embedding_params=spec.vocab_size * embed + positions + project,
+        head_params=spec.vocab_size * embed,
         final_params=final_norm + project,
         tied=keys.flag("tie_word_embeddings", True),
     )
 
 
 def _fused_qkv_sizes(keys: ConfigKeys, tied: bool) -> ModelSizes:
-    """BLOOM and GPT-NeoX: one matrix for query, key and value; biases everywhere."""
+    """Sizes of BLOOM and GPT-NeoX: one matrix for query, key and value; biases everywhere."""
     spec = _common(keys, ffn_factor=4)
-    hidden, ffn = spec["hidden_size"], spec["ffn_size"]
+    hidden, ffn = spec.hidden_size, spec.ffn_size
     attention_bias = 4 * hidden if keys.flag("attention_bias", True) else 0
-    return ModelSizes(
-        **spec,
+    return replace(
+        spec,
         linears=(
             Matrix("query_key_value", 3 * hidden, hidden),
             Matrix("dense", hidden, hidden),
@@ -163,7 +166,8 @@ def _fused_qkv_sizes(keys: ConfigKeys, tied: bool) -> ModelSizes:
             Matrix("dense_4h_to_h", hidden, ffn),
         ),
         layer_other_params=4 * hidden + attention_bias + ffn + hidden,
-        embedding_params=spec["vocab_size"] * hidden,
+        embedding_params=spec.vocab_size * hidden,
+        head_params=spec.vocab_size * hidden,
         final_params=2 * hidden,
         tied=keys.flag("tie_word_embeddings", tied),
     )
@@ -171,7 +175,7 @@ def _fused_qkv_sizes(keys: ConfigKeys, tied: bool) -> ModelSizes:
 
 def _bloom_sizes(keys: ConfigKeys) -> ModelSizes:
     sizes = _fused_qkv_sizes(keys, tied=True)
-    norm = 2 * sizes.hidden_size  # of the embedding
+    norm = 2 * sizes.hidden_size  # the weight and bias of the embedding's norm
     return replace(sizes, embedding_params=sizes.embedding_params + norm, eager_attention=True)
 
 
@@ -183,13 +187,13 @@ class Family:
     """One family. Paths of `layers` to `positions` are relative to `decoder`, the module whose
     `forward` runs the layers; `decoder` and `head` are relative to the model.
 
-    `sizes`: what its configurations stand for; None: counted on transformers' own modules.
-    `is_tested`: pipelines of it, and devices that share its layers, are tested to give the tokens
+    `sizes`: the sizes of its configurations; None: counted on transformers' own modules.
+    `is_tested`: tests show that its pipelines, and devices that share its layers, give the tokens
     of the whole model.
-    `variants`: settings that change what a layer has alive; the table of activations covers each.
-    `heads_fill_hidden`: hidden size is heads times their size, which the table must respect.
+    `variants`: settings that change the memory of a layer; the table of activations covers each.
+    `heads_fill_hidden`: the hidden size is heads times head size, which the table must respect.
     `per_head`: keyword arguments of a layer with values for each head, `[B * heads, ...]`, which
-    devices that share the layer cut.
+    are cut for devices that share the layer.
     `logit_cap`, `logit_factor`, `logit_divisor`: the settings by which logits are changed.
     `overflows_float16`: its activations are known to be too large for float16. vLLM refuses it for
     the same families (`_FLOAT16_NOT_SUPPORTED_MODELS` of vllm/config/model.py, 0.11: "numerical
@@ -287,7 +291,7 @@ TESTED = frozenset(model_type for model_type, row in FAMILIES.items() if row.is_
 
 
 def family_for(model_type: str) -> Family:
-    """The row of a model type; one without a row is taken to be laid out like LLaMA."""
+    """The row of a model type; one without a row is assumed to be laid out like LLaMA."""
     return FAMILIES.get(model_type, LIKE_LLAMA)
 
 

@@ -1,9 +1,10 @@
-"""One kernel that multiplies by a layer's weights: where it serves, what it moves, what it reaches.
+"""One kernel that multiplies by a layer's weights: where it serves, its bytes and its efficiency.
 
-How fast a kernel is, is said relative to a plain 16-bit product on the same device
-(`Efficiency`), because those were fitted on many GPUs (docs/device-library.md). Each figure names
-its source: a measurement with card and date, or "estimate" and why. Here are also the costs that
-all kernels share: what a launch takes, with and without CUDA graphs, and what graphs hold.
+The speed of a kernel is given relative to a plain 16-bit product on the same device
+(`KernelEfficiency`), because plain products were fitted on many GPUs (docs/device-library.md). Each
+figure names its source: a measurement with card and date, or "estimate" and why. This module also
+holds the costs that all kernels share: the time of a launch, with and without CUDA graphs, and the
+memory that graphs take.
 
 Not covered: which kernels there are (`llmpq.kernel_table`), and attention.
 """
@@ -23,49 +24,49 @@ from llmpq.machine import (
     Machine,
 )
 from llmpq.precision import PRECISIONS
-from llmpq.workspace import HALF, Product, num_parts
+from llmpq.workspace import Product, num_parts
 
-# How a weight is stored; each has a layer class in `llmpq.quant`.
+# The layouts of a stored weight; each has a layer class in `llmpq.quant`.
 Layout = Literal["plain", "grouped", "tiled", "rows", "token int8", "humming", "nf4", "8-bnb"]
 HALVES = ("bfloat16", "float16")
 RUN = 16  # the depth of a tensor core's product
 DTYPES = (*HALVES, "float32", "float64")
 
-# ---- what it costs to launch a kernel on a card
+# ---- the costs of launching kernels
 
 # A decoder layer of LLaMA's launches 33 kernels beside its 7 linears (counted in transformers
 # 5.23), and took 1.0 ms in eager torch at 16 bits, whatever the shape (H200, 2026-11-27).
 LAYER_LAUNCHES = 33
 HEAD_LAUNCHES = 10  # the last norm, the head, the choice of tokens
 EAGER_LAUNCH_S = 25e-6
-# From one kernel's end to the next one's start where a CUDA graph, or a queue that is full, feeds
-# the card: 9.34 ms a step of 32 such layers (H200, 2026-11-27), of which bytes explain 5 to 6.
+# From the end of one kernel to the start of the next in a CUDA graph, or where the launch queue is
+# full: 9.34 ms a step of 32 such layers (H200, 2026-11-27), of which bytes explain 5 to 6.
 START_S = 2.5e-6
-# What a layer's calls cost on a CPU, where nothing runs beside them.
+# The cost of a layer's calls on a CPU, where they overlap with nothing.
 CPU_LAYER_S = 200e-6
-# What a stage's call costs beside its layers (masks, positions, the message's copies), as
-# `llmpq-profile layers` measures it: 0.7 to 1.2 ms in both phases on an H200's host, 0.6 to 0.9 ms
-# on two cores of an AMD EPYC, whatever the shape (both 2026-11-27). What a network adds is apart.
+# The cost of a stage's call beside its layers (masks, positions, copies of the message), measured
+# by `llmpq-profile layers`: 0.7 to 1.2 ms in both phases on an H200's host, 0.6 to 0.9 ms on two
+# cores of an AMD EPYC, whatever the shape (both 2026-11-27). The network's time is not included.
 STAGE_CALL_S = 0.9e-3
 CPU_STAGE_CALL_S = 0.7e-3
-# Kernels that torch keeps on a CPU in each of two caches, by shape; 1024 if nobody says otherwise,
-# of 0.65 MiB each on a Xeon of 2023. One that was dropped is compiled again, which takes 0.5 ms:
-# more than a small product. A stage has one for each shape of matrix (four in a layer of Llama's)
-# and number of rows, and the jobs of one size come between those of others.
+# Kernels that torch keeps on a CPU in each of two caches, by shape; 1024 by default, of 0.65 MiB
+# each on a Xeon of 2023. A kernel that was dropped is compiled again, which takes 0.5 ms, longer
+# than a small product. A stage has one for each shape of matrix (four in a layer of Llama) and
+# number of rows, and jobs of different sizes alternate.
 KERNELS_KEPT = 256
 
-# ---- what CUDA graphs take
+# ---- the memory of CUDA graphs
 
-# Of each graph: estimate. vLLM reported 6 MiB a graph for 16 layers (its pull request 11349);
-# a layer of ours launches more than twice as many kernels.
+# Bytes of each graph, an estimate: vLLM reported 6 MiB a graph for 16 layers (its pull request
+# 11349); a layer of ours launches more than twice as many kernels.
 GRAPH_BYTES = 16 * 2**20
 LEAST_GRAPH_TOKENS = 256
 
 
 def graph_lengths(most_tokens: int) -> tuple[int, ...]:
-    """The numbers of attended tokens that decode steps are captured for: each step takes the next.
+    """The numbers of attended tokens that decode steps are captured for; each step uses the next.
 
-    Powers of two and the middles between them, from 256 on; the last is `most_tokens` itself.
+    They are powers of two and the middles between them, from 256 on, and last `most_tokens` itself.
     """
     lengths, size = [], LEAST_GRAPH_TOKENS
     while size < most_tokens:
@@ -78,15 +79,16 @@ def graph_lengths(most_tokens: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Efficiency:
-    """What a kernel reaches, as shares of what a plain 16-bit product reaches on the same device.
+class KernelEfficiency:
+    """The efficiency of a kernel, as shares of a plain 16-bit product's on the same device.
 
-    `bandwidth`: while it reads the weight as it is stored. `peak`: of the arithmetic, at numbers of
-    rows; between them by the logarithm of rows, the outer ones beyond. `arithmetic`: "tensor" is
-    the device's 16-bit rate, "int8" its integer rate; "vector" is its fp32 rate, of which `peak` is
-    a plain share, and every weight costs `unpack_operations` besides. `measured_on`: the
-    capability; None is an estimate. `pass_rows`: the weight is read again for each so many rows;
-    0: once. `error`: mean relative error against those measurements.
+    `bandwidth` is the share while it reads the stored weight. `peak` is the share of the arithmetic
+    at numbers of rows, interpolated by the logarithm of rows and constant beyond. `arithmetic` is
+    "tensor" for the device's 16-bit rate, "int8" for its integer rate, and "vector" for its fp32
+    rate, of which `peak` is a plain share and every weight costs `unpack_operations` more.
+    `measured_on` is the capability of the measured card; None means an estimate. The weight is read
+    again for each `pass_rows` rows; 0 means once. `error` is the mean relative error against the
+    measurements.
     """
 
     source: str
@@ -103,8 +105,8 @@ class Efficiency:
 class Unpacking:
     """Passes that write a weight in 16 bits, part by part, before a plain product reads it.
 
-    `bytes_a_weight`: read and written by the passes, at `bandwidth` of a plain product's.
-    `launches`: kernels for each part of `part_weights` weights, the product included.
+    The passes read and write `bytes_a_weight`, at the share `bandwidth` of a plain product's.
+    `launches` counts kernels for each part of `part_weights` weights, with the product.
     """
 
     part_weights: int
@@ -115,21 +117,21 @@ class Unpacking:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way to multiply by weights of one precision, and where it serves.
+    """One kernel for weights of one precision, and where it serves.
 
-    `capability` and `below` bound the compute capability, `groups` the weights a scale (None: any),
-    `whole_rows` allows one scale a row besides. Sizes of the weight (outputs, inputs) are at least
-    `least`, and multiples of `out_step` and, after padding to 8, of `in_step`. `streams`: a packed
-    row is cut into so many, and each must hold whole runs of `RUN` codes with one scale; 0: it need
-    not. `max_rows`: of the input; None: any number. `stored_bytes`: of a weight (outputs, inputs,
-    weights a scale, dtype) where it is not held as it was packed.
+    `capability` and `below` bound the compute capability, `groups` the weights of a scale (None:
+    any); `whole_rows` also allows one scale a row. Sizes of the weight (outputs, inputs) are at
+    least `least`, and multiples of `out_step` and, after padding to 8, of `in_step`. A packed row
+    has `streams` streams, each with whole runs of `RUN` codes with one scale; 0 needs no such runs.
+    `max_rows` bounds the rows of the input; None takes any number. `stored_bytes` counts a weight
+    (outputs, inputs, weights of a scale, dtype) that is not held as it was packed.
     """
 
     name: str
     layout: Layout
     precision: str
     kind: Kind
-    efficiency: Efficiency
+    efficiency: KernelEfficiency
     workspace_bytes: Callable[[Product], int]
     max_rows: int | None = None
     dtypes: tuple[str, ...] = DTYPES
@@ -150,11 +152,11 @@ class Kernel:
     def why_not(
         self, machine: Machine, out_features: int, in_features: int, group: int
     ) -> str | None:
-        """Why it does not serve this matrix on this machine; None where it does."""
+        """Why the kernel does not serve this matrix on this machine; None where it does."""
         return self.why_not_here(machine) or self._why_not_shape(out_features, in_features, group)
 
     def why_not_here(self, machine: Machine) -> str | None:
-        """Why it serves no matrix on this machine; None where it serves some."""
+        """Why the kernel serves no matrix on this machine; None where it serves some."""
         if self.kind != machine.kind:
             return f"{self.name} runs on {self.kind} devices"
         if not self.covers(machine):
@@ -170,7 +172,7 @@ class Kernel:
         return None
 
     def covers(self, machine: Machine) -> bool:
-        """Whether it is for this compute capability; CPUs have none."""
+        """Whether the kernel is for this compute capability; True for CPUs, which have none."""
         below = self.below or (99, 0)
         return not machine.is_card or self.capability <= machine.capability < below
 
@@ -192,29 +194,23 @@ class Kernel:
         return None
 
     def held_bytes(self, out_features: int, in_features: int, group: int, dtype: str) -> int:
-        """What the weight takes in memory as this kernel reads it."""
+        """The bytes of the weight in the form that this kernel reads."""
         if self.stored_bytes is not None:
             return self.stored_bytes(out_features, in_features, group, dtype)
         return PRECISIONS[self.precision].weight_bytes(out_features, in_features)
 
     def weight_bytes(self, out_features: int, in_features: int) -> int:
-        """What the product reads of the weight: as stored, or unpacked before."""
+        """The bytes of the weight that the product reads, stored or unpacked."""
         held = PRECISIONS["16" if self.unpacking else self.precision]
         return held.weight_bytes(out_features, in_features)
 
     def unpacked_bytes(self, out_features: int, in_features: int) -> float:
-        """What the passes before the product read and write."""
+        """The bytes that the passes before the product read and write."""
         weights = out_features * in_features
         return weights * self.unpacking.bytes_a_weight if self.unpacking else 0.0
 
-    def moved_bytes(self, out_features: int, in_features: int, rows: int) -> float:
-        """Everything that a call reads and writes."""
-        weight = self.weight_bytes(out_features, in_features)
-        values = HALF * rows * (out_features + in_features)
-        return weight + self.unpacked_bytes(out_features, in_features) + values
-
     def num_launches(self, out_features: int, in_features: int) -> int:
-        """Kernels that a call launches on a card."""
+        """The number of kernels that a call launches on a card."""
         if self.unpacking is None:
             return self.launches
         parts = num_parts(self.unpacking.part_weights, out_features, in_features)

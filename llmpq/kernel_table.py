@@ -1,21 +1,22 @@
-"""Which kernel multiplies by a layer's weights: one table for everybody.
+"""The table of kernels that multiply by a layer's weights, for layers, planner and profiler.
 
-A linear layer asks it which kernel to call for how many rows, the planner which kernel a device
-will call and what that costs, the profiler at which numbers of rows kernels change. `choices` gives
-the kernels of one matrix on one `Machine`: the first kernel of `TABLE` that serves decides how the
-weight is stored (its layout), and others of the same layout take over above its `max_rows`. Equal
-inputs always meet the same kernel, whatever a clock says.
+A linear layer asks which kernel to call for a number of rows, the planner which kernel a device
+will call and what it costs, the profiler at which numbers of rows kernels change. `choices` returns
+the kernels of one matrix on one `Machine`: the first kernel of `TABLE` that serves it decides how
+the weight is stored (its layout), and others of the same layout follow above its `max_rows`. Equal
+inputs always use the same kernel, as no choice depends on timing.
 
-Not covered: how many seconds that makes (`llmpq.costs.spec_sheet`), and attention.
+Not covered: the seconds of a call (`llmpq.costs.spec_sheet`), and attention.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, get_args
+from typing import get_args
 
 from llmpq import workspace
 from llmpq.errors import UserError
-from llmpq.kernel import HALVES, Efficiency, Kernel, Layout, Unpacking
+from llmpq.kernel import HALVES, Kernel, KernelEfficiency, Layout, Unpacking
 from llmpq.machine import (
     BITSANDBYTES,
     HUMMING,
@@ -29,22 +30,24 @@ from llmpq.machine import (
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.workspace import CARD_PART_WEIGHTS, CPU_PART_WEIGHTS, STREAMS, TILE_ROWS, Product
 
-# Names that layers go by.
+# Names by which layers select kernels.
 FEW_ROWS, FUSED_UNPACKING = "Triton few-row multiply", "Triton unpacking + cuBLAS"
 INT4_READ, INT8_READ = "int4 tiles", "int8 rows"
 
-# What all others are relative to.
-PLAIN = Efficiency("fitted on ten GPUs, docs/device-library.md", measured_on=(7, 0), error=0.0)
+# The efficiency that all others are relative to.
+PLAIN = KernelEfficiency(
+    "fitted on ten GPUs, docs/device-library.md", measured_on=(7, 0), error=0.0
+)
 
 # ---- humming (cards)
 
 # bf16, groups of 128, medians of timings with a flushed cache, less three starts of 2.5 us each.
-# One of 20 points is far off: 53 us at 4 bits for 8192 x 8192 with 8 rows, where this says 23.
+# One of 20 points differs much: 53 us at 4 bits for 8192 x 8192 with 8 rows, predicted as 23.
 H100 = "measured on an H100 80GB, 2026-11-27, humming-kernels 0.1.19, 28672 x 8192"
 HUMMING_EFFICIENCY = {
-    "8": Efficiency(H100, 0.93, ((64, 0.62), (256, 0.755), (2048, 0.84)), (9, 0), 0.01),
-    "4": Efficiency(H100, 0.855, ((64, 0.58), (256, 0.85), (2048, 0.97)), (9, 0), 0.09),
-    "3": Efficiency(H100, 0.735, ((64, 0.55), (256, 0.78), (2048, 0.96)), (9, 0), 0.02),
+    "8": KernelEfficiency(H100, 0.93, ((64, 0.62), (256, 0.755), (2048, 0.84)), (9, 0), 0.01),
+    "4": KernelEfficiency(H100, 0.855, ((64, 0.58), (256, 0.85), (2048, 0.97)), (9, 0), 0.09),
+    "3": KernelEfficiency(H100, 0.735, ((64, 0.55), (256, 0.78), (2048, 0.96)), (9, 0), 0.02),
 }
 # A call takes 6 us more than cuBLAS's in a graph and 67 us more in eager torch, as much as two more
 # launches (H200, 2026-11-27, steps of 32 layers of LLaMA-8B).
@@ -52,7 +55,7 @@ HUMMING_LAUNCHES = 3
 HUMMING_GROUPS = (32, 64, 128, 256)  # and whole rows
 HUMMING_LEAST = (64, 32)  # outputs, inputs
 
-# ---- kernels of our own in Triton (cards): none of these was measured yet
+# ---- our own kernels in Triton (cards), none of which was measured yet
 
 TRITON_TENSOR = (
     "estimate: Triton kernels that torch's compiler writes reach 0.77 and 0.62 of a plain product's"
@@ -67,16 +70,16 @@ TENSOR_CORES = (8, 0)  # the least capability at which Triton multiplies on them
 # Rows up to which reading packed weights is faster than unpacking them, by these estimates.
 TENSOR_MAX_ROWS, VECTOR_MAX_ROWS = 64, 16
 UNPACK_OPERATIONS = 8.0
-TENSOR_PASS_ROWS = 16  # it reads the weight again for each so many rows
+TENSOR_PASS_ROWS = 16  # the kernel reads the weight once for each 16 rows
 FUSED = "estimate: one pass over the weight, as fast as the fused elementwise kernels of the fit"
 FUSED_BANDWIDTH = 0.9
-FUSED_BYTES = {"8": 3.0, "4": 2.53, "3": 2.41}  # code and grid read, 16 bits written
+FUSED_BYTES = {"8": 3.0, "4": 2.53, "3": 2.41}  # read of code and grid, written in 16 bits
 
 # ---- torch's operators alone (cards)
 
 TORCH = "measured on an H100 80GB, 2026-11-27, torch 2.11, 1 to 2,048 rows"
-# Bytes that the operators of `llmpq.quant` read and write for a weight; what they reach of a plain
-# product's bandwidth; and how many they are for each part. Then how far off that was.
+# For each number of bits: bytes that the operators of `llmpq.quant` read and write for a weight,
+# their share of a plain product's bandwidth, and their number for each part. Then the mean errors.
 TORCH_PASSES = {"8": (7.0, 0.42, 4), "4": (13.0, 0.48, 10), "3": (18.0, 0.5, 24)}
 TORCH_PASSES_SCALED = (11.0, 0.42, 5)  # 8 bits in other dtypes than bf16, which scale the weight
 TORCH_ERRORS = {"8": 0.09, "4": 0.06, "3": 0.17}
@@ -93,30 +96,32 @@ EPYC = "measured on two cores of an AMD EPYC (AVX-512), torch 2.13, against bf16
 #   8 bits  256x704:  0.8/0.5 at 1, 0.6/0.6 at 8, 0.57/0.57 at 16, 0.48/0.61 at 32
 INT4_MAX_ROWS = 64
 INT8_MAX_ROWS = 16
-INT4_GROUPS = (32, 64, 128, 256)  # that torch's int4 kernel knows
+INT4_GROUPS = (32, 64, 128, 256)  # the groups that torch's int4 kernel knows
 INT8_COLUMN_STEP = 16  # torch's int8 kernel reads past the end of rows that are no multiple of this
-# Shares that give these speeds on larger matrices with two threads. bf16 linear itself reaches a
+# Shares that match these speeds on larger matrices with two threads. bf16 linear itself reaches a
 # third of the bandwidth, which the packed kernels exceed.
-TILES = {"4": Efficiency(EPYC, 1.19, ((1, 0.45),)), "3": Efficiency(EPYC, 0.27, ((1, 0.45),))}
-INT8_ROWS = Efficiency(EPYC, 1.19, ((1, 0.28),))
-TOKEN_INT8 = Efficiency(EPYC, 1.19, ((1, 0.75),), arithmetic="int8")
+TILES = {
+    "4": KernelEfficiency(EPYC, 1.19, ((1, 0.45),)),
+    "3": KernelEfficiency(EPYC, 0.27, ((1, 0.45),)),
+}
+INT8_ROWS = KernelEfficiency(EPYC, 1.19, ((1, 0.28),))
+TOKEN_INT8 = KernelEfficiency(EPYC, 1.19, ((1, 0.75),), arithmetic="int8")
 # Unpacking a part in the cache takes as long as reading the weight in 16 bits.
 CPU_UNPACKING = Unpacking(CPU_PART_WEIGHTS, 2.0, 1.0, launches=1)
-UNPACKED = Efficiency(EPYC)
+UNPACKED = KernelEfficiency(EPYC)
 
 # ---- bitsandbytes
 
-LIKE_FUSED = "estimate: its fused unpacking is taken for ours; not measured"
+LIKE_FUSED = "estimate: as our fused unpacking; not measured"
 LIKE_INT8 = (
     "estimate: half of a plain product's arithmetic, inputs quantized by torch; not measured"
 )
 NF4_UNPACKING = Unpacking(CARD_PART_WEIGHTS, 2.56, FUSED_BANDWIDTH, launches=2)
-LLM_INT8 = Efficiency(LIKE_INT8, 0.8, ((1, 0.5),))
-LLM_INT8_LAUNCHES = 15
+LLM_INT8 = KernelEfficiency(LIKE_INT8, 0.8, ((1, 0.5),))
 
 
 def _card(precision: str) -> Iterator[Kernel]:
-    """The kernels of a card at 8, 4 or 3 bits, those to prefer first."""
+    """The kernels of a card at 8, 4 or 3 bits, in order of preference."""
     yield Kernel(
         name="humming",
         layout="humming",
@@ -139,7 +144,7 @@ def _card(precision: str) -> Iterator[Kernel]:
         layout=_stored(precision),
         precision=precision,
         kind="cuda",
-        efficiency=Efficiency(FUSED),
+        efficiency=KernelEfficiency(FUSED),
         workspace_bytes=workspace.fused_parts,
         dtypes=HALVES,
         capability=LIBRARIES[TRITON],
@@ -150,10 +155,10 @@ def _card(precision: str) -> Iterator[Kernel]:
 
 
 def _few_rows(precision: str, vector: bool) -> Kernel:
-    """Our multiply by packed weights: on tensor cores, or (`vector`) on cards before them."""
+    """Our product by packed weights: on tensor cores, or (`vector`) on cards without them."""
     bits, bandwidth = int(precision), TRITON_BANDWIDTH[precision]
-    tensor = Efficiency(TRITON_TENSOR, bandwidth, ((64, 0.29),), pass_rows=TENSOR_PASS_ROWS)
-    plain = Efficiency(
+    tensor = KernelEfficiency(TRITON_TENSOR, bandwidth, ((64, 0.29),), pass_rows=TENSOR_PASS_ROWS)
+    plain = KernelEfficiency(
         TRITON_VECTOR,
         bandwidth,
         ((1, 0.5),),
@@ -179,23 +184,24 @@ def _few_rows(precision: str, vector: bool) -> Kernel:
 
 
 def _torch_alone(precision: str) -> Iterator[Kernel]:
-    """What any card can do. 8 bits: the output is scaled in bf16, else the weight is."""
-    kernel: dict[str, Any] = {
-        "name": "torch unpacking + cuBLAS",
-        "layout": _stored(precision),
-        "precision": precision,
-        "kind": "cuda",
-        "efficiency": Efficiency(TORCH, measured_on=(9, 0), error=TORCH_ERRORS[precision]),
-    }
-    passes = Unpacking(CARD_PART_WEIGHTS, *TORCH_PASSES[precision])
+    """The kernels of every card. At 8 bits, bf16 scales the output and other dtypes the weight."""
+    parts = partial(workspace.grouped_parts, part_weights=CARD_PART_WEIGHTS)
+    kernel = Kernel(
+        name="torch unpacking + cuBLAS",
+        layout=_stored(precision),
+        precision=precision,
+        kind="cuda",
+        efficiency=KernelEfficiency(TORCH, measured_on=(9, 0), error=TORCH_ERRORS[precision]),
+        workspace_bytes=parts,
+        unpacking=Unpacking(CARD_PART_WEIGHTS, *TORCH_PASSES[precision]),
+    )
     if precision != "8":
-        parts = partial(workspace.grouped_parts, part_weights=CARD_PART_WEIGHTS)
-        yield Kernel(**kernel, workspace_bytes=parts, unpacking=passes)
+        yield kernel
         return
     rows = partial(workspace.rows_parts, part_weights=CARD_PART_WEIGHTS)
-    yield Kernel(**kernel, workspace_bytes=rows, unpacking=passes, dtypes=("bfloat16",))
+    yield replace(kernel, workspace_bytes=rows, dtypes=("bfloat16",))
     scaled = Unpacking(CARD_PART_WEIGHTS, *TORCH_PASSES_SCALED)
-    yield Kernel(**kernel, workspace_bytes=workspace.fused_parts, unpacking=scaled)
+    yield replace(kernel, workspace_bytes=workspace.fused_parts, unpacking=scaled)
 
 
 def _stored(precision: str) -> Layout:
@@ -204,21 +210,31 @@ def _stored(precision: str) -> Layout:
 
 def _cpu_grouped(precision: str) -> Iterator[Kernel]:
     """The kernels of a CPU at 4 or 3 bits."""
-    bits = int(precision)
-    tiles: dict[str, Any] = {
-        "layout": "tiled",
-        "precision": precision,
-        "kind": "cpu",
-        "dtypes": ("bfloat16",),
-        "feature": INT4_TILES,
-        "groups": INT4_GROUPS,
-        "out_step": TILE_ROWS,
-    }
-    read, parts = (partial(f, bits=bits) for f in (workspace.tiled_read, workspace.tiled_parts))
-    few: dict[str, Any] = {"efficiency": TILES[precision], "max_rows": INT4_MAX_ROWS}
-    yield Kernel(INT4_READ, **tiles, **few, workspace_bytes=read)
-    many: dict[str, Any] = {"efficiency": UNPACKED, "unpacking": CPU_UNPACKING}
-    yield Kernel("unpacking + linear", **tiles, **many, workspace_bytes=parts)
+    read, parts = (
+        partial(f, bits=int(precision)) for f in (workspace.tiled_read, workspace.tiled_parts)
+    )
+    few_rows = Kernel(
+        name=INT4_READ,
+        layout="tiled",
+        precision=precision,
+        kind="cpu",
+        efficiency=TILES[precision],
+        workspace_bytes=read,
+        max_rows=INT4_MAX_ROWS,
+        dtypes=("bfloat16",),
+        feature=INT4_TILES,
+        groups=INT4_GROUPS,
+        out_step=TILE_ROWS,
+    )
+    yield few_rows
+    yield replace(
+        few_rows,
+        name="unpacking + linear",
+        efficiency=UNPACKED,
+        workspace_bytes=parts,
+        max_rows=None,
+        unpacking=CPU_UNPACKING,
+    )
     plain = partial(workspace.grouped_parts, part_weights=CPU_PART_WEIGHTS)
     yield _cpu_unpacking("grouped", precision, plain)
 
@@ -256,20 +272,15 @@ def _cpu_unpacking(layout: Layout, precision: str, parts: Callable[[Product], in
 
 
 def _bitsandbytes(kind: Kind) -> Iterator[Kernel]:
-    """The precisions that are asked for by name."""
-    is_card = kind == "cuda"
-    unpacking = NF4_UNPACKING if is_card else CPU_UNPACKING
+    """The kernels of the precisions that plans ask for by name."""
+    unpacking = NF4_UNPACKING if kind == "cuda" else CPU_UNPACKING
     parts = partial(workspace.nf4_parts, part_weights=unpacking.part_weights)
-    nf4: dict[str, Any] = {
-        "efficiency": Efficiency(LIKE_FUSED),
-        "workspace_bytes": parts,
-        "unpacking": unpacking,
-    }
-    eight: dict[str, Any] = {"efficiency": LLM_INT8, "workspace_bytes": workspace.llm_int8}
-    where: dict[str, Any] = {"kind": kind, "library": BITSANDBYTES}
-    where["dtypes"] = (*HALVES, "float32")
-    yield Kernel("bitsandbytes nf4", "nf4", "nf4", **where, **nf4)
-    yield Kernel("LLM.int8", "8-bnb", "8-bnb", **where, **eight, launches=LLM_INT8_LAUNCHES)
+    fused = KernelEfficiency(LIKE_FUSED)
+    for kernel in (
+        Kernel("bitsandbytes nf4", "nf4", "nf4", kind, fused, parts, unpacking=unpacking),
+        Kernel("LLM.int8", "8-bnb", "8-bnb", kind, LLM_INT8, workspace.llm_int8, launches=15),
+    ):
+        yield replace(kernel, dtypes=(*HALVES, "float32"), library=BITSANDBYTES)
 
 
 TABLE: tuple[Kernel, ...] = (
@@ -281,7 +292,7 @@ TABLE: tuple[Kernel, ...] = (
     *(kernel for kind in get_args(Kind) for kernel in _bitsandbytes(kind)),
 )
 
-# All numbers of rows at which some kernel hands over to another.
+# All numbers of rows at which one kernel follows another.
 MAX_ROWS = tuple(sorted({kernel.max_rows for kernel in TABLE if kernel.max_rows is not None}))
 
 
@@ -297,10 +308,10 @@ def choices(
     group: int,
     layout: Layout | None = None,
 ) -> tuple[Kernel, ...]:
-    """The kernels of one matrix in the order of their numbers of rows; none where none serves.
+    """The kernels of one matrix in the order of their numbers of rows; empty where none serves.
 
-    `group`: weights of a row that share a scale. `layout`: how the weight is stored already; None:
-    as the preferred kernel reads it. The last one takes any number of rows.
+    `group` weights of a row share a scale. `layout` is that of a stored weight; None is the layout
+    of the preferred kernel. The last kernel takes any number of rows.
     """
     shape = out_features, in_features, group
     serving = [k for k in kernels_of(machine, precision) if k.why_not(machine, *shape) is None]
@@ -315,7 +326,7 @@ def choices(
 
 
 def by_rows(kernels: Sequence[Kernel], rows: int) -> Kernel:
-    """The one of `choices` for so many rows."""
+    """The kernel of `choices` for this number of rows."""
     return next(k for k in kernels if k.max_rows is None or rows <= k.max_rows)
 
 
@@ -335,7 +346,7 @@ def kernel_for(
 
 
 def held_bytes(machine: Machine, precision: str, out_features: int, in_features: int) -> int:
-    """What a whole weight takes in memory on this machine; as packed where nothing serves it."""
+    """The bytes of a whole weight on this machine; packed bytes where no kernel serves it."""
     held = PRECISIONS[precision]
     shape = out_features, in_features, group_size(held.weight_bits, in_features)
     kernels = choices(machine, precision, *shape)
@@ -350,5 +361,5 @@ def serves(machine: Machine, precision: str) -> bool:
 
 
 def kernels_of(machine: Machine, precision: str) -> list[Kernel]:
-    """Those of a precision for a kind of device, the preferred ones first."""
+    """The kernels of a precision for this kind of device, in order of preference."""
     return [k for k in TABLE if (k.kind, k.precision) == (machine.kind, precision)]

@@ -10,14 +10,14 @@ import shlex
 from collections.abc import Sequence
 
 from llmpq.plan_data import Plan
-from llmpq.seats import parts_of
+from llmpq.seats import nodes_of
 
 PORT = 29500  # torchrun's own default
 
 
 def launch_lines(plan: Plan, files: Sequence[str]) -> list[str]:
     """For people: which command to start where. `files`: the options of llmpq-run."""
-    parts = parts_of(plan)
+    parts = nodes_of(plan)
     if len(parts) == 1:
         return [f"start: {shlex.join(['llmpq-run', *files])}"]
     words = shlex.join(["-m", "llmpq.run", *files])

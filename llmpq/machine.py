@@ -1,9 +1,8 @@
-"""What decides which kernels serve a device: its kind, its abilities, its libraries, its dtype.
+"""The properties of a device that decide which kernels serve it: kind, features, libraries, dtype.
 
-A `Machine` is a value that anybody can make: a run describes the device that it has in front of it
-(`llmpq.quant`), the planner describes a device that it only knows from a library (`card`, and
-`cpu_features` of this machine's or a data sheet's CPU). Where both describe the same device, both
-find the same kernels in `llmpq.kernel_table`.
+A `Machine` is a plain value: a run describes its own device (`llmpq.quant.here`), and the planner
+describes a device that it knows only from the device library (`card`, or a CPU's features). Where
+both describe the same device, both find the same kernels in `llmpq.kernel_table`.
 
 Not covered: how fast a device is (`llmpq.devices`) and how much memory it has.
 """
@@ -17,15 +16,15 @@ Kind = Literal["cuda", "cpu"]
 Capability = tuple[int, int]
 
 # Libraries of kernels for cards, and the least compute capability that they serve. `llmpq[gpu]`
-# installs both: a card in a cluster is taken to have them unless the cluster file says otherwise.
+# installs both: a card in a cluster is assumed to have them unless the cluster file denies it.
 HUMMING, TRITON = "humming", "triton"
 LIBRARIES: dict[str, Capability] = {HUMMING: (7, 5), TRITON: (7, 0)}
 GPU_EXTRA = "llmpq[gpu]"
-BITSANDBYTES = "bitsandbytes"  # of the precisions that are asked for by name, on any device
+BITSANDBYTES = "bitsandbytes"  # plans ask for these precisions by name, on any device
 BITSANDBYTES_EXTRA = "llmpq[bnb]"
 
-# Abilities of a CPU. INT4_TILES: torch's int4 kernel reads tiles of 64 output rows, as it does
-# with AVX-512. VNNI: products of 8-bit integers are fast.
+# Features of a CPU. INT4_TILES means that torch's int4 kernel reads tiles of 64 output rows, as it
+# does with AVX-512; VNNI means that products of 8-bit integers are fast.
 INT4_TILES, VNNI = "AVX-512 tiles", "VNNI"
 AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 AVX512_VNNI = "avx512_vnni"
@@ -34,11 +33,11 @@ BFLOAT16_CAPABILITY: Capability = (8, 0)
 
 @dataclass(frozen=True)
 class Machine:
-    """One device as kernels see it.
+    """The properties of one device that matter to kernels.
 
-    `capability`: of a CUDA device, (0, 0) where it is not NVIDIA's. `features`: of a CPU.
-    `libraries`: those of kernels that are installed. `dtype`: of activations, as torch names it.
-    `graphs`: decode steps run as CUDA graphs; prefills never do.
+    `capability` is that of a CUDA device, (0, 0) for other makers than NVIDIA. `features` are those
+    of a CPU. `libraries` holds the installed libraries of kernels. `dtype` is that of activations,
+    by torch's name. With `graphs`, decode steps run as CUDA graphs; prefills never do.
     """
 
     kind: Kind
@@ -50,18 +49,18 @@ class Machine:
 
     @property
     def is_card(self) -> bool:
-        """A device with memory of its own that a CPU launches kernels on."""
+        """Whether the device has its own memory, and a CPU launches kernels on it."""
         return self.kind == "cuda"
 
 
-# A card that has torch alone: every linear below 16 bits is unpacked by torch's own operators.
+# A card with torch alone, whose operators unpack every linear below 16 bits.
 TORCH_CARD = Machine("cuda", capability=BFLOAT16_CAPABILITY)
 
 
 def card(capability: str, libraries: Iterable[str] | None = None) -> Machine:
     """A card by its compute capability, such as "7.5".
 
-    `libraries`: those installed; None: `llmpq[gpu]` is, as far as it serves the capability.
+    `libraries` holds the installed ones; None means those of `llmpq[gpu]` that serve the card.
     """
     found = parse_capability(capability)
     installed = served_libraries(found) if libraries is None else frozenset(libraries)
@@ -70,12 +69,12 @@ def card(capability: str, libraries: Iterable[str] | None = None) -> Machine:
 
 
 def cpu(features: Collection[str]) -> Machine:
-    """A CPU with these of INT4_TILES and VNNI."""
+    """A CPU with these features, of INT4_TILES and VNNI."""
     return Machine("cpu", features=frozenset(features))
 
 
 def parse_capability(text: str) -> Capability:
-    """ "7.5" as (7, 5); (0, 0) where a device has none of NVIDIA's, as "gfx942"."""
+    """Parses "7.5" as (7, 5); (0, 0) for other makers than NVIDIA, such as "gfx942"."""
     major, _, minor = text.partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
 
@@ -86,7 +85,7 @@ def served_libraries(capability: Capability) -> frozenset[str]:
 
 
 def host_cpu(cpu_info: Path = Path("/proc/cpuinfo")) -> Machine:
-    """This machine's CPU, which plays the devices that are rehearsed."""
+    """This machine's CPU, on which devices are rehearsed."""
     try:
         text = cpu_info.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -96,15 +95,15 @@ def host_cpu(cpu_info: Path = Path("/proc/cpuinfo")) -> Machine:
 
 
 def features_of(flags: Collection[str]) -> frozenset[str]:
-    """What a CPU with these flags of /proc/cpuinfo can do."""
+    """The features of a CPU with these flags of /proc/cpuinfo."""
     found = {INT4_TILES} if set(flags) >= AVX512 else set()
     return frozenset(found | ({VNNI} if AVX512_VNNI in flags else set()))
 
 
 def sheet_cpu(instructions: str) -> Machine:
-    """A CPU of the device library, by the newest instructions that its sheet names.
+    """A CPU of the device library, by the newest instructions in its data sheet.
 
-    Every CPU with AVX-512's newer parts (VNNI, bf16) or AMX has the older ones too.
+    Every CPU with the newer parts of AVX-512 (VNNI, bf16) or AMX has the older ones too.
     """
     is_new = instructions.startswith(("avx512_", "amx_"))
     return cpu({INT4_TILES, VNNI} if is_new else ())

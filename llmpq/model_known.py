@@ -1,16 +1,17 @@
-"""What the settings in a `config.json` say by themselves, without torch and transformers.
+"""Checks the settings in a `config.json`, without torch and transformers.
 
 `is_known` is true only where a model of a family in the table has settings that are known to work;
-whatever it does not know is left to be judged on transformers' own modules. Settings count by their
-values: a model with "num_experts": 0 is no mixture, one with "moe_num_experts": 64 is.
+other models are checked on transformers' own modules. Settings count by their values: a model with
+"num_experts": 0 is no mixture, one with "moe_num_experts": 64 is.
+
 Not covered: weights, and settings that no family in the table reads.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-# What each kind of rotary positions needs.
+# The settings that each kind of rotary positions needs.
 ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -33,7 +34,7 @@ SPECIAL = ("Infinity", "-Infinity", "NaN")
 
 
 def with_floats(value: Any) -> Any:
-    """transformers writes infinity and NaN, which JSON lacks, as {"__float__": "Infinity"}."""
+    """Replaces {"__float__": "Infinity"}, as transformers writes infinity and NaN, by floats."""
     if isinstance(value, dict):
         if len(value) == 1 and value.get("__float__") in SPECIAL:
             return float(value["__float__"])
@@ -44,8 +45,8 @@ def with_floats(value: Any) -> Any:
 def odd_number(value: Any, key: str = "") -> tuple[str, Any] | None:
     """Key and value of a setting that no model can have; None where there is none.
 
-    Such are NaN, an epsilon that is infinite or below zero, and a base of rotary positions that is
-    no positive number. Elsewhere transformers' classes may use infinity for what has no limit.
+    These are NaN, an epsilon that is infinite or below zero, and a base of rotary positions that is
+    no positive number. In other settings transformers' classes may use infinity for no limit.
     """
     if isinstance(value, dict):
         found = (odd_number(each, f"{key}.{name}" if key else name) for name, each in value.items())
@@ -60,7 +61,7 @@ def odd_number(value: Any, key: str = "") -> tuple[str, Any] | None:
 
 
 def num_experts(config: Any) -> int:
-    """The most experts that any setting speaks of, by its value; 0 or 1: there is no mixture."""
+    """The largest number of experts in any setting; 0 or 1 means that there is no mixture."""
     if not isinstance(config, dict):
         return 0
     found = [num_experts(value) for value in config.values()]
@@ -71,10 +72,10 @@ def num_experts(config: Any) -> int:
     return max(found, default=0)
 
 
-def is_known(config: dict[str, Any], num_layers: int, heads: tuple[int, int, int]) -> bool:
+def is_known(config: Mapping[str, Any], num_layers: int, heads: tuple[int, int, int]) -> bool:
     """Whether a model of a family in the table has settings that are known to work.
 
-    `heads`: query heads, key-value heads and the size of one.
+    `heads` holds query heads, key-value heads and the size of a head.
     """
     num_heads, num_kv_heads, size = heads
     acts = [config[key] for key in ACTIVATION_KEYS if config.get(key) is not None]
@@ -94,7 +95,7 @@ def is_known(config: dict[str, Any], num_layers: int, heads: tuple[int, int, int
     )
 
 
-def _ropes(config: dict[str, Any]) -> Iterator[Any]:
+def _ropes(config: Mapping[str, Any]) -> Iterator[Any]:
     """The settings of rotary positions, which may be given for each kind of layer."""
     for key in ("rope_scaling", "rope_parameters"):
         given = config.get(key)

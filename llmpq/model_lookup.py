@@ -24,7 +24,7 @@ from llmpq.config_keys import ConfigKeys
 from llmpq.errors import UserError
 from llmpq.families import family_for, has_sizes, llama_sizes
 from llmpq.model_known import is_known, num_experts, odd_number, with_floats
-from llmpq.model_spec import ASSETS, Linear, ModelSpec
+from llmpq.model_spec import ASSETS, LinearShape, ModelSpec
 from llmpq.version import __version__
 
 DEFAULT_MODEL = "tiny-tales"  # ships inside the package
@@ -169,7 +169,7 @@ def spec_from_config(config: dict[str, Any], name: str, source: str = "config.js
     sizes = (family_for(model_type).sizes or llama_sizes)(keys)
     keys.raise_faults()
     counts = asdict(sizes)
-    linears = tuple(Linear(**matrix._asdict()) for matrix in sizes.linears)
+    linears = tuple(LinearShape(**matrix._asdict()) for matrix in sizes.linears)
     return ModelSpec(
         name=name,
         model_type=model_type,

@@ -1,10 +1,10 @@
-"""The shape of a decoder model: what planning needs to know of it, as values.
+"""The shape of a decoder model: the sizes that planning needs.
 
-`ModelSpec` holds the linear operators of a layer (they are what is quantized), the other
-parameters, the embedding, the head and the cache's width. `ModelSpec.shard` is what one of several
-devices holds when they share every layer (tensor parallelism, cut as in Megatron-LM,
-arXiv 1909.08053). `llmpq.model_lookup` reads it from a configuration, by the rows of
-`llmpq.families`.
+`ModelSpec` holds the linear operators of a layer (which are quantized), the other parameters, the
+embedding, the head and the cache's width. `ModelSpec.shard` gives the sizes on one of several
+devices that share every layer (tensor parallelism, cut as in Megatron-LM, arXiv 1909.08053).
+`llmpq.model_lookup` reads a spec from a configuration, by the rows of `llmpq.families`.
+
 Not covered: mixtures of experts, encoders, models of text and images, models with several kinds
 of layer.
 """
@@ -19,10 +19,10 @@ from llmpq.families import CUTS, family_for
 
 ASSETS = Path(__file__).parent / "assets"
 
-ALL_HEADS = "as many key-value heads"  # the table of activations: heads that are not grouped
+ALL_HEADS = "as many key-value heads"  # in the table of activations: no grouped heads
 
 
-class Linear(Strict):
+class LinearShape(Strict):
     """A weight matrix `[out_features, in_features]` of a layer."""
 
     name: str
@@ -30,12 +30,12 @@ class Linear(Strict):
     in_features: int = Field(gt=0)
 
 
-class Moment(Strict):
-    """What a stage has alive at one time, beside weights and cache.
+class AllocationSnapshot(Strict):
+    """The memory that a stage has allocated at one time, beside weights and cache.
 
-    `num_bytes`: products of sizes ("requests*tokens*hidden"), each with its factor in bytes.
-    `op`: the linear that computes at that time, whose own needs come on top; empty where none.
-    `later`: met only after the stage's first layer.
+    `num_bytes` maps products of sizes ("requests*tokens*hidden") to a factor in bytes. `op` is the
+    linear that runs at that time, whose workspace is added; empty where none runs. `later` tells
+    whether this occurs only after the stage's first layer.
     """
 
     op: str = ""
@@ -45,17 +45,17 @@ class Moment(Strict):
 
 
 class Activations(Strict):
-    """The moments of each phase that may decide its peak.
+    """The snapshots of each phase that may be its peak.
 
-    `_first`: those that only a stage that embeds tokens has besides; `_last`: that has the head.
+    Those named `_first` occur only in a stage that embeds tokens, `_last` in one with the head.
     """
 
-    prefill: tuple[Moment, ...]
-    decode: tuple[Moment, ...]
-    prefill_first: tuple[Moment, ...]
-    decode_first: tuple[Moment, ...]
-    prefill_last: tuple[Moment, ...]
-    decode_last: tuple[Moment, ...]
+    prefill: tuple[AllocationSnapshot, ...]
+    decode: tuple[AllocationSnapshot, ...]
+    prefill_first: tuple[AllocationSnapshot, ...]
+    decode_first: tuple[AllocationSnapshot, ...]
+    prefill_last: tuple[AllocationSnapshot, ...]
+    decode_last: tuple[AllocationSnapshot, ...]
 
 
 class ModelSpec(Strict):
@@ -71,19 +71,19 @@ class ModelSpec(Strict):
     head_dim: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     max_positions: int = Field(gt=0)
-    linears: tuple[Linear, ...]
+    linears: tuple[LinearShape, ...]
     layer_other_params: int = Field(ge=0)  # norms and biases of one layer
     embedding_params: int = Field(ge=0)  # token and position embeddings and their norm
     head_params: int = Field(ge=0)  # the output matrix, also where it is tied to the embedding
     final_params: int = Field(ge=0)  # the norm after the last layer
     tied: bool
     eager_attention: bool = False  # attention scores are held in memory, [batch, heads, s, s]
-    activations: Activations | None = None  # counted on this model; None: as its family
+    activations: Activations | None = None  # counted on this model; None: those of its family
     guessed: bool = False
 
     @property
     def model_key(self) -> str:
-        """Names the layer shape; profiles of equal keys are interchangeable."""
+        """The name of the layer shape; profiles of equal keys are interchangeable."""
         return (
             f"{self.model_type}-h{self.hidden_size}-f{self.ffn_size}-a{self.num_heads}"
             f"-kv{self.num_kv_heads}-d{self.head_dim}-v{self.vocab_size}"
@@ -101,7 +101,7 @@ class ModelSpec(Strict):
         return weights + self.layer_other_params
 
     def shard(self, degree: int) -> "ModelSpec":
-        """What one of `degree` devices holds and computes when they share every layer.
+        """The sizes on one of `degree` devices that share every layer.
 
         Embedding and head are cut by the vocabulary; norms, biases and positions are on each
         device. Raises `UserError` where the model cannot be cut so.
@@ -127,7 +127,7 @@ class ModelSpec(Strict):
 
 
 def shard_faults(spec: ModelSpec, degree: int) -> list[str]:
-    """Why `degree` devices cannot share a layer of this model; empty where they can."""
+    """The reasons why `degree` devices cannot share a layer of this model, if any."""
     if not family_for(spec.model_type).is_tested:
         return [f"how devices share the layers of '{spec.model_type}' models is not known"]
     faults = []
@@ -158,15 +158,15 @@ def _part(size: int, degree: int) -> int:
     return -(-size // degree)
 
 
-def _cut_size(op: Linear) -> int:
+def _cut_size(op: LinearShape) -> int:
     return op.in_features if CUTS[op.name] == "in" else op.out_features
 
 
-def _num_parts(spec: ModelSpec, op: Linear, degree: int) -> int:
-    """Into how many different parts a matrix falls."""
+def _num_parts(spec: ModelSpec, op: LinearShape, degree: int) -> int:
+    """The number of different parts of a matrix."""
     return min(degree, spec.num_kv_heads) if CUTS[op.name] == "kv" else degree
 
 
-def _cut(spec: ModelSpec, op: Linear, degree: int) -> Linear:
+def _cut(spec: ModelSpec, op: LinearShape, degree: int) -> LinearShape:
     side = "in_features" if CUTS[op.name] == "in" else "out_features"
     return op.model_copy(update={side: _cut_size(op) // _num_parts(spec, op, degree)})

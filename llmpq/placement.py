@@ -1,13 +1,13 @@
-"""Which card of a node is for which planned device: a pure decision.
+"""Decides which card of a node is used for which planned device.
 
-A card is taken for a device whose type it is (by name and memory); else for one of the same family
+A card is used for a device of its own type (by name and memory); else for one of the same family
 (the SXM and the PCIe model of a number, or one with more memory); else, where the device library
 does not know the card or the type, for one whose memory and compute capability fit. A card that is
-known to be of another type of the library is never taken, however large it is: the times and the
-kernels of the plan would be another card's. Where several choices are possible, devices in the
-order of the plan get cards in CUDA's order.
+known to be of another type of the library is never used, however large it is, as the times and
+kernels of the plan would be those of another card. Where several choices are possible, devices in
+the order of the plan get cards in CUDA's order. All functions are pure.
 
-Not covered: cards that a host does not show to this process (`runtime.cards` asks for those).
+Not covered: cards that are hidden from this process (`runtime.cards` finds those).
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -24,7 +24,7 @@ Right = TypeVar("Right", bound=Hashable)
 
 @dataclass(frozen=True)
 class FoundCard:
-    """A card as CUDA shows it. `index`: CUDA's number; `uuid`: the same in every process."""
+    """A card as CUDA shows it. `index` is CUDA's number; `uuid` is equal in every process."""
 
     index: int
     name: str
@@ -39,9 +39,10 @@ class FoundCard:
 
 @dataclass(frozen=True)
 class PlannedDevice:
-    """A device of a plan. `stage`: its stage's number; `memory_gib`: of the whole card.
+    """A device of a plan. `stage` is its stage's number, `memory_gib` that of the whole card.
 
-    `is_known`: the device library has the type. `compute_capability`: "" where nothing says it.
+    `is_known` tells whether the device library has the type. `compute_capability` is "" where it is
+    not known.
     """
 
     stage: int
@@ -57,7 +58,7 @@ class PlannedDevice:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why planned devices and cards do not match, for a person to read."""
+    """The reason why planned devices and cards do not match, as a message for the user."""
 
     reason: str
 
@@ -79,21 +80,21 @@ def match_cards(
 def matching(
     left: Sequence[Left], right: Sequence[Right], rank: Callable[[Left, Right], int | None]
 ) -> dict[Left, Right]:
-    """As many pairs as possible, those of a low rank first; None: no pair.
+    """Matches as many pairs as possible, those of a low rank first; rank None allows no pair.
 
-    Kuhn's augmenting paths, on the pairs of the lowest rank, then on those of the next ones too.
+    The method is Kuhn's augmenting paths, on the pairs of the lowest rank, then with the next ones.
     """
     ranks = {(one, other): rank(one, other) for one in left for other in right}
     taken: dict[Right, Left] = {}
 
-    def place(one: Left, limit: int, seen: set[Right]) -> bool:
+    def match(one: Left, limit: int, seen: set[Right]) -> bool:
         levels = [(ranks[one, other], other) for other in right if other not in seen]
         near = [other for level, other in levels if level is not None and level <= limit]
-        for other in sorted(near, key=lambda other: other in taken):  # those that are free first
+        for other in sorted(near, key=lambda other: other in taken):  # free ones first
             if other in seen:
                 continue
             seen.add(other)
-            if other not in taken or place(taken[other], limit, seen):
+            if other not in taken or match(taken[other], limit, seen):
                 taken[other] = one
                 return True
         return False
@@ -101,12 +102,12 @@ def matching(
     for limit in sorted({level for level in ranks.values() if level is not None}):
         for one in left:
             if one not in taken.values():
-                place(one, limit, set())
+                match(one, limit, set())
     return {one: other for other, one in taken.items()}
 
 
 def _rank(device: PlannedDevice, card: FoundCard) -> int | None:
-    """How well a card is what a device should be: 0 best, None not at all."""
+    """How well a card fits a device: 0 is best, None does not fit."""
     if card.memory_bytes < device.memory_gib * (1 - MEMORY_TOLERANCE) * GIB:
         return None
     known = type_of_card(card.name, card.memory_bytes / GIB)
@@ -129,7 +130,7 @@ def _reason(
     devices: Sequence[PlannedDevice],
     missing: Sequence[PlannedDevice],
 ) -> str:
-    """Both sides, and for whom there is nothing."""
+    """The planned and the found devices, and those without a card."""
     planned = ", ".join(str(device) for device in devices if device.is_card)
     found = ", ".join(map(str, cards)) or "no card"
     without = ", ".join(f"stage {device.stage} ({device.type})" for device in missing)
@@ -143,9 +144,9 @@ def _reason(
 
 
 def visible_line(everywhere: Sequence[FoundCard], devices: Sequence[PlannedDevice]) -> str | None:
-    """The variables that would show a process the cards that it needs; None where none would.
+    """The variables that show a process the cards that it needs; None where the host lacks them.
 
-    `everywhere`: all cards of the host, numbered as nvidia-smi does, by their place on the bus.
+    `everywhere` holds all cards of the host in the order of PCI bus ids, as in nvidia-smi.
     """
     found = match_cards(everywhere, devices)
     if isinstance(found, Refusal):

@@ -1,9 +1,9 @@
-"""The plan: which device holds which layers, at which precisions, in which micro-batches.
+"""The plan: the layers of each device, their precisions, and the micro-batches.
 
-A plan is a frozen value, the same whether a person or the planner wrote it. It is validated when
-read: its stages cover the model's layers exactly, in order, and fit its own cluster; where several
+A plan is a frozen value, whether a person or the planner wrote it. It is validated when it is read:
+its stages cover the model's layers exactly, in order, and fit its own cluster; where several
 devices share a stage (tensor parallelism), the model can be cut so. `refuse_shared_stages` is for
-commands that cannot do with them yet.
+commands that do not support such stages yet.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from llmpq.cluster import GIB, Cluster
 from llmpq.errors import UserError, listed
 from llmpq.job import LaneShape
 from llmpq.model_spec import ModelSpec, shard_faults
-from llmpq.plan_diff import LayerPlace, PlanDiff, changes, layer_ranges
+from llmpq.plan_diff import LayerPlacement, PlanDiff, changes, layer_ranges
 from llmpq.precision import PRECISIONS
 from llmpq.quantizer import Quantizer
 from llmpq.workload import (
@@ -35,10 +35,10 @@ from llmpq.workload import (
 
 
 class Stage(Strict):
-    """Layers `first_layer` up to but not including `end_layer`, on one device.
+    """Layers `first_layer` up to but not including `end_layer`, on one device or several.
 
-    Or on `tensor_parallel` equal devices of a node, a power of two, which share every layer;
-    `devices` names each of them.
+    Where `tensor_parallel` (a power of two) is above 1, so many equal devices of a node share every
+    layer; `devices` names each of them.
     """
 
     rank: NonNegativeInt
@@ -51,7 +51,7 @@ class Stage(Strict):
 
     @property
     def num_layers(self) -> int:
-        """Layers of this stage."""
+        """The number of layers of this stage."""
         return self.end_layer - self.first_layer
 
     @model_validator(mode="after")
@@ -87,7 +87,7 @@ class Stage(Strict):
 
 
 class Lane(Strict):
-    """Slots of the KV cache that take their decode steps together: `rows`, of `tokens` each."""
+    """Slots of the KV cache that decode together: `rows` slots of `tokens` each."""
 
     rows: PositiveInt = Field(le=MAX_BATCH)
     tokens: PositiveInt = Field(le=2 * MAX_LENGTH)
@@ -96,10 +96,10 @@ class Lane(Strict):
 class PredictedStage(Strict):
     """Predicted times of one stage. `prefill_s` and `decode_step_s` are of one micro-batch.
 
-    The errors are what to expect of these times on average, not bounds; None where unknown.
-    `kernels`: those that are counted on, by precision and then by rising numbers of rows.
-    `source`: "measured", "interpolated", "fitted", "beyond the profile" or "spec sheet", the least
-    certain of all that went into the times.
+    The errors of these times are those expected on average, not bounds; None where unknown.
+    `kernels` holds the expected kernels by precision, in the order of rising numbers of rows.
+    `source` is "measured", "interpolated", "fitted", "beyond the profile" or "spec sheet", the
+    least certain source of the times.
     """
 
     prefill_s: float
@@ -114,18 +114,18 @@ class PredictedStage(Strict):
 
 
 class Predicted(Strict):
-    """What the planner expects of the plan; `tokens_per_s` counts generated tokens only.
+    """The planner's predictions for the plan; `tokens_per_s` counts generated tokens only.
 
-    `prefill_s`: until the first token of every request is back, `decode_s`: from then on. Where
-    newcomers take the slots of ended requests, both phases overlap until then: `prefill_share` is
-    what prefills are of the busiest stage's work.
-    `error_percent`: the expected error of `total_s`, as far as the slowest stages' times go.
-    `objective`: `total_s`, and what its sensitivity costs where that has a price. `lower_bound`: no
-    plan of the space has a smaller one in closed form (in proportion, where the closed form is
-    above the simulation); `gap`: how far the objective is above it.
-    `closed_form_s`: this plan's total in closed form, where `total_s` was simulated;
-    `closed_form_scale`: what it was multiplied by, as simulated runs of plans of these sizes took
-    so much longer; so is the closed form that `lower_bound` is of.
+    `prefill_s` is the time until every request has its first token, `decode_s` the time after that.
+    Where new requests take the slots of ended ones, both phases overlap until then, and
+    `prefill_share` is the share of prefills in the busiest stage's work.
+    `error_percent` is the expected error of `total_s`, by the times of the slowest stages.
+    `objective` is `total_s`, plus the price of its sensitivity where that has one. No plan of the
+    space has an objective below `lower_bound` in closed form (in proportion, where the closed form
+    is above the simulation); `gap` is the relative distance of the objective above it.
+    `closed_form_s` is this plan's total in closed form, where `total_s` was simulated;
+    `closed_form_scale` is the factor of simulated to closed-form times of plans of these sizes, by
+    which it and the closed form of `lower_bound` were multiplied.
     """
 
     total_s: float
@@ -152,13 +152,13 @@ class Predicted(Strict):
 
     @property
     def share_of_prefills(self) -> float:
-        """`prefill_share`; in plans of earlier versions `prefill_s` was that share of the total."""
+        """`prefill_share`; plans of earlier versions have it as `prefill_s` over the total."""
         earlier = self.prefill_s / self.total_s if self.total_s > 0 else 0.0
         return earlier if self.prefill_share is None else self.prefill_share
 
 
 class Baseline(Strict):
-    """What another method would do with the same cluster and the same costs."""
+    """The result of another method with the same cluster and the same costs."""
 
     method: str
     feasible: bool
@@ -168,12 +168,12 @@ class Baseline(Strict):
 
 
 class Plan(Strict):
-    """plan.json.
+    """The contents of plan.json.
 
-    `chunk_tokens`: tokens of a prompt that are computed at once, at most; longer prompts are
-    computed in chunks, one prompt at a time. `lanes`: the KV cache, as slots that take their decode
-    steps together; a decode micro-batch each, `batch` slots in all. Plans of earlier versions say
-    neither: `reserve_of` then computes both from the workload.
+    At most `chunk_tokens` tokens of a prompt are computed at once; longer prompts are computed in
+    chunks, one prompt at a time. `lanes` describes the KV cache: each lane holds the slots of a
+    decode micro-batch, `batch` slots in all. Plans of earlier versions have neither, and
+    `reserve_of` computes both from the workload.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -277,10 +277,11 @@ def load_plan(path: Path | str) -> Plan:
 
 
 def reserve_of(plan: Plan) -> Reserve:
-    """What a run of the plan has room for: its chunk and its lanes, and what follows from them.
+    """The sizes that a run of the plan reserves: its chunk and its lanes.
 
-    What the plan leaves open is computed from its workload. Lanes too short for the longest request
-    of the workload are replaced as `lanes_for` says, which raises `UserError` where none will do.
+    Sizes that the plan does not give are computed from its workload. `lanes_for` replaces lanes
+    that are too short for the longest request of the workload, and raises `UserError` where no
+    lanes fit.
     """
     lengths, sizes = planned_lengths(plan.workload), (plan.batch, plan.decode_micro_batch)
     longest = max(prompt for prompt, _ in lengths)
@@ -294,12 +295,12 @@ def reserve_of(plan: Plan) -> Reserve:
 
 
 def shapes_of(given: Iterable[Lane]) -> tuple[LaneShape, ...]:
-    """Lanes of a plan file as the schedule takes them."""
+    """The lanes of a plan file, for the schedule."""
     return tuple(LaneShape(lane.rows, lane.tokens) for lane in given)
 
 
 def lanes_of(shapes: Iterable[LaneShape]) -> list[Lane]:
-    """Lanes of the schedule as a plan file has them."""
+    """The lanes of the schedule, for a plan file."""
     return [Lane(rows=rows, tokens=tokens) for rows, tokens in shapes]
 
 
@@ -315,7 +316,7 @@ def refuse_shared_stages(plan: Plan, path: Path) -> None:
 
 
 def diff(a: Plan, b: Plan) -> PlanDiff:
-    """What changes from `a` to `b`. Raises `ValueError` where they are of different models."""
+    """The changes from `a` to `b`. Raises `ValueError` for plans of different models."""
     if a.model != b.model:
         names = [n for n in ModelSpec.model_fields if getattr(a.model, n) != getattr(b.model, n)]
         raise ValueError(
@@ -325,14 +326,14 @@ def diff(a: Plan, b: Plan) -> PlanDiff:
     return PlanDiff(
         inputs=tuple(n for n in ("workload", "cluster") if getattr(a, n) != getattr(b, n)),
         settings=changes(_settings(a), _settings(b)),
-        moves=layer_ranges(_places(a), _places(b)),
+        moves=layer_ranges(_placements(a), _placements(b)),
         precisions=layer_ranges(a.precisions, b.precisions),
         predicted=changes(_expected(a), _expected(b)),
     )
 
 
 def _settings(plan: Plan) -> dict[str, object]:
-    """What a plan decides beside its layers, by the name a reader knows."""
+    """The settings of a plan beside its layers, by readable names."""
     reserve = reserve_of(plan)
     return {
         "method": plan.method,
@@ -348,25 +349,25 @@ def _settings(plan: Plan) -> dict[str, object]:
 
 
 def _lanes_text(shapes: Iterable[LaneShape]) -> str:
-    """As "3 of 4 x 612, 1 of 2 x 306": lanes of so many rows and tokens."""
+    """The lanes as "3 of 4 x 612, 1 of 2 x 306": counts of lanes of so many rows x tokens."""
     counts = Counter(shapes).items()
     return ", ".join(f"{count} of {rows} x {tokens}" for (rows, tokens), count in counts)
 
 
-def _places(plan: Plan) -> list[LayerPlace]:
+def _placements(plan: Plan) -> list[LayerPlacement]:
     """The devices of every layer of the model."""
-    places: list[LayerPlace] = []
+    found: list[LayerPlacement] = []
     used: Counter[tuple[str, str]] = Counter()
     for stage in plan.stages:
         kind, count = (stage.node, stage.devices[0]), len(stage.devices)
         numbers = tuple(range(used[kind], used[kind] + count))
         used[kind] += count
-        places += [LayerPlace(*kind, numbers, stage.rank)] * stage.num_layers
-    return places
+        found += [LayerPlacement(*kind, numbers, stage.rank)] * stage.num_layers
+    return found
 
 
 def _expected(plan: Plan) -> dict[str, object]:
-    """What is predicted, with its unit in the name; empty where nothing is."""
+    """The predictions, with units in their names; empty where there are none."""
     predicted = plan.predicted
     if predicted is None:
         return {}

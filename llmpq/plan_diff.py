@@ -1,13 +1,14 @@
-"""What changes from one plan to another, as a value that prints itself in short lines.
+"""The changes from one plan to another, as a value that prints itself in short lines.
 
-A plan is told apart by three kinds of facts: settings and predictions, which are names with
-values; and for every layer the devices that hold it and its precision. Values that differ become
-a `FieldChange`; neighbouring layers that change alike become one `LayersChange`, so that every
-changed layer lies in exactly one range.
+Two plans are compared by settings and predictions, which are names with values, and by the devices
+and the precision of every layer. Values that differ become a `ValueChange`; neighbouring layers
+that change alike become one `LayerRangeChange`, so that every changed layer lies in exactly one
+range.
 
 Equal devices of a node are interchangeable: they are numbered in the order of a plan's stages, and
-a layer has moved where its numbered device is another one. What `llmpq.plan_data.diff` does not
-compare: provenance, the baselines and the time that planning took.
+a layer has moved where the number of its device differs.
+
+Not covered: provenance, baselines and planning time, which `llmpq.plan_data.diff` does not compare.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,10 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class LayerPlace:
+class LayerPlacement:
     """Devices of a node that hold layers together; `numbers` count equal devices from 0.
 
-    `rank`, the stage, is for the reader: the same devices are the same place in another stage.
+    The stage `rank` is only shown: the same devices in another stage are the same placement.
     """
 
     node: str
@@ -36,7 +37,7 @@ class LayerPlace:
 
 
 @dataclass(frozen=True)
-class FieldChange:
+class ValueChange:
     """A named value before and after; None where a plan does not have it."""
 
     name: str
@@ -48,7 +49,7 @@ class FieldChange:
 
 
 @dataclass(frozen=True)
-class LayersChange(Generic[T]):
+class LayerRangeChange(Generic[T]):
     """Layers `first_layer` up to but not including `end_layer`, which change alike."""
 
     first_layer: int
@@ -65,17 +66,17 @@ class LayersChange(Generic[T]):
 
 @dataclass(frozen=True)
 class PlanDiff:
-    """What changes from one plan to another; false where nothing does.
+    """The changes from one plan to another; false where there are none.
 
-    `inputs` names those that differ, `settings` are batch, micro-batches, devices in order, tensor
-    parallelism and the like, `moves` and `precisions` the layers that change in either.
+    `inputs` names inputs that differ, `settings` holds batch, micro-batches, devices in order,
+    tensor parallelism and the like, `moves` and `precisions` hold the layers that change in either.
     """
 
     inputs: tuple[str, ...] = ()
-    settings: tuple[FieldChange, ...] = ()
-    moves: tuple[LayersChange[LayerPlace], ...] = ()
-    precisions: tuple[LayersChange[str], ...] = ()
-    predicted: tuple[FieldChange, ...] = ()
+    settings: tuple[ValueChange, ...] = ()
+    moves: tuple[LayerRangeChange[LayerPlacement], ...] = ()
+    precisions: tuple[LayerRangeChange[str], ...] = ()
+    predicted: tuple[ValueChange, ...] = ()
 
     def __bool__(self) -> bool:
         return self != PlanDiff()
@@ -86,23 +87,23 @@ class PlanDiff:
         return "\n".join([*inputs, *map(str, parts)]) or "no difference"
 
 
-def changes(before: Mapping[str, object], after: Mapping[str, object]) -> tuple[FieldChange, ...]:
-    """The names whose values differ, in the order of `before`; what only `after` has comes last."""
-    every = [FieldChange(name, before.get(name), after.get(name)) for name in {**before, **after}]
+def changes(before: Mapping[str, object], after: Mapping[str, object]) -> tuple[ValueChange, ...]:
+    """The values that differ, in the order of `before`, then names that only `after` has."""
+    every = [ValueChange(name, before.get(name), after.get(name)) for name in {**before, **after}]
     return tuple(change for change in every if change.before != change.after)
 
 
-def layer_ranges(before: Sequence[T], after: Sequence[T]) -> tuple[LayersChange[T], ...]:
-    """The layers that differ, in order, as few ranges as there can be; one entry a layer each."""
-    ranges: list[LayersChange[T]] = []
+def layer_ranges(before: Sequence[T], after: Sequence[T]) -> tuple[LayerRangeChange[T], ...]:
+    """The layers that differ, as the fewest ranges; both sequences have an entry a layer."""
+    ranges: list[LayerRangeChange[T]] = []
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
         if old == new:
             continue
         last = ranges[-1] if ranges else None
         if last and (last.end_layer, last.before, last.after) == (layer, old, new):
-            ranges[-1] = LayersChange(last.first_layer, layer + 1, last.before, last.after)
+            ranges[-1] = LayerRangeChange(last.first_layer, layer + 1, last.before, last.after)
         else:
-            ranges.append(LayersChange(layer, layer + 1, old, new))
+            ranges.append(LayerRangeChange(layer, layer + 1, old, new))
     return tuple(ranges)
 
 

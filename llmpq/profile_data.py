@@ -1,4 +1,4 @@
-"""profile.json (measured times of one device type) and sensitivity.json (quality per layer)."""
+"""The files profile.json (times of one device type) and sensitivity.json (quality per layer)."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,21 +20,21 @@ from llmpq.errors import UserError, listed
 from llmpq.precision import PRECISIONS
 from llmpq.quantizer import Quantizer
 
-# "stage_*": what one call of a stage costs beside its layers (masks, positions, messages).
+# "stage_*": the cost of a stage's call beside its layers (masks, positions, messages).
 Phase = Literal["prefill", "decode", "embedding", "head", "stage_prefill", "stage_decode"]
 DECODES = ("decode", "stage_decode")
-# Of what a memory row counts the bytes.
+# The kinds of memory whose bytes rows count.
 MemoryOf = Literal["layer_weights", "cache", "activations"]
-# Of files that llmpq writes beside profiles.
+# The kinds of other files that llmpq writes beside profiles.
 OTHER_KINDS = ("sensitivity", "plan", "report", "links", "recalibration")
 
 
 class ProfiledDevice(Strict):
     """The device that was measured.
 
-    `context_bytes`: what the framework holds there before any tensor. `bandwidth_gbs`: of a copy.
-    `reference_ms`: of a fixed computation at the speed that the times are given for, where the
-    machine's speed changed while it was measured.
+    `context_bytes` is the framework's memory there before any tensor. `bandwidth_gbs` is that of a
+    copy. `reference_ms` is the time of a fixed computation at the speed that times are scaled to,
+    where the machine's speed changed while it was measured.
     """
 
     name: str
@@ -49,11 +49,11 @@ class ProfiledDevice(Strict):
 
 
 class ProfileRow(Strict):
-    """One measurement: of one decoder layer ("prefill", "decode"), or of what its phase says.
+    """One measurement of a decoder layer ("prefill", "decode"), or of another part of a stage.
 
-    prefill: `micro_batch` prompts of `prompt_tokens`. decode: one token for each of `micro_batch`
-    requests with `past_tokens` in the cache. embedding: `micro_batch` x `prompt_tokens` tokens.
-    head: final norm, logits and choice of the next token for `micro_batch` requests.
+    "prefill" computes `micro_batch` prompts of `prompt_tokens`; "decode" one token for each of
+    `micro_batch` requests with `past_tokens` in the cache; "embedding" `micro_batch` x
+    `prompt_tokens` tokens; "head" the final norm, logits and next tokens of `micro_batch` requests.
     """
 
     model_key: str
@@ -69,14 +69,14 @@ class ProfileRow(Strict):
 
     @property
     def tokens(self) -> int:
-        """What its phase depends on: tokens of a prompt, or (decode) in the cache; head: none."""
+        """The tokens of a prompt, or (decode) in the cache; 0 for the head."""
         if self.phase in DECODES:
             return self.past_tokens
         return 0 if self.phase == "head" else self.prompt_tokens
 
 
 class Candidate(NamedTuple):
-    """A cell that may be measured. `tokens`: of each prompt, or (decode) in the cache."""
+    """A cell that may be measured. `tokens` are those of a prompt, or (decode) in the cache."""
 
     precision: str
     phase: Phase
@@ -87,8 +87,9 @@ class Candidate(NamedTuple):
 class MemoryRow(Strict):
     """Bytes that were held, counted while a layer was measured.
 
-    layer_weights: one layer at `precision`. cache: keys and values of one token of one request in
-    one layer. activations: the peak of a call of the layer on this shape, weights and cache apart.
+    "layer_weights" are those of one layer at `precision`; "cache" is the keys and values of one
+    token of one request in one layer; "activations" is the peak of a layer's call on this shape,
+    without weights and cache.
     """
 
     model_key: str
@@ -134,7 +135,7 @@ class ChosenModel(Strict):
 
 
 class Profile(Strict):
-    """profile.json. `notes`: what a reader of the rows must know (drift, cut ranges, outliers)."""
+    """The contents of profile.json. `notes` are on drift, cut ranges and outliers."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Literal["profile"] = "profile"
@@ -147,10 +148,10 @@ class Profile(Strict):
 
 
 class LayerSensitivity(Strict):
-    """What it costs to hold this layer alone (or a part of it) at `precision`.
+    """The quality cost of this layer alone (or a part of it) at `precision`.
 
     `sensitivity` is in the indicator's own unit: nats a token for "measured". Plans are made from
-    rows of whole layers; rows of parts ("attention", "ffn") are there to be read.
+    rows of whole layers; rows of parts ("attention", "ffn") are only for readers.
     """
 
     layer: NonNegativeInt
@@ -169,7 +170,7 @@ class LayerSensitivity(Strict):
 class MeasuredPlan(Strict):
     """A precision for every layer, measured as a whole.
 
-    `rise`: of the loss in nats a token, taken to be the divergence from the 16-bit model.
+    `rise` is that of the loss in nats a token, taken to be the divergence from the 16-bit model.
     """
 
     precisions: list[str]
@@ -180,8 +181,8 @@ class MeasuredPlan(Strict):
 class QualityFit(Strict):
     """Percent of perplexity from summed sensitivity x: 100 * (exp(scale * x) - 1).
 
-    `upper_scale`, where there is one, is above what nearly all measured plans need: budgets are
-    held with it. `plans` are what the fit was made from.
+    `upper_scale`, where there is one, is above the ratios of nearly all measured plans; quality
+    budgets use it. `plans` holds the measurements of the fit.
     """
 
     scale: float = Field(ge=0)
@@ -192,7 +193,7 @@ class QualityFit(Strict):
 
 
 class CalibrationText(Strict):
-    """What the sensitivity was measured on: `num_tokens` in windows of `window`."""
+    """The text of the measurement: `num_tokens` in windows of `window`."""
 
     source: str
     num_tokens: NonNegativeInt
@@ -201,7 +202,7 @@ class CalibrationText(Strict):
 
 
 class Sensitivity(Strict):
-    """sensitivity.json."""
+    """The contents of sensitivity.json."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Literal["sensitivity"] = "sensitivity"
@@ -253,14 +254,14 @@ def load_profiles(folder: Path) -> list[Profile]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of profiles")
     read = [(path, parse_json(path)) for path in sorted(folder.glob("*.json"))]
-    found = [validate(data, Profile, path) for path, data in read if not _is_other(data)]
+    found = [
+        validate(data, Profile, path)
+        for path, data in read
+        if not (isinstance(data, dict) and data.get("kind") in OTHER_KINDS)
+    ]
     if not found:
         raise UserError(f"{folder}: holds no profile (*.json); make one with 'llmpq-profile'")
     return found
-
-
-def _is_other(data: object) -> bool:
-    return isinstance(data, dict) and data.get("kind") in OTHER_KINDS
 
 
 def load_sensitivity(path: Path) -> Sensitivity:
@@ -269,7 +270,7 @@ def load_sensitivity(path: Path) -> Sensitivity:
 
 
 def _row_faults(layers: Sequence[LayerSensitivity], num_layers: float) -> Iterator[str]:
-    """Rows that are of no layer, or there twice."""
+    """Faults of rows: a layer that does not exist, or a repeated row."""
     first: dict[tuple[int, str, str], int] = {}
     for index, row in enumerate(layers):
         before = first.setdefault((row.layer, row.precision, row.part), index)

@@ -1,12 +1,12 @@
-"""Which process of a launch runs which worker of a plan, and on which card: a pure decision.
+"""Decides which process of a launch runs which worker of a plan, and on which card.
 
 A launch has hosts (torchrun's nodes) and processes on them; a plan has nodes and workers, one for
-each device of a stage, in the order of the stages. Ranks of a node need not follow each other in
-the plan: torchrun numbers processes host by host, so that ranks are given workers here and stages
-find their neighbours by rank. A host takes the place of the node of its name, else of the node of
-its number (in the order in which the stages name them), else of one that its cards fit.
+each device of a stage, in the order of the stages. The workers of a node need not be consecutive in
+the plan: torchrun numbers processes host by host, so that workers are assigned to ranks here, and
+stages find their neighbours by rank. A host runs the node of its name, else the node of its number
+(in the order in which the stages name nodes), else a node that its cards fit.
 
-Started on one host, a plan of several nodes runs there as a whole.
+A plan of several nodes that is started on one host runs there as a whole. All functions are pure.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ Seat = tuple[int, int | None]  # a worker of the plan, and CUDA's number of its 
 
 @dataclass(frozen=True)
 class Process:
-    """A process of the launch. `group`: its host's number; `cards`: those that it sees.
+    """A process of the launch, with the number of its host (`group`) and the `cards` it sees.
 
-    `everywhere`: all cards of its host, by their place on the bus, where that is known.
+    `everywhere` holds all cards of its host in the order of PCI bus ids, where they are known.
     """
 
     rank: int
@@ -34,8 +34,8 @@ class Process:
 
 
 @dataclass(frozen=True)
-class NodePart:
-    """What one host is to run: a node's workers, by their numbers in the plan."""
+class NodeWorkers:
+    """The workers that one host runs: those of a node, by their numbers in the plan."""
 
     name: str
     workers: tuple[int, ...]
@@ -61,54 +61,55 @@ def _planned(cluster: Cluster, stage: int, node: str, name: str) -> PlannedDevic
     )
 
 
-def parts_of(plan: Plan) -> list[NodePart]:
+def nodes_of(plan: Plan) -> list[NodeWorkers]:
     """The nodes that the plan uses, the leader's first."""
     nodes = [stage.node for stage in plan.stages for _ in stage.devices]
     return [
-        NodePart(name, tuple(number for number, node in enumerate(nodes) if node == name))
+        NodeWorkers(name, tuple(number for number, node in enumerate(nodes) if node == name))
         for name in dict.fromkeys(nodes)
     ]
 
 
 def take_seats(processes: Sequence[Process], plan: Plan, with_cards: bool) -> list[Seat] | Refusal:
-    """The seat of every rank. `with_cards`: False where workers compute on CPUs or share a card.
+    """The seat of every rank, for one process a worker, in the order of ranks.
 
-    `processes`: one a worker, by rank.
+    `with_cards` is False where workers compute on CPUs or share a card.
     """
     hosts: dict[int, list[Process]] = {}
     for process in processes:
         hosts.setdefault(process.group, []).append(process)
     groups = [hosts[group] for group in sorted(hosts)]
-    parts, devices = _parts_for(plan, groups), planned_devices(plan)
+    nodes, devices = _nodes_for(plan, groups), planned_devices(plan)
 
-    def seated(host: int, part: int) -> list[Seat] | Refusal:
-        workers = parts[part].workers
+    def seated(host: int, node: int) -> list[Seat] | Refusal:
+        workers = nodes[node].workers
         return _seat_host(groups[host], workers, [devices[n] for n in workers], with_cards)
 
     tried = {
-        (host, part): seated(host, part)
+        (host, node): seated(host, node)
         for host in range(len(groups))
-        for part in range(len(parts))
+        for node in range(len(nodes))
     }
     found = matching(
         range(len(groups)),
-        range(len(parts)),
-        lambda host, part: _preference(tried[host, part], groups[host], host, parts, part),
+        range(len(nodes)),
+        lambda host, node: _preference(tried[host, node], groups[host], host, nodes, node),
     )
     if len(found) < len(groups):
-        refusal, nodes = _refusal(groups, parts, found, tried), parts_of(plan)
-        if len(groups) == len(nodes):
+        refusal, planned = _refusal(groups, nodes, found, tried), nodes_of(plan)
+        if len(groups) == len(planned):
             return refusal
-        names = ", ".join(part.name for part in nodes)
+        names = ", ".join(node.name for node in planned)
         return Refusal(
-            f"{refusal.reason}\nthe plan is for {len(nodes)} nodes ({names}), and was started on "
+            f"{refusal.reason}\nthe plan is for {len(planned)} nodes ({names}), and was started on "
             f"{len(groups)}: llmpq-run --dry-run prints the command of each"
         )
-    seats = {
-        process.rank: seat
-        for host, part in found.items()
-        for process, seat in zip(groups[host], _seats(tried[host, part]), strict=True)
-    }
+    seats: dict[int, Seat] = {}
+    for host, node in found.items():
+        own = tried[host, node]
+        assert not isinstance(own, Refusal)
+        ranks = (process.rank for process in groups[host])
+        seats |= zip(ranks, own, strict=True)
     return [seats[rank] for rank in range(len(processes))]
 
 
@@ -118,14 +119,14 @@ def stage_ranks(plan: Plan, seats: Sequence[Seat]) -> list[list[int]]:
     return [[rank_of[worker] for worker in workers] for workers in plan.ranks]
 
 
-def _parts_for(plan: Plan, hosts: Sequence[Sequence[Process]]) -> list[NodePart]:
-    """A part for each host: the plan's nodes where there are as many, else pieces in order."""
-    parts = parts_of(plan)
-    if len(parts) == len(hosts):
-        return parts
+def _nodes_for(plan: Plan, hosts: Sequence[Sequence[Process]]) -> list[NodeWorkers]:
+    """Workers for each host: the plan's nodes where there are as many, else pieces in order."""
+    nodes = nodes_of(plan)
+    if len(nodes) == len(hosts):
+        return nodes
     pieces, first = [], 0
     for host in hosts:
-        pieces.append(NodePart("", tuple(range(first, first + len(host)))))
+        pieces.append(NodeWorkers("", tuple(range(first, first + len(host)))))
         first += len(host)
     return pieces
 
@@ -134,22 +135,17 @@ def _preference(
     tried: list[Seat] | Refusal,
     host: Sequence[Process],
     number: int,
-    parts: Sequence[NodePart],
-    part: int,
+    nodes: Sequence[NodeWorkers],
+    node: int,
 ) -> int | None:
-    """0: the node of the host's name; 1: of its number; 2: another whose cards fit."""
+    """0 for the node of the host's name, 1 for that of its number, 2 for one that fits, or None."""
     if isinstance(tried, Refusal):
         return None
-    if not parts[part].name and number != part:
+    if not nodes[node].name and number != node:
         return None
-    if parts[part].name in (host[0].host, host[0].host.partition(".")[0]):
+    if nodes[node].name in (host[0].host, host[0].host.partition(".")[0]):
         return 0
-    return 1 if number == part else 2
-
-
-def _seats(tried: list[Seat] | Refusal) -> list[Seat]:
-    assert not isinstance(tried, Refusal)
-    return tried
+    return 1 if number == node else 2
 
 
 def _seat_host(
@@ -166,7 +162,8 @@ def _seat_host(
         )
     if not with_cards:
         return [(worker, None) for worker in workers]
-    if len({_identities(process) for process in host}) > 1:
+    views = {tuple(card.uuid or str(card) for card in process.cards) for process in host}
+    if len(views) > 1:
         return _seat_by_view(host, workers, devices)
     found = match_cards(host[0].cards, devices)
     if isinstance(found, Refusal):
@@ -175,20 +172,16 @@ def _seat_host(
     return list(zip(workers, numbers, strict=True))
 
 
-def _identities(process: Process) -> tuple[str, ...]:
-    return tuple(card.uuid or str(card) for card in process.cards)
-
-
 def _seat_by_view(
     host: Sequence[Process], workers: Sequence[int], devices: Sequence[PlannedDevice]
 ) -> list[Seat] | Refusal:
-    """The launcher shows each process other cards: a process gets a worker that its cards fit."""
+    """Seats processes that see different cards: each gets a worker that its cards fit."""
 
     def seated(process: int, worker: int) -> list[FoundCard | None] | Refusal:
         return match_cards(host[process].cards, [devices[worker]])
 
     every = range(len(host))
-    found = matching(every, every, lambda p, w: None if _is_refused(seated(p, w)) else 0)
+    found = matching(every, every, lambda p, w: None if isinstance(seated(p, w), Refusal) else 0)
     if len(found) < len(host):
         lines = [f"rank {p.rank} sees {', '.join(map(str, p.cards)) or 'no card'}" for p in host]
         planned = ", ".join(map(str, devices))
@@ -204,12 +197,8 @@ def _seat_by_view(
     return seats
 
 
-def _is_refused(found: object) -> bool:
-    return isinstance(found, Refusal)
-
-
 def _fix(process: Process, devices: Sequence[PlannedDevice]) -> str:
-    """What would help: cards of the host that are hidden, else another plan."""
+    """The advice for a refusal: show hidden cards of the host, else make another plan."""
     line = visible_line(process.everywhere, devices)
     if line is not None:
         return f"; the host has them, they are not visible here: start with {line}"
@@ -221,17 +210,17 @@ def _fix(process: Process, devices: Sequence[PlannedDevice]) -> str:
 
 def _refusal(
     hosts: Sequence[Sequence[Process]],
-    parts: Sequence[NodePart],
+    nodes: Sequence[NodeWorkers],
     found: dict[int, int],
     tried: dict[tuple[int, int], list[Seat] | Refusal],
 ) -> Refusal:
     """Why the hosts that are left cannot be the nodes that are left, one line each."""
     hosts_left = [host for host in range(len(hosts)) if host not in found]
-    parts_left = [part for part in range(len(parts)) if part not in found.values()]
+    nodes_left = [node for node in range(len(nodes)) if node not in found.values()]
     lines = []
-    for host, part in zip(hosts_left, parts_left, strict=True):
-        why = tried[host, part]
-        name = parts[part].name
+    for host, node in zip(hosts_left, nodes_left, strict=True):
+        why = tried[host, node]
+        name = nodes[node].name
         where = f"node {name} of the plan on host" if name else "host"
         said = why.reason if isinstance(why, Refusal) else "taken by another host"
         lines.append(f"{where} {hosts[host][0].host}: {said}")

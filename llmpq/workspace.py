@@ -1,9 +1,9 @@
-"""Bytes that one product of a linear layer takes for itself, its output included.
+"""Counts the bytes that one product of a linear layer allocates, with its output.
 
-A `Product` is `x [rows, in]` times a weight `[out, in]`. Each function here counts what one way of
-computing it holds at its peak, as `llmpq.quant` allocates it; `llmpq.kernel_table` says which
-kernel computes how. Weights that are stored in fewer bits are unpacked some output rows at a time,
-a part: `part_rows` is the rule that both the layers and these counts follow.
+A `Product` is `x [rows, in]` times a weight `[out, in]`. Each function here counts the peak bytes
+of one way of computing it, as `llmpq.quant` allocates them; `llmpq.kernel_table` says which kernel
+computes how. Weights in fewer bits are unpacked some output rows at a time, a part: the layers and
+these counts both use `part_rows`. The layers import sizes of kernels from here too.
 
 Not covered: the weight and the input themselves, and temporaries inside a library's own kernels.
 """
@@ -20,30 +20,31 @@ DOUBLE = 8
 
 TILE_ROWS = 64  # output rows of a tile of the CPU's int4 kernel; parts are whole tiles
 CPU_PART_WEIGHTS = 2**20  # weights unpacked at a time on a CPU: near the size of its cache
-CARD_PART_WEIGHTS = 2**25  # and on a card, where every launch costs
+CARD_PART_WEIGHTS = 2**25  # weights unpacked at a time on a card, where launches are expensive
 EXPANDED_WEIGHTS = 2**22  # 3-bit weights expanded to nibbles at a time: 1.3x faster than 2**20
 # A grid's scale and zero while they are read from tiles, and beside an unpacked part.
 GRID_BYTES_READ = 8 + 8 + 4 + 4
 GRID_BYTES_HELD = 8 + 4 + 1 + 2
-PADDED = 8  # humming: multiples to which inputs and outputs are padded
-# Its weights: whole tiles of outputs and inputs, 32-bit locks, and how often it keeps the one scale
-# of a row where it computes in float16.
+PADDED = 8  # humming pads inputs and outputs to multiples of this: rows of 16 bytes
+# Weights of humming: multiples of outputs and inputs (its docs/config.md), 32-bit locks that order
+# the parts of a split sum, and the inputs for which it repeats the one scale of a row at float16.
 HUMMING_OUT, HUMMING_IN, HUMMING_LOCKS, HUMMING_REPEATED = 256, 128, 2048, 128
-# Our Triton multiply, as `llmpq.quant.triton_kernels` cuts the inputs into chunks: streams that a
-# packed row consists of; bytes of a stream in a chunk without tensor cores; with them, bytes of a
-# stream and outputs in a tile, tiles of all programs and tiles in a chunk, both at least.
+# Our Triton product, whose inputs `llmpq.quant.triton_kernels` cuts into chunks: the streams of a
+# packed row; bytes of a stream in a chunk without tensor cores; with tensor cores, bytes of a
+# stream and outputs of a tile (small enough that two programs share a multiprocessor's registers),
+# the least programs (a few for each multiprocessor of any card), and the least tiles of a chunk.
 STREAMS = {8: 1, 4: 2, 3: 8}
 VECTOR_CHUNK_BYTES = {8: 512, 4: 256, 3: 128}
 TENSOR_TILES = {8: (128, 128), 4: (64, 128), 3: (32, 64)}
 TENSOR_PROGRAMS, TENSOR_LEAST_BLOCKS = 512, 4
 PARTITION = 256  # columns of the smallest partition of our attention kernel
 MOST_PARTITIONS = 64
-LARGE_COLUMNS = 64  # of LLM.int8: columns with large inputs, multiplied at a time
+LARGE_COLUMNS = 64  # columns with large inputs that LLM.int8 multiplies at a time
 
 
 @dataclass(frozen=True)
 class Product:
-    """`x [rows, in]` times `[out, in]`, a scale each `group` weights of a row; then a bias."""
+    """`x [rows, in]` times `[out, in]` with a scale for `group` weights of a row, and a bias."""
 
     out_features: int
     in_features: int
@@ -53,46 +54,46 @@ class Product:
 
     @property
     def output_bytes(self) -> int:
-        """In 16 bits."""
+        """Bytes of the output in 16 bits."""
         return HALF * self.rows * self.out_features
 
 
 def part_rows(weights: int, in_features: int) -> int:
-    """Output rows that hold about so many weights, in whole tiles."""
+    """The output rows that hold about `weights` weights, in whole tiles."""
     return max(1, weights // in_features // TILE_ROWS) * TILE_ROWS
 
 
 def num_parts(weights: int, out_features: int, in_features: int) -> int:
-    """Parts of about so many weights that a matrix is cut into."""
+    """The number of parts of about `weights` weights in a matrix."""
     return -(-out_features // part_rows(weights, in_features))
 
 
 def output_alone(product: Product) -> int:
-    """The kernel reads the weight as it is stored, and adds the bias itself."""
+    """Bytes of a kernel that reads the stored weight and adds the bias itself."""
     return product.output_bytes
 
 
 def _with_bias(num_bytes: float, product: Product) -> int:
-    """A bias that torch adds afterwards: the sum lies beside the output."""
+    """The peak with a bias, which torch adds into a second output."""
     return math.ceil(max(num_bytes, 2 * product.output_bytes if product.biased else 0))
 
 
 def packed_read(product: Product) -> int:
-    """A kernel that reads the packed weight."""
+    """Bytes of a kernel that reads the packed weight."""
     return _with_bias(product.output_bytes, product)
 
 
 def padded_read(product: Product) -> int:
-    """humming: inputs and outputs are padded to multiples of `PADDED` where they are none."""
-    out, cols = _up(product.out_features, PADDED), _up(product.in_features, PADDED)
+    """Bytes of humming, which pads inputs and outputs to multiples of `PADDED`."""
+    out, cols = round_up(product.out_features, PADDED), round_up(product.in_features, PADDED)
     inputs = HALF * product.rows * cols if cols != product.in_features else 0
     padded = HALF * product.rows * out if out != product.out_features else 0
     return _with_bias(inputs + padded + product.output_bytes, product)
 
 
 def humming_weight(out_features: int, in_features: int, group: int, dtype: str, bits: int) -> int:
-    """Bytes of a weight as humming holds it: codes, 16-bit scales, zeros of `bits`, locks."""
-    out, cols = _up(out_features, HUMMING_OUT), _up(in_features, HUMMING_IN)
+    """Bytes of a weight in humming's layout: codes, 16-bit scales, zeros of `bits`, locks."""
+    out, cols = round_up(out_features, HUMMING_OUT), round_up(in_features, HUMMING_IN)
     groups = cols // group if group < in_features else 1
     if group == in_features and dtype == "float16":
         groups = cols // HUMMING_REPEATED
@@ -100,18 +101,18 @@ def humming_weight(out_features: int, in_features: int, group: int, dtype: str, 
 
 
 def chunked_sums(product: Product, chunks: Callable[[Product], int]) -> int:
-    """Our Triton multiply: 32-bit sums of every chunk of the inputs, which are then added up."""
+    """Bytes of our Triton product: 32-bit sums of every chunk of inputs, and the output."""
     partial = SINGLE * chunks(product) * product.rows * product.out_features
     return _with_bias(partial + product.output_bytes, product)
 
 
 def vector_chunks(product: Product, bits: int) -> int:
-    """Chunks of the inputs of the multiply without tensor cores."""
+    """The chunks of the inputs of the product without tensor cores."""
     return -(-_stream(product.in_features, bits) // VECTOR_CHUNK_BYTES[bits])
 
 
 def tensor_chunks(product: Product, bits: int) -> int:
-    """Chunks of the inputs of the multiply on tensor cores: more where outputs are few."""
+    """The chunks of the inputs of the product on tensor cores: more where outputs are few."""
     width, outputs = TENSOR_TILES[bits]
     stream = _stream(product.in_features, bits)
     if product.group < product.in_features:
@@ -124,22 +125,22 @@ def tensor_chunks(product: Product, bits: int) -> int:
 
 
 def _stream(in_features: int, bits: int) -> int:
-    """Bytes between the codes that share a byte of a packed row."""
-    return _up(in_features, 8) // STREAMS[bits]
+    """The bytes of a stream of a packed row."""
+    return round_up(in_features, 8) // STREAMS[bits]
 
 
 def grouped_parts(product: Product, part_weights: int) -> int:
-    """Plain nibbles: code, value and grid of every weight of a part."""
+    """Bytes of unpacking plain nibbles: code, value and grid of every weight of a part."""
     return _with_bias(_by_parts(product, part_weights, 3 + 1 / product.group), product)
 
 
 def fused_parts(product: Product) -> int:
-    """A part in 16 bits, written by one kernel of a card."""
+    """Bytes of a part in 16 bits, written by one kernel of a card."""
     return _with_bias(_by_parts(product, CARD_PART_WEIGHTS, HALF), product)
 
 
 def tiled_parts(product: Product, bits: int) -> int:
-    """Tiles are expanded to 4 bits, set in order, and only then told from their zeros."""
+    """Bytes of unpacking tiles: expanded to 4 bits, reordered, then less their zeros."""
     nibbles = 0.5 if bits == 3 else 0.0
     read, held = GRID_BYTES_READ / product.group, GRID_BYTES_HELD / product.group
     bytes_a_weight = nibbles + max(1.5 + read, 3 + held)
@@ -147,7 +148,7 @@ def tiled_parts(product: Product, bits: int) -> int:
 
 
 def tiled_read(product: Product, bits: int) -> int:
-    """torch's int4 kernel reads 4 bits as they are; 3 bits are expanded to 4 before."""
+    """Bytes of torch's int4 kernel, before which 3 bits are expanded to 4."""
     if bits == 4:
         return packed_read(product)
     part = part_rows(EXPANDED_WEIGHTS, product.in_features)
@@ -161,20 +162,20 @@ def tiled_read(product: Product, bits: int) -> int:
 
 
 def rows_read(product: Product) -> int:
-    """torch's int8 kernel; zeros are put back in 32 bits."""
-    rows, out, padded = product.rows, product.out_features, _up(product.in_features, 8)
+    """Bytes of torch's int8 kernel; zeros are added back in 32 bits."""
+    rows, out, padded = product.rows, product.out_features, round_up(product.in_features, 8)
     inputs = HALF * rows * padded + SINGLE * rows
     return _with_bias(inputs + out * max(14 * rows, 6 * rows + 12), product)
 
 
 def rows_parts(product: Product, part_weights: int) -> int:
-    """Integers of a part in 16 bits; then the whole output, and its scaled copy."""
+    """Bytes of a part's integers in 16 bits; then of the whole output and its scaled copy."""
     held = max(_by_parts(product, part_weights, HALF), 2 * product.output_bytes)
     return _with_bias(held, product)
 
 
 def token_int8(product: Product) -> int:
-    """Inputs in 32 bits, divided and rounded; 32-bit results; those, and the output beside them."""
+    """Bytes of quantizing inputs in 32 bits, of 32-bit results, and of the output beside them."""
     rows, outputs = product.rows, product.rows * product.out_features
     scales, result = SINGLE * rows, SINGLE * outputs
     quantizing = 3 * SINGLE * rows * product.in_features
@@ -184,7 +185,7 @@ def token_int8(product: Product) -> int:
 
 
 def llm_int8(product: Product) -> int:
-    """Inputs quantized in 32 bits; 32-bit sums; large inputs apart, multiplied in 64 bits."""
+    """Bytes of LLM.int8: quantized inputs, 32-bit sums, large inputs multiplied in 64 bits."""
     inputs, outputs = product.rows * product.in_features, product.rows * product.out_features
     large = (1 + 1 + HALF) * inputs  # a mask, codes, and the large ones by themselves
     columns = DOUBLE * product.in_features
@@ -200,15 +201,15 @@ def llm_int8(product: Product) -> int:
 
 
 def nf4_parts(product: Product, part_weights: int) -> int:
-    """Parts in 16 bits; where blocks do not divide a row, it and the inputs are padded."""
-    padded = _up(product.in_features, NF4_BLOCK)
+    """Bytes of parts in 16 bits; rows and inputs are padded to whole blocks."""
+    padded = round_up(product.in_features, NF4_BLOCK)
     inputs = HALF * product.rows * padded if padded != product.in_features else 0
     whole = replace(product, in_features=padded)
     return _with_bias(inputs + _by_parts(whole, part_weights, HALF), product)
 
 
 def _by_parts(product: Product, part_weights: int, bytes_a_weight: float) -> float:
-    """Some output rows of the weight unpacked at a time, then multiplied in 16 bits."""
+    """Bytes of unpacking some output rows at a time and multiplying them in 16 bits."""
     part = min(part_rows(part_weights, product.in_features), product.out_features)
     weights = part * product.in_features
     unpacking = bytes_a_weight * weights
@@ -217,7 +218,8 @@ def _by_parts(product: Product, part_weights: int, bytes_a_weight: float) -> flo
     return collected + max(unpacking, multiplying)
 
 
-def _up(size: int, step: int) -> int:
+def round_up(size: int, step: int) -> int:
+    """`size` rounded up to a multiple of `step`."""
     return -(-size // step) * step
 
 
@@ -225,7 +227,7 @@ def _up(size: int, step: int) -> int:
 
 
 def partition_for(columns: int) -> int:
-    """How many columns make a partition of our attention kernel, of so many columns in all."""
+    """The columns of a partition of our attention kernel, for `columns` in all."""
     partition = PARTITION
     while partition * MOST_PARTITIONS < columns:
         partition *= 2
@@ -233,5 +235,5 @@ def partition_for(columns: int) -> int:
 
 
 def num_partitions(columns: int) -> int:
-    """Partitions of so many columns; the kernel keeps a sum for each head of each."""
+    """The partitions of `columns`; the kernel keeps a sum for each head and partition."""
     return -(-columns // partition_for(columns))

@@ -1,9 +1,9 @@
 """Reads single tensors from a Hugging Face model directory, one at a time.
 
-Which files these are, `checkpoint_files` finds; `inventory` says whether all they hold is served.
-safetensors files are opened per tensor, so that the pages of a file do not stay mapped. Weights
-that are quantised already (`prequantized`) are handed out as codes, or dequantised.
-`RandomWeights` has the same interface, for measuring shapes whose weights are not at hand.
+`checkpoint_files` finds the files, and `inventory` says whether all their tensors are served.
+safetensors files are opened for each tensor, so that the pages of a file do not stay mapped.
+Weights that are quantized already (`prequantized`) are returned as codes, or dequantized.
+`RandomWeights` has the same interface, for measuring shapes whose weights are not available.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
-from llmpq.checkpoint.checkpoint_files import Stored, find_weights, load_bin, reading
+from llmpq.checkpoint.checkpoint_files import StoredTensor, find_weights, load_bin, reading
 from llmpq.checkpoint.fingerprint import fingerprint
 from llmpq.checkpoint.float8 import float8_of
-from llmpq.checkpoint.prequantized import OLD_GPTQ, packing_of
+from llmpq.checkpoint.prequantized import OLD_GPTQ, quantized_format
 from llmpq.errors import UserError
 from llmpq.quant import PackedWeight, TensorPart
 
-ROWS_AT_ONCE = 4096  # of two matrices that are compared
+ROWS_AT_ONCE = 4096  # rows of two matrices that are compared at a time
 
 
 class Weights(Protocol):
@@ -36,10 +36,10 @@ class Weights(Protocol):
         """A part of a tensor, whose whole shape is `shape`."""
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
-        """The codes of a weight `[out, in]` that is quantised already; None where it is not."""
+        """The codes of a weight `[out, in]` that is quantized already; None where it is not."""
 
     def stores(self, name: str) -> bool:
-        """Whether files hold the tensor, quantised or not."""
+        """Whether files hold the tensor, quantized or not."""
 
     def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
         """Whether two matrices that files hold are the same."""
@@ -53,10 +53,10 @@ class Checkpoint:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such model directory")
         self._stored = find_weights(folder)
-        self._packing, self._float8 = packing_of(folder), float8_of(folder)
+        self._packing, self._float8 = quantized_format(folder), float8_of(folder)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor called `name`, dequantised if need be; `shape` is what config.json implies."""
+        """The tensor called `name`, dequantized if need be; `shape` is what config.json implies."""
         packed = self.packed(name, shape)
         if packed is not None:
             return packed.dequantized()
@@ -71,13 +71,13 @@ class Checkpoint:
         return self.tensor(name, shape, part)
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
-        """The codes of a weight `[out, in]` that is quantised already; None where it is not."""
+        """The codes of a weight `[out, in]` that is quantized already; None where it is not."""
         if self._packing is None or not self.is_packed(name):
             return None
         return self._packing.read(name.removesuffix(".weight"), shape, self)
 
     def stores(self, name: str) -> bool:
-        """Whether files hold the tensor, quantised or not."""
+        """Whether files hold the tensor, quantized or not."""
         return name in self or self.is_packed(name)
 
     def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
@@ -91,7 +91,7 @@ class Checkpoint:
         return True
 
     def note(self, precisions: Collection[str]) -> str | None:
-        """What a plan with these precisions does to weights that are quantised already."""
+        """A note on what these precisions do to weights that are quantized already, or None."""
         if self._float8 is not None:
             return (
                 f"{self.folder}: the weights are float8; they are turned into 16 bits, and rounded "
@@ -101,13 +101,13 @@ class Checkpoint:
             return None
         own = ", ".join(sorted(self._packing.precisions))
         return (
-            f"{self.folder}: the weights are quantised already ({self._packing.method}, {own}); "
-            "layers at other precisions are dequantised, and rounded a second time below 16 bits"
+            f"{self.folder}: the weights are quantized already ({self._packing.method}, {own}); "
+            "layers at other precisions are dequantized, and rounded a second time below 16 bits"
         )
 
     @property
     def stamp(self) -> str:
-        """Another one when any file has changed, by path, size and times; reads none of them."""
+        """A digest of the files' paths, sizes and times, which changes with any file."""
         settings = (self.folder / name for name in ("config.json", OLD_GPTQ))
         paths = {*settings, *self._paths}
         stats = [(path.resolve(), path.stat()) for path in sorted(paths) if path.is_file()]
@@ -116,7 +116,7 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """Of the configuration and of each file of weights; reads a few blocks of each."""
+        """Digests of the configuration and of each weight file; reads a few blocks of each."""
         return fingerprint(self.folder / "config.json", self._paths)
 
     @property
@@ -124,12 +124,12 @@ class Checkpoint:
         return sorted({stored.path for stored in self._stored.values()})
 
     @property
-    def stored(self) -> Mapping[str, Stored]:
+    def stored(self) -> Mapping[str, StoredTensor]:
         """All tensors of the files, by the names they have there."""
         return self._stored
 
     def sources(self, name: str) -> list[str]:
-        """The stored names that the tensor `name` is read from; several for a quantised one."""
+        """The stored names that the tensor `name` is read from; several for a quantized one."""
         held = self._packing if self.is_packed(name) else self._float8
         if held is None or not (self.is_packed(name) or self.is_float8(name)):
             return [alias for alias in _aliases(name) if alias in self._stored]
@@ -138,9 +138,9 @@ class Checkpoint:
         return [part for part in parts if part in self._stored]
 
     def stored_bytes(self, name: str, shape: tuple[int, ...]) -> int:
-        """Bytes that files hold of the tensor `name`, all parts of a quantised one included.
+        """The bytes of the tensor `name` in files, with all parts of a quantized one.
 
-        Reads headers only. Raises `UserError` where it is missing or its shape is another.
+        Reads headers only. Raises `UserError` where the tensor is missing or has another shape.
         """
         if not self.is_packed(name):
             stored = self._resolve(name)
@@ -151,9 +151,9 @@ class Checkpoint:
     def tensor(
         self, name: str, shape: tuple[int, ...] | None = None, part: TensorPart | None = None
     ) -> torch.Tensor:
-        """The tensor as it is stored, or a part; raises `UserError` where its shape is another."""
+        """The tensor as it is stored, or a part; raises `UserError` where the shape differs."""
         stored = self._resolve(name)
-        if part is not None:  # what is read does not show the shape
+        if part is not None:  # the part does not show the whole shape
             self._check(stored, self._stored[stored].shape, shape)
         tensor = self._read(self._stored[stored].path, stored, part)
         if part is None:
@@ -177,7 +177,7 @@ class Checkpoint:
         return self._float8 is not None and linear != name and self._float8.holds(linear, self)
 
     def is_packed(self, name: str) -> bool:
-        """Whether the weight is quantised already."""
+        """Whether the weight is quantized already."""
         linear = name.removesuffix(".weight")
         return self._packing is not None and linear != name and self._packing.holds(linear, self)
 
@@ -205,23 +205,21 @@ class Checkpoint:
 
 
 class RandomWeights:
-    """Tensors that depend on the seed and their name alone, so that every process agrees.
+    """Tensors that depend on their name alone, so that every process agrees.
 
-    They are drawn on `device`, where they also lie: a card draws billions of them in a second. Each
-    kind of device draws numbers of its own.
+    They are drawn and kept on `device`: a card draws billions of them in a second. Different kinds
+    of devices draw different numbers.
     """
 
-    def __init__(
-        self, seed: int = 0, scale: float = 0.02, device: torch.device | str = "cpu"
-    ) -> None:
-        self.seed, self.scale, self.device = seed, scale, torch.device(device)
+    def __init__(self, scale: float = 0.02, device: torch.device | str = "cpu") -> None:
+        self.scale, self.device = scale, torch.device(device)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Normal weights; vectors (norms) are 1 and biases 0."""
+        """Draws normal weights; vectors (norms) are 1 and biases 0."""
         if len(shape) == 1:
             make = torch.zeros if name.endswith("bias") else torch.ones
             return make(shape, device=self.device)
-        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        digest = hashlib.sha256(name.encode()).digest()
         generator = torch.Generator(self.device).manual_seed(int.from_bytes(digest[:7], "little"))
         drawn = torch.randn(shape, generator=generator, device=self.device)
         return drawn.mul_(self.scale)
@@ -231,19 +229,19 @@ class RandomWeights:
         return part.of(self.read(name, shape))
 
     def packed(self, name: str, shape: tuple[int, ...]) -> PackedWeight | None:
-        """None of them is quantised."""
+        """Returns None, as no weight is quantized."""
         return None
 
     def stores(self, name: str) -> bool:
-        """Nothing is in files."""
+        """Returns False, as no tensor is in files."""
         return False
 
     def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
-        """Each name has numbers of its own."""
+        """Whether both names are the same, as each name has numbers of its own."""
         return first == second
 
 
 def _aliases(name: str) -> list[str]:
-    """Checkpoints written from the bare decoder lack the name of the whole model's attribute."""
+    """Names of a tensor in files: checkpoints of the bare decoder lack the model's prefix."""
     _, _, rest = name.partition(".")
     return [name, rest] if name.startswith(("model.", "transformer.", "gpt_neox.")) else [name]

@@ -1,9 +1,10 @@
-"""Which files of a model directory hold its weights, and what their headers say.
+"""Finds the files of a model directory that hold its weights, and reads their headers.
 
 The order is transformers' own (`_get_resolved_checkpoint_files`, 5.23): the file that config.json
 names as `transformers_weights`, else model.safetensors, the index of its shards, pytorch_model.bin,
-the index of its shards. Names come from the files, not from the index, as there. A directory that
-holds something else (an adapter, a GGUF file, a variant, Git LFS pointers) is told what it holds.
+the index of its shards. Names come from the files, not from the index, as in transformers. The
+error for a directory with other files (an adapter, a GGUF file, a variant, Git LFS pointers) names
+them.
 Not covered: Flax and TensorFlow files, files inside sub-folders.
 """
 
@@ -22,8 +23,8 @@ from llmpq.errors import UserError, one_line
 SAFETENSORS = "model.safetensors"
 BIN = "pytorch_model.bin"
 STANDARD = (SAFETENSORS, f"{SAFETENSORS}.index.json", BIN, f"{BIN}.index.json")
-MOST_NAME = 255  # bytes that file systems take
-# What folders without standard names hold, and what helps: the first that is there is named.
+MOST_NAME = 255  # bytes of a file name that file systems accept
+# Files of folders without standard names, and what helps: the first that is found is named.
 OTHERS = (
     ("adapter_config.json", "is of a LoRA adapter; merge it into its base model and save that"),
     ("adapter_model.*", "is a LoRA adapter; merge it into its base model and save that"),
@@ -42,7 +43,7 @@ OTHERS = (
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file, by its header. `dtype` as safetensors spells it: "BF16", "I64"."""
 
     path: Path
@@ -51,16 +52,16 @@ class Stored:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one value; 1 where several share a byte."""
+        """Bytes of one value; 1 where several values share a byte."""
         return 1 if self.dtype == "BOOL" else max(1, _bits(self.dtype) // 8)
 
     @property
     def is_plain_float(self) -> bool:
-        """Whether values mean what they say: floats of 16 bits or more."""
+        """Whether values are floats of 16 bits or more, which need no scales."""
         return self.dtype in ("F16", "BF16", "F32", "F64")
 
 
-def find_weights(folder: Path) -> dict[str, Stored]:
+def find_weights(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the directory's weights, by name.
 
     Raises `UserError` where there are none, or where a file is missing or cannot be read.
@@ -68,7 +69,7 @@ def find_weights(folder: Path) -> dict[str, Stored]:
     start = weights_file(folder)
     refuse_adapter(folder)
     paths = _shards(start) if start.name.endswith(".index.json") else [start]
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for path in paths:
         for name, stored in _header(path).items():
             if name in found:
@@ -78,7 +79,7 @@ def find_weights(folder: Path) -> dict[str, Stored]:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file or index that transformers would start from."""
+    """The file or index that transformers would read first."""
     path = folder / "config.json"
     config = parse_json(path) if path.is_file() else None
     named = config.get("transformers_weights") if isinstance(config, dict) else None
@@ -97,7 +98,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def unread(folder: Path) -> str | None:
-    """What lies beside the weights under a standard name, and is not read; None: nothing."""
+    """A note on a file with a standard name that is not read; None where there is none."""
     start = weights_file(folder)
     beside = [name for name in STANDARD if name != start.name and (folder / name).is_file()]
     if not beside:
@@ -117,7 +118,7 @@ def refuse_adapter(folder: Path) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what goes wrong with a file of weights into a `UserError`."""
+    """Turns errors of reading a weight file into a `UserError`."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -148,9 +149,9 @@ def _shards(index: Path) -> list[Path]:
     names = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
         raise UserError(f"{index}: has no 'weight_map' from tensor names to files")
-    odd = next((name for name in names.values() if not _is_plain(name)), None)
-    if odd is not None:
-        raise UserError(f"{index}: {show_value(odd)} is no name of a file beside it")
+    for name in names.values():
+        if Path(name).name != name or len(name.encode(errors="replace")) >= MOST_NAME:
+            raise UserError(f"{index}: {show_value(name)} is no name of a file beside it")
     paths = [index.parent / name for name in sorted(set(names.values()))]
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -159,18 +160,17 @@ def _shards(index: Path) -> list[Path]:
     return paths
 
 
-def _is_plain(name: str) -> bool:
-    return Path(name).name == name and len(name.encode(errors="replace")) < MOST_NAME
-
-
-def _header(path: Path) -> dict[str, Stored]:
+def _header(path: Path) -> dict[str, StoredTensor]:
     if path.suffix == ".bin":
         return {n: _stored(path, tensor) for n, tensor in load_bin(path).items()}
     _refuse_pointer(path)
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {n: Stored(path, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+            return {
+                n: StoredTensor(path, s.get_dtype(), tuple(s.get_shape()))
+                for n, s in slices.items()
+            }
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path}: not a readable safetensors file ({path.stat().st_size} bytes): "
@@ -178,11 +178,11 @@ def _header(path: Path) -> dict[str, Stored]:
         ) from None
 
 
-def _stored(path: Path, tensor: torch.Tensor) -> Stored:
+def _stored(path: Path, tensor: torch.Tensor) -> StoredTensor:
     kinds = {torch.bfloat16: "BF16", torch.bool: "BOOL", torch.uint8: "U8"}
     kind = "F" if tensor.is_floating_point() else "C" if tensor.is_complex() else "I"
     dtype = kinds.get(tensor.dtype, f"{kind}{8 * tensor.element_size()}")
-    return Stored(path, dtype, tuple(tensor.shape))
+    return StoredTensor(path, dtype, tuple(tensor.shape))
 
 
 def _refuse_pointer(path: Path) -> None:

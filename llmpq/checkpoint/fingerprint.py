@@ -1,11 +1,11 @@
-"""Whether a model's weights are the ones that results are of, without reading all of them.
+"""Fingerprints of a model's weights, which tell models apart without reading all of their files.
 
-Two models of one shape (a base model and what was fine-tuned from it) have the same configuration,
-the same tensors and files of the same size. So what files hold counts: all of a file of 256 MiB at
-most; of a larger one its size and 512 blocks of 64 KiB that are spread evenly over it, the header
-and the end among them. Fine-tuning changes nearly every number, and so nearly every block.
+Two models of one shape (a base model and a fine-tuned one) have the same configuration, the same
+tensors and files of the same size. So the contents of files count: the whole of files up to
+256 MiB; of larger ones the size and 512 blocks of 64 KiB that are spread evenly, the header and the
+end among them. Fine-tuning changes nearly every number, and so nearly every block.
 
-Not covered: large files that differ between those blocks alone.
+Not covered: large files that differ only between those blocks.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ from pathlib import Path
 from llmpq.artifact import parse_json
 from llmpq.errors import UserError
 
-WHOLE_BYTES = 1 << 28  # of files that are read whole
-BLOCKS, BLOCK_BYTES = 512, 1 << 16  # of larger ones
-DIGITS = 16  # hexadecimal ones of each SHA-256 that are kept
-# What writers of a configuration leave in it, and no result depends on.
+WHOLE_BYTES = 1 << 28  # files up to this size are read whole
+BLOCKS, BLOCK_BYTES = 512, 1 << 16  # read of larger files
+DIGITS = 16  # hexadecimal digits of each SHA-256 that are kept
+# Keys of a configuration that no result depends on.
 COSMETIC = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
 
 
@@ -33,7 +33,7 @@ def _of_config(path: Path) -> str:
     data = parse_json(path)
     if isinstance(data, dict):
         data = {key: value for key, value in data.items() if key not in COSMETIC}
-    return _digest(json.dumps(data, sort_keys=True).encode())
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
 def _of_weights(path: Path) -> str:
@@ -43,13 +43,9 @@ def _of_weights(path: Path) -> str:
             if size <= WHOLE_BYTES:
                 return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
             digest = hashlib.sha256(b"%d" % size)
-            for place in ((size - BLOCK_BYTES) * i // (BLOCKS - 1) for i in range(BLOCKS)):
-                file.seek(place)
+            for offset in ((size - BLOCK_BYTES) * i // (BLOCKS - 1) for i in range(BLOCKS)):
+                file.seek(offset)
                 digest.update(file.read(BLOCK_BYTES))
             return digest.hexdigest()[:DIGITS]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:DIGITS]

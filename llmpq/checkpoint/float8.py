@@ -1,10 +1,11 @@
-"""Weights of float8 with scales, which are turned into 16 bits when they are loaded.
+"""Reads float8 weights with scales, which become 16 bits when they are loaded.
 
-What transformers calls `quant_method: "fp8"` (DeepSeek, Qwen): beside `weight`, float8 `[out, in]`,
-lies `weight_scale_inv`, by which it is multiplied: one number, or one for each block of
-`weight_block_size` rows and columns, the last of which may be cut off. The product is taken in
-fp32, as transformers does (`Fp8Dequantize`, 5.23). A weight takes 4 bytes a value until it is in
-its place.
+The format is transformers' `quant_method: "fp8"` (DeepSeek, Qwen): beside `weight`, float8
+`[out, in]`, there is `weight_scale_inv`, by which it is multiplied: one number, or one for each
+block of `weight_block_size` rows and columns, the last of which may be smaller. The product is
+computed in fp32, as in transformers (`Fp8Dequantize`, 5.23). A weight takes 4 bytes a value until
+it is loaded.
+
 Not covered: scales that are powers of two in a byte, scales of activations (which stay at 16 bits),
 the float8 formats of compressed-tensors and ModelOpt; those are refused.
 """
@@ -23,9 +24,9 @@ SCALE = "weight_scale_inv"
 
 
 class Float8:
-    """How a checkpoint holds its float8 linears. `block`: rows and columns of a scale's block."""
+    """Reads float8 linears of a checkpoint. `block`: rows and columns of a scale's block."""
 
-    # Names of tensors that such a linear may have, beside its bias.
+    # Names of the tensors of such a linear, beside its bias.
     parts = ("weight", SCALE, "activation_scale", "input_scale")
 
     def __init__(self, block: tuple[int, int] | None) -> None:
@@ -36,7 +37,7 @@ class Float8:
         return f"{linear}.{SCALE}" in tensors
 
     def read(self, linear: str, shape: tuple[int, ...], tensors: Tensors) -> Tensor:
-        """Its weight `[out, in]` in fp32."""
+        """The weight `[out, in]` of a linear in fp32."""
         weight = tensors.tensor(f"{linear}.weight", shape)
         if not str(weight.dtype).startswith("torch.float8"):
             raise tensors.fault(f"{linear}.weight", f"is {weight.dtype}, but has scales of float8")
@@ -56,19 +57,16 @@ class Float8:
 
 
 def float8_of(folder: Path) -> Float8 | None:
-    """How the checkpoint in this directory holds float8 weights; None where it has none."""
+    """The float8 format of the checkpoint in this directory; None where it has no float8."""
     settings, path = settings_of(folder)
     if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
         return None
     block: Any = settings.get("weight_block_size")
     if block is None:
         return Float8(None)
-    if not (isinstance(block, list) and len(block) == 2 and all(_is_size(n) for n in block)):
+    sizes = block if isinstance(block, list) else []
+    if len(sizes) != 2 or any(type(size) is not int or size <= 0 for size in sizes):
         raise UserError(
             f"{path}: weight_block_size is {show_value(block)}, expected rows and columns"
         )
     return Float8((block[0], block[1]))
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0

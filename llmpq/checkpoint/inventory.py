@@ -1,11 +1,12 @@
-"""Whether all that a checkpoint holds is served, found by the headers of its files.
+"""Checks by the headers of a checkpoint's files that all of its tensors are served.
 
-Every stored tensor must be one of these: read by some stage; known to be redundant (rotary
-frequencies that follow from config.json, masks, biases of zeros, what the model's class in
-transformers ignores, layers that predict further tokens); or part of a format of quantized weights
-that is refused by name. Anything else is refused too, since a part that is left out changes what
-the model says. So are tensors that are missing, misshapen, or of a type that is no weight.
-Not covered: values, which are read when weights are loaded, but for one quantized weight.
+Every stored tensor must be read by some stage, or be known to be redundant (rotary frequencies that
+follow from config.json, masks, biases of zeros, tensors that the model's class in transformers
+ignores, layers that predict further tokens). Formats of quantized weights that cannot be read are
+refused by name. Any other tensor is refused too, since leaving it out would change the model's
+answers. So are tensors that are missing, have another shape, or have a type that is no weight.
+
+Not covered: values, which are read when weights are loaded, except for one quantized weight.
 """
 
 import re
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 
 from llmpq.checkpoint.checkpoint import Checkpoint
-from llmpq.checkpoint.checkpoint_files import Stored, unread
+from llmpq.checkpoint.checkpoint_files import StoredTensor, unread
 from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, RawTensor, StageModel
 
 PLAIN = "what loads: plain weights; gptq, compressed-tensors or fp8 by config.json"
-# Ends of the names of tensors that only quantized weights, or adapters, have.
+# Name endings of tensors that only quantized weights or adapters have.
 FORMATS = (
     (r"\.weight_scale_inv$", "weights with scales by block that are not applied"),
     (r"\.(weight_scale_2|weight_global_scale)$", "4-bit floats (NVFP4)"),
@@ -37,14 +38,14 @@ FORMATS = (
     (r"\.(Qidxs|SU|SV|trellis|q_weight|q_scale)$", "QuIP or EXL weights"),
     (r"\.lora_(A|B|embedding_A|embedding_B)\b|\.base_layer\.", "a LoRA adapter; merge it first"),
 )
-CACHE_SCALE = r"attn\.(k|v|kv|q|prob)_scale$|\.[kv]_proj\.output_scale$"  # of a cache of 8 bits
+CACHE_SCALE = r"attn\.(k|v|kv|q|prob)_scale$|\.[kv]_proj\.output_scale$"  # scales of an 8-bit cache
 REDUNDANT = (
     r"rotary_emb\.(\w+_)?inv_freq$",
     r"rotary_emb\.(cos|sin)_cached$",
     r"\.masked_bias$",
     r"(^|\.)position_ids$",
     CACHE_SCALE,
-    r"^v_head\.",  # the value head of training by reinforcement
+    r"^v_head\.",  # the value head of reinforcement learning
 )
 PREFIXES = {
     "module.": "as data-parallel training saves; save model.module instead",
@@ -56,9 +57,9 @@ PREFIXES = {
 
 
 def check_checkpoint(config: Any, weights: Checkpoint) -> list[str]:
-    """Notes on what is not read because it is redundant.
+    """Notes on redundant tensors and files that are not read.
 
-    Raises `UserError` with one message where anything is missing, unfit or would be left out.
+    Raises `UserError` with one message where a tensor is missing, unfit or would be left out.
     """
     stage = _whole_model(config)
     wanted = {raw.name: raw for raw in stage.parameters_to_load()}
@@ -79,14 +80,14 @@ def check_checkpoint(config: Any, weights: Checkpoint) -> list[str]:
 
 
 def _whole_model(config: Any) -> StageModel:
-    """All layers, without memory."""
+    """The whole model on the meta device."""
     total = config.num_hidden_layers
     layers, device = LayerRange(0, total, total), torch.device("meta")
     return StageModel(config, layers, ["16"] * total, torch.bfloat16, device)
 
 
 def _tie_names(wanted: dict[str, RawTensor], stage: StageModel, weights: Checkpoint) -> None:
-    """Leaves out the one of the two that is not stored, if the other is."""
+    """Removes the tied name that is not stored, where the other one is."""
     both = stage.head_name, stage.embedding_name
     absent = [name for name in both if not weights.stores(name)]
     if absent:
@@ -95,19 +96,15 @@ def _tie_names(wanted: dict[str, RawTensor], stage: StageModel, weights: Checkpo
 
 def _refuse_formats(weights: Checkpoint, left: Sequence[str]) -> None:
     for pattern, what in FORMATS:
-        found = [name for name in left if re.search(pattern, name) and not _is_cache_scale(name)]
+        found = [n for n in left if re.search(pattern, n) and not re.search(CACHE_SCALE, n)]
         if found:
             path = weights.stored[found[0]].path
             what = f"{what} (float8)" if any(map(_is_float8, weights.stored.values())) else what
             raise UserError(f"{path}: tensor '{found[0]}' is of {what}; {PLAIN}")
 
 
-def _is_float8(stored: Stored) -> bool:
+def _is_float8(stored: StoredTensor) -> bool:
     return stored.dtype.startswith("F8")
-
-
-def _is_cache_scale(name: str) -> bool:
-    return re.search(CACHE_SCALE, name) is not None
 
 
 def _refuse_missing(weights: Checkpoint, wanted: dict[str, RawTensor], left: Sequence[str]) -> None:
@@ -126,7 +123,7 @@ def _refuse_missing(weights: Checkpoint, wanted: dict[str, RawTensor], left: Seq
 
 
 def _prefix(missing: Iterable[str], left: Sequence[str]) -> str | None:
-    """What stored names begin with before the name, or the tail of one, that is missing."""
+    """The prefix of stored names before a missing name, or before its last parts."""
     of_layers = [name for name in missing if any(part.isdigit() for part in name.split("."))]
     for name in of_layers[:10]:
         for ending in (name, name.partition(".")[2]):
@@ -137,7 +134,7 @@ def _prefix(missing: Iterable[str], left: Sequence[str]) -> str | None:
 
 
 def _check_tensor(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> None:
-    """The shape, and that numbers are floats which mean what they say."""
+    """Checks the shape of a tensor, and that its values are floats without scales."""
     if not weights.is_packed(raw.name) and not weights.is_float8(raw.name):
         _check_plain(stage, weights, raw)
     elif raw.name in weights and raw.name not in weights.sources(raw.name):
@@ -146,7 +143,7 @@ def _check_tensor(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> Non
 
 
 def _try_one(weights: Checkpoint, wanted: Iterable[RawTensor]) -> None:
-    """Reads the first weight that comes quantised: settings that fit none are found so."""
+    """Reads the first quantized weight, which finds settings that do not fit the tensors."""
     held = (raw for raw in wanted if weights.is_packed(raw.name) or weights.is_float8(raw.name))
     for raw in islice(held, 1):
         weights.read(raw.name, raw.shape)
@@ -172,7 +169,7 @@ def _check_plain(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> None
 
 
 def _later_layers(stage: StageModel, weights: Checkpoint, left: Sequence[str]) -> dict[str, int]:
-    """Names of layers beyond the last one, which predict further tokens (MTP), and the layer."""
+    """Tensors of layers beyond the last one (which predict further tokens, MTP), and the layer."""
     inner = f"{stage.family.decoder}.{stage.family.layers}".partition(".")[2]
     total = stage.layers.total
     more = getattr(stage.config, "num_nextn_predict_layers", None) or 0
@@ -212,11 +209,12 @@ def _layer(name: str, inner: str) -> int | None:
 
 
 def _unknown(stage: StageModel, weights: Checkpoint, left: Sequence[str]) -> list[str]:
-    """Names that are not known to be redundant."""
+    """The names that are not known to be redundant."""
     ignored = getattr(stage.model, "_keys_to_ignore_on_load_unexpected", None) or ()
     known = [re.compile(pattern) for pattern in (*REDUNDANT, *ignored)]
     unknown = [name for name in left if not any(pattern.search(name) for pattern in known)]
-    return [name for name in unknown if not _is_zero_bias(weights, name)]
+    # AutoGPTQ writes biases of zeros for linears without a bias.
+    return [n for n in unknown if not n.endswith(".bias") or weights.tensor(n).any()]
 
 
 def _refuse_rest(stage: StageModel, weights: Checkpoint, rest: Sequence[str]) -> None:
@@ -226,8 +224,3 @@ def _refuse_rest(stage: StageModel, weights: Checkpoint, rest: Sequence[str]) ->
             f"{weights.stored[rest[0]].path}: tensor '{rest[0]}'{more} is no part of this model by "
             f"config.json ('{stage.config.model_type}') and would be left out"
         )
-
-
-def _is_zero_bias(weights: Checkpoint, name: str) -> bool:
-    """As AutoGPTQ writes for linears that have none."""
-    return name.endswith(".bias") and not weights.tensor(name).any()

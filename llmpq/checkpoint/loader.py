@@ -1,10 +1,10 @@
-"""Fills a stage: read one tensor, quantise, place, free.
+"""Fills a stage with weights: reads one tensor, quantizes it, loads it into its module, frees it.
 
-Peak host memory is the stage's packed weights plus two of its largest tensors: the raw tensor
-just read and what quantising it takes. A test holds the loader to that. (One of several shards may
-need whole tensors of which it keeps a part: at 8 bits, by GPTQ.) Rounding by GPTQ also
-holds what it needs of the one input being worked on: with n inputs, two n x n matrices of fp32
-(twice that while it prepares), and 512 rows of the weight in fp64.
+Peak host memory is the stage's packed weights plus two of its largest tensors: the raw tensor just
+read, and the temporaries of quantizing it; a test checks this. (One of several shards may need
+whole tensors of which it keeps a part: at 8 bits, and for GPTQ.) Rounding by GPTQ also holds the
+statistics of one layer input: with n inputs, two n x n matrices of fp32 (twice that while it
+prepares), and 512 rows of the weight in fp64.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ from llmpq.quant import (
 
 
 def model_folder(model: str) -> Path:
-    """The directory of MODEL's config.json; for a hub id, its whole snapshot is fetched."""
+    """The directory of MODEL's config.json; the whole snapshot of a hub id is fetched."""
     path = config_path(model)
     if path.name != "config.json":
         raise UserError(f"{model}: is a file, expected the directory of a model")
@@ -53,7 +53,7 @@ def _fetch(model: str, patterns: list[str]) -> Path:
 
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds; each means: not to be had
+    except Exception as error:  # the hub client raises many kinds, all of which mean failure
         raise UserError(f"{model}: could not be fetched ({error})") from None
 
 
@@ -70,25 +70,28 @@ def load_stage(
     shard: Shard = ALONE,
     group: ShardGroup | None = None,
 ) -> StageModel:
-    """The stage with its weights in place. `on_tensor` is called after every tensor.
+    """The stage with its weights loaded. `on_tensor` is called after every tensor.
 
-    `roundings` says how each weight is rounded. Weights that come quantised keep their codes where
-    the stage wants them at those bits. What `cache` holds is neither read nor rounded.
-    One of several shards holds the codes of the whole matrices, and reads no more than they take.
+    `roundings` gives the rounding of each weight. Weights that are quantized already keep their
+    codes where the stage has the same bits there. Weights in `cache` are neither read nor rounded.
+    One of several shards gets the same codes as the whole matrices, and reads only the parts that
+    this needs.
     """
-    stage = empty_stage(config, layers, precisions, dtype, device, shard, group)
-    roundings = copy(roundings)  # what it keeps from one weight for the next goes with this call
+    stage = StageModel(config, layers, precisions, dtype, device, shard, group)
+    roundings = copy(roundings)  # factors kept from one weight for the next end with this call
     tensors = raw_tensors(stage, weights)
     for raw, name in tensors:
         packed = weights.packed(name, raw.shape)
         own = keep_codes(raw.module, packed) if packed else None
         if own is not None:
             if own is not raw.module:
-                _exchange(stage, raw.module, own)
+                modules = stage.model.named_modules()
+                path = next(path for path, module in modules if module is raw.module)
+                stage.put(stage.model, path, own)
         else:
             rounding = roundings.of(name)
             read = partial(_read, weights, name, raw, packed, rounding)
-            take = partial(place, raw, dtype=dtype, device=device, rounding=rounding)
+            take = partial(load_tensor, raw, dtype=dtype, device=device, rounding=rounding)
             cache.fill(raw, name, read, take)
         if on_tensor is not None:
             on_tensor(stage)
@@ -97,26 +100,10 @@ def load_stage(
     return stage.eval()
 
 
-def empty_stage(
-    config: Any,
-    layers: LayerRange,
-    precisions: Sequence[LayerPrecision],
-    dtype: torch.dtype,
-    device: torch.device,
-    shard: Shard = ALONE,
-    group: ShardGroup | None = None,
-) -> StageModel:
-    """The stage without its weights. Raises `UserError` where it cannot be served here."""
-    try:
-        return StageModel(config, layers, precisions, dtype, device, shard, group)
-    except ValueError as error:  # a precision that this device cannot serve
-        raise UserError(str(error)) from None
-
-
 def raw_tensors(stage: StageModel, weights: Weights) -> list[tuple[RawTensor, str]]:
-    """What a stage reads of a checkpoint, each with the name it is read by; shared matrices once.
+    """The tensors that a stage reads, each with its name in the checkpoint; shared ones once.
 
-    Where config.json says that the head is tied but files hold another matrix for it, that one
+    Where config.json says that the head is tied but files hold another matrix for it, that matrix
     is the head, as in transformers (`tie_weights`, 5.23); a missing embedding is the head's matrix.
     """
     found = [(raw, _source(stage, weights, raw)) for raw in stage.parameters_to_load()]
@@ -124,7 +111,7 @@ def raw_tensors(stage: StageModel, weights: Weights) -> list[tuple[RawTensor, st
 
 
 def _source(stage: StageModel, weights: Weights, raw: RawTensor) -> str | None:
-    """The name that a tensor is read by; None: it is the embedding's, which the stage holds."""
+    """The name a tensor is read by; None for the embedding's matrix, which the stage holds."""
     embedding, is_head = stage.embedding_name, _is_head(stage, raw)
     if not stage.head_is_tied or not (is_head or raw.name == embedding):
         return raw.name
@@ -138,17 +125,17 @@ def _source(stage: StageModel, weights: Weights, raw: RawTensor) -> str | None:
     return head if both and not weights.equal(head, embedding, raw.shape) else None
 
 
-def place(
+def load_tensor(
     raw: RawTensor,
     tensor: torch.Tensor,
     dtype: torch.dtype,
     device: torch.device,
     rounding: Rounding = quantize,
 ) -> None:
-    """Puts one raw tensor where it belongs; a quantised linear packs it."""
+    """Loads one raw tensor into its module; a quantized linear packs it."""
     if isinstance(raw.module, PlainLinear | QuantizedLinear):
         try:
-            raw.module.swallow(raw.attribute, tensor, rounding)
+            raw.module.load_weight(raw.attribute, tensor, rounding)
         except ValueError as error:
             raise UserError(f"tensor '{raw.name}': {error}") from None
         return
@@ -168,12 +155,6 @@ def _read(
     if packed is not None:
         return part.of(packed.dequantized()) if part else packed.dequantized()
     return weights.read_part(name, raw.shape, part) if part else weights.read(name, raw.shape)
-
-
-def _exchange(stage: StageModel, old: nn.Module, new: QuantizedLinear) -> None:
-    """Puts one linear in the place of another."""
-    path = next(path for path, module in stage.model.named_modules() if module is old)
-    stage.put(stage.model, path, new)
 
 
 def _is_head(stage: StageModel, raw: RawTensor) -> bool:

@@ -1,21 +1,21 @@
-"""Packed weights kept in a folder, so that a second start rounds nothing (GPTQ may take hours).
+"""Keeps packed weights in a folder, so that a second start rounds nothing (GPTQ may take hours).
 
-A weight is found by its recipe, all that its packed form depends on: the SHA-256 of the raw tensor,
-its name, the class of the layer with its bits, group, shape and part of the whole matrix (where
-several devices share a layer), the rounding, the version of llmpq.
-The SHA-256 is itself remembered for as long as the checkpoint's files are the same by path, size
-and times, so that a second start does not read the raw tensor either. A checkpoint that was copied
-or touched is read and hashed anew, and what was packed of it is still found.
+The key of a weight holds all that its packed form depends on: the SHA-256 of the raw tensor, its
+name, the class of the layer with its bits, group, shape and part of the whole matrix (where several
+devices share a layer), the rounding, and the version of llmpq.
+The SHA-256 is itself remembered while the checkpoint's files have the same paths, sizes and times,
+so that a second start does not read the raw tensor either. A checkpoint that was copied or touched
+is read and hashed anew, and its packed weights are still found.
 
-One file a weight, put in its place whole, so that processes and machines may share the folder,
-however they end. A file that is damaged, by its own SHA-256, or that holds other tensors than the
-layer has, is made anew; a folder in which other users can write is refused. Nothing is ever deleted
-but halves of files that were being written: the folder may be removed at any time.
+Each weight has one file, which is moved to its path when it is complete, so that processes and
+machines may share the folder, however they end. A file whose SHA-256 does not match, or that holds
+other tensors than the layer has, is made anew; a folder in which other users can write is refused.
+Only unfinished files are ever deleted. The folder may be removed at any time.
 
-Beside the packed weights in place, memory holds those of one linear, read or about to be written.
-Not covered: weights that keep the codes of their checkpoint, and those of 16 bits, as nothing is
-computed of them. GPTQ's codes may depend on the kind of device that found them in rare ties; they
-are taken as they are on any other.
+Beside the loaded packed weights, memory holds those of one linear, read or about to be written.
+Not covered: weights that keep the codes of their checkpoint, and those of 16 bits, which need no
+computation. In rare ties GPTQ's codes depend on the kind of device that computed them; other
+devices use them unchanged.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,29 +44,29 @@ from llmpq.quant.base import Shapes
 from llmpq.version import __version__
 from llmpq.whole_file import create
 
-FORMAT = 2  # of the files; another one finds none of the old
+FORMAT = 2  # the version of the files; files of other versions are not found
 UNFINISHED = ".part"  # ends the name of a file that is being written
-LEFT_BEHIND_S = 3600  # one this old has lost its writer
+LEFT_BEHIND_S = 3600  # an unfinished file this old has lost its writer
 
-Recipe = dict[str, Any]
+CacheKey = dict[str, object]
 
 
 class WeightCache(Protocol):
-    """Fills a place of the model, from what is kept or from the checkpoint."""
+    """Loads a tensor of the model from the cache or from the checkpoint."""
 
     def fill(
         self, raw: RawTensor, name: str, read: Callable[[], Tensor], take: Callable[[Tensor], None]
     ) -> None:
-        """`take(read())`, or the like of it. `name` is the checkpoint's."""
+        """Does `take(read())` or its equivalent. `name` is the checkpoint's."""
 
 
 class NoCache:
-    """The twin that keeps nothing."""
+    """A cache that keeps nothing."""
 
     def fill(
         self, raw: RawTensor, name: str, read: Callable[[], Tensor], take: Callable[[Tensor], None]
     ) -> None:
-        """`take(read())`."""
+        """Does `take(read())`."""
         take(read())
 
 
@@ -74,10 +74,10 @@ NO_CACHE: WeightCache = NoCache()
 
 
 class PackedCache:
-    """The folder. `source` changes with the checkpoint's files, `rounding` with how it is rounded.
+    """A cache in a folder. `source` identifies the checkpoint's files, `rounding` the rounding.
 
-    `say` is told what is wrong with the folder later on, as a run goes on without it. Raises
-    `UserError` where it cannot be written to begin with, or others can write to it.
+    `say` is called with later faults of the folder, without which a run goes on. Raises
+    `UserError` where the folder cannot be written at the start, or where others can write to it.
     """
 
     def __init__(
@@ -101,37 +101,37 @@ class PackedCache:
     def fill(
         self, raw: RawTensor, name: str, read: Callable[[], Tensor], take: Callable[[Tensor], None]
     ) -> None:
-        """`take(read())`, unless the packed weight is here; it will be the next time."""
+        """Loads the packed weight if it is in the cache; else does `take(read())` and keeps it."""
         linear = packs(raw)
         if linear is None:
             take(read())
             return
-        recipe = self._recipe(linear, name)
-        digests = self._digest_path(recipe)
+        key = self._key(linear, name)
+        digests = self._digest_path(key)
         known = _read_digest(digests)
-        if known and self._restore(linear, recipe | {"sha256": known}):
+        if known and self._restore(linear, key | {"sha256": known}):
             return
         tensor = read()
         digest = _digest([tensor])
-        recipe |= {"sha256": digest}
-        if digest == known or not self._restore(linear, recipe):
+        key |= {"sha256": digest}
+        if digest == known or not self._restore(linear, key):
             take(tensor)
             del tensor  # makes room for the file's contents
-            self._keep(linear, recipe)
+            self._keep(linear, key)
         self._write(digests, digest.encode())
 
     def num_bytes(self, raw: RawTensor, name: str) -> int | None:
-        """Bytes of the file that is kept of a weight; None where there is none."""
+        """Bytes of the file of a weight; None where there is none."""
         linear = packs(raw)
         if linear is None:
             return None
-        recipe = self._recipe(linear, name)
-        known = _read_digest(self._digest_path(recipe))
-        path = self._path(recipe | {"sha256": known})
+        key = self._key(linear, name)
+        known = _read_digest(self._digest_path(key))
+        path = self._path(key | {"sha256": known})
         return path.stat().st_size if path.is_file() else None
 
-    def _recipe(self, linear: QuantizedLinear, name: str) -> Recipe:
-        """All but the raw tensor's SHA-256."""
+    def _key(self, linear: QuantizedLinear, name: str) -> CacheKey:
+        """The key of a weight, without the raw tensor's SHA-256."""
         return {
             "format": FORMAT,
             "llmpq": __version__,
@@ -144,18 +144,18 @@ class PackedCache:
             "rounding": self._rounding,
         }
 
-    def _path(self, recipe: Recipe) -> Path:
-        return self.folder / f"{_name_of(recipe)}.safetensors"
+    def _path(self, key: CacheKey) -> Path:
+        return self.folder / f"{_name_of(key)}.safetensors"
 
-    def _digest_path(self, recipe: Recipe) -> Path:
-        """Where the SHA-256 of the raw tensor is remembered."""
-        return self.folder / f"{_name_of(recipe | {'source': self._source})}.sha256"
+    def _digest_path(self, key: CacheKey) -> Path:
+        """The file that remembers the SHA-256 of the raw tensor."""
+        return self.folder / f"{_name_of(key | {'source': self._source})}.sha256"
 
-    def _restore(self, linear: QuantizedLinear, recipe: Recipe) -> bool:
-        """Whether the weight was here; it is in place then."""
-        path = self._path(recipe)
+    def _restore(self, linear: QuantizedLinear, key: CacheKey) -> bool:
+        """Loads the weight if it is in the cache; returns whether it was."""
+        path = self._path(key)
         try:
-            state = _read(path, recipe, linear.packed_shapes())
+            state = _read(path, key, linear.packed_shapes())
         except FileNotFoundError:
             return False
         except (SafetensorError, OSError, ValueError) as error:
@@ -164,12 +164,12 @@ class PackedCache:
         linear.restore(state)
         return True
 
-    def _keep(self, linear: QuantizedLinear, recipe: Recipe) -> None:
+    def _keep(self, linear: QuantizedLinear, key: CacheKey) -> None:
         state = {name: tensor.cpu() for name, tensor in linear.packed_state().items()}
-        self._write(self._path(recipe), save(state, _about(recipe, state)))
+        self._write(self._path(key), save(state, _about(key, state)))
 
     def _write(self, path: Path, content: bytes) -> None:
-        """Whole or not at all; once it cannot be done, nothing more is kept."""
+        """Writes a whole file or none; after a failure nothing more is kept."""
         if not self._keeps:
             return
         temporary = self.folder / f"{secrets.token_hex(8)}{UNFINISHED}"
@@ -185,7 +185,7 @@ class PackedCache:
 
 
 def packs(raw: RawTensor) -> QuantizedLinear | None:
-    """The layer that rounds and packs this tensor; None where it is held as it is."""
+    """The layer that rounds and packs this tensor; None where it is kept unchanged."""
     is_weight = raw.attribute == "weight" and isinstance(raw.module, QuantizedLinear)
     return cast(QuantizedLinear, raw.module) if is_weight else None
 
@@ -198,32 +198,32 @@ def _read_digest(path: Path) -> str | None:
         return None
 
 
-def _name_of(value: Mapping[str, Any]) -> str:
+def _name_of(value: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path, recipe: Recipe, shapes: Shapes) -> dict[str, Tensor]:
-    """The packed weight, still in the file's pages. Raises `ValueError` where it is not that."""
+def _read(path: Path, key: CacheKey, shapes: Shapes) -> dict[str, Tensor]:
+    """The packed weight, still in the file's pages. Raises `ValueError` for other contents."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError("it is no regular file")
     with safe_open(str(path), framework="pt", device="cpu") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         if {name: (one.dtype, tuple(one.shape)) for name, one in state.items()} != shapes:
             raise ValueError("its tensors are not those of this layer")
-        if file.metadata() != _about(recipe, state):
+        if file.metadata() != _about(key, state):
             raise ValueError("its contents have changed")
     return state
 
 
-def _about(recipe: Recipe, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """What a file says of itself: the recipe, and the SHA-256 of the packed weight."""
+def _about(key: CacheKey, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata of a file: the key, and the SHA-256 of the packed weight."""
     names = json.dumps(sorted(state))
     digest = _digest((state[name] for name in sorted(state)), names)
-    return {"about": json.dumps(recipe | {"packed_sha256": digest})}
+    return {"about": json.dumps(key | {"packed_sha256": digest})}
 
 
 def _digest(tensors: Iterable[Tensor], names: str = "") -> str:
-    """SHA-256 of names, types, shapes and values."""
+    """The SHA-256 of names, types, shapes and values."""
     digest = hashlib.sha256(names.encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
@@ -232,7 +232,7 @@ def _digest(tensors: Iterable[Tensor], names: str = "") -> str:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what writers that were killed have left half-written."""
+    """Removes unfinished files of writers that were killed."""
     for path in folder.glob(f"*{UNFINISHED}"):
         with suppress(OSError):  # another process was quicker
             if time.time() - path.stat().st_mtime > LEFT_BEHIND_S:

@@ -1,6 +1,6 @@
-"""Checkpoints that are quantised already: which tensors hold a weight, and what their bits mean.
+"""Reads checkpoints that are quantized already: the tensors of a weight, and what their bits mean.
 
-By `quantization_config.quant_method` of config.json, or what older tools wrote instead of it;
+The format is `quantization_config.quant_method` of config.json, or what older tools wrote instead;
 int32 words hold codes from the lowest bit up:
 
     gptq                qweight [in * bits / 32, out], qzeros [groups, out * bits / 32],
@@ -11,11 +11,12 @@ int32 words hold codes from the lowest bit up:
                         int-quantized: weight, int8 [out, in], weight_scale [out, 1].
                         Codes and zeros are signed; words hold them plus 2^(bits - 1).
 
-Codes of 3 bits run on across words; compressed-tensors did so only from 0.18 on, and put 10 of them
-in a word before. Linears that have no such tensors are read as they are. Zeros and codes come out
-unsigned (`PackedWeight`).
+Codes of 3 bits cross word boundaries; compressed-tensors did so only from 0.18 on, and put 10 of
+them in a word before. Linears without such tensors are read as plain weights. Zeros and codes
+become unsigned (`PackedWeight`).
+
 Not covered: other bits than 3, 4 and 8, floats of 8 (see `float8`) and 4 bits, AWQ, sparse
-weights, scales of activations (those are quantised a token at a time, whatever the file says).
+weights, and scales of activations (activations are quantized a token at a time in any case).
 """
 
 import re
@@ -33,50 +34,50 @@ from llmpq.quant import PackedWeight
 from llmpq.quant.packing import unpack_words
 
 BITS = (3, 4, 8)
-OLD_GPTQ = "quantize_config.json"  # AutoGPTQ's settings, beside config.json
+OLD_GPTQ = "quantize_config.json"  # the settings of AutoGPTQ, beside config.json
 WHAT_LOADS = (
     "what loads is gptq (3, 4 or 8 bits), compressed-tensors (pack-quantized or int-quantized, "
-    "3, 4 or 8 bits), fp8 with weight_scale_inv, or weights that are not quantised"
+    "3, 4 or 8 bits), fp8 with weight_scale_inv, or weights that are not quantized"
 )
 GPTQ_SETTINGS = (
     ("group_size", int, "an integer"),
     ("desc_act", bool, "true or false"),
     ("sym", bool, "true or false"),
 )
-ONE_A_CODE = {4: 0x11111111, 8: 0x01010101}  # a word with each of its codes one up
-DENSE_SINCE = (0, 18)  # compressed-tensors: codes of 3 bits run on across words
+ONE_A_CODE = {4: 0x11111111, 8: 0x01010101}  # a word whose codes are all 1
+DENSE_SINCE = (0, 18)  # the version of compressed-tensors since which 3 bits cross words
 
 
 class Tensors(Protocol):
-    """The tensors of a checkpoint as they are stored."""
+    """Gives the tensors of a checkpoint as they are stored."""
 
     def __contains__(self, name: str) -> bool: ...
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The tensor; `UserError` where it is missing or of another shape."""
+        """The tensor; raises `UserError` where it is missing or has another shape."""
 
     def fault(self, name: str, reason: str) -> UserError:
         """The error that names the tensor, its file and what is wrong with it."""
 
 
-class Packing(Protocol):
-    """How a checkpoint holds its quantised linears."""
+class QuantizedFormat(Protocol):
+    """A format of quantized linears in a checkpoint."""
 
     method: str
-    precisions: frozenset[str]  # those that its codes serve as they are
-    parts: tuple[str, ...]  # names of tensors that a quantised linear may have, beside its bias
+    precisions: frozenset[str]  # precisions that its codes serve unchanged
+    parts: tuple[str, ...]  # names of the tensors of a quantized linear, beside its bias
 
     def holds(self, linear: str, tensors: Tensors) -> bool:
-        """Whether this linear is quantised."""
+        """Whether this linear is quantized."""
 
     def read(self, linear: str, shape: tuple[int, ...], tensors: Tensors) -> PackedWeight:
-        """Its weight, which is `[out, in]`."""
+        """The weight `[out, in]` of a linear."""
 
 
-def packing_of(folder: Path) -> Packing | None:
-    """How the checkpoint in this directory is quantised; None where it is not.
+def quantized_format(folder: Path) -> QuantizedFormat | None:
+    """The format of the quantized checkpoint in this directory; None where it has no codes.
 
-    Raises `UserError` where it is in a way that cannot be read.
+    Raises `UserError` for formats that cannot be read.
     """
     settings, path = settings_of(folder)
     if settings is None:
@@ -85,23 +86,23 @@ def packing_of(folder: Path) -> Packing | None:
     if method == "fp8":  # no codes; see `float8`
         return None
     if method == "gptq":
-        return Gptq(settings, path)
+        return GptqFormat(settings, path)
     if method == "compressed-tensors":
-        return CompressedTensors(settings, path)
+        return CompressedTensorsFormat(settings, path)
     raise UserError(
-        f"{path}: weights quantised by {show_value(method)} cannot be read; {WHAT_LOADS}"
+        f"{path}: weights quantized by {show_value(method)} cannot be read; {WHAT_LOADS}"
     )
 
 
 def settings_of(folder: Path) -> tuple[Any, Path]:
-    """How weights are quantised, and the file that says so: config.json, or one beside it."""
+    """The quantization settings, and the file that has them: config.json or one beside it."""
     path = folder / "config.json"
     config = parse_json(path) if path.is_file() else None
     if not isinstance(config, dict):
         return None, path
     if config.get("quantization_config") is not None:
         return config["quantization_config"], path
-    if isinstance(config.get("compression_config"), dict):  # of compressed-tensors up to 0.6
+    if isinstance(config.get("compression_config"), dict):  # compressed-tensors to 0.6
         return {"quant_method": "compressed-tensors"} | config["compression_config"], path
     old, modelopt = path.with_name(OLD_GPTQ), path.with_name("hf_quant_config.json")
     settings = parse_json(old) if old.is_file() else None
@@ -114,8 +115,8 @@ def settings_of(folder: Path) -> tuple[Any, Path]:
     return None, path
 
 
-class Gptq:
-    """What GPTQModel, AutoGPTQ and Optimum write."""
+class GptqFormat:
+    """The format of GPTQModel, AutoGPTQ and Optimum."""
 
     method = "gptq"
     parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
@@ -133,11 +134,11 @@ class Gptq:
         self._less_one = layout == "gptq"
 
     def holds(self, linear: str, tensors: Tensors) -> bool:
-        """Whether this linear is quantised."""
+        """Whether this linear is quantized."""
         return f"{linear}.qweight" in tensors
 
     def read(self, linear: str, shape: tuple[int, ...], tensors: Tensors) -> PackedWeight:
-        """Its weight; the bits follow from the shape, as some linears may have their own."""
+        """The weight of a linear; its shape gives the bits, which may differ between linears."""
         outputs, cols = shape
         words = _words(tensors, f"{linear}.qweight")
         fitting = [bits for bits in BITS if tuple(words.shape) == (cols * bits // 32, outputs)]
@@ -163,26 +164,26 @@ class Gptq:
         words = _words(tensors, name, (num_groups, outputs * bits // 32))
         if not self._less_one:
             return unpack_words(words, bits, outputs)
-        if bits in ONE_A_CODE:  # the one was taken off whole words, with borrows between codes
+        if bits in ONE_A_CODE:  # 1 was subtracted from whole words, with borrows between codes
             return unpack_words(words + ONE_A_CODE[bits], bits, outputs)
         return (unpack_words(words, bits, outputs) + 1) & (2**bits - 1)
 
 
 @dataclass(frozen=True)
-class _Scheme:
+class _QuantizationScheme:
     """A group of compressed-tensors' configuration."""
 
     targets: tuple[str, ...]
     bits: int
-    token_int8: bool  # activations are to be quantised as well
+    token_int8: bool  # activations are quantized too
 
     def rank(self, linear: str) -> int:
-        """0: not meant; the higher, the more closely this linear is named."""
+        """How closely the targets name this linear; 0 where they do not."""
         return max((_rank(target, linear) for target in self.targets), default=0)
 
 
-class CompressedTensors:
-    """What llm-compressor writes."""
+class CompressedTensorsFormat:
+    """The format of llm-compressor."""
 
     method = "compressed-tensors"
     parts: tuple[str, ...] = (
@@ -192,7 +193,7 @@ class CompressedTensors:
         "weight_zero_point",
         "weight_g_idx",
         "weight_shape",
-        "input_scale",  # of activations: those are quantised a token at a time
+        "input_scale",  # activations are quantized a token at a time instead
         "input_zero_point",
     )
 
@@ -210,11 +211,11 @@ class CompressedTensors:
         self.precisions: frozenset[str] = frozenset().union(*served)
 
     def holds(self, linear: str, tensors: Tensors) -> bool:
-        """Whether this linear is quantised."""
+        """Whether this linear is quantized."""
         return any(f"{linear}.{name}" in tensors for name in ("weight_packed", "weight_scale"))
 
     def read(self, linear: str, shape: tuple[int, ...], tensors: Tensors) -> PackedWeight:
-        """Its weight."""
+        """The weight of a linear."""
         scheme = max(self._schemes, key=lambda scheme: scheme.rank(linear))
         if not scheme.rank(linear):
             raise tensors.fault(
@@ -243,7 +244,7 @@ class CompressedTensors:
         return codes
 
     def _zeros(self, linear: str, bits: int, scales: Tensor, tensors: Tensors) -> Tensor:
-        """uint8, like `scales`; older files do not pack them."""
+        """The zeros, uint8 in the shape of `scales`; older files do not pack them."""
         name = f"{linear}.weight_zero_point"
         if name not in tensors:
             return torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
@@ -258,7 +259,7 @@ class CompressedTensors:
         return zeros.t().contiguous()
 
     def _unpack(self, words: Tensor, bits: int, count: int) -> Tensor | None:
-        """uint8 `[rows, count]`; None where the number of words is another."""
+        """The codes uint8 `[rows, count]`; None where the number of words does not fit."""
         num_words, per_word = words.shape[1], 32 // bits
         dense, padded = -(-count * bits // 32), -(-count // per_word)
         if num_words == dense and (self._dense or dense != padded):
@@ -278,7 +279,7 @@ def _int8_codes(linear: str, bits: int, shape: tuple[int, ...], tensors: Tensors
 
 
 def _unsigned(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes as uint8, 2^(bits - 1) up."""
+    """Signed codes as uint8, with 2^(bits - 1) added."""
     return codes.to(torch.int8).contiguous().view(torch.uint8) + 2 ** (bits - 1)
 
 
@@ -316,7 +317,7 @@ def _misshapen(tensors: Tensors, name: str, found: Tensor, shape: tuple[int, ...
     )
 
 
-def _scheme(name: str, group: Any, path: Path) -> _Scheme:
+def _scheme(name: str, group: Any, path: Path) -> _QuantizationScheme:
     where = f"{path}: config_groups.{name}"
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict) or not isinstance(group.get("targets"), list):
@@ -332,11 +333,11 @@ def _scheme(name: str, group: Any, path: Path) -> _Scheme:
         )
     _check_bits(weights.get("num_bits"), path)
     activations = group.get("input_activations") is not None
-    return _Scheme(tuple(group["targets"]), weights["num_bits"], activations)
+    return _QuantizationScheme(tuple(group["targets"]), weights["num_bits"], activations)
 
 
 def _check_sorts(settings: Mapping[str, Any], path: Path) -> None:
-    """Of what the tensors themselves say too, and other readers of the file go by."""
+    """Checks the types of settings that the tensors imply too, but other tools read."""
     for key, sort, what in GPTQ_SETTINGS:
         value = settings.get(key)
         if value is not None and type(value) is not sort:
@@ -357,6 +358,6 @@ def _rank(target: str, linear: str) -> int:
 
 
 def _version(text: Any) -> tuple[int, ...]:
-    """0.17.1 as (0, 17); what says none is taken for the newest."""
+    """0.17.1 as (0, 17); a missing version counts as the newest."""
     found = re.match(r"(\d+)\.(\d+)", str(text))
     return tuple(map(int, found.groups())) if found else (99, 0)

@@ -1,11 +1,11 @@
-"""Which rounding each weight of a checkpoint gets."""
+"""Chooses the rounding of each weight of a checkpoint."""
 
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from llmpq.checkpoint.moments_file import MomentsFile, sha256_of
+from llmpq.checkpoint.calibration_file import CalibrationFile, sha256_of
 from llmpq.errors import UserError
 from llmpq.quant.gptq import NEAREST_BITS, ROWS, Gptq
 from llmpq.quant.rounding import Rounding, quantize, quantize_mse
@@ -19,14 +19,14 @@ class Roundings(Protocol):
         """The rounding of the tensor called `name`."""
 
 
-class Moments(Protocol):
-    """Second moments of the inputs of weights, as `MomentsFile` has them."""
+class CalibrationSource(Protocol):
+    """Gives calibration statistics of weights, as `CalibrationFile` does."""
 
     def key(self, name: str) -> str:
-        """What weights with the same input share. Raises `UserError` where there is none."""
+        """The key that weights with the same input share; raises `UserError` for unknown ones."""
 
-    def moments(self, name: str) -> Tensor:
-        """fp32 `[blocks, B, B]`."""
+    def statistics(self, name: str) -> Tensor:
+        """The second moments fp32 `[blocks, B, B]` of a weight's inputs."""
 
 
 class Always:
@@ -36,18 +36,18 @@ class Always:
         self._rounding = rounding
 
     def of(self, name: str) -> Rounding:
-        """The rounding."""
+        """The one rounding."""
         return self._rounding
 
 
 class GptqRoundings:
-    """GPTQ with the moments of each weight's inputs.
+    """GPTQ with the calibration statistics of each weight.
 
-    Moments are read when a weight is really rounded by them, and what is prepared is kept for the
-    weights that follow with the same input, and no longer: memory holds that of one input.
+    Statistics are read when a weight is really rounded with them. The prepared factors are kept for
+    the following weights with the same input, so that memory holds those of one input.
     """
 
-    def __init__(self, source: Moments) -> None:
+    def __init__(self, source: CalibrationSource) -> None:
         self._source = source
         self._key: str | None = None
         self._prepared: Gptq | None = None
@@ -57,16 +57,16 @@ class GptqRoundings:
         return _Late(self, name)
 
     def prepared(self, name: str) -> Gptq:
-        """The rounding of a weight, its moments read."""
+        """The rounding of a weight, with its statistics read."""
         key = self._source.key(name)
         if self._prepared is None or self._key != key:
             self._prepared = None  # frees the last one before the next is read
-            self._prepared, self._key = Gptq(self._source.moments(name)), key
+            self._prepared, self._key = Gptq(self._source.statistics(name)), key
         return self._prepared
 
 
 class _Late:
-    """Reads the moments only if a weight is rounded with them: not at 8 bits or more."""
+    """Reads the statistics only if a weight is rounded with them: not at 8 bits or more."""
 
     rows_at_once = ROWS
 
@@ -88,21 +88,23 @@ NEAREST: Roundings = Always(quantize)
 def load_roundings(
     quantizer: Quantizer, override: Path | None = None, base: Path | None = None
 ) -> Roundings:
-    """The roundings of a plan's quantiser.
+    """The roundings of a plan's quantizer.
 
-    The moments file is `override`, or else the quantiser's own path: as it is, or beside `base`,
-    the file that names it. Raises `UserError` where it is missing, is not the one that the
-    quantiser was measured with (by SHA-256), or cannot be read.
+    The file of calibration statistics is `override`, or else the quantizer's own path, as it is or
+    relative to `base`, the file that names it. Raises `UserError` where the file is missing, cannot
+    be read, or is not the one that the quantizer was measured with (by SHA-256).
     """
     if quantizer.moments is None:
         if override is not None:
-            raise UserError(f"{override}: rounding by '{quantizer.method}' takes no second moments")
+            raise UserError(
+                f"{override}: rounding by '{quantizer.method}' takes no calibration statistics"
+            )
         return Always(quantize_mse if quantizer.method == "mse" else quantize)
     path = override or _find(quantizer.moments, base)
-    file = MomentsFile(path)
+    file = CalibrationFile(path)
     if quantizer.sha256 and sha256_of(path) != quantizer.sha256:
         raise UserError(
-            f"{path}: not the second moments that quality was measured with (SHA-256 "
+            f"{path}: not the calibration statistics that quality was measured with (SHA-256 "
             f"{quantizer.sha256[:12]}...); give that file with --moments FILE"
         )
     return GptqRoundings(file)
@@ -111,7 +113,7 @@ def load_roundings(
 def rounding_key(
     quantizer: Quantizer, override: Path | None = None, base: Path | None = None
 ) -> str:
-    """Tells apart quantisers that may find other codes: the method, and its moments' SHA-256.
+    """A text that differs between quantizers that may give other codes: method and SHA-256.
 
     Arguments and errors are those of `load_roundings`.
     """
@@ -123,9 +125,9 @@ def rounding_key(
 
 def _find(moments: str, base: Path | None) -> Path:
     named = Path(moments)
-    places = [named] if base is None else [named, base.parent / named]
-    for place in places:
-        if place.is_file():
-            return place
-    tried = " and ".join(str(place) for place in dict.fromkeys(places))
-    raise UserError(f"no second moments at {tried}; give the file with --moments FILE")
+    paths = [named] if base is None else [named, base.parent / named]
+    for path in paths:
+        if path.is_file():
+            return path
+    tried = " and ".join(str(path) for path in dict.fromkeys(paths))
+    raise UserError(f"no calibration statistics at {tried}; give the file with --moments FILE")

@@ -260,7 +260,7 @@ def _load(
 
 def _windows(options: EvalOptions, model: "LoadedModel") -> dict[str, Any]:
     """Returns `[n, W]` token ids of every text, by its label."""
-    from llmpq.evaluation.evaluate import text_windows, window_tokens, windows_of
+    from llmpq.evaluation.perplexity import text_windows, window_tokens, windows_of
 
     window, most = window_tokens(options.window, model.max_positions), options.max_windows
     windows = {}
@@ -293,7 +293,7 @@ def show_results(
 ) -> None:
     """Writes and prints the result; raises `FailedRequests` where a value is not finite."""
     from llmpq.evaluation.eval_report import WHY, failures, report_data
-    from llmpq.evaluation.evaluate import window_tokens
+    from llmpq.evaluation.perplexity import window_tokens
     from llmpq.render.eval_view import print_rows, print_scores
 
     window = window_tokens(options.window, max_positions)

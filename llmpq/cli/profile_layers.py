@@ -28,9 +28,9 @@ from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
 from llmpq.profile_data import Profile
 
 if TYPE_CHECKING:
-    from llmpq.profiler.devices import Card
+    from llmpq.profiler.device_probe import Card
     from llmpq.profiler.layer_profile import LayerRequest, Target
-    from llmpq.profiler.layers import Moment
+    from llmpq.profiler.layers import ProfilingProgress
 
 LISTS = ("prefill_micro_batches", "decode_micro_batches", "prompt_tokens", "past_tokens")
 
@@ -126,7 +126,7 @@ def _measure(target: "Target", request: "LayerRequest", options: LayersOptions) 
 
     with progress(out, "profiling", budget_s) as shown:
 
-        def on_visit(status: "Moment") -> None:
+        def on_visit(status: "ProfilingProgress") -> None:
             shown.update(min(round(status.spent_s), budget_s), _words(status))
 
         done = profile_device(target, request, worst, on_resume, on_visit)
@@ -143,7 +143,7 @@ def _measure(target: "Target", request: "LayerRequest", options: LayersOptions) 
     return profile
 
 
-def _words(status: "Moment") -> str:
+def _words(status: "ProfilingProgress") -> str:
     key = status.cell
     width = f"+-{100 * status.half_width:.1f} %"
     what = f"{key.phase} {key.micro_batch} x {key.tokens} at {key.precision} bits {width}"
@@ -154,7 +154,7 @@ def choose_targets(options: LayersOptions) -> "list[Target]":
     """Returns what to measure: the CPU, a named card, or one of each kind of card."""
     import torch
 
-    from llmpq.profiler.devices import cards, distinct
+    from llmpq.profiler.device_probe import cards, distinct
     from llmpq.profiler.layer_profile import Target
     from llmpq.runtime.process import Role, choose_device, choose_dtype
 

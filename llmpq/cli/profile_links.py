@@ -99,7 +99,7 @@ def _start_ranks(options: LinksOptions) -> None:
 
 def _measure(options: LinksOptions, role: "Role", cluster: Cluster | None) -> None:
     """Measures this rank's links; rank 0 reports the result."""
-    from llmpq.profiler.links import CARD_SIZES, CPU_SIZES, ROUNDS, measure
+    from llmpq.profiler.link_meter import CARD_SIZES, CPU_SIZES, ROUNDS, measure
     from llmpq.render.progress import progress
     from llmpq.runtime.process import choose_device, connect
 
@@ -118,7 +118,7 @@ def _tell(
     options: LinksOptions, backend: Any, pairs: Any, device: str, cluster: Cluster | None
 ) -> None:
     """Writes the result and reports it."""
-    from llmpq.profiler.links import planning_links
+    from llmpq.profiler.link_meter import planning_links
     from llmpq.render.profile_view import print_links
 
     nodes, between = planning_links(pairs)

@@ -16,7 +16,7 @@ from llmpq.cli.options import command
 from llmpq.cli.run_options import RunOptions, check_options, read_inputs, replan_path
 from llmpq.errors import FailedRequests, InfeasibleError, UserError, WorkerError
 from llmpq.plan_data import Plan, diff, load_plan, refuse_shared_stages
-from llmpq.seats import parts_of, worker_names
+from llmpq.seats import nodes_of, worker_names
 
 if TYPE_CHECKING:
     from llmpq.planner.replanning import ReplanInputs
@@ -161,7 +161,7 @@ def _guarded(plan: Plan, options: RunOptions, role: "Role") -> None:
 
 def _how_many(plan: Plan) -> str:
     """Returns how many processes to start on each node."""
-    parts = parts_of(plan)
+    parts = nodes_of(plan)
     if len(parts) == 1:
         return f"use --nproc-per-node {len(parts[0].workers)}"
     counts = [f"--nproc-per-node {len(part.workers)} on {part.name}" for part in parts]

@@ -28,7 +28,7 @@ from llmpq.seats import Seat, stage_ranks
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmpq.evaluation.evaluate import Loss
+    from llmpq.evaluation.perplexity import Loss
     from llmpq.models.sharding import ShardGroup
     from llmpq.prompts.prompts import PromptFile
     from llmpq.prompts.result_stream import ResultStream
@@ -148,7 +148,7 @@ def _engine(
     from llmpq.checkpoint.packed_cache import NO_CACHE
     from llmpq.quant.humming_jit import keep_kernels_in
     from llmpq.render.loading import shown_compiling, shown_loading
-    from llmpq.runtime.engine import Engine
+    from llmpq.runtime.engine import StageEngine
     from llmpq.runtime.process import choose_dtype
     from llmpq.runtime.sampler import Sampling
 
@@ -161,7 +161,7 @@ def _engine(
     quiet = options.quiet or (group is not None and group.rank > 0)  # one worker per stage tells
     cache = inputs.cache or NO_CACHE
     with shown_loading(plan, transport.rank, quiet, cache) as packed:
-        return Engine(
+        return StageEngine(
             plan,
             inputs.config,
             inputs.weights,

@@ -16,7 +16,14 @@ from functools import lru_cache
 
 from llmpq.kernel_table import kernel_for
 from llmpq.machine import Machine
-from llmpq.model_spec import ALL_HEADS, ASSETS, Activations, Linear, ModelSpec, Moment
+from llmpq.model_spec import (
+    ALL_HEADS,
+    ASSETS,
+    Activations,
+    AllocationSnapshot,
+    LinearShape,
+    ModelSpec,
+)
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.workspace import HALF, SINGLE, Product, num_partitions
 
@@ -61,13 +68,13 @@ class MicroBatch:
 
 
 def moments_met(
-    inside: tuple[Moment, ...],
-    at_first: tuple[Moment, ...],
-    at_last: tuple[Moment, ...],
+    inside: tuple[AllocationSnapshot, ...],
+    at_first: tuple[AllocationSnapshot, ...],
+    at_last: tuple[AllocationSnapshot, ...],
     first: bool,
     last: bool,
     single: bool,
-) -> list[Moment]:
+) -> list[AllocationSnapshot]:
     """The moments of a phase that a stage meets."""
     met = inside + (at_first if first else ()) + (at_last if last else ())
     return [moment for moment in met if not (single and moment.later)]
@@ -76,7 +83,7 @@ def moments_met(
 def peak_bytes(
     spec: ModelSpec,
     batch: MicroBatch,
-    moments: Iterable[Moment],
+    moments: Iterable[AllocationSnapshot],
     precisions: Collection[str],
     first: bool,
     last: bool,
@@ -107,7 +114,7 @@ def _sizes(spec: ModelSpec, batch: MicroBatch) -> dict[str, int]:
     }
 
 
-def _live_bytes(moment: Moment, sizes: dict[str, int]) -> float:
+def _live_bytes(moment: AllocationSnapshot, sizes: dict[str, int]) -> float:
     """A second "tokens" in a product of the prefill are those that are seen.
 
     A chunk has a mask, of a byte for each token that one might see, where whole prompts need none.
@@ -171,7 +178,9 @@ def _attention_bytes(spec: ModelSpec, batch: MicroBatch) -> int:
 # ---- linears
 
 
-def linear_bytes(precision: str, op: Linear, rows: int, *, biased: bool, machine: Machine) -> int:
+def linear_bytes(
+    precision: str, op: LinearShape, rows: int, *, biased: bool, machine: Machine
+) -> int:
     """What a linear takes while it multiplies `rows`, its output included, by the kernel's count.
 
     Raises `UserError` where no kernel of the machine serves the precision.

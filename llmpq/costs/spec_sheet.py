@@ -36,7 +36,7 @@ from llmpq.kernel import (
     Kernel,
 )
 from llmpq.machine import Machine, parse_capability
-from llmpq.model_spec import Linear, ModelSpec
+from llmpq.model_spec import LinearShape, ModelSpec
 from llmpq.precision import PRECISIONS, group_size
 
 EFFICIENCY_PATH = Path(__file__).parents[1] / "assets" / "efficiency.yaml"
@@ -229,13 +229,13 @@ def _launches(machine: Machine, count: int) -> tuple[Launches, Launches]:
     return eager, Launches(count * START_S) if machine.graphs else eager
 
 
-KernelGroups = Mapping[tuple[Kernel, ...], Sequence[Linear]]
+KernelGroups = Mapping[tuple[Kernel, ...], Sequence[LinearShape]]
 
 
 def by_kernels(machine: Machine, spec: ModelSpec, precision: str) -> KernelGroups:
     """A layer's matrices by the kernels that multiply by them."""
     bits = PRECISIONS[precision].weight_bits
-    found: dict[tuple[Kernel, ...], list[Linear]] = {}
+    found: dict[tuple[Kernel, ...], list[LinearShape]] = {}
     for op in spec.linears:
         shape = op.out_features, op.in_features, group_size(bits, op.in_features)
         found.setdefault(kernel_table.choices(machine, precision, *shape), []).append(op)
@@ -292,7 +292,7 @@ def _tokens_s(spec: ModelSpec, groups: KernelGroups, speed: Speed) -> Callable[[
 
 
 def _products_s(
-    kernels: Sequence[Kernel], ops: Sequence[Linear], speed: Speed
+    kernels: Sequence[Kernel], ops: Sequence[LinearShape], speed: Speed
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Seconds of some matrices, by the kernel for each number of rows."""
     each = [product_s(kernel, ops, speed) for kernel in kernels]
@@ -308,7 +308,7 @@ def _products_s(
 
 
 def product_s(
-    kernel: Kernel, ops: Sequence[Linear], speed: Speed
+    kernel: Kernel, ops: Sequence[LinearShape], speed: Speed
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Seconds of one kernel on some matrices, one after the other, by rows.
 

@@ -1,11 +1,11 @@
-"""Whether llmpq can serve a model, judged on transformers' own modules: its spec, or why not.
+"""Decides on transformers' own modules whether llmpq can serve a model: its spec, or why not.
 
-`python -m llmpq.evaluation.judge CONFIG.json` prints the `ModelSpec` as JSON, or ends with 2 and
-one line on standard error. `llmpq.model_spec` runs it for models that are not in its table, and
-keeps what it finds. A model is first counted (`llmpq.models.count`), then tried (`verify`),
-unless its family's pipelines are tested.
+`python -m llmpq.evaluation.judge CONFIG.json` prints the `ModelSpec` as JSON, or ends with exit
+code 2 and one line on standard error. `llmpq.model_lookup` runs it for models that are not in its
+table, and keeps the result. A model is first counted (`llmpq.models.count`), then a small copy is
+run (`verify`), unless its family's pipelines are tested.
 
-Not covered: weights. They may still be missing or of another shape.
+Not covered: weights, which may still be missing or of another shape.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from llmpq.models.stage_model import load_config
 
 
 def judge(path: Path) -> ModelSpec:
-    """The spec of the model with this `config.json`; raises `UserError` where it cannot serve."""
+    """The spec of the model with this `config.json`; `UserError` where it cannot be served."""
     config = load_config(path)
     kind, declared = config.model_type, read_config(path)["model_type"]
     if kind != declared:
@@ -37,7 +37,7 @@ def judge(path: Path) -> ModelSpec:
     is_tested = family_for(kind).is_tested
     try:
         spec = count_model(path)
-        if not is_tested or has_sizes(kind):  # of a tested family, but with odd settings
+        if not is_tested or has_sizes(kind):  # a tested family may have odd settings
             verify(config)
     except UserError:
         raise

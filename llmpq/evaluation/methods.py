@@ -15,9 +15,10 @@ from llmpq.checkpoint.inventory import check_checkpoint
 from llmpq.checkpoint.loader import model_folder
 from llmpq.checkpoint.roundings import Roundings, load_roundings
 from llmpq.errors import UserError
-from llmpq.evaluation.evaluate import Loss, evaluate, load_stages
-from llmpq.evaluation.harness import Scorer, TaskScore, harness_model, run_tasks
+from llmpq.evaluation.harness import TaskScore, harness_model, run_tasks
+from llmpq.evaluation.perplexity import Loss, evaluate, load_stages
 from llmpq.evaluation.pipeline_loss import PipelineLoss
+from llmpq.evaluation.scorer import Scorer
 from llmpq.evaluation.streaming import stream
 from llmpq.model_lookup import load_model_spec
 from llmpq.models.stage_model import load_config

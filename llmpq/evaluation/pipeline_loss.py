@@ -1,7 +1,7 @@
 """Perplexity through the pipeline itself: hidden states travel from stage to stage as in a run.
 
 All stages take part. The first embeds some windows at a time and sends them on; the last, which
-was told the tokens, adds up the loss. There is no cache, and the waits of a rehearsal are left out.
+has received the tokens, adds up the loss. There is no cache, and a rehearsal's waits are left out.
 
 Shapes: n windows, b of them at once, W tokens a window, H hidden size.
 """
@@ -11,16 +11,16 @@ from collections.abc import Callable
 
 import torch
 
-from llmpq.evaluation.evaluate import TOKENS_AT_ONCE, Loss, next_token_loss
+from llmpq.evaluation.perplexity import TOKENS_AT_ONCE, Loss, next_token_loss
 from llmpq.models.stage_model import StageModel
-from llmpq.runtime.engine import Engine
+from llmpq.runtime.engine import StageEngine
 from llmpq.runtime.transport import Pending, Transport, message_bytes, pack, payload, unpack
 
-MESSAGES_UNDER_WAY = 2  # from one stage to the next
+MESSAGES_IN_FLIGHT = 2  # between neighbouring stages
 
 
 class PipelineLoss:
-    """One stage's part in it: the first calls `lead`, all others `follow`."""
+    """One stage's part of the evaluation: the first calls `lead`, all others `follow`."""
 
     def __init__(self, stage: StageModel, transport: Transport) -> None:
         self.stage, self.transport = stage, transport
@@ -31,9 +31,10 @@ class PipelineLoss:
         tokens_at_once: int = TOKENS_AT_ONCE,
         on_windows: Callable[[int], None] = lambda _: None,
     ) -> Loss:
-        """The loss of `[n, W]` windows through all stages. `on_windows` is told how many are off.
+        """The loss of `[n, W]` windows through all stages (first stage only).
 
-        `tokens_at_once`: of hidden states that a stage holds (one window at least).
+        `on_windows` is called with the number of windows that were sent. A stage holds the hidden
+        states of `tokens_at_once` tokens, or of one window where that is more.
         """
         num_windows, window = windows.shape
         at_once = max(1, tokens_at_once // window)
@@ -42,7 +43,7 @@ class PipelineLoss:
         return self._run(windows, at_once, on_windows)
 
     def follow(self) -> Loss:
-        """The same loss, on another stage than the first."""
+        """The same loss (all stages but the first)."""
         header = torch.zeros(3, dtype=torch.int64)
         self.transport.broadcast(header)
         num_windows, window, at_once = header.tolist()
@@ -61,11 +62,11 @@ class PipelineLoss:
             if index + 1 < len(parts):
                 incoming = self._post(parts[index + 1])
             hidden = self.stage.run(hidden)
-            if self._is_last:
+            if self.stage.layers.is_last:
                 total += next_token_loss(self.stage, hidden, part.to(self.stage.device))
             else:
                 sends.append(self._send(index, hidden))
-            while len(sends) > MESSAGES_UNDER_WAY:
+            while len(sends) > MESSAGES_IN_FLIGHT:
                 sends.popleft().wait()
             done += len(part)
             on_windows(done)
@@ -74,12 +75,8 @@ class PipelineLoss:
         totals = self.transport.gather(torch.tensor(total, dtype=torch.float64))
         return Loss(float(totals[-1]), windows.shape[0] * (windows.shape[1] - 1))
 
-    @property
-    def _is_last(self) -> bool:
-        return self.transport.rank == self.transport.size - 1
-
     def _post(self, part: torch.Tensor) -> tuple[torch.Tensor, Pending] | None:
-        """The buffer for a part that is to come; the first stage needs none."""
+        """Posts the receive buffer of a part; the first stage needs none."""
         if self.transport.rank == 0:
             return None
         buffer = self._buffer(part.numel() * self.stage.config.hidden_size)
@@ -88,7 +85,7 @@ class PipelineLoss:
     def _states(
         self, part: torch.Tensor, incoming: tuple[torch.Tensor, Pending] | None
     ) -> torch.Tensor:
-        """`[b, W, H]` that this stage's layers take in."""
+        """The input `[b, W, H]` of this stage's layers."""
         if incoming is None:
             return self.stage.embed(part.to(self.stage.device))
         buffer, pending = incoming
@@ -107,17 +104,18 @@ class PipelineLoss:
 
 
 def lead_text(
-    engine: Engine, windows: torch.Tensor, on_windows: Callable[[int], None] = lambda _: None
+    engine: StageEngine, windows: torch.Tensor, on_windows: Callable[[int], None] = lambda _: None
 ) -> Loss:
-    """First stage: the loss of `[n, W]` windows through the stages as they are loaded.
+    """The loss of `[n, W]` windows through the loaded stages (first stage only).
 
-    No more tokens at once than the plan's largest prefill, so that memory holds as it did.
+    At most the tokens of the plan's largest prefill are in memory at a time, for which there is
+    memory.
     """
     planned = engine.plan.prefill_micro_batch * engine.reserve.chunk_tokens
     pipeline = PipelineLoss(engine.worker.stage, engine.transport)
     return pipeline.lead(windows, min(TOKENS_AT_ONCE, planned), on_windows)
 
 
-def follow_text(engine: Engine) -> Loss:
-    """Other stages: their part in that."""
+def follow_text(engine: StageEngine) -> Loss:
+    """Takes part in `lead_text` (all stages but the first)."""
     return PipelineLoss(engine.worker.stage, engine.transport).follow()

@@ -19,7 +19,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from llmpq.artifact import Strict, cache_folder, read_json, read_text, write_json
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.errors import UserError
-from llmpq.evaluation.evaluate import Loss, text_windows
+from llmpq.evaluation.perplexity import Loss, text_windows
 from llmpq.evaluation.streaming import stream
 from llmpq.model_spec import ASSETS
 from llmpq.run_report import Quality, Report

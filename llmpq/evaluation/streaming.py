@@ -1,18 +1,19 @@
-"""A model layer by layer, one layer in memory at a time, for many variants of it at once.
+"""Evaluates many variants of a model at once, with one layer in memory at a time.
 
 A *variant* is a precision for every layer. One pass carries the hidden states of all variants
-through the layers: each layer is loaded once at every precision that some variant wants there (16
-bits first), and each is freed before the next. Variants share states up to the first layer where
-they differ. States lie in files of a temporary folder (of $TMPDIR), in pieces of a few windows.
+through the layers: each layer is loaded once at every precision that some variant has there (16
+bits first), and is freed before the next is loaded. Variants share states up to the first layer
+where they differ. States are in files of a temporary folder (of $TMPDIR), in pieces of a few
+windows.
 
 Peak memory is that of loading and running one layer (with the embedding before the first and the
 head after the last one) on `TOKENS_AT_ONCE` tokens, whatever the number of layers, variants and
-windows. So models are measured that are larger than memory.
+windows, so that models larger than memory can be measured.
 
 Shapes: n windows of W tokens, T tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +28,20 @@ from torch import Tensor
 from llmpq.checkpoint.checkpoint import Weights
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.roundings import NEAREST, Roundings
-from llmpq.evaluation.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE, Loss
+from llmpq.evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE, Loss
 from llmpq.models.stage_model import LayerPrecision, LayerRange, StageModel
 
 Variant = Sequence[LayerPrecision]
 Prefix = tuple[LayerPrecision, ...]  # the precisions of the layers passed so far
-Watch = Callable[[StageModel], AbstractContextManager[Any]]
+LayerObserver = Callable[[StageModel], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """What a variant does to the text.
+    """The loss of a variant, and its divergence from the 16-bit model.
 
-    `divergence`: KL divergence of its next-token distributions from the 16-bit model's, mean over
-    the predicted tokens, nats a token, never negative; None where it was not asked for.
+    `divergence` is the mean KL divergence of its next-token distributions from the 16-bit model's,
+    in nats a token, never negative; None where it was not asked for.
     """
 
     loss: Loss
@@ -58,7 +59,7 @@ def stream(
     roundings: Roundings = NEAREST,
     *,
     divergence: bool = True,
-    watch: Watch | None = None,
+    watch: LayerObserver | None = None,
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> list[Streamed]:
     """Loss and divergence of every variant on `[n, W]` windows, in the order of `variants`.
@@ -77,11 +78,12 @@ def stream(
         stage: StageModel | None = None
         for layer in range(len(sixteen)):
             passed = list(dict.fromkeys(variant[: layer + 1] for variant in carried))
-            for precision in _sixteen_first(prefix[-1] for prefix in passed):
+            precisions = dict.fromkeys(prefix[-1] for prefix in passed)
+            for precision in sorted(precisions, key=lambda precision: precision != "16"):
                 stage = None  # frees the last one before the next is loaded
-                place = LayerRange(layer, layer + 1, len(sixteen))
+                layers = LayerRange(layer, layer + 1, len(sixteen))
                 stage = load_stage(
-                    config, weights, place, [precision], dtype, device, roundings=roundings
+                    config, weights, layers, [precision], dtype, device, roundings=roundings
                 )
                 for prefix in (p for p in passed if p[-1] == precision):
                     is_watched = watch is not None and prefix == sixteen[: layer + 1]
@@ -103,24 +105,24 @@ class _States:
         self._made = 0
 
     def save(self, prefix: Prefix, piece: int, hidden: Tensor) -> None:
-        """Keeps `[..., H]` of one piece."""
+        """Writes the states `[..., H]` of one piece."""
         if prefix not in self._numbers:
             self._made += 1
             self._numbers[prefix] = self._made
         save_file({"hidden": hidden.contiguous()}, self._path(prefix, piece))
 
     def load(self, prefix: Prefix, piece: int, device: torch.device) -> Tensor:
-        """All of a piece."""
+        """Reads the states of a piece."""
         with safe_open(self._path(prefix, piece), framework="pt", device="cpu") as file:
             return file.get_tensor("hidden").to(device)
 
     def rows(self, prefix: Prefix, piece: int, rows: slice, device: torch.device) -> Tensor:
-        """Some rows of a piece, along its first dimension."""
+        """Reads some rows of a piece, along its first dimension."""
         with safe_open(self._path(prefix, piece), framework="pt", device="cpu") as file:
             return file.get_slice("hidden")[rows.start : rows.stop].to(device)
 
     def drop(self, prefixes: set[Prefix]) -> None:
-        """Deletes what is known of these prefixes."""
+        """Deletes the files of these prefixes."""
         for prefix in prefixes:
             number = self._numbers.pop(prefix, None)
             for path in self._folder.glob(f"{number}-*"):
@@ -130,12 +132,8 @@ class _States:
         return self._folder / f"{self._numbers[prefix]}-{piece}.safetensors"
 
 
-def _sixteen_first(precisions: Iterator[LayerPrecision]) -> list[LayerPrecision]:
-    return sorted(dict.fromkeys(precisions), key=lambda precision: precision != "16")
-
-
 def _pass(stage: StageModel, states: _States, prefix: Prefix, pieces: Sequence[Tensor]) -> None:
-    """All windows of one variant through one layer; at the end only positions that predict."""
+    """Runs all windows of a variant through a layer; the last keeps only predicting positions."""
     for number, piece in enumerate(pieces):
         if stage.layers.is_first:
             hidden = stage.embed(piece.to(stage.device))
@@ -154,7 +152,7 @@ def _judge(
     pieces: Sequence[Tensor],
     sixteen: Prefix | None,
 ) -> dict[Prefix, Streamed]:
-    """Final states to loss and divergence, through the head of the `last` stage."""
+    """The loss and divergence of final states, through the head of the `last` stage."""
     sums = {variant: DamageSum() for variant in variants}
     step = max(1, LOGITS_AT_ONCE // last.config.vocab_size)
     for number, piece in enumerate(pieces if variants else ()):
@@ -181,7 +179,7 @@ class DamageSum:
         self._compared = True
 
     def add(self, own: Tensor, targets: Tensor, base: Tensor | None) -> None:
-        """Log probabilities `[T, V]` in fp32, the true tokens `[T]`, the 16-bit model's `[T, V]`.
+        """Adds T tokens: log probabilities fp32 `[T, V]`, targets `[T]`, 16-bit ones `[T, V]`.
 
         The divergence is summed as p (e^d - 1 - d) for d = log q - log p: probabilities sum to 1,
         so the terms p (e^d - 1) cancel, and no term is a difference of large numbers.
@@ -195,6 +193,6 @@ class DamageSum:
             self._divergence += float(terms.sum(-1).double().sum())
 
     def result(self) -> Streamed:
-        """Means over all tokens."""
+        """The means over all tokens."""
         mean = max(0.0, self._divergence) / self._num_tokens if self._compared else None
         return Streamed(Loss(self._loss, self._num_tokens), mean)

@@ -1,16 +1,17 @@
-"""lm-eval's tasks by name, with their data from a folder where that has it.
+"""Loads lm-eval's tasks by name, with their data from a folder where that has it.
 
-Any task, group or tag that lm-eval knows can be named. The data of a task TASK is looked for in
-DIR/TASK, in DIR/NAME of the data set on the hub (and its configuration below that), and in DIR
-itself where it bears one of these names: files of JSON lines, JSON, CSV or parquet whose names
-begin with the part they hold (train, valid or dev, test). Labels in a file of their own, as PIQA's
-`valid-labels.lst` beside `valid.jsonl`, become the column `label`. What is not there is left to
-lm-eval, which asks the hub.
+Any task, group or tag that lm-eval knows can be named. The data of a task TASK is searched in
+DIR/TASK, in DIR/NAME with the name of the data set on the hub (and its configuration below that),
+and in DIR itself where it has one of these names: files of JSON lines, JSON, CSV or parquet whose
+names begin with their part (train, valid or dev, test). Labels in a separate file, such as PIQA's
+`valid-labels.lst` beside `valid.jsonl`, become the column `label`. lm-eval fetches other data from
+the hub.
 """
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,38 @@ PARTS = {"train": "train", "valid": "validation", "dev": "validation", "test": "
 SPLITS = ("training_split", "validation_split", "test_split")
 
 
+@dataclass(frozen=True)
+class TaskData:
+    """The settings of an lm-eval task that name its data.
+
+    `splits` maps those of `SPLITS` that the task has to parts of the data set.
+    """
+
+    task: str
+    data_set: str  # its name on the hub, without the owner
+    configuration: str
+    splits: Mapping[str, str]
+    fewshot_split: str | None
+
+    @classmethod
+    def of(cls, task: str, config: Mapping[str, Any]) -> "TaskData":
+        """The settings in a task's configuration."""
+        return cls(
+            task,
+            str(config.get("dataset_path") or task).rpartition("/")[2],
+            str(config.get("dataset_name") or ""),
+            {key: str(config[key]) for key in SPLITS if config.get(key)},
+            config.get("fewshot_split"),
+        )
+
+
 def load_tasks(
     names: Sequence[str], folder: Path | None, num_fewshot: int | None, scratch: Path
 ) -> Any:
     """The tasks as lm-eval's evaluator takes them, their data read.
 
-    `folder`: the user's data; `scratch`: an empty folder that must live as long as the tasks.
-    Raises `UserError` for an unknown task, for data that is not to be had, without lm-eval.
+    `folder` holds the user's data; `scratch` is an empty folder that must exist as long as the
+    tasks. Raises `UserError` for an unknown task, for missing data, or where lm-eval is missing.
     """
     manager = _manager()
     _refuse_unknown(names, manager)
@@ -57,7 +83,7 @@ def _manager() -> Any:
         raise UserError(f"--tasks: zero-shot tasks need lm-eval: {INSTALL}") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bars()
-    task.tqdm = partial(task.tqdm, disable=True)  # has no other switch once it is imported
+    task.tqdm = partial(task.tqdm, disable=True)  # there is no other switch after its import
     return TaskManager()
 
 
@@ -72,18 +98,18 @@ def _refuse_unknown(names: Sequence[str], manager: Any) -> None:
 
 
 def _use_folder(names: Sequence[str], manager: Any, folder: Path, scratch: Path) -> None:
-    """Puts tasks that read the user's files in the place of those that ask the hub."""
+    """Replaces tasks that fetch data from the hub by tasks that read the user's files."""
     from lm_eval.tasks import TaskManager
 
     if not folder.is_dir():
         raise UserError(f"--task-data {folder}: no such folder")
     for name in dict.fromkeys(leaf for n in names for leaf in _leaves(n, manager.task_index)):
         entry = manager.task_index[name]
-        config = entry.cfg or {}
-        files = _files(folder, name, config, scratch)
+        data = TaskData.of(name, entry.cfg or {})
+        files = _files(folder, data, scratch)
         if files:
-            change = {"include": str(entry.yaml_path), "task": name}
-            change |= _overrides(name, config, files, scratch)
+            own = {"include": str(entry.yaml_path), "task": name}
+            change = own | _overrides(data, files, scratch)
             write_text(scratch / "tasks" / f"{name}.yaml", json.dumps(change))  # JSON is YAML
     if (scratch / "tasks").is_dir():
         ours = TaskManager(include_path=str(scratch / "tasks"), include_defaults=False)
@@ -108,34 +134,30 @@ def _leaves(name: str, index: Any) -> Iterator[str]:
             yield from _leaves(inner, index)
 
 
-def _files(folder: Path, name: str, config: dict[str, Any], scratch: Path) -> dict[str, Path]:
-    """Part (train, validation, test) -> file of a task's data; empty where the folder has none."""
-    for place in _places(folder, name, config):
+def _files(folder: Path, data: TaskData, scratch: Path) -> dict[str, Path]:
+    """The file of each part (train, validation, test) of a task's data; empty without files."""
+    for inside in _folders(folder, data):
         files = {
             part: path
-            for path in sorted(place.iterdir())
-            if path.suffix in KINDS and (part := _part(path)) is not None
+            for path in sorted(inside.iterdir())
+            for start, part in PARTS.items()
+            if path.suffix in KINDS and path.name.startswith(start)
         }
         if files:
-            return {part: _labelled(path, scratch / name) for part, path in files.items()}
+            return {part: _labelled(path, scratch / data.task) for part, path in files.items()}
     return {}
 
 
-def _places(folder: Path, name: str, config: dict[str, Any]) -> list[Path]:
-    hub = str(config.get("dataset_path") or name).rpartition("/")[2]
-    inner = str(config.get("dataset_name") or "")
-    places = [folder / name, folder / hub / inner, folder / hub]
-    if folder.resolve().name in (name, hub):
-        places += [folder / inner, folder]
-    return [place for place in places if place.is_dir()]
-
-
-def _part(path: Path) -> str | None:
-    return next((part for start, part in PARTS.items() if path.name.startswith(start)), None)
+def _folders(folder: Path, data: TaskData) -> list[Path]:
+    inner, hub = data.configuration, data.data_set
+    folders = [folder / data.task, folder / hub / inner, folder / hub]
+    if folder.resolve().name in (data.task, hub):
+        folders += [folder / inner, folder]
+    return [inside for inside in folders if inside.is_dir()]
 
 
 def _labelled(path: Path, scratch: Path) -> Path:
-    """The file itself, or a copy with the labels that lie beside it."""
+    """The file itself, or a copy with the labels of the file beside it."""
     labels_path = path.with_name(f"{path.stem}-labels.lst")
     if not labels_path.is_file():
         return path
@@ -154,19 +176,17 @@ def _labelled(path: Path, scratch: Path) -> Path:
     return scratch / path.name
 
 
-def _overrides(
-    name: str, config: dict[str, Any], files: dict[str, Path], scratch: Path
-) -> dict[str, Any]:
-    """What changes in a task's configuration so that it reads these files."""
-    wanted = {key: config[key] for key in SPLITS if config.get(key)}
+def _overrides(data: TaskData, files: Mapping[str, Path], scratch: Path) -> dict[str, object]:
+    """The settings of a task's configuration with which it reads these files."""
+    wanted = data.splits
     splits = {key: part if part in files else None for key, part in wanted.items()}
     if not any(splits.get(key) for key in SPLITS[1:]):
-        asked = " or ".join(str(wanted[key]) for key in SPLITS[1:] if key in wanted)
+        asked = " or ".join(wanted[key] for key in SPLITS[1:] if key in wanted)
         raise UserError(
-            f"--task-data: {next(iter(files.values()))} is there, but task '{name}' is scored on "
-            f"its {asked} part: name a file {asked}.jsonl"
+            f"--task-data: {next(iter(files.values()))} is there, but task '{data.task}' is scored "
+            f"on its {asked} part: name a file {asked}.jsonl"
         )
-    more = {} if config.get("fewshot_split") in (None, *files) else {"fewshot_split": None}
+    more = {} if data.fewshot_split in (None, *files) else {"fewshot_split": None}
     first = next(iter(files.values()))
     return {
         "dataset_path": KINDS[first.suffix],

@@ -1,15 +1,15 @@
-"""The texts that perplexity is commonly measured on, by name.
+"""Loads the texts that perplexity is commonly measured on, by name.
 
     wikitext2   test part of WikiText-2 (raw), rows joined by blank lines, as GPTQ's protocol does
     ptb         test part of the Penn Treebank, sentences joined by a space
     c4          the first 1,100 documents of C4's first validation file, joined by a space
 
-A plain text file of a folder (`wikitext2.test.txt`, `ptb.test.txt`, `c4.sample.txt`) is taken as
-it is. Files as the hub has them (parquet, JSON lines), in the folder or on the hub itself, are
-read with the `datasets` library and joined as said above.
+A plain text file of a folder (`wikitext2.test.txt`, `ptb.test.txt`, `c4.sample.txt`) is used
+unchanged. The hub's own files (parquet, JSON lines), in the folder or on the hub itself, are read
+with the `datasets` library and joined as listed above.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,18 +24,18 @@ INSTALL = "pip install 'llmpq[eval]'"
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where a text is found, and how its rows become one text."""
+    """The location of a text, and how its rows are joined."""
 
     file: str  # plain text in the user's folder
-    pattern: str  # of the hub's own files, anywhere below that folder
+    pattern: str  # matches the hub's own files, anywhere below that folder
     hub: str
-    options: tuple[tuple[str, Any], ...]  # of `datasets.load_dataset`
+    options: tuple[tuple[str, Any], ...]  # arguments of `datasets.load_dataset`
     column: str
     joiner: str
     max_rows: int | None = None
 
-    def join(self, rows: Iterable[dict[str, Any]], source: object) -> str:
-        """The rows as one text. Raises `UserError`, naming `source`, where they have no such."""
+    def join(self, rows: Iterable[Mapping[str, str]], source: object) -> str:
+        """The rows as one text. Raises `UserError`, naming `source`, for rows without text."""
         try:
             return self.joiner.join(row[self.column] for row in islice(rows, self.max_rows))
         except (KeyError, TypeError):
@@ -94,12 +94,12 @@ def named_text(name: str, folder: Path | None = None) -> str:
 
 
 def _read_files(files: list[Path]) -> Any:
-    """Rows of files that lie here; a sort of file is told by its name."""
+    """The rows of local files, whose names tell their format."""
     load = _loader(str(files[0]))
     kind = "parquet" if files[0].suffix == ".parquet" else "json"
     try:
         return load(kind, data_files=[str(file) for file in files], split="train")
-    except Exception as error:  # the library passes on whatever its readers raise
+    except Exception as error:  # the library passes on all errors of its readers
         raise UserError(f"{files[0]}: cannot be read: {one_line(error)}") from None
 
 
@@ -113,7 +113,7 @@ def _from_hub(name: str, wanted: DataSet, folder: Path | None) -> Any:
     load = _loader(f"--dataset {name}: {looked}{fix}; to fetch it from the hub")
     try:
         return load(wanted.hub, **dict(wanted.options))
-    except Exception as error:  # offline, gone, or of another form: all mean it is not to be had
+    except Exception as error:  # offline, gone or of another form: in each case it is not available
         reason = one_line(error)
         raise UserError(
             f"--dataset {name}: {looked}the hub did not give it ({reason}); {fix}"

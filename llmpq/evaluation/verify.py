@@ -1,12 +1,12 @@
-"""Whether pipelines of a model give what transformers gives, tried on a small copy of it.
+"""Checks on a small copy of a model that its pipelines give the logits of transformers.
 
 The copy has the kinds of layers, heads and settings of the model, random weights and small sizes.
 It is written as a checkpoint and loaded by the runtime's own loader into one stage, two stages and
 stages of one layer, which serve prompts of unequal length in one batch and alone, a prefill and a
 few decode steps. Their logits must be those of transformers' `generate`, each prompt alone, in fp32
-on the CPU. It takes a second or two.
+on the CPU. The check takes a second or two.
 
-Shapes: b prompts, V vocabulary. Not covered: what only large sizes or long texts bring about.
+Shapes: b prompts, V vocabulary. Not covered: faults that need large sizes or long texts.
 """
 
 import re
@@ -20,38 +20,41 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmpq.checkpoint.checkpoint import Checkpoint
-from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError
-from llmpq.evaluation.harness import Scorer
+from llmpq.evaluation.perplexity import load_stages
+from llmpq.evaluation.scorer import Scorer
 from llmpq.models.count import ROPES, with_layers
 from llmpq.models.rope import switches_at
-from llmpq.models.stage_model import LayerRange, StageModel
+from llmpq.models.stage_model import StageModel
 
 CPU = torch.device("cpu")
 LENGTHS, NEW_TOKENS = (13, 7, 5, 1), 4
 VOCABULARY = 120
-WINDOW = 5  # of attention: shorter than most of the prompts
+WINDOW = 5  # the attention window is shorter than most of the prompts
 SWITCH = 10  # the length at which positions change: some prompts are longer, none cross it
 LEAST_LAYERS, MOST_LAYERS = 4, 12
 MOST_PARAMETERS = 30_000_000
-TOLERANCE = 2e-3  # of the spread of the logits; sums in another order differ by 1e-5
+TOLERANCE = 2e-3  # relative to the logits' spread; sums in another order differ by 1e-5
 
 
 def verify(config: Any) -> None:
-    """Raises `UserError` where pipelines of such a model do not give what transformers gives."""
+    """Raises `UserError` where pipelines of such a model give other logits than transformers."""
     with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         model = _written(small_copy(config), Path(folder))
         prompts = _prompts()
         expected = [_own_logits(model, prompt) for prompt in prompts]
         for ends in _cuts(model.config.num_hidden_layers):
-            stages = _stages(model.config, Path(folder), ends)
+            precisions = ["16"] * ends[-1]
+            cuts = list(zip([0, *ends], ends, strict=False))
+            weights = Checkpoint(Path(folder))
+            stages = load_stages(model.config, weights, cuts, precisions, torch.float32, CPU)
             for some in (prompts, *([prompt] for prompt in prompts)):
                 wanted = [expected[prompts.index(prompt)] for prompt in some]
                 _compare(_logits(stages, some), wanted, len(ends), len(some))
 
 
 def small_copy(config: Any) -> Any:
-    """A model of the same make with few layers, heads and tokens."""
+    """The configuration of a model of the same kind with few layers, heads and tokens."""
     total = min(config.num_hidden_layers, max(LEAST_LAYERS, _period(config)))
     data = with_layers(config, total).to_dict()
     heads, kv_heads = _few_heads(config)
@@ -89,7 +92,7 @@ def _few_heads(config: Any) -> tuple[int, int]:
 
 
 def _period(config: Any) -> int:
-    """As many layers as it takes to meet every kind: by lists of layers, or by an interval."""
+    """The layers needed to have every kind of layer: by lists of layers, or by an interval."""
     own, found = config.num_hidden_layers, [0]
     for name, value in config.to_dict().items():
         if isinstance(value, list | tuple) and len(value) == own and name not in ROPES:
@@ -100,8 +103,8 @@ def _period(config: Any) -> int:
     return min(MOST_LAYERS, max(found))
 
 
-def _switch_early(data: dict[str, Any], config: Any) -> None:
-    """Makes positions that change by length do so within the prompts."""
+def _switch_early(data: dict[str, object], config: Any) -> None:
+    """Makes positions that change with length change within the length of the prompts."""
     if switches_at(config) is None:
         return
     for settings in (data, data.get("rope_parameters"), data.get("rope_scaling")):
@@ -110,12 +113,12 @@ def _switch_early(data: dict[str, Any], config: Any) -> None:
 
 
 def _written(config: Any, folder: Path) -> Any:
-    """transformers' model with random weights, kept as a checkpoint."""
+    """Makes transformers' model with random weights, and saves it as a checkpoint."""
     torch.manual_seed(0)
     with torch.device("meta"):
         sketch = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if sketch.num_parameters() > MOST_PARAMETERS:
-        raise UserError("a small copy of the model, to try it on, cannot be made")
+        raise UserError("no small copy of the model can be made to check it")
     model = AutoModelForCausalLM.from_config(
         config, trust_remote_code=False, dtype=torch.float32
     ).eval()
@@ -135,7 +138,7 @@ def _prompts() -> list[list[int]]:
 
 
 def _cuts(total: int) -> Iterator[list[int]]:
-    """Where stages end."""
+    """The layers at which stages end, for each pipeline that is tried."""
     yield [total]
     if total > 2:
         yield [total // 2, total]
@@ -143,24 +146,8 @@ def _cuts(total: int) -> Iterator[list[int]]:
         yield list(range(1, total + 1))
 
 
-def _stages(config: Any, folder: Path, ends: Sequence[int]) -> list[StageModel]:
-    weights = Checkpoint(folder)
-    ranges = zip([0, *ends], ends, strict=False)
-    return [
-        load_stage(
-            config,
-            weights,
-            LayerRange(first, end, ends[-1]),
-            ["16"] * (end - first),
-            torch.float32,
-            CPU,
-        )
-        for first, end in ranges
-    ]
-
-
 def _own_logits(model: Any, prompt: list[int]) -> Tensor:
-    """`[new tokens, V]` as transformers' `generate` computes them."""
+    """The logits `[new tokens, V]` of transformers' `generate`."""
     ids = torch.tensor([prompt])
     model.generation_config.eos_token_id = None  # nothing ends a text early
     output = model.generate(
@@ -176,7 +163,7 @@ def _own_logits(model: Any, prompt: list[int]) -> Tensor:
 
 
 def _logits(stages: Sequence[StageModel], prompts: Sequence[list[int]]) -> Tensor:
-    """`[b, new tokens, V]` of all prompts in one micro-batch."""
+    """The logits `[b, new tokens, V]` of all prompts in one micro-batch."""
     last, seen = stages[-1], []
     head = last.head
 

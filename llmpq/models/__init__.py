@@ -1,10 +1,12 @@
-"""How a Hugging Face decoder is cut into stages, using transformers' own classes and forward code.
+"""Cuts a Hugging Face decoder into stages, using transformers' own classes and forward code.
 
 family.py       finds the embedding, layers, final norm and head of a model, by `llmpq.families`
-stage_model.py  some consecutive layers of a model as a module that runs alone
-sharding.py     how several devices share the layers of a stage
-lanes.py        keys and values of requests in slots, as transformers' cache
-attention.py    attention over slots and its masks, as transformers looks them up
-count.py        what a model holds and has alive, counted on its own modules (stage_memory.py,
-                live_tensors.py); count_families.py: the table of families that ships
+stage_model.py  makes consecutive layers of a model a module that runs alone
+passing.py      empties the layers of other stages
+buffers.py, rope.py  compute constants, and positions that depend on the length of a text
+sharding.py     cuts the layers of a stage for several devices
+lanes.py        holds keys and values of requests in slots, as transformers' cache
+attention.py    computes attention over slots and its masks (triton_attention.py on cards)
+count.py        counts parameters and allocations on a model's own modules (stage_memory.py,
+                live_tensors.py); count_families.py makes the table of families that ships
 """

@@ -1,8 +1,8 @@
 """Attention and its masks, as transformers' own models call them in a stage.
 
 transformers looks both up by a name in the configuration. A stage's layers find `attend` under
-`DISPATCHED`; models that compute attention themselves (BLOOM) get masks to add, under `ADDITIVE`.
-What a job hides from each row follows from where its query tokens stand, which the cache says
+`DISPATCHED`; models that compute attention themselves (BLOOM) get additive masks, under `ADDITIVE`.
+The mask of each row depends on the columns of its query tokens, which the cache gives
 (`Cache.get_query_offset`): one number in a prefill, a tensor with a column for each row in a decode
 step. transformers composes the rest (sliding windows, chunks of attention) from its own functions.
 
@@ -24,15 +24,15 @@ from llmpq.models import triton_attention
 from llmpq.quant.triton_kernels import available
 
 DISPATCHED, ADDITIVE = "llmpq", "llmpq_additive"
-# What a family may hand to attention beyond what `attend` computes with.
+# Arguments that a family may pass to attention, and that `attend` does not support.
 NOT_SUPPORTED = ("s_aux", "position_bias", "sinks")
-GROUPED_CAPABILITY = (8, 0)  # from here on CUDA's fused kernels take fewer key than query heads
+GROUPED_CAPABILITY = (8, 0)  # the least for CUDA's fused kernels of grouped key heads
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
 
 def implementation_for(model_class: type[PreTrainedModel]) -> str:
-    """The name under which a class of models finds its masks, and `attend` if it looks for it."""
+    """The name under which a class of models finds its masks, and `attend` if it uses that."""
     return DISPATCHED if model_class._supports_attention_backend else ADDITIVE
 
 
@@ -46,9 +46,10 @@ def attend(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """`query` `[R, G * H, S, D]` over `key`, `value` `[R, H, T, D]` to `[R, S, G * H, D]`.
+    """Attention of `query` `[R, G * H, S, D]` over `key`, `value` `[R, H, T, D]`.
 
-    `attention_mask` `[R or 1, 1, S, T]` is True where a query sees a key; None is causal, S = T.
+    Returns `[R, S, G * H, D]`. `attention_mask` `[R or 1, 1, S, T]` is True where a query sees a
+    key; None means causal attention with S = T.
     """
     if unknown := [name for name in NOT_SUPPORTED if others.get(name) is not None]:
         raise NotImplementedError(f"{type(module).__name__} passes {unknown[0]} to attention")
@@ -65,7 +66,7 @@ def attend(
 def _decode(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """One query token of each row, `[R, G * H, 1, D]`: the G heads of a key head as G tokens."""
+    """Attention of one token a row, `[R, G * H, 1, D]`: a key head's G heads become tokens."""
     has_kernel = _has_kernel(query.device) and mask.dtype == torch.bool
     if has_kernel and triton_attention.supports(query, key):
         return triton_attention.decode_attention(query, key, value, mask, scale, softcap)
@@ -82,7 +83,7 @@ def _decode(
 def _prefill(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """Many query tokens, `[R, G * H, S, D]`."""
+    """Attention of many query tokens, `[R, G * H, S, D]`."""
     grouped = query.shape[1] != key.shape[1]
     if grouped and not _takes_groups(query, mask):
         key, value = (_repeated(states, query.shape[1]) for states in (key, value))
@@ -95,7 +96,7 @@ def _prefill(
 def _explicit(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
-    """Scores capped by `softcap * tanh(score / softcap)` (Gemma 2), which no fused kernel does."""
+    """Attention with scores `softcap * tanh(score / softcap)` (Gemma 2), without a fused kernel."""
     key, value = (_repeated(states, query.shape[1]) for states in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
     scores = torch.tanh(scores / softcap) * softcap
@@ -107,7 +108,7 @@ def _explicit(
 
 
 def _repeated(states: Tensor, heads: int) -> Tensor:
-    """Keys or values `[R, H, T, D]`, each head as often as query heads use it."""
+    """Keys or values `[R, H, T, D]`, with each head repeated for its query heads."""
     if states.shape[1] == heads:
         return states
     return states.repeat_interleave(heads // states.shape[1], dim=1)
@@ -115,14 +116,14 @@ def _repeated(states: Tensor, heads: int) -> Tensor:
 
 @lru_cache
 def _has_kernel(device: torch.device) -> bool:
-    """Whether this device has the kernel that reads slots row by row, each to its own length."""
+    """Whether this device has our kernel, which reads each slot up to its own length."""
     return device.type == "cuda" and available(device)
 
 
 def _takes_groups(query: Tensor, mask: Tensor | None) -> bool:
-    """Whether fused attention serves grouped heads without repeating them, and fast.
+    """Whether fused attention takes grouped heads without repeating them, and is fast.
 
-    On cards only FlashAttention does, which takes no masks and 16 bits alone.
+    On cards only FlashAttention is, which takes 16 bits and no masks.
     """
     if query.device.type != "cuda":
         return True
@@ -147,10 +148,11 @@ def make_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor | None:
-    """`[R or 1, 1, S, T]`, True where a query sees a key; None where that is plainly causal.
+    """The mask `[R or 1, 1, S, T]`, True where a query sees a key; None for causal attention.
 
-    `q_offset`: the column of the first query token, or `[R]` of each row's. `local_size`: columns
-    that a query sees at most. Padding needs no mask: it stands behind what it could disturb.
+    `q_offset` is the column of the first query token, or `[R]` of each row's. `local_size` is the
+    most columns that a query sees. Padding is on the right, where no query sees it, and needs no
+    mask.
     """
     assert attention_mask is None, "stages pad on the right and pass no padding masks"
     within = local_size is None or kv_length <= local_size
@@ -166,7 +168,7 @@ def make_mask(
 
 
 def make_additive_mask(*, dtype: torch.dtype, **inputs: Any) -> Tensor:
-    """The same as numbers of `dtype` to add to scores: 0, or the least where a key is hidden."""
+    """The mask as numbers of `dtype` to add to scores: 0, or the least for a hidden key."""
     mask = make_mask(**inputs | {"allow_is_causal_skip": False})
     assert mask is not None
     hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)

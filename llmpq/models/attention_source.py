@@ -1,13 +1,13 @@
 # mypy: allow-untyped-defs
-"""The Triton programs behind `triton_attention`: one query a row over the keys of its cache.
+"""The Triton programs of `triton_attention`: one query a row over the keys of its cache.
 
 Only `triton_attention` imports this module, when a kernel is first launched, because the decorators
 need Triton. `attend_partition` attends a row's query heads to one partition of the columns and
-keeps sums and maximum; `merge_partitions` weighs the partitions' sums against each other. Scores
-are in units of log 2 throughout, as powers of two are what cards compute.
+stores sums and maximum; `merge_partitions` adds the weighted sums of the partitions. Scores are in
+units of log 2, as cards compute powers of two.
 
-Numbers that differ from step to step are kept out of specialization (a program of its own where a
-number is 1 or a multiple of 16): another program might add in another order.
+Triton compiles specialized programs where a number is 1 or a multiple of 16. Numbers that differ
+from step to step are excluded from this, as another program might add in another order.
 """
 
 import triton
@@ -19,7 +19,7 @@ NOTHING = tl.constexpr(float("-inf"))  # the maximum score of no keys
 
 @triton.jit
 def _scores(queries, keys, index, USE_DOTS: tl.constexpr):
-    """`[H, T]` fp32, of `queries` `[H, D]` and `keys` `[T, D]`; `index` counts the H heads."""
+    """Scores fp32 `[H, T]` of `queries` `[H, D]` and `keys` `[T, D]`; `index` counts H heads."""
     if USE_DOTS:
         return tl.dot(queries, tl.trans(keys))
     scores = tl.zeros((index.shape[0], keys.shape[0]), tl.float32)
@@ -33,7 +33,7 @@ def _scores(queries, keys, index, USE_DOTS: tl.constexpr):
 
 @triton.jit
 def _weighted(weights, values, index, USE_DOTS: tl.constexpr):
-    """`[H, D]` fp32, of fp32 `weights` `[H, T]` and `values` `[T, D]`."""
+    """Sums fp32 `[H, D]` of `values` `[T, D]` with fp32 `weights` `[H, T]`."""
     if USE_DOTS:
         return tl.dot(weights.to(values.dtype), values)
     output = tl.zeros((index.shape[0], values.shape[1]), tl.float32)
@@ -55,7 +55,7 @@ def _capped(scores, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _attended(mask, mask_column, at, columns):
-    """Whether the mask shows the columns `at`; none of those past the end."""
+    """Whether the mask shows the columns `at`; False past the end."""
     shown = tl.load(mask + at.to(tl.int64) * mask_column, mask=at < columns, other=0)
     return shown != 0
 
@@ -64,7 +64,7 @@ def _attended(mask, mask_column, at, columns):
 def _blocks_to_attend(
     mask, mask_column, first, columns, PARTITION: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """The first block of a partition with a column that the mask shows, and one after the last."""
+    """The first block of a partition that has a shown column, and the end of the last."""
     place = tl.arange(0, PARTITION)
     attended = _attended(mask, mask_column, first + place, columns)
     begin = tl.min(tl.where(attended, place, PARTITION), 0) // BLOCK_T
@@ -82,9 +82,9 @@ def attend_partition(
     PARTITION: tl.constexpr, USE_DOTS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Up to BLOCK_H query heads of a key head, of one row, over one partition of the columns.
+    """Attends up to BLOCK_H query heads of a key head, of one row, to one partition of columns.
 
-    `sums` `[R, Hq, partitions, D]` gets the values weighed by `2 ** (score - top)`, `totals` the
+    `sums` `[R, Hq, partitions, D]` gets the values weighted by `2 ** (score - top)`, `totals` the
     sum of those weights and `tops` the largest score, each `[R, Hq, partitions]`.
     """
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
@@ -136,7 +136,7 @@ def merge_partitions(
     sums, totals, tops, out, partitions,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A head's output `[D]`: its partitions' sums, weighed and added in order; 0 of no keys."""
+    """Adds the weighted sums of a head's partitions in order: `[D]`, 0 without any keys."""
     head = tl.program_id(0).to(tl.int64)
     size = tl.arange(0, BLOCK_D)
     has_size = size < SIZE

@@ -1,8 +1,8 @@
-"""Constants that modules hold beside their weights, in the files of a checkpoint or not.
+"""Constants of modules beside their weights, whether checkpoints hold them or not.
 
 A buffer that transformers calls persistent (xIELU's beta, the scale of a layer in Gemma 4) is saved
-with the weights, and is loaded like one. The others (rotary frequencies, scales of an embedding)
-follow from the configuration, and transformers' own initialiser computes them.
+and loaded with the weights. Other buffers (rotary frequencies, scales of an embedding) follow from
+the configuration, and transformers' own initializer computes them.
 """
 
 import torch
@@ -23,9 +23,9 @@ def stored_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 def compute_buffers(model: nn.Module, device: torch.device) -> None:
     """Computes on `device` the buffers that no checkpoint holds.
 
-    Those that checkpoints hold stay without memory until they are loaded. Each is computed in
-    memory of zeros and in memory of ones: what differs then was never written, and `UserError`
-    is raised.
+    Buffers of checkpoints get memory when they are loaded. Each other buffer is computed in memory
+    of zeros and in memory of ones: where the results differ, values were never written, and
+    `UserError` is raised.
     """
     for path, module in model.named_modules():
         buffers = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
@@ -45,7 +45,7 @@ def compute_buffers(model: nn.Module, device: torch.device) -> None:
 def _computed(
     model: nn.Module, module: nn.Module, buffers: dict[str, torch.Tensor], value: int
 ) -> dict[str, torch.Tensor]:
-    """The buffers as transformers' own initialiser leaves them in memory full of `value`."""
+    """The buffers that transformers' initializer computes in memory full of `value`."""
     for name, buffer in buffers.items():
         full = torch.full_like(buffer, value, device="cpu")
         module.register_buffer(name, full, persistent=False)

@@ -1,9 +1,10 @@
-"""What a decoder holds, counted on its own modules: parameters, cache and live tensors.
+"""Counts parameters, cache and live tensors of a decoder on its own modules.
 
 `count_model` makes the spec of a model whose family has no sizes of its own (`llmpq.families`);
-`count_activations` finds what models of a kind have alive (`stage_memory`).
-Not covered: models whose layers keep more than keys and values, or that look at the values of
-tensors to decide what to do.
+`count_activations` makes the allocation snapshots of models of a kind (`stage_memory`).
+
+Not covered: models whose layers keep more than keys and values, or whose control flow depends on
+values of tensors.
 """
 
 from collections import defaultdict
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -19,38 +20,45 @@ from transformers import AutoConfig
 
 from llmpq.errors import UserError
 from llmpq.job import LaneShape
-from llmpq.model_spec import Activations, Linear, ModelSpec, Moment
+from llmpq.model_spec import Activations, AllocationSnapshot, LinearShape, ModelSpec
 from llmpq.models.buffers import stored_buffers
 from llmpq.models.family import find
 from llmpq.models.lanes import LaneCache
-from llmpq.models.live_tensors import LiveTensors, Snapshot
-from llmpq.models.stage_memory import META, Shape, covers, moments, run_on_meta, snapshots
+from llmpq.models.live_tensors import LiveTensors, TensorSnapshot
+from llmpq.models.stage_memory import (
+    META,
+    MicroBatchShape,
+    covers,
+    run_on_meta,
+    snapshot_table,
+    snapshots,
+)
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import PlainLinear
 
-# Settings with lists that have nothing to do with layers, whatever their length.
+# Settings with lists that are not lists of layers, whatever their length.
 ROPES = ("rope_parameters", "rope_scaling", "eos_token_id", "architectures")
-NUM_LAYERS = 7  # as many as it takes to meet every kind of layer of a family
+NUM_LAYERS = 7  # enough to have every kind of layer of a family
 
 
 @dataclass(frozen=True)
 class Primes:
-    """Sizes of a micro-batch that no size of a model shares a factor with."""
+    """Sizes of a micro-batch that share no factor with any size of a model."""
 
     requests: int
     tokens: int
     seen: int
 
     def named(self, phase: str) -> dict[str, int]:
-        """The sizes that matter in a phase; in prefill, what is seen are the new tokens."""
+        """The sizes of a phase by name; in prefill, the seen tokens are the new tokens."""
         length = {"tokens": self.tokens} if phase == "prefill" else {"seen": self.seen}
         return {"requests": self.requests} | length
 
-    def shape(self, phase: str) -> Shape:
+    def shape(self, phase: str) -> MicroBatchShape:
         """The micro-batch of a phase."""
         if phase == "prefill":
-            return Shape(self.requests, self.tokens, self.tokens)
-        return Shape(self.requests, 1, self.seen)
+            return MicroBatchShape(self.requests, self.tokens, self.tokens)
+        return MicroBatchShape(self.requests, 1, self.seen)
 
 
 PRIMES = Primes(10007, 20011, 40009)
@@ -60,21 +68,21 @@ OTHER_PRIMES = Primes(10009, 20021, 40013)
 def count_activations(
     configs: Iterable[Any], sizes: Mapping[str, int], primes: Primes = PRIMES
 ) -> Activations:
-    """The moments of models alike; `sizes` names their own sizes that may be factors."""
-    found: dict[str, list[Snapshot]] = defaultdict(list)
+    """The snapshots of similar models; `sizes` names their own sizes that may be factors."""
+    found: dict[str, list[TensorSnapshot]] = defaultdict(list)
     for config in configs:
         whole = with_layers(config, NUM_LAYERS)
         for phase, start, end in product(PHASES, (0, 1), (NUM_LAYERS - 1, NUM_LAYERS)):
             layers = LayerRange(start, end, NUM_LAYERS)
-            place = "_last" if layers.is_last else "_first" if layers.is_first else ""
-            found[phase + place] += snapshots(whole, layers, primes.shape(phase))
-    parts: dict[str, tuple[Moment, ...]] = {}
+            where = "_last" if layers.is_last else "_first" if layers.is_first else ""
+            found[phase + where] += snapshots(whole, layers, primes.shape(phase))
+    parts: dict[str, tuple[AllocationSnapshot, ...]] = {}
     for phase in PHASES:
-        known: tuple[Moment, ...] = ()
-        for place in (phase, f"{phase}_first", f"{phase}_last"):
-            met = moments(found[place], {**primes.named(phase), **sizes})
-            parts[place] = tuple(m for m in met if not any(covers(n, m) for n in known))
-            known += parts[place]
+        known: tuple[AllocationSnapshot, ...] = ()
+        for where in (phase, f"{phase}_first", f"{phase}_last"):
+            met = snapshot_table(found[where], {**primes.named(phase), **sizes})
+            parts[where] = tuple(m for m in met if not any(covers(n, m) for n in known))
+            known += parts[where]
     return Activations(**parts)
 
 
@@ -82,7 +90,7 @@ PHASES = ("prefill", "decode")
 
 
 def with_layers(config: Any, total: int) -> Any:
-    """The same model with `total` layers: those it has, in turn."""
+    """The configuration with `total` layers, which repeat those of the model in order."""
     data, own = config.to_dict(), config.num_hidden_layers
     data.pop("model_type")
     data.pop(config.attribute_map.get("num_hidden_layers"), None)
@@ -92,7 +100,7 @@ def with_layers(config: Any, total: int) -> Any:
 
 
 def _spread(value: Any, own: int, total: int) -> Any:
-    """A setting of `own` layers, one by one, as one of `total` layers; any other as it is."""
+    """A setting with one entry for each of `own` layers, for `total` layers; others unchanged."""
     if isinstance(value, list | tuple) and len(value) == own:
         return [value[i % own] for i in range(total)]
     if not isinstance(value, dict):
@@ -109,7 +117,7 @@ def _spread(value: Any, own: int, total: int) -> Any:
 def count_model(path: Path) -> ModelSpec:
     """The spec of a model that `model_spec` has no table for.
 
-    Raises `UserError` where llmpq cannot cut it into stages, or where what it has alive is no
+    Raises `UserError` where llmpq cannot cut it into stages, or where its live bytes are no
     polynomial of the micro-batch's sizes.
     """
     config = load_config(path)
@@ -128,7 +136,7 @@ def count_model(path: Path) -> ModelSpec:
         )
     activations = count_activations([config], {})
     if activations != count_activations([config], {}, OTHER_PRIMES):
-        raise UserError(f"{path}: what it has alive does not grow with its micro-batch")
+        raise UserError(f"{path}: its memory does not grow with the sizes of the micro-batch")
     return ModelSpec(
         name=str(path),
         model_type=config.model_type,
@@ -144,9 +152,9 @@ def count_model(path: Path) -> ModelSpec:
     )
 
 
-def _linears(layer: nn.Module) -> tuple[Linear, ...]:
+def _linears(layer: nn.Module) -> tuple[LinearShape, ...]:
     return tuple(
-        Linear(
+        LinearShape(
             name=name.rpartition(".")[2],
             out_features=module.out_features,
             in_features=module.in_features,
@@ -156,12 +164,26 @@ def _linears(layer: nn.Module) -> tuple[Linear, ...]:
     )
 
 
-def _heads(config: Any, stage: StageModel) -> dict[str, Any]:
-    """Heads and feed-forward width; key-value heads as the cache was really filled."""
+class _Heads(TypedDict):
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+
+
+class _Params(TypedDict):
+    layer_other_params: int
+    embedding_params: int
+    head_params: int
+    final_params: int
+
+
+def _heads(config: Any, stage: StageModel) -> _Heads:
+    """Heads and feed-forward width; key-value heads are counted in a filled cache."""
     num_layers, seen = config.num_hidden_layers, 2
     cache = LaneCache(num_layers, [LaneShape(1, seen)])
     with torch.inference_mode(), LiveTensors():
-        run_on_meta(stage, cache, Shape(1, 1, seen))
+        run_on_meta(stage, cache, MicroBatchShape(1, 1, seen))
     held = cache.num_bytes // (num_layers * 2 * seen * torch.bfloat16.itemsize)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -177,7 +199,7 @@ def _heads(config: Any, stage: StageModel) -> dict[str, Any]:
     }
 
 
-def _params(stage: StageModel, layer: nn.Module) -> dict[str, Any]:
+def _params(stage: StageModel, layer: nn.Module) -> _Params:
     weights = sum(op.out_features * op.in_features for op in _linears(layer))
     family = stage.family
     final = sum(_num_params(find(stage.model, f"{family.decoder}.{n}")) for n in family.final)
@@ -192,7 +214,7 @@ def _params(stage: StageModel, layer: nn.Module) -> dict[str, Any]:
 
 
 def _num_params(module: nn.Module | None) -> int:
-    """Weights and the buffers that checkpoints hold, which a stage holds too."""
+    """The number of weights, and of values in the buffers that checkpoints hold."""
     if module is None:
         return 0
     buffers = [b for part in module.modules() for b in stored_buffers(part).values()]

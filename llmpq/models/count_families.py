@@ -1,14 +1,14 @@
-"""The table of activations that ships (assets/activations.json), counted on small models.
+"""Counts the table of activations that ships (assets/activations.json) on small models.
 
 `python -m llmpq.models.count_families` prints it: for every family whose row has sizes
-(`llmpq.families`) the moments of all its variants, with grouped key-value heads and without.
+(`llmpq.families`), the allocation snapshots of all its variants, with grouped key-value heads and
+without.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 from transformers import AutoConfig
 
@@ -25,12 +25,12 @@ NAMED = {
     "head_dim": HEAD_DIM,
     "vocab": 2 * 1019,
 }
-# Of families whose heads fill the hidden size.
+# The sizes for families whose heads fill the hidden size.
 WHOLE = NAMED | {"hidden": HEADS * HEAD_DIM}
 
 
 def count_families() -> dict[str, Activations]:
-    """The table that ships, by family."""
+    """The snapshots of each family."""
     counted = {}
     for family, row in FAMILIES.items():
         if row.sizes is None:
@@ -44,7 +44,7 @@ def count_families() -> dict[str, Activations]:
 
 
 def count_family(family: str, sizes: dict[str, int]) -> Activations:
-    """The moments of one family at these sizes, of all its variants."""
+    """The snapshots of all variants of one family at these sizes."""
     configs = [
         AutoConfig.for_model(family, **_configuration(sizes), **variant)
         for variant in FAMILIES[family].variants
@@ -55,8 +55,8 @@ def count_family(family: str, sizes: dict[str, int]) -> Activations:
     return count_activations(configs, named)
 
 
-def _configuration(sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Of any family: each takes the keys that it knows."""
+def _configuration(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The settings of a configuration of any family, which uses the keys that it knows."""
     return {
         "hidden_size": sizes["hidden"],
         "intermediate_size": sizes["ffn"],
@@ -81,13 +81,13 @@ def main() -> int:
 
 
 def families_text(counted: Mapping[str, Activations]) -> str:
-    """JSON with one moment a line."""
+    """The table as JSON, with one snapshot a line."""
     blocks = []
     for name, activations in counted.items():
-        places = activations.model_dump(mode="json", exclude_defaults=True)
+        phases = activations.model_dump(mode="json", exclude_defaults=True)
         lines = [
-            f' "{place}": [\n' + ",\n".join(f"  {json.dumps(m)}" for m in some) + "\n ]"
-            for place, some in places.items()
+            f' "{phase}": [\n' + ",\n".join(f"  {json.dumps(m)}" for m in some) + "\n ]"
+            for phase, some in phases.items()
         ]
         blocks.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
     return "{\n" + ",\n".join(blocks) + "\n}"

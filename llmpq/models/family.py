@@ -1,8 +1,8 @@
-"""Finds and replaces the parts of a model, where its family's row says they are.
+"""Finds and replaces the modules of a model, by the paths in its family's row.
 
-A stage is transformers' own causal language model with the layers of other stages emptied. What
-else it does not own is replaced: modules that act on the input on every stage but the first,
-modules that act on the output on every stage but the last (`llmpq.families.Family`).
+A stage is transformers' own causal language model with the layers of other stages emptied. Modules
+that act on the input are replaced on every stage but the first, and modules that act on the output
+on every stage but the last (`llmpq.families.Family`).
 """
 
 from dataclasses import dataclass
@@ -13,33 +13,34 @@ from torch import nn
 from llmpq.errors import UserError
 from llmpq.families import FAMILIES, Family, family_for
 
-Part = Literal["attention", "ffn"]
+LayerPart = Literal["attention", "ffn"]
 ATTENTION = ("attn", "attention")  # in the names of linears that attend, in every family
 
 
 @dataclass(frozen=True)
 class PartOfLayer:
-    """`precision` for the linears of one part of a layer, 16 bits for the others.
+    """A precision for the linears of one part of a layer; the others have 16 bits.
 
-    Called with a linear's name inside the layer, as `StageModel` does.
+    `StageModel` calls it with a linear's name inside the layer.
     """
 
     precision: str
-    part: Part
+    part: LayerPart
 
     def __call__(self, linear: str) -> str:
         return self.precision if part_of(linear) == self.part else "16"
 
 
-def part_of(linear: str) -> Part:
+def part_of(linear: str) -> LayerPart:
     """The part of a layer that a linear belongs to, by its name."""
     return "attention" if any(word in linear for word in ATTENTION) else "ffn"
 
 
 def family_of(model: nn.Module, model_type: str) -> Family:
-    """The parts of `model`; a family that is not listed must be laid out like LLaMA."""
+    """The family of `model`; a model of an unlisted family must be laid out like LLaMA."""
     family = family_for(model_type)
-    for path in (family.decoder, family.head, *(f"{family.decoder}.{n}" for n in _needed(family))):
+    inner = (f"{family.decoder}.{name}" for name in (family.layers, family.embedding))
+    for path in (family.decoder, family.head, *inner):
         if find(model, path) is None:
             raise UserError(
                 f"models of type '{model_type}' are laid out in a way llmpq does not know "
@@ -59,12 +60,8 @@ def find(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def replace(module: nn.Module, path: str, new: nn.Module | None) -> None:
-    """Puts `new` at a dotted path."""
+    """Sets the sub-module at a dotted path."""
     parent, _, name = path.rpartition(".")
     owner = find(module, parent) if parent else module
     assert owner is not None, path
     setattr(owner, name, new)
-
-
-def _needed(family: Family) -> tuple[str, ...]:
-    return (family.layers, family.embedding)

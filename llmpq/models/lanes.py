@@ -1,12 +1,12 @@
-"""Keys and values of one stage in slots, seen by transformers as a `Cache`.
+"""Keeps keys and values of one stage in slots, which transformers uses as a `Cache`.
 
 Shapes: R rows of a lane, H key/value heads, T columns of its slots, D size of a head. A layer keeps
-the slots of all lanes one after another in `[tokens, H, D]`, so that a job stores what it computes
-by one indexed copy, whichever lanes its members are in. A decode step attends to a view
-`[R, H, width, D]` of its lane. Which columns a job writes and sees is said by `llmpq.schedule`.
+the slots of all lanes one after another in `[tokens, H, D]`, so that a job stores its states by one
+indexed copy, whichever lanes its members are in. A decode step attends to a view `[R, H, width, D]`
+of its lane. `llmpq.schedule` says which columns a job writes and sees.
 
-Rows that take no part in a step write to the last column of their slot: no request ever stores
-anything there, as its last new token is chosen but not computed with.
+Rows that take no part in a step write to the last column of their slot, which no request uses, as
+its last new token is chosen but never computed with.
 """
 
 from collections.abc import Sequence
@@ -24,26 +24,26 @@ Pair = tuple[Tensor, Tensor]  # keys and values
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where a prefill's states `[b, S]` go: those at (`rows`, `places`) to `target` tokens.
+class StoreIndex:
+    """The targets of a prefill's states `[b, S]`: those at (`rows`, `columns`) go to `target`.
 
-    All are `[n]`; without `rows` and `places` all states are stored, row after row.
+    All are `[n]`; without `rows` and `columns` all states are stored, row after row.
     """
 
     target: Tensor
     rows: Tensor | None = None
-    places: Tensor | None = None
+    columns: Tensor | None = None
 
     def taken(self, states: Tensor) -> Tensor:
-        """Those of `[b, H, S, D]` that are stored, as `[n, H, D]`."""
+        """The states of `[b, H, S, D]` that are stored, as `[n, H, D]`."""
         tokens = states.transpose(1, 2)
-        return tokens.flatten(0, 1) if self.rows is None else tokens[self.rows, self.places]
+        return tokens.flatten(0, 1) if self.rows is None else tokens[self.rows, self.columns]
 
 
 class LaneCache:
     """The cache of `num_layers` layers in lanes of the given shapes.
 
-    A layer's buffers are made at its first use, when heads, size and dtype are known.
+    A layer's buffers are allocated at its first use, when heads, size and dtype are known.
     """
 
     def __init__(self, num_layers: int, shapes: Sequence[LaneShape]) -> None:
@@ -56,13 +56,13 @@ class LaneCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held now."""
+        """Bytes of the buffers that are allocated."""
         return sum(tensor.nbytes for pair in self._buffers if pair for tensor in pair)
 
     def rearrange(self, job: Job) -> None:
-        """What comes before a job: slots are copied, and those of new requests are cleared.
+        """Copies the slots that a job moves, and clears those of its new requests.
 
-        What an earlier request left must be finite: NaN would reach through a mask.
+        Values of earlier requests must be cleared, as NaN would pass through a mask.
         """
         for lane, source, target, end in job.moves:
             for buffer in self._filled:
@@ -77,47 +77,47 @@ class LaneCache:
                     self._slots(buffer, lane).index_fill_(0, rows, 0)
 
     def prefill(self, job: Job, first: int, end: int, device: torch.device) -> "StageCache":
-        """For the job's members `first` to `end`."""
+        """The cache for the members `first` to `end` of a prefill."""
         members, width = job.members[first:end], job.end - job.begin
         counts = torch.tensor([min(job.end, m.prompt_tokens) - job.begin for m in members])
         starts = torch.tensor([self._token(m.lane, m.row) + job.begin for m in members])
         rows = torch.arange(len(members)).repeat_interleave(counts)
-        places = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-        target = on_device(starts[rows] + places, device)
+        columns = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+        target = on_device(starts[rows] + columns, device)
         if len(rows) == len(members) * width:
-            stored = Stored(target)
+            stored = StoreIndex(target)
         else:
-            stored = Stored(target, on_device(rows, device), on_device(places, device))
+            stored = StoreIndex(target, on_device(rows, device), on_device(columns, device))
         seen = (int(starts[0]) - job.begin, job.end) if job.begin else None
         return self.prompts(stored, job.begin, seen)
 
     def prompts(
-        self, stored: Stored, begin: int, seen: tuple[int, int] | None = None
+        self, stored: StoreIndex, begin: int, seen: tuple[int, int] | None = None
     ) -> "StageCache":
-        """For tokens from `begin` on; those of a chunk also see `seen` (first, count) tokens."""
+        """The cache for tokens from `begin` on; those of a chunk see `seen` (first, count)."""
         layers = [_Prefill(self, i, stored, begin, seen) for i in range(self._num_layers)]
         return StageCache(layers, begin)
 
     def step(
         self, lane: int, rows: range, width: int, columns: Tensor, tokens: Tensor
     ) -> "StageCache":
-        """For some rows of a lane that attend to `width` columns.
+        """The cache for some rows of a lane that attend to `width` columns.
 
-        `columns` `[rows]`: where each stands in its text; `tokens` `[rows]`: where in the buffers
-        it stores what it computes, as `step_tokens` says.
+        `columns` `[rows]` holds the column of each row's token in its text, `tokens` `[rows]` the
+        position in the buffers where its states are stored (`step_tokens`).
         """
         layers = [_Step(self, i, lane, rows, width, tokens) for i in range(self._num_layers)]
         return StageCache(layers, columns)
 
     def step_tokens(self, job: Job, rows: int) -> list[int]:
-        """The token of the buffers that each of the first `rows` of a job's lane writes."""
+        """The position in the buffers that each of the first `rows` of a job's lane writes."""
         tokens = [self._token(job.lane, row + 1) - 1 for row in range(rows)]
         for member in job.members:
             tokens[member.row] = self._token(job.lane, member.row) + member.column
         return tokens
 
     def pair(self, layer: int, like: Tensor) -> Pair:
-        """Keys and values `[tokens, H, D]` of a layer; `like` is `[..., H, t, D]`."""
+        """Keys and values `[tokens, H, D]` of a layer, allocated like `like` `[..., H, t, D]`."""
         pair = self._buffers[layer]
         if pair is None:
             size = cache_tokens(self.shapes), like.shape[1], like.shape[3]
@@ -125,7 +125,7 @@ class LaneCache:
         return pair
 
     def view(self, buffer: Tensor, lane: int, rows: range, width: int) -> Tensor:
-        """`[rows, H, width, D]` of a lane."""
+        """The view `[rows, H, width, D]` of some rows of a lane."""
         return self._slots(buffer, lane)[rows.start : rows.stop, :width].transpose(1, 2)
 
     @property
@@ -133,43 +133,43 @@ class LaneCache:
         return [buffer for pair in self._buffers if pair for buffer in pair]
 
     def _slots(self, buffer: Tensor, lane: int) -> Tensor:
-        """`[R, T, H, D]` of a lane."""
+        """The view `[R, T, H, D]` of a lane."""
         shape, first = self.shapes[lane], self._first_tokens[lane]
         return buffer[first : first + shape.rows * shape.tokens].unflatten(0, shape)
 
     def _token(self, lane: int, row: int) -> int:
-        """The first token of a slot in the buffers."""
+        """The position of a slot in the buffers."""
         return self._first_tokens[lane] + row * self.shapes[lane].tokens
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same values on a device; a card copies from pinned memory while the program goes on."""
+    """The tensor on a device; a card copies it from pinned memory without waiting."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class StageCache(Cache):
-    """What transformers sees of the cache in one job. `offset`: the column of the query tokens."""
+    """The cache of one job for transformers. `offset` is the column of the query tokens."""
 
     def __init__(self, layers: list[Any], offset: int | Tensor) -> None:
         super().__init__(layers=layers)
         self._offset = offset
 
     def from_layer(self, first: int) -> "StageCache":
-        """The same for a stage that starts at layer `first`, by the whole model's indices.
+        """The cache of a stage that starts at layer `first`, by the whole model's indices.
 
-        Layers before it store nothing; how much is stored is asked of the first one.
+        Layers before it store nothing; transformers asks the first one how much is stored.
         """
         return StageCache([self.layers[0]] * first + self.layers, self._offset)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
-        """One column for all rows, or `[R]` of each."""
+        """The column of the query tokens: one for all rows, or `[R]` of each."""
         return self._offset
 
 
 class _Layer(CacheLayerMixin):
-    """One layer of a job; `past` columns are stored already, as far as transformers knows."""
+    """The cache of one layer in a job; `past` is the number of stored columns it reports."""
 
     is_sliding = False  # windows are applied by the mask; every token stays stored
 
@@ -191,13 +191,13 @@ class _Layer(CacheLayerMixin):
 
 
 class _Prefill(_Layer):
-    """Whole prompts, padded on the right, or a chunk of one, which sees `seen` tokens."""
+    """Stores whole prompts, padded on the right, or a chunk, which sees `seen` tokens."""
 
     def __init__(
         self,
         cache: LaneCache,
         layer: int,
-        stored: Stored,
+        stored: StoreIndex,
         past: int,
         seen: tuple[int, int] | None,
     ) -> None:
@@ -215,7 +215,7 @@ class _Prefill(_Layer):
 
 
 class _Step(_Layer):
-    """One token of some of a lane's rows."""
+    """Stores one token of each of some rows of a lane."""
 
     def __init__(
         self, cache: LaneCache, layer: int, lane: int, rows: range, width: int, tokens: Tensor

@@ -1,7 +1,8 @@
-"""Which tensors are alive while code runs: on the meta device, or on a CPU, which does not count.
+"""Records which tensors are alive while code runs, on the meta device or on a CPU.
 
-`PeakMemory` adds up their bytes; `LiveTensors` remembers what was alive whenever a tensor was made,
-and takes a linear layer as one moment, as what it takes inside depends on its precision.
+`PeakMemory` adds up their bytes; `LiveTensors` takes a snapshot of the live tensors whenever one is
+made. A linear layer is one snapshot, as its temporaries depend on its precision.
+
 Not covered: temporaries inside torch's own kernels.
 """
 
@@ -14,20 +15,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Answers that a tensor without values gives: "no", so that a mask is taken to hide something.
+# Operators that ask for a value: without values they give False, as for a mask that hides tokens.
 ASKS_FOR_A_VALUE = (
     torch.ops.aten.item.default,
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.is_nonzero.default,
 )
 
-ATTENTION = "attention"  # the name of fused attention among the linears
+ATTENTION = "attention"  # the name of fused attention in snapshots, beside those of linears
 
-Bytes = Counter[int]  # how many live tensors have so many bytes
+Bytes = Counter[int]  # the number of live tensors of each size in bytes
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of tensors made inside, at their peak. For CPUs, which do not count."""
+    """Counts the peak bytes of tensors made inside; for CPUs, whose allocator does not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class PeakMemory(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for storage in storages(args):  # what comes from outside was there before
+        for storage in storages(args):  # tensors from outside existed before
             if storage._cdata not in self._known:
                 self._known.add(storage._cdata)
                 weakref.finalize(storage, self._known.discard, storage._cdata)
@@ -45,7 +46,7 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def note(self, result: Any) -> None:
-        """Counts the tensors of a result that are new."""
+        """Counts the new tensors of a result."""
         for storage in storages(result):
             if storage._cdata not in self._known:
                 self._count(storage)
@@ -68,22 +69,22 @@ def storages(tree: Any) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """What was alive at once, and the linear that was computing (empty: none)."""
+class TensorSnapshot:
+    """The tensors that were alive at one time, and the linear that was running (or empty)."""
 
     op: str
     biased: bool
-    later: bool  # in a layer after the stage's first one
+    later: bool  # whether its layer is not the stage's first one
     live: Bytes
 
 
 class LiveTensors(PeakMemory):
-    """Remembers what is alive whenever a tensor is made."""
+    """Takes a snapshot of the live tensors whenever a tensor is made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live: Bytes = Counter()
-        self.snapshots: list[Snapshot] = []
+        self.snapshots: list[TensorSnapshot] = []
         self.later = False
         self._inside_linear = False
 
@@ -97,12 +98,12 @@ class LiveTensors(PeakMemory):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def enter_linear(self, op: str, biased: bool) -> None:
-        """What a linear makes is not looked at until it is left."""
+        """Takes a snapshot for a linear; its temporaries are ignored until it is left."""
         self._take(op, biased)
         self._inside_linear = True
 
     def leave_linear(self, output: torch.Tensor) -> None:
-        """Only its output is left."""
+        """Counts the output of the linear."""
         self._inside_linear = False
         self.note(output)
 
@@ -116,4 +117,4 @@ class LiveTensors(PeakMemory):
         super()._release(key, size)
 
     def _take(self, op: str = "", biased: bool = False) -> None:
-        self.snapshots.append(Snapshot(op, biased, self.later, +self.live))
+        self.snapshots.append(TensorSnapshot(op, biased, self.later, +self.live))

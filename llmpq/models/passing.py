@@ -1,10 +1,10 @@
-"""Layers of other stages, emptied, in their places among a stage's own.
+"""Empties the layers of other stages, which stay in the list of layers.
 
-A decoder runs all layers of the whole model. Those that a stage does not own hand on the states
-that they are given. The last one before the stage's own gives what came from the stage before
-instead, whatever the decoder did to its input; the first one after them keeps what goes to the next
-stage. So an index of a layer means the same everywhere, and what a decoder computes before its
-first layer or after its last acts only where it belongs.
+A decoder runs all layers of the whole model. Layers that a stage does not own return their input
+states. The last one before the stage's own layers returns the states from the stage before instead,
+whatever the decoder did to its input; the first one after them keeps the states for the next stage.
+So an index of a layer means the same on every stage, and what a decoder computes before its first
+layer or after its last layer acts only on the first or last stage.
 
 Not covered: layers that exchange more than one tensor of states.
 """
@@ -22,14 +22,14 @@ from llmpq.models.family import find, replace
 
 
 class Passing:
-    """Empties all `layers` but `first` up to `end`; `tuples`: layers give tuples of tensors."""
+    """Empties all `layers` but `first` up to `end`; `tuples`: layers return tuples."""
 
     def __init__(self, layers: nn.ModuleList, first: int, end: int, tuples: bool) -> None:
         self.received: Tensor | None = None
         self.sent: Tensor | None = None
         for index, layer in enumerate(layers):
             if not first <= index < end:
-                layer._modules.clear()  # what a decoder asks of a layer beside stays there
+                layer._modules.clear()  # other attributes, which a decoder may read, are kept
                 layer._parameters.clear()
                 layer._buffers.clear()
                 is_before, is_after = index == first - 1, index == end
@@ -37,7 +37,7 @@ class Passing:
 
     @contextmanager
     def given(self, hidden: Tensor) -> Iterator["Passing"]:
-        """The states that came in, for one run; `sent` are then those that go out, if any."""
+        """Sets the states that came in, for one run; `sent` then holds those that go out."""
         self.received, self.sent = hidden, None
         try:
             yield self
@@ -64,7 +64,7 @@ class _PassedOver:
 
 
 def pass_over(model: nn.Module, family: Family, is_first: bool, is_last: bool) -> None:
-    """Removes what other stages own beside layers."""
+    """Removes the modules of other stages beside layers."""
     if not is_first:
         replace(model, f"{family.decoder}.{family.embedding}", None)
         for name in family.input:
@@ -78,31 +78,31 @@ def pass_over(model: nn.Module, family: Family, is_first: bool, is_last: bool) -
 
 
 def _replace_if_there(model: nn.Module, path: str, new: nn.Module) -> None:
-    """One without parameters costs nothing, and may act in two places (NanoChat's norm)."""
+    """Replaces a module with parameters; one without may act in two places (NanoChat's norm)."""
     old = find(model, path)
     if old is not None and next(old.parameters(), None) is not None:
         replace(model, path, new)
 
 
 class _Nothing(nn.Module):
-    """Stands for learned positions on a stage that does not add them."""
+    """Replaces learned positions on a stage that does not add them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        return next(tensors).new_zeros(())  # on the device of the others
+        return next(tensors).new_zeros(())  # it is on the device of the other tensors
 
 
 class _Reached(Exception):
-    """The layer that was waited for has run."""
+    """Ends a forward pass once the first layer has run."""
 
 
 def gives_tuples(
     decoder: nn.Module, first_layer: nn.Module, width: int, dtype: torch.dtype
 ) -> bool:
-    """Whether layers give tuples, found by running a decoder on the meta device up to its first.
+    """Whether layers return tuples, found by running a decoder on the meta device.
 
-    `width`: of its input. A decoder that cannot run without values is taken to have layers that
-    give tensors.
+    `width` is the size of its input. A decoder that cannot run without values is assumed to have
+    layers that return tensors.
     """
     found: list[object] = []
 
@@ -112,7 +112,7 @@ def gives_tuples(
 
     hook = first_layer.register_forward_hook(reached)
     states = torch.empty(1, 1, width, dtype=dtype, device="meta")
-    with torch.inference_mode(), suppress(Exception):  # of any kind: then nothing is found
+    with torch.inference_mode(), suppress(Exception):  # after any error nothing is found
         decoder(inputs_embeds=states, use_cache=False)
     hook.remove()
     return bool(found) and isinstance(found[0], tuple)

@@ -1,7 +1,7 @@
-"""Rotary positions that depend on how long a text is ("longrope"), decided for each row alone.
+"""Rotary positions that depend on the length of a text ("longrope"), decided for each row.
 
 transformers decides for a whole batch by its longest text, so that a request's tokens would depend
-on its batch mates. Here the positions are encoded both ways, and each row takes its own: the long
+on its batch. Here the positions are encoded in both ways, and each row selects its own: the long
 factors where its text is longer than `original_max_position_embeddings`.
 
 "dynamic" positions change only beyond `max_position_embeddings`, which no request may exceed.
@@ -22,7 +22,7 @@ LONG = "longrope"
 
 @dataclass
 class RowRope:
-    """The `forward` of a module of rotary positions; `lengths` `[B]` as in `StageModel.run`."""
+    """The `forward` of a module of rotary positions; `lengths` is that of `StageModel.run`."""
 
     module: Any
     plain: Callable[..., tuple[Tensor, Tensor]]  # without a decision by length
@@ -32,7 +32,7 @@ class RowRope:
     def __call__(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each `[B, S, D]`."""
+        """The cosines and sines, each `[B, S, D]`."""
         more = {} if layer_type is None else {"layer_type": layer_type}
         settings = _settings(self.module.config, layer_type)
         if settings.get("rope_type") != LONG:
@@ -53,7 +53,7 @@ class RowRope:
 
 
 def decide_by_row(model: nn.Module) -> list[RowRope]:
-    """Puts a `RowRope` in place wherever a model would decide for a whole batch."""
+    """Installs a `RowRope` wherever a model would decide for a whole batch."""
     ropes = []
     for module in model.modules():
         forward = type(module).forward
@@ -65,7 +65,7 @@ def decide_by_row(model: nn.Module) -> list[RowRope]:
 
 
 def switches_at(config: Any) -> int | None:
-    """The length beyond which a model encodes positions in another way; None: it does not."""
+    """The length beyond which a model encodes positions differently; None: there is none."""
     parameters = getattr(config, "rope_parameters", None) or {}
     some = [parameters, *(each for each in parameters.values() if isinstance(each, Mapping))]
     limits = [

@@ -1,15 +1,16 @@
-"""How equal devices share every layer of a stage (tensor parallelism, as in Megatron-LM).
+"""Cuts the layers of a stage for equal devices (tensor parallelism, as in Megatron-LM).
 
 Each device (a shard) holds whole attention heads and an equal part of the feed-forward network's
-inner values: q, k, v, gate and up are cut by their outputs, o and down by their inputs, and what
-these two give is summed over the shards. Where there are fewer key-value heads than shards, several
-shards hold the same one. Embedding and head are cut by the vocabulary; norms, learned positions and
-what projects the embedding are on every shard. The cuts are those that `ModelSpec.shard` counts.
+inner values: q, k, v, gate and up are cut by their outputs, o and down by their inputs, and the
+outputs of these two are summed over the shards. Where there are fewer key-value heads than shards,
+several shards hold the same one. Embedding and head are cut by the vocabulary; norms, learned
+positions and projections of the embedding are on every shard. `ModelSpec.shard` counts these cuts.
 
 Every shard must make the same calls in the same order, with the same states.
 Not covered: families whose attention is not listed here, experts, sequence parallelism.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from llmpq.model_lookup import spec_from_config
 from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.quant import INPUTS, OUTPUTS, PlainLinear, QuantizedLinear, TensorPart
 
-NUM_HEADS = "num_heads"  # what modules call their heads, where they keep the number
+NUM_HEADS = "num_heads"  # the attribute of modules that keep the number of heads
 HEADS_PER_KEY = "num_key_value_groups"  # query heads that share a key-value head
 
 
@@ -35,7 +36,7 @@ class Shard:
 
     @property
     def leads(self) -> bool:
-        """The one that adds what is to be added once."""
+        """Whether this shard adds the terms that are added once, and sends and receives."""
         return self.index == 0
 
 
@@ -52,11 +53,11 @@ class ShardGroup(Protocol):
         """The sum of everyone's tensors, in place: the same bits on every shard."""
 
     def broadcast(self, tensor: Tensor) -> None:
-        """The first shard's values into everyone's tensor."""
+        """Copies the first shard's values into everyone's tensor."""
 
 
 class Sharding:
-    """How one shard of a model cuts its tensors; `Shard()` cuts nothing.
+    """Cuts the tensors of one shard of a model; `Shard()` cuts nothing.
 
     Raises `UserError` where the model cannot be cut so.
     """
@@ -66,7 +67,7 @@ class Sharding:
         self._spec = None if shard.count == 1 else _checked_spec(config, shard.count)
 
     def part(self, linear: str, out_features: int, in_features: int) -> TensorPart | None:
-        """The part that this shard holds of a layer's linear, by its name inside the layer."""
+        """The part of a layer's linear that this shard holds, by its name inside the layer."""
         if self._spec is None:
             return None
         cut = CUTS[linear.rpartition(".")[2]]
@@ -76,7 +77,7 @@ class Sharding:
         return self._equal(OUTPUTS, out_features, min(heads, self.shard.count))
 
     def vocabulary(self, size: int) -> TensorPart | None:
-        """The tokens whose rows this shard holds of embedding and head; the last may hold fewer."""
+        """The rows of embedding and head that this shard holds; the last may hold fewer."""
         if self._spec is None:
             return None
         step = -(-size // self.shard.count)
@@ -84,7 +85,7 @@ class Sharding:
         return TensorPart(OUTPUTS, start, min(start + step, size), size)
 
     def tell_heads(self, layer: nn.Module) -> None:
-        """Tells the attention of a layer how many heads it has left."""
+        """Sets the number of this shard's heads in the attention of a layer."""
         if self._spec is None:
             return
         own = self._spec.shard(self.shard.count)
@@ -99,21 +100,21 @@ class Sharding:
             layer.register_forward_pre_hook(own_heads, with_kwargs=True)
 
     def _equal(self, dim: int, size: int, num_parts: int) -> TensorPart:
-        """One of `num_parts` equal parts; neighbouring shards share one where they are more."""
+        """One of `num_parts` equal parts; where there are more shards, neighbours share one."""
         step = size // num_parts
         start = self.shard.index * num_parts // self.shard.count * step
         return TensorPart(dim, start, start + step, size)
 
 
 def sum_outputs(linear: PlainLinear | QuantizedLinear, group: ShardGroup) -> None:
-    """Makes a linear cut by its inputs give the sum over all shards."""
+    """Makes a linear that is cut by its inputs return the sum over all shards."""
     linear.register_forward_hook(lambda module, inputs, output: group.all_reduce(output))
 
 
 def embed_part(
     embedding: nn.Module, part: TensorPart, token_ids: Tensor, group: ShardGroup
 ) -> Tensor:
-    """The first shard's `[B, S]` tokens to `[B, S, H]`, each from the shard that holds its row."""
+    """Embeds the first shard's tokens `[B, S]` to `[B, S, H]`, by the shards with their rows."""
     group.broadcast(token_ids)
     rows = token_ids - part.start
     missing = (rows < 0) | (rows >= part.size)
@@ -122,7 +123,7 @@ def embed_part(
 
 
 def join_logits(logits: Tensor, part: TensorPart, group: ShardGroup) -> Tensor:
-    """`[..., part of V]` from every shard to `[..., V]`."""
+    """Joins the logits `[..., part of V]` of all shards to `[..., V]`."""
     whole = logits.new_zeros(*logits.shape[:-1], part.whole)
     whole[..., part.start : part.stop] = logits
     return group.all_reduce(whole)
@@ -146,11 +147,11 @@ def _own_heads(
     names: tuple[str, ...],
     layer: nn.Module,
     args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Leaves a layer its own heads' part of the arguments that are made for all heads.
+    kwargs: Mapping[str, Any],
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Cuts arguments of a layer that have values for all heads to those of this shard's heads.
 
-    Such are BLOOM's slopes, `[B * heads, 1, T]`, which every layer is handed.
+    An example are BLOOM's slopes, `[B * heads, 1, T]`, an argument of every layer.
     """
     batch = args[0].shape[0]
     own = {
@@ -158,4 +159,4 @@ def _own_heads(
         for name in names
         if name in kwargs
     }
-    return args, kwargs | own
+    return args, {**kwargs, **own}

@@ -1,10 +1,10 @@
-"""What a stage has alive in one micro-batch, as moments whose bytes are products of named sizes.
+"""Which tensors a stage holds in one micro-batch, as allocation snapshots in named sizes.
 
 A stage is built on the meta device (no memory, no weights) and run there as the runtime runs it,
-while `LiveTensors` watches. Sizes are primes, so the bytes of a tensor fall apart into what they
-are a product of: `requests`, `tokens`, and for the families that `costs.memory` knows also
-`hidden`, `ffn` and so on. A `Moment` is all that was alive at once, as such products; moments that
-never decide the peak are dropped.
+while `LiveTensors` records every allocation. Sizes are primes, so the bytes of a tensor factor into
+the sizes that they are a product of: `requests`, `tokens`, and for the families that `costs.memory`
+knows also `hidden`, `ffn` and so on. An `AllocationSnapshot` holds all tensors that were alive at
+one time, as such products; snapshots that can never be the peak are dropped.
 """
 
 from collections import Counter
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from llmpq.job import LaneShape
-from llmpq.model_spec import Moment
-from llmpq.models.lanes import LaneCache, Stored
-from llmpq.models.live_tensors import LiveTensors, Snapshot
+from llmpq.model_spec import AllocationSnapshot
+from llmpq.models.lanes import LaneCache, StoreIndex
+from llmpq.models.live_tensors import LiveTensors, TensorSnapshot
 from llmpq.models.stage_model import LayerRange, StageModel
 from llmpq.quant import PlainLinear
 
@@ -26,18 +26,18 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A micro-batch: `requests` with `tokens` new ones each, which see `seen` tokens in all."""
+class MicroBatchShape:
+    """A micro-batch of `requests` with `tokens` new tokens each, which see `seen` tokens."""
 
     requests: int
     tokens: int
     seen: int
 
 
-def snapshots(config: Any, layers: LayerRange, shape: Shape) -> list[Snapshot]:
-    """What is alive while a stage runs one micro-batch, as the runtime's warm-up does."""
-    stage = StageModel(config, layers, ["16"] * (layers.end - layers.first), torch.bfloat16, META)
-    cache = LaneCache(layers.end - layers.first, [LaneShape(shape.requests, shape.seen)])
+def snapshots(config: Any, layers: LayerRange, shape: MicroBatchShape) -> list[TensorSnapshot]:
+    """Snapshots of a stage that runs one micro-batch, as in the runtime's warm-up."""
+    stage = StageModel(config, layers, ["16"] * layers.count, torch.bfloat16, META)
+    cache = LaneCache(layers.count, [LaneShape(shape.requests, shape.seen)])
     watch = LiveTensors()
     with torch.inference_mode():
         with LiveTensors():
@@ -49,8 +49,8 @@ def snapshots(config: Any, layers: LayerRange, shape: Shape) -> list[Snapshot]:
     return watch.snapshots
 
 
-def run_on_meta(stage: StageModel, cache: LaneCache, shape: Shape) -> None:
-    """What a worker does with a job; what it is given stays alive to the end."""
+def run_on_meta(stage: StageModel, cache: LaneCache, shape: MicroBatchShape) -> None:
+    """Runs a job as a worker does; its input stays alive to the end."""
     requests, tokens = shape.requests, shape.tokens
     if stage.layers.is_first:
         given = stage.embed(_integers(requests, tokens))  # ids are counted in `costs.memory`
@@ -59,8 +59,8 @@ def run_on_meta(stage: StageModel, cache: LaneCache, shape: Shape) -> None:
         given = torch.empty(size, dtype=stage.dtype, device=META)
     columns, positions = _integers(requests), _integers(requests, tokens)
     if tokens == shape.seen:
-        every = _integers(requests * tokens)  # as good as: one prompt is a little shorter
-        view = cache.prompts(Stored(every, every.clone(), every.clone()), 0)
+        every = _integers(requests * tokens)  # as if one prompt were a little shorter
+        view = cache.prompts(StoreIndex(every, every.clone(), every.clone()), 0)
     else:
         view = cache.step(0, range(requests), shape.seen, columns, columns)
     hidden = stage.run(given, positions, view)
@@ -76,7 +76,7 @@ def _integers(*shape: int) -> torch.Tensor:
 
 
 def _hooks(stage: StageModel, watch: LiveTensors) -> Iterator[Any]:
-    """Each puts one hook in place: around every linear of the layers, and on the layers."""
+    """Functions that each install one hook: around every linear, and on the layers."""
     for index, layer in enumerate(stage.own_layers):
         yield lambda layer=layer, index=index: layer.register_forward_pre_hook(
             lambda *_: setattr(watch, "later", index > 0)
@@ -98,11 +98,13 @@ def _watch_linear(module: PlainLinear, op: str, watch: LiveTensors) -> None:
 # ---- from bytes to products of named sizes
 
 
-def moments(seen: Iterable[Snapshot], sizes: Mapping[str, int]) -> tuple[Moment, ...]:
-    """The moments that may decide the peak, their bytes as products of the named `sizes`.
+def snapshot_table(
+    seen: Iterable[TensorSnapshot], sizes: Mapping[str, int]
+) -> tuple[AllocationSnapshot, ...]:
+    """The snapshots that may be the peak, with bytes as products of the named `sizes`.
 
-    A size is recognised by the largest prime in it, which no two sizes may share, but that a size
-    may hold another one's (`heads` those of `kv_heads`).
+    A size is recognized by its largest prime, which no two sizes may share; only a multiple of
+    another size may (`heads` of `kv_heads`).
     """
     terms: dict[int, tuple[str, float]] = {}
     found = [_moment(snapshot, sizes, terms) for snapshot in seen]
@@ -110,21 +112,21 @@ def moments(seen: Iterable[Snapshot], sizes: Mapping[str, int]) -> tuple[Moment,
 
 
 def _moment(
-    snapshot: Snapshot, sizes: Mapping[str, int], terms: dict[int, tuple[str, float]]
-) -> Moment:
+    snapshot: TensorSnapshot, sizes: Mapping[str, int], terms: dict[int, tuple[str, float]]
+) -> AllocationSnapshot:
     total: Counter[str] = Counter()
     for num_bytes, count in snapshot.live.items():
         if num_bytes not in terms:
             terms[num_bytes] = _product(num_bytes, sizes)
         name, factor = terms[num_bytes]
         total[name] += count * factor  # type: ignore[assignment]  # factors may be halves
-    return Moment(
+    return AllocationSnapshot(
         op=snapshot.op, biased=snapshot.biased, later=snapshot.later, num_bytes=dict(total)
     )
 
 
 def _product(num_bytes: int, sizes: Mapping[str, int]) -> tuple[str, float]:
-    """`num_bytes` as names of sizes joined by "*", and the factor that is left."""
+    """`num_bytes` as names of sizes joined by "*", and the remaining factor."""
     names, rest = [], Fraction(num_bytes)
     for name, size in sorted(sizes.items(), key=lambda item: -_odd(item[1])):
         odd = _odd(size)
@@ -136,21 +138,22 @@ def _product(num_bytes: int, sizes: Mapping[str, int]) -> tuple[str, float]:
 
 
 def _odd(size: int) -> int:
-    """The odd part, by which a size is recognised: halves and quarters of it are met too."""
+    """The odd part, by which a size is recognized, as halves and quarters of it occur too."""
     return size // (size & -size)
 
 
-def _deciding(found: Iterable[Moment]) -> tuple[Moment, ...]:
-    """Without moments at which no more was alive, product by product, than at another one."""
-    kept: list[Moment] = []
-    for moment in sorted(found, key=lambda m: (m.later, bool(m.op), -sum(m.num_bytes.values()))):
-        if not any(covers(other, moment) for other in kept):
-            kept = [other for other in kept if not covers(moment, other)]
-            kept.append(moment)
+def _deciding(found: Iterable[AllocationSnapshot]) -> tuple[AllocationSnapshot, ...]:
+    """The snapshots that no other one covers, product by product."""
+    kept: list[AllocationSnapshot] = []
+    for snapshot in sorted(found, key=lambda m: (m.later, bool(m.op), -sum(m.num_bytes.values()))):
+        if not any(covers(other, snapshot) for other in kept):
+            kept = [other for other in kept if not covers(snapshot, other)]
+            kept.append(snapshot)
     return tuple(sorted(kept, key=lambda m: (m.later, m.op, sorted(m.num_bytes.items()))))
 
 
-def covers(more: Moment, less: Moment) -> bool:
+def covers(more: AllocationSnapshot, less: AllocationSnapshot) -> bool:
+    """Whether `more` needs at least the memory of `less` at all sizes."""
     if more.later and not less.later:
         return False
     if less.op and (more.op, more.biased) != (less.op, less.biased):

@@ -1,20 +1,19 @@
 """Some consecutive layers of a decoder, as a module that runs alone.
 
 `StageModel` is transformers' own causal language model, built whole on the meta device (no memory).
-The layers of other stages stay in their places, emptied: they hand on what they are given
-(`passing`), so that every index of a layer means the same as in the whole model, and what comes
-before the first layer acts once. Its linears are llmpq's
-quantised ones. It holds no weights until `parameters_to_load` have been filled by a loader.
+The layers of other stages stay in the list, emptied: they return their input (`passing`), so that
+an index of a layer means the same as in the whole model, and computations before the first layer
+act once. Its linears are llmpq's quantized ones. A loader fills `parameters_to_load` with weights.
 
-A stage may be one shard of several that share every layer (`sharding`): then `embed`, `run` and
-`head` are called on all of them alike, and give the same on each.
+A stage may be one of several shards that share every layer (`sharding`): then `embed`, `run` and
+`head` are called on all of them alike, and return the same on each.
 
 Shapes: B requests, S tokens, H hidden size, V vocabulary.
 Not covered: layers that keep other state than keys and values, encoders.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +56,10 @@ from llmpq.quant import (
     quantize,
 )
 
-# Of all linears of a layer, or of each by its name inside the layer ("self_attn.q_proj").
+# One precision for a layer, or one for each linear by its name inside ("self_attn.q_proj").
 LayerPrecision = str | Callable[[str], str]
 
-# Settings with which a model brings code: its own, or a repository of kernels.
+# Settings that name code: the model's own, or a repository of kernels.
 NAMES_OF_CODE = ("auto_map", "attn_implementation", "experts_implementation")
 
 
@@ -73,42 +72,48 @@ class LayerRange:
     total: int
 
     @property
+    def count(self) -> int:
+        """The number of layers in the range."""
+        return self.end - self.first
+
+    @property
     def is_first(self) -> bool:
-        """Embeds the tokens."""
+        """Whether the range holds the first layer, so that its stage embeds tokens."""
         return self.first == 0
 
     @property
     def is_last(self) -> bool:
-        """Computes the logits."""
+        """Whether the range holds the last layer, so that its stage computes logits."""
         return self.end == self.total
 
 
 @dataclass(frozen=True)
 class RawTensor:
-    """A tensor of the checkpoint and the place that wants it, or a part of it."""
+    """A tensor of the checkpoint, and the module that needs it or a part of it."""
 
-    name: str  # in the whole model's checkpoint
+    name: str  # its name in the whole model's checkpoint
     module: nn.Module
     attribute: str
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # the whole tensor's shape
 
     def part(self, rounding: Rounding = quantize) -> TensorPart | None:
-        """The part that the place must be given, if weights are rounded so; None: all of it."""
+        """The part that the module needs, if weights are rounded so; None: all of it."""
         if isinstance(self.module, PlainLinear | QuantizedLinear):
             return self.module.part_to_read(self.attribute, rounding)
         return None if self.is_buffer else _part_of(self.module)
 
     @property
     def is_buffer(self) -> bool:
-        """Whether it is no weight, but a constant that transformers stores beside the weights."""
+        """Whether it is a constant that transformers stores beside the weights, and no weight."""
         return self.attribute in self.module._buffers
 
 
 class StageModel(nn.Module):
     """Layers of a model at given precisions; `dtype` is that of activations and 16-bit weights.
 
-    `shard`: which of the devices that share the layers this is; `group` connects them, and is
-    needed to compute where there are several. Raises `UserError` where the model cannot be cut so.
+    `shard` is this device among those that share the layers; `group` connects them, and is needed
+    for computing where there are several. Raises `UserError` where the model cannot be cut so, or
+    where this device cannot serve a precision.
     """
 
     def __init__(
@@ -122,7 +127,7 @@ class StageModel(nn.Module):
         group: ShardGroup | None = None,
     ) -> None:
         super().__init__()
-        assert len(precisions) == layers.end - layers.first
+        assert len(precisions) == layers.count
         assert layers.total == config.num_hidden_layers
         assert group is None or (group.rank, group.size) == (shard.index, shard.count)
         self.layers, self.dtype, self.device = layers, dtype, device
@@ -146,14 +151,14 @@ class StageModel(nn.Module):
         compute_buffers(model, device)
         self._row_ropes = decide_by_row(model)
         self._cut_embedding()
-        self._quantise(precisions)
+        self._quantize(precisions)
         decoder = find(model, self.family.decoder)
         assert decoder is not None
         self._decoder = [decoder]  # in a list: already registered as part of `model`
         model.requires_grad_(False)
 
     def parameters_to_load(self) -> Iterator["RawTensor"]:
-        """Every tensor that a loader must fill, stored buffers among them, tied ones once."""
+        """Yields every tensor that a loader must fill, with stored buffers; tied ones once."""
         seen: set[tuple[int, str]] = set()
         for prefix, module in self.model.named_modules():
             for name, shape in _raw_shapes(module).items():
@@ -186,7 +191,7 @@ class StageModel(nn.Module):
 
     @property
     def looks_at_lengths(self) -> bool:
-        """Positions are encoded by how long a row's text is, which `run` must then be told."""
+        """Whether positions depend on the length of a row's text, which `run` then needs."""
         return bool(self._row_ropes)
 
     @property
@@ -201,11 +206,11 @@ class StageModel(nn.Module):
 
     @property
     def head_is_tied(self) -> bool:
-        """config.json says that the head uses the embedding's matrix."""
+        """Whether config.json says that the head uses the embedding's matrix."""
         return bool(self.config.tie_word_embeddings)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """`[B, S]` token ids to `[B, S, H]` (first stage only); shards get the first one's ids."""
+        """Embeds ids `[B, S]` to `[B, S, H]` (first stage); shards use the first one's ids."""
         embedding = find(self._decoder[0], self.family.embedding)
         assert embedding is not None
         part = _part_of(embedding)
@@ -221,11 +226,11 @@ class StageModel(nn.Module):
         cache: StageCache | None = None,
         lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[B, S, H]` through this stage's layers (and the final norm on the last stage).
+        """Runs `[B, S, H]` through this stage's layers (and the last stage's final norm).
 
         Rows are padded on the right, where attention does not look. `position_ids` `[B, S]` are
-        places in each row's text; None: from 0 on. `lengths` `[B]`: tokens that each row's text
-        has so far, padding left out; None: up to the last position.
+        positions in each row's text; None counts from 0. `lengths` `[B]` is the number of tokens of
+        each row's text so far, without padding; None means up to the last position.
         """
         for rope in self._row_ropes:
             rope.lengths = lengths
@@ -239,7 +244,7 @@ class StageModel(nn.Module):
             return output.last_hidden_state if passing.sent is None else passing.sent
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[..., H]` to logits `[..., V]` (last stage only)."""
+        """The logits `[..., V]` of states `[..., H]` (last stage only)."""
         head = find(self.model, self.family.head)
         assert head is not None
         logits, part = head(hidden), _part_of(head)
@@ -253,12 +258,12 @@ class StageModel(nn.Module):
         return logits / (getattr(self.config, self.family.logit_divisor, None) or 1)
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights held, packed ones as packed; a shared matrix counts once."""
+        """Bytes of all weights, packed ones as packed; a shared matrix counts once."""
         seen: set[int] = set()
         return sum(_held_bytes(module, seen) for module in self.model.modules())
 
-    def _quantise(self, precisions: Sequence[LayerPrecision]) -> None:
-        """Replaces the linears of every layer by ones that own their precision."""
+    def _quantize(self, precisions: Sequence[LayerPrecision]) -> None:
+        """Replaces the linears of every layer by those of its precision."""
         for layer, precision in zip(self.own_layers, precisions, strict=True):
             linears = [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
             for name, linear in linears:
@@ -272,7 +277,7 @@ class StageModel(nn.Module):
             replace(self.model, self.family.head, self._linear(head, "16", part))
 
     def put(self, within: nn.Module, path: str, linear: PlainLinear | QuantizedLinear) -> None:
-        """Puts a linear at a dotted path of a module; one cut by inputs gives the shards' sum."""
+        """Sets a linear at a dotted path; one that is cut by inputs returns the shards' sum."""
         replace(within, path, linear)
         if self.group is not None and linear.part is not None and linear.part.dim == INPUTS:
             sum_outputs(linear, self.group)
@@ -283,18 +288,21 @@ class StageModel(nn.Module):
         shape = (like.out_features, like.in_features)
         out_features, in_features = part.of_shape(shape) if part else shape
         added_elsewhere = part is not None and part.dim == INPUTS and not self.shard.leads
-        return make_linear(
-            precision,
-            in_features,
-            out_features,
-            bias=like.bias is not None and not added_elsewhere,
-            dtype=self.dtype,
-            device=self.device,
-            part=part,
-        )
+        try:
+            return make_linear(
+                precision,
+                in_features,
+                out_features,
+                bias=like.bias is not None and not added_elsewhere,
+                dtype=self.dtype,
+                device=self.device,
+                part=part,
+            )
+        except ValueError as error:  # a precision that this device cannot serve
+            raise UserError(str(error)) from None
 
     def _cut_embedding(self) -> None:
-        """Leaves the token embedding the rows that this shard holds."""
+        """Cuts the token embedding to the rows that this shard holds."""
         embedding = find(self.model, f"{self.family.decoder}.{self.family.embedding}")
         if not isinstance(embedding, nn.Embedding):
             return
@@ -311,11 +319,11 @@ class StageModel(nn.Module):
 
 
 def load_config(model: Path) -> Any:
-    """transformers' configuration of a model directory or `config.json`; never runs its code."""
+    """transformers' configuration of a model directory or `config.json`; runs no code of it."""
     path = model / "config.json" if model.is_dir() else model
     data = _without_code(read_config(path))
     model_type = data.pop("model_type", None)
-    data.pop("quantization_config", None)  # how files hold weights is the loader's business
+    data.pop("quantization_config", None)  # the loader reads how files hold weights
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         kind = show_value(model_type)
         raise UserError(f"{path}: transformers {__version__} has no models of type {kind}")
@@ -327,8 +335,8 @@ def load_config(model: Path) -> Any:
         raise UserError(f"{path}: transformers cannot use this configuration: {reason}") from None
 
 
-def _without_code(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those that name code: the model's own, or kernels of the hub's."""
+def _without_code(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings without those that name code: the model's own, or kernels of the hub."""
     return {
         key: _without_code(value) if isinstance(value, dict) else value
         for key, value in settings.items()
@@ -337,13 +345,13 @@ def _without_code(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attention_of(config: Any) -> str:
-    """The attention that this model's class looks up; one without a class is refused later."""
+    """The attention that this model's class uses; a model without a class is refused later."""
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return "sdpa" if model_class is None else implementation_for(model_class)
 
 
 def _layers_give_tuples(stage: StageModel) -> bool:
-    """Whether a layer gives a tuple, which matters where some are passed over."""
+    """Whether a layer returns a tuple, which emptied layers must do too."""
     if stage.layers.is_first and stage.layers.is_last:
         return False
     decoder = find(stage.model, stage.family.decoder)
@@ -354,7 +362,7 @@ def _layers_give_tuples(stage: StageModel) -> bool:
 
 
 def _raw_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What a loader must fill, in the shapes of the whole; a linear of llmpq's says so itself."""
+    """The shapes of the whole tensors that a loader must fill in a module."""
     if isinstance(module, PlainLinear | QuantizedLinear):
         return module.raw_shapes
     part = _part_of(module)
@@ -364,13 +372,13 @@ def _raw_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _part_of(module: nn.Module) -> TensorPart | None:
-    """The part of a matrix that a module holds; None: all."""
+    """The part of a matrix that a module holds; None for all of it."""
     part: TensorPart | None = getattr(module, "part", None)
     return part
 
 
 def _held_bytes(module: nn.Module, seen: set[int]) -> int:
-    """Bytes a module's own weights take; constants it computes (rotary frequencies) are none."""
+    """Bytes of a module's own weights, without computed constants (rotary frequencies)."""
     if isinstance(module, PlainLinear | QuantizedLinear):
         packed = module.weight_bytes
         shared = _is_seen(getattr(module, "weight", None), seen)

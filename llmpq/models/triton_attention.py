@@ -1,11 +1,11 @@
-"""Attention of a decode step: one query a row over the keys that its mask shows it, in Triton.
+"""Attention of a decode step in Triton: one query a row over the keys that its mask shows.
 
-Query heads that share a key head are attended together, so keys and values are read once and never
-repeated. The columns are cut into partitions that depend on their number alone; each partition's
-sums are kept and then merged in order, without atomics. So a row's output is the same bits whatever
-other rows there are, and, up to 16384 columns, however many more columns are masked behind its own.
-A masked key or value is never loaded, and runs of masked columns at the ends of a partition are
-skipped: a row costs what its own length, or its window, costs.
+Query heads that share a key head are processed together, so that keys and values are read once and
+never repeated. The columns are cut into partitions that depend on their number alone; each
+partition's sums are stored and then merged in order, without atomics. So a row's output has the
+same bits whatever the other rows are, and, up to 16384 columns, however many masked columns follow
+its own. A masked key or value is never loaded, and runs of masked columns at the ends of a
+partition are skipped: the cost of a row depends on its own length or window.
 
 Not covered: more than one query a row (prefill), attention sinks, and keys that are not stored in
 16 or 32 bits.
@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmpq.quant.triton_kernels import TENSOR_CORES, Capability, Config, capability_of, cdiv, launch
+from llmpq.kernel_table import TENSOR_CORES
+from llmpq.machine import Capability
+from llmpq.quant.triton_kernels import Config, capability_of, cdiv, launch
 from llmpq.workspace import MOST_PARTITIONS, partition_for
 
 HEAD_SIZES = range(16, 257)
-MERGED_AT_ONCE = 16  # partitions
+MERGED_AT_ONCE = 16  # partitions merged at a time
 DOT_HEADS = 16  # query heads of a product on tensor cores; fewer are padded
-SUM_HEADS = 8  # most query heads of a program without them
-SUM_TILE = 2048  # elements of keys, as of values, that such a program holds at a time
-MOST_COLUMNS = 64  # that any program holds at a time
+SUM_HEADS = 8  # the most query heads of a program without tensor cores
+SUM_TILE = 2048  # elements of keys, and of values, that such a program holds at a time
+MOST_COLUMNS = 64  # the most columns that any program holds at a time
 
 
 def supports(query: Tensor, key: Tensor) -> bool:
@@ -43,7 +45,7 @@ def supports(query: Tensor, key: Tensor) -> bool:
 def config_for(
     capability: Capability, dtype: torch.dtype, query_heads: int, kv_heads: int, head_size: int
 ) -> Config:
-    """What `decode_attention` launches on a card of this capability, but for the partition."""
+    """The program of `decode_attention` on a card of this capability, without the partition."""
     use_dots = capability >= TENSOR_CORES and dtype != torch.float32
     group, padded = query_heads // kv_heads, _power_of_2(head_size)
     heads = DOT_HEADS if use_dots else min(SUM_HEADS, _power_of_2(group))
@@ -71,14 +73,14 @@ def decode_attention(
     softcap: float | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """`softmax(softcap(query key^T * scale)) value` of each row over the columns its mask shows.
+    """Computes `softmax(softcap(query key^T * scale)) value` over the columns of each row's mask.
 
     `query` `[R, Hq, 1, D]`, `key` and `value` `[R, Hkv, T, D]` with any strides but a last one of
     1, `mask` bool `[R, 1, 1, T]`, True where a column is attended, with any strides. Returns
-    `[R, Hq, 1, D]`, contiguous; a row that attends to nothing gets zeros. `softcap`: scores become
-    `softcap * tanh(score / softcap)`. Nothing waits for the device, and the only allocations are
-    the output and a workspace in fp32, so that a CUDA graph can hold all but the first call of a
-    kind, which compiles. `config`: what `config_for` chooses for the query's card, unless given.
+    `[R, Hq, 1, D]`, contiguous; a row that attends to nothing gets zeros. With `softcap`, scores
+    become `softcap * tanh(score / softcap)`. The call does not wait for the device and allocates
+    only the output and a workspace in fp32, so that a CUDA graph can hold all but the first call of
+    a kind, which compiles. `config` is that of `config_for` for the query's card, unless given.
     """
     rows, query_heads, _, size = query.shape
     kv_heads, columns = key.shape[1], key.shape[2]
@@ -114,7 +116,7 @@ def decode_attention(
 
 
 def _merge(sums: Tensor, totals: Tensor, tops: Tensor, dtype: torch.dtype) -> Tensor:
-    """The partitions' sums `[R, H, partitions, D]` as one output `[R, H, 1, D]` in `dtype`."""
+    """Merges the partitions' sums `[R, H, partitions, D]` to `[R, H, 1, D]` in `dtype`."""
     rows, heads, partitions, size = sums.shape
     out = torch.empty(rows, heads, 1, size, dtype=dtype, device=sums.device)
     arguments = {
@@ -136,7 +138,7 @@ def _merge(sums: Tensor, totals: Tensor, tops: Tensor, dtype: torch.dtype) -> Te
 
 
 def _strides(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> dict[str, int]:
-    """The distance between neighbours along each dimension but the last, in elements."""
+    """The strides of each dimension but the last, in elements."""
     return {
         "query_row": query.stride(0),
         "query_head": query.stride(1),

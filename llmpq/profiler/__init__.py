@@ -1,6 +1,7 @@
-"""Measures on this machine; knows nothing of plans.
+"""Measures this machine, independently of any plan.
 
-Times and memory of layers: `layers` (the loop), `grid` and `schedule` (what, and when), `stacks`
-(the computations), `sampling`, `drift` and `cells` (what samples say), `resume`. Apart from these:
-what each precision does to quality (`sensitivity`), `links`, `devices`.
+`layers` measures times and memory of layers: `grid` and `cell_queue` say what to measure and when,
+`stacks` makes the computations, `sampling`, `drift` and `cells` evaluate samples, and `resume`
+keeps them in a file. Other modules measure the quality of each precision (`sensitivity`), links
+between ranks (`link_meter`) and devices (`device_probe`).
 """

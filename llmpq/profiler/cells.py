@@ -1,55 +1,59 @@
-"""Cells with their samples, and what they say: times of layers, rows of the profile.
+"""Cells with their samples, and the rows of the profile that follow from them.
 
-A cell of a layer times a call of `depth` layers; the same shape's "stage" cell times a call of
-none. The layer's time is their difference divided by `depth`: what a call costs once is not counted
-with any layer, and noise is divided by `depth` too. Seen on a busy AMD EPYC, spread of one sample
-of a 1 ms decode layer: 40 % as (3 layers - 1) / 2, 18 % as (6 - 1) / 5, 16 % as (6 - fixed) / 6.
-Not covered: what a first layer costs above the others, which counts a `depth`-th with each.
+A cell of a layer times a call of `depth` layers; the "stage" cell of the same shape times a call
+without layers. The layer's time is their difference divided by `depth`, so that costs of a call are
+not counted with layers, and noise is divided by `depth` too. The spread of one sample of a 1 ms
+decode layer on a busy AMD EPYC was 40 % as (3 layers - 1) / 2, 18 % as (6 - 1) / 5 and 16 % as
+(6 - fixed) / 6.
+
+Not covered: extra costs of the first layer, which are spread over all `depth` layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llmpq.profile_data import Candidate, MemoryRow, ProfileRow
-from llmpq.profiler.drift import Usual, steady
+import numpy as np
+
+from llmpq.profile_data import Candidate, MemoryRow, Phase, ProfileRow
+from llmpq.profiler.drift import MachineSpeed, steady
 from llmpq.profiler.grid import LAYER_PHASES, STAGE_PHASE
-from llmpq.profiler.sampling import FLOOR_MS, TARGET, Estimate, estimate
+from llmpq.profiler.sampling import FLOOR_MS, TARGET, Estimate, estimate, is_outlier
 
 STAGE_TARGET = 0.05  # a stage's own cost is a small part of a call
 MAX_SAMPLES = 150
-MIN_VISITS = 2  # so that no cell rests on one moment of the machine
-SLOW_MS = 100.0  # calls above this are sampled less
-FEW, SLOW_FEW = 6, 3  # samples without which nothing is settled
+MIN_VISITS = 2  # no cell is measured at one time only
+SLOW_MS = 100.0  # slower calls are sampled less
+FEW, SLOW_FEW = 6, 3  # the least samples of a settled cell, and of a slow one
 
 
 @dataclass
 class Cell:
-    """What is known of one cell. Times and their references' levels in ms, per call."""
+    """The samples of one cell: times of calls, and reference times beside them, in ms."""
 
     key: Candidate
     depth: int = 0  # layers in a call; 0 where there are none
     times_ms: list[float] = field(default_factory=list)
     levels_ms: list[float] = field(default_factory=list)
     num_visits: int = 0
-    call_s: float = 0.0  # wall time of a sample, its pause included
+    call_s: float = 0.0  # wall time of a sample with its pause
     peak_bytes: int | None = None
-    found: Estimate | None = None  # of its latest visit
-    half_width: float = float("inf")  # of that, as a share; more where the machine was unsteady
+    found: Estimate | None = None  # after the latest visit
+    half_width: float = float("inf")  # relative; larger where the machine was unsteady
     skipped: bool = False
 
     @property
     def is_layer(self) -> bool:
-        """Of a decoder layer, at a precision."""
+        """Whether the cell is of a decoder layer at a precision."""
         return self.key.phase in LAYER_PHASES
 
     @property
     def is_slow(self) -> bool:
-        """Its calls are long."""
+        """Whether calls are slow."""
         return bool(self.times_ms) and min(self.times_ms) > SLOW_MS
 
     @property
     def is_settled(self) -> bool:
-        """No more samples are wanted."""
+        """Whether the cell needs no more samples."""
         if len(self.times_ms) >= MAX_SAMPLES:
             return True
         target = STAGE_TARGET if self.key.phase in STAGE_PHASE.values() else TARGET
@@ -57,9 +61,9 @@ class Cell:
         enough = len(self.times_ms) >= few and self.num_visits >= MIN_VISITS
         return enough and self.half_width <= target
 
-    def steady_ms(self, usual: Usual) -> list[float]:
-        """The samples that stand for the machine as usual."""
-        return steady(self.times_ms, self.levels_ms, usual)
+    def steady_ms(self, speed: MachineSpeed) -> list[float]:
+        """The samples at the machine's normal speed; see `drift.steady`."""
+        return steady(self.times_ms, self.levels_ms, speed)
 
 
 class Cells(dict[Candidate, Cell]):
@@ -69,31 +73,38 @@ class Cells(dict[Candidate, Cell]):
         super().__init__()
         self._stage_precision = stage_precision
 
-    def fixed_ms(self, key: Candidate, usual: Usual) -> float:
-        """What a call of a layer's shape costs beside its layers; 0 where it was not measured."""
+    def fixed_ms(self, key: Candidate, speed: MachineSpeed) -> float:
+        """The cost of a call of a layer's shape beside its layers; 0 where it was not measured."""
         if key.phase not in STAGE_PHASE:
             return 0.0
         phase = STAGE_PHASE[key.phase]
         found = self.get(Candidate(self._stage_precision, phase, key.micro_batch, key.tokens))
         if found is None or not found.times_ms:
             return 0.0
-        return estimate(found.steady_ms(usual)).median_ms
+        return estimate(found.steady_ms(speed)).median_ms
 
-    def estimate(self, cell: Cell, usual: Usual) -> Estimate:
-        """Of one layer, or of the call where there is none."""
-        fixed = self.fixed_ms(cell.key, usual)
-        times = cell.steady_ms(usual)
+    def estimate(self, cell: Cell, speed: MachineSpeed) -> Estimate:
+        """The estimate for one layer, or for the call where there is no layer."""
+        fixed = self.fixed_ms(cell.key, speed)
+        times = cell.steady_ms(speed)
         return estimate([max(FLOOR_MS, (t - fixed) / max(1, cell.depth)) for t in times])
 
     def measured(self) -> list[Cell]:
-        """Cells with samples."""
+        """The cells that have samples."""
         return [cell for cell in self.values() if cell.times_ms]
 
+    def most_tokens(self, phase: Phase) -> int:
+        """The most tokens of a measured call of this phase."""
+        keys = [cell.key for cell in self.measured() if cell.key.phase == phase]
+        return max(
+            (k.micro_batch * (k.tokens if phase == "prefill" else 1) for k in keys), default=0
+        )
 
-def profile_rows(cells: Cells, model_key: str, usual: Usual) -> list[ProfileRow]:
-    """A row a measured cell."""
+
+def profile_rows(cells: Cells, model_key: str, speed: MachineSpeed) -> list[ProfileRow]:
+    """A row of the profile for each measured cell."""
     return [
-        profile_row(cell.key, cells.estimate(cell, usual), model_key) for cell in cells.measured()
+        profile_row(cell.key, cells.estimate(cell, speed), model_key) for cell in cells.measured()
     ]
 
 
@@ -115,7 +126,7 @@ def profile_row(key: Candidate, found: Estimate, model_key: str) -> ProfileRow:
 def memory_rows(
     cells: Cells, model_key: str, layer_bytes: Mapping[str, int], cache_bytes: int
 ) -> list[MemoryRow]:
-    """Weights at each precision, the cache of a token, and each measured shape's activations."""
+    """Bytes of weights at each precision, of a token's cache, and of each shape's activations."""
     rows = [
         MemoryRow(model_key=model_key, what="layer_weights", precision=p, num_bytes=n)
         for p, n in layer_bytes.items()
@@ -140,3 +151,21 @@ def _tokens(key: Candidate) -> dict[str, int]:
     """A candidate's tokens under the names of a row."""
     past = key.phase in ("decode", "stage_decode")
     return {"prompt_tokens": 0 if past else key.tokens, "past_tokens": key.tokens if past else 0}
+
+
+def sample_notes(cells: Sequence[Cell]) -> list[str]:
+    """Notes on outliers, and on medians that are less certain than the target."""
+    num_samples = sum(len(cell.times_ms) for cell in cells)
+    num_outliers = sum(int(is_outlier(np.array(cell.times_ms)).sum()) for cell in cells)
+    layers = [cell for cell in cells if cell.is_layer]
+    wide = [cell for cell in layers if cell.half_width > TARGET]
+    notes = []
+    if num_outliers:
+        notes.append(f"{num_outliers} of {num_samples} samples were outliers and left out")
+    if wide:
+        worst = max(cell.half_width for cell in wide)
+        notes.append(
+            f"{len(wide)} of {len(layers)} medians are less certain than {100 * TARGET:.0f} % "
+            f"(95 % confidence; the worst {100 * worst:.0f} %): a larger budget helps"
+        )
+    return notes

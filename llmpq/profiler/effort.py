@@ -1,20 +1,18 @@
-"""What a piece of work took: seconds, and memory at its peak."""
+"""Measures the seconds and the peak memory of a piece of work."""
 
-import resource
-import sys
 import time
 from types import TracebackType
 from typing import Self
 
 import torch
 
-from llmpq.profiler.devices import resident_bytes
+from llmpq.profiler.device_probe import most_resident_bytes, resident_bytes
 
 
 class Effort:
-    """Time and memory between entering and leaving.
+    """A context manager that measures time and peak memory.
 
-    Memory is that of tensors on a card; on a CPU, resident memory above what it was on entering.
+    On a card, memory is that of tensors; on a CPU, resident memory above that on entering.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,9 +36,4 @@ class Effort:
         if self._device.type == "cuda":
             self.peak_memory_bytes = torch.cuda.max_memory_allocated(self._device)
         else:
-            self.peak_memory_bytes = max(0, _most_resident_bytes() - self._before)
-
-
-def _most_resident_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            self.peak_memory_bytes = max(0, most_resident_bytes() - self._before)

@@ -1,9 +1,10 @@
 """Which shapes to measure: a fixed grid, or ranges from which to choose as the run goes on.
 
 A cell is a `Candidate`: precision, phase, micro-batch and tokens. `Grid` holds exactly the lists
-that a user gave. `Ranges` begins with few cells (corners, the middle, micro-batch 1, and both sides
-of the numbers of rows at which the packed kernels hand over to others) and offers a grid in steps
-of sqrt(2) to choose more from. Pure functions; what is affordable is `schedule`'s business.
+that a user gave. `AdaptiveGrid` begins with few cells (corners, the middle, micro-batch 1, and both
+sides of the numbers of rows at which the packed kernels hand over to others) and offers a grid in
+steps of sqrt(2) to choose more from. All functions are pure. Not covered: which cells the budget
+can afford (`cell_queue`).
 """
 
 import math
@@ -16,21 +17,21 @@ from llmpq.profile_data import Candidate, Phase, ProfileRow
 LAYER_PHASES: tuple[Phase, ...] = ("prefill", "decode")
 STAGE_PHASE: dict[Phase, Phase] = {"prefill": "stage_prefill", "decode": "stage_decode"}
 ENDS = ("embedding", "head")
-NUM_END_SHAPES = 6  # of the embedding, and of the head
+NUM_END_SHAPES = 6  # shapes of the embedding, and of the head
 
 Choose = Callable[[Sequence[ProfileRow], Sequence[Candidate], int], list[Candidate]]
 Pairs = list[tuple[int, int]]  # (micro-batch, tokens)
 
 
 @dataclass(frozen=True)
-class Span:
-    """Micro-batches and tokens of one phase: their least and greatest values."""
+class ShapeRange:
+    """The least and greatest micro-batches and tokens of one phase."""
 
     micro_batches: tuple[int, int]
     tokens: tuple[int, int]
 
     def start(self, phase: Phase, switches: Sequence[int] = ()) -> Pairs:
-        """A few pairs to begin with, small ones first; some with `switches` rows."""
+        """A few initial pairs, small ones first, some of them with `switches` rows."""
         (few, many), (short, long) = self.micro_batches, self.tokens
         middle = _middle(few, many), _middle(short, long)
         pairs = {(b, t) for b in (few, many) for t in (short, long)} | {middle}
@@ -47,23 +48,23 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """Choose cells within these spans as the measurements come in.
+class AdaptiveGrid:
+    """Chooses cells within these ranges while measurements come in.
 
-    `switches`: numbers of rows at which kernels change (`llmpq.serving.switch_rows`).
+    `switches` holds the numbers of rows at which kernels change (`llmpq.serving.switch_rows`).
     """
 
     precisions: tuple[str, ...]
-    prefill: Span
-    decode: Span
+    prefill: ShapeRange
+    decode: ShapeRange
     switches: tuple[int, ...] = ()
 
     def start(self, phase: Phase) -> Pairs:
-        """Where to begin."""
+        """The initial pairs of a phase."""
         return self._span(phase).start(phase, self.switches)
 
     def dense(self, phase: Phase) -> Pairs:
-        """What may be added."""
+        """The pairs that may be added."""
         return self._span(phase).dense()
 
     @property
@@ -72,13 +73,13 @@ class Ranges:
         (_, prompts), (_, tokens) = self.prefill.micro_batches, self.prefill.tokens
         return max(prompts * tokens, self.decode.micro_batches[1])
 
-    def _span(self, phase: Phase) -> Span:
+    def _span(self, phase: Phase) -> ShapeRange:
         return self.prefill if phase == "prefill" else self.decode
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Exactly these shapes."""
+    """Measures exactly these shapes."""
 
     precisions: tuple[str, ...]
     prefill_micro_batches: tuple[int, ...]
@@ -87,7 +88,7 @@ class Grid:
     past_tokens: tuple[int, ...]
 
     def start(self, phase: Phase) -> Pairs:
-        """All of them."""
+        """All pairs of a phase."""
         if phase == "prefill":
             batches, lengths = self.prefill_micro_batches, self.prompt_tokens
         else:
@@ -95,7 +96,7 @@ class Grid:
         return [(b, t) for t in lengths for b in batches]
 
     def dense(self, phase: Phase) -> Pairs:
-        """Nothing is added."""
+        """No pairs: a fixed grid adds none."""
         return []
 
     @property
@@ -106,7 +107,7 @@ class Grid:
 
 
 def layer_cells(precisions: Sequence[str], phase: Phase, pairs: Pairs) -> list[Candidate]:
-    """Each shape at every precision, after what a stage's call costs beside its layers."""
+    """The cells of each shape: a stage's call without layers, then every precision."""
     return [
         cell
         for batch, tokens in pairs
@@ -123,7 +124,7 @@ def stage_cell(precisions: Sequence[str], phase: Phase, batch: int, tokens: int)
 
 
 def end_cells(prefills: Pairs, decodes: Pairs) -> list[Candidate]:
-    """A few shapes of the embedding, by tokens in all, and of the head, by requests."""
+    """Cells of a few shapes of the embedding (by tokens) and of the head (by requests)."""
     lookups = {batch * tokens: (batch, tokens) for batch, tokens in prefills}
     lookups |= {batch: (batch, 1) for batch, _ in decodes}
     heads = sorted({batch for batch, _ in (*prefills, *decodes)})
@@ -136,7 +137,7 @@ def farthest(
 ) -> list[Candidate]:
     """The candidates farthest from all measured cells of their precision and phase, in log space.
 
-    The default where no cost model says where it is worst.
+    This is the default where no cost model names the cells that it predicts worst.
     """
     known = defaultdict(list)
     for row in rows:
@@ -171,7 +172,7 @@ def _steps(least: int, most: int) -> list[int]:
 
 
 def _spread(values: list[int]) -> list[int]:
-    """At most `NUM_END_SHAPES` of ascending values, the ends among them."""
+    """At most `NUM_END_SHAPES` of ascending values, with the first and the last."""
     if len(values) <= NUM_END_SHAPES:
         return values
     last = NUM_END_SHAPES - 1

@@ -22,7 +22,7 @@ def devices_here() -> list[FoundDevice]:
         import torch
     except ImportError:
         return [cpu]
-    from llmpq.profiler.devices import cards, copy_gbs
+    from llmpq.profiler.device_probe import cards, copy_gbs
 
     host = torch.device("cpu")
     one_thread_gbs = copy_gbs(host, 1)

@@ -1,14 +1,14 @@
-"""How much a layer suffers at a precision, while all others stay at 16 bits: four indicators.
+"""Four indicators of the sensitivity of a layer at a precision, with all others at 16 bits.
 
     measured  the divergence from the 16-bit model's next-token distributions, nats a token
     variance  D S^2 G: inner dimension x squared step x variance of the inputs, summed over linears
-              (LLM-PQ, arXiv 2403.01136, eq. 3: what rounding adds to the variance of the outputs)
+              (LLM-PQ, arXiv 2403.01136, eq. 3: the variance that rounding adds to the outputs)
     hessian   tr(dW H dW^T) x the top eigenvalue of H, summed over linears; H = X^T X / T is the
-              mean second moment of the inputs, dW what rounding changed
-    random    drawn, but dearer at fewer bits: what an indicator must beat
+              mean second moment of the inputs, dW the change by rounding
+    random    random numbers, larger at fewer bits: the baseline for the other indicators
 
-"measured" and plans are run; this module knows the others, and which variants to run.
-Not covered: how activations suffer in "8-w8a8", in any but "measured".
+"measured" needs runs of variants, which this module only names; it computes the other three.
+Not covered: the effect of 8-bit activations ("8-w8a8") in any indicator but "measured".
 """
 
 import random
@@ -24,19 +24,19 @@ from torch import Tensor, nn
 from llmpq.checkpoint.checkpoint import Weights
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.roundings import NEAREST, Roundings
-from llmpq.evaluation.streaming import Watch, stream
+from llmpq.evaluation.streaming import LayerObserver, stream
 from llmpq.models.family import PartOfLayer, part_of
 from llmpq.models.stage_model import LayerPrecision, LayerRange, StageModel
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.profile_data import LayerSensitivity
 
-Part = Literal["layer", "attention", "ffn"]
+LayerPart = Literal["layer", "attention", "ffn"]
 POWER_STEPS, POWER_TOLERANCE = 500, 1e-6
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model, and how it is loaded."""
+class LoadableModel:
+    """A model and the settings with which it is loaded."""
 
     config: Any
     weights: Weights
@@ -46,11 +46,11 @@ class Subject:
 
     @property
     def num_layers(self) -> int:
-        """All of them."""
+        """All layers of the model."""
         return int(self.config.num_hidden_layers)
 
     def load(self, first: int, end: int, precisions: Sequence[LayerPrecision]) -> StageModel:
-        """Layers `first` up to `end`."""
+        """Loads layers `first` up to `end`."""
         layers = LayerRange(first, end, self.num_layers)
         return load_stage(
             self.config,
@@ -62,8 +62,8 @@ class Subject:
             roundings=self.roundings,
         )
 
-    def run(self, windows: Tensor, watch: Watch, on_layer: Callable[[int], None]) -> None:
-        """Watches the 16-bit model on `[n, W]` windows, one layer in memory at a time."""
+    def run(self, windows: Tensor, watch: LayerObserver, on_layer: Callable[[int], None]) -> None:
+        """Runs the 16-bit model on `[n, W]` windows under `watch`, with one layer in memory."""
         stream(
             self.config,
             self.weights,
@@ -77,30 +77,32 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Cell:
+class SensitivityCell:
     """One layer, or a part of it, at one precision."""
 
     layer: int
     precision: str
-    part: Part = "layer"
+    part: LayerPart = "layer"
 
     def variant(self, num_layers: int) -> list[LayerPrecision]:
-        """The model with this alone below 16 bits."""
+        """The model with only this layer, or part, below 16 bits."""
         low = self.precision if self.part == "layer" else PartOfLayer(self.precision, self.part)
         return [low if layer == self.layer else "16" for layer in range(num_layers)]
 
     def row(self, sensitivity: float) -> LayerSensitivity:
-        """As files hold it."""
+        """The row of a sensitivity file."""
         return LayerSensitivity(
             layer=self.layer, precision=self.precision, part=self.part, sensitivity=sensitivity
         )
 
 
-def cells(num_layers: int, precisions: Sequence[str], apart: bool = False) -> list[Cell]:
-    """Every layer at every precision below 16 bits; `apart`: its attention and FFN as well."""
-    parts: tuple[Part, ...] = ("layer", "attention", "ffn") if apart else ("layer",)
+def sensitivity_cells(
+    num_layers: int, precisions: Sequence[str], apart: bool = False
+) -> list[SensitivityCell]:
+    """Every layer at every precision below 16 bits; with `apart`, attention and FFN as well."""
+    parts: tuple[LayerPart, ...] = ("layer", "attention", "ffn") if apart else ("layer",)
     return [
-        Cell(layer, precision, part)
+        SensitivityCell(layer, precision, part)
         for precision in precisions
         if precision != "16"
         for part in parts
@@ -108,8 +110,8 @@ def cells(num_layers: int, precisions: Sequence[str], apart: bool = False) -> li
     ]
 
 
-def random_rows(wanted: Sequence[Cell], seed: int) -> list[LayerSensitivity]:
-    """A draw for each layer and part, times the variance of errors at its bits."""
+def random_rows(wanted: Sequence[SensitivityCell], seed: int) -> list[LayerSensitivity]:
+    """A random number for each layer and part, times the variance of errors at its bits."""
     draw = random.Random(seed)
     keys = dict.fromkeys((cell.layer, cell.part) for cell in wanted)
     drawn = {key: draw.random() for key in keys}
@@ -121,13 +123,13 @@ def random_rows(wanted: Sequence[Cell], seed: int) -> list[LayerSensitivity]:
 
 @dataclass
 class InputVariance:
-    """Variance of the inputs of each linear, over tokens and features; `watch` gathers it."""
+    """The variance of the inputs of each linear, over tokens and features."""
 
     _sums: dict[str, list[float]] = field(default_factory=dict)
 
     @contextmanager
     def watch(self, stage: StageModel) -> Iterator[None]:
-        """Counts what the stage's linears are given meanwhile."""
+        """Adds the inputs of the stage's linears while the context is open."""
         handles = [
             linear.register_forward_pre_hook(partial(self._add, name))
             for name, linear in stage.linears().items()
@@ -137,7 +139,7 @@ class InputVariance:
             handle.remove()
 
     def of(self, name: str) -> float:
-        """Of the inputs of the weight called `name`."""
+        """The variance of the inputs of the weight `name`."""
         count, total, squares = self._sums[name]
         return max(0.0, squares / count - (total / count) ** 2)
 
@@ -149,49 +151,49 @@ class InputVariance:
 
 
 def variance_rows(
-    subject: Subject,
-    wanted: Sequence[Cell],
+    loadable: LoadableModel,
+    wanted: Sequence[SensitivityCell],
     variance: Callable[[str], float],
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> list[LayerSensitivity]:
-    """The variance indicator; `variance` gives that of the inputs by the weight's name."""
+    """Rows of the variance indicator; `variance` maps a weight's name to that of its inputs."""
 
     def damage(name: str, linear: nn.Module, precision: str) -> float:
-        raw = _raw(subject, name, linear)
+        raw = _raw(loadable, name, linear)
         step = mean_square_step(raw, PRECISIONS[precision].weight_bits)
         return raw.shape[1] * step * variance(name)
 
-    return _operator_rows(subject, wanted, damage, lambda _: "16", on_layer)
+    return _operator_rows(loadable, wanted, damage, lambda _: "16", on_layer)
 
 
 def hessian_rows(
-    subject: Subject,
-    wanted: Sequence[Cell],
+    loadable: LoadableModel,
+    wanted: Sequence[SensitivityCell],
     moments: Callable[[str], Tensor],
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> list[LayerSensitivity]:
-    """The Hessian indicator; `moments` gives fp32 `[blocks, B, B]` by the weight's name."""
+    """Rows of the Hessian indicator; `moments` maps weights to H, fp32 `[blocks, B, B]`."""
     eigenvalues: dict[str, float] = {}
 
     def damage(name: str, linear: Any, precision: str) -> float:
         blocks = moments(name)
         if name not in eigenvalues:
             eigenvalues[name] = max(top_eigenvalue(block) for block in blocks)
-        lost = _raw(subject, name, linear) - linear.dequantized_weight().float()
+        lost = _raw(loadable, name, linear) - linear.dequantized_weight().float()
         return output_error(lost, blocks) * eigenvalues[name]
 
-    return _operator_rows(subject, wanted, damage, lambda precision: precision, on_layer)
+    return _operator_rows(loadable, wanted, damage, lambda precision: precision, on_layer)
 
 
 def mean_square_step(weight: Tensor, bits: int) -> float:
-    """The squared step of the grid that covers each group of a weight `[out, in]`, mean."""
+    """The mean squared step of the grids that cover each group of a weight `[out, in]`."""
     groups = weight.unflatten(1, (-1, group_size(bits, weight.shape[1])))
     span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
     return float((span / (2**bits - 1)).square().mean())
 
 
 def output_error(lost: Tensor, moments: Tensor) -> float:
-    """tr(dW H dW^T) of `lost [out, in]`: the squared error of the outputs, summed, a token."""
+    """tr(dW H dW^T) of `lost [out, in]`: the summed squared error of outputs, for a token."""
     parts = lost.split(moments.shape[-1], dim=1)
     return sum(
         float((part @ block.to(part)).mul_(part).sum())
@@ -200,7 +202,7 @@ def output_error(lost: Tensor, moments: Tensor) -> float:
 
 
 def top_eigenvalue(matrix: Tensor) -> float:
-    """Of a positive semi-definite `[B, B]`, by power iteration."""
+    """The top eigenvalue of a positive semi-definite `[B, B]`, by power iteration."""
     vector = matrix.sum(0) + matrix.diagonal()
     found = 0.0
     for _ in range(POWER_STEPS):
@@ -215,8 +217,8 @@ def top_eigenvalue(matrix: Tensor) -> float:
 
 
 def _operator_rows(
-    subject: Subject,
-    wanted: Sequence[Cell],
+    loadable: LoadableModel,
+    wanted: Sequence[SensitivityCell],
     damage: Callable[[str, Any, str], float],
     loaded_at: Callable[[str], str],
     on_layer: Callable[[int], None],
@@ -227,13 +229,13 @@ def _operator_rows(
     """
     sums = dict.fromkeys(wanted, 0.0)
     precisions = list(dict.fromkeys(cell.precision for cell in wanted))
-    for layer in range(subject.num_layers):
+    for layer in range(loadable.num_layers):
         for precision in precisions:
-            stage = subject.load(layer, layer + 1, [loaded_at(precision)])
+            stage = loadable.load(layer, layer + 1, [loaded_at(precision)])
             for name, linear in stage.linears().items():
                 lost = damage(name, linear, precision)
-                parts: tuple[Part, ...] = ("layer", part_of(name))
-                for cell in (Cell(layer, precision, part) for part in parts):
+                parts: tuple[LayerPart, ...] = ("layer", part_of(name))
+                for cell in (SensitivityCell(layer, precision, part) for part in parts):
                     if cell in sums:
                         sums[cell] += lost
             del stage
@@ -241,6 +243,6 @@ def _operator_rows(
     return [cell.row(total) for cell, total in sums.items()]
 
 
-def _raw(subject: Subject, name: str, linear: Any) -> Tensor:
+def _raw(loadable: LoadableModel, name: str, linear: Any) -> Tensor:
     shape = (linear.out_features, linear.in_features)
-    return subject.weights.read(name, shape).to(subject.device).float()
+    return loadable.weights.read(name, shape).to(loadable.device).float()

@@ -20,10 +20,10 @@ from llmpq.model_lookup import config_path
 from llmpq.model_spec import ModelSpec
 from llmpq.models.stage_model import load_config
 from llmpq.profile_data import Profile, ProfiledDevice, ProfileRow
-from llmpq.profiler.devices import Card, card_state, context_bytes, copy_gbs
-from llmpq.profiler.grid import Choose, Grid, Ranges, Span
+from llmpq.profiler.device_probe import Card, card_state, context_bytes, copy_gbs
+from llmpq.profiler.grid import AdaptiveGrid, Choose, Grid, ShapeRange
 from llmpq.profiler.host import cpu_memory_gib, cpu_name
-from llmpq.profiler.layers import LayerProfiler, Measured, Moment
+from llmpq.profiler.layers import LayerMeasurements, LayerProfiler, ProfilingProgress
 from llmpq.profiler.resume import Identity, PartialFile
 from llmpq.profiler.stacks import Bench, stack_depth
 from llmpq.quant import available_precisions, machine_here, why_unavailable
@@ -79,7 +79,7 @@ class LayerProfile:
     """A profile, what was measured for it now, and at which precisions."""
 
     profile: Profile
-    measured: Measured
+    measured: LayerMeasurements
     precisions: tuple[str, ...]
     partial: PartialFile
 
@@ -89,7 +89,7 @@ def profile_device(
     request: LayerRequest,
     choose: Choose,
     on_resume: Callable[[int], None],
-    on_visit: Callable[[Moment], None],
+    on_visit: Callable[[ProfilingProgress], None],
 ) -> LayerProfile:
     """Measures one device. `choose`: names the shapes to measure next (`costs.fits.worst`).
 
@@ -124,7 +124,7 @@ def profile_device(
     return LayerProfile(profile, measured, grid.precisions, partial)
 
 
-def make_grid(request: LayerRequest, target: Target) -> Grid | Ranges:
+def make_grid(request: LayerRequest, target: Target) -> Grid | AdaptiveGrid:
     """The lists as they are; or ranges, from the least of a list to its greatest."""
     max_positions = request.spec.max_positions
     for name in TOKENS:
@@ -142,10 +142,10 @@ def make_grid(request: LayerRequest, target: Target) -> Grid | Ranges:
         return Grid(precisions, **lists)
     ends = {name: (min(values), max(values)) for name, values in lists.items()}
     matrices = [(op.out_features, op.in_features) for op in request.spec.linears]
-    return Ranges(
+    return AdaptiveGrid(
         precisions,
-        Span(ends["prefill_micro_batches"], ends["prompt_tokens"]),
-        Span(ends["decode_micro_batches"], ends["past_tokens"]),
+        ShapeRange(ends["prefill_micro_batches"], ends["prompt_tokens"]),
+        ShapeRange(ends["decode_micro_batches"], ends["past_tokens"]),
         switch_rows(machine_here(target.device, target.dtype), precisions, matrices),
     )
 
@@ -163,7 +163,7 @@ def _profiler(
     target: Target,
     request: LayerRequest,
     described: ProfiledDevice,
-    grid: Grid | Ranges,
+    grid: Grid | AdaptiveGrid,
     start_s: float,
     choose: Choose,
 ) -> tuple[PartialFile, LayerProfiler]:

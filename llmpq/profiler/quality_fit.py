@@ -1,7 +1,7 @@
-"""From summed sensitivity to percent of perplexity: a line through plans measured whole.
+"""Fits the rise of perplexity to summed sensitivity: a line through plans measured as a whole.
 
-A sensitivity adds up over layers only roughly. So some plans are measured as a whole: each uniform
-precision, and mixed ones drawn to lie evenly between mild and severe.
+Sensitivities add up over layers only roughly. So some plans are measured as a whole: each uniform
+precision, and random mixed ones that are spread evenly from mild to severe.
 """
 
 import math
@@ -13,19 +13,19 @@ from llmpq.precision import PRECISIONS
 from llmpq.profile_data import MeasuredPlan, QualityFit
 
 NUM_MIXED_PLANS = 12
-CANDIDATES = 50  # drawn for each mixed plan that is kept
-MILDEST = 0.01  # of the severest uniform plan
+CANDIDATES = 50  # plans drawn for each mixed plan that is kept
+MILDEST = 0.01  # share of the severest uniform plan
 LARGEST_RISE = 0.2  # nats a token, 22 % of perplexity
-HARDLY_EVER = 1.8  # standard deviations: Student's t at 95 %, of 12 and more plans
-OTHER_TEXT = 1.15  # plans diverged by up to that much more on other text, on three models
-WRONG = 1.5  # a factor between sum and measurement that is worth a note
+QUANTILE_95 = 1.8  # standard deviations: Student's t at 95 %, for 12 and more plans
+OTHER_TEXT = 1.15  # plans diverged by up to this factor more on other text, on three models
+WRONG = 1.5  # the factor between sum and measurement above which there is a note
 
 
 def draw_plans(num_layers: int, precisions: Sequence[str], seed: int = 0) -> list[list[str]]:
     """Every uniform plan below 16 bits, and mixed ones from mild to severe.
 
-    How severe a plan is, is guessed by its bits alone: rounding to b bits leaves errors whose
-    variance goes with 4^-b.
+    The severity of a plan is estimated by its bits alone: rounding to b bits leaves errors whose
+    variance is proportional to 4^-b.
     """
     lower = [p for p in precisions if p != "16"]
     uniform = [[p] * num_layers for p in lower]
@@ -60,9 +60,9 @@ def fit_quality(plans: Sequence[MeasuredPlan]) -> QualityFit:
     """The line through the origin that is nearest to the plans' rises, by relative error.
 
     Only plans within `LARGEST_RISE` count, where there are some: beyond it losses add up to more
-    than their sum, and no budget lies there. `upper_scale` is above what every plan needed, and
-    above what 95 % of others would, were they spread log-normally about the fit; and it leaves
-    room for other text.
+    than their sum, and budgets are below it. `upper_scale` is above the ratio of every plan, and
+    above that of 95 % of other plans if ratios are log-normal about the fit, with a margin for
+    other text.
     """
     usable = [p for p in plans if p.sum_sensitivity > 0 and p.rise > 0]
     usable = [p for p in usable if p.rise <= LARGEST_RISE] or usable
@@ -81,25 +81,25 @@ def fit_quality(plans: Sequence[MeasuredPlan]) -> QualityFit:
 
 
 def notes_on_fit(fit: QualityFit) -> list[str]:
-    """Where a sum says something else than the plan measured as a whole."""
+    """Notes on plans whose sum differs much from the measurement of the whole plan."""
     notes = []
     for plan in fit.plans:
         predicted = fit.scale * plan.sum_sensitivity
         if predicted > 0 and not 1 / WRONG < plan.rise / predicted < WRONG:
             notes.append(
-                f"losses do not add up in plan {','.join(plan.precisions)}: the sum means "
+                f"losses do not add up in plan {','.join(plan.precisions)}: the sum predicts "
                 f"{_percent(predicted):.2f} %, measured {_percent(plan.rise):.2f} %"
             )
     return notes
 
 
 def _spread(ratios: Sequence[float], scale: float) -> float:
-    """How far above the fit the logarithm of another ratio is hardly ever."""
+    """The 95 % bound of the logarithm of another plan's ratio, above the fit."""
     if len(ratios) < 2:
         return 0.0
     squares = math.fsum(math.log(ratio / scale) ** 2 for ratio in ratios)
     count = len(ratios)
-    return HARDLY_EVER * math.sqrt(squares / (count - 1) * (1 + 1 / count))
+    return QUANTILE_95 * math.sqrt(squares / (count - 1) * (1 + 1 / count))
 
 
 def _percent(rise: float) -> float:

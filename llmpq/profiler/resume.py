@@ -1,7 +1,7 @@
-"""The samples so far, in a file beside the profile, so that a killed run goes on where it was.
+"""Keeps the samples so far in a file beside the profile, so that a killed run can continue.
 
-The file is rewritten whole every few seconds, and removed once the profile is written. It counts
-only for the same model, device, data type, threads and depth of stacks; others are passed over.
+The file is rewritten whole every few seconds, and removed when the profile is written. It is used
+only for the same model, device, data type, threads and depth of stacks; other files are ignored.
 """
 
 import time
@@ -19,7 +19,7 @@ EVERY_S = 5.0
 
 
 class Identity(Strict):
-    """What samples must have in common to be of one profile."""
+    """The settings that all samples of one profile share."""
 
     model_key: str
     device: str
@@ -29,7 +29,7 @@ class Identity(Strict):
 
 
 class SavedCell(Strict):
-    """A cell's samples."""
+    """The samples of a cell."""
 
     key: Candidate
     depth: int
@@ -41,7 +41,7 @@ class SavedCell(Strict):
 
 
 class Partial(Strict):
-    """PROFILE.json.partial."""
+    """The contents of PROFILE.json.partial."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Literal["partial profile"] = "partial profile"
@@ -52,19 +52,19 @@ class Partial(Strict):
 
 
 class PartialFile:
-    """Writes what there is, now and then; reads it back where it belongs to the same run."""
+    """Writes the samples now and then; reads them where they belong to the same run."""
 
     def __init__(self, path: Path, identity: Identity, every_s: float = EVERY_S) -> None:
         self._path, self._identity, self._every_s = path, identity, every_s
         self._written_s = time.monotonic()
 
     def load(self) -> Partial | None:
-        """The run to go on with; None where there is none, or another's."""
+        """The samples to continue with; None where there are none of the same run."""
         if not self._path.exists():
             return None
         try:
             found = read_json(self._path, Partial)
-        except UserError:  # of another version, or broken: it only saves time
+        except UserError:  # the file is broken or of another version; it only saves time
             return None
         return found if found.identity == self._identity else None
 
@@ -75,7 +75,7 @@ class PartialFile:
         levels_ms: list[float],
         now: bool = False,
     ) -> None:
-        """Writes if the last time is long ago, or `now`."""
+        """Writes the samples if the last write is long ago, or `now`."""
         if not now and time.monotonic() - self._written_s < self._every_s:
             return
         saved = [_saved(cell) for cell in cells if cell.times_ms]
@@ -84,12 +84,12 @@ class PartialFile:
         self._written_s = time.monotonic()
 
     def remove(self) -> None:
-        """The profile is complete."""
+        """Removes the file, once the profile is complete."""
         self._path.unlink(missing_ok=True)
 
 
 def restored(saved: SavedCell) -> Cell:
-    """The cell as it was; how sure it is must be computed anew."""
+    """The cell with its samples; its estimate must be computed anew."""
     return Cell(**{name: getattr(saved, name) for name in SavedCell.model_fields})
 
 

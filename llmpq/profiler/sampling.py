@@ -1,10 +1,10 @@
-"""What repeated timings of one computation say: a median, how sure it is, and what was left out.
+"""Estimates the time of a computation from samples: a median, its uncertainty, and outliers.
 
 The 95 % confidence interval of the median is taken from order statistics: the k-th smallest and
 k-th largest of n values enclose it with probability 1 - 2 P(Binomial(n, 1/2) < k), whatever the
-distribution. Below six values no pair of them is that sure; then the whole range stands in.
-Outliers lie beyond the median + 5 MAD, and 5 % of the median, and are counted and left out: a
-computer is disturbed in one direction only. Pure functions; no clock.
+distribution. Below six values no pair reaches 95 %, and the whole range is used instead. Outliers
+are more than 5 MAD and more than 5 % above the median; they are counted and left out, as
+disturbances only make a computation slower. All functions are pure and read no clock.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 TARGET = 0.02  # half the interval, relative to the median
 CONFIDENCE = 0.95
 OUTLIER_MADS = 5.0
-OUTLIER_SHARE = 0.05  # nor is anything this near to the median called an outlier
+OUTLIER_SHARE = 0.05  # values within this share of the median are no outliers
 FLOOR_MS = 1e-6
 
 

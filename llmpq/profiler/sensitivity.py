@@ -1,13 +1,13 @@
-"""How much quality a precision costs in each layer, and what a sum of that means in percent.
+"""Measures the quality cost of each precision in each layer, and fits percent to its sum.
 
-Rows come from one of the indicators (`indicators`). Plans are measured whole with the very weights
-that would be served, and the fit from summed sensitivity to percent goes through them
-(`quality_fit`). Both are counted in divergence from the 16-bit model, not in rise of the loss: of
-few tokens the rise is mostly chance (a term of first order in what rounding changed, whose mean is
+Rows come from one of the indicators (`indicators`). Plans are measured as a whole with the weights
+that would be served, and the fit from summed sensitivity to percent is a line through them
+(`quality_fit`). Both are measured as divergence from the 16-bit model, not as rise of the loss: on
+few tokens the rise is mostly chance (a first-order term in the change by rounding, whose mean is
 zero), the divergence is not, and their means are close.
 
-Text is split: second moments come from its first half, all that is measured from the second, so
-that nothing is measured on what the weights were fitted to.
+Text is split: calibration statistics come from its first half, all measurements from the second, so
+that quality is not measured on the text that weights were fitted to.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,33 +16,32 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmpq.checkpoint.moments_file import MomentsFile
-from llmpq.evaluation.evaluate import LOGITS_AT_ONCE, Loss
+from llmpq.checkpoint.calibration_file import CalibrationFile
+from llmpq.evaluation.perplexity import LOGITS_AT_ONCE, Loss
 from llmpq.evaluation.streaming import DamageSum, Streamed, Variant, stream
-from llmpq.models.family import find
 from llmpq.models.stage_model import LayerPrecision, StageModel
 from llmpq.profile_data import LayerSensitivity, MeasuredPlan, QualityFit
 from llmpq.profiler.indicators import (
-    Cell,
     InputVariance,
-    Subject,
-    cells,
+    LoadableModel,
+    SensitivityCell,
     hessian_rows,
     random_rows,
+    sensitivity_cells,
     variance_rows,
 )
 from llmpq.profiler.quality_fit import draw_plans, fit_quality
 
 Indicator = Literal["measured", "variance", "hessian", "random"]
 Method = Literal["fast", "exact"]
-Steps = Callable[[int, int], None]  # done, of so many
+Steps = Callable[[int, int], None]  # called with steps done and their total
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What to measure. `apart`: attention and FFN of each layer as well; `seed`: of all draws."""
+class SensitivityOptions:
+    """What to measure; with `apart`, attention and FFN of each layer as well as the layer."""
 
     precisions: tuple[str, ...]
     indicator: Indicator = "measured"
@@ -52,16 +51,16 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What was gathered of the linears' inputs at 16 bits, where the indicator needs it."""
+class InputStatistics:
+    """Statistics of the linears' inputs at 16 bits, where the indicator needs them."""
 
-    moments: MomentsFile | None = None
+    calibration: CalibrationFile | None = None
     variance: InputVariance | None = None
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Rows, the fit, and the 16-bit model's loss on the same windows."""
+class SensitivityResult:
+    """The rows, the fit, and the 16-bit model's loss on the same windows."""
 
     rows: list[LayerSensitivity]
     fit: QualityFit
@@ -69,53 +68,57 @@ class Measured:
 
 
 def measure_sensitivity(
-    subject: Subject,
-    recipe: Recipe,
+    loadable: LoadableModel,
+    recipe: SensitivityOptions,
     windows: Tensor,
-    inputs: Inputs = Inputs(),
+    inputs: InputStatistics = InputStatistics(),
     on_step: Steps = lambda done, total: None,
-) -> Measured:
-    """Every layer at every precision, and plans, on `[n, W]` windows.
+) -> SensitivityResult:
+    """Measures every layer at every precision, and plans, on `[n, W]` windows.
 
     "fast" streams all variants through one layer after the other; "exact" holds the whole model
     at every precision and runs one variant after the other.
     """
-    wanted = cells(subject.num_layers, recipe.precisions, recipe.apart)
+    wanted = sensitivity_cells(loadable.num_layers, recipe.precisions, recipe.apart)
     measures = recipe.indicator == "measured"
-    singles = [cell.variant(subject.num_layers) for cell in wanted] if measures else []
-    plans = draw_plans(subject.num_layers, recipe.precisions, recipe.seed)
-    variants: list[Variant] = [["16"] * subject.num_layers, *singles, *plans]
+    singles = [cell.variant(loadable.num_layers) for cell in wanted] if measures else []
+    plans = draw_plans(loadable.num_layers, recipe.precisions, recipe.seed)
+    variants: list[Variant] = [["16"] * loadable.num_layers, *singles, *plans]
     run = _streamed if recipe.method == "fast" else _whole
-    base, *found = run(subject, variants, windows, on_step)
+    base, *found = run(loadable, variants, windows, on_step)
     if measures:
         rows = [c.row(_divergence(one)) for c, one in zip(wanted, found, strict=False)]
     else:
-        rows = _calculated(subject, recipe, wanted, inputs, on_step)
+        rows = _calculated(loadable, recipe, wanted, inputs, on_step)
     whole = [_divergence(one) for one in found[len(singles) :]]
-    return Measured(rows, fit_quality(_points(rows, plans, whole)), base.loss)
+    return SensitivityResult(rows, fit_quality(_points(rows, plans, whole)), base.loss)
 
 
 def gather_input_variance(
-    subject: Subject, windows: Tensor, on_layer: Callable[[int], None] = lambda _: None
+    loadable: LoadableModel, windows: Tensor, on_layer: Callable[[int], None] = lambda _: None
 ) -> InputVariance:
-    """Variance of every linear's inputs on `[n, W]` windows, at 16 bits."""
+    """The variance of every linear's inputs on `[n, W]` windows, at 16 bits."""
     variance = InputVariance()
-    subject.run(windows, variance.watch, on_layer)
+    loadable.run(windows, variance.watch, on_layer)
     return variance
 
 
 def _calculated(
-    subject: Subject, recipe: Recipe, wanted: Sequence[Cell], inputs: Inputs, on_step: Steps
+    loadable: LoadableModel,
+    recipe: SensitivityOptions,
+    wanted: Sequence[SensitivityCell],
+    inputs: InputStatistics,
+    on_step: Steps,
 ) -> list[LayerSensitivity]:
     def on_layer(done: int) -> None:
-        on_step(done, subject.num_layers)
+        on_step(done, loadable.num_layers)
 
     if recipe.indicator == "variance":
         assert inputs.variance is not None
-        return variance_rows(subject, wanted, inputs.variance.of, on_layer)
+        return variance_rows(loadable, wanted, inputs.variance.of, on_layer)
     if recipe.indicator == "hessian":
-        assert inputs.moments is not None
-        return hessian_rows(subject, wanted, inputs.moments.moments, on_layer)
+        assert inputs.calibration is not None
+        return hessian_rows(loadable, wanted, inputs.calibration.statistics, on_layer)
     return random_rows(wanted, recipe.seed)
 
 
@@ -139,33 +142,33 @@ def _divergence(one: Streamed) -> float:
 
 
 def _streamed(
-    subject: Subject, variants: Sequence[Variant], windows: Tensor, on_step: Steps
+    loadable: LoadableModel, variants: Sequence[Variant], windows: Tensor, on_step: Steps
 ) -> list[Streamed]:
     return stream(
-        subject.config,
-        subject.weights,
+        loadable.config,
+        loadable.weights,
         variants,
         windows,
-        subject.dtype,
-        subject.device,
-        subject.roundings,
-        on_layer=lambda done: on_step(done, subject.num_layers),
+        loadable.dtype,
+        loadable.device,
+        loadable.roundings,
+        on_layer=lambda done: on_step(done, loadable.num_layers),
     )
 
 
 @torch.inference_mode()
 def _whole(
-    subject: Subject, variants: Sequence[Variant], windows: Tensor, on_step: Steps
+    loadable: LoadableModel, variants: Sequence[Variant], windows: Tensor, on_step: Steps
 ) -> list[Streamed]:
-    """Each variant by the whole model, whose layers are exchanged; the first variant is 16 bits."""
+    """Runs each variant as a whole model with exchanged layers; the first must be 16 bits."""
     needed = dict.fromkeys(precision for variant in variants for precision in variant)
-    last = subject.num_layers
-    models = {p: subject.load(0, last, [p] * last) for p in needed}
+    last = loadable.num_layers
+    models = {p: loadable.load(0, last, [p] * last) for p in needed}
     sums = [DamageSum() for _ in variants]
-    rows = max(1, LOGITS_AT_ONCE // subject.config.vocab_size // windows.shape[1])
+    rows = max(1, LOGITS_AT_ONCE // loadable.config.vocab_size // windows.shape[1])
     pieces = windows.split(rows)
     for number, piece in enumerate(pieces):
-        token_ids = piece.to(subject.device)
+        token_ids = piece.to(loadable.device)
         base: Tensor | None = None
         for at, (variant, total) in enumerate(zip(variants, sums, strict=True)):
             with _assembled(models, variant) as model:
@@ -177,7 +180,7 @@ def _whole(
 
 
 def _log_probabilities(model: StageModel, token_ids: Tensor) -> Tensor:
-    """`[b, W]` to fp32 `[b (W - 1), V]`."""
+    """Log probabilities fp32 `[b (W - 1), V]` of the tokens `[b, W]`."""
     hidden = model.run(model.embed(token_ids))
     return model.head(hidden[:, :-1].flatten(0, 1)).float().log_softmax(-1)
 
@@ -186,17 +189,11 @@ def _log_probabilities(model: StageModel, token_ids: Tensor) -> Tensor:
 def _assembled(models: dict[LayerPrecision, StageModel], variant: Variant) -> Iterator[StageModel]:
     """The 16-bit model with the variant's layers in place of its own."""
     model = models["16"]
-    layers = _layers(model)
+    layers = model.all_layers
     own = list(layers)
     for index, precision in enumerate(variant):
         if precision != "16":
-            layers[index] = _layers(models[precision])[index]
+            layers[index] = models[precision].all_layers[index]
     yield model
     for index, layer in enumerate(own):
         layers[index] = layer
-
-
-def _layers(model: StageModel) -> nn.ModuleList:
-    layers = find(model.model, f"{model.family.decoder}.{model.family.layers}")
-    assert isinstance(layers, nn.ModuleList)
-    return layers

@@ -18,25 +18,25 @@ import torch
 from pydantic import ValidationError
 
 from llmpq.artifact import Provenance
+from llmpq.checkpoint.calibration_file import CalibrationFile, sha256_of
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.checkpoint.inventory import check_checkpoint
 from llmpq.checkpoint.loader import model_folder
-from llmpq.checkpoint.moments_file import MomentsFile, sha256_of
 from llmpq.checkpoint.roundings import load_roundings
 from llmpq.cluster import MIB
 from llmpq.errors import UserError
-from llmpq.evaluation.evaluate import text_windows
+from llmpq.evaluation.perplexity import text_windows
 from llmpq.model_lookup import load_model_spec
 from llmpq.models.stage_model import load_config
 from llmpq.profile_data import CalibrationText, Sensitivity
+from llmpq.profiler.calibration_pass import gather_calibration, most_bytes
 from llmpq.profiler.effort import Effort
-from llmpq.profiler.indicators import Subject
+from llmpq.profiler.indicators import LoadableModel
 from llmpq.profiler.quality_fit import notes_on_fit
-from llmpq.profiler.second_moments import gather_moments, most_bytes
 from llmpq.profiler.sensitivity import (
-    Inputs,
-    Measured,
-    Recipe,
+    InputStatistics,
+    SensitivityOptions,
+    SensitivityResult,
     gather_input_variance,
     measure_sensitivity,
 )
@@ -69,8 +69,8 @@ class SensitivityJob:
 
     model: str
     text: Path
-    subject: Subject
-    recipe: Recipe
+    subject: LoadableModel
+    recipe: SensitivityOptions
     fitted: torch.Tensor
     measured: torch.Tensor
     notes: list[str]
@@ -80,12 +80,12 @@ class SensitivityJob:
 class Prepared:
     """A job's model, rounded as it will be served, and what is known of its linears' inputs."""
 
-    subject: Subject
-    inputs: Inputs
+    subject: LoadableModel
+    inputs: InputStatistics
     quantizer: Quantizer
 
 
-def needs_moments(quantizer: QuantizerName, recipe: Recipe) -> bool:
+def needs_moments(quantizer: QuantizerName, recipe: SensitivityOptions) -> bool:
     """Whether second moments are gathered."""
     return quantizer == "gptq" or recipe.indicator == "hessian"
 
@@ -93,7 +93,7 @@ def needs_moments(quantizer: QuantizerName, recipe: Recipe) -> bool:
 def read_job(
     model: str,
     text: Path,
-    recipe: Recipe,
+    recipe: SensitivityOptions,
     place: tuple[torch.device, torch.dtype],
     tokenizer: Any,
     window: int | None,
@@ -119,7 +119,7 @@ def read_job(
     return SensitivityJob(
         model,
         text,
-        Subject(config, weights, dtype, device),
+        LoadableModel(config, weights, dtype, device),
         recipe,
         _spread(windows[:half], max(1, fit_tokens // window)),
         _spread(windows[half:], max_windows or max(1, tokens // window)),
@@ -169,12 +169,12 @@ def prepare(
     )
     roundings = load_roundings(quantizer, override=path)
     subject = replace(job.subject, roundings=roundings)
-    return Prepared(subject, Inputs(moments, variance), quantizer)
+    return Prepared(subject, InputStatistics(moments, variance), quantizer)
 
 
 def _moments(
     job: SensitivityJob, request: MomentsRequest, show: ShowSteps, say: Callable[[str], object]
-) -> MomentsFile:
+) -> CalibrationFile:
     """The file of second moments: what is there already if it suits, else a new one."""
     path = request.path
     about = {
@@ -186,7 +186,7 @@ def _moments(
     }
     wanted = {"model": about["model"]} if request.given else about
     if path.exists() and not request.remake:
-        file = MomentsFile(path)
+        file = CalibrationFile(path)
         if all(file.about.get(key) == value for key, value in wanted.items()):
             say(f"calibration statistics: using {path}, which is there")
             return file
@@ -198,7 +198,7 @@ def _moments(
     size = most_bytes(load_model_spec(job.model), request.block)
     say(f"calibration statistics: {path}, at most {size / MIB:.1f} MiB")
     with show("calibration statistics: layers", job.subject.num_layers) as on_layer:
-        file = gather_moments(
+        file = gather_calibration(
             job.subject, job.fitted, path, about, request.block, on_layer=on_layer
         )
     say(f"calibration statistics: {path.stat().st_size / MIB:.1f} MiB of {about['tokens']} tokens")
@@ -207,7 +207,7 @@ def _moments(
 
 def measure(
     job: SensitivityJob, prepared: Prepared, on_step: Callable[[int, int], None]
-) -> Measured:
+) -> SensitivityResult:
     """Measures every layer; raises `UserError` where the loss is not a finite number."""
     try:
         found = measure_sensitivity(
@@ -228,7 +228,7 @@ def _not_finite(job: SensitivityJob) -> UserError:
 
 
 def result_of(
-    job: SensitivityJob, measured: Measured, quantizer: Quantizer, effort: Effort
+    job: SensitivityJob, measured: SensitivityResult, quantizer: Quantizer, effort: Effort
 ) -> Sensitivity:
     """What sensitivity.json holds."""
     return Sensitivity(

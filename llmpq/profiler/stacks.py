@@ -1,9 +1,9 @@
-"""The computations that are timed: a few equal layers, a stage's call without layers, the ends.
+"""The computations that are timed: equal layers, a stage's call without layers, embedding and head.
 
-A `Probe` is one cell made ready on the device: its inputs, its cache, and one call of `depth`
-layers (0: what a call of a stage costs beside its layers: masks, positions, messages' copies).
-The calls are those that `llmpq-run` makes, with its cache, attention, kernels and CUDA graphs, on
-prompts of unequal lengths. Weights are random: times do not depend on their values.
+A `Probe` is one cell that is ready on the device: its inputs, its cache, and a call of `depth`
+layers (0: only the costs of a call beside its layers: masks, positions, copies of messages). The
+calls are those of `llmpq-run`, with its cache, attention, kernels and CUDA graphs, on prompts of
+unequal lengths. Weights are random, as times do not depend on their values.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llmpq.checkpoint.checkpoint import RandomWeights
-from llmpq.checkpoint.kernels import prepare_kernels
+from llmpq.checkpoint.kernel_setup import prepare_kernels
 from llmpq.checkpoint.loader import load_stage
 from llmpq.job import Job, LaneShape, Member
 from llmpq.models.count import with_layers
@@ -25,32 +25,32 @@ from llmpq.profile_data import Candidate
 from llmpq.profiler.timer import Timer
 from llmpq.runtime.rehearsal import peak_bytes
 from llmpq.runtime.sampler import Sampling
-from llmpq.runtime.steps import DecodeSteps, choose_tokens, prefill
+from llmpq.runtime.steps import DecodeStepRunner, choose_tokens, prefill
 
-# How long a rehearsed stage rests between calls, on which its caches depend: it waits as long as
-# the device that it plays would go on computing, and then for others. In three random plans on 3
-# and 4 stages, slowed down 3 to 10 times, the median was 22 to 45 ms; in one with a single
-# micro-batch in flight 100 ms.
+# The pause of a rehearsed stage between calls, on which the state of CPU caches depends: it waits
+# as long as the rehearsed device would still compute, and then for other stages. In three random
+# plans on 3 and 4 stages, slowed down 3 to 10 times, the median was 22 to 45 ms; in one with a
+# single micro-batch in flight 100 ms.
 REST_S = 0.03
-# Between calls of the ends, which follow layers in the call of a stage.
+# The pause between calls of embedding or head, which follow layers in the call of a stage.
 END_REST_S = 0.003
-# A fixed computation that tells the machine's speed: a product of square matrices, and small ones
-# that take as long to call as to compute, as small layers do.
+# The fixed computation that shows the machine's speed: a product of square matrices, and small
+# products that take as long to call as to compute, as those of small layers.
 REFERENCE_SIZE = 256
 REFERENCE_CALLS, REFERENCE_ROWS = 24, 4
-# Layers in a stack, by the bytes of one at 16 bits: more layers average out more noise, and weigh
-# a call's own cost less; big ones take memory and time.
+# Layers in a stack, by the bytes of one at 16 bits: more layers average out more noise and reduce
+# the share of a call's own cost; large ones take memory and time.
 DEPTHS = ((8 * 2**20, 6), (64 * 2**20, 3))
 LEAST_DEPTH = 2
 
 
 def stack_depth(layer_bytes: int) -> int:
-    """Layers to stack for a layer of so many bytes at 16 bits."""
+    """The number of layers to stack, for layers of `layer_bytes` at 16 bits."""
     return next((depth for limit, depth in DEPTHS if layer_bytes <= limit), LEAST_DEPTH)
 
 
 class Probe:
-    """One cell, ready to be called. `max_depth`: layers there are; 0 for what has none."""
+    """One cell that is ready to be called. `max_depth`: the layers of its stack, or 0."""
 
     def __init__(
         self,
@@ -64,24 +64,24 @@ class Probe:
         self._pause_s, self.max_depth = pause_s, max_depth
 
     def warm_up(self, depth: int) -> None:
-        """One call that counts for nothing."""
+        """Makes a call that is not timed."""
         self._compute(depth)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
     def time_ms(self, depth: int) -> float:
-        """One timed call of `depth` layers."""
+        """Milliseconds of a call of `depth` layers."""
         return self._timer.time_ms(partial(self._compute, depth), self._pause_s)
 
     def peak_bytes(self) -> int:
-        """Bytes that a call of one layer takes at its peak, weights and cache apart."""
+        """The peak bytes of a call of one layer, without weights and cache."""
         return peak_bytes(partial(self._compute, 1), self._device)
 
 
 class Bench:
     """Layers at every precision on one device, and the embedding and the head.
 
-    `most_rows`: of the products of linears that will be timed, for which kernels are compiled.
+    Kernels are compiled for products of up to `most_rows` rows.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Bench:
     ) -> None:
         self._config, self.depth = config, depth
         self._dtype, self._device, self._most_rows = dtype, device, most_rows
-        self.notes: list[str] = []  # on linears that slower kernels serve
+        self.notes: list[str] = []  # warnings of linears that use slower kernels
         self._timer = Timer(device)
         self._square = torch.ones(REFERENCE_SIZE, REFERENCE_SIZE, device=device)
         self._refer()  # warms up
@@ -104,7 +104,7 @@ class Bench:
         self._ends = self._load(LayerRange(0, 1, 1), ["16"])
 
     def open(self, cell: Candidate) -> "Probe":
-        """The cell's inputs and its call."""
+        """Prepares the inputs and the call of a cell."""
         if cell.phase in ("embedding", "head"):
             return Probe(self._end(cell), self._timer, self._device, END_REST_S)
         phase = cell.phase.removeprefix("stage_")
@@ -117,11 +117,11 @@ class Bench:
         return Probe(compute, self._timer, self._device, REST_S, max_depth)
 
     def layer_bytes(self, precision: str) -> int:
-        """Weights of one layer."""
+        """Bytes of the weights of one layer."""
         return self._stacks[precision].stage.weight_bytes() // self.depth
 
     def reference_ms(self) -> float:
-        """A fixed computation, timed."""
+        """Milliseconds of the fixed computation."""
         return self._timer.time_ms(self._refer)
 
     def _refer(self) -> None:
@@ -145,14 +145,15 @@ class Bench:
         return torch.randn(shape, dtype=torch.float32, device=self._device).to(self._dtype)
 
     def _load(self, layers: LayerRange, precisions: list[str]) -> StageModel:
-        config, place = with_layers(self._config, layers.total), (self._dtype, self._device)
-        stage = load_stage(config, RandomWeights(), layers, precisions, *place)
+        config = with_layers(self._config, layers.total)
+        where = self._dtype, self._device
+        stage = load_stage(config, RandomWeights(), layers, precisions, *where)
         self.notes += prepare_kernels(stage, self._most_rows)
         return stage
 
 
 class _Stack:
-    """Equal layers, of which the first few can be run alone."""
+    """A stage of equal layers, of which the first few can be run alone."""
 
     def __init__(self, stage: StageModel, depth: int) -> None:
         self.stage = stage
@@ -161,9 +162,10 @@ class _Stack:
         self._depth = depth
 
     def computation(self, hidden: torch.Tensor, past: int) -> Callable[[int], object]:
-        """A call of some layers on `hidden` `[B, S, H]`: with `past` tokens stored a decode step.
+        """A function that calls some layers on `hidden` `[B, S, H]`: a prefill, or a decode step.
 
-        Prompts are unequal. Of a decode step each depth has its own static buffers and graph.
+        A decode step has `past` stored tokens; each depth has its own static buffers and graph.
+        Prompts have unequal lengths.
         """
         rows, tokens = hidden.shape[:2]
         lengths = [max(1, (past or tokens) - (row == 0)) for row in range(rows)]
@@ -178,7 +180,7 @@ class _Stack:
         def step(depth: int) -> object:
             self._use(depth)
             if depth not in steps:
-                steps[depth] = DecodeSteps(self.stage, cache, Sampling())
+                steps[depth] = DecodeStepRunner(self.stage, cache, Sampling())
             return steps[depth].run(job, hidden, 0, rows)
 
         return step

@@ -1,4 +1,4 @@
-"""Times of short computations on a CPU or a CUDA device."""
+"""Times short computations on a CPU or a CUDA device."""
 
 import time
 from collections.abc import Callable
@@ -7,13 +7,14 @@ import torch
 
 
 class Timer:
-    """`time_ms(compute)`: one run.
+    """Times single runs by the clock that suits the device.
 
-    On a card: device events. On a CPU with one thread: the thread's own CPU time, which other
-    processes cannot stretch (and which rehearsals slow down), after a pause: a stage of a
-    pipeline waits between micro-batches, and finds caches and clocks colder than a tight loop
-    does (seen: 10 to 20 % slower after 1 to 5 ms, 30 to 50 % after 20 ms; a layer's decode step
-    of 1.2 ms took 1.3 ms after 8 ms, 2.0 after 30 and 2.1 after 60). With more threads: wall time.
+    On a card it uses CUDA events. On a CPU with one thread it uses the thread's own CPU time, which
+    other processes cannot stretch (and which rehearsals slow down), after a pause: a stage of a
+    pipeline waits between micro-batches, so that caches and clocks are colder than in a tight loop
+    (measured: 10 to 20 % slower after 1 to 5 ms, 30 to 50 % after 20 ms; a layer's decode step of
+    1.2 ms took 1.3 ms after 8 ms, 2.0 after 30 and 2.1 after 60). With more threads it uses wall
+    time.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,10 +1,10 @@
-"""What a request says of its own answer beside its length: how tokens are drawn, where it stops.
+"""A request's own settings beside its length: how tokens are sampled, and where the answer stops.
 
-`temperature`, `top_p`, `top_k`, `seed` and `stop` are done for each request, by the names that
-OpenAI and vLLM have for them; what a request does not say is as the run says. `refuse_unmet` knows
-the settings that change what an answer means and that nothing here does: such a request fails
-alone, unless the value asks for nothing (`n` of 1, no penalty). Whatever else a request says
-(`user`, `metadata`, `stream`) changes no answer, and is left out by `prompt_rules`.
+`temperature`, `top_p`, `top_k`, `seed` and `stop` are supported for each request, by the names that
+OpenAI and vLLM use; the run's settings apply where a request has none. `refuse_unmet` knows the
+settings that change an answer and that are not supported: such a request fails alone, unless the
+value is the default (`n` of 1, no penalty). Other keys (`user`, `metadata`, `stream`) change no
+answer, and `prompt_rules` ignores them.
 """
 
 import json
@@ -19,7 +19,7 @@ from llmpq.prompts.chat_messages import Refused, refuse_half_characters
 SETTINGS = ("temperature", "top_p", "top_k", "seed")
 MOST_STOPS, MOST_STOP_CHARACTERS = 16, 1000
 
-# What is not done, and the values that ask for nothing.
+# Settings that are not supported, and the values that have no effect.
 ANYWHERE: dict[str, tuple[Any, ...]] = {
     "logprobs": (False, 0),
     "top_logprobs": (0,),
@@ -48,7 +48,7 @@ ANYWHERE: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "chat_template_kwargs": ({},),
 }
-# Names that a table of other things may have as well: only in the body of a request.
+# Names that a table may use for other things: they count only in the body of a request.
 OF_BODIES: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -61,25 +61,25 @@ OWN_KNOWN = {*SETTINGS, "stop", *ANYWHERE}
 BODY_KNOWN = {*OWN_KNOWN, *OF_BODIES}
 
 
-def refuse_unmet(data: Mapping[str, Any], is_body: bool) -> None:
-    """Raises `Refused` where a request asks for what is not done."""
+def refuse_unmet(data: Mapping[str, object], is_body: bool) -> None:
+    """Raises `Refused` where a request has a setting that is not supported."""
     for key, nothing in (*ANYWHERE.items(), *(OF_BODIES.items() if is_body else ())):
         value = data.get(key)
         if value is not None and value not in nothing:
             usual = f" (only {show_value(nothing[0])})" if nothing else ""
-            raise Refused(f"'{key}' {show_value(value)} cannot be done{usual}; leave it out")
+            raise Refused(f"'{key}' {show_value(value)} is not supported{usual}; leave it out")
 
 
-def drawn_by(data: Mapping[str, Any]) -> dict[str, float]:
+def drawn_by(data: Mapping[str, object]) -> dict[str, float]:
     """The settings of `SETTINGS` that a request gives; raises `Refused` for odd values."""
     found: dict[str, float] = {}
     for key in SETTINGS:
-        value = data.get(key)
+        value: Any = data.get(key)
         if value is None:
             continue
         is_whole = key in ("top_k", "seed")
         if is_whole and isinstance(value, float) and value.is_integer():
-            value = int(value)  # tables with gaps have 5.0 for 5
+            value = int(value)  # tables with empty cells have 5.0 for 5
         sort = int if is_whole else int | float
         if isinstance(value, bool) or not isinstance(value, sort) or not _fits(key, value):
             raise Refused(f"'{key}' must be {EXPECTED[key]}, found {show_value(value)}")
@@ -103,8 +103,8 @@ def _fits(key: str, value: float) -> bool:
     return math.isfinite(value) and (0 < value <= 1 if key == "top_p" else 0 <= value <= 1000)
 
 
-def stops_of(data: Mapping[str, Any]) -> tuple[str, ...]:
-    """The texts before which an answer ends; raises `Refused` for what are none.
+def stops_of(data: Mapping[str, object]) -> tuple[str, ...]:
+    """The texts before which an answer ends; raises `Refused` for other values.
 
     Raises `ValueError` for half a character, as in any text of a line.
     """
@@ -123,16 +123,16 @@ def stops_of(data: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def with_settings(checksum: int, drawn: Mapping[str, float], stops: tuple[str, ...]) -> int:
-    """The checksum of a prompt, and of what its answer depends on too; the same without any."""
+    """A prompt's checksum, extended by its own settings; unchanged where it has none."""
     if not drawn and not stops:
         return checksum
     return crc32(json.dumps([dict(drawn), stops], sort_keys=True).encode(), checksum)
 
 
 def cut_at(text: str, stops: tuple[str, ...]) -> str:
-    """The text before the first of `stops` in it."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text
+    """The part of a text before the first of `stops` in it."""
+    positions = [position for stop in stops if (position := text.find(stop)) >= 0]
+    return text[: min(positions)] if positions else text
 
 
 def has_stopped(text: str, stops: tuple[str, ...]) -> bool:
@@ -141,8 +141,8 @@ def has_stopped(text: str, stops: tuple[str, ...]) -> bool:
 
 
 def tail_tokens(stops: tuple[str, ...]) -> int:
-    """How many of the last tokens can hold a stop that the very last one completes.
+    """How many of the last tokens may hold a stop text that the last token completes.
 
-    A token has a byte at least; some more, as decoders treat the first token of a text otherwise.
+    A token has at least one byte; four more are taken, as decoders treat first tokens specially.
     """
     return max(len(stop.encode()) for stop in stops) + 4

@@ -1,11 +1,11 @@
-"""How a line of a prompts file becomes a request, and what becomes of lines that cannot.
+"""Turns a line of a prompts file into a request, and decides what happens to lines that cannot.
 
 A line is llmpq's own ({"id", "prompt" | "prompt_token_ids" | "messages", "max_new_tokens"}) or one
 of OpenAI's batch files ({"custom_id", "method", "url", "body": {...}}); a file may have both.
-There are three kinds of trouble. What makes a line no request at all (not JSON, no id, a number of
-tokens that is none) is a `ValueError`: the file is not run. What only this model or this run cannot
-do (too long, an image, an odd chat, several answers) makes that request fail alone:
-`Asked.refusal` says why. What changes no answer is left out and counted: `Asked.left_out` names it.
+There are three kinds of faults. A line that is no request at all (not JSON, no id, an invalid
+number of tokens) is a `ValueError`, and the file is not run. A request that only this model or this
+run cannot do (too long, an image, an odd chat, several answers) fails alone: `CheckedLine.refusal`
+says why. Keys that change no answer are ignored and counted: `CheckedLine.left_out` names them.
 
 Messages become tokens by the model's own chat template, which transformers renders in a sandbox.
 """
@@ -18,7 +18,13 @@ from zlib import crc32
 
 from llmpq.artifact import FETCH_LFS, is_lfs_pointer, no_repeated_keys, show_value
 from llmpq.errors import MOST_LISTED, one_line
-from llmpq.prompts.chat_messages import Refused, messages_of, refuse_half_characters, text_of
+from llmpq.prompts.chat_messages import (
+    ChatMessage,
+    Refused,
+    messages_of,
+    refuse_half_characters,
+    text_of,
+)
 from llmpq.prompts.own_settings import (
     BODY_KNOWN,
     OWN_KNOWN,
@@ -32,7 +38,7 @@ from llmpq.prompts.request import Request
 TooLong = Literal["error", "truncate", "fail"]
 
 LENGTH_KEYS = ("max_new_tokens", "max_tokens", "max_completion_tokens")  # all mean the same
-WAYS = ("prompt", "prompt_token_ids", "messages")  # to give the prompt, one a line
+WAYS = ("prompt", "prompt_token_ids", "messages")  # a line gives its prompt under one of them
 OWN_KEYS = {"id", "custom_id", "tools", "text", *WAYS, *LENGTH_KEYS, *OWN_KNOWN}
 BATCH_KEYS = {"id", "custom_id", "method", "url", "body"}
 BODY_KEYS = {"model", "messages", "prompt", "prompt_token_ids", "tools", *LENGTH_KEYS, *BODY_KNOWN}
@@ -42,19 +48,19 @@ BROKEN_TEMPLATE = {"TemplateSyntaxError", "SecurityError", "TemplateAssertionErr
 
 
 class Tokenizer(Protocol):
-    """What is needed of a Hugging Face tokenizer."""
+    """The methods of a Hugging Face tokenizer that are used here."""
 
     chat_template: Any
 
     def encode(self, text: str) -> list[int]:
-        """Text to token ids."""
+        """Encodes a text as token ids."""
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
-        """Token ids to text."""
+        """Decodes token ids to a text."""
 
     def apply_chat_template(
         self,
-        conversation: list[dict[str, Any]],
+        conversation: list[ChatMessage],
         *,
         add_generation_prompt: bool,
         tokenize: bool,
@@ -66,14 +72,14 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask of the model and the run.
+    """The limits that the model and the run set for a request.
 
-    `cache_tokens`: what the plan reserves for all requests at once; None: no matter. `switches_at`:
-    the length beyond which the model encodes positions in another way, which would change what is
-    stored of a text that grows past it (`llmpq.models.rope`).
+    `cache_tokens` is what the plan reserves for all requests at once; None sets no limit.
+    `switches_at` is the length beyond which the model encodes positions in another way, so that the
+    cache of a text that grows past it would be wrong (`llmpq.models.rope`).
     """
 
-    new_tokens: int  # where a line gives no number
+    new_tokens: int  # the number for lines that give none
     max_positions: int
     vocab_size: int
     cache_tokens: int | None = None
@@ -103,39 +109,39 @@ class Limits:
 
     @property
     def most(self) -> int:
-        """Tokens of a request that is not too long."""
+        """The most tokens of a request, prompt and new ones together."""
         return min(self.max_positions, self.cache_tokens or self.max_positions)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a line asks for. A refused request has as many tokens as are known of it."""
+class CheckedLine:
+    """The request of a line. A refused request has as many tokens as are known of it."""
 
     request: Request
     is_openai: bool = False
     refusal: str | None = None
-    left_out: tuple[str, ...] = ()  # keys that have no meaning here
-    model: str | None = None  # that the line names
-    num_cut: int = 0  # tokens that the prompt has lost at its beginning
+    left_out: tuple[str, ...] = ()  # keys that are ignored
+    model: str | None = None  # the model that the line names
+    num_cut: int = 0  # tokens that were cut from the beginning of the prompt
 
 
 @dataclass
-class _Fields:
-    """The keys of a line, whichever form it has."""
+class _LineFields:
+    """The keys of a line of either form."""
 
     id: str | int
-    data: dict[str, Any]
+    data: dict[str, object]
     is_openai: bool = False
     url: str | None = None
-    method: Any = None
+    method: object = None
     left_out: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a line becomes a request; every fault of the line is a `ValueError`.
+    """Turns lines into requests; every fault of a line is a `ValueError`.
 
-    `chat`: a prompt that is a text is the message of a user.
+    With `chat`, a prompt that is a text is the message of a user.
     """
 
     tokenizer: Tokenizer | None
@@ -143,11 +149,11 @@ class Rules:
     chat: bool
 
     def request(self, line: bytes, number: int) -> Request:
-        """The request alone; of a line that was checked and not refused."""
+        """The request of a line that was checked and not refused."""
         return self.asked(line, number).request
 
-    def asked(self, line: bytes, number: int) -> Asked:
-        """All that a line says."""
+    def asked(self, line: bytes, number: int) -> CheckedLine:
+        """The request of a line, with all that was checked."""
         fields = self._fields(line)
         data, left_out = fields.data, fields.left_out
         ways = [name for name in WAYS if data.get(name) is not None]
@@ -169,16 +175,18 @@ class Rules:
                 raise Refused(crossing)
         except Refused as error:
             refusal = str(error)
-        checksum = with_settings(_checksum(tokens, said), drawn, stops)
+        # A number of new tokens that the line does not give is no part of the checksum.
+        own = crc32(array("q", tokens).tobytes(), said or 0)
+        checksum = with_settings(own, drawn, stops)
         checksum = checksum if refusal is None else crc32(line)
         request = Request(
             fields.id, number, tuple(tokens), new_tokens, checksum, is_chat, drawn, stops
         )
         model = data.get("model") if fields.is_openai else None
         shown = None if model is None else text_of("'model'", model)
-        return Asked(request, fields.is_openai, refusal, tuple(left_out), shown, num_cut)
+        return CheckedLine(request, fields.is_openai, refusal, tuple(left_out), shown, num_cut)
 
-    def _fields(self, line: bytes) -> _Fields:
+    def _fields(self, line: bytes) -> _LineFields:
         data = _json(line)
         if not isinstance(data, dict):
             raise ValueError('expected {"id": ..., "prompt": ...}')
@@ -188,10 +196,10 @@ class Rules:
         if data.get("prompt") is None and "text" in data:
             data["prompt"] = data.pop("text")
         known = OWN_KEYS - ({"text"} if data.get("prompt") is not None else set())
-        return _Fields(name, data, left_out=sorted(set(data) - known))
+        return _LineFields(name, data, left_out=sorted(set(data) - known))
 
-    def _batch_fields(self, name: str | int, data: dict[str, Any]) -> _Fields:
-        """Of a line of OpenAI's batch files."""
+    def _batch_fields(self, name: str | int, data: dict[str, object]) -> _LineFields:
+        """The fields of a line of OpenAI's batch files."""
         body, url = data["body"], data.get("url")
         if not isinstance(body, dict):
             raise ValueError("'body' must be an object")
@@ -201,21 +209,21 @@ class Rules:
         unknown = sorted(set(body) - BODY_KEYS)
         inside = [k for k in unknown if body[k] is not None and (k, body[k]) != ("stream", False)]
         method = data.get("method")
-        return _Fields(
+        return _LineFields(
             name, body, True, url, method, [*outside, *(f"body.{key}" for key in inside)]
         )
 
     # ---- tokens
 
-    def _stops(self, data: dict[str, Any]) -> tuple[str, ...]:
+    def _stops(self, data: dict[str, object]) -> tuple[str, ...]:
         stops = stops_of(data)
         if stops and self.tokenizer is None:
             raise Refused("'stop' needs a tokenizer, which the model has not")
         return stops
 
-    def _tokens(self, data: dict[str, Any], way: str) -> list[int]:
+    def _tokens(self, data: dict[str, object], way: str) -> list[int]:
         given = data[way]
-        if way == "prompt" and isinstance(given, list):  # as OpenAI's completions allow
+        if way == "prompt" and isinstance(given, list):  # OpenAI's completions allow this
             way, given = _listed_prompt(given)
         if way == "prompt_token_ids":
             token_ids = given
@@ -233,7 +241,7 @@ class Rules:
             raise ValueError(f"token {show_value(outside)} is outside the vocabulary of {size}")
         return token_ids
 
-    def _encode(self, text: str, data: dict[str, Any]) -> list[int]:
+    def _encode(self, text: str, data: dict[str, object]) -> list[int]:
         if self.chat:
             return self._render([{"role": "user", "content": text}], data)
         if self.tokenizer is None:
@@ -245,7 +253,7 @@ class Rules:
                 f"the model's tokenizer fails ({one_line(error, with_kind=True)})"
             ) from None
 
-    def _render(self, messages: list[dict[str, Any]], data: dict[str, Any]) -> list[int]:
+    def _render(self, messages: list[ChatMessage], data: dict[str, object]) -> list[int]:
         template = str(getattr(self.tokenizer, "chat_template", None) or "")
         if self.tokenizer is None or not template:
             raise ValueError(
@@ -267,7 +275,7 @@ class Rules:
             raise _template_fault(error) from None
 
     def _fitting(self, tokens: list[int], new_tokens: int) -> tuple[list[int], int]:
-        """The tokens, or their end where that is asked for; and how many are gone."""
+        """The tokens, or the end of them where truncation is asked for; and how many were cut."""
         excess = self.limits.excess(len(tokens), new_tokens)
         if excess is None:
             return tokens, 0
@@ -279,8 +287,8 @@ class Rules:
         raise Refused(excess)
 
 
-def _not_one_prompt(fields: _Fields, ways: list[str]) -> ValueError:
-    """What a line without a prompt, or with two, is told: what it has in its place."""
+def _not_one_prompt(fields: _LineFields, ways: list[str]) -> ValueError:
+    """The error for a line without a prompt or with several; it names the keys it has."""
     url, where = fields.url, "'body'" if fields.is_openai else "the line"
     if url is not None and not _is_served(url):
         return ValueError(f"url {show_value(url)}: only {CHAT_URL} and {TEXT_URL} are served")
@@ -293,14 +301,14 @@ def _not_one_prompt(fields: _Fields, ways: list[str]) -> ValueError:
 
 
 def _template_fault(error: Exception) -> Exception:
-    """Of the chat's alone, or of any chat's."""
+    """A refusal of this chat, or an error where the template fails for every chat."""
     message = f"the model's chat template fails ({one_line(error, with_kind=True)})"
     broken = BROKEN_TEMPLATE & {kind.__name__ for kind in type(error).__mro__}
     return ValueError(message) if broken else Refused(message)
 
 
-def _id(data: dict[str, Any]) -> str | int:
-    """The request's name, by either key."""
+def _id(data: dict[str, object]) -> str | int:
+    """The request's id, under either key."""
     name = data.get("id") if data.get("id") is not None else data.get("custom_id")
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise ValueError("'id' must be a text or an integer")
@@ -310,13 +318,8 @@ def _id(data: dict[str, Any]) -> str | int:
     return name
 
 
-def _checksum(tokens: list[int], new_tokens: int | None) -> int:
-    """Of all that the answer depends on; a number of tokens that the line does not give is not."""
-    return crc32(array("q", tokens).tobytes(), new_tokens or 0)
-
-
-def _new_tokens(data: dict[str, Any]) -> int | None:
-    """What a line says of how many tokens are asked for, by whichever name."""
+def _new_tokens(data: dict[str, object]) -> int | None:
+    """The number of new tokens that a line asks for, under any of its names; None: none."""
     said = {key: _whole(data[key]) for key in LENGTH_KEYS if data.get(key) is not None}
     for key, value in said.items():
         if not is_int(value) or value < 1:
@@ -328,12 +331,12 @@ def _new_tokens(data: dict[str, Any]) -> int | None:
 
 
 def _whole(value: Any) -> Any:
-    """A number such as 16.0, which tables with gaps have for 16, as that."""
+    """An integer for a number such as 16.0, which tables with empty cells have for 16."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _check_meaning(fields: _Fields, way: str, is_chat: bool) -> None:
-    """Raises `Refused` for what asks for something else than llmpq does."""
+def _check_meaning(fields: _LineFields, way: str, is_chat: bool) -> None:
+    """Raises `Refused` where a line asks for something that llmpq does not do."""
     refuse_unmet(fields.data, fields.is_openai)
     if fields.data.get("tools") and not is_chat:
         raise Refused("'tools' need 'messages', which the model's chat template renders")
@@ -344,7 +347,7 @@ def _check_meaning(fields: _Fields, way: str, is_chat: bool) -> None:
 
 
 def _check_url(url: str, way: str) -> None:
-    """Raises `Refused` for what is no request of a completion."""
+    """Raises `Refused` for URLs that are no request of a completion."""
     if not _is_served(url):
         raise Refused(f"url {show_value(url)}: only {CHAT_URL} and {TEXT_URL} are served")
     if (_path_of(url) == CHAT_URL) != (way == "messages"):
@@ -360,8 +363,8 @@ def _is_served(url: str) -> bool:
     return _path_of(url) in (CHAT_URL, TEXT_URL)
 
 
-def _listed_prompt(given: list[Any]) -> tuple[str, Any]:
-    """A list of tokens is a prompt; so is what is alone in its list."""
+def _listed_prompt(given: list[object]) -> tuple[str, object]:
+    """The kind and value of a prompt given as a list: token ids, or a list of one prompt."""
     if given and all(map(is_int, given)):
         return "prompt_token_ids", given
     if len(given) != 1:
@@ -379,7 +382,7 @@ def _json(line: bytes) -> Any:
 
 
 def _not_json(line: bytes, error: Exception) -> str:
-    """What a line of another kind of file is told."""
+    """The message for a line that is not JSON; it may be of another kind of file."""
     if is_lfs_pointer(line):
         return f"not valid JSON: {FETCH_LFS}"
     if line.lstrip()[:1] != b"{":  # plain text, a web page, a list
@@ -388,10 +391,10 @@ def _not_json(line: bytes, error: Exception) -> str:
 
 
 def show(text: str) -> str:
-    """Any text in a form that every terminal prints."""
+    """Any text in a form that every terminal can print."""
     return f"'{text}'" if text.isprintable() else ascii(text)
 
 
-def is_int(value: Any) -> bool:
-    """A whole number; JSON's true and false are none."""
+def is_int(value: object) -> bool:
+    """Whether a value is an integer; JSON's true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)

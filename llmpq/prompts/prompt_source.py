@@ -1,13 +1,13 @@
-"""A file of requests, whatever its form, as lines of JSON: known by what it holds, not by name.
+"""Reads a file of requests of any form as lines of JSON; its contents tell the form, not its name.
 
-JSON lines are read where they are. Anything else that can be read is first turned into JSON lines,
-in a temporary file without a name: files packed by gzip, bzip2 or xz; UTF-16 and UTF-32 with their
-mark, as Windows writes them; CSV with a column "prompt" or "text" (commas, semicolons or tabs);
-JSON arrays; Parquet, where pyarrow is installed. Forms that cannot be read are named in the error,
-with what to do. Faults and requests are told by the line, or the row, of the user's own file.
+JSON lines are read where they are. Other forms are first turned into JSON lines, in a temporary
+file without a name: files packed by gzip, bzip2 or xz; UTF-16 and UTF-32 with a byte-order mark, as
+Windows writes them; CSV with a column "prompt" or "text" (commas, semicolons or tabs); JSON arrays;
+Parquet, where pyarrow is installed. The error for a form that cannot be read names the form and
+what to do. Messages name the line, or the row, of the user's own file.
 
-Rows of tables and arrays may do without ids: then they are numbered from 1, which is told.
-Byte-order marks are skipped, also between the parts of files that were joined.
+Rows of tables and arrays without ids are numbered from 1, and a note says so. Byte-order marks are
+skipped, also between the parts of files that were joined.
 
 Not covered: what a line means (`prompt_rules`).
 """
@@ -30,15 +30,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 from llmpq.artifact import no_repeated_keys, read_text, refuse_unless_regular, text_encoding
 from llmpq.errors import UserError, one_line
-from llmpq.prompts.prompt_tables import Row, array_rows, csv_columns, csv_rows, parquet_rows
+from llmpq.prompts.prompt_tables import PromptRow, array_rows, csv_columns, csv_rows, parquet_rows
 
-MAX_LINE_BYTES = 1 << 26  # a longer line is no prompt; and all of it would have to be in memory
+MAX_LINE_BYTES = 1 << 26  # a longer line is no prompt, and would have to fit in memory
 HEAD_BYTES = 1 << 16
 UTF8 = "utf-8-sig"  # with a mark or without
 
 Unpack = Callable[[Path], Any]  # opens a file and gives its bytes, unpacked
 
-# What the first bytes of a file tell: packed files that can be read, and what cannot be.
+# First bytes of packed files that can be read, and of files that cannot be read.
 PACKED: dict[bytes, Unpack] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -55,15 +55,15 @@ PARQUET = b"PAR1"
 
 
 class Line(NamedTuple):
-    """A line of JSON without its break. `number`: in the user's file; `offset`: where it lies."""
+    """A line of JSON without its break, its number in the user's file, and its byte offset."""
 
     number: int
     offset: int
     text: bytes
 
 
-class Source:
-    """The lines of a file that holds JSON lines itself."""
+class PromptSource:
+    """Reads the lines of a file that holds JSON lines."""
 
     kind = "JSON lines"
 
@@ -78,20 +78,20 @@ class Source:
             yield from _lines(self.path, file)
 
     def read(self, offset: int) -> bytes:
-        """The line that begins there, as the file is now."""
+        """The line at this offset, as the file is now."""
         with reading(self.path), self.path.open("rb") as file:
             return _read_at(file, offset)
 
 
-class Converted(Source):
-    """The lines of a file of another form, as they were turned into JSON lines."""
+class ConvertedSource(PromptSource):
+    """Reads the lines of a file of another form, converted to JSON lines."""
 
     def __init__(self, path: Path, kind: str, lines: Iterator[tuple[int, bytes]]) -> None:
         super().__init__(path)
         self.kind = kind
         self._numbers = array("Q")
-        self._file = _temporary(path)
         with _writing(path):
+            self._file = tempfile.TemporaryFile(prefix="llmpq-")  # noqa: SIM115
             for number, line in lines:
                 self._numbers.append(number)
                 self._file.write(line + b"\n")
@@ -104,11 +104,11 @@ class Converted(Source):
             yield line._replace(number=number)
 
     def read(self, offset: int) -> bytes:
-        """The line that begins there."""
+        """The line at this offset."""
         return _read_at(self._file, offset)
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path) -> PromptSource:
     """The requests of a file. Raises `UserError` where its form cannot be read."""
     with reading(path):
         refuse_unless_regular(path)
@@ -127,11 +127,11 @@ def _plain(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _from_text(path: Path, unpack: Unpack) -> Source:
-    """Of a file of text, which may be packed and in another encoding."""
+def _from_text(path: Path, unpack: Unpack) -> PromptSource:
+    """The source of a text file, which may be packed and in another encoding."""
     with reading(path), unpack(path) as file:
         head = file.read(HEAD_BYTES)
-    file_text = _Text(path, unpack, text_encoding(head))
+    file_text = _TextFile(path, unpack, text_encoding(head))
     start = head.decode(file_text.encoding, errors="ignore").lstrip("\ufeff \t\r\n")
     if start.startswith("["):
         return _from_rows(path, "a JSON array", lambda: _array(file_text))
@@ -141,8 +141,8 @@ def _from_text(path: Path, unpack: Unpack) -> Source:
     if unpack is _plain and file_text.encoding == UTF8:
         if start.startswith("{"):
             _refuse_one_object(path, start)
-        return Source(path)
-    return Converted(path, "JSON lines", file_text.lines())
+        return PromptSource(path)
+    return ConvertedSource(path, "JSON lines", file_text.lines())
 
 
 def _refuse_one_object(path: Path, start: str) -> None:
@@ -165,25 +165,25 @@ def _is_json(text: str) -> bool:
         return False
 
 
-def _from_rows(path: Path, kind: str, rows: Callable[[], Iterator[Row]]) -> Source:
-    """Of a table or an array, whose rows become lines."""
+def _from_rows(path: Path, kind: str, rows: Callable[[], Iterator[PromptRow]]) -> PromptSource:
+    """The source of a table or an array, whose rows become lines."""
     faults: list[tuple[int, str]] = []
     notes: list[str] = []
-    source = Converted(path, kind, _numbered(rows(), faults, notes))
+    source = ConvertedSource(path, kind, _numbered(rows(), faults, notes))
     source.faults, source.notes = faults, [f"{path}: read as {kind}", *notes]
     return source
 
 
 def _numbered(
-    rows: Iterator[Row], faults: list[tuple[int, str]], notes: list[str]
+    rows: Iterator[PromptRow], faults: list[tuple[int, str]], notes: list[str]
 ) -> Iterator[tuple[int, bytes]]:
-    """Rows as lines of JSON; those without ids get their number, where no row has one."""
+    """Rows as lines of JSON; where no row has an id, each gets its number."""
     first = next(rows, None)
     if first is None:
         return
     lacks_ids = first.fault is None and not {"id", "custom_id"} & first.data.keys()
     if lacks_ids:
-        notes.append("its rows have no 'id': they are numbered from 1")
+        notes.append("its rows have no 'id' and are numbered from 1")
     for count, row in enumerate(chain([first], rows), 1):
         fault, data = row.fault, row.data
         if fault is None and lacks_ids:
@@ -197,7 +197,7 @@ def _numbered(
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[Line]:
-    """Only line feeds end a line: other breaks may be in texts."""
+    """The lines of a file; only line feeds end a line, as texts may hold other breaks."""
     offset = 0
     for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
         if len(line) == MAX_LINE_BYTES:
@@ -221,8 +221,8 @@ def _bare(line: bytes) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Text:
-    """A file of text: how it is unpacked, and its encoding."""
+class _TextFile:
+    """A text file, how it is unpacked, and its encoding."""
 
     path: Path
     unpack: Unpack
@@ -230,13 +230,13 @@ class _Text:
 
     @contextmanager
     def decoded(self, newline: str = "") -> Iterator[io.TextIOWrapper]:
-        """The text, from its beginning; line breaks stay what they are."""
+        """Opens the text from its beginning; line breaks are kept."""
         with reading(self.path), self.unpack(self.path) as file:
             yield io.TextIOWrapper(file, encoding=self.encoding, newline=newline)
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Its lines in UTF-8, with their numbers."""
-        if self.encoding == UTF8:  # as they are: a fault of the encoding is one of its line
+        """The lines in UTF-8, with their numbers."""
+        if self.encoding == UTF8:  # unchanged, so that a fault of the encoding is one of its line
             with reading(self.path), self.unpack(self.path) as file:
                 for line in _lines(self.path, file):
                     yield line.number, line.text
@@ -247,19 +247,19 @@ class _Text:
                     yield number, one.strip("\ufeff\r\n").encode(errors="surrogatepass")
 
 
-def _array(text: _Text) -> Iterator[Row]:
+def _array(text: _TextFile) -> Iterator[PromptRow]:
     with text.decoded() as file:
         yield from array_rows(file, text.path, no_repeated_keys)
 
 
-def _table(text: _Text, delimiter: str) -> Iterator[Row]:
+def _table(text: _TextFile, delimiter: str) -> Iterator[PromptRow]:
     with text.decoded() as file:
         yield from csv_rows(file, text.path, delimiter)
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What goes wrong while a file is read as a `UserError`."""
+    """Turns errors of reading a file into a `UserError`."""
     try:
         yield
     except FileNotFoundError:
@@ -281,8 +281,3 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be turned into JSON lines in {tempfile.gettempdir()} "
             f"({error.strerror}); TMPDIR names another folder"
         ) from None
-
-
-def _temporary(path: Path) -> BinaryIO:
-    with _writing(path):
-        return tempfile.TemporaryFile(prefix="llmpq-")  # noqa: SIM115

@@ -1,8 +1,8 @@
-"""Rows of tables and arrays of requests: CSV, JSON arrays, Parquet. Streamed, row by row.
+"""Streams rows of tables and arrays of requests: CSV, JSON arrays, Parquet.
 
-A column is known by its name, whatever its case; what a cell holds becomes the value of the key of
-that name. An empty cell is no value. Cells of CSV are texts: those of keys that take numbers or
-lists are read as JSON.
+Columns are matched by name, in upper or lower case; a cell becomes the value of the key of that
+name. An empty cell is no value. Cells of CSV are texts: those of keys that take numbers or lists
+are parsed as JSON.
 """
 
 import csv
@@ -25,15 +25,15 @@ JSON_COLUMNS = (
 COLUMNS = (*ID_COLUMNS, "prompt", "text", *JSON_COLUMNS)
 DELIMITERS = ",;\t"
 MAX_CELL = 1 << 26  # characters
-READ_CHARACTERS = 1 << 20  # at once
+READ_CHARACTERS = 1 << 20  # characters read at once
 EXPECTED = "a request is a text or an object"
 
 
-class Row(NamedTuple):
-    """A request's keys, or why it is none. `number`: its line (its row, where there are none)."""
+class PromptRow(NamedTuple):
+    """The keys of a request, or the fault of a row. `number`: its line, or its row in Parquet."""
 
     number: int
-    data: dict[str, Any]
+    data: dict[str, object]
     fault: str | None = None
 
 
@@ -41,9 +41,9 @@ class Row(NamedTuple):
 
 
 def csv_columns(head: str, path: Path) -> str | None:
-    """The delimiter of a text whose first line names a column of prompts; None: it is no CSV.
+    """The delimiter of a text whose first line names a column of prompts; None for other texts.
 
-    Raises `UserError` where the file calls itself one and has no such column.
+    Raises `UserError` where the file's name says CSV and there is no such column.
     """
     first = head.splitlines()[0] if head else ""
     for delimiter in DELIMITERS:
@@ -56,7 +56,7 @@ def csv_columns(head: str, path: Path) -> str | None:
     return None
 
 
-def csv_rows(file: TextIO, path: Path, delimiter: str) -> Iterator[Row]:
+def csv_rows(file: TextIO, path: Path, delimiter: str) -> Iterator[PromptRow]:
     """Rows of a table whose first line names its columns."""
     with _long_cells():
         reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -78,23 +78,23 @@ def csv_rows(file: TextIO, path: Path, delimiter: str) -> Iterator[Row]:
             raise UserError(f"{where} or after: not UTF-8 text ({error.reason})") from None
 
 
-def _csv_row(number: int, names: list[str], cells: list[str]) -> Row:
+def _csv_row(number: int, names: list[str], cells: list[str]) -> PromptRow:
     if len(cells) != len(names):
-        return Row(number, {}, f"has {len(cells)} cells, the first line names {len(names)}")
-    data: dict[str, Any] = {}
+        return PromptRow(number, {}, f"has {len(cells)} cells, the first line names {len(names)}")
+    data: dict[str, object] = {}
     for name, cell in zip(names, cells, strict=True):
         if name in JSON_COLUMNS and cell.strip():
             try:
                 data[name] = json.loads(cell)
             except (ValueError, RecursionError):
-                return Row(number, {}, f"column '{name}' holds no JSON: {cell[:60]!r}")
+                return PromptRow(number, {}, f"column '{name}' holds no JSON: {cell[:60]!r}")
         elif cell.strip() or name == "prompt":
             data[name] = cell
-    return Row(number, data)
+    return PromptRow(number, data)
 
 
 def _names(cells: list[str]) -> list[str]:
-    """Columns that are known by the name of their key, others as they are."""
+    """Names of columns: known ones as the name of their key, others unchanged."""
     bare = [cell.strip().lstrip("\ufeff") for cell in cells]
     return [cell.lower() if cell.lower() in COLUMNS else cell for cell in bare]
 
@@ -108,7 +108,7 @@ def _checked_names(names: list[str], path: Path, number: int) -> list[str]:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """The csv module's limit is one for the whole process, and small."""
+    """Raises the csv module's limit of a cell, which is small and holds for the whole process."""
     before = csv.field_size_limit(MAX_CELL)
     try:
         yield
@@ -121,12 +121,12 @@ def _long_cells() -> Iterator[None]:
 
 def array_rows(
     file: TextIO, path: Path, hook: Callable[[list[tuple[str, Any]]], Any]
-) -> Iterator[Row]:
-    """Elements of one array of JSON, numbered by the lines on which they begin.
+) -> Iterator[PromptRow]:
+    """The elements of one array of JSON, numbered by the lines on which they begin.
 
-    No more is held in memory than an element and what is read at once.
+    Memory holds one element, and the characters that are read at a time.
     """
-    text = _Text(file, path, json.JSONDecoder(object_pairs_hook=hook))
+    text = _JsonStream(file, path, json.JSONDecoder(object_pairs_hook=hook))
     text.expect("[")
     if text.peek() == "]":
         text.expect("]")
@@ -141,16 +141,16 @@ def array_rows(
         raise UserError(f"{path}:{text.line}: something follows the end of the array")
 
 
-def _array_row(number: int, value: Any) -> Row:
+def _array_row(number: int, value: object) -> PromptRow:
     if isinstance(value, str):
-        return Row(number, {"prompt": value})
+        return PromptRow(number, {"prompt": value})
     if isinstance(value, dict):
-        return Row(number, value)
-    return Row(number, {}, EXPECTED)
+        return PromptRow(number, value)
+    return PromptRow(number, {}, EXPECTED)
 
 
-class _Text:
-    """A text that is read as far as it has to be."""
+class _JsonStream:
+    """A stream of JSON, which is read no further than necessary."""
 
     def __init__(self, file: TextIO, path: Path, decoder: json.JSONDecoder) -> None:
         self._file, self._path, self._decoder = file, path, decoder
@@ -158,7 +158,7 @@ class _Text:
         self.line = 1
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is no white space; empty at the end."""
         while True:
             while self._at < len(self._rest):
                 found = self._rest[self._at]
@@ -170,7 +170,7 @@ class _Text:
                 return ""
 
     def expect(self, *wanted: str) -> str:
-        """Passes over one of these characters."""
+        """Consumes one of these characters, and returns it."""
         found = self.peek()
         if found not in wanted or not found:
             what = " or ".join(map(repr, wanted))
@@ -179,7 +179,7 @@ class _Text:
         return found
 
     def value(self) -> Any:
-        """Passes over a value of JSON."""
+        """Consumes a value of JSON, and returns it."""
         while True:
             try:
                 found, end = self._decoder.raw_decode(self._rest, self._at)
@@ -198,7 +198,7 @@ class _Text:
                 return found
 
     def _more(self) -> bool:
-        """Reads on, twice as much each time that one value needs more."""
+        """Reads more characters, twice as many each time that one value needs more."""
         held = len(self._rest) - self._at
         try:
             new = self._file.read(max(READ_CHARACTERS, held))
@@ -214,8 +214,8 @@ class _Text:
 # ---- Parquet
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
-    """Rows of a Parquet file; only columns that are known are read."""
+def parquet_rows(path: Path) -> Iterator[PromptRow]:
+    """Rows of a Parquet file; only known columns are read."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -232,6 +232,6 @@ def parquet_rows(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}: has no column 'prompt' or 'text'; it has {', '.join(held)}")
         rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
-            yield Row(number, {k.lower(): v for k, v in row.items() if v is not None})
+            yield PromptRow(number, {k.lower(): v for k, v in row.items() if v is not None})
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({one_line(error)})") from None

@@ -1,16 +1,16 @@
-"""prompts.jsonl in: checked whole before anything is loaded, then streamed, request by request.
+"""Reads prompts.jsonl: checks it whole before anything is loaded, then streams its requests.
 
 The file is read twice. The first pass validates every line and keeps ids, lengths and checksums,
-but no prompt. The second makes one request at a time, as the engine asks for them, so tens of
-thousands of long prompts never lie in memory together. A line that changed in between ends the run
-with a message; lines that were added behind the last one wait for the next run.
+but no prompt. The second makes one request at a time, as the engine asks for them, so that long
+prompts are never all in memory together. A line that changed in between ends the run with a
+message; lines that were added at the end wait for the next run.
 
-What a line may be is `prompt_rules`' business, which files can be read that of `prompt_source`.
+Not covered: what a line may say (`prompt_rules`), and which files can be read (`prompt_source`).
 """
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from zlib import crc32
@@ -21,29 +21,29 @@ from llmpq.prompts.prompt_rules import (
     BATCH_KEYS,
     BODY_KEYS,
     OWN_KEYS,
-    Asked,
+    CheckedLine,
     Limits,
     Rules,
     Tokenizer,
     show,
 )
-from llmpq.prompts.prompt_source import Line, Source, open_source
+from llmpq.prompts.prompt_source import Line, PromptSource, open_source
 from llmpq.prompts.request import Request
 from llmpq.prompts.result_lines import Form, Id
 
-MAX_NAMES = 1000  # of keys that are counted one by one
-MOST_SHOWN = 8  # of these in a message
+MAX_NAMES = 1000  # the keys that are counted one by one
+MOST_SHOWN = 8  # the keys that a message names
 
 
 class PromptFile:
-    """A file of prompts that was checked: the ids and lengths of its requests, not their tokens.
+    """A checked file of prompts: the ids and lengths of its requests, but not their tokens.
 
-    `refused`: requests that cannot be done, by their numbers, with the reason; their lengths are 0.
-    `drawn`: how tokens are drawn, of requests that say so themselves.
-    `notes`: what a user should know of how the file was read.
+    `refused` maps the numbers of requests that cannot be served to the reason; their lengths are 0.
+    `drawn` holds the sampling settings of requests that have their own. `notes` says what a user
+    should know about how the file was read.
     """
 
-    def __init__(self, source: Source, rules: Rules) -> None:
+    def __init__(self, source: PromptSource, rules: Rules) -> None:
         self.path = source.path
         self.ids: list[Id] = []
         self.lengths: list[tuple[int, int]] = []  # (prompt tokens, new tokens), like the ids
@@ -53,20 +53,20 @@ class PromptFile:
         self._source, self._rules = source, rules
         self._checksums, self._line_numbers = array("I"), array("Q")
         self._offsets, self._marks = array("Q"), array("I")
-        self._told = _Told()
+        self._facts = _FileNotes()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def form(self) -> Form:
-        """Of the output that goes with it: OpenAI's where every line is of that form."""
-        return "openai" if self._told.num_openai == len(self) else "llmpq"
+        """The form of the output: OpenAI's where every line is of that form."""
+        return "openai" if self._facts.num_openai == len(self) else "llmpq"
 
     @property
     def is_mixed(self) -> bool:
-        """Whether it has lines of both forms."""
-        return 0 < self._told.num_openai < len(self)
+        """Whether the file has lines of both forms."""
+        return 0 < self._facts.num_openai < len(self)
 
     def request(self, number: int) -> Request:
         """The request at this position, read from the file now.
@@ -79,12 +79,12 @@ class PromptFile:
         return self._rules.request(line, number)
 
     def stream(self, done: Container[Id] = ()) -> Iterator[Request]:
-        """The requests whose ids are not in `done`, in the file's order, made one by one."""
+        """Yields the requests whose ids are not in `done`, in the order of the file."""
         for number in self.todo(done):
             yield self.request(number)
 
     def todo(self, done: Container[Id]) -> dict[int, tuple[int, int]]:
-        """The lengths, by number, of the requests that can be done and are not in `done`."""
+        """The lengths, by number, of the requests that can be served and are not in `done`."""
         return {
             number: self.lengths[number]
             for number, name in enumerate(self.ids)
@@ -92,11 +92,11 @@ class PromptFile:
         }
 
     def checksums(self) -> Mapping[Id, int]:
-        """Of every request's prompt, by its id."""
+        """The checksum of every request's prompt, by its id."""
         return dict(zip(self.ids, self._marks, strict=True))
 
-    def add(self, asked: Asked, line: Line) -> None:
-        """One more request that was checked."""
+    def add(self, asked: CheckedLine, line: Line) -> None:
+        """Adds a checked request."""
         request, number = asked.request, len(self.ids)
         self.ids.append(request.id)
         self._marks.append(request.checksum or 0)
@@ -110,17 +110,17 @@ class PromptFile:
         else:
             self.refused[number] = asked.refusal
             self.lengths.append((0, 0))
-        self._told.add(asked, line.number)
+        self._facts.add(asked, line.number)
 
     def tell(self) -> None:
-        """Gathers the notes, once all is read."""
+        """Fills `notes`, once the whole file was read."""
         self.notes = [*self._source.notes]
-        self.notes += [f"{self.path}: {note}" for note in self._told.notes()]
+        self.notes += [f"{self.path}: {note}" for note in self._facts.notes()]
         if self.refused:
             number, reason = next(iter(self.refused.items()))
             where = f"line {self._line_numbers[number]}"
             self.notes.append(
-                f"{self.path}: requests that cannot be done, and fail alone: {len(self.refused)} "
+                f"{self.path}: requests that cannot be served, and fail alone: {len(self.refused)} "
                 f"(the first: {where}: {reason})"
             )
 
@@ -131,8 +131,8 @@ class PromptFile:
         )
 
 
-class _Told:
-    """Counts what is told once for the whole file."""
+class _FileNotes:
+    """Counts facts that one note for the whole file reports."""
 
     def __init__(self) -> None:
         self.num_openai = 0
@@ -141,7 +141,7 @@ class _Told:
         self._num_cut, self._first_cut = 0, ""
         self._num_drawn = 0
 
-    def add(self, asked: Asked, line_number: int) -> None:
+    def add(self, asked: CheckedLine, line_number: int) -> None:
         self.num_openai += asked.is_openai
         self._num_drawn += bool(asked.request.drawn)
         for name in asked.left_out:
@@ -157,18 +157,19 @@ class _Told:
     def notes(self) -> Iterator[str]:
         if self._left_out:
             names = (f"{_suggested(k)} ({n} lines)" for k, n in _most(self._left_out))
-            yield f"keys that are not known, and were left out: {_joined(names, self._left_out)}"
+            yield f"unknown keys that were ignored: {_joined(names, self._left_out)}"
         if self._num_drawn:
             yield (
-                f"requests that say themselves how their tokens are drawn: {self._num_drawn}; what "
-                "they do not say is as --temperature, --top-p, --top-k and --seed say"
+                f"requests with sampling settings of their own: {self._num_drawn}; settings that "
+                "they lack are those of --temperature, --top-p, --top-k and --seed"
             )
         if self._models:
             names = (f"{show(k)} ({n} lines)" for k, n in _most(self._models))
-            yield f"lines name a model; the plan's answers: {_joined(names, self._models)}"
+            named = _joined(names, self._models)
+            yield f"lines name a model, but the plan's model answers: {named}"
         if self._num_cut:
             yield (
-                f"prompts that were too long, and lost their beginning (--too-long truncate): "
+                "prompts that were too long, and lost their beginning (--too-long truncate): "
                 f"{self._num_cut} (the first: {self._first_cut})"
             )
 
@@ -178,12 +179,10 @@ def check_prompts(
     tokenizer: Tokenizer | None,
     limits: Limits,
     chat: bool = False,
-    on_line: Callable[[int], None] | None = None,
 ) -> PromptFile:
-    """Checks every line of a file; `on_line` is called with the number of lines read so far.
+    """Checks every line of a file.
 
-    Raises one `UserError` that lists every broken line
-    (the first 20, and how many more).
+    Raises one `UserError` that lists every broken line (the first 20, and how many more).
     """
     if chat and not getattr(tokenizer, "chat_template", None):
         raise UserError(
@@ -194,7 +193,7 @@ def check_prompts(
     found = PromptFile(source, Rules(tokenizer, limits, chat))
     faults: list[str] = []
     num_faults = 0
-    for number, fault in (*source.faults, *_check(found, on_line)):
+    for number, fault in (*source.faults, *_check(found)):
         num_faults += 1
         if num_faults <= MAX_FAULTS:
             faults.append(f"{path}:{number}: {fault}")
@@ -208,8 +207,8 @@ def check_prompts(
     return found
 
 
-def _check(found: PromptFile, on_line: Callable[[int], None] | None) -> Iterator[tuple[int, str]]:
-    """Adds every good line to `found`; the number and the fault of every other one."""
+def _check(found: PromptFile) -> Iterator[tuple[int, str]]:
+    """Adds every valid line to `found`; yields the number and fault of every other line."""
     seen: dict[Id, int] = {}
     for line in found._source.lines():
         try:
@@ -221,12 +220,10 @@ def _check(found: PromptFile, on_line: Callable[[int], None] | None) -> Iterator
             found.add(asked, line)
         except ValueError as error:
             yield line.number, str(error)
-        if on_line is not None:
-            on_line(line.number)
 
 
 def _count(counter: "Counter[str]", name: str) -> None:
-    """Counts a name; those of files that invent ever new ones, together."""
+    """Counts a name; beyond `MAX_NAMES` all new names count as one."""
     counter[name if name in counter or len(counter) < MAX_NAMES else "others"] += 1
 
 
@@ -240,7 +237,7 @@ def _joined(names: Iterator[str], counter: "Counter[str]") -> str:
 
 
 def _suggested(name: str) -> str:
-    """The key, and the known one that may be meant."""
+    """A key, with the known key that may be meant."""
     inside = name.startswith("body.")
     known = BODY_KEYS if inside else OWN_KEYS | BATCH_KEYS
     near = get_close_matches(name.removeprefix("body.")[:40], known, n=1, cutoff=0.8)

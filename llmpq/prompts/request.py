@@ -1,4 +1,4 @@
-"""One prompt, and what became of it."""
+"""One prompt, and the result of its request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ Reason = Literal["stop", "length", "error"]
 class Request:
     """One prompt. `number` is its position in the prompts file.
 
-    `checksum`: of the prompt and the request's own settings, by which a resumed run knows it again.
-    `is_chat`: it is a chat, so that the answer is a message. `drawn`: how its tokens are drawn
-    where that is not as the run says. `stops`: texts before which the answer ends.
+    `checksum` covers the prompt and the request's own settings; a resumed run recognizes the
+    request by it. The answer to a chat (`is_chat`) is a message. `drawn` holds sampling settings
+    that differ from the run's. The answer ends before the first of the texts `stops`.
     """
 
     id: str | int
@@ -28,9 +28,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Finished:
-    """A request's new tokens; `error` says why it failed alone, where `reason` is "error".
+    """The new tokens of a request; `error` says why it failed, where `reason` is "error".
 
-    `refused`: it was not computed, as it cannot be done as it was asked.
+    A `refused` request was not computed, as it cannot be served as it was asked.
     """
 
     request: Request

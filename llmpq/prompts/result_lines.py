@@ -1,21 +1,22 @@
-"""A line of the output: how a finished request is written, and what a written line says.
+"""Writes finished requests as lines of the output, and reads such lines.
 
-Two forms. llmpq's own has the token ids, and a failed request has "finish_reason": "error" with the
-reason beside it. "openai" is the output of OpenAI's batch interface
+There are two forms. llmpq's own has the token ids, and a failed request has "finish_reason":
+"error" with the reason beside it. "openai" is the output of OpenAI's batch interface
 (https://platform.openai.com/docs/guides/batch): the answer is the body of a response with a status
-code, 200 where the request was done, 400 where it cannot be done as it was asked, 500 where it
+code, 200 where the request was served, 400 where it cannot be served as it was asked, 500 where it
 failed while it was computed.
 
-A result is told from other JSON by what only results have, so that a file of something else is
-never taken for an output.
+A result is recognized by keys that only results have, so that another file is never taken for an
+output.
 """
 
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from llmpq.prompts.request import Finished, Reason
 
@@ -23,11 +24,11 @@ Id = str | int
 Form = Literal["llmpq", "openai"]
 
 DONE, REFUSED, FAILED = 200, 400, 500  # HTTP's status codes
-OWN_START = b'{"id": '  # of either form: what a torn first line of an output begins with
+OWN_START = b'{"id": '  # the beginning of a line of either form, also of an incomplete one
 
 
-class Told(NamedTuple):
-    """What a line says: whose result it is, in which form, and whether the request failed."""
+class ParsedResult(NamedTuple):
+    """The id of a line's request, the form of the line, and whether the request failed."""
 
     id: Id
     form: Form
@@ -35,29 +36,29 @@ class Told(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Writer:
-    """Makes the lines of one output. `model`: what OpenAI's form says has answered."""
+class ResultWriter:
+    """Makes the lines of one output. `model` is the name that OpenAI's form gives the model."""
 
     form: Form = "llmpq"
     model: str = ""
 
     def line(self, finished: Finished, text: str) -> bytes:
-        """The line without its break; `text` are the new tokens, decoded."""
+        """The line without its break; `text` is the decoded text of the new tokens."""
         if self.form == "openai":
             return json_bytes(_openai(finished, text, self.model))
         return json_bytes(_own(finished, text))
 
 
-def read_result(line: bytes) -> Told | None:
-    """What a whole line says; None where it is no result."""
+def read_result(line: bytes) -> ParsedResult | None:
+    """Parses a whole line; None where it is no result."""
     data = parse_object(line)
     if data is None:
         return None
     return _read_openai(data) if "custom_id" in data else _read_own(data)
 
 
-def parse_object(line: bytes) -> dict[str, Any] | None:
-    """A JSON object, or None."""
+def parse_object(line: bytes) -> dict[str, object] | None:
+    """Parses a JSON object; None for anything else."""
     with suppress(ValueError, RecursionError):
         data = json.loads(line.decode())
         return data if isinstance(data, dict) else None
@@ -65,7 +66,7 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
 
 
 def json_bytes(data: dict[str, object]) -> bytes:
-    """As JSON on one line; half a character (a lone surrogate) becomes its escape, \\udXXX."""
+    """JSON on one line; half a character (a lone surrogate) becomes its escape, \\udXXX."""
     return json.dumps(data, ensure_ascii=False, default=str).encode(errors="backslashreplace")
 
 
@@ -116,26 +117,26 @@ def _answer(finished: Finished, text: str, model: str, digest: str) -> dict[str,
     }
 
 
-def _read_own(data: dict[str, Any]) -> Told | None:
+def _read_own(data: Mapping[str, object]) -> ParsedResult | None:
     reason = data.get("finish_reason")
     if reason not in get_args(Reason):
         return None
     if not isinstance(data.get("token_ids"), list) or not isinstance(data.get("text"), str):
         return None
-    return _told(data.get("id"), "llmpq", reason == "error")
+    return _parsed(data.get("id"), "llmpq", reason == "error")
 
 
-def _read_openai(data: dict[str, Any]) -> Told | None:
+def _read_openai(data: Mapping[str, object]) -> ParsedResult | None:
     response, error = data.get("response"), data.get("error")
     if isinstance(response, dict) and isinstance(response.get("status_code"), int):
         failed = response["status_code"] != DONE or error is not None
-        return _told(data["custom_id"], "openai", failed)
+        return _parsed(data["custom_id"], "openai", failed)
     if response is None and isinstance(error, dict):
-        return _told(data["custom_id"], "openai", failed=True)
+        return _parsed(data["custom_id"], "openai", failed=True)
     return None
 
 
-def _told(name: object, form: Form, failed: bool) -> Told | None:
+def _parsed(name: object, form: Form, failed: bool) -> ParsedResult | None:
     if isinstance(name, str | int) and not isinstance(name, bool):
-        return Told(name, form, failed)
+        return ParsedResult(name, form, failed)
     return None

@@ -1,4 +1,4 @@
-"""Results on standard output, one a line as they end: nothing is kept and nothing resumed."""
+"""Writes results to standard output as requests end; nothing is kept, nothing is resumed."""
 
 import os
 import sys
@@ -6,26 +6,28 @@ from contextlib import suppress
 
 from llmpq.errors import WorkerError
 from llmpq.prompts.request import Finished
-from llmpq.prompts.result_lines import Id, Writer
+from llmpq.prompts.result_lines import Id, ResultWriter
 
 
 class ResultStream:
-    """The same as `Results` for who writes to it."""
+    """Has the methods of `Results`, and writes to standard output."""
 
-    def __init__(self, writer: Writer) -> None:
-        self.notes = ["results go to standard output: nothing is kept, so nothing can be resumed"]
+    def __init__(self, writer: ResultWriter) -> None:
+        self.notes = [
+            "results go to standard output and are not kept, so that the run cannot be resumed"
+        ]
         self.finished: set[Id] = set()
         self.failed: set[Id] = set()
         self._writer = writer
 
     def write(self, finished: Finished, text: str) -> None:
-        """One more finished request. Raises `WorkerError` where nobody reads any more."""
+        """Writes a finished request. Raises `WorkerError` where the reader has gone."""
         line = self._writer.line(finished, text)
         try:
             sys.stdout.buffer.write(line + b"\n")
             sys.stdout.buffer.flush()
         except OSError as error:
-            with suppress(OSError, ValueError):  # what is left over is not written at the very end
+            with suppress(OSError, ValueError):  # the interpreter would write the rest at its end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise WorkerError(
                 f"standard output cannot be written ({error.strerror}); --output - keeps nothing, "
@@ -36,7 +38,7 @@ class ResultStream:
             self.failed.add(finished.request.id)
 
     def check_files(self) -> None:
-        """There are none."""
+        """Does nothing: there are no files."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file is open."""

@@ -1,7 +1,7 @@
 """The model's tokenizer and end-of-text tokens, from its own directory.
 
-Tokenizers are read by transformers, which knows no byte-order marks: files that have one are given
-to it as copies without. Whatever is odd about a file is a `UserError` before anything is loaded.
+transformers reads tokenizers, but no byte-order marks: it is given copies without marks of files
+that have one. Every fault of a file is a `UserError` before anything is loaded.
 """
 
 import tempfile
@@ -17,20 +17,20 @@ from llmpq.errors import UserError
 
 CONFIG = "tokenizer_config.json"
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", CONFIG)
-TEXTS = (".json", ".txt", ".jinja")  # of these files, what is text
-PROBE = "Once"  # what every tokenizer must be able to encode and decode
+TEXTS = (".json", ".txt", ".jinja")  # the suffixes of text files
+PROBE = "Once"  # a text that every tokenizer must be able to encode and decode
 NEEDS_CODE = (
     "the tokenizer asks for Python code of its own ('auto_map'), which is never run; with a "
     "tokenizer.json, a copy of the model's folder without that entry can be read"
 )
-MOST_SHOWN = 300  # characters of a message, what a library says included
+MOST_SHOWN = 300  # characters of a message, with the library's own message
 
 
 def load_tokenizer(folder: Path) -> Any | None:
     """The tokenizer, or None where the directory has none (token ids can still be given)."""
     if not any((folder / name).is_file() for name in FILES):
         return None
-    with _without_marks(folder) as plain, _told(folder):
+    with _without_marks(folder) as plain, _as_user_error(folder):
         tokenizer = AutoTokenizer.from_pretrained(plain, trust_remote_code=False)
         ids = tokenizer.encode(PROBE)
         if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
@@ -66,7 +66,7 @@ def end_tokens(folder: Path, config: Any) -> frozenset[int]:
 
 @contextmanager
 def _without_marks(folder: Path) -> Iterator[Path]:
-    """The folder; or where files of text have byte-order marks, one with copies that have none."""
+    """The folder, or one with copies without byte-order marks where text files have marks."""
     marked = [path for path in folder.iterdir() if path.suffix in TEXTS and _has_mark(path)]
     if not marked:
         yield folder
@@ -92,8 +92,8 @@ def _has_mark(path: Path) -> bool:
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Whatever a tokenizer raises as a `UserError`."""
+def _as_user_error(folder: Path) -> Iterator[None]:
+    """Turns all errors of a tokenizer into a `UserError`."""
     try:
         yield
     except BaseException as error:  # a panic of the Rust library is no `Exception`

@@ -1,8 +1,8 @@
 """Linear layers that hold their weight at a given precision, and multiply by it.
 
-`make_linear` builds one; it is empty until it swallows its raw weight, which it rounds
-(`rounding`), packs (`packing`) and keeps. How it multiplies (`kernels`) depends on the device, the
-dtype and the number of rows, never on a clock, so the same input always gives the same bits.
+`make_linear` builds a layer, which is empty until its raw weight is loaded; it rounds (`rounding`)
+and packs (`packing`) the weight. The kernel that multiplies (`kernels`) depends on the device, the
+dtype and the number of rows, never on timing, so that the same input always gives the same bits.
 """
 
 from llmpq.quant.adopted import AdoptedLinear, PackedWeight, keep_codes

@@ -1,9 +1,9 @@
-"""Weights that come as codes already: kept as they are, in the grids they were made with.
+"""Layers for weights that are quantized already, with their own codes and grids.
 
-`PackedWeight` is one matrix of a checkpoint that somebody else quantised. `keep_codes` puts it in
-a layer that was built for the same bits: the layer itself where its own format can hold the grids
-without rounding them, otherwise an `AdoptedLinear`, which holds grids of any group size, scales of
-any float type, and columns that belong to groups in any order.
+`PackedWeight` is one matrix of a quantized checkpoint. `keep_codes` loads it into a layer that was
+built for the same bits: the layer itself where its own format can hold the grids without rounding
+them, otherwise an `AdoptedLinear`, which holds grids of any group size, scales of any float type,
+and columns that belong to groups in any order.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,7 @@ from llmpq.quant import kernels
 from llmpq.quant.base import GridLinear, QuantizedLinear
 from llmpq.quant.here import machine_here
 from llmpq.quant.humming import HummingLinear
-from llmpq.quant.linear import (
-    RowLinear,
-    TiledLinear,
-    TokenInt8Linear,
-)
+from llmpq.quant.linear import RowLinear, TiledLinear, TokenInt8Linear
 from llmpq.quant.packing import pack, padded_columns, unpack
 from llmpq.quant.part import INPUTS, TensorPart
 from llmpq.quant.rounding import BLOCK_WEIGHTS, SCALE_DTYPE
@@ -28,7 +24,7 @@ from llmpq.quant.rounding import BLOCK_WEIGHTS, SCALE_DTYPE
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """`(code - zero) * scale`, computed in the scales' own float type."""
+    """A weight `(code - zero) * scale`, computed in the scales' own float type."""
 
     bits: int
     codes: Tensor  # uint8 [out, in]
@@ -47,7 +43,7 @@ class PackedWeight:
         return weight
 
     def cut(self, part: TensorPart | None) -> "PackedWeight":
-        """What a part of the matrix holds of it; None: all."""
+        """The part of the weight that a layer holds; None returns all of it."""
         if part is None:
             return self
         codes = part.of(self.codes)
@@ -61,20 +57,20 @@ class PackedWeight:
         return PackedWeight(self.bits, codes, *grids, None if plain else group_of.int())
 
     def _groups(self) -> Tensor:
-        """`[in]`, the group of each column."""
+        """The group of each column, `[in]`."""
         cols = self.codes.shape[1]
         runs = torch.arange(cols) // (cols // self.scales.shape[1])
         return runs if self.group_of is None else self.group_of
 
     @property
     def is_symmetric_by_row(self) -> bool:
-        """8 bits with one scale a row, and every zero in the middle."""
+        """Whether it has 8 bits, one scale a row, and every zero in the middle."""
         rows = self.bits == 8 and self.scales.shape[1] == 1 and self.group_of is None
         return rows and bool((self.zeros == kernels.BYTE_MIDDLE).all())
 
 
 class AdoptedLinear(QuantizedLinear):
-    """3, 4 or 8 bits in foreign grids; dequantised some rows at a time."""
+    """3, 4 or 8 bits in the grids of a checkpoint, dequantized some rows at a time."""
 
     weight_buffers = ("packed", "scales", "zeros", "group_of")
     packed: Tensor  # uint8 [out, bits * ceil(in / 8)]
@@ -102,11 +98,11 @@ class AdoptedLinear(QuantizedLinear):
 
 
 def keep_codes(layer: nn.Module, weight: PackedWeight) -> QuantizedLinear | None:
-    """`layer`, or one for its place with the same bias, holding these codes; None: it needs others.
+    """`layer` with these codes, or a layer with the same bias that replaces it; None: neither fits.
 
-    `layer` is empty, its bias apart. Other codes are needed where it has other bits, or a format
-    that has no room for these grids (activations of 8 bits want one scale a row, and no zeros).
-    Where it holds a part of the matrix, it keeps that part.
+    `layer` may have a bias, but no weight. It does not fit where it has other bits, or a format
+    without room for these grids (8-bit activations need one scale a row, and no zeros). Where it
+    holds a part of the matrix, it keeps that part.
     """
     weight = weight.cut(layer.part) if isinstance(layer, QuantizedLinear) else weight
     if isinstance(layer, TokenInt8Linear):
@@ -124,7 +120,7 @@ def keep_codes(layer: nn.Module, weight: PackedWeight) -> QuantizedLinear | None
 
 
 def _holds_exactly(layer: GridLinear, weight: PackedWeight) -> bool:
-    """Whether the layer's own format keeps these grids, and computes as they were meant."""
+    """Whether the layer's own format holds these grids, and computes in their float type."""
     if isinstance(layer, HummingLinear):
         return weight.group_of is None and layer.adopts(weight.scales)
     if weight.group_of is not None or not weight.scales.dtype == layer.dtype == SCALE_DTYPE:

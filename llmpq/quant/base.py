@@ -1,19 +1,20 @@
 """What the linear layers share, whatever way they store a weight.
 
-A layer is built empty. `swallow("weight", tensor)` rounds and packs the raw weight, some rows at a
-time, so the raw tensor may be freed afterwards and nothing near a second copy of it ever exists.
-Callers never ask how many bits a layer has: every class offers `swallow`, `weight_bytes`,
-`dequantized_weight` and `forward`, and the checkpoint loop has no `if`.
+A layer is built empty. `load_weight("weight", tensor)` rounds and packs the raw weight, some rows
+at a time, so the raw tensor may be freed afterwards and no second copy of it ever exists. Callers
+need not know how many bits a layer has: every class offers `load_weight`, `weight_bytes`,
+`dequantized_weight` and `forward`.
 
-    PlainLinear      16 bits
-    QuantizedLinear  fewer: bias, checks, shapes, bytes
-    GridLinear       of these, `(code - zero) * scale`, and which kernel multiplies how many rows
+    PlainLinear      holds 16 bits
+    QuantizedLinear  holds fewer bits; shares the bias, the checks, the shapes and the byte counts
+    GridLinear       holds `(code - zero) * scale`; the kernel table says which kernel multiplies
+                     how many rows
 
-A layer may hold a part of a matrix (`TensorPart`), with the codes and grids of the whole one; its
-sizes are its own. `part_to_read` says what it must be given: where grids or GPTQ look at more of a
-row than is kept, whole rows, which it cuts after rounding.
+A layer may hold a part of a matrix (`TensorPart`), with the codes and grids of the whole matrix;
+its sizes are those of the part. `part_to_read` says which part of the raw tensor it needs: whole
+rows, which it cuts after rounding, where grids or GPTQ depend on more of a row than it keeps.
 
-Inference only: weights take no gradient.
+Not covered: training; weights have no gradients.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,15 +42,15 @@ from llmpq.quant.rounding import (
     quantize_mse,
 )
 
-# 8 bits: how much wider a scale may get to have its zero in the middle. With inputs that are never
-# negative, zeros merely near it doubled the error of the int8 kernel (1.7 % against 0.9 %).
+# 8 bits: the factor by which a scale may widen to have its zero in the middle. With inputs that are
+# never negative, zeros beside the middle doubled the error of the int8 kernel (1.7 % to 0.9 %).
 CENTRE_UP_TO = 1.5
-BY_GROUP = (quantize, quantize_mse)  # roundings that look at nothing but a group
-Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of tensors, by name
+BY_GROUP = (quantize, quantize_mse)  # roundings that depend on one group alone
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # tensors' types and shapes by name
 
 
 class PlainLinear(nn.Linear):
-    """16 bits: `nn.Linear` whose weight arrives later."""
+    """16 bits: an `nn.Linear` whose weight is loaded later."""
 
     def __init__(
         self,
@@ -66,22 +67,22 @@ class PlainLinear(nn.Linear):
 
     @property
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What it must swallow, by name; of a part, the shapes of the whole."""
+        """Shapes of the tensors to load, by name; those of the whole where this is a part."""
         return _raw_shapes(self.out_features, self.in_features, self.bias is not None, self.part)
 
     def part_to_read(self, name: str, rounding: Rounding = quantize) -> TensorPart | None:
-        """The part that it must be given of the whole "weight" or "bias"; None: all."""
+        """The part to load of the whole "weight" or "bias"; None for all of it."""
         return None if name == "bias" and input_part(self.part) else self.part
 
-    def swallow(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
-        """Copy the raw "weight" `[out, in]` or "bias" `[out]`."""
+    def load_weight(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
+        """Copies the raw "weight" `[out, in]` or "bias" `[out]`."""
         _check(name, tensor, self.raw_shapes.get(name), self.part_to_read(name))
         own = tensor.detach().to(device=self.home, dtype=self.weight.dtype, copy=True)
         setattr(self, name, nn.Parameter(own.contiguous(), requires_grad=False))
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes held for the weight; 0 until it is swallowed."""
+        """Bytes held for the weight; 0 until it is loaded."""
         return 0 if self.weight.is_meta else self.weight.nbytes
 
     def dequantized_weight(self) -> Tensor:
@@ -90,11 +91,11 @@ class PlainLinear(nn.Linear):
 
 
 class QuantizedLinear(nn.Module):
-    """What all quantised layers share: bias, checks, shapes, bytes."""
+    """The base of quantized layers, with bias, checks, shapes and byte counts."""
 
     weight_buffers: tuple[str, ...]  # the names of the buffers that hold the weight
-    waits_for_device = False  # its product looks at values, so that no CUDA graph can hold it
-    layout: Layout  # by which the kernel table knows how it stores a weight
+    waits_for_device = False  # the product looks at values, so that no CUDA graph can hold it
+    layout: Layout  # the layout of the weight in the kernel table
     bias: Tensor | None
 
     def __init__(
@@ -115,26 +116,26 @@ class QuantizedLinear(nn.Module):
 
     @property
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What it must swallow, by name; of a part, the shapes of the whole."""
+        """Shapes of the tensors to load, by name; those of the whole where this is a part."""
         return _raw_shapes(self.out_features, self.in_features, self.has_bias, self.part)
 
     @property
     def row_length(self) -> int:
-        """Inputs of the whole matrix, which are rounded together."""
+        """The inputs of the whole matrix, which are rounded together."""
         return row_length(self.in_features, self.part)
 
     def part_to_read(self, name: str, rounding: Rounding = quantize) -> TensorPart | None:
-        """The part that it must be given of the whole "weight" or "bias"; None: all."""
+        """The part to load of the whole "weight" or "bias"; None for all of it."""
         if input_part(self.part) is None or (name == "weight" and self.rounds_alone(rounding)):
             return self.part
         return None
 
     def rounds_alone(self, rounding: Rounding) -> bool:
-        """Whether a part of the inputs gets the codes of whole rows without the rest of them."""
+        """Whether a part of the inputs gets the codes of whole rows without the other inputs."""
         return False
 
-    def swallow(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
-        """Take in the raw "weight" `[out, in]` (rounded and packed) or "bias" `[out]`."""
+    def load_weight(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
+        """Rounds and packs the raw "weight" `[out, in]`, or copies the "bias" `[out]`."""
         _check(name, tensor, self.raw_shapes.get(name), self.part_to_read(name, rounding))
         if name == "bias":
             self.bias = tensor.detach().to(device=self.home, dtype=self.dtype, copy=True)
@@ -151,7 +152,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes held for the weight: packed codes, scales and zeros; 0 until it is swallowed."""
+        """Bytes held for the weight: packed codes, scales and zeros; 0 until it is loaded."""
         held = (getattr(self, name) for name in self.weight_buffers)
         return sum(buffer.nbytes for buffer in held if buffer is not None)
 
@@ -161,39 +162,39 @@ class QuantizedLinear(nn.Module):
         return f"{shape}, bits={self.bits}, bias={self.has_bias}"
 
     def packed_state(self) -> dict[str, Tensor]:
-        """The packed weight as plain tensors: what `restore` of a like layer takes."""
+        """The packed weight as plain tensors, which `restore` of a similar layer takes."""
         return {name: getattr(self, name) for name in self.weight_buffers}
 
     def packed_shapes(self) -> Shapes:
-        """Data type and shape of each tensor of `packed_state`, where the layer has rounded."""
+        """The data type and shape of each tensor of `packed_state`, after rounding."""
         sizes = self.in_features, self.out_features, False, self.dtype, torch.device("meta")
         like = type(self)(*sizes, self.bits, self.part)
         like.make_room()
         return {name: (one.dtype, tuple(one.shape)) for name, one in like.packed_state().items()}
 
     def make_room(self) -> None:
-        """Allocate what holds a weight that is rounded here."""
+        """Allocates the buffers of a weight that is rounded here."""
         raise NotImplementedError
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a packed weight, in place of rounding it anew."""
+        """Copies a packed weight instead of rounding it again."""
         for name in self.weight_buffers:
             setattr(self, name, state[name].to(self.home, copy=True))
 
     def store(self, weight: Tensor, rounding: Rounding) -> None:
-        """Round, pack and keep the raw weight, in whole rows unless it `rounds_alone`."""
+        """Rounds and packs the raw weight, in whole rows unless it `rounds_alone`."""
         raise NotImplementedError
 
     def multiply(self, x: Tensor) -> Tensor:
-        """`x [M, in]`, contiguous, to `[M, out]` without the bias: dequantised chunk by chunk."""
+        """Multiplies `x [M, in]`, contiguous, to `[M, out]` without bias, by dequantized chunks."""
         return kernels.linear_by_chunks(x, self.out_features, self._weight_rows)
 
     def dequantized_weight(self) -> Tensor:
-        """The weight `[out, in]` in the layer's dtype, as the stored codes stand for it."""
+        """The weight `[out, in]` that the stored codes represent, in the layer's dtype."""
         return self._weight_rows(0, self.out_features)
 
     def _weight_rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the dequantised weight."""
+        """Rows of the dequantized weight."""
         raise NotImplementedError
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -207,37 +208,40 @@ class QuantizedLinear(nn.Module):
 
 
 class GridLinear(QuantizedLinear):
-    """What layers share whose weights are `(code - zero) * scale`, a scale and a zero a group.
+    """The base of layers with weights `(code - zero) * scale`, with a scale and a zero a group.
 
-    On a card, `triton_kernels` reads or unpacks the layers that name their tensors in
-    `triton_weight`, where the table says so.
+    On a card, `triton_kernels` reads or unpacks the tensors that a layer names in `triton_weight`,
+    where the kernel table says so.
     """
 
-    centre_up_to = 1.0  # how much wider a scale may get to have its zero in the middle
+    @property
+    def centre_up_to(self) -> float:
+        """The factor by which a scale may widen to have its zero in the middle."""
+        return 1.0
 
     @cached_property
     def table_kernels(self) -> tuple[Kernel, ...]:
-        """Those that multiply by this weight, once it is there, by rising numbers of rows."""
+        """The kernels for this weight, once it is loaded, by rising numbers of rows."""
         machine = machine_here(self.home, self.dtype)
         shape = self.out_features, self.in_features, self.group
         return choices(machine, str(self.bits), *shape, layout=self.layout)
 
     @property
     def group(self) -> int:
-        """How many weights of a row share a scale."""
+        """The number of weights of a row that share a scale."""
         return part_group(group_size(self.bits, self.row_length), self.part)
 
     @property
     def triton_weight(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Packed codes, scales and zeros, where Triton kernels read them; None: they do not."""
+        """Packed codes, scales and zeros, where Triton kernels read them, else None."""
         return None
 
     def kernel(self, rows: int) -> str:
-        """The name of the kernel that multiplies so many rows."""
+        """The name of the kernel for this number of rows."""
         return by_rows(self.table_kernels, rows).name
 
     def multiply(self, x: Tensor) -> Tensor:
-        """A few rows by the packed weight, where a kernel does; else unpacked part by part."""
+        """Multiplies a few rows by the packed weight, where a kernel can; else part by part."""
         weight = self.triton_weight
         if weight is not None and len(x) and self.kernel(len(x)) == FEW_ROWS:
             return triton_kernels.multiply_few_rows(x, *weight, self.bits)
@@ -251,11 +255,11 @@ class GridLinear(QuantizedLinear):
         return triton_kernels.dequantize(*weight, *sizes, rows=slice(start, stop))
 
     def torch_rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the dequantised weight, by torch's operators."""
+        """Rows of the dequantized weight, by torch's operators."""
         raise NotImplementedError
 
     def store(self, weight: Tensor, rounding: Rounding) -> None:
-        """Round, pack and keep, some rows at a time; as many as `rounding` asks for, if it does."""
+        """Rounds and packs some rows at a time: `rounding.rows_at_once`, if it has that."""
         group = group_size(self.bits, self.row_length)
         part = None if self.rounds_alone(rounding) else self.part
         self.make_room()
@@ -266,26 +270,26 @@ class GridLinear(QuantizedLinear):
             self.keep(rows, columns_of(codes, part), scales, zeros)
 
     def rounds_alone(self, rounding: Rounding) -> bool:
-        """Where every group of the whole lies inside the part or outside."""
+        """Whether every group of the whole matrix is inside or outside of the part."""
         group = group_size(self.bits, self.row_length)
         return rounding in BY_GROUP and part_group(group, self.part) == group
 
     def adopt(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
-        """Pack and keep codes uint8 `[out, in]` in their own grids, bf16 `[out, groups]`."""
+        """Packs codes uint8 `[out, in]` with their own grids, bf16 `[out, groups]`."""
         self.reserve(self.in_features // scales.shape[1])
         for rows in self._chunks():
             self.keep(rows, *(t[rows].to(self.home) for t in (codes, scales, zeros)))
 
     def make_room(self) -> None:
-        """For its own grids, not for those that it may adopt."""
+        """Allocates the weight for the layer's own grids, not for adopted ones."""
         self.reserve(part_group(group_size(self.bits, self.row_length), self.part))
 
     def reserve(self, group: int) -> None:
-        """Make room for the weight, `group` weights of a row to a scale."""
+        """Allocates the weight, with `group` weights of a row to a scale."""
         raise NotImplementedError
 
     def keep(self, rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
-        """Pack and keep some rows: codes uint8 `[rows, in]`, grids `[rows, groups]`."""
+        """Packs some rows: codes uint8 `[rows, in]`, grids `[rows, groups]`."""
         raise NotImplementedError
 
 
@@ -301,9 +305,9 @@ def _raw_shapes(
 def _check(
     name: str, tensor: Tensor, shape: tuple[int, ...] | None, part: TensorPart | None
 ) -> None:
-    """Refuse a tensor that this layer has no place for."""
+    """Raises `ValueError` for a tensor that this layer cannot load."""
     if shape is None:
-        raise ValueError(f"no place for {name!r}: a linear takes a weight, and a bias if built so")
+        raise ValueError(f"no tensor {name!r} here: a linear has a weight, and a bias if built so")
     shape = part.of_shape(shape) if part else shape
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the layer expects {shape}")

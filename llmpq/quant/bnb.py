@@ -3,8 +3,8 @@
     Nf4Linear      16 levels spaced like normal weights, a scale each 64 weights of a row (QLoRA)
     LlmInt8Linear  int8 weights and inputs; inputs of 6.0 and above stay at 16 bits (LLM.int8)
 
-Both are for plans that ask for them by name ("nf4", "8-bnb"). Weights are rounded as bitsandbytes
-rounds them, whatever rounding is asked for.
+Plans use both by their names ("nf4", "8-bnb"). bitsandbytes rounds the weights, whatever rounding
+is given.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ from llmpq.quant import kernels
 from llmpq.quant.base import QuantizedLinear
 from llmpq.quant.part import columns_of, input_part
 from llmpq.quant.rounding import Rounding, check_finite
+from llmpq.workspace import LARGE_COLUMNS
 
 OUTLIER = 6.0  # the threshold of the LLM.int8 paper
-OUTLIER_COLUMNS = 64  # columns with outliers multiplied at a time
 # Weights rounded to 4 bits at a time: bitsandbytes compares each with all 16 levels.
 ROUNDED_WEIGHTS = 2**16
 
@@ -35,7 +35,7 @@ class Nf4Linear(QuantizedLinear):
     scales: Tensor  # fp32 [out, in padded / 64], the largest weight of each block
 
     def store(self, weight: Tensor, rounding: Rounding) -> None:
-        """Round and pack some rows at a time. A part of the inputs must hold whole blocks."""
+        """Rounds and packs some rows at a time. A part of the inputs must hold whole blocks."""
         cols, cut = self._padded, input_part(self.part)
         if cut is not None and (cut.start % NF4_BLOCK or cut.size % NF4_BLOCK):
             raise ValueError(
@@ -51,17 +51,17 @@ class Nf4Linear(QuantizedLinear):
             self.scales[rows] = scales.view(-1, cols // NF4_BLOCK)
 
     def make_room(self) -> None:
-        """Two codes a byte, a scale a block."""
+        """Allocates two codes a byte, and a scale a block."""
         self.packed = self._empty(self.out_features, self._padded // 2, dtype=torch.uint8)
         blocks = self._padded // NF4_BLOCK
         self.scales = self._empty(self.out_features, blocks, dtype=torch.float32)
 
     def rounds_alone(self, rounding: Rounding) -> bool:
-        """A part holds whole blocks."""
+        """True, as a part holds whole blocks."""
         return True
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Dequantise and multiply, chunk by chunk."""
+        """Dequantizes and multiplies chunk by chunk."""
         missing = self._padded - self.in_features
         return super().multiply(F.pad(x, (0, missing)) if missing else x)
 
@@ -74,18 +74,19 @@ class Nf4Linear(QuantizedLinear):
         return -(-self.in_features // NF4_BLOCK) * NF4_BLOCK
 
     def _weight_rows(self, start: int, stop: int) -> Tensor:
-        """`[rows, in padded]`."""
+        """Rows of the dequantized weight, `[rows, in padded]`."""
         packed, scales = self.packed[start:stop].flatten(), self.scales[start:stop].flatten()
         shape = (stop - start, self._padded)
         return _ops().dequantize_4bit(packed, scales, NF4_BLOCK, "nf4", shape, self.dtype)
 
 
 class LlmInt8Linear(QuantizedLinear):
-    """int8 weights with a scale a row, int8 inputs with a scale a token; large inputs apart.
+    """int8 weights with a scale a row, int8 inputs with a scale a token; large inputs in 16 bits.
 
-    bitsandbytes sets the columns apart in which any token of the batch has an input of 6.0 or
-    above, so a token's answer hangs on its neighbours. Here each such input is set apart by itself,
-    and summed in 64-bit floats, where the order does not matter: a token's answer is its own.
+    bitsandbytes separates the columns in which any token of the batch has an input of 6.0 or above,
+    so that a token's result depends on the other tokens. Here each such input is separated by
+    itself, and summed in 64-bit floats, whose rounding does not show the order of the sum: a
+    token's result does not depend on the others.
     """
 
     weight_buffers = ("codes", "scales")
@@ -95,7 +96,7 @@ class LlmInt8Linear(QuantizedLinear):
     scales: Tensor  # fp32 [out], the largest weight of each row
 
     def store(self, weight: Tensor, rounding: Rounding) -> None:
-        """Round some rows at a time."""
+        """Rounds some rows at a time."""
         self.make_room()
         for rows in _parts(self.out_features, kernels.chunk_rows(self.row_length, self.home)):
             raw = weight[rows].to(self.home, torch.float16)
@@ -104,12 +105,12 @@ class LlmInt8Linear(QuantizedLinear):
             self.codes[rows], self.scales[rows] = columns_of(codes, self.part), scales
 
     def make_room(self) -> None:
-        """A byte a code, a scale a row."""
+        """Allocates a byte a code, and a scale a row."""
         self.codes = self._empty(self.out_features, self.in_features, dtype=torch.int8)
         self.scales = self._empty(self.out_features, dtype=torch.float32)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """fp32 `[M, out]`: exact integer sums, and what the large inputs add."""
+        """The product fp32 `[M, out]`: exact integer sums, plus those of the large inputs."""
         if not x.shape[0]:
             return x.new_empty(0, self.out_features)
         large = x.abs() >= OUTLIER
@@ -126,9 +127,9 @@ class LlmInt8Linear(QuantizedLinear):
         return (self.codes * (self.scales / 127)[:, None]).to(self.dtype)
 
     def _large_part(self, x: Tensor, columns: Tensor) -> Tensor:
-        """fp64 `[M, out]`: `x`, whose `columns` alone are not zero, times the weight."""
+        """The product fp64 `[M, out]` of `x`, which is zero outside of `columns`."""
         out = torch.zeros(x.shape[0], self.out_features, dtype=torch.float64, device=x.device)
-        for part in columns.split(OUTLIER_COLUMNS):
+        for part in columns.split(LARGE_COLUMNS):
             out.addmm_(x[:, part].double(), self.codes[:, part].double().t())
         return out.mul_(self.scales / 127)
 

@@ -1,23 +1,23 @@
-"""GPTQ: codes chosen with the help of the second moments of a linear's inputs.
+"""GPTQ: rounds a linear's weight with the second moments of its inputs (calibration statistics).
 
-The output of a row `w` of the weight moves by `d H d^T` when the row moves by `d`, with
-`H = X^T X / T` the mean second moment of its inputs. Three steps make that small:
+When a row `w` of the weight changes by `d`, the squared error of its output is `d H d^T`, with
+`H = X^T X / T` the mean second moment of its inputs. Three steps minimize this error:
 
-1. Grids are chosen beforehand from the raw weights: `quantize_mse`, weighted by the diagonal of H.
-2. Columns are rounded one after the other, the largest moments first; what each is off by is made
-   up for in the columns to come (Frantar et al., arXiv 2210.17323, equations 2 and 3). The grids
-   are fixed by then, so this order asks for no order of columns in storage.
-3. Sweeps over the groups: the scale that is best for the codes, then each code to the value that is
-   best given all others. No step of a sweep makes it worse.
+1. Grids are chosen from the raw weights by `quantize_mse`, weighted by the diagonal of H.
+2. Columns are rounded one after the other, those of the largest moments first; the columns that
+   follow compensate the error of each (Frantar et al., arXiv 2210.17323, equations 2 and 3). The
+   grids are fixed before, so that this order does not change the order of columns in storage.
+3. Sweeps over the groups choose the best scale for the codes, then the best value of each code
+   given all others. No step of a sweep increases the error.
 
-A row that would move its output less with the codes of `quantize` gets those.
+A row whose error is smaller with the codes of `quantize` gets those.
 
 All sums that decide on a code are fp64. Their last bits depend on the number of threads and on how
-rows are cut into chunks, and in fp32 would now and then flip a code: the same weight shall have the
-same codes in every process. Inside, matrices are transposed, `[n, R]` for n inputs and R rows.
+rows are cut into chunks, and in fp32 would sometimes change a code, while the same weight must have
+the same codes in every process. Inside, matrices are transposed, `[n, R]` for n inputs and R rows.
 
 Not covered: 8 bits, which are rounded to nearest (a divergence below 0.001 nats a token on three
-small models; there is nothing to gain).
+small models, so that GPTQ can gain nothing).
 """
 
 from dataclasses import dataclass
@@ -27,30 +27,31 @@ from torch import Tensor
 
 from llmpq.quant.rounding import SCALE_DTYPE, SMALLEST_SCALE, quantize, quantize_mse
 
-NEAREST_BITS = 8  # from here on codes are those of `quantize`
-COLUMNS = 128  # rounded one by one before the columns to come are brought up to date
-ROWS = 512  # rounded at a time: every column takes some small operations, whatever the rows
-SWEEPS = 1  # took 7 to 12 % off the divergence at 3 bits, a second 1 to 6 % more
+NEAREST_BITS = 8  # `quantize` makes the codes of this many bits and more
+COLUMNS = 128  # columns rounded one by one before the following columns are updated
+ROWS = 512  # rows rounded at a time: each column costs some operations, whatever their size
+DAMPING = 0.01
+SWEEPS = 1  # one sweep reduced the divergence at 3 bits by 7 to 12 %, a second by 1 to 6 % more
 DAMPING_TRIES = 5
 
 
 class Gptq:
     """A `Rounding` for all weights with the same input.
 
-    `moments` are fp32 `[blocks, B, B]` along the diagonal of H `[in, in]`; B is a multiple of the
-    group. `damping` times the mean of its diagonal is added to that, tenfold until H can be
-    factored. What is prepared for the first weight serves the others and takes as much memory again
-    as `moments`; while a block is prepared, twice that block in fp64. Raises ValueError where
-    moments do not fit the weight or are not finite.
+    `moments` fp32 `[blocks, B, B]` are the blocks on the diagonal of H `[in, in]`; B is a multiple
+    of the group. `DAMPING` times the mean of H's diagonal is added to the diagonal, and ten times
+    more until H can be factored. The factors computed for the first weight serve the others and
+    take as much memory again as `moments`; computing them takes twice a block in fp64. Raises
+    ValueError where moments do not fit the weight or are not finite.
     """
 
     rows_at_once = ROWS
 
-    def __init__(self, moments: Tensor, damping: float = 0.01, sweeps: int = SWEEPS) -> None:
+    def __init__(self, moments: Tensor, sweeps: int = SWEEPS) -> None:
         if moments.dim() != 3 or moments.shape[1] != moments.shape[2]:
             raise ValueError(f"moments have shape {list(moments.shape)}, expected [blocks, B, B]")
-        self.moments, self.damping, self.sweeps = moments, damping, sweeps
-        self._blocks: list[_Block] = []
+        self.moments, self.sweeps = moments, sweeps
+        self._blocks: list[_HessianBlock] = []
 
     def __call__(
         self, weight: Tensor, bits: int, group: int, centre_up_to: float = 1.0
@@ -81,10 +82,10 @@ class Gptq:
             raise ValueError(f"groups of {group} do not divide moments in blocks of {size}")
         if not self._blocks or self._blocks[0].moments.device != weight.device:
             self.moments = self.moments.to(weight.device)
-            self._blocks = [_Block(moments, self.damping) for moments in self.moments]
+            self._blocks = [_HessianBlock(moments) for moments in self.moments]
 
     def _round(
-        self, block: "_Block", weight: Tensor, bits: int, group: int
+        self, block: "_HessianBlock", weight: Tensor, bits: int, group: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, scales and zeros of `[R, B]`."""
         grid = quantize_mse(weight, bits, group, importance=block.diagonal)
@@ -100,8 +101,8 @@ class Gptq:
         return codes, scales, zeros
 
 
-class _Block:
-    """Moments of n inputs, ready to be used.
+class _HessianBlock:
+    """The moments of n inputs with their factors.
 
     moments   fp32 [n, n]
     damping   added to its diagonal
@@ -110,28 +111,30 @@ class _Block:
     upper     fp32 [n, n] upper triangular in that order, `inverse(H) = upper^T upper`
     """
 
-    def __init__(self, moments: Tensor, damping: float) -> None:
+    def __init__(self, moments: Tensor) -> None:
         if not torch.isfinite(moments).all():
             raise ValueError("the second moments hold NaN or infinite values")
         self.moments = moments
         self.order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-        step = damping * float(moments.diagonal().mean())
-        step = step or 1.0  # no input is ever anything but zero: any codes will do
+        step = DAMPING * float(moments.diagonal().mean())
+        step = step or 1.0  # all inputs are zero, so that any codes are right
         for attempt in range(DAMPING_TRIES):
             self.damping = step * 10**attempt
             upper = _inverse_factor(moments, self.order, self.damping)
             if upper is not None:
                 break
         else:
-            raise ValueError("the second moments are no moments: they cannot be factored")
+            raise ValueError(
+                "the second moments cannot be factored: they are not positive definite"
+            )
         self.upper = upper
         self.diagonal = moments.diagonal() + self.damping
 
 
 def _inverse_factor(moments: Tensor, order: Tensor, damping: float) -> Tensor | None:
-    """`_Block.upper`; None where the matrix cannot be factored.
+    """`_HessianBlock.upper`; None where the matrix cannot be factored.
 
-    Backwards, `H = lower lower^T`; so forwards `upper` is the inverse of `lower`, turned around.
+    In reversed order `H = lower lower^T`; `upper` is the inverse of `lower`, reversed again.
     """
     backwards = order.flip(0)
     damped = moments[backwards][:, backwards].double()
@@ -147,7 +150,7 @@ def _inverse_factor(moments: Tensor, order: Tensor, damping: float) -> Tensor | 
 
 @dataclass
 class _Rows:
-    """R rows of a weight and what they are rounded to so far; all fp64, transposed."""
+    """R rows of a weight and their present rounding; all fp64, transposed."""
 
     weight: Tensor  # [n, R]
     steps: Tensor  # [n, R], codes less their zeros: weights in units of their scale
@@ -157,7 +160,7 @@ class _Rows:
 
     @classmethod
     def of(cls, weight: Tensor, bits: int, codes: Tensor, scales: Tensor, zeros: Tensor) -> "_Rows":
-        """From matrices `[R, ...]` of any type."""
+        """Makes the rows from matrices `[R, ...]` of any type."""
         parts = (part.t().double().contiguous() for part in (weight, codes, scales, zeros))
         weight, steps, scales, zeros = parts
         rows = cls(weight, steps, scales, zeros, 2**bits - 1)
@@ -165,14 +168,14 @@ class _Rows:
         return rows
 
     def stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scales and zeros as roundings give them."""
+        """Codes, scales and zeros as a `Rounding` returns them."""
         codes = (self.grouped_steps + self.zeros[:, None]).flatten(0, 1)
         grids = (self.scales.t().to(SCALE_DTYPE), self.zeros.t().to(SCALE_DTYPE))
         return codes.t().to(torch.uint8), *grids
 
     @property
     def group(self) -> int:
-        """Columns of a group."""
+        """The number of columns of a group."""
         return len(self.weight) // len(self.scales)
 
     @property
@@ -181,18 +184,18 @@ class _Rows:
         return self.steps.unflatten(0, (-1, self.group))
 
     def off(self) -> Tensor:
-        """`[n, R]`: weight less what its codes stand for."""
+        """The rounding error `[n, R]`: the weight less its dequantized codes."""
         return self.weight - (self.grouped_steps * self.scales[:, None]).flatten(0, 1)
 
-    def loss(self, block: _Block) -> Tensor:
-        """fp32 `[R]`: how far each row moves its output, squared and averaged over tokens."""
+    def loss(self, block: _HessianBlock) -> Tensor:
+        """The mean squared error of each row's output over tokens, fp32 `[R]`."""
         off = self.off().float()
         return (off * (block.moments @ off)).sum(dim=0)
 
 
-def _feed_back(rows: _Rows, block: _Block) -> None:
-    """Step 2: overwrites the steps."""
-    left = rows.weight[block.order]  # what is still to be rounded, in the order of the block
+def _feed_back(rows: _Rows, block: _HessianBlock) -> None:
+    """Does step 2; overwrites the steps."""
+    left = rows.weight[block.order]  # the columns to be rounded, in the order of the block
     groups = (block.order // rows.group).tolist()
     grids = list(zip(rows.scales, -rows.zeros, rows.top - rows.zeros, strict=True))
     for start in range(0, len(left), COLUMNS):
@@ -209,8 +212,8 @@ def _feed_back(rows: _Rows, block: _Block) -> None:
         left[stop:].addmm_(upper[:, stop - start :].t(), errors, alpha=-1)
 
 
-def _sweep(rows: _Rows, block: _Block) -> None:
-    """Step 3, once: every group's scale, then its codes; each the best given everything else."""
+def _sweep(rows: _Rows, block: _HessianBlock) -> None:
+    """Does step 3 once: finds the best scale of every group, then its best codes."""
     off = rows.off()
     for number in range(len(rows.scales)):
         at = slice(number * rows.group, (number + 1) * rows.group)
@@ -224,7 +227,7 @@ def _sweep(rows: _Rows, block: _Block) -> None:
 
 
 def _refit_scale(rows: _Rows, number: int, at: slice, pull: Tensor, inner: Tensor) -> None:
-    """The bf16 nearest to the best scale; `pull [group, R]` follows."""
+    """Sets the scale to the bf16 nearest to the best one; updates `pull [group, R]`."""
     steps, scale = rows.steps[at], rows.scales[number]
     pushed = inner @ steps
     best = scale + (steps * pull).sum(dim=0) / (steps * pushed).sum(dim=0)
@@ -236,7 +239,7 @@ def _refit_scale(rows: _Rows, number: int, at: slice, pull: Tensor, inner: Tenso
 
 
 def _refit_codes(rows: _Rows, number: int, at: slice, pull: Tensor, inner: Tensor) -> None:
-    """Each code of a group in turn; `pull [group, R]` is used up."""
+    """Sets each code of a group in turn to the best one; overwrites `pull [group, R]`."""
     steps = rows.steps[at]
     lowest, highest = -rows.zeros[number], rows.top - rows.zeros[number]
     pull /= rows.scales[number]

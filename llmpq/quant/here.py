@@ -1,7 +1,7 @@
-"""This process's devices as kernels see them: the `Machine` that the kernel table is asked with.
+"""Describes this process's devices as the `Machine` that the kernel table takes.
 
-The layers that use an optional library import it; here it is only looked for. bitsandbytes is
-imported, as its builds for other systems are there and fail.
+Optional libraries are only searched here, and are imported by the layers that use them. Only
+bitsandbytes is imported, as its builds for other systems can be found but fail.
 """
 
 import logging
@@ -16,13 +16,13 @@ from llmpq.quant import humming_support, kernels, triton_kernels
 def machine_here(device: torch.device, dtype: torch.dtype, optional: bool = False) -> Machine:
     """A device of this process with activations of `dtype`.
 
-    `optional`: look for bitsandbytes too, which takes a second.
+    With `optional`, bitsandbytes is searched too, which takes a second.
     """
     device, name = torch.device(device), str(dtype).removeprefix("torch.")
     libraries = {BITSANDBYTES} if optional and has_bitsandbytes() else set()
-    if device.type != "cpu":  # a card, or "meta", where sizes are counted alone
+    if device.type != "cpu":  # a card, or "meta", where only sizes are counted
         capability = (0, 0)
-        if device.type == "cuda" and _has_card():
+        if device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available():
             capability = torch.cuda.get_device_capability(device)
             libraries |= _on(device)
         return Machine("cuda", name, capability, libraries=frozenset(libraries))
@@ -33,7 +33,7 @@ def machine_here(device: torch.device, dtype: torch.dtype, optional: bool = Fals
 
 @lru_cache(maxsize=1)
 def has_bitsandbytes() -> bool:
-    """Whether bitsandbytes is here and imports, tried once."""
+    """Whether bitsandbytes is installed and can be imported; tried once."""
     # On CPUs it warns that a package is missing which we do not use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
@@ -43,12 +43,8 @@ def has_bitsandbytes() -> bool:
     return True
 
 
-def _has_card() -> bool:
-    return torch.version.cuda is not None and torch.cuda.is_available()
-
-
 def _on(device: torch.device) -> set[str]:
-    """The libraries of kernels that are installed and run on this card."""
+    """The kernel libraries that are installed and run on this card."""
     found = set()
     if humming_support.why_not_here(device) is None:
         found.add(HUMMING)

@@ -1,17 +1,18 @@
 """Linears at 3, 4 and 8 bits that humming-kernels multiplies by, on NVIDIA cards.
 
-A `HummingLinear` has two states. It is filled, packed and read like the other classes, on any
+A `HummingLinear` has two states. It is loaded, packed and read like the other classes, on any
 device, with torch alone: codes in a little-endian stream along each row, a scale and an integer
-zero a group. That state is also what the disk cache keeps. `serve` then compiles the kernels that a
-list of layers needs and hands each layer over: its buffers are replaced by those of the kernels'
-layout, which depends on the card, so a weight is held once. Where a kernel cannot be compiled, its
-layers stay as they were, and dequantise chunk by chunk.
+zero a group. The disk cache keeps this state too. `serve` then compiles the kernels that a list of
+layers needs and converts each layer: its buffers are replaced by those of the kernels' layout,
+which depends on the card, so that a weight is held once. Where a kernel cannot be compiled, its
+layers stay in the first state, and dequantize chunk by chunk.
 
 The kernels multiply by the same weights, bit for bit, as the other classes hold at that dtype:
-`(code - zero) * scale`, rounded once; at bfloat16, a scale of a whole row goes into the answer. At
-float16 the scale itself is rounded first, as it is there: that changes no bf16 scale from 2^-17 to
-65280, and smaller ones by 2^-25 at most.
-Not covered: whether a linear is served (`humming_support`), and choosing between kernels.
+`(code - zero) * scale`, rounded once; at bfloat16, the scale of a whole row is applied to the
+result. At float16 the scale itself is rounded first, as in the other classes: that changes no bf16
+scale from 2^-17 to 65280, and smaller ones by 2^-25 at most.
+
+Not covered: which linears are served, and choosing between kernels (`llmpq.kernel_table`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,23 +22,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmpq.kernel_table import HUMMING_GROUPS
 from llmpq.precision import group_size
 from llmpq.quant import humming_jit, kernels
-from llmpq.quant.base import GridLinear
-from llmpq.quant.humming_jit import ALIGNED, ROW_GROUP, KernelShape, round_up
-from llmpq.quant.humming_support import GROUPS
-from llmpq.quant.linear import CENTRE_UP_TO
+from llmpq.quant.base import CENTRE_UP_TO, GridLinear
+from llmpq.quant.humming_jit import ROW_GROUP, KernelShape
 from llmpq.quant.packing import CODES_IN_WORDS, pack_words, unpack_words
 from llmpq.quant.part import TensorPart, part_group, row_length
 from llmpq.quant.rounding import SCALE_DTYPE
+from llmpq.workspace import HUMMING_LOCKS, HUMMING_REPEATED, PADDED, round_up
 
-REPEATED_GROUP = 128  # how often a scale of a whole row is repeated at float16
-READ_BACK_ROWS = 1024  # of the identity, multiplied at a time
+READ_BACK_ROWS = 1024  # rows of the identity that are multiplied at a time
 
 
 @dataclass(frozen=True)
 class _Served:
-    """What a layer needs to launch its kernels."""
+    """The objects with which a layer launches its kernels."""
 
     shape: KernelShape
     table: Tensor  # int64 on the CPU: which kernel for how many rows
@@ -45,7 +45,7 @@ class _Served:
 
 
 def grid_inputs(bits: int, in_features: int, part: TensorPart | None) -> int:
-    """How many inputs share a scale in a layer that rounds its weight; `in_features`: a row."""
+    """The inputs that share a scale in a layer that rounds its weight; `in_features`: a row."""
     row = row_length(in_features, part)
     group = group_size(bits, row)
     return in_features if group == row else part_group(group, part)
@@ -54,13 +54,13 @@ def grid_inputs(bits: int, in_features: int, part: TensorPart | None) -> int:
 class HummingLinear(GridLinear):
     """3, 4 or 8 bits, `(code - zero) * scale` a group or a row; multiplied by humming's kernels.
 
-    `batch_invariant`: a row's answer does not depend on the number of rows. It is off by default,
-    because it keeps every output tile on one multiprocessor, which narrow matrices pay for: on an
-    H100, humming then cuts 4096 outputs into 32 tiles at 4 bits and 16 at 3 and 8 bits, for 132
-    multiprocessors. (Counted from its heuristics, not timed.) Otherwise it splits the sum over the
-    inputs where tiles are few, and adds up to ten parts in the dtype of the answer. On cards from
-    9.0 on, and at float16 elsewhere, more than two or three parts are added in the order in which
-    they are ready, so the last bits of an answer may differ from run to run.
+    With `batch_invariant`, a row's result does not depend on the number of rows. It is off by
+    default, because it keeps every output tile on one multiprocessor, which is slow for narrow
+    matrices: on an H100, humming then cuts 4096 outputs into 32 tiles at 4 bits and 16 at 3 and 8
+    bits, for 132 multiprocessors. (Counted from its heuristics, not timed.) Otherwise it splits the
+    sum over the inputs where tiles are few, and adds up to ten parts in the dtype of the result. On
+    cards from 9.0 on, and at float16 elsewhere, more than two or three parts are added in the order
+    in which they are ready, so that the last bits of a result may differ from run to run.
     """
 
     weight_buffers = ("words", "scales", "zeros")
@@ -70,25 +70,16 @@ class HummingLinear(GridLinear):
     scales: Tensor  # bf16 [out, groups]; of adopted codes the layer's dtype
     zeros: Tensor  # uint8 [out, groups]
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        bits: int = 8,
-        part: TensorPart | None = None,
-        batch_invariant: bool = False,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, dtype, device, bits, part)
-        self.batch_invariant = batch_invariant
-        # The codes of RowLinear: what a layer costs in quality does not depend on its kernel.
-        self.centre_up_to = CENTRE_UP_TO if bits == 8 else GridLinear.centre_up_to
-        self._served: _Served | None = None
+    batch_invariant = False
+    _served: _Served | None = None
+
+    @property
+    def centre_up_to(self) -> float:
+        """The value of `RowLinear` at 8 bits: quality does not depend on the kernel."""
+        return CENTRE_UP_TO if self.bits == 8 else 1.0
 
     def reserve(self, group: int) -> None:
-        """Make room for the weight, a scale a row where its whole row has one."""
+        """Allocates the weight, with one scale a row where the whole row shares one."""
         inputs = grid_inputs(self.bits, self.in_features, self.part)
         self._make_room(self.in_features // inputs, SCALE_DTYPE)
 
@@ -101,26 +92,26 @@ class HummingLinear(GridLinear):
     def adopts(self, scales: Tensor) -> bool:
         """Whether it can keep foreign grids `[out, groups]`, and its kernels serve them."""
         group = self.in_features // scales.shape[1]
-        return scales.dtype == self.dtype and group in (self.in_features, *GROUPS)
+        return scales.dtype == self.dtype and group in (self.in_features, *HUMMING_GROUPS)
 
     def keep(self, rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
-        """Pack and keep some rows; of grids that are the same for a whole row, one."""
+        """Packs some rows; of grids that are equal for a whole row it keeps one."""
         groups = self.scales.shape[1]
         self.words[rows] = pack_words(codes, self.bits)
         self.scales[rows], self.zeros[rows] = scales[:, :groups], zeros[:, :groups]
 
     def packed_state(self) -> dict[str, Tensor]:
-        """The packed weight, before it is served: it does not depend on the card."""
+        """The packed weight before it is served, which does not depend on the card."""
         assert self._served is None, "the weight is in the layout of one card's kernels"
         return super().packed_state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a packed weight, in place of rounding it anew."""
+        """Copies a packed weight instead of rounding it again."""
         super().restore(state)
         self._served = None
 
     def multiply(self, x: Tensor) -> Tensor:
-        """The kernel for this many rows; it can be captured in a CUDA graph after a first call."""
+        """Calls the kernel for this many rows, which a CUDA graph can hold after a first call."""
         if self._served is None:
             return kernels.linear_by_chunks(x, self.out_features, self.torch_rows)
         if not x.shape[0]:
@@ -134,7 +125,7 @@ class HummingLinear(GridLinear):
         )
 
     def dequantized_weight(self) -> Tensor:
-        """The weight `[out, in]`; of a served layer what its kernel makes of the identity."""
+        """The weight `[out, in]`; of a served layer its product with the identity matrix."""
         if self._served is None:
             return self.torch_rows(0, self.out_features)
         weight = self._empty(self.out_features, self.in_features, dtype=self.dtype)
@@ -147,17 +138,17 @@ class HummingLinear(GridLinear):
 
     @property
     def kernel_shape(self) -> KernelShape:
-        """What its kernels are compiled for; known once it holds a weight.
+        """The shape that its kernels are compiled for, once it holds a weight.
 
-        One scale a row is multiplied into the answer, which is rounded to 16 bits before: float16
-        may overflow there (65504, where the codes alone reach 255), so it gets the same scale for
-        every `REPEATED_GROUP` inputs, which is multiplied into the weight.
+        One scale a row is applied to the result, which is rounded to 16 bits before: float16 may
+        overflow there (65504, where the codes alone reach 255), so it gets the same scale for every
+        `HUMMING_REPEATED` inputs, which is multiplied into the weight.
         """
         groups = self.scales.shape[1]
-        row_group = ROW_GROUP if self.dtype == torch.bfloat16 else REPEATED_GROUP
+        row_group = ROW_GROUP if self.dtype == torch.bfloat16 else HUMMING_REPEATED
         return KernelShape(
-            round_up(self.out_features, ALIGNED),
-            round_up(self.in_features, ALIGNED),
+            round_up(self.out_features, PADDED),
+            round_up(self.in_features, PADDED),
             self.bits,
             row_group if groups == 1 else self.in_features // groups,
             self.dtype,
@@ -165,11 +156,11 @@ class HummingLinear(GridLinear):
         )
 
     def hand_over(self, table: Tensor) -> None:
-        """Lay the weight out for the kernels of `table`, in place of how it was held."""
+        """Converts the weight, in place, to the layout of the kernels of `table`."""
         shape = self.kernel_shape
         padded = padded_tensors(shape, self.words, self.scales, self.zeros)
         self.words, self.scales, self.zeros = humming_jit.to_kernel_layout(shape, *padded)
-        locks = torch.zeros(humming_jit.NUM_LOCKS, dtype=torch.int32, device=self.home)
+        locks = torch.zeros(HUMMING_LOCKS, dtype=torch.int32, device=self.home)
         self._served = _Served(shape, table, locks)
 
     def _make_room(self, groups: int, scale_dtype: torch.dtype) -> None:
@@ -180,7 +171,7 @@ class HummingLinear(GridLinear):
         self.zeros = self._empty(self.out_features, groups, dtype=torch.uint8)
 
     def torch_rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the dequantized weight, by torch's operators; before it is served."""
+        """Rows of the dequantized weight by torch's operators, before it is served."""
         rows = slice(start, stop)
         codes = unpack_words(self.words[rows], self.bits, self.in_features)
         return kernels.dequantize_bytes(codes, self.scales[rows].to(self.dtype), self.zeros[rows])
@@ -189,11 +180,11 @@ class HummingLinear(GridLinear):
 def padded_tensors(
     shape: KernelShape, words: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer's buffers as humming takes them, before its own transform.
+    """A layer's buffers as humming expects them before its own transform.
 
     Codes int32 `[N, bits * K / 32]`; scales `[N, groups]` in the dtype of the activations; zeros
     int32 `[bits * N / 32, groups]`, the same stream along the outputs. N and K are the padded
-    sizes; what is filled up is zero. Source: humming 0.1.19, `schema/humming.py`.
+    sizes; the padding is zero. Source: humming 0.1.19, `schema/humming.py`.
     """
     outputs, inputs = shape.padded
     rows, groups = outputs - words.shape[0], shape.num_groups
@@ -204,7 +195,7 @@ def padded_tensors(
 
 
 def _grids(grids: Tensor, groups: int, rows: int) -> Tensor:
-    """`[out, groups]`: repeated where a row has one, filled up to so many groups and rows more."""
+    """Grids `[out, groups]`, repeated where a row has one, padded to `groups` and `rows` more."""
     if grids.shape[1] == 1:
         grids = grids.expand(-1, groups)
     return F.pad(grids, (0, groups - grids.shape[1], 0, rows)).contiguous()
@@ -216,12 +207,12 @@ def serve(
     device: torch.device,
     on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[HummingLinear, str]:
-    """Compile what the filled layers need for these row counts, and hand them over one by one.
+    """Compiles the kernels of loaded layers for these row counts, and converts layers one by one.
 
-    `rows` is `row_ladder` of the most rows of a micro-batch (requests at decode, requests times
-    the chunk's tokens at prefill), or exact counts in rising order; more rows take the last kernel.
-    Returns the layers that stay as they are, with the reason. While a layer is handed over, its
-    weight is there twice.
+    `rows` is the `row_ladder` of the most rows of a micro-batch (requests at decode, requests times
+    the chunk's tokens at prefill), or exact counts in rising order; more rows use the last kernel.
+    Returns the layers that are not converted, with the reason. During the conversion of a layer,
+    memory holds its weight twice.
     """
     shape_of = {layer: layer.kernel_shape for layer in layers}
     choose = humming_jit.chooser(device)

@@ -1,15 +1,15 @@
-"""The kernels of humming-kernels: which of them a plan needs, compiling them, and the calls.
+"""Chooses, compiles and calls the kernels of humming-kernels.
 
 humming compiles a kernel for each shape, number of bits and tile with NVRTC on first use, seconds
-each, and keeps it on disk. A worker therefore compiles what its plan needs while it loads:
-`kernels_needed` names the kernels, `compile_all` puts them on disk, `launch_table` registers those
-of one shape. Row counts share kernels by a ladder (`row_ladder`): on an H100 humming's own choice
+each, and keeps it on disk. A worker therefore compiles the kernels of its plan while it loads:
+`kernels_needed` names them, `compile_all` compiles them to disk, `launch_table` registers those of
+one shape. Row counts share kernels by a ladder (`row_ladder`): on an H100 humming's own choice
 changes every 8 rows, 33 kernels a shape at 4 bits, of which the ladder up to 4096 rows needs 13.
 
-Written for one release (`humming_support.VERSION`), whose internals are called: tile heuristics,
-the transform into the kernels' layout, and the launch of a registered kernel. It is imported inside
-functions, as that takes a second and needs triton. Not covered: mixtures of experts, activations
-of 8 bits (docs/gpu-kernels.md says why).
+This is written for one release (`humming_support.VERSION`), whose internals are called: tile
+heuristics, the transform into the kernels' layout, and the launch of a registered kernel. humming
+is imported inside functions, as its import takes a second and needs triton. Not covered: mixtures
+of experts, 8-bit activations (docs/gpu-kernels.md says why).
 """
 
 import json
@@ -28,13 +28,11 @@ from torch import Tensor
 from llmpq.errors import UserError
 from llmpq.others_files import refuse_others_files
 from llmpq.quant.humming_support import library
+from llmpq.workspace import HUMMING_IN, HUMMING_OUT, round_up
 
 ROW_GROUP = 0  # one scale a row
-OUT_TILE, IN_TILE = 256, 128  # its docs/config.md pads shapes to these
-ALIGNED = 8  # sizes that its own padding takes: rows of 16 bytes
-NUM_LOCKS = 2048  # int32, by which the parts of a split sum take turns; as in its own layer
 MOST_ROWS = 1 << 30
-MOST_COMPILERS = 16  # at once: NVRTC 13.0 took 412 MiB of memory a kernel
+MOST_COMPILERS = 16  # threads that compile: NVRTC 13.0 took 412 MiB of memory a kernel
 LIBRARY_PATH = "LD_LIBRARY_PATH"
 
 Tuning = Mapping[str, Any]  # tile and pipeline of a kernel, and how many multiprocessors to use
@@ -42,51 +40,52 @@ Tuning = Mapping[str, Any]  # tile and pipeline of a kernel, and how many multip
 
 @dataclass(frozen=True)
 class KernelShape:
-    """What a kernel is compiled for beside its tile: the sizes and number formats of a linear.
+    """The sizes and number formats of a linear that a kernel is compiled for.
 
-    `group` inputs share a scale and a zero, `ROW_GROUP`: all. Sizes are multiples of `ALIGNED`.
+    `group` inputs share a scale and a zero; `ROW_GROUP` means all. Sizes are multiples of
+    `workspace.PADDED`.
     """
 
     out_features: int
     in_features: int
     bits: int
     group: int
-    dtype: torch.dtype  # of activations, scales and answers
+    dtype: torch.dtype  # the type of activations, scales and outputs
     batch_invariant: bool = False
 
     @property
     def padded(self) -> tuple[int, int]:
-        """Outputs and inputs, filled up to whole tiles."""
-        return round_up(self.out_features, OUT_TILE), round_up(self.in_features, IN_TILE)
+        """Outputs and inputs, padded to whole tiles."""
+        return round_up(self.out_features, HUMMING_OUT), round_up(self.in_features, HUMMING_IN)
 
     @property
     def num_groups(self) -> int:
-        """Scales of a padded row."""
+        """The number of scales of a padded row."""
         return 1 if self.group == ROW_GROUP else self.padded[1] // self.group
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """One kernel to compile: a shape, and what of its tuning goes into the code, as JSON."""
+class KernelToCompile:
+    """One kernel to compile: a shape, and the tuning that its code depends on, as JSON."""
 
     shape: KernelShape
     tuning: str
 
 
-Choose = Callable[[KernelShape, int], Tuning]  # the best tuning for so many rows
+TuningChoice = Callable[[KernelShape, int], Tuning]  # the best tuning for a number of rows
 
 
 def keep_kernels_in(folder: Path) -> None:
-    """Has humming keep its kernels under this folder instead of ~/.humming.
+    """Makes humming keep its kernels in this folder instead of ~/.humming.
 
-    By the variables HUMMING_CACHE_DIR and HUMMING_TMP_DIR, which a user may also set, and which
-    processes started from here inherit. humming reads them when it first compiles. Raises
-    `UserError` where other users can write there, or this one cannot.
+    This sets the variables HUMMING_CACHE_DIR and HUMMING_TMP_DIR, unless the user has set them;
+    child processes inherit them. humming reads them when it first compiles. Raises `UserError`
+    where other users can write to the folder, or this one cannot.
     """
     own = folder / "humming"
     if "HUMMING_CACHE_DIR" not in os.environ:
         try:
-            own.mkdir(0o700, parents=True, exist_ok=True)  # others reach nothing inside
+            own.mkdir(0o700, parents=True, exist_ok=True)  # closed to other users
             refuse_others_files(own)
         except OSError as error:
             raise UserError(f"{own}: kernels cannot be kept here ({error.strerror})") from None
@@ -100,7 +99,8 @@ def keep_kernels_in(folder: Path) -> None:
 def row_ladder(most_rows: int) -> tuple[int, ...]:
     """Row counts to choose kernels for: 8, 12, 16, 24, 32, 48, 64, ... until `most_rows` fit.
 
-    Rows between two rungs take the kernel of the higher one; from 9 on they fill 2/3 of its tile.
+    Row counts between two rungs use the kernel of the higher one, of whose tile they fill 2/3 or
+    more from 9 rows on.
     """
     rungs = [8]
     while rungs[-1] < most_rows:
@@ -110,19 +110,19 @@ def row_ladder(most_rows: int) -> tuple[int, ...]:
 
 
 def kernels_needed(
-    shapes: Iterable[KernelShape], rows: Sequence[int], choose: Choose
-) -> list[Kernel]:
-    """The kernels, each once, that serve these shapes at these row counts (`row_ladder`)."""
+    shapes: Iterable[KernelShape], rows: Sequence[int], choose: TuningChoice
+) -> list[KernelToCompile]:
+    """The kernels for these shapes at these row counts (`row_ladder`), each once."""
     return list(
         dict.fromkeys(
-            Kernel(shape, _compiled_part(choose(shape, count)))
+            KernelToCompile(shape, _compiled_part(choose(shape, count)))
             for shape in dict.fromkeys(shapes)
             for count in rows
         )
     )
 
 
-def chooser(device: torch.device) -> Choose:
+def chooser(device: torch.device) -> TuningChoice:
     """humming's own choice of tiles for this card."""
 
     def choose(shape: KernelShape, rows: int) -> Tuning:
@@ -138,17 +138,18 @@ def chooser(device: torch.device) -> Choose:
 
 
 def compile_all(
-    kernels: Sequence[Kernel],
+    kernels: Sequence[KernelToCompile],
     device: torch.device,
     on_done: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[Kernel, str]:
-    """Compile kernels into humming's folder, as many at once as CPUs (and `MOST_COMPILERS`) allow.
+) -> dict[KernelToCompile, str]:
+    """Compiles kernels into humming's folder, as many at a time as there are CPUs.
 
-    Those that are there already take no time, and two processes that want the same one wait for
-    each other. `on_done(done, total)` is called after each. Returns why some could not be made.
+    At most `MOST_COMPILERS` run at a time. Kernels that exist already take no time, and of two
+    processes that need the same kernel one waits. `on_done(done, total)` is called after each.
+    Returns the kernels that failed, with the reason.
     """
-    failed: dict[Kernel, str] = {}
-    # Threads, as NVRTC runs in processes of its own.
+    failed: dict[KernelToCompile, str] = {}
+    # Threads suffice, as NVRTC runs in separate processes.
     workers = min(MOST_COMPILERS, library().utils.cpu.get_available_cpu_count())
     with _compiling(device), ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(_compile, kernel, device): kernel for kernel in kernels}
@@ -166,12 +167,12 @@ def compile_all(
 
 
 def launch_table(
-    shape: KernelShape, rows: Sequence[int], choose: Choose, device: torch.device
+    shape: KernelShape, rows: Sequence[int], choose: TuningChoice, device: torch.device
 ) -> Tensor:
-    """Which kernel serves how many rows, registered for launching: int64 `[4 * ranges]` on the CPU.
+    """Registers the kernels of a shape: a table by row counts, int64 `[4 * ranges]` on the CPU.
 
-    Four numbers a range: rows above, rows up to, kernel, multiprocessors. The last range is open.
-    Compiles what `compile_all` has not; raises as that fails.
+    A range has four numbers: rows above, rows up to, kernel, multiprocessors. The last range is
+    open. Kernels that `compile_all` has not compiled are compiled, which may raise an error.
     """
     ends = [*rows[:-1], MOST_ROWS]
     ranges = [
@@ -189,7 +190,7 @@ def launch_table(
 def to_kernel_layout(
     shape: KernelShape, words: Tensor, scales: Tensor, zeros: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight as the kernels read it, from what `humming.padded_tensors` gives; on a card."""
+    """The weight in the kernels' layout, from the result of `humming.padded_tensors`; on a card."""
     tensors = {"weight": words, "weight_scale": scales, "zero_point": zeros}
     with _compiling(words.device):
         made = library().transform.transform_humming_tensors(
@@ -201,7 +202,7 @@ def to_kernel_layout(
 def launch(
     table: Tensor, x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, locks: Tensor
 ) -> Tensor:
-    """`x [M, in]` times the weight in the kernels' layout, `[M, out]`; waits for nothing."""
+    """Multiplies `x [M, in]` by the weight in the kernels' layout: `[M, out]`, without waiting."""
     from humming.ops import launch_kernel
 
     return launch_kernel(
@@ -214,13 +215,8 @@ def launch(
     )
 
 
-def round_up(size: int, step: int) -> int:
-    """`size` rounded up to a multiple of `step`."""
-    return -(-size // step) * step
-
-
 def _layer_config(shape: KernelShape) -> Any:
-    """humming's `LayerConfig`, for the current device."""
+    """humming's `LayerConfig` of a shape, for the current device."""
     lib = library()
     (outputs, inputs), value = shape.padded, lib.dtypes.DataType.from_torch_dtype(shape.dtype)
     return lib.config.LayerConfig(
@@ -237,23 +233,23 @@ def _layer_config(shape: KernelShape) -> Any:
     )
 
 
-def _compute_config(shape: KernelShape) -> dict[str, Any]:
+def _compute_config(shape: KernelShape) -> dict[str, str | bool]:
     return {"gemm_type": "dense", "use_batch_invariant": shape.batch_invariant}
 
 
 def _compiled_part(tuning: Tuning) -> str:
-    """What of a tuning the code depends on."""
+    """The part of a tuning that a kernel's code depends on, as JSON."""
     return json.dumps({key: tuning[key] for key in sorted(tuning) if key != "num_sms"})
 
 
 @contextmanager
 def _compiling(device: torch.device) -> Iterator[None]:
-    """Around what may compile, which prints its errors to standard output, for a report.
+    """A context for compiling: selects the card, and redirects standard output, for errors.
 
-    NVRTC from a package does not find its other half (libnvrtc-builtins) beside itself.
+    It also helps NVRTC of a Python package to find its library libnvrtc-builtins beside itself.
     """
     nvrtc, before = library().utils.nvrtc, os.environ.get(LIBRARY_PATH)
-    with suppress(RuntimeError):  # there is none: who compiles will say so
+    with suppress(RuntimeError):  # without NVRTC, compiling fails with a message of its own
         beside = str(Path(nvrtc.get_nvrtc_library_path()).parent)
         os.environ[LIBRARY_PATH] = os.pathsep.join(filter(None, (beside, before)))
     try:
@@ -266,7 +262,7 @@ def _compiling(device: torch.device) -> Iterator[None]:
             os.environ[LIBRARY_PATH] = before
 
 
-def _compile(kernel: Kernel, device: torch.device) -> None:
+def _compile(kernel: KernelToCompile, device: torch.device) -> None:
     with torch.cuda.device(device):
         layer = json.loads(_layer_config(kernel.shape).to_str())
         config = layer | _compute_config(kernel.shape) | json.loads(kernel.tuning)

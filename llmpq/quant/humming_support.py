@@ -1,12 +1,10 @@
-"""Whether humming-kernels serves a linear on a card, and what to install where it does not.
+"""Says whether humming-kernels can be used on this machine, and what to install where it cannot.
 
-`why_not` knows what its kernels can do, `why_not_here` what this machine has; both say why not in
-words for the user. Sources: humming 0.1.19's README, docs/config.md, tests and tile heuristics.
-Not covered: which kernel is fast where (the table of kernels).
+The reasons are messages for the user. Not covered: which linears its kernels serve, and which
+kernel is fast where (`llmpq.kernel_table`).
 """
 
 import os
-from collections.abc import Sequence
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -15,60 +13,20 @@ from typing import Any
 import torch
 
 VERSION = "0.1.19"
-FIRST_TORCH = (2, 11)  # for older ones the wheel has no launcher, and builds it with a C++ compiler
-CUDA_MAJORS = ("12", "13")  # of torch, for which there is an extra with NVRTC
-CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)  # for which it chooses tiles
-DTYPES = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}  # and the capability each needs
-BITS = (3, 4, 8)
-GROUPS = (32, 64, 128, 256)  # inputs to a scale that its tiles divide, or are divided by
-OUT_LEAST, IN_LEAST = 64, 32  # the smallest shape of its own tests
+FIRST_TORCH = (2, 11)  # for older versions the launcher must be built with a C++ compiler
+CUDA_MAJORS = ("12", "13")  # torch's versions of CUDA for which there is an extra with NVRTC
 HEADERS = ("cuda_runtime.h", "nvrtc.h", "cuda/std/cstdint")
 
 
-def why_not(
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    bits: int,
-    in_features: int,
-    out_features: int,
-    group: int,
-) -> str | None:
-    """Why a card of this compute capability cannot serve such a linear; None where it can.
-
-    `group` inputs share a scale; `in_features` of them: one scale a row.
-    """
-    name = str(dtype).removeprefix("torch.")
-    if capability[0] * 10 + capability[1] not in CAPABILITIES:
-        return f"humming {VERSION} has no kernels for compute capability {_dotted(capability)}"
-    if dtype not in DTYPES:
-        return f"humming multiplies float16 and bfloat16, not {name}"
-    if capability < DTYPES[dtype]:
-        return f"{name} needs compute capability {_dotted(DTYPES[dtype])}, not the card's " + (
-            f"{_dotted(capability)}; float16 is served"
-        )
-    if bits not in BITS:
-        return f"weights of {bits} bits are not served, {_listed(BITS)} are"
-    if out_features < OUT_LEAST or in_features < IN_LEAST:
-        return f"[{out_features}, {in_features}] is smaller than {[OUT_LEAST, IN_LEAST]}"
-    if group not in (in_features, *GROUPS):
-        return f"groups of {group} are not served, {_listed(GROUPS)} and whole rows are"
-    return None
-
-
 def why_not_here(device: torch.device) -> str | None:
-    """Why nothing can be compiled and run on this device, whatever the linear; None if it can."""
+    """Why no kernel can be compiled and run on this device; None where it can."""
     if device.type != "cuda" or torch.version.cuda is None:
         return "humming needs an NVIDIA card, and a torch that was built for CUDA"
     return why_not_installed() or why_no_compiler()
 
 
-def installed() -> bool:
-    """Whether the version that this was written for is here, with what it imports."""
-    return why_not_installed() is None
-
-
 def why_not_installed() -> str | None:
-    """What is missing, and the command that installs it."""
+    """The missing package and the command that installs it; None where nothing is missing."""
     try:
         found = metadata.version("humming-kernels")
     except metadata.PackageNotFoundError:
@@ -84,9 +42,9 @@ def why_not_installed() -> str | None:
 
 
 def install_command(cuda: str | None = torch.version.cuda) -> str:
-    """The pip command for a torch that was built for CUDA `cuda`, as NVRTC must be of that CUDA.
+    """The pip command for a torch built for CUDA `cuda`; NVRTC must be of the same version.
 
-    Python's package markers cannot ask for torch's CUDA, so there is an extra for each.
+    Python's package markers cannot test torch's CUDA, so that there is an extra for each version.
     """
     major = (cuda or CUDA_MAJORS[-1]).partition(".")[0]
     extra = f"gpu-cu{major}" if major in CUDA_MAJORS else "gpu"
@@ -95,7 +53,7 @@ def install_command(cuda: str | None = torch.version.cuda) -> str:
 
 @lru_cache(maxsize=1)
 def why_no_compiler() -> str | None:
-    """What of NVRTC is missing for torch's CUDA (library, headers, caller); tried once."""
+    """The missing part of NVRTC for torch's CUDA (library, headers, caller); tried once."""
     utils = library().utils
     try:
         caller = utils.nvrtc.may_build_nvrtc_compile_binary()
@@ -106,9 +64,9 @@ def why_no_compiler() -> str | None:
 
 
 def library() -> Any:
-    """humming with the modules that are called here.
+    """The package humming, with the modules that are called here.
 
-    Its import would start two processes that build what its wheel already holds.
+    A variable keeps its import from starting two processes that build files of its wheel again.
     """
     os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
     import humming
@@ -127,7 +85,3 @@ def library() -> Any:
 
 def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"

@@ -1,16 +1,16 @@
-"""Ways to multiply `x [M, in]` by a packed weight, with torch alone.
+"""Multiplies `x [M, in]` by a packed weight with torch's operators.
 
-Everywhere: dequantise some output rows at a time and call `linear` (`linear_by_chunks`); the
-temporary stays near the cache, and no layer needs room for its whole weight in 16 bits. On a CPU in
-bf16 two kernels of torch read packed weights directly and win while rows are few:
-- int4: reads 4-bit codes in tiles of 64 output rows. 3-bit codes are expanded to such tiles a
-  chunk at a time. Above its limit the same tiles are taken apart again for `linear`.
-- int8: reads one signed byte a weight; the zero is put back as a rank-1 term.
-A third one multiplies int8 activations (a scale a token) with int8 weights, at any M.
+On every device, `linear_by_chunks` dequantizes some output rows at a time and calls `linear`; the
+temporary stays near the cache, and no layer needs memory for its whole weight in 16 bits. On a CPU
+in bf16 two kernels of torch read packed weights directly and are faster while rows are few:
+- int4 reads 4-bit codes in tiles of 64 output rows. 3-bit codes are expanded to such tiles a
+  chunk at a time. Above its limit of rows the same tiles are unpacked for `linear`.
+- int8 reads one signed byte a weight; the zero is added back as a rank-1 term.
+A third kernel multiplies int8 activations (a scale a token) with int8 weights, at any M.
 
-Which one serves how many rows is a fixed number (`llmpq.kernel_table`), so equal inputs give equal
-bits in every process. Layouts are not documented by torch: `int4_tiles_work` checks ours once
-against the kernel itself, and layers keep to plain nibbles where it does not hold.
+Fixed numbers of rows select the kernel (`llmpq.kernel_table`), so that equal inputs give equal bits
+in every process. torch does not document layouts: `int4_tiles_work` checks ours once against the
+kernel itself, and layers use plain nibbles where the check fails.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,11 @@ from llmpq.workspace import TILE_ROWS
 
 NIBBLE_MIDDLE = 8  # the int4 kernel computes (code - 8) * scale + zero_point
 BYTE_MIDDLE = 128
-ACTIVATION_ZERO = 128  # uint8 activations: int8 ones take a reference path 1000 times slower
+ACTIVATION_ZERO = 128  # the zero of uint8 activations; int8 ones use a path 1000 times slower
 
 
 def chunk_rows(in_features: int, device: torch.device) -> int:
-    """Output rows to dequantise at a time: near the size of the cache on a CPU."""
+    """The output rows to dequantize at a time: near the size of the cache on a CPU."""
     on_cpu = device.type == "cpu"
     weights = workspace.CPU_PART_WEIGHTS if on_cpu else workspace.CARD_PART_WEIGHTS
     return workspace.part_rows(weights, in_features)
@@ -39,7 +39,7 @@ def chunk_rows(in_features: int, device: torch.device) -> int:
 def linear_by_chunks(
     x: Tensor, out_features: int, weight_rows: Callable[[int, int], Tensor]
 ) -> Tensor:
-    """`x [M, in]` times the weight `[out, in]` that `weight_rows(start, stop)` yields in parts."""
+    """Multiplies `x [M, in]` by the weight `[out, in]`, in parts `weight_rows(start, stop)`."""
     step = chunk_rows(x.shape[1], x.device)
     if out_features <= step:
         return F.linear(x, weight_rows(0, out_features))
@@ -104,7 +104,7 @@ def unpack_scale_and_zero(scale_and_zero: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int4_linear(x: Tensor, tiles: Tensor, bits: int, scale_and_zero: Tensor) -> Tensor:
-    """`x [M, in]` times tiles `[out / 64, in * 8 * bits]`, in bf16, without dequantising."""
+    """`x [M, in]` times tiles `[out / 64, in * 8 * bits]`, in bf16, without dequantizing."""
     groups, out_features, _ = scale_and_zero.shape
     group = x.shape[1] // groups
     step = out_features
@@ -126,9 +126,9 @@ def int4_linear(x: Tensor, tiles: Tensor, bits: int, scale_and_zero: Tensor) -> 
 
 @lru_cache(maxsize=1)
 def int4_tiles_work() -> bool:
-    """Whether this CPU's int4 kernel reads tiles laid out as ours (AVX-512 does), checked once.
+    """Whether this CPU's int4 kernel reads our layout of tiles (AVX-512 does), checked once.
 
-    The layout depends on the vector width. One-hot rows read every code of a small weight back.
+    The layout depends on the vector width. One-hot rows read back every code of a small weight.
     """
     cols = 64
     codes = torch.arange(2 * TILE_ROWS * cols).mul_(2654435761).bitwise_right_shift_(7) % 16
@@ -152,7 +152,7 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tens
 
 
 def vnni_works() -> bool:
-    """Whether int8 activations are fast on this CPU: it has int8 dot products (VNNI)."""
+    """Whether int8 activations are fast on this CPU, which has int8 dot products (VNNI)."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
@@ -164,7 +164,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_int8_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """`x [M, in]` quantised a token at a time, times prepacked int8 weights; fp32 `[M, out]`."""
+    """`x [M, in]` quantized a token at a time, times prepacked int8 weights; fp32 `[M, out]`."""
     codes, token_scales = quantize_tokens(x)
     no_zeros = torch.zeros(scales.shape, dtype=torch.int32)
     out = torch.ops.onednn.qlinear_pointwise(

@@ -1,12 +1,12 @@
-"""The linear layers below 16 bits: one class for each way that kernels of ours read a weight.
+"""The linear layers below 16 bits: one class for each layout of a weight.
 
     GroupedLinear    3, 4 bits in plain nibbles: any device, dtype and shape
     TiledLinear      3, 4 bits in tiles of the CPU's int4 kernel: bf16, whole tiles
     RowLinear        8 bits, a scale and a zero a row
-    TokenInt8Linear  8-bit weights and, as it multiplies, 8-bit activations
+    TokenInt8Linear  8-bit weights, and activations that are quantized to 8 bits
 
-Which kernel multiplies how many rows is `llmpq.kernel_table`'s to say. 8-bit activations of a part
-of a matrix get the scale of that part.
+`llmpq.kernel_table` says which kernel multiplies how many rows. 8-bit activations of a part of a
+matrix get the scale of that part.
 """
 
 from collections.abc import Mapping
@@ -16,28 +16,15 @@ from torch import Tensor
 
 from llmpq.kernel_table import FEW_ROWS, FUSED_UNPACKING, INT4_READ, INT8_READ
 from llmpq.quant import kernels
-from llmpq.quant.base import GridLinear, QuantizedLinear, Shapes
+from llmpq.quant.base import CENTRE_UP_TO, GridLinear, QuantizedLinear, Shapes
 from llmpq.quant.packing import pack, pad_columns, padded_columns, squeeze_nibbles, unpack
-from llmpq.quant.part import (
-    columns_of,
-)
-from llmpq.quant.rounding import (
-    SCALE_DTYPE,
-    Rounding,
-    quantize,
-    quantize_mse,
-    quantize_symmetric,
-)
+from llmpq.quant.part import columns_of
+from llmpq.quant.rounding import SCALE_DTYPE, Rounding, quantize_symmetric
 from llmpq.workspace import TILE_ROWS
-
-# 8 bits: how much wider a scale may get to have its zero in the middle. With inputs that are never
-# negative, zeros merely near it doubled the error of the int8 kernel (1.7 % against 0.9 %).
-CENTRE_UP_TO = 1.5
-BY_GROUP = (quantize, quantize_mse)  # roundings that look at nothing but a group
 
 
 class GroupedLinear(GridLinear):
-    """3 or 4 bits, `(code - zero) * scale` a group; dequantised some rows at a time."""
+    """3 or 4 bits, `(code - zero) * scale` a group, dequantized some rows at a time."""
 
     weight_buffers = ("packed", "scales", "zeros")
     layout = "grouped"
@@ -60,23 +47,23 @@ class GroupedLinear(GridLinear):
 
     @property
     def triton_weight(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As they are."""
+        """The buffers of the weight."""
         return self.packed, self.scales, self.zeros
 
     @property
     def group(self) -> int:
-        """That of the scales, where they are there."""
+        """The weights that share a scale: by the scales, once the weight is loaded."""
         return super().group if self.scales is None else self.in_features // self.scales.shape[1]
 
     def torch_rows(self, start: int, stop: int) -> Tensor:
-        """Unpacked, less the zeros, times the scales."""
+        """Rows of the dequantized weight, by torch's operators."""
         rows = slice(start, stop)
         codes = unpack(self.packed[rows], self.bits, self.in_features).contiguous()
         return kernels.dequantize(codes, self.scales[rows], self.zeros[rows], self.dtype)
 
 
 class TiledLinear(GridLinear):
-    """3 or 4 bits as the CPU's int4 kernel reads them; taken apart again where rows are many."""
+    """3 or 4 bits in tiles of the CPU's int4 kernel, which are unpacked where rows are many."""
 
     weight_buffers = ("tiles", "scale_and_zero")
     layout = "tiled"
@@ -92,24 +79,24 @@ class TiledLinear(GridLinear):
         self.scale_and_zero = self._empty(*grid_shape, dtype=SCALE_DTYPE)
 
     def keep(self, rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
-        """Pack and keep some tiles."""
+        """Packs some tiles."""
         self.tiles[_tiles(rows)] = squeeze_nibbles(kernels.tile_nibbles(codes), self.bits)
         self.scale_and_zero[:, rows] = kernels.pack_scale_and_zero(scales, zeros)
 
     @property
     def group(self) -> int:
-        """That of the scales, where they are there."""
+        """The weights that share a scale: by the scales, once the weight is loaded."""
         grids = self.scale_and_zero
         return super().group if grids is None else self.in_features // grids.shape[0]
 
     def multiply(self, x: Tensor) -> Tensor:
-        """The int4 kernel for few rows, dequantised chunks for many."""
+        """Multiplies few rows by the int4 kernel, and many by dequantized chunks."""
         if len(x) and self.kernel(len(x)) == INT4_READ:
             return kernels.int4_linear(x, self.tiles, self.bits, self.scale_and_zero)
         return super().multiply(x)
 
     def torch_rows(self, start: int, stop: int) -> Tensor:
-        """Taken apart, less the zeros, times the scales."""
+        """Rows of the dequantized weight, by torch's operators."""
         rows = slice(start, stop)
         nibbles = kernels.expand_nibbles(self.tiles[_tiles(rows)], self.bits)
         codes = kernels.untile_nibbles(nibbles, self.in_features)
@@ -118,10 +105,10 @@ class TiledLinear(GridLinear):
 
 
 class RowLinear(GridLinear):
-    """8 bits, a scale and a zero a row; codes and zeros are kept less 128.
+    """8 bits, a scale and a zero a row; 128 is subtracted from codes and zeros.
 
-    Most rows get a zero of 0 that way: one beside it is put back as a term that grows with the
-    mean of the input, and takes the kernel's bf16 answer with it (see `CENTRE_UP_TO`).
+    Most rows then have a zero of 0. Other zeros are added back as a term that grows with the mean
+    of the input, and cost precision in the kernel's bf16 result (see `CENTRE_UP_TO`).
     """
 
     weight_buffers = ("codes", "scales", "zeros")
@@ -129,23 +116,27 @@ class RowLinear(GridLinear):
     codes: Tensor  # int8 [out, in padded to a multiple of 8]
     scales: Tensor  # bf16 [out]
     zeros: Tensor  # bf16 [out], integers
-    centre_up_to = CENTRE_UP_TO
+
+    @property
+    def centre_up_to(self) -> float:
+        """The factor by which a scale may widen to have its zero in the middle."""
+        return CENTRE_UP_TO
 
     def reserve(self, group: int) -> None:
-        """Make room for the weight; a group is a row."""
+        """Allocates the weight; a group is a row."""
         cols = padded_columns(self.in_features)
         self.codes = self._empty(self.out_features, cols, dtype=torch.int8)
         self.scales = self._empty(self.out_features, dtype=SCALE_DTYPE)
         self.zeros = torch.empty_like(self.scales)
 
     def keep(self, rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
-        """Keep some rows."""
+        """Stores some rows."""
         self.codes[rows] = (pad_columns(codes) ^ kernels.BYTE_MIDDLE).view(torch.int8)
         self.scales[rows] = scales[:, 0]
         self.zeros[rows] = zeros[:, 0].to(SCALE_DTYPE) - kernels.BYTE_MIDDLE
 
     def multiply(self, x: Tensor) -> Tensor:
-        """A packed kernel for few rows; else chunks: dequantised, or in bf16 scaled afterwards."""
+        """Multiplies few rows by a packed kernel, else by dequantized or (bf16) unscaled chunks."""
         name = self.kernel(len(x))
         if len(x) and name == INT8_READ:
             return kernels.int8_linear(x, self.codes, self.scales, self.zeros)
@@ -156,15 +147,15 @@ class RowLinear(GridLinear):
 
     @property
     def triton_weight(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As they are."""
+        """The buffers of the weight."""
         return self.codes, self.scales, self.zeros
 
     def torch_rows(self, start: int, stop: int) -> Tensor:
-        """Less the zeros, times the scales."""
+        """Rows of the dequantized weight, by torch's operators."""
         return self._integer_rows(start, stop).mul_(self.scales[start:stop, None].to(self.dtype))
 
     def _integer_rows(self, start: int, stop: int) -> Tensor:
-        """`code - zero`: integers within 255, exact even in bf16."""
+        """`code - zero`: integers up to 255, which bf16 holds exactly."""
         codes = self.codes[start:stop, : self.in_features].to(self.dtype)
         return codes.sub_(self.zeros[start:stop, None].to(self.dtype))
 
@@ -173,7 +164,7 @@ class TokenInt8Linear(QuantizedLinear):
     """int8 weights with a scale a row, int8 activations with a scale a token, exact integer sums.
 
     The packed weight is opaque: the kernel keeps it in blocks of 64 by 64 with 4 more bytes a row,
-    which torch does not count, so real memory is a little above `weight_bytes`.
+    which torch does not count, so that real memory is a little above `weight_bytes`.
     """
 
     weight_buffers = ("packed", "scales")
@@ -182,30 +173,30 @@ class TokenInt8Linear(QuantizedLinear):
     scales: Tensor  # fp32 [out]
 
     def store(self, weight: Tensor, rounding: Rounding) -> None:
-        """Round to nearest, whatever `rounding`, and hand over to the kernel's own packing."""
+        """Rounds to nearest, whatever `rounding` is, and packs as the kernel expects."""
         codes, scales = quantize_symmetric(weight.to(self.home))
         self.adopt(columns_of(codes, self.part), scales)
 
     def adopt(self, codes: Tensor, scales: Tensor) -> None:
-        """Keep codes int8 `[out, in]` and their scales fp32 `[out]` as they are."""
+        """Stores codes int8 `[out, in]` and their scales fp32 `[out]` unchanged."""
         self.scales = scales.to(self.home)
         self.packed = torch.ops.onednn.qlinear_prepack(codes.to(self.home), None)
 
     def packed_state(self) -> dict[str, Tensor]:
-        """Codes int8 `[out, in]` and scales: the kernel's own packing is made again."""
+        """Codes int8 `[out, in]` and scales, from which the kernel's packing is made again."""
         return {"codes": self.packed.to_dense().t().contiguous(), "scales": self.scales}
 
     def packed_shapes(self) -> Shapes:
-        """Of the codes and the scales."""
+        """The data types and shapes of the codes and the scales."""
         codes = torch.int8, (self.out_features, self.in_features)
         return {"codes": codes, "scales": (torch.float32, (self.out_features,))}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Hand the codes over to the kernel's own packing."""
+        """Packs the codes as the kernel expects."""
         self.adopt(state["codes"], state["scales"].clone())
 
     def multiply(self, x: Tensor) -> Tensor:
-        """One kernel at any number of rows; a row's answer does not depend on the others."""
+        """Multiplies any number of rows; a row's result does not depend on the others."""
         return kernels.token_int8_linear(x, self.packed, self.scales)
 
     def dequantized_weight(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which precisions a device offers, and the empty layer for each."""
+"""Says which precisions a device offers, and builds the empty layers."""
 
 import torch
 
@@ -9,15 +9,10 @@ from llmpq.quant import bnb
 from llmpq.quant.base import GridLinear, PlainLinear, QuantizedLinear
 from llmpq.quant.here import has_bitsandbytes, machine_here
 from llmpq.quant.humming import HummingLinear
-from llmpq.quant.linear import (
-    GroupedLinear,
-    RowLinear,
-    TiledLinear,
-    TokenInt8Linear,
-)
+from llmpq.quant.linear import GroupedLinear, RowLinear, TiledLinear, TokenInt8Linear
 from llmpq.quant.part import TensorPart, part_group, row_length
 
-# The class for each way to store a weight.
+# The class for each layout of a weight.
 LAYERS: dict[Layout, type[QuantizedLinear]] = {
     "grouped": GroupedLinear,
     "tiled": TiledLinear,
@@ -34,7 +29,7 @@ def available_precisions(
 ) -> tuple[str, ...]:
     """The precisions that layers of `dtype` on this device can be built with.
 
-    `optional`: those too that need a library beside torch, where it is installed.
+    With `optional`, those too that need another installed library than torch.
     """
     if not dtype.is_floating_point:
         return ()
@@ -43,7 +38,7 @@ def available_precisions(
 
 
 def why_unavailable(precision: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no layer can be built with `precision`, and what would work; None where one can."""
+    """Why no layer can be built with `precision`, and what would work; None where one can be."""
     library = PRECISIONS[precision].library if precision in PRECISIONS else None
     offered = available_precisions(device, dtype, optional=library is not None)
     if precision in offered:
@@ -68,8 +63,8 @@ def make_linear(
 ) -> PlainLinear | QuantizedLinear:
     """An empty linear layer that will hold its weight at `precision`.
 
-    With `part`, that of a larger matrix; `in_features` and `out_features` are the part's.
-    Raises `ValueError` where this device cannot serve it, with what it can.
+    With `part`, it holds that part of a larger matrix; `in_features` and `out_features` are the
+    part's. Raises `ValueError`, with what would work, where this device cannot serve it.
     """
     device = torch.device(device)
     if reason := why_unavailable(precision, device, dtype):
@@ -91,7 +86,7 @@ def layer_class(
     device: torch.device,
     part: TensorPart | None = None,
 ) -> type[QuantizedLinear]:
-    """The class that stores such a weight as the best kernel of this device reads it."""
+    """The class with the layout that the best kernel of this device reads."""
     group = part_group(
         group_size(PRECISIONS[precision].weight_bits, row_length(in_features, part)), part
     )

@@ -1,24 +1,24 @@
-"""Codes of 3, 4 or 8 bits to bytes and back, a few whole-tensor passes each way.
+"""Packs codes of 3, 4 or 8 bits into bytes and back, in a few whole-tensor passes.
 
-Two steps. Codes of at most 4 bits first become *nibbles*: column `j` and column `j + cols/2` share
-a byte. 3 bits then save the empty top bit of each nibble: the low two bits of two nibble bytes
-share a byte of the first plane, the third bits of four of them share a byte of the second. Both
-steps pair up distant halves of a row, not neighbours, so that every pass reads and writes long
-contiguous runs. The second step does not care how the nibbles were ordered, which lets kernels
-with a layout of their own (`kernels.tile_nibbles`) store 3 bits too.
+There are two steps. Codes of at most 4 bits first become *nibbles*: column `j` and column
+`j + cols/2` share a byte. 3 bits then save the empty top bit of each nibble: the low two bits of
+two nibble bytes share a byte of the first plane, the third bits of four of them share a byte of the
+second. Both steps pair distant halves of a row, not neighbours, so that every pass reads and writes
+long contiguous runs. The second step works for any order of the nibbles, so that kernels with a
+layout of their own (`kernels.tile_nibbles`) can store 3 bits too.
 
 Columns are padded with zero codes to a multiple of 8, so a row takes `bits * ceil(cols / 8)` bytes.
 
-Checkpoints of other tools and the kernels of humming want *words* instead (`pack_words`): the bits
+Checkpoints of other tools and the kernels of humming use *words* instead (`pack_words`): the bits
 of all codes of a row one after the other, lowest first, in int32, where a code may cross two words.
 """
 
 import torch
 from torch import Tensor
 
-LOW_TWO_BITS = 0x33  # of both nibbles of a byte
+LOW_TWO_BITS = 0x33  # the mask for both nibbles of a byte
 THIRD_BIT = 0x44
-CODES_IN_WORDS = 32  # fill whole words at any number of bits
+CODES_IN_WORDS = 32  # codes that fill whole words at any number of bits
 
 
 def padded_columns(cols: int) -> int:
@@ -27,7 +27,7 @@ def padded_columns(cols: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes `[rows, cols]` to bytes `[rows, bits * ceil(cols / 8)]`."""
+    """Packs uint8 codes `[rows, cols]` into bytes `[rows, bits * ceil(cols / 8)]`."""
     codes = pad_columns(codes)
     return codes if bits == 8 else squeeze_nibbles(pack_nibbles(codes), bits)
 
@@ -39,13 +39,13 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
 
 
 def pad_columns(codes: Tensor) -> Tensor:
-    """Zero codes appended up to a multiple of 8 columns."""
+    """Appends zero codes up to a multiple of 8 columns."""
     missing = padded_columns(codes.shape[1]) - codes.shape[1]
     return torch.nn.functional.pad(codes, (0, missing)) if missing else codes
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Codes below 16, `[..., n]` with `n` even, to bytes `[..., n / 2]`."""
+    """Packs codes below 16, `[..., n]` with `n` even, into bytes `[..., n / 2]`."""
     low, high = codes.chunk(2, dim=-1)
     return low | (high << 4)
 
@@ -56,7 +56,7 @@ def unpack_nibbles(nibbles: Tensor) -> Tensor:
 
 
 def squeeze_nibbles(nibbles: Tensor, bits: int) -> Tensor:
-    """Nibble bytes `[rows, n]`, `n` a multiple of 4, to `[rows, n * bits / 4]`."""
+    """Packs nibble bytes `[rows, n]`, `n` a multiple of 4, into `[rows, n * bits / 4]`."""
     if bits == 4:
         return nibbles
     first, second = (nibbles & LOW_TWO_BITS).chunk(2, dim=-1)
@@ -83,7 +83,7 @@ def expand_nibbles(packed: Tensor, bits: int) -> Tensor:
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes `[rows, cols]` to int32 words `[rows, bits * ceil(cols / 32)]`; zeros fill up."""
+    """Packs uint8 codes `[rows, cols]` into int32 words `[rows, bits * ceil(cols / 32)]`."""
     missing = -codes.shape[1] % CODES_IN_WORDS
     stream = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
     if bits == 4:
@@ -104,7 +104,7 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _pack_threes(codes: Tensor) -> Tensor:
-    """Three bytes of every eight codes of 3 bits; what shifts out of a byte is in the next."""
+    """Packs every eight codes of 3 bits into three bytes; codes cross bytes."""
     a, b, c, d, e, f, g, h = codes.unflatten(1, (-1, 8)).unbind(-1)
     first, second = a | (b << 3) | (c << 6), (c >> 2) | (d << 1) | (e << 4) | (f << 7)
     return torch.stack((first, second, (f >> 1) | (g << 2) | (h << 5)), dim=-1).flatten(1)

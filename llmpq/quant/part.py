@@ -1,4 +1,4 @@
-"""A part of a tensor along one dimension: what one of several devices that share a layer holds."""
+"""A part of a tensor along one dimension, as devices that share a layer hold it."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ OUTPUTS, INPUTS = 0, 1  # dimensions of a weight `[out, in]`
 
 @dataclass(frozen=True)
 class TensorPart:
-    """`start` up to but not including `stop`, of `whole`, along dimension `dim`."""
+    """The elements `start` up to but not including `stop`, of `whole`, along dimension `dim`."""
 
     dim: int
     start: int
@@ -20,12 +20,12 @@ class TensorPart:
 
     @property
     def size(self) -> int:
-        """How long the part is."""
+        """The number of elements of the part along `dim`."""
         return self.stop - self.start
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """Between brackets it takes the part."""
+        """The index that selects the part of a tensor."""
         return (*[slice(None)] * self.dim, slice(self.start, self.stop))
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -42,12 +42,12 @@ class TensorPart:
 
 
 def input_part(part: TensorPart | None) -> TensorPart | None:
-    """The part where it is one of a matrix's inputs, so that rows are cut; else None."""
+    """The part where it cuts the inputs of a matrix, so that rows are cut; else None."""
     return part if part is not None and part.dim == INPUTS else None
 
 
 def row_length(in_features: int, part: TensorPart | None) -> int:
-    """Inputs of the whole matrix, of which a part has `in_features`."""
+    """The inputs of the whole matrix, of which a part has `in_features`."""
     cut = input_part(part)
     return cut.whole if cut else in_features
 
@@ -59,16 +59,16 @@ def columns_of(tensor: Tensor, part: TensorPart | None) -> Tensor:
 
 
 def part_group(group: int, part: TensorPart | None) -> int:
-    """The largest group in which a part can hold the grids of a whole matrix, a scale each `group`.
+    """The largest group with which a part can hold the grids of a whole matrix of group `group`.
 
-    Its groups lie within the whole's; it is `group` where that divides the part.
+    Its groups are inside groups of the whole; it is `group` where that divides the part.
     """
     cut = input_part(part)
     return math.gcd(group, cut.start, cut.size) if cut else group
 
 
 def grids_of(grids: Tensor, group: int, part: TensorPart | None) -> Tensor:
-    """A scale or zero for each group of a part, from those of whole rows `[rows, groups]`."""
+    """The scales or zeros of a part's groups, from those of whole rows `[rows, groups]`."""
     cut = input_part(part)
     if cut is None:
         return grids

@@ -1,15 +1,15 @@
-"""Round to nearest: each group of a row gets a grid that covers its weights, or nearly.
+"""Rounds to nearest: each group of a row gets a grid that covers its weights, or nearly all.
 
-`quantize` covers them all; `quantize_mse` cuts the ends off where the squared error gains by it.
+`quantize` covers all weights; `quantize_mse` shrinks the range where that reduces the squared
+error.
 
-The grid of `2^bits` points always holds 0 exactly (the zero is itself a code), so a weight of 0
-stays 0. A scale is rounded *up* to the 16-bit float it is stored as before any code is computed:
-codes are rounded with the scale that will be used, and the grid never falls short of the range it
-was made for, so no weight inside it moves by more than half a scale. bf16 holds a scale at every
-model dtype: it has the exponent range of fp32 (no scale underflows), and the codes do not depend
-on the dtype.
+The grid of `2^bits` points always holds 0 exactly (the zero is itself a code), so that a weight of
+0 stays 0. A scale is rounded *up* to the 16-bit float of its storage before any code is computed:
+codes are rounded with the scale that will be used, and the grid covers its whole range, so that no
+weight inside changes by more than half a scale. Scales are bf16 at every model dtype: bf16 has the
+exponent range of fp32 (no scale underflows), and the codes do not depend on the dtype.
 
-Not covered: choosing codes with the help of data (`gptq`).
+Not covered: choosing codes by calibration statistics (`gptq`).
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 SCALE_DTYPE = torch.bfloat16
-BLOCK_WEIGHTS = 2**18  # weights rounded at a time: fp32 temporaries stay at a few MiB
+BLOCK_WEIGHTS = 2**18  # weights rounded at a time, with fp32 temporaries of a few MiB
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-SHRINKS = tuple(1 - 0.02 * step for step in range(1, 26))  # of the range, by `quantize_mse`
+SHRINKS = tuple(1 - 0.02 * step for step in range(1, 26))  # factors that `quantize_mse` tries
 
 Grid = tuple[Tensor, Tensor]  # fp32 scales (exact in bf16) and integer zeros, [rows, groups]
 
@@ -40,9 +40,9 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 `[out, in]`, scales and zeros bf16 `[out, in / group]` of a weight `[out, in]`.
 
-    `(code - zero) * scale` is within half a scale of the weight. Temporaries beyond the answer are
-    a few MiB whatever the size of the weight. The zero is put in the middle of the grid where that
-    widens the scale by no more than a factor of `centre_up_to`.
+    `(code - zero) * scale` is within half a scale of the weight. Temporaries take a few MiB for
+    every size of the weight. The zero is in the middle of the grid where that widens the scale by a
+    factor of `centre_up_to` at most.
     """
     return _round(weight, bits, group, lambda grouped: _grid(*_range(grouped), bits, centre_up_to))
 
@@ -54,10 +54,10 @@ def quantize_mse(
     centre_up_to: float = 1.0,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `quantize`, but each group's range is shrunk (down to half) for the least squared error.
+    """Rounds as `quantize`, with each group's range shrunk (to half at most) for the least error.
 
-    `importance [in]`, where given, weighs the squared error of each column. No group's error is
-    above that of `quantize`.
+    The error is squared; `importance [in]`, where given, weights that of each column. No group's
+    error is above that of `quantize`.
     """
     weights = None if importance is None else importance.float().reshape(-1, group)
     return _round(
@@ -68,7 +68,7 @@ def quantize_mse(
 def _round(
     weight: Tensor, bits: int, group: int, grid: Callable[[Tensor], Grid]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every weight to the nearest point of its group's `grid`, some rows at a time."""
+    """Rounds every weight to the nearest point of its group's `grid`, some rows at a time."""
     rows, cols = weight.shape
     if cols % group:
         raise ValueError(f"groups of {group} do not divide rows of {cols} weights")
@@ -124,14 +124,14 @@ def _best_grid(grouped: Tensor, bits: int, centre_up_to: float, importance: Tens
 def _squared_error(
     grouped: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor | None
 ) -> Tensor:
-    """`[rows, groups]`: summed over each group."""
+    """The squared error of each group, `[rows, groups]`."""
     back = _nearest(grouped, scale, zero, bits).sub_(zero[..., None]).mul_(scale[..., None])
     error = back.sub_(grouped).square_()
     return (error if importance is None else error.mul_(importance)).sum(dim=-1)
 
 
 def _range(grouped: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest and highest value of each group, 0 among them."""
+    """The lowest and highest value of each group, or 0 where that is lower or higher."""
     return grouped.amin(dim=-1).clamp_(max=0), grouped.amax(dim=-1).clamp_(min=0)
 
 
@@ -143,7 +143,7 @@ def _grid(lowest: Tensor, highest: Tensor, bits: int, centre_up_to: float) -> Gr
     centre = centred <= tight * centre_up_to
     scale = _round_up_to_bf16(torch.where(centre, centred, tight))
     check_finite(scale)
-    scale[scale < SMALLEST_SCALE] = 1.0  # a group of zeros: any scale will do
+    scale[scale < SMALLEST_SCALE] = 1.0  # a group of zeros: any scale is right
     zero = torch.round(-lowest / scale).clamp_(0, top)
     return scale, torch.where(centre, torch.full_like(zero, middle), zero)
 
@@ -155,6 +155,6 @@ def _round_up_to_bf16(values: Tensor) -> Tensor:
 
 
 def check_finite(scale: Tensor) -> None:
-    """`ValueError` where the scales of a weight are not numbers, as the weight is then not."""
+    """Raises `ValueError` for scales that are not finite, as the weight is then not finite."""
     if not torch.isfinite(scale).all():
-        raise ValueError("the weight holds NaN or infinite values: it cannot be quantised")
+        raise ValueError("the weight holds NaN or infinite values: it cannot be quantized")

@@ -1,17 +1,17 @@
-"""Our own kernels for NVIDIA cards, in Triton: packed weights to 16 bits, and few rows times them.
+"""Our Triton kernels for NVIDIA cards: they dequantize packed weights, or multiply few rows.
 
-`dequantize` writes `(code - zero) * scale` in one pass, for many rows before a library's product.
-`multiply_few_rows` reads the packed weights once for all rows: weights are what a decode step waits
-for. It cuts the inputs into chunks, sums each apart and adds the sums in order. How a matrix is cut
-depends on the matrix and the card, never on the number of rows, and nothing is added by atomics: a
-row's answer is the same bits whatever other rows there are.
+`dequantize` writes `(code - zero) * scale` in one pass, for a library's product of many rows.
+`multiply_few_rows` reads the packed weights once for all rows, as reading weights limits a decode
+step. It cuts the inputs into chunks, sums each chunk and adds the sums in order. The chunks depend
+on the matrix and the card, never on the number of rows, and no sum uses atomics, so that a row's
+result has the same bits whatever the other rows are.
 
-Cards below capability 8.0 have no tensor cores in Triton: they multiply and sum, in fp32. Counted,
-not measured: 4 bits take some 6 instructions a weight and one more a row, so that from a few rows
-on arithmetic and not memory sets the pace, and beyond about 16 dequantizing pays.
+Cards below capability 8.0 have no tensor cores in Triton: they multiply and sum in fp32. By count,
+not by measurement, 4 bits take some 6 instructions a weight and one more a row, so that arithmetic
+and not memory is the limit from a few rows on, and dequantizing is faster beyond about 16 rows.
 
-What to compile is decided by pure functions (`config_for`, `dequantize_config`); Triton is imported
-when a kernel is first launched. Not covered: which kernel serves which layer.
+Pure functions (`config_for`, `dequantize_config`) choose what to compile; Triton is imported when a
+kernel is first launched. Not covered: which kernel serves which layer (`llmpq.kernel_table`).
 """
 
 import math
@@ -24,37 +24,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmpq.kernel_table import TENSOR_CORES
+from llmpq.machine import LIBRARIES, TRITON, Capability
 from llmpq.quant.packing import padded_columns
+from llmpq.workspace import (
+    TENSOR_LEAST_BLOCKS,
+    TENSOR_PROGRAMS,
+    TENSOR_TILES,
+    VECTOR_CHUNK_BYTES,
+)
 
-Capability = tuple[int, int]
-
-LEAST_CAPABILITY: Capability = (7, 0)
-TENSOR_CORES: Capability = (8, 0)  # the first capability for which Triton uses them
-INTERPRETED: Capability = (8, 0)  # what Triton's interpreter, on a CPU, is taken for
+INTERPRETED: Capability = (8, 0)  # the capability assumed for Triton's interpreter on a CPU
 
 CODES = {8: (1, 1), 4: (2, 1), 3: (4, 2)}  # bits: codes in a byte, bytes that share third bits
 LARGEST_GRANULE = 128
 SMALLEST_GRANULE = 16  # of `multiply_few_rows`: the depth of a tensor core's product of 16 bits
-# Bits: bytes of a stream and outputs that a program holds at a time. 64 weights a thread when they
-# stay in registers for all rows, half of that when they are only written.
-SUM_TILES = {8: (512, 16), 4: (256, 16), 3: (128, 8)}
+# For each number of bits: outputs that a program holds at a time, beside `VECTOR_CHUNK_BYTES` of a
+# stream: 64 weights a thread, which stay in registers for all rows.
+SUM_OUTPUTS = {8: 16, 4: 16, 3: 8}
+# For each number of bits: bytes of a stream and outputs that a program holds at a time, 32 weights
+# a thread, which are only written.
 DEQUANTIZE_TILES = {8: (512, 8), 4: (256, 8), 3: (128, 4)}
-# Bits: bytes of a stream, outputs, warps and pipeline stages. No larger, so that two programs or
-# more share a multiprocessor's registers.
-DOT_TILES = {8: (128, 128, 8, 3), 4: (64, 128, 8, 4), 3: (32, 64, 4, 4)}
+# For each number of bits: warps and pipeline stages of a program with a tile of `TENSOR_TILES`.
+DOT_WARPS_AND_STAGES = {8: (8, 3), 4: (8, 4), 3: (4, 4)}
 ALIGNED_BYTES, UNALIGNED_WIDTH = 16, 32
 DOT_ROWS = 16  # the rows of a tensor core's product
-DOT_PROGRAMS = 512  # at least, where the matrix allows: a few for each multiprocessor of any card
-DOT_LEAST_BLOCKS = 4  # a chunk is worth its start and its partial sums
 ADD_BLOCK = 256
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the codes of a packed row lie; `triton_source` says what the words mean.
+    """The positions of the codes in a packed row; `triton_source` explains the terms.
 
-    `fields` codes lie in a byte, `planes` bytes share a byte of third bits, `stream_bytes` lie
-    between the codes of a byte. `granule` bytes in a row, from a multiple of it on, share a scale.
+    A byte has `fields` codes, `planes` bytes share a byte of third bits, and the codes of a byte
+    belong to columns `stream_bytes` apart. Each `granule` consecutive bytes share a scale.
     """
 
     fields: int
@@ -67,7 +70,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Config:
-    """A program of `triton_source`, what it is compiled with, and in how many chunks it works."""
+    """A program of `triton_source`, its constants, and the number of its chunks."""
 
     program: str
     constants: dict[str, int]
@@ -77,7 +80,7 @@ class Config:
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """The compiler's. Sums rely on fused multiply-adds, which later versions leave out."""
+        """Options of the compiler. Sums rely on fused multiply-adds, which later versions omit."""
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -86,17 +89,17 @@ class Config:
 
 
 def cdiv(total: int, part: int) -> int:
-    """How many parts cover the total."""
+    """The number of parts that cover the total."""
     return -(-total // part)
 
 
 def available(device: torch.device) -> bool:
-    """Whether these kernels run there: on NVIDIA cards from capability 7.0, or interpreted."""
+    """Whether these kernels run on a device: NVIDIA from capability 7.0, or interpreted."""
     device = torch.device(device)
     if find_spec("triton") is None:
         return False
     if device.type == "cuda":
-        return torch.version.cuda is not None and capability_of(device) >= LEAST_CAPABILITY
+        return torch.version.cuda is not None and capability_of(device) >= LIBRARIES[TRITON]
     return interpreted()
 
 
@@ -113,7 +116,7 @@ def capability_of(device: torch.device) -> Capability:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
-    """Makes this card the current one, which is where Triton launches."""
+    """Makes this card the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -122,7 +125,7 @@ def packing_of(bits: int, in_features: int, groups: int) -> Packing:
     fields, planes = CODES[bits]
     columns = padded_columns(in_features)
     stream = columns // (fields * planes)
-    # Padded columns belong to the last group; one group has no borders to keep to.
+    # Padded columns belong to the last group; a single group has no borders.
     group, granule = columns, LARGEST_GRANULE
     if groups > 1:
         group = in_features // groups
@@ -132,10 +135,10 @@ def packing_of(bits: int, in_features: int, groups: int) -> Packing:
 
 
 def supports(bits: int, in_features: int, groups: int) -> bool:
-    """Whether `multiply_few_rows` takes such rows; `dequantize` takes all.
+    """Whether `multiply_few_rows` takes such rows; `dequantize` takes all rows.
 
-    Every stream of a row must hold whole runs of 16 codes with one scale: groups of 32, 64 or 128
-    do in the usual sizes, as do rows with one scale; groups of 8 do not.
+    Every stream of a row must hold whole runs of 16 codes with one scale: this holds for groups of
+    32, 64 or 128 in the usual sizes, and for rows with one scale; it does not for groups of 8.
     """
     return bits in CODES and packing_of(bits, in_features, groups).granule >= SMALLEST_GRANULE
 
@@ -148,7 +151,7 @@ def config_for(
     in_features: int,
     groups: int,
 ) -> Config:
-    """What `multiply_few_rows` launches on a card of this capability for inputs of `dtype`."""
+    """The program that `multiply_few_rows` launches on such a card for inputs of `dtype`."""
     packing = packing_of(bits, in_features, groups)
     if capability < TENSOR_CORES or dtype == torch.float32:
         return _sums_config(bits, packing)
@@ -156,19 +159,19 @@ def config_for(
 
 
 def _sums_config(bits: int, packing: Packing) -> Config:
-    width, rows = SUM_TILES[bits]
+    width, rows = VECTOR_CHUNK_BYTES[bits], SUM_OUTPUTS[bits]
     constants = _tile(packing, width, rows)
     return Config("multiply_by_sums", constants, chunks=cdiv(packing.stream_bytes, width))
 
 
 def _dots_config(bits: int, packing: Packing, out_features: int) -> Config:
-    width, outputs, num_warps, num_stages = DOT_TILES[bits]
+    (width, outputs), (num_warps, num_stages) = TENSOR_TILES[bits], DOT_WARPS_AND_STAGES[bits]
     width = min(width, packing.granule)
-    if packing.stream_bytes % ALIGNED_BYTES:  # read byte by byte, each with an address of its own
+    if packing.stream_bytes % ALIGNED_BYTES:  # bytes are read one by one
         width = min(width, UNALIGNED_WIDTH)
     blocks = cdiv(packing.stream_bytes, width)
-    wanted = cdiv(DOT_PROGRAMS, cdiv(out_features, outputs))
-    chunk = cdiv(blocks, min(wanted, cdiv(blocks, DOT_LEAST_BLOCKS)))
+    wanted = cdiv(TENSOR_PROGRAMS, cdiv(out_features, outputs))
+    chunk = cdiv(blocks, min(wanted, cdiv(blocks, TENSOR_LEAST_BLOCKS)))
     constants = {
         "FIELDS": packing.fields,
         "PLANES": packing.planes,
@@ -180,7 +183,7 @@ def _dots_config(bits: int, packing: Packing, out_features: int) -> Config:
 
 
 def dequantize_config(bits: int, in_features: int, groups: int) -> Config:
-    """What `dequantize` launches on any card."""
+    """The program that `dequantize` launches on any card."""
     packing = packing_of(bits, in_features, groups)
     width, rows = DEQUANTIZE_TILES[bits]
     constants = _tile(packing, width, rows)
@@ -209,12 +212,12 @@ def dequantize(
     rows: slice | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Rows `[rows, in]` of a packed weight in `dtype`, the bits of `dequantized_weight()`.
+    """Rows `[rows, in]` of a packed weight in `dtype`, equal to those of `dequantized_weight()`.
 
     3 and 4 bits: `packed` uint8 `[out, bits * ceil(in / 8)]`, `scales` and `zeros` bf16
     `[out, groups]`, as `GroupedLinear` keeps them. 8 bits: `packed` int8 `[out, in padded to 8]`,
-    grids bf16 `[out]`, as `RowLinear` does. `rows`: all of them unless given; its step must be 1.
-    `out`, where given, is contiguous, holds at least so many weights of `dtype`, and is written.
+    grids bf16 `[out]`, as `RowLinear` does. `rows` selects all rows unless given; its step must be
+    1. `out`, where given, is contiguous, has room for the weights in `dtype`, and is written.
     """
     start, stop, _ = (rows or slice(None)).indices(packed.shape[0])
     if out is None:
@@ -245,12 +248,12 @@ def multiply_few_rows(
     bias: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """`x [M, in]`, contiguous, times a packed weight, plus `bias [out]`: `[M, out]` in x's dtype.
+    """Multiplies `x [M, in]`, contiguous, by a packed weight, plus `bias [out]`: `[M, out]`.
 
-    `packed`, `scales`, `zeros` as in `dequantize`, and `supports` must hold. Any M works; the time
-    grows with every row (without tensor cores) or every 16 rows. Takes `4 * chunks * M * out` bytes
-    of workspace. The first call of a kind compiles, which a CUDA graph must not hold. `config`:
-    what `config_for` chooses for x's card, unless given.
+    `packed`, `scales`, `zeros` are those of `dequantize`, and `supports` must hold. The result has
+    x's dtype. Any M works; the time grows with every row (without tensor cores) or every 16 rows.
+    The workspace is `4 * chunks * M * out` bytes. The first call of a kind compiles, which a CUDA
+    graph must not hold. `config` is that of `config_for` for x's card, unless given.
     """
     out_features, groups = packed.shape[0], _groups(scales)
     assert supports(bits, x.shape[1], groups) and x.is_contiguous(), (bits, x.shape, groups)
@@ -279,7 +282,7 @@ def multiply_few_rows(
 
 
 def _add_chunks(partial: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`partial` `[chunks, M, out]` summed in order, plus the bias, as `[M, out]` in `dtype`."""
+    """Sums `partial` `[chunks, M, out]` in order, adds the bias: `[M, out]` in `dtype`."""
     chunks, rows, out_features = partial.shape
     out = torch.empty(rows, out_features, dtype=dtype, device=partial.device)
     arguments: dict[str, Tensor | int] = {

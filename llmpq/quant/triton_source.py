@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The Triton programs behind `triton_kernels`: packed weights to 16 bits, and few rows times them.
+"""The Triton programs of `triton_kernels`: they dequantize weights, or multiply few rows by them.
 
 Only `triton_kernels` imports this module, when a kernel is first launched, because the decorators
 need Triton. Names that all programs share:
@@ -14,8 +14,8 @@ need Triton. Names that all programs share:
 `code - zero` is exact: a code below 2**23 becomes a float by setting it as the last bits of 2**23,
 which costs one logical operation where a conversion takes a slow unit.
 
-The number of rows is kept out of specialization (a program of its own where a number is 1 or a
-multiple of 16): another program might add in another order.
+Triton compiles specialized programs where a number is 1 or a multiple of 16. The number of rows is
+excluded from this, as another program might add in another order.
 """
 
 import triton
@@ -33,9 +33,9 @@ def _minus_zeros(codes, zeros):
 
 @triton.jit
 def _codes(packed, starts, in_row, at, stream_bytes, FIELDS: tl.constexpr, PLANES: tl.constexpr):
-    """Codes int32 `[N, FIELDS, PLANES, G, R]` of the bytes at places `at` `[G, R]` of N rows.
+    """Codes int32 `[N, FIELDS, PLANES, G, R]` of the bytes at positions `at` `[G, R]` of N rows.
 
-    `starts`: where the rows start, int64 `[N]`. `in_row`: which bytes exist, `[N, G, R]`.
+    `starts` int64 `[N]` holds the starts of the rows; `in_row` `[N, G, R]` tells which bytes exist.
     """
     field, plane = tl.arange(0, FIELDS), tl.arange(0, PLANES)
     width: tl.constexpr = 2 if PLANES == 2 else 8 // FIELDS
@@ -45,12 +45,12 @@ def _codes(packed, starts, in_row, at, stream_bytes, FIELDS: tl.constexpr, PLANE
         mask=in_row[:, None, :, :],
         other=0,
     ).to(tl.int32)
-    # `reshape` keeps how bytes are spread over threads, where `[:, None]` would move them.
+    # `reshape` keeps bytes in their threads, where `[:, None]` would move them.
     low = low.reshape(low.shape[0], 1, PLANES, at.shape[0], at.shape[1])
     codes = low >> (field * width)[None, :, None, None, None]
     codes = codes & ((1 << width) - 1)
     if PLANES == 2:
-        # Loaded once a plane, so that each thread has the third bits of the bytes that it holds.
+        # Loaded once for each plane, so that each thread has the third bits of its bytes.
         places = (2 * stream_bytes + plane * 0)[:, None, None] + at[None, :, :]
         third = tl.load(
             packed + starts[:, None, None, None] + places[None, :, :, :],
@@ -108,10 +108,10 @@ def multiply_by_sums(
     FIELDS: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_N: tl.constexpr, GRANULES: tl.constexpr, GRANULE: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs of all rows over one chunk of the inputs, without tensor cores.
+    """Computes some outputs of all rows over one chunk of the inputs, without tensor cores.
 
-    The weights stay in registers while the rows go by, one at a time: a row's sum is the same
-    program whatever other rows there are.
+    The weights stay in registers while rows are processed one at a time, so that a row's sum is
+    computed in the same way whatever the other rows are.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_matrix = rows < out_features
@@ -138,10 +138,10 @@ def multiply_by_dots(
     FIELDS: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs of BLOCK_M rows over one chunk of the inputs, on tensor cores.
+    """Computes some outputs of BLOCK_M rows over one chunk of the inputs, on tensor cores.
 
-    Within a block of BLOCK_K bytes a stream has one scale an output, so the product is of exact
-    integers and the scale is applied to its fp32 sum.
+    Within a block of BLOCK_K bytes a stream has one scale an output, so that the product is one of
+    exact integers, and the scale is applied to its fp32 sum.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     outs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -191,7 +191,7 @@ def dequantize(
     FIELDS: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_N: tl.constexpr, GRANULES: tl.constexpr, GRANULE: tl.constexpr,
 ):  # fmt: skip
-    """`(code - zero) * scale`, rounded once, in the dtype of `out` `[num_rows, in_features]`."""
+    """Writes `(code - zero) * scale`, rounded once, to `out` `[num_rows, in_features]`."""
     places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = first_row + places
     in_matrix = places < num_rows

@@ -1,9 +1,9 @@
 """A file that grows by whole records or not at all, and is replaced whole or not at all.
 
 Every record reaches the operating system before `append` returns, so that it outlives the process
-however that ends. Only `sync` makes it outlive the machine. A write that fails half-way (a full
-disk) is taken back, as far as the disk lets us. Whoever removes, replaces or changes the file
-meanwhile is noticed: `append` sees another size, `check_name` another file under the name.
+however that ends. Only `sync` makes it outlive a crash of the machine. A write that fails half-way
+(a full disk) is undone as far as the disk allows. A file that another program removes, replaces or
+changes is noticed: `append` checks its size, `check_name` that the name still means this file.
 """
 
 import errno
@@ -18,7 +18,8 @@ from typing import BinaryIO
 
 from llmpq.errors import UserError, WorkerError
 
-UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # on some network file systems
+# The errors of file systems without locks, as some network file systems are.
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
 
@@ -42,12 +43,12 @@ class AppendFile:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size of the file in bytes."""
         return os.fstat(self._handle).st_size
 
     def append(self, record: bytes) -> None:
-        """All of `record` behind what is there, or nothing of it."""
-        with _told(self.path):
+        """Appends all of `record`, or nothing of it."""
+        with _as_worker_error(self.path):
             start = self.size
             if start != self._expected:
                 raise self._meddled(f"has {start} bytes and not {self._expected}")
@@ -60,7 +61,7 @@ class AppendFile:
             self._expected += len(record)
 
     def check_name(self) -> None:
-        """Raises `WorkerError` where the name stands for another file now, or for none."""
+        """Raises `WorkerError` where another file, or none, has the name now."""
         try:
             is_same = os.path.samestat(os.fstat(self._handle), os.stat(self.path))
         except FileNotFoundError:
@@ -77,16 +78,16 @@ class AppendFile:
         )
 
     def cut(self, size: int) -> None:
-        """Drops what lies behind the first `size` bytes."""
+        """Truncates the file to its first `size` bytes."""
         if size < self.size:
-            with _told(self.path):
+            with _as_worker_error(self.path):
                 os.ftruncate(self._handle, size)
             self._expected = size
 
     def rewrite(self, records: Iterable[bytes]) -> None:
-        """Replaces all there is in one step, which a machine crash does not tear."""
+        """Replaces all contents in one step, which a crash cannot leave half done."""
         new = new_name(self.path)
-        with _told(self.path):
+        with _as_worker_error(self.path):
             handle = os.open(new, _FLAGS | os.O_TRUNC, stat.S_IMODE(os.fstat(self._handle).st_mode))
             try:
                 _lock(handle)
@@ -103,8 +104,8 @@ class AppendFile:
         self.sync_name()
 
     def move(self, target: Path) -> None:
-        """Gives what is there the name `target`, and starts again with an empty file."""
-        with _told(self.path):
+        """Renames the file to `target`, and starts again with an empty file."""
+        with _as_worker_error(self.path):
             os.replace(self.path, target)
             handle = _open_locked(self.path)
             os.close(self._handle)
@@ -112,18 +113,18 @@ class AppendFile:
         self.sync_name()
 
     def read(self) -> BinaryIO:
-        """What the file holds now; stays readable when it is rewritten."""
-        with _told(self.path):
+        """Opens the file as it is now; the handle stays readable when the file is rewritten."""
+        with _as_worker_error(self.path):
             return self.path.open("rb")
 
     def sync(self) -> None:
-        """Everything to the disk itself."""
-        with _told(self.path):
+        """Syncs the contents to the disk."""
+        with _as_worker_error(self.path):
             os.fsync(self._handle)
 
     def sync_name(self) -> None:
-        """The file's name too, where the file system can do that."""
-        with _told(self.path):
+        """Syncs the file's name to the disk, where the file system can do that."""
+        with _as_worker_error(self.path):
             folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(folder)
@@ -134,19 +135,19 @@ class AppendFile:
                 os.close(folder)
 
     def close(self) -> None:
-        """Lets go of the file, and of its lock."""
+        """Closes the file and releases its lock."""
         handle, self._handle = self._handle, -1
         if handle >= 0:
             os.close(handle)
 
 
 def new_name(path: Path) -> Path:
-    """Where a file is written before it takes the place of another."""
+    """The path where a file is written before it replaces another."""
     return path.with_name(f".{path.name}.new")
 
 
 def _open_locked(path: Path) -> int:
-    """A locked handle of the file that has this name once it is locked, not of a replaced one."""
+    """A locked handle of the file that has this name after locking, not of a replaced one."""
     while True:
         handle = os.open(path, _FLAGS, 0o666)
         try:
@@ -176,8 +177,8 @@ def _write_all(handle: int, data: bytes) -> None:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """An error of the operating system as a `WorkerError` that says what is safe."""
+def _as_worker_error(path: Path) -> Iterator[None]:
+    """Turns an error of the operating system into a `WorkerError` that says what is safe."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
 """How a process of a run ends early: by Ctrl-C or SIGTERM, or because another worker is gone.
 
-Its main thread may be blocked in a wait that knows no Python. `ended_by_signals` is for processes
-that compute: a thread ends them. `interruptible` is for a parent that only waits for others: an
-error is raised where it is, so that it ends its workers too. Nothing is lost either way: what has
-been written is with the operating system.
+Its main thread may be blocked in a wait outside of Python, where no signal handler runs.
+`ended_by_signals` is for processes that compute: a thread ends them. `interruptible` is for a
+parent that only waits for others: it raises an error in the main thread, so that the parent ends
+its workers too. No result is lost either way: what was written has reached the operating system.
 """
 
 import os
@@ -20,15 +20,15 @@ from llmpq.errors import LlmpqError, WorkerError
 from llmpq.plain import plain
 
 SUPERVISED = "LLMPQ_SUPERVISED"  # the process id of the parent that started this worker
-AGAIN = "nothing was written, start again"  # of commands that write at their end
+AGAIN = "nothing was written, start again"  # for commands that write at their end
 RESUME = "finished requests are in the output, run again with --resume to do the others"
 HANDLED = (signal.SIGINT, signal.SIGTERM)
-TOGETHER_S = 0.3  # all workers get a signal before one is gone because of it, and is missed
+TOGETHER_S = 0.3  # all workers get a signal before the first one ends and is missed
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 
 class Ended(LlmpqError):
-    """The command ends for a reason that lies outside of it; there is nothing to tidy up."""
+    """The command ends for a reason outside of it; no cleanup is needed."""
 
 
 class Interrupted(Ended):
@@ -41,9 +41,9 @@ class Interrupted(Ended):
 
 @contextmanager
 def interruptible(advice: str) -> Iterator[None]:
-    """Raises `Interrupted` at the first signal; more of them change nothing.
+    """Raises `Interrupted` at the first signal; later signals are ignored.
 
-    Without effect in other threads than the main one, and in a worker: its parent decides.
+    Has no effect outside of the main thread, nor in a supervised worker, which its parent ends.
     """
     if threading.current_thread() is not threading.main_thread() or SUPERVISED in os.environ:
         yield
@@ -62,10 +62,10 @@ def interruptible(advice: str) -> Iterator[None]:
 def ended_by_signals(
     advice: str, speaks: bool = True, look: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
-    """Ends this process when a signal comes, in whatever its main thread is.
+    """Ends this process when a signal arrives, whatever its main thread does.
 
-    `look` is called first and may know a better reason to end. Without effect where
-    `interruptible` is.
+    `look` is called first and may end the process with a better reason. Has no effect where
+    `interruptible` has none.
     """
     if threading.current_thread() is not threading.main_thread() or SUPERVISED in os.environ:
         yield
@@ -75,7 +75,7 @@ def ended_by_signals(
 
     def wait() -> None:
         received = os.read(reader, 1)
-        if received:  # else closed below; a second signal still finds the pipe open
+        if received:  # a second signal must find the pipe open; without one it is closed below
             look()
             time.sleep(TOGETHER_S)
             interrupted = Interrupted(received[0], advice)
@@ -103,7 +103,7 @@ def _handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 def end_process(message: str, code: int = WorkerError.exit_code) -> NoReturn:
-    """Ends this process at once, whatever its main thread does; `message` goes to people."""
+    """Ends this process at once, whatever its main thread does, and prints `message`."""
     flush = threading.Thread(target=_flush, daemon=True)  # the main thread may hold a stream
     flush.start()
     flush.join(0.5)

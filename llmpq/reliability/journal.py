@@ -1,17 +1,17 @@
 """Finished requests, kept whatever happens: out.jsonl and, beside it, out.jsonl.journal.
 
-A journal begins with a header that says what ran; then it has the very lines of the output, each
-with checksums (see `mending`). Each request is first written to the journal and then to the output,
-and both have reached the operating system before it counts as finished. So a kill loses nothing: at
-worst a request is in the journal alone, and resuming adds its line to the output. Before a machine
-crash, only what was synced to the disk is safe; only the journal is synced while the run goes on,
-because the output can be made from it: after every request ("always"), every second ("interval")
-or when the system likes ("never").
+A journal begins with a header that describes the run; then it has the same lines as the output,
+each with checksums (see `repair`). Each request is first written to the journal and then to the
+output, and both have reached the operating system before it counts as finished. So a kill loses
+nothing: at worst a request is only in the journal, and resuming adds its line to the output. In a
+crash of the machine, only what was synced to the disk is safe. Only the journal is synced during
+the run, because the output can be made from it: after every request ("always"), every second
+("interval") or when the operating system does so ("never").
 
 A resumed run tries failed requests again. The output has no line of them until they have ended
-again, so that no id is ever there twice; why they failed stays in the journal, where a later line
-of the same id replaces it. What may not be mixed is refused before anything is changed: results of
-another model or other weights, results in another form, results of a prompt that is another now.
+again, so that no id is ever there twice; the journal keeps why they failed until a later line
+of the same id replaces that. Results that must not be mixed are refused before anything is changed:
+results of another model or other weights, in another form, or of a prompt that has changed.
 
 Not covered: two runs on one output where the file system has no locks.
 """
@@ -22,34 +22,34 @@ import os
 import reprlib
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from llmpq.errors import UserError, WorkerError
 from llmpq.prompts.request import Finished
-from llmpq.prompts.result_lines import OWN_START, Id, Writer, json_bytes, parse_object
+from llmpq.prompts.result_lines import OWN_START, Id, ResultWriter, json_bytes, parse_object
 from llmpq.reliability.append_file import AppendFile, new_name
-from llmpq.reliability.mending import (
+from llmpq.reliability.repair import (
     MAX_LINE_BYTES,
-    Found,
-    Mending,
     Payload,
-    bare,
+    ResultRepair,
+    ScannedFile,
     fetch,
     frame,
+    output_payload,
     scan,
     unframe,
 )
 
 Fsync = Literal["always", "interval", "never"]
 
-VERSION = 2  # of the journal; those of version 1 have no checksums of prompts
+VERSION = 2  # the journal's; version 1 has no checksums of prompts
 SYNC_EVERY_S = 1.0
-CHECK_EVERY_S = 1.0  # that the files still have their names
-MOST_SHOWN = 5  # of requests that a message names
-# What results that lie in one file must have in common, and what to do where they have not.
+CHECK_EVERY_S = 1.0  # the interval of checks that the files still have their names
+MOST_SHOWN = 5  # the requests that a message names
+# What all results in one file must have in common, and what to do where they differ.
 SAME = {
     "model": "give another --output",
     "weights": "give another --output, or the weights that they are of",
@@ -58,17 +58,17 @@ SAME = {
 
 
 class Results:
-    """The results of a run; writing goes on where an earlier run ended, or starts anew.
+    """The results of a run; writing continues where an earlier run ended, or starts anew.
 
-    `finished` has the ids that need no more work, `failed` those of them that failed; `notes` says
-    what was found and mended. `prompts`: the checksum of every prompt by its id, against which a
-    resumed run checks earlier results; without, it checks nothing. Failed requests are to be done
-    again, unless `keeps_failed`. Starting anew, earlier results are kept under names that end in
-    ".old", ".old.2" and so on.
+    `finished` holds the ids that need no more work, `failed` those of them that failed; `notes`
+    says what was found and repaired. `prompts` maps every id to the checksum of its prompt, against
+    which a resumed run checks earlier results; None checks nothing. Failed requests are done again,
+    unless `keeps_failed`. When writing starts anew, earlier results are kept under names that end
+    in ".old", ".old.2" and so on.
 
     Raises `UserError` for an output that another run writes to, that is no output of llmpq-run,
-    or that holds what may not be mixed with this run's results; `WorkerError` where the disk fails
-    or is full, or where another program changes the files.
+    or whose results must not be mixed with this run's; `WorkerError` where the disk fails or is
+    full, or where another program changes the files.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Results:
         run: dict[str, object],
         prompts: Mapping[Id, int] | None = None,
         keeps_failed: bool = False,
-        writer: Writer = Writer(),
+        writer: ResultWriter = ResultWriter(),
     ) -> None:
         self.notes: list[str] = []
         self.finished: set[Id] = set()
@@ -102,7 +102,7 @@ class Results:
             raise
 
     def write(self, finished: Finished, text: str) -> None:
-        """One more finished request, safe from kills when this returns."""
+        """Writes a finished request, which is safe from kills when this returns."""
         name = finished.request.id
         assert self._journal is not None and name not in self.finished
         if time.monotonic() >= self._next_check_s:
@@ -115,9 +115,9 @@ class Results:
             self.failed.add(name)
 
     def check_files(self) -> None:
-        """Raises `WorkerError` where a file was removed or replaced; says where results still are.
+        """Raises `WorkerError`, with where results still are, for removed or replaced files.
 
-        `write` does so once in a while; a run does so at its end.
+        `write` calls this once in a while, and a run calls it at its end.
         """
         assert self._journal is not None
         self._next_check_s = time.monotonic() + CHECK_EVERY_S
@@ -133,7 +133,7 @@ class Results:
             raise WorkerError(f"{faults[0]}; finished requests are safe, --resume restores it")
 
     def close(self) -> None:
-        """Everything to disk; the files may be written by others again."""
+        """Syncs everything to the disk and releases the files."""
         journal, self._journal = self._journal, None
         try:
             if journal is not None:
@@ -158,31 +158,35 @@ class Results:
         with journal.read() as journal_file, self._output.read() as output_file:
             run, start = _read_header(journal_file)
             logged = scan(journal_file, unframe, start)
-            shown = scan(output_file, bare)
+            shown = scan(output_file, output_payload)
             _refuse_other_files(self._path, shown, output_file, run is None and not logged.lines)
-            mending = Mending(
+            repair = ResultRepair(
                 logged, shown, journal_file, output_file, self._prompts, not self._keeps_failed
             )
-            if mending.kept:
+            if repair.kept:
                 self._compare_runs(run, json.loads(header)["run"])
-                self._compare_forms(mending)
-                self._compare_prompts(mending)
+                self._compare_forms(repair)
+                self._compare_prompts(repair)
             else:
                 run = None  # nothing is done yet, so this is the run that is done
-            self._save_broken(shown, output_file)
-            self._save_strangers(mending)
-            mending.mend_journal(journal, header, keeps_header=run is not None)
-            mending.mend_output(self._output)
-        self.finished = set(mending.kept)
-        self.failed = mending.failed & self.finished
-        self.notes += mending.notes(self._path, journal.path)
-        if again := len(mending.failed) - len(self.failed):
+            broken = [fetch(output_file, span) for span in shown.broken]
+            self._save(".broken", "lines that are no results", broken)
+            unknown = [repair.line(name) for name in repair.unknown]
+            self._save(".aside", "results with an id that no prompt has", unknown)
+            repair.repair_journal(journal, header, keeps_header=run is not None)
+            repair.repair_output(self._output)
+        self.finished = set(repair.kept)
+        self.failed = repair.failed & self.finished
+        self.notes += repair.notes(self._path, journal.path)
+        if again := len(repair.failed) - len(self.failed):
             self.notes.append(f"{self._path}: failed requests that are tried again: {again}")
 
-    def _compare_runs(self, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
-        """Refuses to mix what is not alike; notes other differences."""
+    def _compare_runs(self, before: Mapping[str, object] | None, now: Mapping[str, object]) -> None:
+        """Refuses results of another model, weights or form; notes other differences."""
         if before is None:
-            self.notes.append(f"{self._path}: nothing says which settings its results are of")
+            self.notes.append(
+                f"{self._path}: the settings that its results were made with are not known"
+            )
             return
         for name, advice in SAME.items():
             if name in before and name in now and before[name] != now[name]:
@@ -197,48 +201,39 @@ class Results:
             )
             self.notes.append(f"{self._path}: finished requests had other settings: {changes}")
 
-    def _compare_forms(self, mending: Mending) -> None:
-        """The lines themselves, where no header has told their form."""
+    def _compare_forms(self, repair: ResultRepair) -> None:
+        """Refuses results in another form, by their lines, as the header may lack the form."""
         form = self._writer.form
-        other = next((n for n in mending.kept if mending.span(n).form != form), None)
+        other = next((n for n in repair.kept if repair.span(n).form != form), None)
         if other is not None:
             raise UserError(
-                f"{self._path}: has results of form {mending.span(other).form}, not of {form}; "
+                f"{self._path}: has results of form {repair.span(other).form}, not of {form}; "
                 f"{SAME['form']}"
             )
 
-    def _compare_prompts(self, mending: Mending) -> None:
-        """Refuses results of prompts that are others now."""
+    def _compare_prompts(self, repair: ResultRepair) -> None:
+        """Refuses results of prompts that have changed."""
         if self._prompts is None:
             return
-        done = [name for name in mending.kept if name not in mending.failed]
-        sums = [(name, mending.span(name).prompt) for name in done]
+        done = [name for name in repair.kept if name not in repair.failed]
+        sums = [(name, repair.span(name).prompt) for name in done]
         changed = [name for name, was in sums if was not in (None, self._prompts[name])]
         if changed:
             names = ", ".join(map(_show, changed[:MOST_SHOWN]))
             more = f" and {len(changed) - MOST_SHOWN} more" if len(changed) > MOST_SHOWN else ""
             raise UserError(
-                f"{self._path}: finished requests were of other prompts, or of another number of "
-                f"new tokens or other settings of their own, than now: {names}{more}; give another "
-                "--output, or the prompts, the tokenizer and --too-long as they were"
+                f"{self._path}: finished requests had other prompts, numbers of new tokens or "
+                f"settings of their own than now: {names}{more}; give another --output, or the "
+                "prompts, the tokenizer and --too-long as they were"
             )
         if unknown := sum(was is None for _, was in sums):
             self.notes.append(
-                f"{self._path}: finished requests of which nothing says whether their prompts are "
-                f"the same: {unknown}"
+                f"{self._path}: finished requests whose prompts cannot be compared with the "
+                f"present ones: {unknown}"
             )
 
-    def _save_broken(self, shown: Found, file: BinaryIO) -> None:
-        lines = [fetch(file, span) for span in shown.broken]
-        self._save(".broken", "lines that are no results", lines)
-
-    def _save_strangers(self, mending: Mending) -> None:
-        lines = [mending.line(name) for name in mending.strangers]
-        self._save(".aside", "results with an id that no prompt has", lines)
-
-    def _save(self, ending: str, what: str, lines: Iterable[bytes]) -> None:
-        """Adds lines that have no place in the output to a file beside it."""
-        lines = list(lines)
+    def _save(self, ending: str, what: str, lines: Sequence[bytes]) -> None:
+        """Appends lines that do not belong in the output to a file beside it."""
         if not lines:
             return
         target = AppendFile(beside(self._path, ending))
@@ -252,7 +247,7 @@ class Results:
 
 
 class Journal:
-    """Lines with checksums, synced to the disk by the policy `fsync`."""
+    """A file of lines with checksums, synced to the disk by the policy `fsync`."""
 
     def __init__(self, path: Path, fsync: Fsync) -> None:
         self.file = AppendFile(path)
@@ -263,7 +258,7 @@ class Journal:
         self._syncing: threading.Thread | None = None
 
     def record(self, payload: Payload) -> None:
-        """One more line. Raises `WorkerError` where this, or an earlier sync, failed."""
+        """Appends a line. Raises `WorkerError` where this, or an earlier sync, failed."""
         if self._failure is not None:
             raise self._failure
         self.file.append(frame(payload))
@@ -275,7 +270,7 @@ class Journal:
             self._syncing.start()
 
     def close(self) -> None:
-        """Syncs what is not yet synced."""
+        """Syncs the file and closes it."""
         self._ended.set()
         try:
             if self._syncing is not None:
@@ -298,12 +293,12 @@ class Journal:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """The path with something behind its name."""
+    """The path with `ending` appended to its name."""
     return path.with_name(path.name + ending)
 
 
 def files_beside(output: Path) -> list[Path]:
-    """All that `Results` may write beside an output, and what earlier ones have kept there."""
+    """All files that `Results` may write beside an output, and those of earlier runs."""
     path = Path(os.path.realpath(output))
     journal = beside(path, ".journal")
     old = _free_ending(path, journal)
@@ -315,7 +310,7 @@ def files_beside(output: Path) -> list[Path]:
 
 
 def _free_ending(output: Path, journal: Path) -> str:
-    """ ".old", ".old.2", ...: the first that neither file has yet."""
+    """The first of ".old", ".old.2" and so on that neither file has yet."""
     number, ending = 1, ".old"
     while any(os.path.lexists(beside(path, ending)) for path in (output, journal)):
         number += 1
@@ -323,19 +318,21 @@ def _free_ending(output: Path, journal: Path) -> str:
     return ending
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any] | None, int]:
-    """What ran, and where the header ends; None and 0 where there is no whole header."""
+def _read_header(file: BinaryIO) -> tuple[dict[str, object] | None, int]:
+    """The run's description, and where the header ends; None and 0 without a whole header."""
     record = file.readline(MAX_LINE_BYTES)
     payload = unframe(record)
     data = parse_object(payload.line) if payload and record.endswith(b"\n") else None
-    known = data is not None and data.get("journal") in range(1, VERSION + 1)
-    if not known or data is None or not isinstance(data.get("run"), dict):
+    if data is None or data.get("journal") not in range(1, VERSION + 1):
         return None, 0
-    return data["run"], len(record)
+    run = data.get("run")
+    return (run, len(record)) if isinstance(run, dict) else (None, 0)
 
 
-def _refuse_other_files(path: Path, shown: Found, file: BinaryIO, has_no_journal: bool) -> None:
-    """Raises `UserError` for a file without a single result that no run of ours was writing."""
+def _refuse_other_files(
+    path: Path, shown: ScannedFile, file: BinaryIO, has_no_journal: bool
+) -> None:
+    """Raises `UserError` for a file without results that llmpq-run did not write."""
     if shown.lines or not has_no_journal:
         return
     torn = fetch(file, shown.torn) if shown.torn else b""
@@ -347,7 +344,7 @@ def _refuse_other_files(path: Path, shown: Found, file: BinaryIO, has_no_journal
 
 
 def _difference(name: str, before: object, now: object) -> str:
-    """What differs; of tables, which entries."""
+    """Says what differs; for dictionaries, which entries."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
         return f"other {name}: {', '.join(map(_show, names[:MOST_SHOWN]))} differ"
@@ -355,13 +352,13 @@ def _difference(name: str, before: object, now: object) -> str:
 
 
 def _show(value: object) -> str:
-    """Any value in a bounded form that every terminal prints."""
+    """Any value in a short form that every terminal can print."""
     is_plain = isinstance(value, str) and value.isprintable()
     return str(value) if is_plain else reprlib.repr(value)
 
 
 def _real_path(output: Path) -> Path:
-    """Where the output lies; a link is followed, as it is to stay one when the file is replaced."""
+    """The path of the output; links are followed, so that they stay when the file is replaced."""
     path = output
     with suppress(OSError):  # opening it will say the same
         if output.is_symlink():

@@ -1,19 +1,18 @@
 """Notices within seconds that a worker is gone, and says which one and why.
 
-Each worker beats once a second on a board, the key-value store of torch.distributed, and looks at
-the beats of the others. Who stops beating is lost, and the others end: a main thread that waits
-for a message of the lost one would wait for ever. Workers with a parent that started them only
-beat; the parent looks.
-A worker that fails writes the cause on the board before it ends, so that all name the same.
+Each worker writes a heartbeat once a second to a board, the key-value store of torch.distributed,
+and looks at the heartbeats of the others. A worker whose heartbeats stop is lost, and the others
+end: a main thread that waits for a message of the lost worker would wait for ever. Workers with a
+parent that started them only write heartbeats; the parent looks.
+A worker that fails writes the cause on the board before it ends, so that all report the same cause.
 
 Time is counted in looks and not in seconds: a process that was itself stopped for an hour has not
-looked, and finds nobody guilty. Store operations may hang (a machine that is gone closes no
-connection), so each monitor has two threads: one speaks with the store, the other sees that it
-still does.
+looked, and blames nobody. Store operations may hang (a machine that is gone closes no connection),
+so each monitor has two threads: one uses the store, the other checks that the store still answers.
 
-The store asks nobody for a password. What it holds is checked when it is read (`_read`), and what
-is not as a worker writes it counts as not there; names are shortened and have no line feeds. Nobody
-is kept from saying in due form that a run is lost.
+The store has no password. Its contents are checked when they are read (`_read`), and whatever a
+worker would not have written counts as absent; names are shortened and have no line feeds. A
+program that reaches the store can still declare a run lost.
 """
 
 import json
@@ -37,30 +36,30 @@ from llmpq.errors import FailedRequests, LlmpqError, NeighbourLost, UserError
 from llmpq.plain import plain_line
 from llmpq.reliability.ending import RESUME, SUPERVISED, end_process
 
-PERIOD_S = 1.0  # between two beats, and between two looks
-SILENT_LOOKS = 5  # so many without a new beat: lost
-START_LOOKS = 300  # so many without a first beat
+PERIOD_S = 1.0  # between two heartbeats, and between two looks
+SILENT_LOOKS = 5  # looks without a new heartbeat after which a worker is lost
+START_LOOKS = 300  # looks without a first heartbeat after which a worker is lost
 DONE = 1 << 40  # added to the beats of a worker that has ended in order
-LOOK_S = 1.0  # at most, for a look out of turn
+LOOK_S = 1.0  # the time limit of a look out of turn
 ENDED = "its process has ended"
 NO_SIGN = f"no sign of life for {(SILENT_LOOKS + 1) * PERIOD_S:.0f} s"  # beats lie before looks
 
 
-MOST_BYTES, MOST_CHARACTERS = 1 << 16, 1000  # of what a worker tells, and of a text in it
+MOST_BYTES, MOST_CHARACTERS = 1 << 16, 1000  # limits of a worker's report and of a text in it
 
 T = TypeVar("T")
-Told = Annotated[str, AfterValidator(lambda text: plain_line(text[:MOST_CHARACTERS]))]
+ReportedText = Annotated[str, AfterValidator(lambda text: plain_line(text[:MOST_CHARACTERS]))]
 
 
 @dataclass(frozen=True)
-class Who:
-    """A worker's process, as it tells the others."""
+class WorkerIdentity:
+    """The process of a worker, as it describes itself to the others."""
 
     rank: NonNegativeInt
-    name: Told
-    host: Told
+    name: ReportedText
+    host: ReportedText
     pid: PositiveInt
-    machine: Told = ""  # where process ids mean the same
+    machine: ReportedText = ""  # process ids are comparable within a machine
     started: NonNegativeInt = 0  # tells the process from a later one of the same id
 
     def __str__(self) -> str:
@@ -68,7 +67,7 @@ class Who:
 
     @classmethod
     def here(cls, rank: int, name: str) -> Self:
-        """This process."""
+        """The identity of this process."""
         pid = os.getpid()
         return cls(rank, name, socket.gethostname(), pid, _machine(), process_state(pid)[1])
 
@@ -90,7 +89,7 @@ class Who:
 
     @property
     def _is_of_this_run(self) -> bool:
-        """By its own environment: whoever writes to the store could name any process."""
+        """Checks the environment of the process, as the store could name any process."""
         try:
             variables = Path(f"/proc/{self.pid}/environ").read_bytes().split(b"\0")
         except OSError:
@@ -109,18 +108,19 @@ class Who:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who of the workers is to blame that the run ends, and how they ended.
+    """The workers that caused the end of the run, and how they ended.
 
-    `bad_input`: the others will find it too. `device_lost`: a device no longer works.
+    `bad_input` means that the others will find the same fault; `device_lost` means that a device no
+    longer works.
     """
 
     ranks: tuple[NonNegativeInt, ...]
-    how: Told
+    how: ReportedText
     bad_input: bool = False
     device_lost: bool = False
 
 
-WHO, VERDICT = TypeAdapter(Who), TypeAdapter(Verdict)
+WHO, VERDICT = TypeAdapter(WorkerIdentity), TypeAdapter(Verdict)
 
 
 def process_state(pid: int) -> tuple[str, int]:
@@ -133,7 +133,7 @@ def process_state(pid: int) -> tuple[str, int]:
 
 
 def _machine() -> str:
-    """The same for processes that see each other's ids; empty where that is not known."""
+    """A text that is equal for processes that see each other's ids; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -142,45 +142,45 @@ def _machine() -> str:
 
 
 class Board:
-    """What workers tell each other through a store; every thread needs a board of its own."""
+    """The messages of workers to each other in a store; every thread needs its own board."""
 
     def __init__(self, store: dist.Store, size: int) -> None:
         self._store, self.size = store, size
 
-    def join(self, who: Who) -> None:
-        """Says who a worker is, with its first beat."""
+    def join(self, who: WorkerIdentity) -> None:
+        """Writes the identity of a worker, and its first heartbeat."""
         self._store.set(f"who/{who.rank}", json.dumps(asdict(who)))
         self.beat(who.rank)
 
     def beat(self, rank: int) -> None:
-        """A sign of life."""
+        """Writes a heartbeat."""
         self._store.add(f"beat/{rank}", 1)
 
     def done(self, rank: int) -> None:
-        """The last sign of life: nobody needs to look any more."""
+        """Writes that a worker has ended in order, so that nobody misses its heartbeats."""
         self._store.add(f"beat/{rank}", DONE)
 
     def beats(self) -> list[int]:
-        """Of every worker; 0 where there was none yet."""
+        """The heartbeats of every worker; 0 where there was none yet."""
         return [self._store.add(f"beat/{rank}", 0) for rank in range(self.size)]
 
     def conclude(self, verdict: Verdict) -> Verdict:
-        """Says why the run ends; the first verdict, which is returned, stays."""
+        """Writes why the run ends; only the first verdict is kept, and it is returned."""
         self._store.compare_set("verdict", "", json.dumps(asdict(verdict)))
         return self.verdict() or verdict
 
     def verdict(self) -> Verdict | None:
-        """The first one."""
+        """The first verdict, if there is one."""
         found = self._read("verdict", VERDICT)
         return found if found and found.ranks and max(found.ranks) < self.size else None
 
-    def who(self, rank: int) -> Who | None:
-        """None before it has joined."""
+    def who(self, rank: int) -> WorkerIdentity | None:
+        """The identity of a worker; None before it has joined."""
         found = self._read(f"who/{rank}", WHO)
         return found if found and found.rank == rank else None
 
     def _read(self, key: str, kind: TypeAdapter[T]) -> T | None:
-        """What is there; None where nothing is, or something else."""
+        """The value of a key; None where there is none or it is malformed."""
         if not self._store.check([key]):
             return None
         text = self._store.get(key)
@@ -190,14 +190,14 @@ class Board:
 
 
 def open_board(size: int, store: dist.Store | None = None) -> Board:
-    """A board on the store that is given, or with a connection of its own."""
+    """A board on the given store, or on a new connection to the launch's store."""
     return Board(open_store("board", size, store), size)
 
 
 def open_store(name: str, size: int, store: dist.Store | None = None) -> dist.Store:
     """The part `name` of the store that torchrun, the parent or rank 0 keeps, once it is there.
 
-    torchrun keeps its store when it starts workers again: what earlier ones wrote is left aside.
+    torchrun keeps its store when it restarts workers: entries of earlier starts are ignored.
     """
     prefix = f"llmpq/{name}/{restarts()}/{size}"
     return dist.PrefixStore(prefix, store or _connected())
@@ -210,19 +210,19 @@ def _connected() -> dist.Store:
 
 
 def restarts() -> int:
-    """How often torchrun has started the workers again."""
+    """The number of times that torchrun has restarted the workers."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-class Watch:
-    """Decides who is lost from looks at the beats, one look a period."""
+class HeartbeatTracker:
+    """Decides which workers are lost from their heartbeats, one look a period."""
 
     def __init__(self, size: int) -> None:
         self._last = [0] * size
         self._same = [0] * size
 
     def look(self, beats: Sequence[int]) -> list[int]:
-        """The ranks that are lost by now; those that are done never are."""
+        """The ranks that are lost by now; workers that have ended in order never are."""
         for rank, beat in enumerate(beats):
             same = beat == self._last[rank] and beat < DONE
             self._same[rank] = self._same[rank] + 1 if same else 0
@@ -232,12 +232,12 @@ class Watch:
 
 
 class Monitor:
-    """Around a worker's work: beats, looks, and ends this process when another one is lost.
+    """Writes heartbeats during a worker's work, and ends this process when another one is lost.
 
         with Monitor(rank, size, "t4-16g on node0"):
             work()
 
-    An error that leaves the block is told to the others. `advice`: what to do after a loss.
+    An error that leaves the block is reported to the others. `advice` says what to do after a loss.
     """
 
     def __init__(
@@ -250,16 +250,17 @@ class Monitor:
         end: Callable[[str], object] = end_process,
     ) -> None:
         self.rank, self.size, self.advice = rank, size, advice
-        self._who = Who.here(rank, name)
+        self._who = WorkerIdentity.here(rank, name)
         self._open, self._end = open_board, end
-        self._is_watched = SUPERVISED in os.environ  # by the parent
-        self._left, self._hurry = threading.Event(), threading.Event()
-        self._last_words: Callable[[Board], object] = lambda board: board.done(rank)
+        self._is_watched = SUPERVISED in os.environ  # the parent process watches this one
+        self._ended, self._wake = threading.Event(), threading.Event()
+        self._write_end: Callable[[Board], object] = lambda board: board.done(rank)
         self._num_looks = 0
         self._patience = SILENT_LOOKS
-        self._others: dict[int, Who] = {}
+        self._others: dict[int, WorkerIdentity] = {}
         self._threads = [
-            threading.Thread(target=target, daemon=True) for target in (self._speak, self._guard)
+            threading.Thread(target=target, daemon=True)
+            for target in (self._use_store, self._check_store)
         ]
 
     def __enter__(self) -> Self:
@@ -271,66 +272,61 @@ class Monitor:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.size == 1:
             return
-        if isinstance(error, NeighbourLost):
-            self._wait_for_verdict()
+        if isinstance(error, NeighbourLost) and not self._is_watched:
+            time.sleep((SILENT_LOOKS + 2) * PERIOD_S)  # a look finds who it was, and ends this
         verdict = verdict_on(self.rank, error)
         if verdict is not None:
-            self._last_words = lambda board: board.conclude(verdict)
-        self._left.set()
-        self._hurry.set()
+            self._write_end = lambda board: board.conclude(verdict)
+        self._ended.set()
+        self._wake.set()
         for thread in self._threads:
             thread.join(2 * PERIOD_S)
 
     def rename(self, name: str) -> None:
-        """Tells the others what this worker is, once that is known better than at the start."""
+        """Replaces the name by which the others know this worker."""
         self._who = replace(self._who, name=name)
 
     def look_now(self) -> None:
-        """Ends this process if another worker is to blame for something; else returns soon."""
+        """Looks at once: ends this process if another worker failed, else returns soon."""
         self._patience = 0
         before, end = self._num_looks, time.monotonic() + LOOK_S
         while self._num_looks < before + 2 and time.monotonic() < end:  # one may be under way
-            self._hurry.set()
+            self._wake.set()
             time.sleep(0.01)
 
     def wait_for_others(self, seconds: float) -> None:
-        """Returns when the others on this machine have ended, or after so many seconds.
+        """Waits until the other workers of this machine have ended, for `seconds` at most.
 
-        For a worker whose exit code makes torchrun end those that are still there.
+        This is for a worker whose exit code makes torchrun end the workers that still run.
         """
         end = time.monotonic() + seconds
         while any(who.is_there for who in self._others.values()) and time.monotonic() < end:
             time.sleep(0.05)
 
-    def _wait_for_verdict(self) -> None:
-        """A neighbour's connection is closed: who it was is known in a moment, and ends this."""
-        if not self._is_watched:
-            time.sleep((SILENT_LOOKS + 2) * PERIOD_S)
-
-    def _speak(self) -> None:
-        """The thread that uses the store."""
+    def _use_store(self) -> None:
+        """Writes heartbeats and looks; the thread that uses the store."""
         try:
             board = self._open(self.size)
-            told = self._who
-            board.join(told)
-            watch, self._num_looks = Watch(self.size), 1
-            while not self._left.is_set():
-                if self._who is not told:
-                    told = self._who
-                    board.join(told)
+            announced = self._who
+            board.join(announced)
+            watch, self._num_looks = HeartbeatTracker(self.size), 1
+            while not self._ended.is_set():
+                if self._who is not announced:
+                    announced = self._who
+                    board.join(announced)
                 board.beat(self.rank)
                 if not self._is_watched:
                     self._look(board, watch)
                 self._num_looks += 1
-                self._hurry.wait(PERIOD_S)
-                self._hurry.clear()
-            self._last_words(board)
-        except RuntimeError:  # the store has closed; `_guard` gives this process time to end
+                self._wake.wait(PERIOD_S)
+                self._wake.clear()
+            self._write_end(board)
+        except RuntimeError:  # the store has closed; `_check_store` gives this process time to end
             if self._is_watched:
                 self._end("")
 
-    def _look(self, board: Board, watch: Watch) -> None:
-        """Ends this process where another one is to blame for something."""
+    def _look(self, board: Board, watch: HeartbeatTracker) -> None:
+        """Looks at all workers, and ends this process where another one has failed or is lost."""
         gone = [rank for rank, who in self._others.items() if who.is_gone]
         beats = board.beats()  # after the processes: who has ended in order has said so before
         silent, verdict = watch.look(beats), board.verdict()
@@ -338,7 +334,8 @@ class Monitor:
         if verdict is None and (ended or silent):
             how = f"was lost: {ENDED if ended else NO_SIGN}"
             verdict = board.conclude(Verdict(tuple(ended or silent), how))
-            self._kill(silent)
+            for rank in self._others.keys() & set(silent):
+                self._others[rank].kill()
         if verdict is not None and self._must_end(verdict):
             names = [str(board.who(rank) or f"worker {rank}") for rank in verdict.ranks]
             what = "; ".join(f"{name} {verdict.how}" for name in names)
@@ -347,24 +344,20 @@ class Monitor:
             if beat and rank not in (self.rank, *self._others) and (who := board.who(rank)):
                 self._others[rank] = who
 
-    def _kill(self, ranks: Sequence[int]) -> None:
-        for rank in self._others.keys() & set(ranks):
-            self._others[rank].kill()
-
     def _must_end(self, verdict: Verdict) -> bool:
-        """Bad input is left to this worker to find, for a while."""
+        """Whether to end now; bad input is left to this worker to find itself, for a while."""
         self._patience -= 1
         return not (verdict.bad_input and self._patience > 0)
 
     def _speaks(self, lost: Sequence[int]) -> bool:
-        """The lowest rank that is left on a machine speaks for all of it."""
+        """Whether this worker prints the message: the lowest rank left on its machine does."""
         near = [r for r, who in self._others.items() if who.host == self._who.host]
         return all(rank > self.rank for rank in near if rank not in lost)
 
-    def _guard(self) -> None:
-        """The thread that sees that the store still answers."""
+    def _check_store(self) -> None:
+        """Checks that the store still answers; runs in a thread of its own."""
         last, same = 0, 0
-        while not self._left.wait(PERIOD_S):
+        while not self._ended.wait(PERIOD_S):
             same = same + 1 if self._num_looks == last else 0
             last = self._num_looks
             if last and same > SILENT_LOOKS and not self._is_watched:
@@ -376,7 +369,7 @@ class Monitor:
 
 
 def verdict_on(rank: int, error: BaseException | None) -> Verdict | None:
-    """What the others should know of how this worker ended; None: nothing."""
+    """The verdict that the others need of how this worker ended; None where they need none."""
     if isinstance(error, SystemExit):
         if error.code in (None, 0):
             return None
@@ -390,6 +383,6 @@ def verdict_on(rank: int, error: BaseException | None) -> Verdict | None:
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether an error means that the card, not the program, is broken."""
+    """Whether an error means that the device is broken, not the program."""
     kind = getattr(torch, "AcceleratorError", None)
     return kind is not None and isinstance(error, kind)

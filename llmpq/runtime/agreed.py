@@ -1,7 +1,7 @@
-"""What the first stage knows of all requests, and another must know before the first job.
+"""Broadcasts the sampling settings of all requests from the first stage to the others.
 
-Jobs carry what changes from step to step (`runtime.jobs`); what stays the same for a request as
-long as the run lasts is sent round once, as a table by the requests' numbers.
+Jobs carry what changes from step to step (`runtime.jobs`). What stays the same for a request during
+the whole run is broadcast once before the first job, as a table by the requests' numbers.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from llmpq.runtime.transport import Transport
 
 
 def agree_on_draws(samplings: Sequence[Sampling], transport: Transport) -> Draws | None:
-    """How the tokens of each request are chosen, in main memory; None where all are chosen alike.
+    """The sampling settings of each request, in main memory; None where all share one setting.
 
-    All workers must call this; only the first stage's `samplings` count, one for each request of
-    the run by its number, or none at all.
+    All workers must call this. Only the first stage's `samplings` are used: one for each request
+    of the run by its number, or none at all.
     """
     own = Draws.of(samplings)
     sizes = torch.tensor([len(samplings), int(own.cuts)])

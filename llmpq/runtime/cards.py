@@ -1,7 +1,7 @@
 """The cards that this process sees, those of the whole host, and which worker a process is.
 
-Everything here asks CUDA, nvidia-smi or the other processes; what follows from the answers is
-decided in `llmpq.seats`. Names and memory are read without making a context on a card.
+This module asks CUDA, nvidia-smi and the other processes; `llmpq.seats` decides what follows from
+the answers. Names and memory are read without making a CUDA context on a card.
 """
 
 import json
@@ -23,7 +23,7 @@ from llmpq.runtime.process import Role, all_gather
 from llmpq.seats import Process, Seat, take_seats
 
 MIB = 2**20
-MOST_BYTES = 1 << 20  # of what a process says of itself
+MOST_BYTES = 1 << 20  # the limit of a process's description of itself
 PROCESS = TypeAdapter(Process)
 QUERY = "index,name,memory.total,compute_cap,uuid"
 
@@ -44,7 +44,7 @@ def _card(index: int) -> FoundCard:
 
 
 def all_cards() -> tuple[FoundCard, ...]:
-    """All cards of this host, by their place on the bus; none where nvidia-smi does not say."""
+    """All cards of this host in the order of their PCI bus ids; none where nvidia-smi fails."""
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -64,7 +64,7 @@ def parse_cards(text: str) -> tuple[FoundCard, ...]:
 
 
 def this_process(role: Role, variables: Mapping[str, str], asks_cards: bool) -> Process:
-    """How this process takes part in choosing seats; `asks_cards`: False where none are used."""
+    """This process and its cards, for choosing seats; `asks_cards` is False where none are used."""
     group = variables.get("GROUP_RANK", "")
     number = int(group) if group.isdecimal() else (role.rank - role.local_rank)
     cards = visible_cards() if asks_cards else ()
@@ -88,7 +88,7 @@ def find_seats(plan: Plan, role: Role, device: str) -> tuple[list[Seat], bool]:
 
 
 def gather(own: Process, role: Role) -> list[Process]:
-    """What every process says of itself, by rank."""
+    """The description that every process gives of itself, by rank."""
     if role.size == 1:
         return [own]
     texts = _all_texts(json.dumps(asdict(own)), role)
@@ -109,9 +109,9 @@ def _all_texts(text: str, role: Role) -> list[bytes]:
 
 
 def read_process(text: bytes, rank: int) -> Process:
-    """What the process of this rank says of itself, as JSON; raises `WorkerError` where it is not.
+    """The JSON description that the process of this rank sent; raises `WorkerError` for others.
 
-    Texts that would begin a line or steer a terminal when they are shown are none of a worker's.
+    Texts with line breaks or terminal control sequences are refused, as no worker sends them.
     """
     try:
         found = PROCESS.validate_json(text, strict=True)
@@ -126,6 +126,6 @@ def read_process(text: bytes, rank: int) -> Process:
 
 def _unreadable(rank: int) -> WorkerError:
     return WorkerError(
-        f"rank {rank}: what it says of its host and cards cannot be read: another version of "
-        "llmpq runs there, or something else has joined this run"
+        f"rank {rank}: its description of its host and cards cannot be read: another version of "
+        "llmpq runs there, or another program has joined this run"
     )

@@ -12,7 +12,7 @@ from llmpq.plan_data import Plan
 from llmpq.runtime import cards
 from llmpq.runtime.process import Role, card_device, choose_device
 from llmpq.runtime.rehearsal import own_core
-from llmpq.seats import Seat, parts_of, planned_devices, worker_places
+from llmpq.seats import Seat, nodes_of, planned_devices, worker_places
 
 
 def card_lines(plan: Plan, device: str) -> list[str]:
@@ -36,7 +36,7 @@ def stage_cards(plan: Plan, device: str) -> dict[int, FoundCard]:
 
 def devices_of(plan: Plan, host: str) -> list[PlannedDevice]:
     """What is planned for a host: all of a plan for one node, else the node of its name."""
-    parts, devices = parts_of(plan), planned_devices(plan)
+    parts, devices = nodes_of(plan), planned_devices(plan)
     own = [part for part in parts if len(parts) == 1 or part.name in (host, host.partition(".")[0])]
     return [devices[number] for part in own for number in part.workers]
 

@@ -1,26 +1,24 @@
 """One worker process from start to report: load the stage, do its jobs, gather the times.
 
 The first stage leads: it reads the requests and decides every job (`Leader`, `llmpq.schedule`).
-`Engine` is the same for one stage or many, for processes or threads.
+`StageEngine` is the same for one stage or many, for processes or threads.
 """
 
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 
 from llmpq.checkpoint.checkpoint import Weights
-from llmpq.checkpoint.kernels import OnCompiled, planned_rows, prepare_kernels, prepare_rows
+from llmpq.checkpoint.kernel_setup import OnCompiled, planned_rows, prepare_kernels, prepare_rows
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.packed_cache import NO_CACHE, WeightCache
 from llmpq.checkpoint.roundings import NEAREST, Roundings
-from llmpq.job import Item, Job, LaneShape, Member
-from llmpq.kernel import graph_lengths
+from llmpq.job import Item, LaneShape
 from llmpq.models.lanes import LaneCache
 from llmpq.models.sharding import ALONE, Shard, ShardGroup
 from llmpq.models.stage_model import LayerRange, StageModel
@@ -30,17 +28,18 @@ from llmpq.run_report import MeasuredTime, StageReport
 from llmpq.runtime.agreed import agree_on_draws
 from llmpq.runtime.jobs import headers_for
 from llmpq.runtime.leader import Ends, Leader, Status, never
-from llmpq.runtime.rehearsal import MemoryAccount, MeteredTransport, Throttle, peak_bytes
+from llmpq.runtime.rehearsal import MemoryAccount, MessageMeter, Throttle
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.stopwatch import SPAN_COLUMNS, TIME_COLUMNS, Stopwatch, measured_times
 from llmpq.runtime.transport import Transport
+from llmpq.runtime.warm_up import warm_up
 from llmpq.runtime.weights_hash import gather_hashes
 from llmpq.runtime.worker import Worker
 from llmpq.schedule import Schedule
-from llmpq.workload import lanes_for, planned_lengths
+from llmpq.workload import lanes_for
 
 
-class Engine:
+class StageEngine:
     """This process's stage of a plan, loaded and ready."""
 
     def __init__(
@@ -62,10 +61,11 @@ class Engine:
         batch_invariant: bool = False,
         on_compiled: OnCompiled = lambda *_: None,
     ) -> None:
-        """`group` connects the workers that share this stage. Weights are loaded in `loading`.
+        """Loads the stage of this rank and warms it up.
 
-        `graphs`: decode steps are captured in CUDA graphs where that is possible.
-        `batch_invariant`: kernels that could make a token depend on its micro-batch do not.
+        `group` connects the workers that share this stage. Weights are loaded inside the context
+        manager `loading`. With `graphs`, decode steps are captured in CUDA graphs where possible.
+        With `batch_invariant`, kernels compute each token independently of its micro-batch.
         """
         started = time.perf_counter()
         self.plan, self.transport, self.eos_ids = plan, transport, eos_ids
@@ -80,14 +80,15 @@ class Engine:
         micro_batches = plan.prefill_micro_batch, plan.decode_micro_batch
         self.worker = Worker(
             stage=stage,
-            transport=MeteredTransport(transport, self.account),
-            cache=LaneCache(stage.layers.end - stage.layers.first, self.reserve.lanes),
+            transport=transport,
+            meter=MessageMeter(self.account),
+            cache=LaneCache(stage.layers.count, self.reserve.lanes),
             throttle=Throttle(factor, device),
             sampling=sampling,
             headers=headers_for(*micro_batches, len(plan.stages)),
             graphs=graphs,
         )
-        self._warm_up()
+        warm_up(self.worker, plan, self.account)
         self.load_s = time.perf_counter() - started
 
     def lead(
@@ -101,11 +102,12 @@ class Engine:
         samplings: Sequence[Sampling] = (),
         ends: Ends = never,
     ) -> None:
-        """First stage: runs all requests, each fetched by its number when its turn has come.
+        """Runs all requests, each fetched by its number when its turn has come (first stage only).
 
-        `lengths` are their (prompt, new) tokens by number; `chunk`: tokens of a prompt that are
-        computed at once, where not as planned; without `refill`, batch after batch. `samplings`:
-        by number, where requests differ; `ends`: whether a request has all that it asked for.
+        `lengths` holds the (prompt, new) tokens of each request by its number. `chunk` is the
+        number of prompt tokens computed at once, where that is not as planned. Without `refill`,
+        one batch ends before the next begins. `samplings` holds settings by number, where requests
+        differ. `ends` tells whether a request has all that it asked for.
         """
         plan = self.plan
         sizes = plan.batch, plan.decode_micro_batch
@@ -119,7 +121,7 @@ class Engine:
         Leader(self.worker, schedule, fetch, self.eos_ids, on_finished, on_status, ends).run()
 
     def follow(self) -> None:
-        """Other stages: does what the first decides, until it ends."""
+        """Runs the jobs that the first stage decides, until it ends (all other stages)."""
         self._agree(())
         if self.worker.stage.shard.leads:
             self.worker.follow()
@@ -127,7 +129,7 @@ class Engine:
             self.worker.assist()
 
     def _agree(self, shapes: Sequence[LaneShape], samplings: Sequence[Sampling] = ()) -> None:
-        """All stages cut their cache, and choose tokens, as the first one says."""
+        """Takes over the cache lanes and sampling settings that the first stage broadcasts."""
         self.worker.use_sampling(agree_on_draws(samplings, self.transport) or self.sampling)
         count = torch.tensor([len(shapes)])
         self.transport.broadcast(count)
@@ -135,11 +137,11 @@ class Engine:
         self.transport.broadcast(table)
         agreed = tuple(LaneShape(*row) for row in table.tolist())
         if agreed != self.worker.cache.shapes:
-            num_layers = self.worker.stage.layers.end - self.worker.stage.layers.first
+            num_layers = self.worker.stage.layers.count
             self.worker.use_cache(LaneCache(num_layers, agreed))
 
     def graphs_note(self) -> str | None:
-        """How this stage runs decode steps on a card, and why if not in CUDA graphs."""
+        """Says whether a card runs decode steps as CUDA graphs, and why not; None on a CPU."""
         graphs = self.worker.steps.graphs
         if self.worker.stage.device.type != "cuda":
             return None
@@ -148,9 +150,9 @@ class Engine:
         return f"decode steps run without CUDA graphs: {graphs.why_not}"
 
     def measure(self, hashes: bool = False) -> list[StageReport]:
-        """Every stage's times, and with `hashes` those of its weights; all stages must call this.
+        """Reports of every stage's times, with SHA-256 digests of its weights if `hashes`.
 
-        Hashing reads all weights: seconds for a large stage.
+        All stages must call this. Hashing reads all weights, which takes seconds for a large stage.
         """
         times = *self.worker.watch.values(), self._peak_bytes(), self.load_s
         halved = (self.worker.most_rows.get(prefill, 0) for prefill in (True, False))
@@ -158,9 +160,10 @@ class Engine:
         captured = len(graphs.captured), graphs.num_bytes
         mine = (*times, *halved, *captured, *self.account.parts)
         rows = self.transport.gather(torch.tensor(mine, dtype=torch.float64))
-        measured = self._gather_measured()
+        tables = self._gather_tables(self.worker.watch.table(), TIME_COLUMNS)
         reports = [
-            _stage_report(rank, row.tolist(), measured[rank]) for rank, row in enumerate(rows)
+            _stage_report(rank, row.tolist(), measured_times(table))
+            for rank, (row, table) in enumerate(zip(rows, tables, strict=True))
         ]
         if not hashes:
             return reports
@@ -169,11 +172,6 @@ class Engine:
             report.model_copy(update={"weights_sha256": one})
             for report, one in zip(reports, every, strict=True)
         ]
-
-    def _gather_measured(self) -> list[list[MeasuredTime]]:
-        """Every stage's times by kind of call."""
-        tables = self._gather_tables(self.worker.watch.table(), TIME_COLUMNS)
-        return [measured_times(table) for table in tables]
 
     def _gather_tables(self, table: list[list[float]], columns: int) -> list[list[list[float]]]:
         """Every stage's table, through tables of equal size."""
@@ -185,23 +183,23 @@ class Engine:
         return [t[:n].tolist() for t, n in zip(tables, counts, strict=True)]
 
     def _peak_bytes(self) -> int:
-        """What a card's allocator counted; on a CPU what the worker accounts for."""
+        """The peak that a card's allocator counted; on a CPU the worker's memory account."""
         device = self.worker.stage.device
         if device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(device))
         return self.account.total
 
     def start_clock(self, trace: bool = False) -> None:
-        """Opens the links, waits for all stages, then forgets what loading and warming up took.
+        """Opens connections, waits for all stages, and resets the times of loading and warm-up.
 
-        With `trace` every job's time is kept for `trace`.
+        With `trace`, the time of every job is kept for the method `trace`.
         """
         self._open_links()
         self.transport.gather(torch.zeros(1))
         self.worker.watch = Stopwatch(spans=array("d") if trace else None)
 
     def _open_links(self) -> None:
-        """Small messages round the stages: connections are made at first use."""
+        """Sends small messages through all stages, as connections are made at first use."""
         if not self.worker.stage.shard.leads:
             return
         transport, worker = self.transport, self.worker
@@ -212,14 +210,14 @@ class Engine:
         if not worker.is_last:
             transport.send_header(worker.headers.empty()).wait()
             transport.send_hidden(message).wait()
-        answer = torch.zeros(worker.answer_size(), dtype=torch.int32)
+        answer = torch.zeros(worker.messages.token_message_size(), dtype=torch.int32)
         if worker.is_last and not worker.is_first:
             transport.send_tokens(answer).wait()
         elif worker.is_first and not worker.is_last:
             transport.receive_tokens(answer).wait()
 
     def trace(self) -> list[list[list[float]]]:
-        """Every stage's jobs as `SPAN_COLUMNS`; all stages must call this."""
+        """Every stage's jobs, `SPAN_COLUMNS` numbers each; all stages must call this."""
         spans = self.worker.watch.spans or array("d")
         table = [list(spans[i : i + SPAN_COLUMNS]) for i in range(0, len(spans), SPAN_COLUMNS)]
         return self._gather_tables(table, SPAN_COLUMNS)
@@ -255,66 +253,9 @@ class Engine:
             group,
         )
 
-    @torch.inference_mode()
-    def _warm_up(self) -> None:
-        """Does a job of each kind at its largest planned size, measuring what they take.
-
-        Then steps of the other sizes that the plan's requests will ask for, to be captured.
-        """
-        device = self.worker.stage.device
-        # The first round makes the cache's buffers, and is the only one that runs a step which is
-        # then captured: its memory stays the graph's.
-        rounds = [
-            [peak_bytes(partial(self._try, job), device) for job in self._largest_jobs()]
-            for _ in range(2)
-        ]
-        steps = self.worker.steps
-        (*_, step), prefills = rounds[0], max(rounds[1])
-        activations = prefills + step if steps.graphs.wanted else prefills
-        self.account.cache = self.worker.cache.num_bytes
-        self.account.activations = steps.num_bytes + activations
-        self.account.check()
-        if steps.graphs.wanted:
-            for job in self._planned_steps():
-                self._try(job)
-
-    def _planned_steps(self) -> Iterator[Job]:
-        """Steps of whole lanes at every width from the shortest prompt on, widest first."""
-        shortest = min(prompt for prompt, _ in planned_lengths(self.plan.workload))
-        for lane, shape in enumerate(self.reserve.lanes):
-            least = min(shortest + 1, shape.tokens)
-            for width in reversed([n for n in graph_lengths(shape.tokens) if n >= least]):
-                rows = range(shape.rows)
-                members = tuple(Member(lane, row, width - 1, row, 1) for row in rows)
-                yield Job(False, members, 0, width, shape.rows)
-
-    def _largest_jobs(self) -> list[Job]:
-        """A prefill of unequal prompts, a chunk at the end of a long one, a decode step."""
-        longest, chunk = self.reserve.longest, self.reserve.chunk_tokens
-        prompt = self.reserve.prompt_tokens
-        lane = max(range(len(self.reserve.lanes)), key=lambda i: self.reserve.lanes[i].tokens)
-        rows = self.reserve.lanes[lane].rows
-        prompts = [max(1, chunk - 1), *[chunk] * (self.plan.prefill_micro_batch - 1)]
-        newcomers = tuple(Member(lane, i % rows, n, i, 0) for i, n in enumerate(prompts))
-        ends = newcomers[0]._replace(prompt_tokens=prompt)
-        steps = tuple(Member(lane, row, longest - 1, row, 1) for row in range(rows))
-        return [
-            Job(True, newcomers, 0, max(prompts), len(prompts)),
-            Job(True, (ends,), prompt - min(chunk, prompt), prompt, 1),
-            Job(False, steps, 0, longest, rows),
-        ]
-
-    def _try(self, job: Job) -> None:
-        """One job of this stage on invented input."""
-        stage, worker = self.worker.stage, self.worker
-        worker.cache.rearrange(job)
-        worker.steps.rearrange(job)
-        shape, kind = worker.given_shape(job), worker.given_kind()
-        worker.compute(job, torch.zeros(shape, dtype=kind, device=stage.device))
-
 
 def _steps_ahead(device: torch.device, num_stages: int) -> int:
-    """Steps of a lane that may be under way: a card that works alone need not wait for tokens."""
+    """How many steps of a lane may be in flight: a single card need not wait for its tokens."""
     return 2 if device.type == "cuda" and num_stages == 1 else 1
 
 
@@ -343,7 +284,7 @@ def _stage_report(rank: int, values: list[float], measured: list[MeasuredTime]) 
 
 
 def _rehearsal(plan: Plan, rank: int, rehearse: bool) -> tuple[MemoryAccount, float]:
-    """The memory account of a stage, and how many times slower than this machine it plays."""
+    """The memory account of a stage, and the slowdown with which it is rehearsed."""
     stage = plan.stages[rank]
     name = f"stage {rank} ({stage.devices[0]} on {stage.node})"
     role = plan.cluster.rehearse.get(stage.devices[0]) if rehearse else None

@@ -9,28 +9,28 @@ T = TypeVar("T")
 
 
 class Inbox(Generic[T]):
-    """What `receive` brings, in order, until it brings None.
+    """A queue of the items that `receive` returns, in order, until it returns None.
 
-    How far it runs ahead is bounded by what the sender has under way. Errors of `receive` are
-    raised where the computation asks.
+    The sender's messages in flight bound how far it runs ahead. Errors of `receive` are raised
+    where the computation asks for the next item.
     """
 
     def __init__(self, receive: Callable[[], T | None]) -> None:
         self._receive = receive
-        self._come: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
     def get(self) -> T | None:
-        """The next one; None at the end. Waits."""
-        return self._checked(self._come.get())
+        """Waits for the next item; None at the end."""
+        return self._checked(self._arrived.get())
 
     def get_if_here(self) -> T | None:
-        """The next one if it has come."""
-        return None if self._come.empty() else self._checked(self._come.get())
+        """The next item if it has arrived, else None."""
+        return None if self._arrived.empty() else self._checked(self._arrived.get())
 
     def fail(self, error: BaseException) -> None:
-        """Raises an error where the computation asks next, or waits already."""
-        self._come.put(error)
+        """Raises an error at the next `get`, or at the one that waits already."""
+        self._arrived.put(error)
 
     def _checked(self, item: T | BaseException | None) -> T | None:
         if isinstance(item, BaseException):
@@ -40,7 +40,7 @@ class Inbox(Generic[T]):
     def _run(self) -> None:
         try:
             while (item := self._receive()) is not None:
-                self._come.put(item)
-            self._come.put(None)
+                self._arrived.put(item)
+            self._arrived.put(None)
         except BaseException as error:
-            self._come.put(error)
+            self._arrived.put(error)

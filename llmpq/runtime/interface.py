@@ -1,11 +1,12 @@
 """Which network interface workers talk over: loopback on one machine, and else the right one.
 
-gloo takes the address that the machine's own name stands for, which on many machines (Debian's
-127.0.1.1) is of no use to others. The right interface is the one that reaches the meeting point; on
-the machine that holds the meeting point, the one of the address by which others find it. What a
-user has set (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) stays.
+gloo takes the address that the machine's own name resolves to, which other machines often cannot
+reach (Debian's 127.0.1.1). The right interface is the one that reaches MASTER_ADDR; on the machine
+that has that address, the interface of the address. Variables that a user has set
+(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) are kept.
 
-Not covered: machines without IPv4, and systems other than Linux, where the user names it.
+Not covered: machines without IPv4, and systems other than Linux, where the user must name the
+interface.
 """
 
 import socket
@@ -20,7 +21,7 @@ SIOCGIFADDR = 0x8915
 
 
 def name_interface(variables: MutableMapping[str, str], is_one_machine: bool) -> None:
-    """Sets what is not set yet; on one machine, gloo then listens where no other reaches it."""
+    """Sets the variables that are not set; on one machine, gloo then listens on loopback only."""
     if is_one_machine:
         variables.setdefault("GLOO_SOCKET_IFNAME", loopback())
     elif found := interface_towards(variables.get("MASTER_ADDR", "")):
@@ -47,7 +48,7 @@ def interface_towards(host: str) -> str | None:
 
 
 def _own_address(host: str) -> str:
-    """The address from which packets to a host leave; "" where there is no way."""
+    """The source address of packets to a host; "" where there is no route."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))
         return str(probe.getsockname()[0])

@@ -8,7 +8,7 @@ from llmpq.job import Job, Member, Move
 
 FIXED = 8  # numbers in front of the tables
 MEMBER, MOVE = len(Member._fields), len(Move._fields)
-END = -1  # in place of the kind: no job follows
+END = -1  # the kind that says that no job follows
 HEADER_DTYPE = torch.int32
 
 
@@ -16,8 +16,9 @@ HEADER_DTYPE = torch.int32
 class Headers:
     """Writes and reads headers: int32, all of one length.
 
-    `rows`: of the largest micro-batch; `moves`: most of a job; `num_stages`: each adds how long it
-    has computed so far, in milliseconds, which the last stage sends back.
+    `rows` is the size of the largest micro-batch, `moves` the most moves of a job. Each of the
+    `num_stages` stages adds how long it has computed so far, in milliseconds, which the last stage
+    sends back.
     """
 
     rows: int
@@ -30,13 +31,13 @@ class Headers:
         return FIXED + MEMBER * self.rows + MOVE * self.moves + self.num_stages
 
     def empty(self) -> torch.Tensor:
-        """To receive into, or to end with."""
+        """A header to receive into; sent as it is, it says that no job follows."""
         header = torch.zeros(self.size, dtype=HEADER_DTYPE)
         header[0] = END
         return header
 
     def write(self, job: Job, busy_ms: list[int]) -> torch.Tensor:
-        """The header of a job; `busy_ms` of the stages so far."""
+        """The header of a job, with the `busy_ms` of the stages so far."""
         numbers = [int(job.prefill), job.begin, job.end, job.rows, int(job.chooses)]
         tables = (job.members, job.moves)
         numbers += [len(table) for table in tables] + [len(busy_ms)]
@@ -49,7 +50,7 @@ class Headers:
         return header
 
     def read(self, header: torch.Tensor) -> tuple[Job, list[int]] | None:
-        """The job and what the stages before have computed; None at the end."""
+        """The job and the milliseconds of the stages before; None at the end."""
         numbers = header.tolist()
         if numbers[0] == END:
             return None
@@ -70,15 +71,15 @@ class Headers:
 
 
 def _rows(numbers: list[int], size: int) -> list[list[int]]:
-    """A table that was written row after row."""
+    """Splits a flat table into its rows."""
     return [numbers[at : at + size] for at in range(0, len(numbers), size)]
 
 
 def headers_for(prefill_rows: int, decode_rows: int, num_stages: int) -> Headers:
-    """Headers that hold every job of such micro-batches."""
+    """Headers that are large enough for every job of such micro-batches."""
     return Headers(max(prefill_rows, decode_rows), moves=decode_rows, num_stages=num_stages)
 
 
 def shape(job: Job) -> tuple[int, int]:
-    """Rows and tokens of each that a job computes."""
+    """The rows of a job, and the tokens that it computes of each row."""
     return job.rows, job.end - job.begin if job.prefill else 1

@@ -1,4 +1,4 @@
-"""The first stage's part of a run: which job is next, what came back, who has ended."""
+"""The first stage's part of a run: it issues jobs, takes tokens back, and ends requests."""
 
 from collections import deque
 from collections.abc import Callable
@@ -11,24 +11,25 @@ from llmpq.models.lanes import on_device
 from llmpq.prompts.request import Finished, Reason, Request
 from llmpq.runtime.inbox import Inbox
 from llmpq.runtime.jobs import END
+from llmpq.runtime.messages import Result
 from llmpq.runtime.outbox import Outbox
 from llmpq.runtime.steps import BROKEN
-from llmpq.runtime.worker import Result, Worker
+from llmpq.runtime.worker import Worker
 from llmpq.schedule import Schedule
 
 Ends = Callable[[Request, list[int]], bool]  # whether a request's new tokens are all it asks for
 
 
 def never(request: Request, tokens: list[int]) -> bool:
-    """For runs that nothing but lengths and end-of-text tokens ends."""
+    """No request ends by its text; only lengths and end-of-text tokens end requests."""
     return False
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is. `busy_ms`: what each stage has computed so far, as far as is known.
+    """How far a run is. `busy_ms` holds each stage's milliseconds of computing, as last reported.
 
-    `num_begun`: requests that have their first token.
+    `num_begun` counts requests that have their first token.
     """
 
     num_done: int
@@ -48,7 +49,7 @@ class _Open:
 
 
 class Leader:
-    """Runs requests through the stages. `fetch` reads one by its number when its turn has come."""
+    """Runs requests through the stages; `fetch` reads a request when its turn has come."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Leader:
         self.on_finished, self.on_status, self._ends = on_finished, on_status, ends
         self._open: dict[int, _Open] = {}
         self._schedule, self._fetch = schedule, fetch
-        self._results: deque[Result] = deque()  # of a stage alone, not looked at yet
+        self._results: deque[Result] = deque()  # results of a single stage that nobody took yet
         self._inbox: Inbox[list[int]] | None = None
         self._outbox: Outbox | None = None
         self._busy_ms: tuple[int, ...] = (0,) * worker.headers.num_stages
@@ -72,7 +73,7 @@ class Leader:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Until every request has ended; then ends the other stages."""
+        """Runs until every request has ended; then ends the other stages."""
         schedule = self._schedule
         if not self.worker.is_last:
             self._inbox = Inbox(self._receive)
@@ -101,7 +102,7 @@ class Leader:
             worker.hand_over(self._outbox, job, result, [worker.watch.busy_ms])
 
     def _token_ids(self, job: Job) -> torch.Tensor | None:
-        """`[b, S]`: prompts padded on the right, or `[b]` each row's last token, unless kept."""
+        """`[b, S]` padded prompts, or `[b]` last tokens; None where the device has them."""
         if not job.prefill:
             if self.worker.steps.keeps_ids:
                 return None
@@ -115,11 +116,11 @@ class Leader:
             row[: len(prompt)] = torch.tensor(prompt)
         return ids
 
-    # ---- what comes back
+    # ---- the token return path
 
     def _receive(self) -> list[int] | None:
-        """The next message of tokens, in the inbox's thread."""
-        buffer = torch.zeros(self.worker.answer_size(), dtype=torch.int32)
+        """Receives the next message of tokens; runs in the inbox's thread."""
+        buffer = torch.zeros(self.worker.messages.token_message_size(), dtype=torch.int32)
         self.worker.transport.receive_tokens(buffer).wait()
         answer: list[int] = buffer.tolist()
         return None if answer[0] == END else answer
@@ -152,7 +153,7 @@ class Leader:
         self._note(answer[1 : 1 + count])
 
     def _note(self, tokens: list[int]) -> None:
-        """The tokens of the oldest job; a request that had stopped before it takes no more."""
+        """Takes the tokens of the oldest job; requests that had ended before it take none."""
         job = self._schedule.oldest
         stops = [
             token in self.eos_ids or token == BROKEN or self._has_ended(member.number, token)
@@ -165,7 +166,7 @@ class Leader:
         self.on_status(self._status())
 
     def _has_ended(self, number: int, token: int) -> bool:
-        """With this token; what had ended before it is not asked again."""
+        """Whether the request ends with this token; False where it had ended before."""
         one = self._open.get(number)
         return one is not None and self._ends(one.request, [*one.tokens, token])
 

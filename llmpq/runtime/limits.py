@@ -1,4 +1,4 @@
-"""What requests may ask for: of the model, and of the cache that a plan reserves."""
+"""The limits of requests, from the model and from the cache that a plan reserves."""
 
 from typing import Any
 

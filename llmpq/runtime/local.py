@@ -1,7 +1,7 @@
-"""All stages of a plan as threads of this process: the twin of the runtime for tests and trials.
+"""Runs all stages of a plan as threads of this process, for `llmpq.library` and tests.
 
-Slower than processes (one interpreter), but the same engine, schedule and tokens. All stages are on
-the CPU, and the plan's rehearsal is not played.
+Threads share one interpreter and are slower than processes, but use the same engine and schedule
+and give the same tokens. All stages are on the CPU, without the plan's rehearsal.
 """
 
 import threading
@@ -16,31 +16,14 @@ from llmpq.checkpoint.roundings import NEAREST, Roundings
 from llmpq.models.stage_model import load_config
 from llmpq.plan_data import Plan
 from llmpq.prompts.request import Finished, Request
-from llmpq.runtime.engine import Engine
+from llmpq.runtime.engine import StageEngine
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.shard_group import LocalShardHub
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 
-def generate_locally(
-    plan: Plan,
-    folder: Path,
-    requests: Sequence[Request],
-    dtype: torch.dtype = torch.float32,
-    sampling: Sampling = Sampling(),
-    eos_ids: frozenset[int] = frozenset(),
-    refill: bool = True,
-    chunk: int | None = None,
-    samplings: Sequence[Sampling] = (),
-) -> dict[str | int, list[int]]:
-    """The new tokens of every request, by its id."""
-    stages = LocalStages(plan, folder, dtype, eos_ids)
-    finished = stages.generate(requests, sampling, refill, chunk, samplings)
-    return {one.request.id: list(one.token_ids) for one in finished}
-
-
-class _Place(NamedTuple):
-    """A worker: its stage, and which of those that share it."""
+class _WorkerId(NamedTuple):
+    """The stage of a worker, and its shard of that stage."""
 
     stage: int
     shard: int
@@ -58,13 +41,13 @@ class LocalStages:
         roundings: Roundings = NEAREST,
     ) -> None:
         """Loads the weights of the model in `folder`; the tokens `eos_ids` end a request."""
-        self._crew = crew = _Crew(plan)
-        self._engines: dict[_Place, Engine] = {}
+        self._threads = threads = _WorkerThreads(plan)
+        self._engines: dict[_WorkerId, StageEngine] = {}
 
-        def load(place: _Place) -> None:
-            self._engines[place] = crew.engine(place, folder, dtype, eos_ids, roundings)
+        def load(worker: _WorkerId) -> None:
+            self._engines[worker] = threads.engine(worker, folder, dtype, eos_ids, roundings)
 
-        crew.run(load)
+        threads.run(load)
 
     def generate(
         self,
@@ -74,36 +57,36 @@ class LocalStages:
         chunk: int | None = None,
         samplings: Sequence[Sampling] = (),
     ) -> list[Finished]:
-        """What becomes of every request, in the order in which they end.
+        """The finished requests, in the order in which they end.
 
-        The arguments are those of `Engine.lead`; after an error the stages are of no more use.
+        The arguments are those of `StageEngine.lead`. After an error the stages are unusable.
         """
         lengths = {one.number: (len(one.prompt), one.new_tokens) for one in requests}
         fetch = {request.number: request for request in requests}.__getitem__
         finished: list[Finished] = []
 
-        def work(place: _Place) -> None:
-            engine = self._engines[place]
+        def work(worker: _WorkerId) -> None:
+            engine = self._engines[worker]
             engine.sampling = sampling
-            if place == (0, 0):
+            if worker == (0, 0):
                 engine.lead(
                     lengths, fetch, finished.append, refill=refill, chunk=chunk, samplings=samplings
                 )
             else:
                 engine.follow()
 
-        self._crew.run(work)
+        self._threads.run(work)
         assert len({one.request.id for one in finished}) == len(finished)
         return finished
 
 
-class _Crew:
-    """The workers of a plan as threads, and what connects them."""
+class _WorkerThreads:
+    """The threads of a plan's workers, and the hubs that connect them."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         sizes = [stage.tensor_parallel for stage in plan.stages]
-        self._places = [_Place(i, shard) for i, size in enumerate(sizes) for shard in range(size)]
+        self._ids = [_WorkerId(i, shard) for i, size in enumerate(sizes) for shard in range(size)]
         self._hub = LocalHub(len(sizes), sizes)
         self._shard_hubs = [LocalShardHub(size) for size in sizes]
         # One after the other: transformers sets torch's default data type while it builds a model.
@@ -112,16 +95,16 @@ class _Crew:
 
     def engine(
         self,
-        place: _Place,
+        worker: _WorkerId,
         folder: Path,
         dtype: torch.dtype,
         eos_ids: frozenset[int],
         roundings: Roundings,
-    ) -> Engine:
+    ) -> StageEngine:
         """The engine of one worker, loaded in its own thread."""
-        stage, shard = place
+        stage, shard = worker
         hub = self._shard_hubs[stage]
-        return Engine(
+        return StageEngine(
             self._plan,
             load_config(folder),
             Checkpoint(folder),
@@ -135,9 +118,9 @@ class _Crew:
             loading=self._loading,
         )
 
-    def run(self, work: Callable[[_Place], None]) -> None:
-        """Does `work` in a thread for each worker; raises what failed first."""
-        threads = [threading.Thread(target=self._try, args=(work, p)) for p in self._places]
+    def run(self, work: Callable[[_WorkerId], None]) -> None:
+        """Calls `work` in a thread for each worker; raises the first error."""
+        threads = [threading.Thread(target=self._try, args=(work, p)) for p in self._ids]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -145,9 +128,9 @@ class _Crew:
         if self._failures:
             raise self._failures[0]
 
-    def _try(self, work: Callable[[_Place], None], place: _Place) -> None:
+    def _try(self, work: Callable[[_WorkerId], None], worker: _WorkerId) -> None:
         try:
-            work(place)
+            work(worker)
         except BaseException as error:
             self._failures.append(error)
             self._hub.abort()

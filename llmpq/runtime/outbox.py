@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 
 class Outbox:
-    """Does what it is given, in order: waits for a result, then sends it.
+    """Runs the given send functions in order, while the computation goes on.
 
-    The computation goes on meanwhile. Errors are raised where the computation gives it something
-    or closes it, and are told to `on_error` at once, as the computation may be waiting elsewhere.
+    Errors are raised at the next `put` or `close`, and are passed to `on_error` at once, as the
+    computation may be waiting elsewhere.
     """
 
     def __init__(self, on_error: Callable[[BaseException], None] = lambda _: None) -> None:
@@ -20,7 +20,7 @@ class Outbox:
         self._thread.start()
 
     def put(self, send: Callable[[], None]) -> None:
-        """Sends this after all that was given before."""
+        """Calls `send` after all functions that were given before."""
         self._check()
         self._todo.put(send)
 

@@ -1,8 +1,8 @@
-"""What a worker process is: its rank, its device, its data type, and how workers find each other.
+"""The rank, device and data type of a worker process, and how workers connect to each other.
 
-Under torchrun all of it comes from the environment. `start_workers` is the same for one machine
-without torchrun: it starts a process a stage, on the loopback interface only. It keeps the store
-through which they meet, so that it knows how they are, whichever of them ends.
+Under torchrun all of these come from the environment. `start_workers` replaces torchrun on one
+machine: it starts one process for each worker, on the loopback interface only. It keeps the store
+through which workers meet, so that it knows their state, whichever of them ends.
 """
 
 import ctypes
@@ -26,8 +26,8 @@ from llmpq.reliability.monitor import (
     NO_SIGN,
     PERIOD_S,
     Board,
+    HeartbeatTracker,
     Verdict,
-    Watch,
     open_board,
     open_store,
     process_state,
@@ -49,14 +49,14 @@ LAUNCHER = (
     "the environment says that a launcher started this worker, and what torchrun sets is not there "
     "or odd; start with torchrun, or unset RANK and WORLD_SIZE"
 )
-# How long the others may go on when one has ended, by how it ended: where it says why, all may;
-# where it was ended by a signal, others that were too should be seen.
+# How long the others may go on when one worker has ended: long enough to say why themselves, or,
+# after a signal, long enough to see which others were ended by a signal too.
 GRACE_S, KILLED_GRACE_S = 3.0, 0.3
 
 
 @dataclass(frozen=True)
 class Role:
-    """This process among the workers."""
+    """The rank of this process among all workers, and among those of its machine."""
 
     rank: int
     size: int
@@ -64,13 +64,11 @@ class Role:
     local_size: int
 
 
-def role_from_environment() -> Role | None:
-    """What torchrun (or `start_workers`) set, or None outside of it."""
-    return role_from(os.environ)
+def role_from_environment(variables: Mapping[str, str] = os.environ) -> Role | None:
+    """The role that torchrun (or `start_workers`) set in these variables; None outside of it.
 
-
-def role_from(variables: Mapping[str, str]) -> Role | None:
-    """The same from these variables; raises `UserError` for what no launcher sets."""
+    Raises `UserError` for values that no launcher sets.
+    """
     if "RANK" not in variables or "WORLD_SIZE" not in variables:
         return None
     rank, size = _number(variables, "RANK"), _number(variables, "WORLD_SIZE", least=1)
@@ -90,7 +88,7 @@ def role_from(variables: Mapping[str, str]) -> Role | None:
 
 
 def check_meeting_point(variables: Mapping[str, str] = os.environ) -> None:
-    """Raises `UserError` where the launcher does not say where workers find each other."""
+    """Raises `UserError` where the launcher does not set MASTER_ADDR and MASTER_PORT."""
     _number(variables, "MASTER_PORT", least=1)
     if not variables.get("MASTER_ADDR"):
         raise UserError(f"MASTER_ADDR is not set: {LAUNCHER}")
@@ -99,7 +97,7 @@ def check_meeting_point(variables: Mapping[str, str] = os.environ) -> None:
 def _number(
     variables: Mapping[str, str], name: str, least: int = 0, other: int | None = None
 ) -> int:
-    """A variable's number; `other` where it is not set."""
+    """The number in a variable; `other` where it is not set."""
     text = variables.get(name)
     if text is None and other is not None:
         return other
@@ -110,14 +108,14 @@ def _number(
 
 
 def card_device(index: int) -> torch.device:
-    """The card of this number, which becomes this process's own."""
+    """The card with this index, made the current card of this process."""
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 
 
 def choose_device(name: str, role: Role) -> torch.device:
-    """`auto` takes a CUDA card where there is one; processes share cards in turn."""
+    """The device of a process: `auto` takes a card where there is one; cards are shared in turn."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -128,7 +126,7 @@ def choose_device(name: str, role: Role) -> torch.device:
 def choose_dtype(
     name: str, device: torch.device, transport: Transport | None = None
 ) -> torch.dtype:
-    """`auto`: bfloat16 where every worker's device has it, else float16 for all of them."""
+    """The data type: `auto` is bfloat16 where every worker's device has it, else float16."""
     if name != "auto":
         return DTYPES[name]
     old_card = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
@@ -138,7 +136,7 @@ def choose_dtype(
 
 
 def join(role: Role) -> None:
-    """Meets the other workers of the launch, where that has not happened yet.
+    """Connects to the other workers of the launch, where that has not happened yet.
 
     Raises `NeighbourLost` where they cannot be reached.
     """
@@ -164,10 +162,10 @@ def _reaching(role: Role) -> Iterator[None]:
 def connect(
     role: Role, device: torch.device, stages: Sequence[Sequence[int]] | None = None
 ) -> tuple[Transport, ShardGroup | None]:
-    """Joins the other workers; alone, needs none. NCCL only where every worker has its own card.
+    """The transport between stages, and the group of the workers that share this one's stage.
 
-    `stages`: the ranks of each stage's workers; None: one each. Also gives what connects the
-    workers of this one's stage, where there are several.
+    NCCL is used only where every worker has its own card. `stages` holds the ranks of each stage's
+    workers; None means one worker a stage. The group is None where a stage has one worker.
     """
     if role.size == 1:
         return LocalTransport(0, LocalHub(1)), None
@@ -180,7 +178,7 @@ def connect(
 
 
 def all_gather(tensor: torch.Tensor, role: Role) -> list[torch.Tensor]:
-    """The tensor of every worker, by rank; all of one shape. Joins them first.
+    """The tensor of every worker, by rank; all have one shape. Joins the workers first.
 
     Raises `NeighbourLost` where one cannot be reached.
     """
@@ -206,7 +204,7 @@ def share_cores(role: Role, device: torch.device) -> None:
 
 
 class LostWorkers(WorkerError, Ended):
-    """Workers that were ended from outside, hung, or whose device broke; `ranks` names them."""
+    """Workers were ended from outside, hung, or lost their device; `ranks` names them."""
 
     def __init__(self, what: str, advice: str, ranks: Sequence[int]) -> None:
         super().__init__(f"{what}; {advice}")
@@ -220,39 +218,43 @@ def start_workers(
     advice: str = RESUME,
     environment: Mapping[str, str] = {},
 ) -> int:
-    """Runs `python -m module ARGUMENTS` once a name, as workers; returns 0 or raises.
+    """Runs `python -m module ARGUMENTS` once for each name, as workers; returns 0 or raises.
 
-    When one worker fails the others are stopped. A worker's own exit code 2, 3 or 5 is kept; one
-    that is lost is a `LostWorkers`, Ctrl-C and SIGTERM are `Interrupted`. `advice`: what to do
-    then.
+    When one worker fails the others are stopped. A worker's own exit code 2, 3 or 5 is kept. A lost
+    worker raises `LostWorkers`, Ctrl-C and SIGTERM raise `Interrupted`. `advice` says what the user
+    can do then.
     """
-    crew = _Crew(names, advice)
+    processes = _WorkerProcesses(names, advice)
     with interruptible(advice):
         try:
             for rank in range(len(names)):
-                crew.workers.append(_start(crew, rank, arguments, module, environment))
-            error = crew.watch()
-        except RuntimeError as error:  # torch.distributed's, of the store
+                processes.workers.append(_start(processes, rank, arguments, module, environment))
+            error = processes.watch()
+        except RuntimeError as error:  # torch.distributed reports faults of the store so
             raise WorkerError(f"the workers' meeting point broke: {error}; {advice}") from None
         finally:
-            crew.stop()
+            processes.stop()
     if error is not None:
         raise error
     return 0
 
 
 def _start(
-    crew: "_Crew", rank: int, arguments: Sequence[str], module: str, more: Mapping[str, str]
+    processes: "_WorkerProcesses",
+    rank: int,
+    arguments: Sequence[str],
+    module: str,
+    more: Mapping[str, str],
 ) -> subprocess.Popen[bytes]:
-    """Ctrl-C at a terminal goes to all processes: it is blocked there, as the parent ends them."""
-    size = str(len(crew.names))
+    """Starts one worker, with SIGINT blocked: the parent ends workers when Ctrl-C is pressed."""
+    size = str(len(processes.names))
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": size,
         "LOCAL_WORLD_SIZE": size,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(crew.store.port),
+        "MASTER_PORT": str(processes.store.port),
         SUPERVISED: str(os.getpid()),
         **more,
     }
@@ -264,7 +266,7 @@ def _start(
 
 
 def end_with_parent() -> None:
-    """A supervised worker must not outlive the process that started it, however that ends."""
+    """Makes the system kill this worker when the process that started it ends in any way."""
     if SUPERVISED not in os.environ or sys.platform != "linux":
         return
     set_parent_death_signal = 1
@@ -283,8 +285,8 @@ def _local_store() -> dist.TCPStore:
 
 
 @dataclass
-class _Crew:
-    """The workers that this process has started."""
+class _WorkerProcesses:
+    """The worker processes that this process has started, and their store."""
 
     names: Sequence[str]
     advice: str
@@ -292,21 +294,22 @@ class _Crew:
     store: dist.TCPStore = field(default_factory=_local_store)
 
     def watch(self) -> Exception | None:
-        """Returns when all have ended, or when the rest need not go on; what went wrong."""
+        """Waits until all have ended or the rest must stop; returns the error, or None."""
         board = open_board(len(self.names), self.store)
-        watch, next_look, deadline = Watch(len(self.names)), 0.0, float("inf")
+        watch, next_look, deadline = HeartbeatTracker(len(self.names)), 0.0, float("inf")
         silent: list[int] = []
         while (now := time.monotonic()) < deadline and None in self._codes() and not silent:
             if now >= next_look:
                 next_look = max(next_look, now - PERIOD_S) + PERIOD_S
-                silent = [rank for rank in watch.look(self._beats(board)) if self._is_there(rank)]
+                lost = watch.look(self._beats(board))
+                silent = [rank for rank in lost if self.workers[rank].poll() is None]
             deadline = min(deadline, now + _grace_s(self._codes()))
             time.sleep(0.05)
         described = self._described(board)
         return conclusion(self._codes(), silent, board.verdict(), described, self.advice)
 
     def stop(self) -> None:
-        """Ends those that still run; what they have written is safe."""
+        """Kills the workers that still run; results that they have written are safe."""
         for worker in self.workers:
             worker.kill()
         for worker in self.workers:
@@ -317,11 +320,8 @@ class _Crew:
     def _codes(self) -> list[int | None]:
         return [worker.poll() for worker in self.workers]
 
-    def _is_there(self, rank: int) -> bool:
-        return self.workers[rank].poll() is None
-
     def _beats(self, board: Board) -> list[int]:
-        """-1: stopped before its first beat."""
+        """The beats of every worker; -1 for one that was stopped before its first beat."""
         stopped = [process_state(worker.pid)[0] in ("T", "t") for worker in self.workers]
         return [beat or -int(here) for beat, here in zip(board.beats(), stopped, strict=True)]
 
@@ -346,9 +346,10 @@ def conclusion(
     workers: Sequence[str],
     advice: str,
 ) -> Exception | None:
-    """The error that stands for all workers: what the user did, else who was lost or failed.
+    """The one error for all workers: the user's own fault first, else who was lost or failed.
 
-    `codes`: None for those that still run; `silent`: those among them that hang.
+    `codes` holds exit codes, None for workers that still run; `silent` names those of them that
+    hang.
     """
     for code, kind in ((2, UserError), (3, InfeasibleError)):
         if code in codes:
@@ -358,7 +359,7 @@ def conclusion(
         names = {rank: signal.Signals(number).name for rank, number in ended.items()}
         what = "; ".join(f"{workers[rank]} was ended by {name}" for rank, name in names.items())
         lost = LostWorkers(what, advice, tuple(ended))
-        if set(ended.values()) == {signal.SIGTERM}:  # as when a machine is to be given back
+        if set(ended.values()) == {signal.SIGTERM}:  # a machine that must be given back ends so
             lost.exit_code = 128 + signal.SIGTERM
         return lost
     if verdict is not None:

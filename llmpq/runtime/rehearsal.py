@@ -1,11 +1,12 @@
-"""Playing a slower, smaller device on this machine.
+"""Rehearses a slower, smaller device on this machine.
 
-`Throttle`: after t seconds of computing, wait (factor - 1) t. On a CPU t is this thread's own CPU
-time, so that sharing a core with other workers eats into the wait and not into the result; the
-wait carries its overshoot to the next one. `cores_needed` says whether that can be true at all.
-`MemoryAccount`: weights, cache, activations and message buffers against a cap; above it the worker
-stops. `MeteredTransport` counts the buffers that are alive.
-Not counted: the process itself, its libraries, and what torch's kernels take inside.
+`Throttle` waits (factor - 1) t after t seconds of computing. On a CPU t is this thread's own CPU
+time, so that sharing a core with other workers shortens the wait and does not change the result; a
+wait that was too long shortens the next one. `cores_needed` says how many cores this needs.
+`MemoryAccount` adds up weights, cache, activations and message buffers against a cap; above it the
+worker stops. `MessageMeter` counts the message buffers that are alive.
+
+Not counted: the process itself, its libraries, and temporaries inside torch's kernels.
 """
 
 import os
@@ -22,7 +23,6 @@ import torch
 from llmpq.cluster import MIB
 from llmpq.errors import InfeasibleError
 from llmpq.models.live_tensors import PeakMemory
-from llmpq.runtime.transport import Pending, Transport
 
 T = TypeVar("T")
 
@@ -31,10 +31,10 @@ Note = Callable[[float, float], None]  # seconds that a computation took, and si
 
 
 class Throttle:
-    """Runs computations as a device `factor` times slower would, and times them.
+    """Runs computations at the speed of a device `factor` times slower, and times them.
 
-    A card that plays none but itself is not waited for: its own clock tells, later, what each
-    computation took. Until `settle` a few of the last ones may not have been told.
+    On a card with factor 1 nothing waits: CUDA events give the time of each computation later.
+    Until `settle` the times of the last few may be missing.
     """
 
     def __init__(self, factor: float, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class Throttle:
         self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, compute: Callable[[], T], note: Note) -> T:
-        """The result; `note` hears the seconds it took, the wait included."""
+        """The result of `compute`; `note` is called with its seconds, the wait included."""
         if not self._on_cpu and self.factor == 1:
             return self._start(compute, note)
         start, cpu_start = time.perf_counter(), time.thread_time()
@@ -61,12 +61,12 @@ class Throttle:
         return result
 
     def settle(self) -> None:
-        """Waits until all that was started has been told."""
+        """Waits until `note` has been called for all computations."""
         while self._running:
             self._tell_oldest()
 
     def _start(self, compute: Callable[[], T], note: Note) -> T:
-        """Starts a computation between two events of the card."""
+        """Starts a computation between two CUDA events."""
         while self._running and self._running[0][1].query():
             self._tell_oldest()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -81,7 +81,7 @@ class Throttle:
         start, end, note = self._running.popleft()
         end.synchronize()
         now = torch.cuda.Event(enable_timing=True)
-        now.record(self._aside)  # not behind what is still computing
+        now.record(self._aside)  # this stream does not wait for running kernels
         now.synchronize()
         note(start.elapsed_time(end) / 1000, end.elapsed_time(now) / 1000)
 
@@ -95,12 +95,12 @@ class Throttle:
 
 
 def cores_needed(slowdowns: Iterable[float]) -> float:
-    """Cores that workers of these slowdowns keep busy when all compute at once."""
+    """The number of cores that workers of these slowdowns keep busy when all compute at once."""
     return sum(1 / slowdown for slowdown in slowdowns)
 
 
 def available_cores() -> int:
-    """Cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -115,7 +115,7 @@ def own_core(rank: int, num_workers: int) -> None:
 
 @dataclass
 class MemoryAccount:
-    """Bytes a worker holds, against its cap (None: no cap)."""
+    """The bytes that a worker holds, and its cap (None: no cap)."""
 
     name: str
     cap_bytes: int | None
@@ -126,7 +126,7 @@ class MemoryAccount:
 
     @property
     def parts(self) -> tuple[int, int, int, int]:
-        """Weights, cache, activations, buffers."""
+        """The bytes of weights, cache, activations and buffers."""
         return self.weights, self.cache, self.activations, self.buffers
 
     @property
@@ -148,54 +148,19 @@ class MemoryAccount:
         )
 
 
-class MeteredTransport:
-    """A transport that keeps an account of the hidden states under way, at their peak.
+class MessageMeter:
+    """Records the peak bytes of hidden states in flight in a memory account.
 
-    It is used by the thread that receives and the one that sends, at once.
+    The thread that receives and the one that sends use it at the same time.
     """
 
-    def __init__(self, inner: Transport, account: MemoryAccount) -> None:
-        self._inner, self._account = inner, account
-        self.rank, self.size = inner.rank, inner.size
-        self.message_device = inner.message_device
+    def __init__(self, account: MemoryAccount) -> None:
+        self._account = account
         self._alive = 0
         self._lock = threading.RLock()  # a buffer may be freed while another is counted
 
-    def send_header(self, tensor: torch.Tensor) -> Pending:
-        """To the next stage."""
-        return self._inner.send_header(tensor)
-
-    def receive_header(self, tensor: torch.Tensor) -> Pending:
-        """Into `tensor`, from the stage before."""
-        return self._inner.receive_header(tensor)
-
-    def send_hidden(self, tensor: torch.Tensor) -> Pending:
-        """To the next stage."""
-        self._note(tensor)
-        return self._inner.send_hidden(tensor)
-
-    def receive_hidden(self, tensor: torch.Tensor) -> Pending:
-        """Into `tensor`, from the stage before."""
-        self._note(tensor)
-        return self._inner.receive_hidden(tensor)
-
-    def send_tokens(self, tensor: torch.Tensor) -> Pending:
-        """From the last stage to the first."""
-        return self._inner.send_tokens(tensor)
-
-    def receive_tokens(self, tensor: torch.Tensor) -> Pending:
-        """On the first stage."""
-        return self._inner.receive_tokens(tensor)
-
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """Rank 0's values into everyone's tensor."""
-        self._inner.broadcast(tensor)
-
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Everyone's tensor, on every rank."""
-        return self._inner.gather(tensor)
-
-    def _note(self, buffer: torch.Tensor) -> None:
+    def count(self, buffer: torch.Tensor) -> None:
+        """Counts a buffer until it is freed; raises `InfeasibleError` above the account's cap."""
         storage = buffer.untyped_storage()
         with self._lock:
             self._alive += storage.nbytes()
@@ -209,7 +174,7 @@ class MeteredTransport:
 
 
 def peak_bytes(compute: Callable[[], object], device: torch.device) -> int:
-    """Bytes that `compute` takes at its peak beyond what is held afterwards."""
+    """The peak bytes of `compute`, less the bytes that are held afterwards."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         compute()

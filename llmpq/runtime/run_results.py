@@ -6,7 +6,7 @@ from typing import Literal
 
 from llmpq.plan_data import Plan
 from llmpq.prompts.prompts import PromptFile
-from llmpq.prompts.result_lines import Writer
+from llmpq.prompts.result_lines import ResultWriter
 from llmpq.prompts.result_stream import ResultStream
 from llmpq.reliability.journal import Fsync, Results
 from llmpq.runtime.run_inputs import RunInputs
@@ -35,7 +35,7 @@ def open_results(plan: Plan, inputs: RunInputs, output: ResultFile) -> Results |
     prompts = inputs.led_prompts
     form = prompts.form if output.format == "auto" else output.format
     name = Path(plan.model.name).name
-    writer = Writer(form, name)
+    writer = ResultWriter(form, name)
     if output.path is None:
         return ResultStream(writer)
     identity = {

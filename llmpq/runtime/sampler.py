@@ -1,10 +1,10 @@
 """Chooses the next token from logits, on the device that computed them.
 
-Sampling draws by noise that is a function of (seed, request, position, token) alone, so that the
-draw does not depend on which others share its micro-batch (the logits may, in their last bits), nor
-on the device. `Sampling` is one way for all requests; `Draws` is a table of ways by the requests'
-numbers: rows of a micro-batch then differ, and greedy ones stay so. Nothing here waits for a device
-or looks at values, so a CUDA graph may hold it.
+Sampling adds noise that is a function of (seed, request, position, token) alone, so that a draw
+depends neither on which requests share its micro-batch (the logits may, in their last bits) nor on
+the device. `Sampling` is one setting for all requests; `Draws` is a table of settings by request
+number, with which rows of a micro-batch differ. Nothing here waits for a device or looks at values,
+so a CUDA graph may hold it.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 SHIFTS = (30, 27, 31)
 
-MOST_K = 2**31  # of top-k: more tokens than any vocabulary has
+MOST_K = 2**31  # the limit of top-k: more tokens than any vocabulary has
 GREEDY_BELOW = 1e-5  # as in vLLM (_SAMPLING_EPS)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 is greedy. `top_k` 0 and `top_p` 1 cut nothing.
+    """How tokens are chosen; temperature 0 is greedy. `top_k` 0 and `top_p` 1 exclude nothing.
 
-    So are temperatures below `GREEDY_BELOW`: there logits that differ at all are so far apart that
-    the most likely token is drawn, and logits over the temperature overflow. `own_seed`: the seed
-    is the request's own, so that its draws do not depend on its place among the others.
+    Temperatures below `GREEDY_BELOW` are greedy too: logits that differ at all are then so far
+    apart that the most likely token is drawn, and logits over the temperature overflow. With
+    `own_seed`, draws do not depend on the request's number.
     """
 
     temperature: float = 0.0
@@ -40,21 +40,22 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Always the most likely token."""
+        """Whether the most likely token is always chosen."""
         return self.temperature < GREEDY_BELOW
 
     @property
     def cuts(self) -> bool:
-        """Not every token may be drawn."""
+        """Whether some tokens are excluded from the draw."""
         return not self.greedy and (self.top_k > 0 or self.top_p < 1)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """How each request's tokens are chosen where requests differ, on the device, by their numbers.
+    """Sampling settings of each request, by its number, where requests differ.
 
-    `whole` int64 `[N, 2]`: what the noise of a request begins with, and its `top_k`. `parts` fp32
-    `[N, 2]`: its temperature and `top_p`. `cuts`: some request has a `top_k` or `top_p`.
+    `whole` int64 `[N, 2]` holds the initial state of a request's noise, and its `top_k`. `parts`
+    fp32 `[N, 2]` holds its temperature and `top_p`. `cuts` tells whether some request has a
+    `top_k` or `top_p`.
     """
 
     whole: Tensor
@@ -62,14 +63,17 @@ class Draws:
     cuts: bool
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device."""
+        """The same table on a device."""
         return type(self)(self.whole.to(device), self.parts.to(device), self.cuts)
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> Self:
-        """Those of requests 0, 1, 2 and so on, in main memory."""
+        """The table of requests 0, 1, 2 and so on, in main memory."""
         whole = [
-            (_start(one.seed, 0 if one.own_seed else number), min(one.top_k, MOST_K))
+            (
+                _signed(_mix(_mix(one.seed) + (0 if one.own_seed else number))),
+                min(one.top_k, MOST_K),
+            )
             for number, one in enumerate(samplings)
         ]
         parts = [(one.temperature, one.top_p) for one in samplings]
@@ -85,9 +89,8 @@ def choose(
 ) -> Tensor:
     """`[B, V]` logits to `[B]` token ids.
 
-    `requests` `[B]` are the numbers of the requests, `positions` `[B]` those of the tokens among
-    their new ones, both int64. A request of `Draws` gets the tokens that it would get of its
-    `Sampling` alone.
+    `requests` `[B]` holds the numbers of the requests, `positions` `[B]` the number of the new
+    token of each, both int64. A request gets the same tokens from `Draws` as from its `Sampling`.
     """
     if isinstance(sampling, Draws):
         return _choose_each(logits, sampling, requests, positions)
@@ -140,11 +143,6 @@ def _gumbel(size: int, starts: Tensor, positions: Tensor) -> Tensor:
     bits = _mixed(_mixed(starts + positions)[:, None] + tokens * GOLDEN)
     uniform = (((bits >> 12) & (2**52 - 1)).double() + 0.5) * 2.0**-52  # neither 0 nor 1
     return -torch.log(-torch.log(uniform)).float()
-
-
-def _start(seed: int, number: int) -> int:
-    """What the noise of a request begins with, as int64 holds it."""
-    return _signed(_mix(_mix(seed) + number))
 
 
 def _mix(state: int) -> int:

@@ -1,27 +1,24 @@
-"""How the shards of a stage add up what each has computed (`models.sharding.ShardGroup`).
+"""Collective operations between the shards of a stage (`models.sharding.ShardGroup`).
 
-`DistributedShardGroup` goes through torch.distributed, `LocalShardGroup` connects threads of one
-process. In both, every shard gets the same bits of a sum, so that all shards go on alike.
+`DistributedShardGroup` uses torch.distributed, `LocalShardGroup` connects threads of one process.
+In both, every shard gets the same bits of a sum, so that all shards compute the same states.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmpq.errors import NeighbourLost, WorkerError
+from llmpq.errors import NeighbourLost
 from llmpq.models.sharding import ShardGroup
-from llmpq.runtime.transport import TIMEOUT
-
-LOCAL_TIMEOUT_S = TIMEOUT.total_seconds()
+from llmpq.runtime.transport import TIMEOUT, ThreadExchange
 
 
 class DistributedShardGroup:
-    """Processes of torch.distributed; `ranks` are those of its world, the first shard's first.
+    """A group of processes of torch.distributed; `ranks` holds their ranks in order of shards.
 
-    `device`: where tensors must be to travel (NCCL's card); None: wherever they are.
+    `device` is the card that NCCL sends from; None sends tensors from where they are.
     """
 
     def __init__(
@@ -53,10 +50,10 @@ class DistributedShardGroup:
 def distributed_shard_group(
     stages: Sequence[Sequence[int]], backend: str, device: torch.device
 ) -> DistributedShardGroup | None:
-    """This process's group, of all those of a plan; None where its stage has one device.
+    """The group of this process's stage; None where its stage has one device.
 
-    `stages` holds the ranks of each stage, `device` is this process's. Every process of the world
-    must call it alike.
+    `stages` holds the ranks of each stage, `device` is the device of this process. Every process
+    must call this with the same `stages`.
     """
     own = None
     for ranks in stages:
@@ -67,36 +64,19 @@ def distributed_shard_group(
     return own
 
 
-class LocalShardHub:
-    """What the threads of a `LocalShardGroup` share."""
+class LocalShardHub(ThreadExchange):
+    """The state that the threads of a `LocalShardGroup` share."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
-        self._slots: list[Tensor] = [torch.empty(0)] * size
-        self._barrier = threading.Barrier(size)
+        super().__init__(size, "shard")
 
     def groups(self) -> list[ShardGroup]:
-        """One for each shard."""
+        """A group object for each shard."""
         return [LocalShardGroup(rank, self) for rank in range(self.size)]
-
-    def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:
-        """Every shard's tensor, once all have come; none may be written to."""
-        self._slots[rank] = tensor
-        try:
-            self._barrier.wait(timeout=LOCAL_TIMEOUT_S)
-            everyone = list(self._slots)
-            self._barrier.wait(timeout=LOCAL_TIMEOUT_S)
-        except threading.BrokenBarrierError:
-            raise WorkerError(f"shard {rank}: another shard has stopped") from None
-        return everyone
-
-    def abort(self) -> None:
-        """Wakes everyone who waits, after a shard has failed."""
-        self._barrier.abort()
 
 
 class LocalShardGroup:
-    """Threads of this process. Sums are taken in the order of the shards."""
+    """Connects threads of this process. Sums are taken in the order of the shards."""
 
     def __init__(self, rank: int, hub: LocalShardHub) -> None:
         self.rank, self.size, self._hub = rank, hub.size, hub

@@ -1,11 +1,11 @@
-"""What a stage computes in a job: a prefill, or a decode step that a CUDA graph can hold.
+"""The computation of a stage in a job: a prefill, or a decode step that a CUDA graph can hold.
 
 A decode step is one function of static buffers (`_compute`): it reads a table of numbers and the
 states that came in, and writes the states or tokens that go out. For the families that are tested,
-nothing in it waits for the device, looks at values or has a shape that depends on them. On a card
-it computes all rows of a lane and is captured in a CUDA graph for each (lane, width) that is met,
-widths rounded up to few (`graph_width`); elsewhere, and where capturing fails, the same function
-is called as it is. The tokens that a stage with embedding and head has chosen last stay on the
+it never waits for the device, looks at values or has a shape that depends on them. On a card it
+computes all rows of a lane and is captured in a CUDA graph for each (lane, width) that occurs,
+widths rounded up to a few (`graph_width`); elsewhere, and where capturing fails, the same function
+is called directly. A stage with both embedding and head keeps the tokens that it has chosen on the
 device for its next step.
 
 Shapes: b rows of a step, H hidden size; `width`: columns that attention looks at.
@@ -26,37 +26,37 @@ from llmpq.models.lanes import LaneCache, on_device
 from llmpq.models.stage_model import StageModel
 from llmpq.runtime.sampler import Draws, Sampling, choose
 
-BROKEN = -1  # in place of a token: the logits are not finite
+BROKEN = -1  # the token of logits that are not finite
 COLUMNS, TOKENS, REQUESTS, POSITIONS, IDS = range(5)  # rows of the table of numbers
 
 Key = tuple[int, int]  # lane, width
 
 
 def graph_width(width: int, shape: LaneShape) -> int:
-    """Columns that a captured step attends to: the next of `graph_lengths`."""
+    """The columns that a captured step attends to: the next of `graph_lengths`."""
     return next(length for length in graph_lengths(shape.tokens) if width <= length)
 
 
 @dataclass
 class Graphs:
-    """Captured steps by what they depend on. `why_not`: the reason where none are made."""
+    """Captured steps by lane and width. `why_not` is the reason where none are captured."""
 
     why_not: str | None
     captured: dict[Key, "torch.cuda.CUDAGraph"] = field(default_factory=dict)
-    num_bytes: int = 0  # that the captured steps keep
+    num_bytes: int = 0  # the memory that the captured steps keep
 
     @property
     def wanted(self) -> bool:
-        """Steps are captured."""
+        """Whether steps are captured."""
         return self.why_not is None
 
 
 def prefill(
     stage: StageModel, cache: LaneCache, job: Job, given: Tensor, first: int, end: int
 ) -> Tensor:
-    """Members `first` to `end` of a prefill, to `[b, S, H]`.
+    """Computes members `first` to `end` of a prefill; returns `[b, S, H]`.
 
-    `given`: the whole job's states `[b, S, H]`, or token ids `[b, S]` at the first stage.
+    `given` holds the whole job's states `[b, S, H]`, or token ids `[b, S]` at the first stage.
     """
     hidden = stage.embed(given[first:end]) if stage.layers.is_first else given[first:end]
     positions = torch.arange(job.begin, job.end, device=stage.device).expand(end - first, -1)
@@ -67,8 +67,8 @@ def prefill(
     return stage.run(hidden, positions, cache.prefill(job, first, end, stage.device), lengths)
 
 
-class DecodeSteps:
-    """The decode steps of a stage that fill a cache; `graphs` False: none are captured."""
+class DecodeStepRunner:
+    """Runs the decode steps of a stage that fill a cache; captures none where `graphs` is False."""
 
     def __init__(
         self, stage: StageModel, cache: LaneCache, sampling: Sampling | Draws, graphs: bool = True
@@ -89,31 +89,31 @@ class DecodeSteps:
 
     @property
     def keeps_ids(self) -> bool:
-        """Tokens are chosen and embedded here, so that none need to come from outside."""
+        """Whether this stage both chooses and embeds tokens, so that none need to be sent."""
         return self.is_first and self.is_last
 
     @property
     def num_bytes(self) -> int:
-        """Of the static buffers."""
+        """Bytes of the static buffers."""
         held = (self._numbers, self._ids, self._states, self._output, self._chosen)
         return sum(tensor.nbytes for tensor in held)
 
     def keep(self, members: Sequence[Member], ids: Tensor) -> None:
-        """The tokens `[members]` that a prefill has chosen, for the steps that follow."""
+        """Stores the tokens `[members]` that a prefill has chosen, for the steps that follow."""
         rows = [self.cache.first_rows[member.lane] + member.row for member in members]
         self._ids[on_device(torch.tensor(rows), ids.device)] = ids
 
     def rearrange(self, job: Job) -> None:
-        """What comes before a job: rows that move take their tokens along."""
+        """Moves the stored tokens of rows that a job moves to other slots."""
         for lane, source, target, _ in job.moves:
             first = self.cache.first_rows[lane]
             self._ids[first + target] = self._ids[first + source]
 
     def run(self, job: Job, given: Tensor | None, first: int, end: int) -> Tensor:
-        """Rows `first` to `end` of a step, to `[b, 1, H]`, or int32 `[b]` tokens at the last stage.
+        """Computes rows `first` to `end` of a step: `[b, 1, H]`, or int32 `[b]` chosen tokens.
 
-        `given`: the whole step's states `[b, 1, H]`, or `[b]` token ids at the first stage unless
-        it `keeps_ids`. What is returned is overwritten by the next step.
+        `given` holds the whole step's states `[b, 1, H]`, or `[b]` token ids at the first stage
+        unless it `keeps_ids`. The next step overwrites the returned tensor.
         """
         shape = self.cache.shapes[job.lane]
         rows, width = job.rows, job.end
@@ -128,7 +128,7 @@ class DecodeSteps:
     # ---- one step
 
     def _fill(self, job: Job, rows: int, given: Tensor | None) -> None:
-        """Puts a step's inputs into the static buffers, without waiting."""
+        """Copies a step's inputs into the static buffers, without waiting."""
         numbers = torch.zeros(4, rows, dtype=torch.int64)
         for member in job.members:
             numbers[COLUMNS, member.row] = member.column
@@ -144,7 +144,7 @@ class DecodeSteps:
             self._numbers[IDS, : job.rows].copy_(given, non_blocking=True)
 
     def _compute(self, lane: int, rows: range, width: int) -> Tensor:
-        """Some rows of a lane from the static buffers to them; see `run`."""
+        """Computes some rows of a lane, from static buffers into static buffers; see `run`."""
         span = slice(rows.start, rows.stop)
         numbers = self._numbers[:, span]
         first = self.cache.first_rows[lane]
@@ -179,9 +179,9 @@ class DecodeSteps:
             self._capture(lane, rows, width)
 
     def _capture(self, lane: int, rows: int, width: int) -> None:
-        """Captures a step that has just run, for the next ones alike; capturing computes nothing.
+        """Captures a step that has just run, for later steps of its shape.
 
-        Other threads may use the device meanwhile, to receive messages.
+        Capturing computes nothing. Other threads may use the device meanwhile, to receive messages.
         """
         device, graph = self.stage.device, torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream(device)
@@ -198,11 +198,11 @@ class DecodeSteps:
         self.graphs.captured[lane, width] = graph
 
     def _give_up(self, error: RuntimeError, stream: "torch.cuda.Stream") -> None:
-        """Leaves a capture that failed, which torch 2.11 does only in part, and makes no more.
+        """Cleans up after a failed capture, as torch 2.11 does in part alone, and stops capturing.
 
         There, an invalidated capture stays on its stream and keeps sending memory to its pool
-        (mended by its pull request 180395). What is raised last is the end of the capture; the
-        cause came before.
+        (fixed by its pull request 180395). The last error raised is that of ending the capture; its
+        context is the cause.
         """
         torch.cuda.set_stream(stream)
         with suppress(RuntimeError):
@@ -219,7 +219,7 @@ def first_tokens(
     members: Sequence[Member],
     sampling: Sampling | Draws,
 ) -> tuple[Tensor, Tensor]:
-    """What `choose_tokens` gives after a prefill's `[b, S, H]` of these members."""
+    """The result of `choose_tokens` for the last states of a prefill's `[b, S, H]`."""
     rows = torch.arange(len(members), device=hidden.device)
     ends = torch.tensor([member.prompt_tokens - job.begin for member in members])
     numbers = on_device(torch.tensor([member.number for member in members]), hidden.device)
@@ -234,8 +234,10 @@ def choose_tokens(
     requests: Tensor,
     positions: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """From `[b, H]` to the tokens int64 `[b]`, and int32 `[b]` with `BROKEN` where logits are not
-    finite."""
+    """The tokens of states `[b, H]`: int64 `[b]`, and int32 `[b]` with `BROKEN` for bad logits.
+
+    Logits are bad where they are not finite.
+    """
     logits = stage.head(states)
     ids = choose(logits, sampling, requests, positions)
     finite = torch.isfinite(logits).all(dim=-1)
@@ -243,7 +245,7 @@ def choose_tokens(
 
 
 def _rounds_up(device: torch.device) -> bool:
-    """Whether steps have few sizes, captured or not, so that both compute the same."""
+    """Whether steps are rounded up to few sizes; captured or not, so that both compute alike."""
     return device.type == "cuda"
 
 

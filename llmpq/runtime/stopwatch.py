@@ -1,8 +1,8 @@
-"""Where a stage's time goes: computing in each phase, waiting for others, handing over.
+"""Measures where a stage's time goes: computing in each phase, waiting, and communicating.
 
-Times of computing are also kept call by call, and told by kind of call: phase, requests of the
-micro-batch and length class. Length classes are as narrow as keep the table short: prompts of one
-length, pasts of 16 tokens, both doubled until there are at most `MAX_KINDS` kinds.
+Computing times are also kept call by call, and are reported by kind of call: phase, requests of the
+micro-batch and length class. Length classes start with one prompt length or 16 past tokens each,
+and double in width until there are at most `MAX_KINDS` kinds.
 """
 
 import time
@@ -18,12 +18,12 @@ from llmpq.run_report import MeasuredTime
 
 MAX_KINDS = 160
 PAST_CLASS_TOKENS = 16
-TIME_COLUMNS = 6  # of a row of `Stopwatch.table`
-SPAN_COLUMNS = 5  # of `Stopwatch.spans`: is prefill, micro-batch, tokens, start, end
+TIME_COLUMNS = 6  # the columns of `Stopwatch.table`
+SPAN_COLUMNS = 5  # `Stopwatch.spans` has: is prefill, micro-batch, tokens, start, end
 
 
 class Call(NamedTuple):
-    """What the time of a call depends on; `tokens` of the padded prompt, or in the cache."""
+    """The sizes that a call's time depends on; `tokens`: of the padded prompt, or in the cache."""
 
     prefill: bool
     micro_batch: int
@@ -39,20 +39,20 @@ def _no_calls() -> defaultdict[Call, "array[float]"]:
 
 @dataclass
 class Stopwatch:
-    """Seconds since it was made."""
+    """Adds up the seconds of a stage since `started`."""
 
     busy_prefill_s: float = 0.0
     busy_decode_s: float = 0.0
     idle_s: float = 0.0
     comm_s: float = 0.0
     calls: defaultdict[Call, "array[float]"] = field(default_factory=_no_calls)
-    spans: "array[float] | None" = None  # of every call, where a trace is wanted
+    spans: "array[float] | None" = None  # all calls, where a trace is wanted
     started: float = field(default_factory=time.perf_counter)
 
     def busy(
         self, prefill: bool, micro_batch: int, tokens: int, seconds: float, ago: float = 0.0
     ) -> None:
-        """Adds a call's time of computing, which has ended `ago` seconds before."""
+        """Adds the computing time of a call that ended `ago` seconds ago."""
         self.calls[Call(prefill, micro_batch, tokens)].append(seconds)
         if self.spans is not None:
             end = time.perf_counter() - self.started - ago
@@ -64,21 +64,21 @@ class Stopwatch:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """Waiting for another stage."""
+        """Times a wait for another stage."""
         start = time.perf_counter()
         yield
         self.idle_s += time.perf_counter() - start
 
     @contextmanager
     def communicating(self) -> Iterator[None]:
-        """Packing and handing over."""
+        """Times packing and sending a message."""
         start = time.perf_counter()
         yield
         self.comm_s += time.perf_counter() - start
 
     @property
     def busy_ms(self) -> int:
-        """Milliseconds of computing."""
+        """Milliseconds of computing in both phases."""
         return round(1000 * (self.busy_prefill_s + self.busy_decode_s))
 
     def values(self) -> tuple[float, ...]:
@@ -86,7 +86,7 @@ class Stopwatch:
         return self.busy_prefill_s, self.busy_decode_s, self.idle_s, self.comm_s
 
     def table(self) -> list[list[float]]:
-        """Calls by kind: is prefill, micro-batch, mean tokens, count, total and median seconds."""
+        """For each kind: is prefill, micro-batch, mean tokens, count, total and median seconds."""
         width, longest = 1, max((call.tokens for call in self.calls), default=0)
         while len(kinds := by_kind(self.calls, width)) > MAX_KINDS and width <= longest:
             width *= 2
@@ -94,7 +94,7 @@ class Stopwatch:
 
 
 def by_kind(calls: Calls, width: int) -> dict[Call, dict[Call, Sequence[float]]]:
-    """Calls of length classes `width` prompt tokens wide; a kind is named by its least length."""
+    """Groups calls by length classes `width` prompt tokens wide; the least length names a kind."""
     kinds: dict[Call, dict[Call, Sequence[float]]] = defaultdict(dict)
     for call, seconds in calls.items():
         step = width if call.prefill else width * PAST_CLASS_TOKENS

@@ -1,11 +1,11 @@
-"""How stages talk: tensors of known size, point to point, never pickled objects.
+"""Communication between stages: tensors of known size, point to point, never pickled objects.
 
-`Transport` is the seam. `DistributedTransport` goes through torch.distributed (gloo on CPUs, NCCL
+`Transport` is the interface. `DistributedTransport` uses torch.distributed (gloo on CPUs, NCCL
 between cards of one process each, gloo through main memory where processes share a card);
 `LocalTransport` connects stages that are threads of one process, for tests and evaluation.
 
-A job comes as a header of fixed size (`runtime.jobs`), then its hidden states as one byte buffer:
-16 bytes (a number, the data type) and the states, whose size the header tells.
+A job arrives as a header of fixed size (`runtime.jobs`), then its hidden states as one byte buffer:
+16 bytes (a number, the data type) and the states, whose size the header gives.
 """
 
 import os
@@ -20,20 +20,20 @@ import torch.distributed as dist
 
 from llmpq.errors import NeighbourLost, WorkerError
 
-HEADER_BYTES = 16  # the micro-batch and the place of the data type in DTYPES, as 64-bit integers
+HEADER_BYTES = 16  # the micro-batch and the index of the data type in DTYPES, as 64-bit integers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TIMEOUT = timedelta(days=1)  # loading may take hours; that a worker is lost, its monitor sees
 
 
 class Pending(Protocol):
-    """A transfer under way."""
+    """A transfer in flight."""
 
     def wait(self) -> object:
         """Returns when the tensor has been sent or filled."""
 
 
 class Transport(Protocol):
-    """Connects the stages 0 .. size-1. `message_device` is where hidden states travel from.
+    """Connects the stages 0 .. size-1. `message_device` is the device that sends hidden states.
 
     Where several workers share a stage, its first one sends and receives; all of them take part in
     `broadcast` and `gather`.
@@ -44,28 +44,28 @@ class Transport(Protocol):
     message_device: torch.device
 
     def send_header(self, tensor: torch.Tensor) -> Pending:
-        """To the next stage, from main memory."""
+        """Sends a header to the next stage, from main memory."""
 
     def receive_header(self, tensor: torch.Tensor) -> Pending:
-        """Into `tensor`, from the stage before."""
+        """Receives a header from the stage before into `tensor`."""
 
     def send_hidden(self, tensor: torch.Tensor) -> Pending:
-        """To the next stage."""
+        """Sends hidden states to the next stage."""
 
     def receive_hidden(self, tensor: torch.Tensor) -> Pending:
-        """Into `tensor`, from the stage before."""
+        """Receives hidden states from the stage before into `tensor`."""
 
     def send_tokens(self, tensor: torch.Tensor) -> Pending:
-        """From the last stage to the first."""
+        """Sends chosen tokens to the first stage."""
 
     def receive_tokens(self, tensor: torch.Tensor) -> Pending:
-        """On the first stage."""
+        """Receives chosen tokens from the last stage into `tensor`."""
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """The first stage's values into everyone's tensor."""
+        """Copies the first stage's values into every stage's tensor."""
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every stage's tensor, on every worker."""
+        """Returns every stage's tensor, on every worker."""
 
 
 def pack(index: int, hidden: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
@@ -102,12 +102,12 @@ def payload(buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def message_bytes(num_values: int, dtype: torch.dtype) -> int:
-    """Size of a message that carries so many values."""
+    """Bytes of a message that carries so many values."""
     return HEADER_BYTES + num_values * dtype.itemsize
 
 
 class DistributedTransport:
-    """torch.distributed between processes. `stages`: the ranks of each stage's workers."""
+    """Connects processes by torch.distributed; `stages` holds the ranks of each stage's workers."""
 
     def __init__(
         self, backend: str, device: torch.device, stages: Sequence[Sequence[int]] | None = None
@@ -122,42 +122,42 @@ class DistributedTransport:
         self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def send_header(self, tensor: torch.Tensor) -> Pending:
-        """To the next stage."""
+        """Sends a header to the next stage."""
         return _start(dist.isend, tensor, self._firsts[self.rank + 1], self._control)
 
     def receive_header(self, tensor: torch.Tensor) -> Pending:
-        """From the stage before."""
+        """Receives a header from the stage before into `tensor`."""
         return _start(dist.irecv, tensor, self._firsts[self.rank - 1], self._control)
 
     def send_hidden(self, tensor: torch.Tensor) -> Pending:
-        """To the next stage."""
+        """Sends hidden states to the next stage."""
         return _start(dist.isend, tensor, self._firsts[self.rank + 1], self._hidden)
 
     def receive_hidden(self, tensor: torch.Tensor) -> Pending:
-        """From the stage before."""
+        """Receives hidden states from the stage before into `tensor`."""
         return _start(dist.irecv, tensor, self._firsts[self.rank - 1], self._hidden)
 
     def send_tokens(self, tensor: torch.Tensor) -> Pending:
-        """To the first stage."""
+        """Sends chosen tokens to the first stage."""
         return _start(dist.isend, tensor, self._firsts[0], self._control)
 
     def receive_tokens(self, tensor: torch.Tensor) -> Pending:
-        """From the last stage."""
+        """Receives chosen tokens from the last stage into `tensor`."""
         return _start(dist.irecv, tensor, self._firsts[-1], self._control)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """The first stage's values into everyone's tensor."""
+        """Copies the first stage's values into every stage's tensor."""
         _checked(lambda: dist.broadcast(tensor, self._firsts[0], group=self._control))
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every stage's tensor."""
+        """Returns every stage's tensor."""
         gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
         _checked(lambda: dist.all_gather(gathered, tensor, group=self._control))
         return [gathered[rank] for rank in self._firsts]
 
 
 class LocalTransport:
-    """Stages that are threads of this process."""
+    """Connects stages that are threads of this process."""
 
     message_device = torch.device("cpu")
 
@@ -166,40 +166,64 @@ class LocalTransport:
         self._worker = sum(hub.shards[:rank]) + shard
 
     def send_header(self, tensor: torch.Tensor) -> Pending:
-        """To the next stage."""
+        """Sends a header to the next stage."""
         return _QueuedSend(self._hub.headers[self.rank + 1], tensor)
 
     def receive_header(self, tensor: torch.Tensor) -> Pending:
-        """From the stage before."""
+        """Receives a header from the stage before into `tensor`."""
         return _QueuedReceive(self._hub.headers[self.rank], tensor)
 
     def send_hidden(self, tensor: torch.Tensor) -> Pending:
-        """To the next stage."""
+        """Sends hidden states to the next stage."""
         return _QueuedSend(self._hub.hidden[self.rank + 1], tensor)
 
     def receive_hidden(self, tensor: torch.Tensor) -> Pending:
-        """From the stage before."""
+        """Receives hidden states from the stage before into `tensor`."""
         return _QueuedReceive(self._hub.hidden[self.rank], tensor)
 
     def send_tokens(self, tensor: torch.Tensor) -> Pending:
-        """To the first stage."""
+        """Sends chosen tokens to the first stage."""
         return _QueuedSend(self._hub.tokens, tensor)
 
     def receive_tokens(self, tensor: torch.Tensor) -> Pending:
-        """From the last stage."""
+        """Receives chosen tokens from the last stage into `tensor`."""
         return _QueuedReceive(self._hub.tokens, tensor)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Rank 0's values into everyone's tensor."""
+        """Copies the first stage's values into every stage's tensor."""
         tensor.copy_(self._hub.exchange(self._worker, tensor.clone())[0])
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every stage's tensor."""
+        """Returns every stage's tensor."""
         return self._hub.exchange(self._worker, tensor.clone())
 
 
+class ThreadExchange:
+    """Exchanges tensors between `size` threads of this process; messages call them `name`."""
+
+    def __init__(self, size: int, name: str) -> None:
+        self.size, self._name = size, name
+        self._tensors: list[torch.Tensor] = [torch.empty(0)] * size
+        self._barrier = threading.Barrier(size)
+
+    def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all threads, once all have called this; none may be written to."""
+        self._tensors[rank] = tensor
+        try:
+            self._barrier.wait(timeout=TIMEOUT.total_seconds())
+            everyone = list(self._tensors)
+            self._barrier.wait(timeout=TIMEOUT.total_seconds())
+        except threading.BrokenBarrierError:
+            raise WorkerError(f"{self._name} {rank}: another one has stopped") from None
+        return everyone
+
+    def abort(self) -> None:
+        """Wakes all threads that wait, after one has failed."""
+        self._barrier.abort()
+
+
 class LocalHub:
-    """What the threads of a `LocalTransport` share. `shards`: workers of each stage."""
+    """The state that the threads of a `LocalTransport` share; `shards`: workers of each stage."""
 
     def __init__(self, size: int, shards: Sequence[int] | None = None) -> None:
         self.size = size
@@ -207,29 +231,22 @@ class LocalHub:
         self.headers = [_Channel() for _ in range(size)]
         self.hidden = [_Channel() for _ in range(size)]
         self.tokens = _Channel()
-        self._slots: list[torch.Tensor] = [torch.empty(0)] * sum(self.shards)
-        self._barrier = threading.Barrier(sum(self.shards))
+        self._workers = ThreadExchange(sum(self.shards), "worker")
 
     def exchange(self, worker: int, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The tensor of every stage's first worker, once all workers have come."""
-        self._slots[worker] = tensor
-        try:
-            self._barrier.wait(timeout=600)
-            everyone = [self._slots[sum(self.shards[:stage])] for stage in range(self.size)]
-            self._barrier.wait(timeout=600)
-        except threading.BrokenBarrierError:
-            raise WorkerError(f"worker {worker}: another one has stopped") from None
-        return everyone
+        """The tensor of every stage's first worker, once all workers have called this."""
+        everyone = self._workers.exchange(worker, tensor)
+        return [everyone[sum(self.shards[:stage])] for stage in range(self.size)]
 
     def abort(self) -> None:
-        """Wakes everyone who waits, after a stage has failed."""
-        self._barrier.abort()
+        """Wakes all threads that wait, after a stage has failed."""
+        self._workers.abort()
         for channel in (*self.headers, *self.hidden, self.tokens):
             channel.put(None)
 
 
 class _Channel(queue.SimpleQueue[torch.Tensor | None]):
-    """Tensors in order; None means that the other end has failed."""
+    """A queue of tensors; None means that the other end has failed."""
 
 
 class _QueuedSend:

@@ -1,4 +1,4 @@
-"""Hashes of the weights that are served, by which two runs are known to serve the same numbers."""
+"""Hashes of the served weights: equal hashes mean that two runs serve the same numbers."""
 
 import hashlib
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def weights_hash(stage: StageModel) -> str:
 
 
 def _held(raw: RawTensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a module keeps of one tensor of the checkpoint."""
+    """The tensors that a module holds for one tensor of the checkpoint."""
     names: tuple[str, ...] = (raw.attribute,)
     if isinstance(raw.module, QuantizedLinear) and raw.attribute == "weight":
         names = raw.module.weight_buffers

@@ -27,7 +27,7 @@ from llmpq.plan_data import Plan, load_plan, refuse_shared_stages
 from llmpq.prompts.prompts import Limits, check_prompts
 from llmpq.prompts.request import Finished, Request
 from llmpq.reliability.journal import Results
-from llmpq.reliability.mending import unframe
+from llmpq.reliability.repair import unframe
 from llmpq.workload import request_lengths
 
 MODEL = ASSETS / "tiny-tales"

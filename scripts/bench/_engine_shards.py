@@ -1,6 +1,6 @@
 """Two stages of two devices each against one stage of one device: the same tokens, greedy, in fp32.
 
-At every precision and at a mix of them: the shards of a quantised layer must serve the very weights
+At every precision and at a mix of them: the shards of a quantized layer must serve the very weights
 that one device serves.
 """
 

@@ -25,7 +25,7 @@ from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.models.stage_model import load_config
 from llmpq.prompts.request import Request
 from llmpq.prompts.tokenizer import load_tokenizer
-from llmpq.runtime.engine import Engine
+from llmpq.runtime.engine import StageEngine
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 FASTER = Target("3: throughput over transformers with its best static batches", "x", ">= 1.3")
@@ -228,7 +228,7 @@ def where_time_goes(
     """
     plan = hand_plan(settings.model(MODEL), requests, sizes)
     folder, transport = settings.model(MODEL), LocalTransport(0, LocalHub(1))
-    engine = Engine(plan, load_config(folder), Checkpoint(folder), transport, DTYPE, CPU)
+    engine = StageEngine(plan, load_config(folder), Checkpoint(folder), transport, DTYPE, CPU)
     lengths = {number: (len(r.prompt), r.new_tokens) for number, r in enumerate(requests)}
     start = time.perf_counter()
     engine.lead(lengths, requests.__getitem__, lambda _: None)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from llmpq.models.stage_model import load_config
 from llmpq.prompts.request import Request
 from llmpq.prompts.tokenizer import end_tokens
-from llmpq.runtime.local import generate_locally
+from llmpq.runtime.local import LocalStages
 
 SAME = Target("1: requests whose tokens are not those of transformers alone", "requests", "0")
 NUM_REQUESTS = 500
@@ -123,15 +123,9 @@ def generate(subject: Subject, way: Way, folder: Path) -> dict[int, list[int]]:
         flags += ["--prefill-chunk", way.chunk] if way.chunk else []
         flags += [] if way.refill else ["--no-refill"]
         return run_plan(folder, plan, subject.requests, *flags).tokens
-    made = generate_locally(
-        plan,
-        subject.folder,
-        subject.requests,
-        eos_ids=subject.eos_ids,
-        refill=way.refill,
-        chunk=way.chunk,
-    )
-    return {int(name): tokens for name, tokens in made.items()}
+    stages = LocalStages(plan, subject.folder, eos_ids=subject.eos_ids)
+    finished = stages.generate(subject.requests, refill=way.refill, chunk=way.chunk)
+    return {int(one.request.id): list(one.token_ids) for one in finished}
 
 
 def differing(

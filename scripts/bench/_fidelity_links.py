@@ -57,7 +57,7 @@ def main(path: Path, device_name: str, quick: bool) -> None:
     """One rank."""
     import torch.distributed as dist
 
-    from llmpq.profiler.links import CARD_SIZES, CPU_SIZES, LinkMeter
+    from llmpq.profiler.link_meter import CARD_SIZES, CPU_SIZES, LinkMeter
     from llmpq.runtime.process import choose_device, connect, disconnect, role_from_environment
 
     role = role_from_environment()

@@ -28,7 +28,7 @@ from llmpq.models.stage_model import load_config
 from llmpq.precision import PRECISIONS
 from llmpq.profile_data import Candidate, Phase, Profile, ProfileRow
 from llmpq.profiler.cells import SLOW_MS, Cell, Cells, profile_rows
-from llmpq.profiler.drift import Usual
+from llmpq.profiler.drift import MachineSpeed
 from llmpq.profiler.grid import STAGE_PHASE
 from llmpq.profiler.layers import stacked
 from llmpq.profiler.stacks import Bench, stack_depth
@@ -70,7 +70,7 @@ def _model(model: str, quick: bool, device: str) -> tuple[list[Check], list[dict
     checks = [_check(f"{name}: profile", seconds, "s", limit, seconds <= MOST_PROFILE_S, 1)]
     points = _held_out(profile.rows, QUICK_POINTS if quick else NUM_POINTS)
     usual = profile.device.reference_ms
-    measured = _measure(model, points, device, Usual(usual or 1.0, scales=usual is not None))
+    measured = _measure(model, points, device, MachineSpeed(usual or 1.0, scales=usual is not None))
     fits = fit_all(profile.rows)
     papers = {key: RECIPES[REGRESSION](points_of(g)) for key, g in grouped(profile.rows).items()}
     rows = []
@@ -203,7 +203,7 @@ def _at_edge(
 
 @torch.inference_mode()
 def _measure(
-    model: str, points: Sequence[Candidate], device: str, usual: Usual
+    model: str, points: Sequence[Candidate], device: str, usual: MachineSpeed
 ) -> list[ProfileRow]:
     """In rounds, so that a slow moment of the machine touches no point alone.
 

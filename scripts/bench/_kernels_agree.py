@@ -78,7 +78,7 @@ def humming_layout() -> tuple[float, float, int]:
     for bits in LAYOUT_BITS:
         for out_features, in_features in LAYOUT_SHAPES:
             layer = HummingLinear(in_features, out_features, False, torch.bfloat16, CPU, bits)
-            layer.swallow("weight", torch.randn(out_features, in_features))
+            layer.load_weight("weight", torch.randn(out_features, in_features))
             tensors = padded_tensors(layer.kernel_shape, layer.words, layer.scales, layer.zeros)
             weight = _as_humming_reads(bits, *tensors)[:out_features, :in_features]
             differing += int((weight != layer.dequantized_weight()).sum())

@@ -76,7 +76,7 @@ def packed_layer(place: Place, bits: int, shape: Shape) -> Packed:
     out_features, in_features = shape
     make = RowLinear if bits == 8 else GroupedLinear
     layer = make(in_features, out_features, False, place.dtype, place.device, bits)
-    layer.swallow("weight", _random(place, *shape).mul_(WEIGHT_SCALE))
+    layer.load_weight("weight", _random(place, *shape).mul_(WEIGHT_SCALE))
     return layer
 
 
@@ -143,16 +143,10 @@ def humming_invariant(place: Place, shape: Shape) -> Iterator[Duel]:
     for bits in BITS:
         layers = []
         for invariant in (True, False):
-            layer = HummingLinear(
-                in_features,
-                out_features,
-                False,
-                place.dtype,
-                place.device,
-                bits,
-                batch_invariant=invariant,
-            )
-            layer.swallow("weight", weight)
+            where = place.dtype, place.device
+            layer = HummingLinear(in_features, out_features, False, *where, bits)
+            layer.batch_invariant = invariant
+            layer.load_weight("weight", weight)
             layers.append(layer)
         held = layers[0].dequantized_weight().float()
         make_ready(layers, INVARIANT_ROWS, place)

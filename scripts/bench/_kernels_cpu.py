@@ -52,12 +52,12 @@ def fastest(calls: dict[str, Call], budget_s: float) -> dict[str, tuple[float, i
 
 
 def filled(precision: str, weight: torch.Tensor) -> Layer:
-    """A layer of this precision that has swallowed `weight [out, in]`."""
+    """A layer of this precision that holds `weight [out, in]`."""
     out_features, in_features = weight.shape
     layer = make_linear(
         precision, in_features, out_features, bias=False, dtype=DTYPE, device=DEVICE
     )
-    layer.swallow("weight", weight)
+    layer.load_weight("weight", weight)
     return layer
 
 

@@ -98,7 +98,7 @@ def filled(place: Place, precision: str, weight: torch.Tensor) -> Layer:
     layer = make_linear(
         precision, in_features, out_features, bias=False, dtype=place.dtype, device=place.device
     )
-    layer.swallow("weight", weight)
+    layer.load_weight("weight", weight)
     return layer
 
 

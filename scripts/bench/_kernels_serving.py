@@ -32,7 +32,7 @@ from llmpq.models.stage_model import load_config
 from llmpq.plan_data import Plan, load_plan
 from llmpq.prompts.request import Finished, Request
 from llmpq.run_report import StageReport
-from llmpq.runtime.engine import Engine
+from llmpq.runtime.engine import StageEngine
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,13 +186,13 @@ def serve(traffic: Traffic, plan: Plan, place: Place, ceilings: Ceilings) -> dic
     return row | _prefill(traffic, stage, ceilings) | _decode(stage) | _predicted(plan, total_s)
 
 
-def _engine(traffic: Traffic, plan: Plan, place: Place) -> Engine:
+def _engine(traffic: Traffic, plan: Plan, place: Place) -> StageEngine:
     weights = RandomWeights(device=place.device)
     transport = LocalTransport(0, LocalHub(1))
-    return Engine(plan, traffic.config(), weights, transport, place.dtype, place.device)
+    return StageEngine(plan, traffic.config(), weights, transport, place.dtype, place.device)
 
 
-def _run(engine: Engine, requests: Sequence[Request]) -> float:
+def _run(engine: StageEngine, requests: Sequence[Request]) -> float:
     """Seconds that the engine takes for these requests; all their tokens must come."""
     finished: list[Finished] = []
     engine.start_clock()

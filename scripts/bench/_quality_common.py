@@ -3,7 +3,7 @@
 A `Mixed` holds a model once at every precision; the layers of a plan are taken from these copies.
 All is measured in fp32 on the CPU, so that the rounding of activations does not blur what the
 rounding of weights costs. Loss and KL divergence come a window at a time: the difference of two
-ways to quantise is then known with its standard error over windows, which share their text.
+ways to quantize is then known with its standard error over windows, which share their text.
 """
 
 import os
@@ -24,7 +24,7 @@ from torch import nn
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.checkpoint.loader import load_stage, model_folder
 from llmpq.checkpoint.roundings import NEAREST, Roundings
-from llmpq.evaluation.evaluate import text_windows
+from llmpq.evaluation.perplexity import text_windows
 from llmpq.evaluation.streaming import DamageSum, Streamed
 from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
 from llmpq.model_spec import ASSETS, ModelSpec
@@ -32,7 +32,7 @@ from llmpq.models.family import find
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.plan_data import Plan
 from llmpq.profile_data import Sensitivity, load_sensitivity
-from llmpq.profiler.indicators import cells, random_rows
+from llmpq.profiler.indicators import random_rows, sensitivity_cells
 from llmpq.prompts.tokenizer import load_tokenizer
 from llmpq.quantizer import Quantizer
 
@@ -318,7 +318,7 @@ def hand_plan(subject: Subject, quantizer: Quantizer) -> Plan:
 
 def random_table(subject: Subject, seed: int) -> dict[str, list[float]]:
     """Random sensitivities, by precision and layer."""
-    rows = random_rows(cells(subject.num_layers, PRECISIONS), seed)
+    rows = random_rows(sensitivity_cells(subject.num_layers, PRECISIONS), seed)
     table: dict[str, list[float]] = {p: [0.0] * subject.num_layers for p in PRECISIONS}
     for row in rows:
         table[row.precision][row.layer] = row.sensitivity

@@ -1,4 +1,4 @@
-"""gptqmodel's own GPTQ of a model, as a checkpoint of its dequantised weights.
+"""gptqmodel's own GPTQ of a model, as a checkpoint of its dequantized weights.
 
 Run by the Python of an environment that has gptqmodel, which need not have llmpq:
 `python _quality_gptqmodel.py JOB.json`. The job names the model's folder, bits, the group of each
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 
 def main() -> None:
-    """Quantises the model and writes what its weights then stand for."""
+    """Quantizes the model and writes what its weights then stand for."""
     job = json.loads(Path(sys.argv[1]).read_text())
     found = quantized_weights(job)
     folder, output = Path(job["model"]), Path(job["output"])

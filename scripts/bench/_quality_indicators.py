@@ -37,11 +37,11 @@ from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.roundings import load_roundings
 from llmpq.cluster import MIB
 from llmpq.costs.memory import HALF, prefill_bytes
-from llmpq.evaluation.evaluate import LOGITS_AT_ONCE, TOKENS_AT_ONCE
+from llmpq.evaluation.perplexity import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from llmpq.models.stage_model import LayerRange
 from llmpq.profile_data import Sensitivity, load_sensitivity
 from llmpq.profiler.effort import Effort
-from llmpq.profiler.indicators import Cell
+from llmpq.profiler.indicators import SensitivityCell
 
 INDICATORS = ("measured", "variance", "hessian")  # and "random", which takes nothing
 LOW = ("4", "3")
@@ -107,7 +107,9 @@ def references_of(settings: Settings, subject: Subject, exact: Sensitivity) -> R
     mixed = Mixed(subject, load_roundings(load_sensitivity(path).quantizer, None, path), LOW)
     windows = subject.windows(subject.evaluation[0], settings.num_windows)
     layers, total = range(subject.num_layers), subject.num_layers
-    plans = [[str(p) for p in Cell(i, low).variant(total)] for low in LOW for i in layers]
+    plans = [
+        [str(p) for p in SensitivityCell(i, low).variant(total)] for low in LOW for i in layers
+    ]
     base, measured = mixed.measure(plans, windows)
     groups = {low: measured[i * total : (i + 1) * total] for i, low in enumerate(LOW)}
     return References(
@@ -221,7 +223,7 @@ def _load_all(subject: Subject, path: Path) -> int:
 
 
 def layer_bytes(subject: Subject) -> int:
-    """Of one layer's weights, not quantised."""
+    """Of one layer's weights, not quantized."""
     return subject.spec.layer_params * FLOAT
 
 

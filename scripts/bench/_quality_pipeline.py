@@ -14,7 +14,8 @@ from _common import Check
 from _quality_common import DTYPE, Settings, Subject, hand_plan, llmpq
 
 from llmpq.artifact import read_text, write_json
-from llmpq.evaluation.harness import Scorer, harness_model
+from llmpq.evaluation.harness import harness_model
+from llmpq.evaluation.scorer import Scorer
 from llmpq.prompts.tokenizer import load_tokenizer
 from llmpq.quantizer import Quantizer
 

@@ -2,7 +2,7 @@
 
 All linears of all layers at 4 and at 3 bits; perplexity on held-out text and KL divergence from 16
 bits. Second moments come from the calibration text through the file that runs read too. gptqmodel
-gets the same token windows and the same groups; its dequantised weights are then read as a 16-bit
+gets the same token windows and the same groups; its dequantized weights are then read as a 16-bit
 checkpoint, so that one piece of code judges both.
 """
 
@@ -28,9 +28,9 @@ from _quality_common import (
     stated,
 )
 
-from llmpq.checkpoint.moments_file import sha256_of, write_moments
+from llmpq.checkpoint.calibration_file import sha256_of, write_calibration
 from llmpq.checkpoint.roundings import load_roundings
-from llmpq.evaluation.moments import MomentsMeter
+from llmpq.evaluation.calibration import CalibrationMeter
 from llmpq.precision import group_size
 from llmpq.quantizer import Quantizer
 
@@ -87,10 +87,10 @@ def gptq_from(settings: Settings, subject: Subject, windows: torch.Tensor) -> Qu
     """GPTQ from the moments of these windows, through their file."""
     path = settings.folder / f"{subject.name}.quantizers.safetensors"
     stage = subject.stage("16")
-    with torch.inference_mode(), MomentsMeter(stage) as meter:
+    with torch.inference_mode(), CalibrationMeter(stage) as meter:
         for part in windows.split(AT_ONCE):
             stage.run(stage.embed(part))
-    write_moments(path, meter.moments(), meter.keys, {"model": subject.name})
+    write_calibration(path, meter.statistics(), meter.keys, {"model": subject.name})
     return Quantizer(method="gptq", moments=str(path), sha256=sha256_of(path))
 
 
@@ -113,7 +113,7 @@ def theirs(
 
 
 def their_stage(settings: Settings, subject: Subject, windows: torch.Tensor, bits: str) -> Any:
-    """Its dequantised weights as a 16-bit checkpoint."""
+    """Its dequantized weights as a 16-bit checkpoint."""
     folder = settings.folder / f"{subject.name}-{THEIRS}-{bits}"
     folder.mkdir()
     groups = {op.name: group_size(int(bits), op.in_features) for op in subject.spec.linears}

@@ -21,7 +21,7 @@ WHERE = ("--dtype", "bfloat16", "--device", "cpu")
 
 
 def run(settings: Settings) -> tuple[list[Check], list[dict[str, Any]]]:
-    """A row for each model and quantiser."""
+    """A row for each model and quantizer."""
     rows = [
         row(settings, subject, quantizer)
         for subject in settings.subjects()

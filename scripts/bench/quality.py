@@ -1,4 +1,4 @@
-"""What lower precisions cost in quality: quantisers, indicators, plans, budgets, measured.
+"""What lower precisions cost in quality: quantizers, indicators, plans, budgets, measured.
 
 A part for each target:
   quantizers  GPTQ and clipping against round to nearest, and against gptqmodel's own GPTQ

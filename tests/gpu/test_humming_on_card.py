@@ -6,7 +6,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from llmpq.quant import humming_jit, humming_support  # noqa: E402
+from llmpq import workspace  # noqa: E402
+from llmpq.kernel_table import choices  # noqa: E402
+from llmpq.quant import humming_support, machine_here  # noqa: E402
 from llmpq.quant.humming import HummingLinear, grid_inputs, serve  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -23,14 +25,16 @@ def card() -> Iterator["torch.device"]:
     yield device
 
 
-def filled(card, bits, shape, dtype, **how):
+def filled(card, bits, shape, dtype, batch_invariant=False):
     out_features, in_features = shape
-    group, capability = grid_inputs(bits, in_features, None), torch.cuda.get_device_capability(card)
-    if reason := humming_support.why_not(capability, dtype, bits, in_features, out_features, group):
-        pytest.skip(reason)
+    group = grid_inputs(bits, in_features, None)
+    found = choices(machine_here(card, dtype), str(bits), out_features, in_features, group)
+    if found[0].name != "humming":
+        pytest.skip("humming does not serve this matrix here")
     generator = torch.Generator().manual_seed(bits)
-    layer = HummingLinear(in_features, out_features, False, dtype, card, bits, **how)
-    layer.swallow("weight", torch.randn(out_features, in_features, generator=generator) * 0.02)
+    layer = HummingLinear(in_features, out_features, False, dtype, card, bits)
+    layer.batch_invariant = batch_invariant
+    layer.load_weight("weight", torch.randn(out_features, in_features, generator=generator) * 0.02)
     return layer
 
 
@@ -92,4 +96,4 @@ def test_a_weight_is_held_once(card):
     before = torch.cuda.memory_allocated()
     served(layer)
     held = torch.cuda.memory_allocated() - before
-    assert held < 4 * humming_jit.NUM_LOCKS + 2**20
+    assert held < 4 * workspace.HUMMING_LOCKS + 2**20

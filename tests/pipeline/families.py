@@ -15,7 +15,7 @@ from llmpq.model_spec import ASSETS, ModelSpec
 from llmpq.plan_data import Plan
 from llmpq.prompts.request import Request
 from llmpq.prompts.tokenizer import load_tokenizer
-from llmpq.runtime.local import generate_locally
+from llmpq.runtime.local import LocalStages
 
 TINY_TALES = ASSETS / "tiny-tales"
 NUM_REQUESTS, MAX_PROMPT, MAX_NEW = 16, 24, 12
@@ -81,6 +81,12 @@ class TinyModel:
         return generate_locally(
             plan, self.folder, self.requests, dtype, eos_ids=self.eos_ids, **more
         )
+
+
+def generate_locally(plan, folder, requests, dtype=torch.float32, eos_ids=frozenset(), **how):
+    """The new tokens of every request, by its id, from stages in this process."""
+    finished = LocalStages(plan, folder, dtype, eos_ids).generate(requests, **how)
+    return {one.request.id: list(one.token_ids) for one in finished}
 
 
 def hand_made_plan(

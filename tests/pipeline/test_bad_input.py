@@ -244,7 +244,7 @@ def test_a_missing_tensor(job):
 
 
 @pytest.mark.parametrize("precision", ["8", "4", "3"])
-def test_a_weight_that_is_not_finite_cannot_be_quantised(job, precision):
+def test_a_weight_that_is_not_finite_cannot_be_quantized(job, precision):
     def poison(tensors):
         tensors[A_LINEAR][5, 7] = float("nan")
 

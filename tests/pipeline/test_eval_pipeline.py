@@ -15,13 +15,14 @@ from families import CPU, MAX_NEW, TINY_TALES, hand_made_plan
 from jobs import PATIENCE_S
 
 from llmpq.artifact import write_json
+from llmpq.checkpoint.calibration_file import sha256_of, write_calibration
 from llmpq.checkpoint.checkpoint import Checkpoint
-from llmpq.checkpoint.moments_file import sha256_of, write_moments
 from llmpq.cli.eval import main as eval_command
 from llmpq.cli.run import main as run_command
-from llmpq.evaluation.evaluate import evaluate, load_stages, text_windows
-from llmpq.evaluation.harness import Scorer, harness_model, run_tasks
-from llmpq.evaluation.moments import MomentsMeter
+from llmpq.evaluation.calibration import CalibrationMeter
+from llmpq.evaluation.harness import harness_model, run_tasks
+from llmpq.evaluation.perplexity import evaluate, load_stages, text_windows
+from llmpq.evaluation.scorer import Scorer
 from llmpq.evaluation.tasks import load_tasks
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import ASSETS
@@ -68,9 +69,9 @@ def moments(tmp_path_factory):
     config, weights = load_config(TINY_TALES), Checkpoint(TINY_TALES)
     [stage] = load_stages(config, weights, [(0, 8)], ["16"] * 8, torch.float32, CPU)
     windows = text_windows(ASSETS / "calibration.txt", load_tokenizer(TINY_TALES), 256, 4)
-    with MomentsMeter(stage) as meter:
+    with CalibrationMeter(stage) as meter:
         evaluate([stage], windows)
-    write_moments(path, meter.moments(), meter.keys, {"model": "tiny-tales"})
+    write_calibration(path, meter.statistics(), meter.keys, {"model": "tiny-tales"})
     return path
 
 

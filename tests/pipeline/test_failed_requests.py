@@ -142,7 +142,7 @@ def test_where_nothing_is_left_nothing_is_loaded(job, monkeypatch):
     job.write(prompt("a", 9, 8), prompt("b", 9, BAD_TOKEN))
     job.spoil()
     assert job.run().exit_code == 5
-    monkeypatch.setattr("llmpq.runtime.engine.Engine", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("llmpq.runtime.engine.StageEngine", lambda *_, **__: pytest.fail("loaded"))
     kept = job.run("--resume", "--keep-errors")
     assert kept.exit_code == 5 and "resuming: 2 requests are already done" in kept.stderr
     job.write(prompt("a", 9, 8))
@@ -192,7 +192,7 @@ def test_a_request_that_is_too_long_fails_alone(job):
     job.write(prompt("a", 9, 8), prompt("long", *[9] * 100), prompt("longer", *[9] * 600))
     result = job.run()
     assert result.exit_code == 5 and last(result).startswith("error: 2 of 3 requests failed")
-    assert "requests that cannot be done, and fail alone: 2 (the first: line 2: " in result.stderr
+    assert "requests that cannot be served, and fail alone: 2 (the first: line 2: " in result.stderr
     lines = job.lines()
     assert lines["a"]["num_new_tokens"] == 3
     assert lines["long"]["error"].startswith("100 prompt + 3 new tokens are more than the 30 tok")
@@ -245,7 +245,7 @@ def test_results_on_standard_output(job):
     result = job.run(output="-")
     assert result.exit_code == 0, result.stderr
     assert {json.loads(line)["id"] for line in result.stdout.splitlines()} == {"a", "b"}
-    assert "nothing can be resumed" in result.stderr
+    assert "the run cannot be resumed" in result.stderr
     for more, message in {
         "--resume": "--resume: needs an --output that is a file",
         "--json=-": "named twice",
@@ -296,10 +296,10 @@ def test_other_weights_and_other_prompts_are_not_mixed(job):
     before = job.output.read_bytes()
     job.write(prompt("a", 9, 8), prompt("b", 6))
     other = job.run("--resume")
-    assert other.exit_code == 2 and "were of other prompts" in other.stderr, other.stderr
+    assert other.exit_code == 2 and "had other prompts" in other.stderr, other.stderr
     assert ": b;" in other.stderr
     job.write(prompt("a", 9, 8), prompt("b", 7, max_new_tokens=2))
-    assert "another number of new tokens" in job.run("--resume").stderr
+    assert "numbers of new tokens" in job.run("--resume").stderr
     job.write(prompt("b", 7), prompt("a", 9, 8))  # in another order, as it was
     assert job.run("--resume").exit_code == 0
     job.spoil(0.25)  # the same shapes, other numbers

@@ -11,7 +11,7 @@ from families import hand_made_plan
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.models.stage_model import StageModel, load_config
 from llmpq.prompts.request import Finished
-from llmpq.runtime.engine import Engine
+from llmpq.runtime.engine import StageEngine
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def engines(model, ends, **sizes):
     hub = LocalHub(len(ends))
     config, weights = load_config(model.folder), Checkpoint(model.folder)
     yield [
-        Engine(
+        StageEngine(
             plan,
             config,
             weights,

@@ -13,7 +13,7 @@ from llmpq.models.stage_model import load_config
 from llmpq.plan_data import Plan
 from llmpq.prompts.request import Request
 from llmpq.quant import available_precisions, machine_here
-from llmpq.runtime.engine import Engine
+from llmpq.runtime.engine import StageEngine
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 # (batch, p, q, prompt, new)
@@ -37,7 +37,7 @@ def engines(model, plan):
     hub = LocalHub(len(plan.stages))
     for rank in range(len(plan.stages)):
         transport = Keeping(rank, hub)
-        yield Engine(plan, config, weights, transport, torch.bfloat16, CPU, rehearse=False)
+        yield StageEngine(plan, config, weights, transport, torch.bfloat16, CPU, rehearse=False)
 
 
 def predictions(plan):

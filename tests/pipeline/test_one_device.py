@@ -14,7 +14,7 @@ from families import FAMILIES, hand_made_plan
 from llmpq.checkpoint.checkpoint import RandomWeights
 from llmpq.model_lookup import load_model_spec
 from llmpq.models.stage_model import load_config
-from llmpq.runtime.engine import Engine
+from llmpq.runtime.engine import StageEngine
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
@@ -41,14 +41,14 @@ def folder(request, tmp_path_factory):
     return path
 
 
-def warmed_up(folder, rank: int = 0, **how) -> Engine:
+def warmed_up(folder, rank: int = 0, **how) -> StageEngine:
     """The engine of one of two stages, after its jobs of each kind."""
     spec = load_model_spec(str(folder))
     plan = hand_made_plan(spec, [1, spec.num_layers], MIXED)
     transport = LocalTransport(rank, LocalHub(2))
     weights = RandomWeights(device=CPU)
     config = load_config(folder)
-    return Engine(plan, config, weights, transport, torch.bfloat16, META, **how)
+    return StageEngine(plan, config, weights, transport, torch.bfloat16, META, **how)
 
 
 @pytest.mark.parametrize(("rank", "temperature"), [(0, 0.0), (1, 0.0), (1, 0.7)])

@@ -1,4 +1,4 @@
-"""Requests that say themselves how their tokens are drawn and where they stop."""
+"""Requests with sampling settings and stops of their own."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_requests_with_settings_of_their_own(job):
     ]
     job.write(*lines)
     result = job.run()
-    assert result.exit_code == 5 and "say themselves how their tokens are drawn: 3" in result.stderr
+    assert result.exit_code == 5 and "with sampling settings of their own: 3" in result.stderr
     found = job.lines()
     assert found["all"]["token_ids"] == whole["token_ids"]
     assert found["stopped"]["text"] == whole["text"][: whole["text"].index(stop)]
@@ -43,7 +43,7 @@ def test_requests_with_settings_of_their_own(job):
     lines[2]["temperature"] = 2.0
     job.write(*lines)
     other = job.run("--resume")
-    assert other.exit_code == 2 and "other settings of their own, than now: drawn" in other.stderr
+    assert other.exit_code == 2 and "settings of their own than now: drawn" in other.stderr
 
 
 def test_processes_of_two_stages_draw_what_one_does(job, tmp_path):

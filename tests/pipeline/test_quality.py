@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from llmpq.checkpoint.checkpoint import Checkpoint
-from llmpq.evaluation.evaluate import evaluate, load_stages, text_windows
+from llmpq.evaluation.perplexity import evaluate, load_stages, text_windows
 from llmpq.models.stage_model import load_config
 from llmpq.prompts.tokenizer import load_tokenizer
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import GROUPED, TinyModel, hand_made_plan, own_tokens
+from families import GROUPED, TinyModel, generate_locally, hand_made_plan, own_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpq.errors import UserError
@@ -15,7 +15,6 @@ from llmpq.models.rope import switches_at
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.prompts.prompt_rules import Limits
 from llmpq.prompts.request import Request
-from llmpq.runtime.local import generate_locally
 
 SIZES = GROUPED | {"num_hidden_layers": 5}
 LONG = {

@@ -15,7 +15,7 @@ from llmpq.models.lanes import LaneCache
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.runtime import engine, steps
 from llmpq.runtime.sampler import Sampling
-from llmpq.runtime.steps import DecodeSteps, graph_width
+from llmpq.runtime.steps import DecodeStepRunner, graph_width
 
 META = torch.device("meta")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -80,7 +80,7 @@ def compute(folder, spoil=None, layers=ALL):
         next(stage.model.children()).register_forward_hook(spoil)
     cache = LaneCache(count, [LaneShape(4, 40)])
     sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9)
-    made = DecodeSteps(stage, cache, sampling)
+    made = DecodeStepRunner(stage, cache, sampling)
     with torch.inference_mode():
         made._compute(0, range(4), 32)  # makes the buffers of the cache
         with OnTheDevice():

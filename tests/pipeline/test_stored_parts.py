@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from families import GROUPED, TinyModel, own_tokens, random_requests
+from families import GROUPED, TinyModel, generate_locally, own_tokens, random_requests
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -15,7 +15,6 @@ from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, load_config
-from llmpq.runtime.local import generate_locally
 
 CPU = torch.device("cpu")
 PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
 from llmpq.checkpoint.loader import load_stage
-from llmpq.evaluation.evaluate import evaluate
+from llmpq.evaluation.perplexity import evaluate
 from llmpq.evaluation.streaming import stream
 from llmpq.models.family import PartOfLayer
 from llmpq.models.live_tensors import PeakMemory

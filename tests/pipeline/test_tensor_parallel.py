@@ -9,13 +9,12 @@ import sys
 import psutil
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, generate_locally
 from jobs import PATIENCE_S, wait_until
 
 from llmpq.artifact import write_json
 from llmpq.errors import UserError
 from llmpq.plan_data import Plan
-from llmpq.runtime.local import generate_locally
 from llmpq.runtime.sampler import Sampling
 
 MIXED = ["16", "8", "4", "3"]
@@ -49,7 +48,7 @@ def test_two_stages_of_two_devices_generate_what_transformers_does(family_model,
     [("llama", "8"), ("llama", "4"), ("llama", "3")]
     + [(family, MIXED) for family in ("opt", "bloom", "llama", "qwen2", "gpt_neox")],
 )
-def test_quantised_stages_generate_the_tokens_of_one_device(family_model, family, precisions):
+def test_quantized_stages_generate_the_tokens_of_one_device(family_model, family, precisions):
     model = family_model(family)
     alone = model.generate([4], precisions)
     assert generate(model, [2, 4], [2, 2], precisions) == alone

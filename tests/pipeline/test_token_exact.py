@@ -6,11 +6,10 @@ batches are kept together (`refill` off), and the tokens of other cuts are the s
 
 import pytest
 import torch
-from families import CPU, FAMILIES, MAX_NEW
+from families import CPU, FAMILIES, MAX_NEW, generate_locally
 
 from llmpq.plan_data import Plan
 from llmpq.quant import available_precisions
-from llmpq.runtime.local import generate_locally
 from llmpq.runtime.sampler import Sampling
 
 CUTS = ([4], [1, 4], [1, 2, 3, 4])

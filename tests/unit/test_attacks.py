@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save
 from test_packed_cache import CPU, assert_equal, load, packed_files
 
 from llmpq.artifact import write_json, write_text
-from llmpq.checkpoint.moments_file import write_moments
+from llmpq.checkpoint.calibration_file import write_calibration
 from llmpq.checkpoint.packed_cache import PackedCache, _about
 from llmpq.cli import eval as eval_module
 from llmpq.cli import export, main, plan, profile, run
@@ -48,7 +48,7 @@ from llmpq.reliability.monitor import (
     MOST_CHARACTERS,
     Board,
     Verdict,
-    Who,
+    WorkerIdentity,
     process_state,
 )
 from llmpq.render.console import PlainConsole
@@ -341,7 +341,7 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
     try:
         write_text(made / "a.json", "{}")
         AppendFile(made / "b.jsonl").close()
-        write_moments(made / "c.safetensors", {"k": torch.eye(8)[None]}, {"w": "k"}, {})
+        write_calibration(made / "c.safetensors", {"k": torch.eye(8)[None]}, {"w": "k"}, {})
         load(ASSETS / "tiny-tales", tmp_path / "cache")
     finally:
         os.umask(before)
@@ -567,11 +567,11 @@ def test_texts_of_the_store_are_short_and_in_one_line():
     verdict = Board(Store(changed(GUILTY, how="\x1b[2J\n" * 999)), 2).verdict()
     assert verdict is not None and verdict.how.startswith(r"\x1b[2J\x0a\x1b")
     assert "\n" not in verdict.how
-    assert Board(Store(changed(WHO)), 2).who(1) == Who(**WHO)
+    assert Board(Store(changed(WHO)), 2).who(1) == WorkerIdentity(**WHO)
 
 
 def test_what_workers_tell_is_read_as_it_was(monkeypatch):
-    board, who = Board(dist.HashStore(), 2), Who.here(1, "t4-16g on node0")
+    board, who = Board(dist.HashStore(), 2), WorkerIdentity.here(1, "t4-16g on node0")
     board.join(who)
     board.conclude(Verdict((0, 1), "was lost", True, True))
     assert board.who(1) == who and board.who(0) is None
@@ -585,8 +585,8 @@ def test_a_process_that_is_no_worker_of_this_run_is_not_ended(monkeypatch, rank,
     variables = os.environ | {"RANK": rank, "MASTER_PORT": port}
     command = [sys.executable, "-c", "input()"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables)
-    machine = Who.here(0, "me").machine
-    Who(1, "a", "here", child.pid, machine, process_state(child.pid)[1]).kill()
+    machine = WorkerIdentity.here(0, "me").machine
+    WorkerIdentity(1, "a", "here", child.pid, machine, process_state(child.pid)[1]).kill()
     assert child.poll() is None
     child.communicate(b"\n", timeout=30)
     assert child.returncode == 0
@@ -598,7 +598,7 @@ def test_a_parent_whose_store_breaks_says_so(monkeypatch):
     def broken(crew):
         raise dist.DistNetworkError("the connection was closed")
 
-    monkeypatch.setattr(process._Crew, "watch", broken)
+    monkeypatch.setattr(process._WorkerProcesses, "watch", broken)
     with pytest.raises(WorkerError, match="meeting point broke: the connection was closed; redo"):
         process.start_workers([], ["a"], "this", "redo")
 
@@ -622,7 +622,7 @@ CARD = {"index": 0, "name": "T4", "memory_bytes": 1, "compute_capability": "7.5"
     ],
 )
 def test_a_process_that_does_not_describe_itself_ends_the_run_in_order(text):
-    with pytest.raises(WorkerError, match="rank 1: what it says of its host"):
+    with pytest.raises(WorkerError, match="rank 1: its description of its host"):
         read_process(text if isinstance(text, bytes) else text.encode(), 1)
 
 

@@ -14,7 +14,7 @@ from llmpq.costs.quality import prior_quality
 from llmpq.devices import device_library
 from llmpq.machine import INT4_TILES, cpu
 from llmpq.model_lookup import load_model_spec
-from llmpq.model_spec import Linear
+from llmpq.model_spec import LinearShape
 from llmpq.precision import NF4_BLOCK, PRECISIONS, STANDARD
 from llmpq.profile_data import ProfileRow
 from llmpq.quant import available_precisions, here, make_linear, why_unavailable
@@ -33,9 +33,9 @@ def filled(precision: str, weight: Tensor, dtype=torch.float32, bias: Tensor | N
     layer = make_linear(
         precision, in_features, out_features, bias=bias is not None, dtype=dtype, device=CPU
     )
-    layer.swallow("weight", weight)
+    layer.load_weight("weight", weight)
     if bias is not None:
-        layer.swallow("bias", bias)
+        layer.load_weight("bias", bias)
     return layer
 
 
@@ -152,7 +152,7 @@ def test_rows_of_zeros_and_weights_that_are_not_finite(precision):
 def test_a_linear_takes_no_more_than_is_predicted(shape, biased):
     """With large inputs in every column, as plans assume."""
     out, cols = shape
-    op = Linear(name="x", out_features=out, in_features=cols)
+    op = LinearShape(name="x", out_features=out, in_features=cols)
     for precision in OPTIONAL:
         bias = torch.randn(out) if biased else None
         layer = filled(precision, random_weight(*shape), torch.bfloat16, bias)

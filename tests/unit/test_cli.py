@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from llmpq import __version__
 from llmpq.artifact import read_json
-from llmpq.checkpoint.moments_file import MomentsFile, sha256_of, write_moments
+from llmpq.checkpoint.calibration_file import CalibrationFile, sha256_of, write_calibration
 from llmpq.checkpoint.roundings import load_roundings
 from llmpq.cli import eval as eval_module
 from llmpq.cli import export, plan, profile, run
@@ -230,12 +230,12 @@ def test_second_moments_are_kept_and_used_again(measured_folder, tmp_path):
     assert again.layers == first.layers
     sensitivity(tmp_path / "again.json", *more, "--remake-moments", "--moment-tokens", 256)
     assert path.stat().st_mtime_ns != made
-    assert MomentsFile(path).about["tokens"] == "256"
+    assert CalibrationFile(path).about["tokens"] == "256"
 
 
 def test_second_moments_of_another_model_are_refused(tmp_path):
     path = tmp_path / "other.safetensors"
-    write_moments(path, {}, {}, {"model": "another"})
+    write_calibration(path, {}, {}, {"model": "another"})
     result = call(profile.main, "sensitivity", "--moments", path, "-o", tmp_path / "s.json")
     assert result.exit_code == 2
     assert "another" in result.stderr and "--remake-moments" in result.stderr

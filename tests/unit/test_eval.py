@@ -15,11 +15,12 @@ from click.testing import CliRunner, Result
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.cli.eval import EvalOptions, main, show_results
 from llmpq.errors import FailedRequests, UserError
-from llmpq.evaluation import evaluate as evaluation
-from llmpq.evaluation.evaluate import Loss, evaluate, load_stages, next_token_loss, window_tokens
-from llmpq.evaluation.harness import NoNumber, Scorer, run_tasks
+from llmpq.evaluation import perplexity as evaluation
+from llmpq.evaluation.harness import run_tasks
+from llmpq.evaluation.perplexity import Loss, evaluate, load_stages, next_token_loss, window_tokens
 from llmpq.evaluation.pipeline_loss import PipelineLoss
 from llmpq.evaluation.quality_check import compare, summary
+from llmpq.evaluation.scorer import NonFiniteLogits, Scorer
 from llmpq.evaluation.tasks import load_tasks
 from llmpq.evaluation.texts import DATASETS, named_text
 from llmpq.model_spec import ASSETS
@@ -160,15 +161,15 @@ def test_what_is_no_number_is_neither_a_score_nor_a_continuation(bad):
     with torch.no_grad():
         list(broken[1].linears().values())[-1].weight[0, 0] = bad
     ids, scorer = token_ids(1, 12)[0].tolist(), Scorer(broken, 512)
-    with pytest.raises(NoNumber, match="no finite numbers"):
+    with pytest.raises(NonFiniteLogits, match="no finite numbers"):
         scorer.score([(ids[:8], ids[8:])])
-    with pytest.raises(NoNumber, match="no finite numbers"):
+    with pytest.raises(NonFiniteLogits, match="no finite numbers"):
         scorer.generate([ids], 4)
 
 
 def test_tasks_on_broken_logits_have_scores_that_are_no_numbers(monkeypatch, capsys):
     def fail(*_, **__):
-        raise NoNumber("as a scorer does")
+        raise NonFiniteLogits("as a scorer does")
 
     evaluator = ModuleType("lm_eval.evaluator")
     evaluator.evaluate = fail

@@ -179,13 +179,13 @@ def test_moments_that_do_not_fit_are_refused(moments, message):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("precision", ["4", "3"])
-def test_a_layer_swallows_by_gptq_and_moves_its_output_less(precision, dtype):
+def test_a_layer_rounds_by_gptq_and_moves_its_output_less(precision, dtype):
     inputs = torch.randn(500, 256) @ torch.randn(256, 256).mul_(0.1).add_(torch.eye(256))
     weight, moments = random_weight(128, 256), (inputs.t() @ inputs / 500)[None]
     outputs = []
     for rounding in (quantize, Gptq(moments)):
         layer = make_linear(precision, 256, 128, bias=False, dtype=dtype, device=CPU)
-        layer.swallow("weight", weight, rounding)
+        layer.load_weight("weight", weight, rounding)
         off = layer.dequantized_weight().float() - weight
         outputs.append((inputs @ off.t()).norm())
     assert outputs[1] < 0.8 * outputs[0]

@@ -33,9 +33,10 @@ from llmpq.quant import (
     keep_codes,
 )
 from llmpq.quant.humming import HummingLinear, grid_inputs, padded_tensors, serve
-from llmpq.quant.humming_jit import Kernel, KernelShape
+from llmpq.quant.humming_jit import KernelShape, KernelToCompile
 from llmpq.quant.linear import GroupedLinear, RowLinear
 from llmpq.quant.rounding import SCALE_DTYPE
+from llmpq.workspace import round_up
 
 CPU = torch.device("cpu")
 SHAPES = [(64, 128), (256, 704), (130, 100), (320, 256), (72, 328)]
@@ -52,9 +53,9 @@ def random_weight(out_features: int, in_features: int) -> Tensor:
 def filled(bits: int, weight: Tensor, dtype=torch.bfloat16, bias=None) -> HummingLinear:
     out_features, in_features = weight.shape
     layer = HummingLinear(in_features, out_features, bias is not None, dtype, CPU, bits)
-    layer.swallow("weight", weight)
+    layer.load_weight("weight", weight)
     if bias is not None:
-        layer.swallow("bias", bias)
+        layer.load_weight("bias", bias)
     return layer
 
 
@@ -100,7 +101,7 @@ def assert_stands_for_its_weight(layer: HummingLinear) -> None:
 def test_it_holds_the_weight_of_the_usual_class_bit_for_bit(bits, out_features, in_features, dtype):
     weight = random_weight(out_features, in_features)
     layer, other = filled(bits, weight, dtype), usual(bits, in_features, out_features, dtype)
-    other.swallow("weight", weight)
+    other.load_weight("weight", weight)
     assert torch.equal(layer.dequantized_weight(), other.dequantized_weight())
     assert_stands_for_its_weight(layer)
 
@@ -114,7 +115,7 @@ def test_a_part_holds_its_part_of_the_weight(bits, dim, cut):
     sizes = (256, part.size) if dim == OUTPUTS else (part.size, 256)
     layer = HummingLinear(*sizes, False, torch.bfloat16, CPU, bits, part)
     wanted = layer.part_to_read("weight")
-    layer.swallow("weight", wanted.of(weight) if wanted else weight)
+    layer.load_weight("weight", wanted.of(weight) if wanted else weight)
     assert torch.equal(
         layer.dequantized_weight(), part.of(filled(bits, weight).dequantized_weight())
     )
@@ -142,7 +143,7 @@ def test_every_usual_scale_is_a_float16():
 def test_small_scales_at_float16_are_those_of_the_usual_class(bits):
     weight = random_weight(64, 128) * torch.logspace(-7, 0, 64)[:, None]
     layer, other = filled(bits, weight, torch.float16), usual(bits, 128, 64, torch.float16)
-    other.swallow("weight", weight)
+    other.load_weight("weight", weight)
     assert (layer.scales < 2**-17).any()
     assert torch.equal(layer.dequantized_weight(), other.dequantized_weight())
     assert_stands_for_its_weight(layer)
@@ -271,7 +272,7 @@ def test_a_served_weight_is_no_longer_portable(kernel):
 def test_a_layer_takes_a_new_weight_after_it_was_served(kernel):
     layer, weight = filled(4, random_weight(64, 128)), random_weight(64, 128) + 1
     layer.hand_over(layer.kernel_shape)
-    layer.swallow("weight", weight)
+    layer.load_weight("weight", weight)
     assert torch.equal(layer.dequantized_weight(), filled(4, weight).dequantized_weight())
     layer.hand_over(layer.kernel_shape)
     layer.restore(filled(4, weight).packed_state())
@@ -304,46 +305,6 @@ def test_a_kernel_that_fails_leaves_its_layers_as_they_were(kernel, monkeypatch)
 # What is served
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"capability": (7, 5), "dtype": torch.float16},
-        {"bits": 8, "in_features": 4096, "group": 4096},
-        {"in_features": 100, "group": 100},
-    ],
-)
-def test_what_is_served(how):
-    assert humming_support.why_not(**USUAL | how) is None
-
-
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        ({"capability": (7, 0), "dtype": torch.float16}, "compute capability 7.0"),
-        ({"capability": (13, 0)}, "compute capability 13.0"),
-        ({"capability": (7, 5)}, "needs compute capability 8.0, not the card's 7.5; float16 is"),
-        ({"dtype": torch.float32}, "not float32"),
-        ({"bits": 5}, "5 bits are not served, 3, 4 and 8 are"),
-        ({"group": 16}, "groups of 16 are not served, 32, 64, 128 and 256 and whole rows are"),
-        ({"out_features": 8}, "[8, 1024] is smaller than [64, 32]"),
-        ({"in_features": 16, "group": 16}, "[1024, 16] is smaller"),
-    ],
-)
-def test_reasons(how, reason):
-    assert reason in humming_support.why_not(**USUAL | how)
-
-
-USUAL = {
-    "capability": (9, 0),
-    "dtype": torch.bfloat16,
-    "bits": 4,
-    "in_features": 1024,
-    "out_features": 1024,
-    "group": 128,
-}
-
-
 def test_what_to_install(monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
@@ -353,7 +314,6 @@ def test_what_to_install(monkeypatch):
         assert humming_support.install_command(cuda) == f"pip install 'llmpq[{extra}]'"
     monkeypatch.setattr(metadata, "version", missing)
     assert "not installed: pip install 'llmpq[gpu" in humming_support.why_not_installed()
-    assert not humming_support.installed()
     monkeypatch.setattr(metadata, "version", lambda name: "0.1.20")
     assert "0.1.19 is needed, not 0.1.20" in humming_support.why_not_installed()
     monkeypatch.setattr(metadata, "version", lambda name: humming_support.VERSION)
@@ -390,7 +350,7 @@ def test_the_group_to_ask_about(bits):
 
 def tiles_of_16(shape: KernelShape, rows: int) -> dict:
     """A stand-in for humming's heuristics."""
-    tile = humming_jit.round_up(rows, 16)
+    tile = round_up(rows, 16)
     return {"block_shape": [tile, 128, 64], "num_sms": rows}
 
 
@@ -506,7 +466,7 @@ def test_kernels_are_compiled(card, tmp_path):
     dtype = torch.float16 if card < (8, 0) else torch.bfloat16
     layers = [HummingLinear(520, 264, False, dtype, CPU, bits) for bits in (3, 8)]
     for layer in layers:
-        layer.swallow("weight", random_weight(264, 520))
+        layer.load_weight("weight", random_weight(264, 520))
     shapes, device = [layer.kernel_shape for layer in layers], torch.device("cuda", 0)
     choose, seen = humming_jit.chooser(device), []
     needed = [
@@ -514,7 +474,7 @@ def test_kernels_are_compiled(card, tmp_path):
         *humming_jit.kernels_needed(shapes[1:], (256,), choose),
     ]
     tile = '{"block_shape": [16, 96, 64], "warp_shape": [16, 96, 64]}'
-    impossible = Kernel(shapes[0], tile)
+    impossible = KernelToCompile(shapes[0], tile)
     failed = humming_jit.compile_all([*needed, impossible], device, lambda *done: seen.append(done))
     assert list(failed) == [impossible] and "Error" in failed[impossible]
     assert seen == [(1, 3), (2, 3), (3, 3)]

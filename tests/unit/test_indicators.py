@@ -8,28 +8,31 @@ import torch
 
 from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
 from llmpq.checkpoint.loader import load_stage
-from llmpq.checkpoint.moments_file import MomentsFile
 from llmpq.errors import UserError
-from llmpq.evaluation.evaluate import evaluate
+from llmpq.evaluation.perplexity import evaluate
 from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.precision import group_size
 from llmpq.profile_data import MeasuredPlan
+from llmpq.profiler.calibration_pass import gather_calibration
 from llmpq.profiler.indicators import (
-    Cell,
-    InputVariance,
-    Subject,
-    cells,
+    LoadableModel,
+    SensitivityCell,
     hessian_rows,
     mean_square_step,
     output_error,
     random_rows,
+    sensitivity_cells,
     top_eigenvalue,
     variance_rows,
 )
 from llmpq.profiler.quality_fit import OTHER_TEXT, draw_plans, fit_quality, notes_on_fit
-from llmpq.profiler.second_moments import gather_moments
-from llmpq.profiler.sensitivity import Inputs, Recipe, gather_input_variance, measure_sensitivity
+from llmpq.profiler.sensitivity import (
+    InputStatistics,
+    SensitivityOptions,
+    gather_input_variance,
+    measure_sensitivity,
+)
 from llmpq.quant import quantize
 
 CPU = torch.device("cpu")
@@ -37,13 +40,13 @@ NUM_LAYERS, HIDDEN, FFN = 3, 32, 64
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory) -> Subject:
+def subject(tmp_path_factory) -> LoadableModel:
     """A tiny LLaMA with random weights, large enough to tell tokens apart."""
     path = tmp_path_factory.mktemp("tiny") / "config.json"
     sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_attention_heads": 4}
     config = sizes | {"model_type": "llama", "num_hidden_layers": NUM_LAYERS, "vocab_size": 61}
     path.write_text(json.dumps(config))
-    return Subject(load_config(path), RandomWeights(scale=0.15), torch.float32, CPU)
+    return LoadableModel(load_config(path), RandomWeights(scale=0.15), torch.float32, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -67,23 +70,29 @@ def inputs_of(subject, windows) -> dict[str, torch.Tensor]:
 
 
 def test_cells_are_layers_and_their_parts_below_sixteen_bits():
-    plain = cells(2, ("16", "4", "3"))
-    assert plain == [Cell(0, "4"), Cell(1, "4"), Cell(0, "3"), Cell(1, "3")]
-    apart = cells(2, ("16", "4"), apart=True)
+    plain = sensitivity_cells(2, ("16", "4", "3"))
+    assert plain == [
+        SensitivityCell(0, "4"),
+        SensitivityCell(1, "4"),
+        SensitivityCell(0, "3"),
+        SensitivityCell(1, "3"),
+    ]
+    apart = sensitivity_cells(2, ("16", "4"), apart=True)
     assert len(apart) == 6 and {cell.part for cell in apart} == {"layer", "attention", "ffn"}
-    assert Cell(1, "3").variant(3) == ["16", "3", "16"]
+    assert SensitivityCell(1, "3").variant(3) == ["16", "3", "16"]
 
 
 def test_fast_and_exact_agree(subject, windows):
     found = {
         method: measure_sensitivity(
-            subject, Recipe(("16", "8", "3"), method=method, apart=True), windows
+            subject, SensitivityOptions(("16", "8", "3"), method=method, apart=True), windows
         )
         for method in ("fast", "exact")
     }
     fast, exact = found["fast"], found["exact"]
     assert [(r.layer, r.precision, r.part) for r in fast.rows] == [
-        (c.layer, c.precision, c.part) for c in cells(NUM_LAYERS, ("8", "3"), apart=True)
+        (c.layer, c.precision, c.part)
+        for c in sensitivity_cells(NUM_LAYERS, ("8", "3"), apart=True)
     ]
     for one, other in zip(fast.rows, exact.rows, strict=True):
         assert one.sensitivity == pytest.approx(other.sensitivity, rel=1e-3, abs=1e-8)
@@ -94,7 +103,7 @@ def test_fast_and_exact_agree(subject, windows):
 
 
 def test_fewer_bits_lose_more_in_every_layer_and_part(subject, windows):
-    rows = measure_sensitivity(subject, Recipe(("8", "3"), apart=True), windows).rows
+    rows = measure_sensitivity(subject, SensitivityOptions(("8", "3"), apart=True), windows).rows
     at = {(r.layer, r.part, r.precision): r.sensitivity for r in rows}
     for layer in range(NUM_LAYERS):
         for part in ("layer", "attention", "ffn"):
@@ -108,7 +117,7 @@ def test_steps_are_counted(subject, windows):
         ("exact", 1 + NUM_LAYERS + len(draw_plans(NUM_LAYERS, ("4",)))),
     ):
         steps = []
-        recipe = Recipe(("16", "4"), method=method)
+        recipe = SensitivityOptions(("16", "4"), method=method)
         measure_sensitivity(subject, recipe, windows, on_step=lambda *step, s=steps: s.append(step))
         assert steps[-1] == (total, total)
 
@@ -126,7 +135,12 @@ def test_input_variance_is_over_tokens_and_features(subject, windows):
 
 def test_variance_is_dimension_times_step_times_variance(subject, windows):
     gathered = gather_input_variance(subject, windows)
-    wanted = [Cell(1, "4"), Cell(1, "4", "attention"), Cell(1, "4", "ffn"), Cell(2, "3")]
+    wanted = [
+        SensitivityCell(1, "4"),
+        SensitivityCell(1, "4", "attention"),
+        SensitivityCell(1, "4", "ffn"),
+        SensitivityCell(2, "3"),
+    ]
     layer, attention, ffn, _ = variance_rows(subject, wanted, gathered.of)
     expected = {"attention": 0.0, "ffn": 0.0}
     for name, shape in shapes(subject, 1).items():
@@ -145,8 +159,8 @@ def test_a_step_is_that_of_each_group():
 
 
 def test_hessian_is_the_error_of_outputs_times_the_top_eigenvalue(subject, windows, tmp_path):
-    file = gather_moments(subject, windows, tmp_path / "m.safetensors", {"model": "tiny"})
-    [row] = hessian_rows(subject, [Cell(0, "3")], file.moments)
+    file = gather_calibration(subject, windows, tmp_path / "m.safetensors", {"model": "tiny"})
+    [row] = hessian_rows(subject, [SensitivityCell(0, "3")], file.statistics)
     expected = 0.0
     for name, x in inputs_of(subject, windows).items():
         if ".layers.0." in name:
@@ -188,7 +202,7 @@ def test_top_eigenvalue_and_output_error():
 
 
 def test_random_is_seeded_and_dearer_at_fewer_bits():
-    wanted = cells(4, ("8", "4", "3"))
+    wanted = sensitivity_cells(4, ("8", "4", "3"))
     one, same, other = (random_rows(wanted, seed) for seed in (1, 1, 2))
     assert one == same != other
     at = {(r.layer, r.precision): r.sensitivity for r in one}
@@ -197,31 +211,30 @@ def test_random_is_seeded_and_dearer_at_fewer_bits():
 
 @pytest.mark.parametrize("indicator", ["variance", "hessian", "random"])
 def test_calculated_indicators_are_fitted_to_measured_plans(subject, windows, tmp_path, indicator):
-    inputs = Inputs(
-        gather_moments(subject, windows, tmp_path / "m.safetensors", {}),
+    inputs = InputStatistics(
+        gather_calibration(subject, windows, tmp_path / "m.safetensors", {}),
         gather_input_variance(subject, windows),
     )
-    recipe = Recipe(("16", "4", "3"), indicator=indicator)
+    recipe = SensitivityOptions(("16", "4", "3"), indicator=indicator)
     found = measure_sensitivity(subject, recipe, windows, inputs)
-    reference = measure_sensitivity(subject, Recipe(("16", "4", "3")), windows)
+    reference = measure_sensitivity(subject, SensitivityOptions(("16", "4", "3")), windows)
     assert [p.rise for p in found.fit.plans] == pytest.approx(
         [p.rise for p in reference.fit.plans], rel=1e-4
     )
     assert found.fit.scale > 0 and len(found.rows) == 2 * NUM_LAYERS
 
 
-# ---- second moments
+# ---- calibration statistics
 
 
 def test_moments_are_those_of_the_inputs(subject, windows, tmp_path):
     path = tmp_path / "m.safetensors"
-    variance = InputVariance()
-    gather_moments(subject, windows, path, {"model": "tiny"}, also=variance.watch)
-    file = MomentsFile(path)
+    file = gather_calibration(subject, windows, path, {"model": "tiny"})
+    variance = gather_input_variance(subject, windows)
     assert file.about["model"] == "tiny"
     for name, x in inputs_of(subject, windows).items():
         expected = x.t() @ x / len(x)
-        assert torch.allclose(file.moments(name)[0], expected, atol=float(expected.max()) * 1e-3)
+        assert torch.allclose(file.statistics(name)[0], expected, atol=float(expected.max()) * 1e-3)
         assert variance.of(name) == pytest.approx(float(x.var(correction=0)), rel=1e-3)
 
 
@@ -292,8 +305,8 @@ def test_where_sums_fail_is_said():
 def test_the_shipped_model_adds_up(windows):
     """Sums of what single layers lose are what plans lose, on real weights."""
     folder = ASSETS / "tiny-tales"
-    real = Subject(load_config(folder), Checkpoint(folder), torch.float32, CPU)
-    found = measure_sensitivity(real, Recipe(("16", "3")), windows[:4])
+    real = LoadableModel(load_config(folder), Checkpoint(folder), torch.float32, CPU)
+    found = measure_sensitivity(real, SensitivityOptions(("16", "3")), windows[:4])
     for measured in found.fit.plans:
         assert measured.rise == pytest.approx(measured.sum_sensitivity, rel=0.5)
     layers = LayerRange(0, 8, 8)
@@ -306,6 +319,6 @@ def test_a_missing_tensor_is_named(subject, windows):
         def read(self, name, shape):
             raise UserError(f"no tensor '{name}'")
 
-    broken = Subject(subject.config, Empty(), torch.float32, CPU)
+    broken = LoadableModel(subject.config, Empty(), torch.float32, CPU)
     with pytest.raises(UserError, match="embed_tokens"):
-        measure_sensitivity(broken, Recipe(("16", "4")), windows)
+        measure_sensitivity(broken, SensitivityOptions(("16", "4")), windows)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from llmpq.errors import UserError, WorkerError
 from llmpq.prompts.request import Finished, Request
-from llmpq.prompts.result_lines import Writer
+from llmpq.prompts.result_lines import ResultWriter
 from llmpq.reliability import journal
 from llmpq.reliability.journal import Results
 
@@ -212,7 +212,7 @@ def test_a_repeated_id_is_kept_once(path):
         ("r1", "é"),
         ("r2", "later"),
     ]
-    assert any("was there before dropped: 1" in note for note in results.notes)
+    assert any("repeated lines of the same id dropped: 1" in note for note in results.notes)
     assert logged(path) == ["r0", "r1", "r2"]
 
 
@@ -307,7 +307,7 @@ def test_a_journal_of_the_first_version_is_taken_up(path):
     now = RUN | {"weights": {"a": "1"}}
     results = write(path, True, "r1", run=now, prompts={"r0": 1, "r1": 2})
     assert results.finished == {"r0", "r1"} and ids(path) == ["r0", "r1"]
-    assert any("nothing says whether their prompts" in note for note in results.notes)
+    assert any("prompts cannot be compared" in note for note in results.notes)
     with pytest.raises(UserError, match="of model tiny"):
         Results(path, True, "never", now | {"model": "large"})
 
@@ -315,7 +315,7 @@ def test_a_journal_of_the_first_version_is_taken_up(path):
 def test_results_without_a_checksum_of_their_prompt_are_told(path):
     write(path, False, "r0")
     results = write(path, True, "r1", prompts={"r0": 5, "r1": 6})
-    assert any("nothing says whether their prompts are the same: 1" in n for n in results.notes)
+    assert any("cannot be compared with the present ones: 1" in n for n in results.notes)
     assert results.finished == {"r0", "r1"}
 
 
@@ -394,7 +394,7 @@ def test_a_result_counts_before_a_failure_of_the_same_id(path):
     Path(f"{path}.journal").unlink()
     results = write(path, True)
     assert results.finished == {"r0"} and ids(path) == ["r0"] == logged(path)
-    assert any("was there before dropped: 2" in note for note in results.notes)
+    assert any("repeated lines of the same id dropped: 2" in note for note in results.notes)
 
 
 def test_retries_that_are_killed_lose_nothing(path):
@@ -472,7 +472,7 @@ def test_a_file_that_others_write_to_or_cut_ends_the_run(path):
 
 
 def test_results_in_openais_form_are_resumed_and_not_mixed(path):
-    writer = Writer("openai", "tiny")
+    writer = ResultWriter("openai", "tiny")
     with closing(Results(path, False, "never", RUN, writer=writer)) as results:
         results.write(finished("r0", is_chat=True), "é")
         results.write(finished("r1", error="odd"), "")
@@ -521,7 +521,7 @@ def test_a_damaged_header_is_said_and_replaced(path):
     write(path, False, "r0")
     log = Path(f"{path}.journal")
     log.write_bytes(b"x" + log.read_bytes()[1:])
-    assert any("nothing says which settings" in note for note in write(path, True).notes)
+    assert any("are not known" in note for note in write(path, True).notes)
     assert write(path, True).notes == [] and logged(path) == ["r0"]
 
 

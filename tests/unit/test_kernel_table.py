@@ -43,7 +43,7 @@ from llmpq.machine import (
     sheet_cpu,
 )
 from llmpq.model_lookup import load_model_spec
-from llmpq.model_spec import Linear, ModelSpec
+from llmpq.model_spec import LinearShape, ModelSpec
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.precision import PRECISIONS, STANDARD, group_size
@@ -104,7 +104,7 @@ def test_the_kernel_follows_the_number_of_rows() -> None:
 def test_what_no_kernel_serves_is_said_with_what_would_work() -> None:
     with pytest.raises(UserError, match="'8-w8a8' has no kernel on a card like this: use 16, 8, 4"):
         kernel_for(card("9.0"), "8-w8a8", 64, 64, 64, 1)
-    op = Linear(name="x", out_features=64, in_features=64)
+    op = LinearShape(name="x", out_features=64, in_features=64)
     with pytest.raises(UserError, match="no kernel on a CPU"):
         peak.linear_bytes("8-w8a8", op, 1, biased=False, machine=cpu(()))
 
@@ -188,7 +188,7 @@ def machines() -> Iterator[Machine]:
 
 
 def one_matrix(out_features: int, in_features: int) -> ModelSpec:
-    op = Linear(name="x", out_features=out_features, in_features=in_features)
+    op = LinearShape(name="x", out_features=out_features, in_features=in_features)
     return LLAMA.model_copy(update={"linears": (op,)})
 
 
@@ -226,7 +226,7 @@ def check_workspace(
     machine: Machine, precision: str, out: int, cols: int, rows: int, kernel: Kernel
 ) -> None:
     """The memory model counts the same kernel."""
-    op = Linear(name="x", out_features=out, in_features=cols)
+    op = LinearShape(name="x", out_features=out, in_features=cols)
     counted = peak.linear_bytes(precision, op, rows, biased=False, machine=machine)
     group = group_size(PRECISIONS[precision].weight_bits, cols)
     assert counted == kernel.workspace_bytes(Product(out, cols, group, rows))
@@ -255,8 +255,8 @@ def test_few_row_kernels_are_called_by_the_layers(monkeypatch: pytest.MonkeyPatc
     place = {"dtype": torch.float16, "device": torch.device("cpu")}
     for precision in ("8", "4", "3"):
         layer = make.make_linear(precision, 256, 64, bias=True, **place)
-        layer.swallow("weight", torch.randn(64, 256), quantize)
-        layer.swallow("bias", torch.ones(64))
+        layer.load_weight("weight", torch.randn(64, 256), quantize)
+        layer.load_weight("bias", torch.ones(64))
         for rows in (1, 16, 17):
             assert layer(torch.randn(rows, 256).half()).eq(1).all()
         assert calls == [(kind, int(precision)) for kind in ("few", "few", "unpack")]
@@ -284,21 +284,6 @@ def test_triton_kernels_cut_the_inputs_as_they_are_counted() -> None:
                         capability, torch.float16, bits, out, cols, cols // group
                     )
                     assert config.chunks == count(product, bits)
-
-
-def test_humming_serves_what_it_says() -> None:
-    humming = pytest.importorskip("llmpq.quant.humming_support")
-    import torch
-
-    for capability in ("7.0", "7.5", "8.0", "9.0"):
-        for precision in ("8", "4", "3"):
-            for out, cols in ((8, 64), (64, 32), (96, 200), (1000, 1376), LARGE):
-                group = group_size(int(precision), cols)
-                machine = card(capability, [HUMMING])
-                shape = parse_capability(capability), getattr(torch, machine.dtype), int(precision)
-                refused = humming.why_not(*shape, cols, out, group)
-                found = choices(machine, precision, out, cols, group)[0].name
-                assert (found == "humming") == (refused is None), (refused, found)
 
 
 # ---- what it makes of the prices
@@ -387,7 +372,7 @@ def test_kernels_take_as_long_as_was_measured(shared: Path) -> None:
         out, cols = int(row["out_features"]), int(row["in_features"])
         group = group_size(PRECISIONS[precision].weight_bits, cols)
         kernel = kernel_for(machine, precision, out, cols, group, int(row["rows"]))
-        op = Linear(name="x", out_features=out, in_features=cols)
+        op = LinearShape(name="x", out_features=out, in_features=cols)
         seconds = spec_sheet.product_s(kernel, [op], spec_sheet.speed_of(device))
         predicted = float(seconds(np.array(float(row["rows"]))))
         predicted += START_S * kernel.num_launches(out, cols)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from llmpq.checkpoint import kernels
+from llmpq.checkpoint import kernel_setup as kernels
 from llmpq.checkpoint.checkpoint import RandomWeights
-from llmpq.checkpoint.kernels import planned_rows, prepare_rows
+from llmpq.checkpoint.kernel_setup import planned_rows, prepare_rows
 from llmpq.checkpoint.loader import load_stage
 from llmpq.cli import profile_layers, run
 from llmpq.cli.common import KERNEL_CACHES, bound_kernel_caches

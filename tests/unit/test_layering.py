@@ -135,6 +135,8 @@ MORE_THIRD_PARTY = {
     # Triton's decorators wrap whole functions: these are imported when a kernel is launched.
     "llmpq.quant.triton_source": _names("triton"),
     "llmpq.models.attention_source": _names("triton"),
+    # A subclass of lm-eval's model: imported when tasks are run.
+    "llmpq.evaluation.lm_eval_model": _names("lm_eval"),
 }
 # Modules that may import only these of another part.
 ONLY = {("llmpq.run.__main__", "cli"): _names("llmpq.cli.run")}

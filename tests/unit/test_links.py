@@ -10,7 +10,7 @@ from llmpq.cli.profile import main
 from llmpq.cluster import Cluster, Link
 from llmpq.errors import UserError
 from llmpq.link_data import LinkPair, LinkRow, Links, link_line, with_links
-from llmpq.profiler.links import (
+from llmpq.profiler.link_meter import (
     ACK_BYTES,
     CPU_SIZES,
     fit_link,

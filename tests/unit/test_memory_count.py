@@ -23,7 +23,7 @@ from llmpq.families import FAMILIES  # noqa: E402
 from llmpq.job import LaneShape  # noqa: E402
 from llmpq.machine import INT4_TILES, VNNI, Machine, cpu, host_cpu  # noqa: E402
 from llmpq.model_lookup import load_model_spec  # noqa: E402
-from llmpq.model_spec import ALL_HEADS, ASSETS, Linear, ModelSpec  # noqa: E402
+from llmpq.model_spec import ALL_HEADS, ASSETS, LinearShape, ModelSpec  # noqa: E402
 from llmpq.models import count  # noqa: E402
 from llmpq.models.count_families import WHOLE, count_family, families_text  # noqa: E402
 from llmpq.models.stage_model import LayerRange, StageModel, load_config  # noqa: E402
@@ -94,9 +94,9 @@ def test_tiles_that_are_taken_apart_take_what_is_predicted(bits: int) -> None:
 
 
 def fill(layer: Any, out: int, cols: int, biased: bool) -> None:
-    layer.swallow("weight", torch.randn(out, cols))
+    layer.load_weight("weight", torch.randn(out, cols))
     if biased:
-        layer.swallow("bias", torch.randn(out))
+        layer.load_weight("bias", torch.randn(out))
 
 
 def check(layer: Any, precision: str, rows: int, biased: bool, here: Machine) -> None:
@@ -104,7 +104,7 @@ def check(layer: Any, precision: str, rows: int, biased: bool, here: Machine) ->
     with torch.inference_mode():
         layer(x)
         measured = peak_bytes(lambda: layer(x), CPU)
-    op = Linear(name="x", out_features=layer.out_features, in_features=layer.in_features)
+    op = LinearShape(name="x", out_features=layer.out_features, in_features=layer.in_features)
     predicted = peak.linear_bytes(precision, op, rows, biased=biased, machine=here)
     assert measured <= predicted <= 1.05 * measured, (precision, rows, biased)
 
@@ -137,7 +137,7 @@ def test_a_familys_table_is_the_count_of_a_model(model_type: str, tmp_path: Path
     """At sizes that the table was not made with, in every place, to the byte."""
     folder = folder_of(model_type, tmp_path)
     spec, config = load_model_spec(str(folder)), load_config(folder)
-    shape = count.Shape(3, 20, 20)
+    shape = count.MicroBatchShape(3, 20, 20)
     whole = count.with_layers(config, count.NUM_LAYERS)
     for first, last in product((True, False), repeat=2):
         layers = LayerRange(0 if first else 1, 7 if last else 6, 7)

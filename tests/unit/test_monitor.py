@@ -24,14 +24,20 @@ from llmpq.reliability.monitor import (
     SILENT_LOOKS,
     START_LOOKS,
     Board,
+    HeartbeatTracker,
     Monitor,
     Verdict,
-    Watch,
-    Who,
+    WorkerIdentity,
     process_state,
     verdict_on,
 )
-from llmpq.runtime.process import LostWorkers, Role, check_meeting_point, conclusion, role_from
+from llmpq.runtime.process import (
+    LostWorkers,
+    Role,
+    check_meeting_point,
+    conclusion,
+    role_from_environment,
+)
 
 NAMES = ["worker 0 (a)", "worker 1 (b)", "worker 2 (c)"]
 
@@ -46,7 +52,7 @@ def fast(monkeypatch):
 
 
 def test_who_stops_beating_is_lost_after_some_looks_and_not_before():
-    watch = Watch(2)
+    watch = HeartbeatTracker(2)
     beats = [[beat, min(beat, 3)] for beat in range(1, 3 + SILENT_LOOKS + 1)]
     found = [watch.look(two) for two in beats]
     assert found[:-1] == [[]] * (len(beats) - 1)
@@ -54,19 +60,19 @@ def test_who_stops_beating_is_lost_after_some_looks_and_not_before():
 
 
 def test_who_is_done_or_beats_slowly_is_not_lost():
-    watch = Watch(2)
+    watch = HeartbeatTracker(2)
     for look in range(4 * SILENT_LOOKS):
         assert watch.look([DONE + 7, 1 + look // (SILENT_LOOKS - 1)]) == []
 
 
 def test_who_has_not_begun_has_more_time():
-    watch = Watch(2)
+    watch = HeartbeatTracker(2)
     looks = [watch.look([look, 0]) for look in range(1, START_LOOKS + 1)]
     assert looks == [[]] * (START_LOOKS - 1) + [[1]]
 
 
 def test_time_in_which_nobody_looks_does_not_count():
-    watch = Watch(1)
+    watch = HeartbeatTracker(1)
     for _ in range(SILENT_LOOKS):
         watch.look([5])
     assert watch.look([6]) == []  # however long ago the last look was
@@ -81,10 +87,12 @@ def test_the_state_of_processes(monkeypatch):
     state, started = process_state(os.getpid())
     assert state == "R" and started > 0
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    who = Who(1, "a", "here", child.pid, Who.here(0, "me").machine, process_state(child.pid)[1])
+    who = WorkerIdentity(
+        1, "a", "here", child.pid, WorkerIdentity.here(0, "me").machine, process_state(child.pid)[1]
+    )
     assert not who.is_gone
-    elsewhere = Who(1, "a", "there", child.pid, "another machine", who.started)
-    successor = Who(1, "a", "here", child.pid, who.machine, who.started - 1)
+    elsewhere = WorkerIdentity(1, "a", "there", child.pid, "another machine", who.started)
+    successor = WorkerIdentity(1, "a", "here", child.pid, who.machine, who.started - 1)
     elsewhere.kill()
     successor.kill()  # of the same id, but another process
     assert child.poll() is None
@@ -141,7 +149,7 @@ def test_all_end_in_order_and_nobody_is_lost(fast):
 
 def test_one_that_falls_silent_is_named_by_the_others(fast):
     crew = Crew(3)
-    crew.board.join(Who(1, "t4-16g on node0", "box", 4711))
+    crew.board.join(WorkerIdentity(1, "t4-16g on node0", "box", 4711))
     with crew.monitor(0), crew.monitor(2):
         told = crew.wait_for(0)
         assert crew.wait_for(2) == ""  # worker 0 of the same machine has said it
@@ -153,10 +161,10 @@ def test_one_that_falls_silent_is_named_by_the_others(fast):
 def test_a_process_that_ends_is_missed_before_it_is_silent_for_long(fast):
     crew = Crew(2)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    machine, started = Who.here(0, "").machine, process_state(child.pid)[1]
+    machine, started = WorkerIdentity.here(0, "").machine, process_state(child.pid)[1]
     if not machine:
         pytest.skip("processes cannot be seen here")
-    crew.board.join(Who(1, "b", "box", child.pid, machine, started))
+    crew.board.join(WorkerIdentity(1, "b", "box", child.pid, machine, started))
     with crew.monitor(0) as monitor:
         wait_until(lambda: crew.board.beat(1) or monitor._others)
         monitor.look_now()
@@ -327,7 +335,7 @@ def test_a_parent_is_interrupted_once_and_gets_its_handlers_back():
 
 def test_what_a_worker_tells_is_plain_json():
     store = dist.HashStore()
-    Board(store, 1).join(Who.here(0, "a"))
+    Board(store, 1).join(WorkerIdentity.here(0, "a"))
     assert json.loads(store.get("who/0"))["pid"] == os.getpid()
 
 
@@ -351,9 +359,9 @@ LAUNCHED = {
 
 
 def test_a_role_from_what_a_launcher_sets():
-    assert role_from({}) is None and role_from({"RANK": "abc"}) is None
-    assert role_from(LAUNCHED) == Role(1, 4, 1, 2)
-    assert role_from({"RANK": "0", "WORLD_SIZE": "1"}) == Role(0, 1, 0, 1)
+    assert role_from_environment({}) is None and role_from_environment({"RANK": "abc"}) is None
+    assert role_from_environment(LAUNCHED) == Role(1, 4, 1, 2)
+    assert role_from_environment({"RANK": "0", "WORLD_SIZE": "1"}) == Role(0, 1, 0, 1)
 
 
 NUMBERS = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"]
@@ -363,13 +371,13 @@ NUMBERS = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC
 @pytest.mark.parametrize("value", ["abc", "", "-1", "1.5", "\u0663"])
 def test_a_role_that_no_launcher_gives(name, value):
     with pytest.raises(UserError, match=f"{name} is .*unset RANK and WORLD_SIZE"):
-        role_from(LAUNCHED | {name: value})
+        role_from_environment(LAUNCHED | {name: value})
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
 def test_a_role_beyond_the_others(name):
     with pytest.raises(UserError, match=f"{name}=7 of .*unset RANK and WORLD_SIZE"):
-        role_from(LAUNCHED | {name: "7"})
+        role_from_environment(LAUNCHED | {name: "7"})
 
 
 @pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT"])

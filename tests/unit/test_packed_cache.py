@@ -230,7 +230,7 @@ def test_gptq_finds_its_codes_again(model, tmp_path):
         def key(self, name):
             return name
 
-        def moments(self, name):
+        def statistics(self, name):
             columns = Checkpoint(model).tensor(name).shape[1]
             x = torch.randn(256, columns, generator=torch.Generator().manual_seed(1))
             return (x.t() @ x / 256)[None]
@@ -243,7 +243,7 @@ def test_gptq_finds_its_codes_again(model, tmp_path):
 
 
 @pytest.mark.parametrize("own", [{"bits": 4}, {"bits": 8, "group": -1}])
-def test_weights_that_came_quantised_are_kept_only_where_they_are_rounded_again(tmp_path, own):
+def test_weights_that_came_quantized_are_kept_only_where_they_are_rounded_again(tmp_path, own):
     (tmp_path / "model").mkdir()
     write_gptq(tmp_path / "model", **own)
     config, weights = load_config(tmp_path / "model"), Checkpoint(tmp_path / "model")
@@ -445,7 +445,7 @@ def test_what_killed_writers_left_is_removed_when_it_is_old(tmp_path):
     assert not old.exists() and young.exists()
 
 
-def test_other_quantisers_give_other_weights(model, tmp_path):
+def test_other_quantizers_give_other_weights(model, tmp_path):
     """So that a wrong hit would be seen by the tests above."""
     one, _, _ = load(model, tmp_path / "a")
     other, _, _ = load(model, tmp_path / "b", by=quantize_mse, key="mse")

@@ -12,7 +12,7 @@ from llmpq.cluster import GIB, Cluster
 from llmpq.model_lookup import spec_from_config
 from llmpq.model_spec import ModelSpec
 from llmpq.plan_data import Plan, Predicted, PredictedStage, Stage, diff
-from llmpq.plan_diff import LayersChange, PlanDiff, changes, layer_ranges
+from llmpq.plan_diff import LayerRangeChange, PlanDiff, changes, layer_ranges
 from llmpq.workload import Workload
 
 NUM_LAYERS = 8
@@ -236,7 +236,7 @@ def homes(plan: Plan) -> list[tuple[str, str, int]]:
     return found
 
 
-def replayed(ranges: tuple[LayersChange[Any], ...], layers: list[Any], read: Any) -> list[Any]:
+def replayed(ranges: tuple[LayerRangeChange[Any], ...], layers: list[Any], read: Any) -> list[Any]:
     """`layers` with all ranges applied; each layer is changed at most once, from what it was."""
     result: list[Any] = list(layers)
     touched: Counter[int] = Counter()

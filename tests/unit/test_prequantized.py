@@ -1,4 +1,4 @@
-"""Checkpoints that are quantised already, written by hand from the definition of each format."""
+"""Checkpoints that are quantized already, written by hand from the definition of each format."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
 from llmpq.checkpoint.inventory import check_checkpoint
 from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError
-from llmpq.evaluation.evaluate import evaluate
+from llmpq.evaluation.perplexity import evaluate
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import AdoptedLinear, QuantizedLinear, available_precisions, kernels, make_linear
 from llmpq.quant.base import GridLinear
@@ -285,9 +285,9 @@ class Held:
 
 
 def packing_with(settings):
-    from llmpq.checkpoint.prequantized import CompressedTensors
+    from llmpq.checkpoint.prequantized import CompressedTensorsFormat
 
-    return CompressedTensors(settings, Path("config.json"))
+    return CompressedTensorsFormat(settings, Path("config.json"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -358,7 +358,7 @@ def test_layers_count_the_bytes_that_they_hold(tmp_path, bits):
 
 
 @pytest.mark.parametrize("precision", ["16", "8", "3"])
-def test_other_precisions_start_from_the_dequantised_weight(tmp_path, precision):
+def test_other_precisions_start_from_the_dequantized_weight(tmp_path, precision):
     written = write_gptq(tmp_path, 4, 32)
     stage = written.stage(precision)
     for name, codes in written.codes.items():
@@ -366,7 +366,7 @@ def test_other_precisions_start_from_the_dequantised_weight(tmp_path, precision)
         alone = make_linear(
             precision, *codes.codes.shape[::-1], bias=False, dtype=torch.float32, device=CPU
         )
-        alone.swallow("weight", codes.weight)
+        alone.load_weight("weight", codes.weight)
         assert torch.equal(inside.dequantized_weight(), alone.dequantized_weight())
     note = Checkpoint(tmp_path).note([precision, "4"])
     assert note is not None and "(gptq, 4)" in note and str(tmp_path) in note
@@ -374,7 +374,7 @@ def test_other_precisions_start_from_the_dequantised_weight(tmp_path, precision)
 
 
 @pytest.mark.parametrize("precision", ["16", "4"])
-def test_the_loss_is_that_of_the_dequantised_model(tmp_path, precision):
+def test_the_loss_is_that_of_the_dequantized_model(tmp_path, precision):
     """Through one stage and through two, at the checkpoint's own bits and at 16."""
     written = write_gptq(tmp_path, 4, 32, ordered=False)
     windows = torch.randint(0, SIZES["vocab_size"], (3, 20))
@@ -414,7 +414,7 @@ def test_groups_of_the_configuration_and_ignored_linears(tmp_path):
     assert len(taken) == 2 * 4 + 1 and all(isinstance(m, QuantizedLinear) for m in found.values())
 
 
-def test_weights_that_are_not_quantised_have_no_codes(tmp_path):
+def test_weights_that_are_not_quantized_have_no_codes(tmp_path):
     assert RandomWeights().packed("a.weight", (2, 2)) is None
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     model.save_pretrained(tmp_path)

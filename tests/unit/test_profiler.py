@@ -14,16 +14,18 @@ from llmpq.profile_data import Candidate, ProfileRow
 pytest.importorskip("torch")
 
 from llmpq.profiler.cells import FEW, MAX_SAMPLES
-from llmpq.profiler.drift import TOLERANCE, Usual, Watch, steady
-from llmpq.profiler.grid import Grid, Ranges, Span, end_cells, farthest
-from llmpq.profiler.layers import LayerProfiler, Measured
+from llmpq.profiler.drift import TOLERANCE, DriftMonitor, MachineSpeed, steady
+from llmpq.profiler.grid import AdaptiveGrid, Grid, ShapeRange, end_cells, farthest
+from llmpq.profiler.layers import LayerMeasurements, LayerProfiler
 from llmpq.profiler.resume import Identity, PartialFile
 from llmpq.profiler.sampling import estimate, interval_rank, is_outlier
 
 PRECISIONS = ("16", "4")
 FIXED_MS = {"prefill": 2.0, "decode": 1.0}
 PAUSE_MS = 5.0
-RANGES = Ranges(PRECISIONS, Span((1, 8), (8, 512)), Span((1, 32), (8, 512)), (16, 17, 64, 65))
+RANGES = AdaptiveGrid(
+    PRECISIONS, ShapeRange((1, 8), (8, 512)), ShapeRange((1, 32), (8, 512)), (16, 17, 64, 65)
+)
 GRID = Grid(PRECISIONS, (1, 2), (1, 4), (8, 16), (8, 24))
 
 
@@ -111,7 +113,7 @@ def profiler(spec: ModelSpec, machine: FakeMachine, budget_s: float, **how: Any)
     return LayerProfiler(spec, grid, machine, budget_s, clock=machine.clock, **how)
 
 
-def errors(measured: Measured, machine: FakeMachine) -> list[float]:
+def errors(measured: LayerMeasurements, machine: FakeMachine) -> list[float]:
     """Relative, of every layer's row."""
     rows = [row for row in measured.rows if row.phase in ("prefill", "decode")]
     return [abs(row.time_ms / machine.layer_ms(key_of(row)) - 1) for row in rows]
@@ -154,19 +156,19 @@ def test_few_values_are_as_sure_as_their_range() -> None:
 
 def test_unsteady_samples_are_left_out_where_there_are_steady_ones() -> None:
     times, levels = [1.0, 1.0, 1.0, 1.5, 1.5], [2.0, 2.0, 2.0, 3.0, 3.0]
-    assert steady(times, levels, Usual(2.0)) == [1.0, 1.0, 1.0]
-    assert steady(times, levels, Usual(3.0)) == times  # only two are near
+    assert steady(times, levels, MachineSpeed(2.0)) == [1.0, 1.0, 1.0]
+    assert steady(times, levels, MachineSpeed(3.0)) == times  # only two are near
 
 
 def test_times_are_given_for_the_usual_speed_where_they_are_scaled() -> None:
-    usual = Usual(2.0, scales=True)
+    usual = MachineSpeed(2.0, scales=True)
     assert steady([1.0, 1.5, 0.5], [2.0, 3.0, 1.0], usual) == [1.0, 1.0, 1.0]
     machine = FakeMachine()
-    watch = Watch(machine.reference_ms, machine.clock, scales=True)
+    watch = DriftMonitor(machine.reference_ms, machine.clock, scales=True)
     for _ in range(10):
         watch.level_ms()
     assert len(watch.levels_ms) == 10 and watch.notes() == []
-    changing = Watch(lambda: 1.0, lambda: 0.0, [1.0, 1.4] * 20, scales=True)
+    changing = DriftMonitor(lambda: 1.0, lambda: 0.0, [1.0, 1.4] * 20, scales=True)
     assert any("median" in note for note in changing.notes())
 
 
@@ -181,17 +183,17 @@ def test_a_machine_whose_speed_changes_gives_the_times_of_one_speed(spec: ModelS
 
 def test_a_noisy_reference_is_no_drift_and_a_slow_stretch_is() -> None:
     rng = np.random.default_rng(3)
-    noisy = Watch(lambda: 1.0, lambda: 0.0, list(1 + 0.08 * rng.standard_normal(60)))
-    assert sum(not noisy.usual().holds(level) for level in noisy.levels_ms) <= 2
+    noisy = DriftMonitor(lambda: 1.0, lambda: 0.0, list(1 + 0.08 * rng.standard_normal(60)))
+    assert sum(not noisy.speed().holds(level) for level in noisy.levels_ms) <= 2
     assert any("busy" in note for note in noisy.notes())
-    slowed = Watch(lambda: 1.0, lambda: 0.0, [1.0, 1.01] * 20 + [1.1, 1.11] * 10)
-    assert sum(not slowed.usual().holds(level) for level in slowed.levels_ms) == 20
+    slowed = DriftMonitor(lambda: 1.0, lambda: 0.0, [1.0, 1.01] * 20 + [1.1, 1.11] * 10)
+    assert sum(not slowed.speed().holds(level) for level in slowed.levels_ms) == 20
     assert ["drifted" in note for note in slowed.notes()] == [True]
 
 
 def test_the_reference_is_timed_now_and_then() -> None:
     machine = FakeMachine()
-    watch = Watch(machine.reference_ms, machine.clock)
+    watch = DriftMonitor(machine.reference_ms, machine.clock)
     for _ in range(100):
         watch.level_ms()
         machine.now_s += 0.1
@@ -218,7 +220,7 @@ def test_a_start_has_corners_and_both_sides_of_the_kernels_switches() -> None:
 
 
 def test_a_range_of_one_value_is_a_range() -> None:
-    span = Span((2, 2), (64, 64))
+    span = ShapeRange((2, 2), (64, 64))
     assert span.dense() == [(2, 64)] and set(span.start("decode")) == {(2, 64)}
 
 
@@ -290,7 +292,7 @@ def test_more_cells_are_chosen_until_the_budget_ends(spec: ModelSpec) -> None:
     assert asked and machine.now_s <= 66
     start = sum(len(RANGES.start(p)) for p in ("prefill", "decode")) * len(PRECISIONS)
     assert sum(r.phase in ("prefill", "decode") for r in measured.rows) > start
-    spent = [made.lanes[name].spent_s for name in ("prefill", "decode")]
+    spent = [made.queues[name].spent_s for name in ("prefill", "decode")]
     assert max(spent) < 1.5 * min(spent)
     assert max(errors(measured, machine)) < 0.1
 

@@ -179,7 +179,7 @@ def test_cluster_names_can_be_read_whatever_the_host_is_called(host: str, tmp_pa
 def targets(monkeypatch: pytest.MonkeyPatch, names: list[str], **flags: Any) -> Any:
     """What `layers` would measure on a machine with these cards of 16 GiB."""
     torch = pytest.importorskip("torch")
-    from llmpq.profiler import devices as found
+    from llmpq.profiler import device_probe as found
     from llmpq.runtime import process
 
     cards = [found.Card(i, name, 16 << 30, 15 << 30, "7.5") for i, name in enumerate(names)]

@@ -285,8 +285,10 @@ def test_lines_of_openais_batch_files(tmp_path):
     assert [r.is_chat for r in requests] == [True, True, False, False, False, False]
     assert [r.prompt for r in requests[3:]] == [(5, 6), tuple(b"one"), (7,)]
     *drawn, models = found.notes
-    assert models == f"{found.path}: lines name a model; the plan's answers: 'm' (6 lines)"
-    assert "say themselves how their tokens are drawn: 1;" in drawn[0] and len(drawn) == 1
+    assert (
+        models == f"{found.path}: lines name a model, but the plan's model answers: 'm' (6 lines)"
+    )
+    assert "with sampling settings of their own: 1;" in drawn[0] and len(drawn) == 1
     assert found.drawn == {1: {"temperature": 0.0}}
 
 
@@ -298,11 +300,11 @@ def test_lines_of_openais_batch_files(tmp_path):
         (batch(prompt="a"), "does not go with 'prompt'"),
         (batch(url="/v1/completions", prompt=["a", "b"]), "2 prompts in one request"),
         (batch(messages=[{"role": "odd", "content": "a"}]), "template fails .ValueError: no such"),
-        (batch(messages=[USER], n=2), "'n' 2 cannot be done (only 1)"),
-        (batch(messages=[USER], logprobs=True, top_logprobs=5), "'logprobs' True cannot be done"),
+        (batch(messages=[USER], n=2), "'n' 2 is not supported (only 1)"),
+        (batch(messages=[USER], logprobs=True, top_logprobs=5), "'logprobs' True is not supported"),
         (batch(messages=[USER], response_format={"type": "json_object"}), "'response_format'"),
-        (batch(messages=[USER], presence_penalty=0.5), "'presence_penalty' 0.5 cannot be done"),
-        (batch(messages=[USER], tool_choice="required"), "'tool_choice' 'required' cannot be"),
+        (batch(messages=[USER], presence_penalty=0.5), "'presence_penalty' 0.5 is not supported"),
+        (batch(messages=[USER], tool_choice="required"), "'tool_choice' 'required' is not"),
         (batch(url="/v1/completions", prompt="a", tools=[{"type": "function"}]), "need 'messages'"),
         (batch(messages=[USER], temperature=-1), "'temperature' must be a number from 0 to 1000"),
         (batch(messages=[USER], temperature="0.5"), "'temperature' must be a number from 0"),
@@ -456,7 +458,7 @@ def test_the_plans_cache_is_a_limit_too(tmp_path):
 def test_keys_without_a_meaning_are_told_once_with_their_count(tmp_path):
     lines = [{"id": i, "prompt": "a", "max_new_token": 5, "source": "x"} for i in range(30)]
     found = of_lines(tmp_path, *lines, batch("b", messages=[USER], user="u", metadata={}))
-    (left_out,) = [note for note in found.notes if "not known" in note]
+    (left_out,) = [note for note in found.notes if "unknown keys" in note]
     assert "'max_new_token', perhaps 'max_new_tokens' is meant (30 lines)" in left_out
     assert "'source' (30 lines)" in left_out
     assert "'body.user' (1 lines)" in left_out and "'body.metadata' (1 lines)" in left_out
@@ -465,7 +467,7 @@ def test_keys_without_a_meaning_are_told_once_with_their_count(tmp_path):
 def test_ever_new_keys_fill_no_memory(tmp_path):
     lines = [{"id": i, "prompt": "a", f"key {i}": 1} for i in range(3000)]
     found = of_lines(tmp_path, *lines)
-    assert len(found._told._left_out) <= 1001
+    assert len(found._facts._left_out) <= 1001
     assert all(len(note) < 1000 for note in found.notes)
 
 

@@ -1,4 +1,4 @@
-"""Quantised linears: what they hold, how far their weights are off, and how they multiply."""
+"""Quantized linears: what they hold, how far their weights are off, and how they multiply."""
 
 import itertools
 
@@ -35,9 +35,9 @@ def filled(precision: str, weight: Tensor, dtype=torch.float32, bias: Tensor | N
     layer = make_linear(
         precision, in_features, out_features, bias=bias is not None, dtype=dtype, device=CPU
     )
-    layer.swallow("weight", weight)
+    layer.load_weight("weight", weight)
     if bias is not None:
-        layer.swallow("bias", bias)
+        layer.load_weight("bias", bias)
     return layer
 
 
@@ -144,7 +144,7 @@ def test_rounding_takes_no_second_copy_of_the_weight():
         layer = make_linear(precision, 1024, 4096, bias=False, dtype=torch.bfloat16, device=CPU)
         largest = 0
         with Watch():
-            layer.swallow("weight", weight)
+            layer.load_weight("weight", weight)
         assert 0 < largest <= weight.nbytes // 2, precision
 
 
@@ -163,7 +163,7 @@ def test_layers_hold_the_bytes_that_plans_count(out_features, in_features, dtype
         assert layer.weight_bytes == expected, precision
 
 
-def test_nothing_is_held_before_the_weight_is_swallowed():
+def test_nothing_is_held_before_the_weight_is_loaded():
     for precision in available_precisions(CPU, torch.bfloat16):
         layer = make_linear(precision, 64, 64, bias=True, dtype=torch.bfloat16, device=CPU)
         assert layer.weight_bytes == 0
@@ -328,7 +328,7 @@ def test_unavailable_precisions_say_what_would_work():
 def test_tensors_without_a_place_are_refused(precision):
     layer = make_linear(precision, 64, 32, bias=False, dtype=torch.float32, device=CPU)
     with pytest.raises(ValueError, match=r"\(64, 32\).*\(32, 64\)"):
-        layer.swallow("weight", torch.zeros(64, 32))
+        layer.load_weight("weight", torch.zeros(64, 32))
     for name in ("bias", "running_mean"):
         with pytest.raises(ValueError, match=name):
-            layer.swallow(name, torch.zeros(32))
+            layer.load_weight(name, torch.zeros(32))

@@ -12,7 +12,7 @@ from llmpq.models.stage_model import load_config
 from llmpq.plan_data import Plan
 from llmpq.prompts.request import Request
 from llmpq.run_report import StageReport
-from llmpq.runtime.engine import Engine
+from llmpq.runtime.engine import StageEngine
 from llmpq.runtime.transport import LocalHub, LocalTransport
 
 FOLDER = ASSETS / "tiny-tales"
@@ -56,13 +56,15 @@ def stages() -> list[StageReport]:
     plan, hub = two_stage_plan(), LocalHub(2)
     config, weights = load_config(FOLDER), Checkpoint(FOLDER)
     engines = [
-        Engine(plan, config, weights, LocalTransport(rank, hub), torch.float32, torch.device("cpu"))
+        StageEngine(
+            plan, config, weights, LocalTransport(rank, hub), torch.float32, torch.device("cpu")
+        )
         for rank in range(2)
     ]
     requests = [Request(i, i, tuple(range(5, 5 + n)), NEW) for i, n in enumerate(LENGTHS)]
     found: dict[int, list[StageReport]] = {}
 
-    def work(engine: Engine) -> None:
+    def work(engine: StageEngine) -> None:
         engine.start_clock()
         if engine.transport.rank == 0:
             lengths = {i: (n, NEW) for i, n in enumerate(LENGTHS)}

@@ -7,7 +7,7 @@ from test_placement import T4, V100, found
 
 from llmpq.model_lookup import load_model_spec
 from llmpq.plan_data import Plan
-from llmpq.seats import Process, Refusal, parts_of, planned_devices, stage_ranks, take_seats
+from llmpq.seats import Process, Refusal, nodes_of, planned_devices, stage_ranks, take_seats
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"
 SPEC = load_model_spec(str(CONFIGS / "opt-1.3b.json"))
@@ -70,7 +70,7 @@ def test_ranks_of_a_node_need_not_follow_each_other():
 
 def test_the_leaders_node_comes_first():
     plan = make_plan(("b", "t4-16g"), ("a", "t4-16g"), ("b", "v100-32g"))
-    assert [(part.name, part.workers) for part in parts_of(plan)] == [("b", (0, 2)), ("a", (1,))]
+    assert [(part.name, part.workers) for part in nodes_of(plan)] == [("b", (0, 2)), ("a", (1,))]
 
 
 @pytest.mark.parametrize("names", [("b", "a"), ("b.lab.example", "a.lab.example")])

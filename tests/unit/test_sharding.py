@@ -224,7 +224,7 @@ def test_parts_have_the_codes_of_the_whole_matrix(dim, whole, count, dtype, prec
     bias = torch.arange(shape[0]) / 7
     like = {"bias": True, "dtype": dtype, "device": CPU}
     one = make_linear(precision, shape[1], shape[0], **like)
-    one.swallow("weight", weight, round_by[rounding])
+    one.load_weight("weight", weight, round_by[rounding])
     for index in range(count):
         step = whole // count
         part = TensorPart(dim, index * step, (index + 1) * step, whole)
@@ -232,7 +232,7 @@ def test_parts_have_the_codes_of_the_whole_matrix(dim, whole, count, dtype, prec
         own = make_linear(precision, in_features, out_features, **like, part=part)
         for name, tensor in (("weight", weight), ("bias", bias)):
             wanted = own.part_to_read(name, round_by[rounding])
-            own.swallow(name, wanted.of(tensor) if wanted else tensor, round_by[rounding])
+            own.load_weight(name, wanted.of(tensor) if wanted else tensor, round_by[rounding])
         assert torch.equal(own.dequantized_weight(), part_of_weight(one, part))
         assert own.bias.shape == (out_features,)
         x = torch.randn(3, in_features).to(dtype)
@@ -248,14 +248,14 @@ def test_parts_of_other_precisions_have_the_codes_too(precision, dim):
     weight = torch.randn(128, 256).to(torch.bfloat16)
     like = {"bias": False, "dtype": torch.bfloat16, "device": CPU}
     one = make_linear(precision, 256, 128, **like)
-    one.swallow("weight", weight)
+    one.load_weight("weight", weight)
     for index in range(2):
         size = weight.shape[dim] // 2
         part = TensorPart(dim, index * size, (index + 1) * size, 2 * size)
         out_features, in_features = part.of_shape((128, 256))
         own = make_linear(precision, in_features, out_features, **like, part=part)
         wanted = own.part_to_read("weight")
-        own.swallow("weight", wanted.of(weight) if wanted else weight)
+        own.load_weight("weight", wanted.of(weight) if wanted else weight)
         assert torch.equal(own.dequantized_weight(), part_of_weight(one, part))
 
 
@@ -263,7 +263,7 @@ def test_parts_of_other_precisions_have_the_codes_too(precision, dim):
 @pytest.mark.parametrize("groups", [1, 4, 2])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("dim", [OUTPUTS, INPUTS])
-def test_parts_keep_the_codes_of_quantised_checkpoints(dim, bits, groups, group_of):
+def test_parts_keep_the_codes_of_quantized_checkpoints(dim, bits, groups, group_of):
     codes = torch.randint(0, 2**bits, (64, 192), dtype=torch.uint8)
     scales, zeros = torch.rand(64, groups) + 0.1, torch.full((64, groups), 3, dtype=torch.uint8)
     own_groups = None if group_of is None else (torch.arange(192) % groups).int()
@@ -287,7 +287,7 @@ def test_parts_keep_the_codes_of_quantised_checkpoints(dim, bits, groups, group_
 
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("precision", ["4", "3"])
-def test_shards_compute_with_a_quantised_checkpoint(tmp_path, precision, ordered):
+def test_shards_compute_with_a_quantized_checkpoint(tmp_path, precision, ordered):
     """At its own 4 bits it keeps the codes; 3 bits are rounded from what they stand for."""
     folder = write_gptq(tmp_path, bits=4, group=64, ordered=ordered).folder
     more = {"precisions": precision, "layers": LayerRange(0, 2, 2)}
@@ -436,7 +436,7 @@ def test_a_shard_that_fails_wakes_the_others():
     hub = LocalShardHub(2)
     groups = hub.groups()
     threading.Timer(0.05, hub.abort).start()
-    with pytest.raises(WorkerError, match="shard 1: another shard has stopped"):
+    with pytest.raises(WorkerError, match="shard 1: another one has stopped"):
         groups[1].all_reduce(torch.ones(2))
 
 

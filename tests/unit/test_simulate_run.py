@@ -121,7 +121,7 @@ def runtime_jobs(
     """Of each job: whether it is a prefill, its requests, tokens of each, tokens before them."""
     torch = pytest.importorskip("torch")
     from llmpq.prompts.request import Request
-    from llmpq.runtime.local import generate_locally
+    from llmpq.runtime.local import LocalStages
     from llmpq.runtime.worker import Worker
 
     plan = to_plan(problem, assignment, "hand-made", evaluate(problem, assignment))
@@ -138,9 +138,10 @@ def runtime_jobs(
     requests = [Request(i, i, (3,) * prompt, new) for i, (prompt, new) in enumerate(lengths)]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    tokens = generate_locally(plan, ASSETS / DEFAULT_MODEL, requests, refill=refill)
+    finished = LocalStages(plan, ASSETS / DEFAULT_MODEL).generate(requests, refill=refill)
     torch.set_num_threads(before)
-    assert [len(tokens[i]) for i in range(len(lengths))] == [new for _, new in lengths]
+    made = {one.request.id: len(one.token_ids) for one in finished}
+    assert [made[i] for i in range(len(lengths))] == [new for _, new in lengths]
     return [
         (True, len(job.members), job.end - job.begin, job.begin)
         if job.prefill

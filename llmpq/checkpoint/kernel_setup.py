@@ -1,10 +1,10 @@
-"""Compiles the kernels that a loaded stage needs, and hands its weights over to them.
+"""Compiles the kernels that a loaded stage needs, and converts its weights to their layout.
 
-`prepare_kernels` does so for humming's (`llmpq.quant.humming`), which ask for it. oneDNN, which
-multiplies 16-bit matrices on a CPU, compiles a kernel for each new number of rows at its first
-call: 0.5 ms a shape of matrix on a Xeon of 2023, 2 ms a layer of Llama's shapes, which may be more
-than the layer itself takes. `prepare_rows` makes those first calls before the run. Other kernels
-are there at once, or compile in a moment at their first call, which the warm-up makes.
+`prepare_kernels` does so for humming's kernels (`llmpq.quant.humming`). oneDNN, which multiplies
+16-bit matrices on a CPU, compiles a kernel for each new number of rows at its first call: 0.5 ms a
+shape of matrix on a Xeon of 2023, 2 ms a layer of Llama's shapes, which may be more than the layer
+itself takes. `prepare_rows` makes those first calls before the run. Other kernels need no
+compilation, or compile quickly at their first call, which the warm-up makes.
 """
 
 from collections import Counter
@@ -23,8 +23,8 @@ from llmpq.quant.humming import HummingLinear, serve
 from llmpq.quant.humming_jit import row_ladder
 from llmpq.workload import planned_lengths
 
-OnCompiled = Callable[[int, int], None]  # kernels compiled, of so many
-LARGE_PRODUCT = 2**27  # rows x inputs x outputs: takes so long that compiling hardly counts
+OnCompiled = Callable[[int, int], None]  # called with kernels compiled, and their total
+LARGE_PRODUCT = 2**27  # rows x inputs x outputs, which takes far longer than compiling
 
 
 def prepare_kernels(
@@ -33,10 +33,10 @@ def prepare_kernels(
     batch_invariant: bool = False,
     on_compiled: OnCompiled = lambda *_: None,
 ) -> list[str]:
-    """Makes the linears of a stage ready for products of up to `most_rows` rows.
+    """Prepares the linears of a stage for products of up to `most_rows` rows.
 
-    `batch_invariant`: a row's result does not depend on the others, which may be slower. Returns
-    notes on linears that stay with slower kernels, each with the reason.
+    With `batch_invariant`, a row's result does not depend on the other rows, which may be slower.
+    Returns notes on linears that keep slower kernels, each with the reason.
     """
     modules = list(stage.model.modules())
     layers = [module for module in modules if isinstance(module, HummingLinear)]
@@ -53,10 +53,10 @@ def prepare_kernels(
 
 
 def planned_rows(plan: Plan) -> tuple[list[int], list[int]]:
-    """Numbers of rows that the linears of layers multiply in the jobs of a plan, and the head.
+    """The numbers of rows of the products of layers, and of the head, in the jobs of a plan.
 
-    Those of steps, then of prefills of one, two or more of the planned prompts. Not of the last
-    chunk of a prompt that is computed in several.
+    Decode steps come first, then prefills of one, two or more of the planned prompts. The last
+    chunks of prompts that are computed in several chunks are left out.
     """
     reserve, most = reserve_of(plan), plan.prefill_micro_batch
     prompts = {prompt for prompt, _ in planned_lengths(plan.workload)}
@@ -67,16 +67,19 @@ def planned_rows(plan: Plan) -> tuple[list[int], list[int]]:
 
 
 def prepare_rows(stage: StageModel, rows: Sequence[int], chosen: Sequence[int] = ()) -> None:
-    """On a CPU: multiplies each kind of linear of a stage once by each of these numbers of rows.
+    """Multiplies each kind of linear of a stage once by each number of rows; on a CPU only.
 
-    `chosen`: numbers of rows of the head's products, on the last stage. Products above
-    `LARGE_PRODUCT` are left out, and the last of more numbers than kernels are kept of. Says
-    nothing to other shards of the stage.
+    `chosen` holds the numbers of rows of the head's products, on the last stage. Products above
+    `LARGE_PRODUCT` are left out, and so are the last numbers where there are more than the CPU
+    keeps kernels of. No other shard of the stage takes part.
     """
     if stage.device.type != "cpu":
         return
     layers = list(stage.linears().values())
-    kinds = {(type(one), one.in_features, one.out_features, _bits(one)): one for one in layers}
+    kinds = {
+        (type(one), one.in_features, one.out_features, getattr(one, "bits", 16)): one
+        for one in layers
+    }
     most = KERNELS_KEPT // max(1, len({kind[1:3] for kind in kinds}))
     for linear in kinds.values():
         _multiply(linear, rows[:most], stage.dtype)
@@ -85,22 +88,18 @@ def prepare_rows(stage: StageModel, rows: Sequence[int], chosen: Sequence[int] =
         _multiply(head, chosen, stage.dtype)
 
 
-def _bits(linear: PlainLinear | QuantizedLinear) -> int:
-    return linear.bits if isinstance(linear, QuantizedLinear) else 16
-
-
 @torch.inference_mode()
 def _multiply(
     linear: PlainLinear | QuantizedLinear, rows: Sequence[int], dtype: torch.dtype
 ) -> None:
-    """Without the hooks that add up what several shards compute."""
+    """Calls `forward` directly, without the hooks that sum over shards."""
     for count in rows:
         if count * linear.in_features * linear.out_features <= LARGE_PRODUCT:
             linear.forward(torch.zeros(count, linear.in_features, dtype=dtype))
 
 
 def _foreign_notes(stage: StageModel, layers: list[AdoptedLinear]) -> list[str]:
-    """What there is to say of weights that keep a checkpoint's own grids, on a card."""
+    """Notes on weights that keep a checkpoint's own grids, on a card."""
     if not layers or stage.device.type != "cuda":
         return []
     dtypes = {str(layer.scales.dtype).removeprefix("torch.") for layer in layers}

@@ -1,15 +1,17 @@
 """Measures the links between ranks: latency and bandwidth of every ordered pair.
 
 The source sends a message, the destination answers with a few bytes, and half the round trip of
-two such small messages is taken off: so each direction of a large message is seen apart. Of small
-messages only the round trip can be known without a common clock; both directions get half of it.
-Messages go by gloo between CPUs and shared cards, by NCCL where each rank has a card of its own. A
-buffer is posted when its message is due, as in a plain send and receive. The runtime posts buffers
-ahead, which between processes of one machine was up to a third faster: plans err to the safe side.
+two such small messages is subtracted, so that each direction of a large message is measured
+separately. For small messages only the round trip can be measured without a common clock; both
+directions get half of it. Messages use gloo between CPUs and shared cards, NCCL where each rank has
+a card of its own. A buffer is posted when its message is due, as in a plain send and receive. The
+runtime posts buffers ahead, which between processes of one machine was up to a third faster, so
+that plans err on the safe side.
 
 Pairs are measured one at a time while the others wait, all of them in a few rounds, so that a slow
-moment of a machine touches few samples of many pairs. Within a visit the source repeats sizes
-until the medians are known to `TOLERANCE` or its share of the budget is over.
+period of a machine affects few samples of many pairs. Within a visit the source repeats sizes until
+the medians are known to `TOLERANCE` or its share of the budget is spent.
+
 Not covered: copies between a card and main memory where ranks share a card; collectives.
 """
 
@@ -33,7 +35,7 @@ from llmpq.profiler.sampling import median_interval
 from llmpq.runtime.transport import Transport
 
 KIB, MIB = 1024, 1024**2
-POOL = 2  # messages of the largest size that are kept; smaller ones take turns in their memory
+POOL = 2  # messages of the largest size that fit the pool; smaller ones rotate through it
 # Three small sizes for the latency, three large ones for the bandwidth: in between, sockets and
 # caches hold whole messages, and a byte takes less time than in any large message.
 CPU_SIZES = (KIB, 8 * KIB, 64 * KIB, 512 * KIB, 4 * MIB, 8 * MIB, 16 * MIB)
@@ -41,13 +43,13 @@ CARD_SIZES = (*CPU_SIZES, 64 * MIB)
 ACK_BYTES = 8
 ROUNDS = 3
 TOLERANCE = 0.02  # half the width of the median's 95 % confidence interval, relative
-MIN_SAMPLES = 3  # of a size in a visit
+MIN_SAMPLES = 3  # the least samples of each size in a visit
 MAX_SAMPLES = 400
-BURST_S = 0.02  # messages of one size in a row take about so long
+BURST_S = 0.02  # about how long messages of one size are sent in a row
 FEWEST_SIZES = 3  # measured even where the budget is over
-NAME_BYTES = 64  # of a host's name
-LEAST_SHARE = 0.05  # of a round trip, that a one-way time is at least
-LEAST_SLOPE = 1e-15  # seconds a byte: where times do not grow with size
+NAME_BYTES = 64  # the most bytes of a host's name
+LEAST_SHARE = 0.05  # the least share of a round trip that is a one-way time
+LEAST_SLOPE = 1e-15  # seconds a byte, where times do not grow with size
 SHARED_REPEATS = 10
 END = -1
 
@@ -56,7 +58,7 @@ Trips = dict[int, list[float]]  # seconds of round trips by message size
 
 
 def fit_link(num_bytes: Sequence[int], seconds: Sequence[float]) -> tuple[Link, float]:
-    """Latency + bytes / bandwidth with least squared relative errors, and their mean.
+    """Fits latency + bytes / bandwidth by least squared relative errors; also their mean error.
 
     Neither is negative; where times do not grow with size the bandwidth is very large.
     """
@@ -73,14 +75,14 @@ def fit_link(num_bytes: Sequence[int], seconds: Sequence[float]) -> tuple[Link, 
 
 
 def _alone(column: np.ndarray) -> float:
-    """The one factor x with least squares of column x - 1."""
+    """The factor x with the least squares of column x - 1."""
     return float(column.sum() / (column @ column))
 
 
 def uncertainty(samples: Sequence[float]) -> float:
-    """Half the width of the median's 95 % confidence interval over the median, by order statistics.
+    """Half the width of the median's 95 % confidence interval, relative to the median.
 
-    Infinite for fewer than six samples, which cannot give one.
+    It is infinite for fewer than six samples, which give no such interval.
     """
     if len(samples) < 6:
         return math.inf
@@ -89,7 +91,7 @@ def uncertainty(samples: Sequence[float]) -> float:
 
 
 def one_way(trips: Trips) -> dict[int, list[float]]:
-    """Seconds of messages from their round trips with a small answer."""
+    """Seconds of messages, from their round trips with a small answer."""
     answer = median(trips[ACK_BYTES]) / 2
     return {
         size: [max(trip - answer, LEAST_SHARE * trip) for trip in times]
@@ -149,7 +151,7 @@ class LinkMeter:
         return self.result(self.pairs, self._shared())
 
     def visit(self, pair: Pair, deadline: float) -> None:
-        """More samples of one pair until `deadline` (monotonic); the others wait."""
+        """Takes samples of one pair until `deadline` (monotonic); the other ranks wait."""
         source, destination = pair
         if self.transport.rank == source:
             self._lead(self.trips.setdefault(pair, {}), destination, deadline)
@@ -158,13 +160,13 @@ class LinkMeter:
         self.wait_for_all()
 
     def wait_for_all(self) -> None:
-        """Until every rank is here."""
+        """Waits until every rank has called this."""
         self.transport.gather(torch.zeros(1))
 
     def result(self, pairs: Sequence[Pair], shared: Sequence[float] = ()) -> list[LinkPair]:
-        """What all ranks measured of these pairs, on every rank.
+        """The links of these pairs, which must have been visited, on every rank.
 
-        Each must have been visited. `shared`: GB/s from each rank to the next.
+        `shared` holds the GB/s from each rank to the next while all of them send.
         """
         table = torch.zeros(len(pairs), len(self.sizes), 4, dtype=torch.float64)
         for number, pair in enumerate(pairs):
@@ -198,14 +200,18 @@ class LinkMeter:
     # ---- one pair
 
     def _lead(self, trips: Trips, peer: int, deadline: float) -> None:
-        """Orders bursts of one size after the other until all are known well enough."""
+        """Sends bursts of one size after the other until all medians are certain enough."""
         sizes = (ACK_BYTES, *self.sizes)
         for number, size in enumerate(sizes):
             if number > FEWEST_SIZES and time.monotonic() > deadline:
                 break
             self._burst(trips.setdefault(size, []), peer, size, MIN_SAMPLES)
         while time.monotonic() < deadline:
-            unsure = [s for s, times in trips.items() if _wants_more(times)]
+            unsure = [
+                size
+                for size, times in trips.items()
+                if len(times) < MAX_SAMPLES and uncertainty(times) > TOLERANCE
+            ]
             if not unsure:
                 break
             for size in unsure:
@@ -216,7 +222,7 @@ class LinkMeter:
         dist.send(torch.tensor([END, 0]), peer, group=self._orders)
 
     def _burst(self, times: list[float], peer: int, size: int, count: int) -> None:
-        """Some messages of one size; the first is not counted, as caches are cold."""
+        """Sends some messages of one size; the first is not counted, as caches are cold."""
         dist.send(torch.tensor([size, 1 + count]), peer, group=self._orders)
         answer = self._ones(ACK_BYTES)
         for number in range(1 + count):
@@ -229,7 +235,7 @@ class LinkMeter:
                 times.append(time.perf_counter() - start)
 
     def _follow(self, peer: int) -> None:
-        """Answers every message; the next buffer is posted when the answer has gone."""
+        """Answers every message; the next buffer is posted after the answer was sent."""
         order = torch.zeros(2, dtype=torch.int64)
         while True:
             dist.recv(order, peer, group=self._orders)
@@ -242,17 +248,17 @@ class LinkMeter:
                 self._finish(dist.isend(answer, peer, group=self._group))
 
     def _message(self, size: int) -> torch.Tensor:
-        """The next part of the pool: what is sent or filled lies in no cache, as real states do."""
+        """The next part of the pool, which is in no cache, as the states of a run are not."""
         self._num_messages += 1
         start = self._num_messages % (len(self._pool) // size) * size
         return self._pool[start : start + size]
 
     def _ones(self, count: int) -> torch.Tensor:
-        """Memory that is really there, which zeros that nobody wrote are not."""
+        """A buffer whose memory is really allocated; unwritten zeros may not be."""
         return torch.ones(count, dtype=torch.uint8, device=self.device)
 
     def _finish(self, work: "dist.Work | None") -> None:
-        """Until a message is there; NCCL's own wait holds back the stream alone."""
+        """Waits for a transfer; NCCL's own wait holds back only the stream."""
         assert work is not None
         work.wait()
         if self.device.type == "cuda":
@@ -280,7 +286,7 @@ class LinkMeter:
 def measure(
     transport: Transport, sizes: tuple[int, ...], budget_s: float, on_visit: Callable[[int], None]
 ) -> tuple[str, list[LinkPair]]:
-    """(backend, all pairs); `WorkerError` where a rank is lost."""
+    """The backend, and the links of all pairs; raises `WorkerError` where a rank is lost."""
     try:
         meter = LinkMeter(transport, sizes)
         return meter.backend, meter.run(budget_s, on_visit)
@@ -288,10 +294,6 @@ def measure(
         reason = str(error).splitlines()[0]
         message = f"rank {transport.rank}: another rank was lost ({reason})"
         raise WorkerError(message) from None
-
-
-def _wants_more(times: Sequence[float]) -> bool:
-    return len(times) < MAX_SAMPLES and uncertainty(times) > TOLERANCE
 
 
 def _rows(sizes: Sequence[int], table: Sequence[Sequence[float]]) -> list[LinkRow]:

@@ -1,8 +1,8 @@
-"""The second moments of every linear's inputs, measured on a running stage.
+"""Measures calibration statistics: the second moments of the inputs of a running stage's linears.
 
 H = X^T X / T of the inputs X `[T tokens, in]`, as blocks `[blocks, B, B]` along its diagonal (one
 block unless asked otherwise). Linears with the same input share one H, under the name ("key") of
-the first of them. `llmpq.checkpoint.moments_file` keeps them.
+the first of them. `llmpq.checkpoint.calibration_file` keeps them.
 """
 
 from functools import partial
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from llmpq.models.stage_model import StageModel
 from llmpq.precision import group_size
 
-TOKENS_AT_ONCE = 4096  # inputs held in fp32
+CHUNK_TOKENS = 4096  # inputs held in fp32
 
 
-class MomentsMeter:
-    """Accumulates the moments of a stage's linears while it runs; a context manager.
+class CalibrationMeter:
+    """Accumulates the statistics of a stage's linears while it runs; a context manager.
 
-    `block`: the most columns of a block; by default one block holds all.
+    `block` is the most columns of a block; by default one block holds all columns.
     """
 
     def __init__(self, stage: StageModel, block: int | None = None) -> None:
@@ -45,18 +45,18 @@ class MomentsMeter:
         self.close()
 
     def close(self) -> None:
-        """Takes the hooks off the stage."""
+        """Removes the hooks from the stage."""
         for hook in self._hooks:
             hook.remove()
         self._last = None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens seen by the linear that saw the most."""
+        """The number of tokens of the linear that saw the most."""
         return max(self._tokens.values(), default=0)
 
-    def moments(self) -> dict[str, Tensor]:
-        """The mean moments so far, fp32 `[blocks, B, B]`, by key."""
+    def statistics(self) -> dict[str, Tensor]:
+        """The mean second moments so far, fp32 `[blocks, B, B]`, by key."""
         return {key: total / self._tokens[key] for key, total in self._sums.items()}
 
     def _see(self, name: str, linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -74,14 +74,14 @@ class MomentsMeter:
             shape = (x.shape[1] // size, size, size)
             self._sums[key] = torch.zeros(shape, dtype=torch.float32, device=x.device)
         self._tokens[key] = self._tokens.get(key, 0) + len(x)
-        for part in x.split(TOKENS_AT_ONCE):
+        for part in x.split(CHUNK_TOKENS):
             for total, columns in zip(self._sums[key], part.float().split(size, 1), strict=True):
                 total.addmm_(columns.t(), columns)
 
 
 def block_columns(in_features: int, block: int | None = None) -> int:
     """The largest divisor of `in_features` up to `block` that is whole groups; at least a group."""
-    group = group_size(4, in_features)  # that of 3 bits as well
+    group = group_size(4, in_features)  # 3 bits have the same groups
     sizes = range(group, in_features + 1, group)
     fitting = [n for n in sizes if in_features % n == 0 and n <= (block or in_features)]
     return max(fitting, default=group)

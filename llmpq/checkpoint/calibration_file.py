@@ -1,15 +1,15 @@
-"""The file of the second moments of every linear's inputs, by which GPTQ rounds a checkpoint.
+"""The file of calibration statistics: second moments of linears' inputs, with which GPTQ rounds.
 
-H = X^T X / T of the inputs X `[T tokens, in]`, as blocks `[blocks, B, B]` along its diagonal (one
-block unless asked otherwise). Linears with the same input share one H, under the name ("key") of
-the first of them.
+The statistics are H = X^T X / T of the inputs X `[T tokens, in]`, as blocks `[blocks, B, B]` along
+its diagonal (one block unless asked otherwise). Linears with the same input share one H, under the
+name ("key") of the first of them.
 
 The file is safetensors, n^2 bytes for n inputs: `KEY.deviation`, the square root of the diagonal,
 fp32 `[blocks, B]`, and `KEY.correlation`, the lower triangle without the diagonal, row by row,
 int16 `[blocks, B (B - 1) / 2]` in steps of 1 / 32767. (In fp16 the error of 1,024 inputs with a
 common mean was 0.009 of the mean moment, near the damping of GPTQ; with equal steps it is 0.0006.)
-Its metadata hold the format's version, the key of each weight (JSON), and where the moments come
-from. `llmpq.evaluation.moments` measures them.
+Its metadata hold the format's version, the key of each weight (JSON), and the origin of the
+statistics. `llmpq.evaluation.calibration` measures them.
 """
 
 import hashlib
@@ -31,30 +31,30 @@ from llmpq.errors import UserError, one_line
 from llmpq.whole_file import whole_file
 
 KIND, VERSION = "llmpq-moments", "1"
-STEPS = 32767  # of int16, for a correlation of 1
+STEPS = 32767  # the int16 value of a correlation of 1
 
 
-class MomentsWriter:
-    """Writes the file one H at a time: what was added is on disk, not in memory.
+class CalibrationWriter:
+    """Writes the file one H at a time, so that memory holds no H that was added.
 
-    `close` puts the whole file in its place; without it, nothing is left behind.
+    `close` moves the whole file to its path; without `close`, no file is left.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._header: dict[str, Any] = {}
+        self._header: dict[str, object] = {}
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._data = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 (`close` does)
 
     def add(self, key: str, moments: Tensor) -> None:
-        """`moments` fp32 `[blocks, B, B]`."""
+        """Adds the second moments fp32 `[blocks, B, B]` of one key."""
         deviation, correlation = _packed(moments.detach().cpu())
         self._append(f"{key}.deviation", "F32", deviation)
         self._append(f"{key}.correlation", "I16", correlation)
 
     def close(self, alias: Mapping[str, str], about: Mapping[str, str]) -> None:
-        """`alias`: the key of each weight; `about`: model, text, tokens and the like."""
+        """Writes the file. `alias` maps weights to keys, `about` describes model and text."""
         kind = {"kind": KIND, "schema_version": VERSION, "keys": json.dumps(dict(alias))}
         header = json.dumps({"__metadata__": {**about, **kind}, **self._header}).encode()
         header += b" " * (-len(header) % 8)
@@ -71,20 +71,20 @@ class MomentsWriter:
         self._header[name] = {"dtype": dtype, "shape": [*tensor.shape], "data_offsets": offsets}
 
 
-def write_moments(
+def write_calibration(
     path: Path, moments: Mapping[str, Tensor], alias: Mapping[str, str], about: Mapping[str, str]
 ) -> None:
-    """Writes all `moments` (fp32 `[blocks, B, B]` by key) at once; see `MomentsWriter`."""
-    writer = MomentsWriter(path)
+    """Writes all `moments` (fp32 `[blocks, B, B]` by key); see `CalibrationWriter`."""
+    writer = CalibrationWriter(path)
     for key, tensor in moments.items():
         writer.add(key, tensor)
     writer.close(alias, about)
 
 
-class MomentsFile:
-    """Second moments by the checkpoint's name of a weight, each read when it is asked for.
+class CalibrationFile:
+    """The statistics by the checkpoint's name of a weight, each read when it is asked for.
 
-    Raises `UserError` where the file is missing, is none of ours, or lacks what is asked for.
+    Raises `UserError` where the file is missing, has another format, or lacks a weight.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +93,9 @@ class MomentsFile:
             metadata = file.metadata() or {}
             self._tensors = frozenset(file.keys())
         if metadata.get("kind") != KIND or metadata.get("schema_version") != VERSION:
-            raise UserError(f"{path}: no file of second moments (kind {KIND}, version {VERSION})")
+            raise UserError(
+                f"{path}: no file of calibration statistics (kind {KIND}, version {VERSION})"
+            )
         self.keys = self._read_keys(metadata.pop("keys", ""))
         self.about = {k: v for k, v in metadata.items() if k not in ("kind", "schema_version")}
 
@@ -101,16 +103,16 @@ class MomentsFile:
         return name in self.keys
 
     def key(self, name: str) -> str:
-        """What weights with the same input share."""
+        """The key of a weight, which weights with the same input share."""
         if name not in self.keys:
             raise UserError(
-                f"{self.path}: no second moments for '{name}'; it was made for "
+                f"{self.path}: no calibration statistics for '{name}'; it was made for "
                 f"{self.about.get('model', 'another model')}"
             )
         return self.keys[name]
 
-    def moments(self, name: str) -> Tensor:
-        """fp32 `[blocks, B, B]` of the inputs of weight `name`."""
+    def statistics(self, name: str) -> Tensor:
+        """The second moments fp32 `[blocks, B, B]` of the inputs of weight `name`."""
         key = self.key(name)
         with reading(self.path), self._open() as file:
             deviation, correlation = (
@@ -145,7 +147,7 @@ class MomentsFile:
         except ValueError:
             keys = None
         if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys.values()):
-            raise UserError(f"{self.path}: its 'keys' do not map weights to moments")
+            raise UserError(f"{self.path}: its 'keys' do not map weights to statistics")
         for key in sorted(set(keys.values())):
             if not {f"{key}.deviation", f"{key}.correlation"} <= self._tensors:
                 raise UserError(f"{self.path}: no tensors for '{key}', which its 'keys' name")
@@ -177,20 +179,20 @@ def _packed(moments: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(deviation > 0, STEPS / deviation, 0.0)
     correlation = torch.empty(blocks, size * (size - 1) // 2, dtype=torch.int16)
     for block in range(blocks):
-        for row, place in _triangle(size):
+        for row, columns in _triangle(size):
             steps = moments[block, row, :row] * scale[block, :row] * (scale[block, row] / STEPS)
-            correlation[block, place] = steps.round().clamp(-STEPS, STEPS).to(torch.int16)
+            correlation[block, columns] = steps.round().clamp(-STEPS, STEPS).to(torch.int16)
     return deviation, correlation
 
 
 def _unpacked(deviation: Tensor, correlation: Tensor) -> Tensor:
-    """The moments that `_packed` was given, nearly."""
+    """The second moments that `_packed` was given, up to rounding."""
     blocks, size = deviation.shape
     moments = torch.empty(blocks, size, size)
     for block in range(blocks):
         own = deviation[block]
-        for row, place in _triangle(size):
-            values = correlation[block, place].float() * own[:row] * (own[row] / STEPS)
+        for row, columns in _triangle(size):
+            values = correlation[block, columns].float() * own[:row] * (own[row] / STEPS)
             moments[block, row, :row] = values
             moments[block, :row, row] = values
         moments[block].diagonal().copy_(own.square())
@@ -198,7 +200,7 @@ def _unpacked(deviation: Tensor, correlation: Tensor) -> Tensor:
 
 
 def _triangle(size: int) -> Iterator[tuple[int, slice]]:
-    """Rows of a lower triangle without its diagonal, and where they lie one after the other."""
+    """The rows of a lower triangle without its diagonal, and their positions in a flat array."""
     start = 0
     for row in range(size):
         yield row, slice(start, start + row)

@@ -1,9 +1,9 @@
 """Perplexity of the weights that are served, through the stages that serve them.
 
-Protocol: the text is tokenised as one, cut into windows of equal length without overlap (the last,
-shorter piece is dropped), and every token of a window but the first is predicted from those before.
-Perplexity is exp of the mean loss over all predicted tokens. A window is as long as the model can
-see, 2,048 tokens at most, where nothing else is asked for: what GPTQ and most papers since report.
+The protocol: the whole text is tokenized and cut into windows of equal length without overlap (a
+shorter last piece is dropped); every token of a window but the first is predicted from those
+before. Perplexity is exp of the mean loss over all predicted tokens. By default a window has as
+many tokens as the model has positions, 2,048 at most, as in GPTQ and most papers since.
 """
 
 import math
@@ -17,15 +17,15 @@ from torch.nn.functional import cross_entropy
 
 from llmpq.artifact import read_text
 from llmpq.checkpoint.checkpoint import Weights
-from llmpq.checkpoint.kernels import prepare_kernels
+from llmpq.checkpoint.kernel_setup import prepare_kernels
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.roundings import NEAREST, Roundings
 from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, StageModel
 
-LONGEST_WINDOW = 2048  # of the standard protocol
-TOKENS_AT_ONCE = 2048  # whose hidden states are held in memory
-LOGITS_AT_ONCE = 2**24  # numbers
+LONGEST_WINDOW = 2048  # tokens, in the standard protocol
+TOKENS_AT_ONCE = 2048  # tokens whose hidden states are in memory at a time
+LOGITS_AT_ONCE = 2**24  # values in memory at a time
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Loss:
 
     @property
     def mean(self) -> float:
-        """Nats a token."""
+        """The mean loss in nats a token."""
         return self.total / self.num_tokens
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss; infinite where that is beyond all numbers."""
+        """exp of the mean loss; infinite where that overflows."""
         try:
             return math.exp(self.mean)
         except OverflowError:
@@ -50,12 +50,12 @@ class Loss:
 
     @property
     def is_finite(self) -> bool:
-        """Whether there is a perplexity: no activation became NaN or infinite."""
+        """Whether the perplexity is finite, so that no activation became NaN or infinite."""
         return math.isfinite(self.perplexity)
 
 
 def window_tokens(asked: int | None, max_positions: int) -> int:
-    """Tokens a window: what is asked for, else the model's positions, 2,048 at most.
+    """Tokens of a window: `asked`, or else the model's positions, 2,048 at most.
 
     Raises `UserError` where more is asked for than the model can see.
     """
@@ -74,7 +74,7 @@ def text_windows(
 def windows_of(
     text: str, source: Path | str, tokenizer: Any, window: int, max_windows: int | None = None
 ) -> torch.Tensor:
-    """`[windows, window]` token ids of a text. Raises `UserError` where it has not one window."""
+    """`[windows, window]` token ids of a text. Raises `UserError` for less than one window."""
     if tokenizer is None:
         raise UserError(f"{source}: the model has no tokenizer, so text cannot be read")
     token_ids = tokenizer.encode(text, verbose=False)
@@ -137,8 +137,10 @@ def evaluate(
 
 
 def next_token_loss(last: StageModel, hidden: torch.Tensor, token_ids: torch.Tensor) -> float:
-    """Summed loss (nats) of the tokens `[b, W]`, but the first of each row, from the last stage's
-    hidden states `[b, W, H]`. Some tokens at a time: logits are the largest tensor there is.
+    """The summed loss (nats) of the tokens `[b, W]`, without the first of each row.
+
+    `hidden` `[b, W, H]` comes from the last stage. Logits are computed for some tokens at a time,
+    as they are the largest tensor.
     """
     states, targets = hidden[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten()
     rows = max(1, LOGITS_AT_ONCE // last.config.vocab_size)

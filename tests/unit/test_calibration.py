@@ -1,4 +1,4 @@
-"""Second moments: measured on a running stage, written, read, and used to load weights."""
+"""Calibration statistics: measured on a running stage, written, read, and used to load weights."""
 
 import json
 import math
@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from llmpq.checkpoint import roundings
+from llmpq.checkpoint.calibration_file import CalibrationFile, sha256_of, write_calibration
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.checkpoint.loader import load_stage
-from llmpq.checkpoint.moments_file import MomentsFile, sha256_of, write_moments
 from llmpq.checkpoint.roundings import GptqRoundings, load_roundings
 from llmpq.errors import UserError
-from llmpq.evaluation.moments import MomentsMeter, block_columns
+from llmpq.evaluation.calibration import CalibrationMeter, block_columns
 from llmpq.model_spec import ASSETS
 from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.precision import group_size
@@ -40,7 +40,7 @@ def measured(block: int | None = None):
     stage, inputs = two_layers(), []
     stage.linears()[GATE].register_forward_pre_hook(lambda _, x: inputs.append(x[0].flatten(0, 1)))
     generator = torch.Generator().manual_seed(0)
-    with MomentsMeter(stage, block) as meter:
+    with CalibrationMeter(stage, block) as meter:
         for rows in (3, 1):
             hidden = torch.randn(rows, 100, 192, generator=generator)
             stage.run(
@@ -60,7 +60,9 @@ def meter():
 @pytest.fixture(scope="module")
 def path(meter, tmp_path_factory):
     path = tmp_path_factory.mktemp("moments") / "deep" / "tiny.moments.safetensors"
-    write_moments(path, meter.moments(), meter.keys, {"model": "tiny-tales", "tokens": "400"})
+    write_calibration(
+        path, meter.statistics(), meter.keys, {"model": "tiny-tales", "tokens": "400"}
+    )
     return path
 
 
@@ -70,7 +72,7 @@ def path(meter, tmp_path_factory):
 def test_a_meter_measures_the_mean_second_moment():
     meter, inputs = measured()
     assert meter.num_tokens == len(inputs) == 400
-    moments = meter.moments()[meter.keys[GATE]]
+    moments = meter.statistics()[meter.keys[GATE]]
     assert moments.shape == (1, 192, 192) and moments.dtype == torch.float32
     assert torch.allclose(moments[0], inputs.t() @ inputs / 400, rtol=1e-4, atol=1e-5)
 
@@ -81,13 +83,13 @@ def test_linears_with_the_same_input_share_one(meter):
     assert meter.keys[GATE] == meter.keys[UP] == GATE
     attention = [meter.keys[f"model.layers.3.self_attn.{n}_proj.weight"] for n in "qkvo"]
     assert len(set(attention[:3])) == 1 and attention[3] != attention[0]
-    assert set(meter.moments()) == set(meter.keys.values())
-    assert len(meter.moments()) == 2 * 4
+    assert set(meter.statistics()) == set(meter.keys.values())
+    assert len(meter.statistics()) == 2 * 4
 
 
 def test_blocks_are_those_along_the_diagonal(meter):
-    blocked = measured(block=64)[0].moments()[GATE]
-    whole = meter.moments()[GATE][0]
+    blocked = measured(block=64)[0].statistics()[GATE]
+    whole = meter.statistics()[GATE][0]
     assert blocked.shape == (3, 64, 64)
     for number, block in enumerate(blocked):
         at = slice(64 * number, 64 * (number + 1))
@@ -109,27 +111,27 @@ def test_blocks_divide_the_inputs_and_hold_whole_groups(in_features, block, want
 
 
 def test_a_file_gives_back_what_was_written(meter, path):
-    file = MomentsFile(path)
+    file = CalibrationFile(path)
     assert file.about == {"model": "tiny-tales", "tokens": "400"}
     assert file.keys == meter.keys and GATE in file and "lm_head.weight" not in file
     for name, key in meter.keys.items():
-        wanted, got = meter.moments()[key], file.moments(name)
+        wanted, got = meter.statistics()[key], file.statistics(name)
         assert got.shape == wanted.shape and torch.equal(got, got.transpose(1, 2))
         largest = wanted.diagonal(dim1=1, dim2=2).max()
         assert (got - wanted).abs().max() <= largest / 2**15
-    sizes = sum(tensor.numel() for tensor in meter.moments().values())
+    sizes = sum(tensor.numel() for tensor in meter.statistics().values())
     assert path.stat().st_size < 1.1 * sizes + 8192
     assert [item.name for item in path.parent.iterdir()] == [path.name]  # nothing left over
 
 
 def test_a_file_loses_no_quality(meter, path):
     """Codes from the file's moments move outputs as little as those from the exact ones."""
-    weights, file = Checkpoint(TINY_TALES), MomentsFile(path)
+    weights, file = Checkpoint(TINY_TALES), CalibrationFile(path)
     for name, linear in two_layers().linears().items():
-        exact = meter.moments()[meter.keys[name]]
+        exact = meter.statistics()[meter.keys[name]]
         weight = weights.read(name, (linear.out_features, linear.in_features)).float()
         losses = []
-        for moments in (exact, file.moments(name)):
+        for moments in (exact, file.statistics(name)):
             codes, scales, zeros = Gptq(moments)(weight, 3, 64)
             steps = codes.float() - zeros.float().repeat_interleave(64, 1)
             off = weight - steps * scales.float().repeat_interleave(64, 1)
@@ -140,32 +142,32 @@ def test_a_file_loses_no_quality(meter, path):
 def test_inputs_that_are_always_zero_survive(tmp_path):
     moments = torch.eye(64)[None] * 2
     moments[0, 3, 3] = 0
-    write_moments(tmp_path / "m", {"a": moments}, {"a": "a", "b": "a"}, {})
-    assert torch.allclose(MomentsFile(tmp_path / "m").moments("b"), moments)
+    write_calibration(tmp_path / "m", {"a": moments}, {"a": "a", "b": "a"}, {})
+    assert torch.allclose(CalibrationFile(tmp_path / "m").statistics("b"), moments)
 
 
 def test_bad_files_are_named(tmp_path, path):
     with pytest.raises(UserError, match="nowhere: no such file"):
-        MomentsFile(tmp_path / "nowhere")
+        CalibrationFile(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")
-    for read in (MomentsFile, sha256_of):
+    for read in (CalibrationFile, sha256_of):
         with pytest.raises(UserError, match="is not a regular file"):
             read(tmp_path / "pipe")
     with pytest.raises(UserError, match="not a readable safetensors"):
-        MomentsFile(TINY_TALES / "config.json")
-    with pytest.raises(UserError, match="no file of second moments"):
-        MomentsFile(TINY_TALES / "model.safetensors")
-    with pytest.raises(UserError, match="no second moments for 'x'.*tiny-tales"):
-        MomentsFile(path).key("x")
+        CalibrationFile(TINY_TALES / "config.json")
+    with pytest.raises(UserError, match="no file of calibration statistics"):
+        CalibrationFile(TINY_TALES / "model.safetensors")
+    with pytest.raises(UserError, match="no calibration statistics for 'x'.*tiny-tales"):
+        CalibrationFile(path).key("x")
     kind = {"kind": "llmpq-moments", "schema_version": "1"}
     for keys, message in (("[", "map weights"), ('{"a": 1}', "map weights"), ('{"a": "b"}', "'b'")):
         save_file({"x": torch.zeros(1)}, tmp_path / "bad", {**kind, "keys": keys})
         with pytest.raises(UserError, match=message):
-            MomentsFile(tmp_path / "bad")
+            CalibrationFile(tmp_path / "bad")
     wrong = {"a.deviation": torch.ones(1, 64), "a.correlation": torch.zeros(1, 9).short()}
     save_file(wrong, tmp_path / "bad", {**kind, "keys": json.dumps({"a": "a"})})
     with pytest.raises(UserError, match="'a.correlation'"):
-        MomentsFile(tmp_path / "bad").moments("a")
+        CalibrationFile(tmp_path / "bad").statistics("a")
     for odd in (math.nan, math.inf):
         save_file(
             wrong | {"a.deviation": torch.full((1, 64), odd)},
@@ -173,7 +175,7 @@ def test_bad_files_are_named(tmp_path, path):
             {**kind, "keys": json.dumps({"a": "a"})},
         )
         with pytest.raises(UserError, match="'a.deviation' has NaN or infinite numbers"):
-            MomentsFile(tmp_path / "bad").moments("a")
+            CalibrationFile(tmp_path / "bad").statistics("a")
 
 
 # Loading weights with it
@@ -181,10 +183,10 @@ def test_bad_files_are_named(tmp_path, path):
 
 def test_a_stage_is_loaded_with_the_moments_of_each_weight(meter, path):
     stage = two_layers("3", load_roundings(Quantizer(method="gptq", moments=str(path))))
-    weights, file = Checkpoint(TINY_TALES), MomentsFile(path)
+    weights, file = Checkpoint(TINY_TALES), CalibrationFile(path)
     for name, linear in stage.linears().items():
         weight = weights.read(name, (linear.out_features, linear.in_features))
-        codes, scales, zeros = Gptq(file.moments(name))(weight, 3, 64 if 192 % 128 else 128)
+        codes, scales, zeros = Gptq(file.statistics(name))(weight, 3, 64 if 192 % 128 else 128)
         if linear.in_features != 192:
             continue
         steps = codes.float() - zeros.float().repeat_interleave(64, 1)
@@ -195,10 +197,10 @@ def test_a_stage_is_loaded_with_the_moments_of_each_weight(meter, path):
 def test_moments_are_read_once_an_input_and_only_where_used(path):
     read = []
 
-    class Counted(MomentsFile):
-        def moments(self, name):
+    class Counted(CalibrationFile):
+        def statistics(self, name):
             read.append(name)
-            return super().moments(name)
+            return super().statistics(name)
 
     for precision in ("16", "8"):
         two_layers(precision, GptqRoundings(Counted(path)))
@@ -217,25 +219,25 @@ def test_one_input_at_a_time_is_held_and_none_afterwards(path, monkeypatch):
             most.append(len(alive))
 
     monkeypatch.setattr(roundings, "Gptq", Seen)
-    kept = GptqRoundings(MomentsFile(path))
+    kept = GptqRoundings(CalibrationFile(path))
     two_layers("4", kept)
     assert len(most) == 2 * 4 and set(most) == {1} and len(alive) == 0
 
 
 def test_weights_without_moments_are_named(tmp_path):
-    write_moments(tmp_path / "m", {"a": torch.eye(64)[None]}, {"a": "a"}, {"model": "other"})
-    with pytest.raises(UserError, match="m: no second moments for 'model.layers.3.*other"):
+    write_calibration(tmp_path / "m", {"a": torch.eye(64)[None]}, {"a": "a"}, {"model": "other"})
+    with pytest.raises(UserError, match="m: no calibration statistics for 'model.layers.3.*other"):
         two_layers("4", load_roundings(Quantizer(method="gptq", moments=str(tmp_path / "m"))))
 
 
 def test_moments_of_another_size_are_named(tmp_path, meter):
-    moments = dict.fromkeys(meter.moments(), torch.eye(64)[None])
-    write_moments(tmp_path / "m", moments, meter.keys, {})
+    moments = dict.fromkeys(meter.statistics(), torch.eye(64)[None])
+    write_calibration(tmp_path / "m", moments, meter.keys, {})
     with pytest.raises(UserError, match="layers.3.self_attn.q_proj.*64 inputs.*has 192"):
         two_layers("4", load_roundings(Quantizer(method="gptq", moments=str(tmp_path / "m"))))
 
 
-def test_quantisers_give_their_roundings():
+def test_quantizers_give_their_roundings():
     assert load_roundings(Quantizer()).of("x") is quantize
     assert load_roundings(Quantizer(method="mse")).of("x") is quantize_mse
 
@@ -249,9 +251,9 @@ def test_the_file_is_found_beside_the_plan_or_given(path, tmp_path, monkeypatch)
         load_roundings(quantizer, base=tmp_path / "plan.json")
     with pytest.raises(UserError, match="elsewhere: no such file"):
         load_roundings(quantizer, override=tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="'rtn' takes no second moments"):
+    with pytest.raises(UserError, match="'rtn' takes no calibration statistics"):
         load_roundings(Quantizer(), override=path)
     other = Quantizer(method="gptq", moments=path.name, sha256="0" * 64)
     for given in ({"override": path}, {"base": path.parent / "plan.json"}):
-        with pytest.raises(UserError, match="not the second moments.*--moments FILE"):
+        with pytest.raises(UserError, match="not the calibration statistics.*--moments FILE"):
             load_roundings(other, **given)

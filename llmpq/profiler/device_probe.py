@@ -1,7 +1,7 @@
-"""The CUDA cards of this machine, what the framework takes of a device, and how fast it copies.
+"""Finds the CUDA cards of this machine, the framework's memory on a device, and its copy bandwidth.
 
 Identical cards (equal name and memory) are one kind. Bandwidth counts the bytes read and written
-by a copy of a large buffer. A card's clocks and temperature come from nvidia-smi where it is there.
+by a copy of a large buffer. A card's clocks and temperature come from nvidia-smi if available.
 """
 
 import os
@@ -24,7 +24,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Card:
-    """One CUDA card. `used_before_bytes`: by others, before this process made its context there."""
+    """One CUDA card. `used_before_bytes`: memory used before this process made its context."""
 
     index: int
     name: str
@@ -35,7 +35,7 @@ class Card:
 
 
 def cards() -> list[Card]:
-    """Every card that torch sees. Makes a context on each to learn what is free."""
+    """Every card that torch sees. Makes a context on each to read its free memory."""
     indices = range(torch.cuda.device_count())
     is_late = torch.cuda.is_initialized()
     used = {index: 0 if is_late else _used_bytes(index) for index in indices}
@@ -58,7 +58,7 @@ def _card(index: int, used_before_bytes: int) -> Card:
 
 
 def copy_gbs(device: torch.device, num_threads: int | None = None) -> float:
-    """GB/s read and written by copies for about half a second, the best of them."""
+    """The best GB/s, read and written, of copies for about half a second."""
     threads = torch.get_num_threads()
     torch.set_num_threads(num_threads or threads)
     try:
@@ -74,7 +74,8 @@ def _best_copy_gbs(device: torch.device) -> float:
         size = min(size, torch.cuda.mem_get_info(device)[0] // 4)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    wait: Callable[[], None] = partial(torch.cuda.synchronize, device) if is_card else _no_wait
+    # A CPU's copy is over when it returns.
+    wait: Callable[[], None] = partial(torch.cuda.synchronize, device) if is_card else lambda: None
     end_s, best_s = time.perf_counter() + COPY_S, float("inf")
     while time.perf_counter() < end_s:
         wait()
@@ -88,15 +89,11 @@ def _best_copy_gbs(device: torch.device) -> float:
     return 2 * size / best_s / 1e9
 
 
-def _no_wait() -> None:
-    """A CPU's copy is over when it returns."""
-
-
 def context_bytes(device: torch.device, used_before_bytes: int = 0) -> int:
-    """What the framework holds beside tensors, after its first product of matrices.
+    """Bytes that the framework holds beside tensors, after its first product of matrices.
 
-    On a card: what is used there, less the allocator's share and what others used before. On a
-    CPU: this process's resident memory.
+    On a card these are the used bytes, less those of the allocator and those used before. On a CPU
+    they are this process's resident memory.
     """
     a = torch.ones(64, 64, device=device)
     torch.mm(a, a)
@@ -108,13 +105,18 @@ def context_bytes(device: torch.device, used_before_bytes: int = 0) -> int:
 
 
 def resident_bytes() -> int:
-    """Now, where the system says so; else the most it ever was."""
+    """This process's resident bytes now, or their peak where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, IndexError, ValueError):
-        scale = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+        return most_resident_bytes()
     return pages * resource.getpagesize()
+
+
+def most_resident_bytes() -> int:
+    """The peak of this process's resident bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _used_bytes(index: int) -> int:
@@ -123,7 +125,7 @@ def _used_bytes(index: int) -> int:
 
 
 def card_state(device: torch.device) -> str:
-    """Clock and temperature in words; empty where nobody can tell."""
+    """Clock and temperature as a text; empty where they are not known."""
     if device.type != "cuda":
         return ""
     found = _ask(device.index or 0, "clocks.sm,temperature.gpu")
@@ -131,7 +133,7 @@ def card_state(device: torch.device) -> str:
 
 
 def _ask(index: int, fields: str) -> list[str]:
-    """Values of nvidia-smi's fields for a card of torch's; none where it is missing or says no."""
+    """The values of nvidia-smi's fields for a card of torch; none where it fails."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     name = visible[index] if index < len(visible) and visible[index] else str(index)
     command = ["nvidia-smi", f"--id={name}", f"--query-gpu={fields}"]
