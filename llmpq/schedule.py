@@ -91,15 +91,68 @@ class _Lane:
 
 
 @dataclass
+class _Waiting:
+    """Requests that have no slot yet, as far as is looked ahead, by the lanes that hold them.
+
+    Longest outputs come first, so that the last ones to end are short; without `refill`, where
+    batches end together, longest prompts. Raises `ValueError` for a request that fits no lane.
+    """
+
+    source: Iterator[Item]
+    refill: bool
+    window: int
+    by_lane: dict[int, list[tuple[tuple[int, ...], Item]]]  # by the lanes' tokens, ascending
+    count: int = 0
+    exhausted: bool = False
+
+    def look_ahead(self) -> None:
+        """In blocks of requests, so that longest outputs come first in each of them.
+
+        If each one that begins made room for the next, those that wait would soon be the shortest
+        of all, and the others would begin in the order in which they come.
+        """
+        if self.count > self.window // BLOCKS:
+            return
+        while not self.exhausted and self.count < self.window:
+            item = next(self.source, None)
+            if item is None:
+                self.exhausted = True
+                return
+            fitting = [tokens for tokens in self.by_lane if tokens >= item.tokens]
+            if not fitting:
+                raise ValueError(
+                    f"request {item.number} needs {item.tokens} tokens, which no lane has"
+                )
+            insort(self.by_lane[fitting[0]], (self._rank(item), item))
+            self.count += 1
+
+    def _rank(self, item: Item) -> tuple[int, ...]:
+        lengths = item.new_tokens, item.prompt_tokens
+        first, second = lengths if self.refill else lengths[::-1]
+        return -first, -second, item.number
+
+    def take(self, tokens: int, like: int | None) -> Item | None:
+        """The first that a slot of so many columns can hold, of about `like` prompt tokens."""
+        for size in sorted((t for t in self.by_lane if t <= tokens), reverse=True):
+            waiting = self.by_lane[size]
+            for index, (_, item) in enumerate(waiting[: NEAR if like else 1]):
+                if like is None or like / PADDED <= item.prompt_tokens <= like:
+                    del waiting[index]
+                    self.count -= 1
+                    return item
+        return None
+
+
+@dataclass
 class Schedule:
     """Gives out jobs until every request of `source` has ended.
 
     `prefill_rows`: prompts of a prefill micro-batch; `chunk_tokens`: its tokens a prompt at most.
     `num_stages` bounds how many prefills are under way. Without `refill`, slots are filled only
-    when all requests have ended. Requests are taken longest output first, as far as is looked
-    ahead, so that the last ones to end are short. With `ahead` of 2, a lane's next step may be
-    given out before the tokens of its last one are back; a request that then turns out to have
-    stopped has computed one token in vain. Raises `ValueError` for one that fits no lane.
+    when all requests have ended. Requests are taken as `_Waiting` says. With `ahead` of 2, a lane's
+    next step may be given out before the tokens of its last one are back; a request that then turns
+    out to have stopped has computed one token in vain. Raises `ValueError` for one that fits no
+    lane.
     """
 
     shapes: Sequence[LaneShape]
@@ -111,25 +164,26 @@ class Schedule:
     window: int = WINDOW
     ahead: int = 1
     _lanes: list[_Lane] = field(init=False)
-    _waiting: dict[int, list[tuple[tuple[int, ...], Item]]] = field(init=False)
+    _waiting: _Waiting = field(init=False)
     _flight: deque[tuple[Job, Sequence[_Row]]] = field(init=False, default_factory=deque)
     _chunked: deque[_Row] = field(init=False, default_factory=deque)
-    _num_waiting: int = field(init=False, default=0)
     _num_prefills: int = field(init=False, default=0)
     _steps: int = field(init=False, default=0)  # decode steps since the last prefill
     _turn: int = field(init=False, default=0)  # the lane that is asked first
     _filling: bool = field(init=False, default=False)  # a batch, when there is no refill
-    _exhausted: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._lanes = [_Lane(i, shape, [None] * shape.rows) for i, shape in enumerate(self.shapes)]
-        self._waiting = {tokens: [] for tokens in sorted({s.tokens for s in self.shapes})}
+        by_lane: dict[int, list[tuple[tuple[int, ...], Item]]] = {
+            tokens: [] for tokens in sorted({shape.tokens for shape in self.shapes})
+        }
+        self._waiting = _Waiting(self.source, self.refill, self.window, by_lane)
 
     # ---- what a caller sees
 
     def next(self) -> Job | None:
         """The next job, or None until tokens are back; nothing is left if `is_done`."""
-        self._look_ahead()
+        self._waiting.look_ahead()
         self._open_batch()
         ready = [] if self._filling else self._ready_rows()
         if self._num_prefills <= self.num_stages:
@@ -170,8 +224,8 @@ class Schedule:
         """Every request has ended."""
         idle = not self._flight and not any(lane.occupied() for lane in self._lanes)
         if idle:
-            self._look_ahead()
-        return idle and not self._num_waiting
+            self._waiting.look_ahead()
+        return idle and not self._waiting.count
 
     @property
     def tokens_held(self) -> int:
@@ -183,53 +237,15 @@ class Schedule:
         """Tokens that the lanes have."""
         return cache_tokens(self.shapes)
 
-    # ---- requests that wait
-
-    def _look_ahead(self) -> None:
-        """In blocks of requests, so that longest outputs come first in each of them.
-
-        If each one that begins made room for the next, those that wait would soon be the shortest
-        of all, and the others would begin in the order in which they come.
-        """
-        if self._num_waiting > self.window // BLOCKS:
-            return
-        while not self._exhausted and self._num_waiting < self.window:
-            item = next(self.source, None)
-            if item is None:
-                self._exhausted = True
-                return
-            fitting = [tokens for tokens in self._waiting if tokens >= item.tokens]
-            if not fitting:
-                raise ValueError(f"request {item.number} needs {item.tokens} tokens: no lane has")
-            insort(self._waiting[fitting[0]], (self._rank(item), item))
-            self._num_waiting += 1
-
-    def _rank(self, item: Item) -> tuple[int, ...]:
-        """Longest outputs first; where batches end together, longest prompts."""
-        lengths = item.new_tokens, item.prompt_tokens
-        first, second = lengths if self.refill else lengths[::-1]
-        return -first, -second, item.number
-
-    def _take(self, tokens: int, like: int | None) -> Item | None:
-        """The first that a slot of so many columns can hold, of about `like` prompt tokens."""
-        for size in sorted((t for t in self._waiting if t <= tokens), reverse=True):
-            waiting = self._waiting[size]
-            for index, (_, item) in enumerate(waiting[: NEAR if like else 1]):
-                if like is None or like / PADDED <= item.prompt_tokens <= like:
-                    del waiting[index]
-                    self._num_waiting -= 1
-                    return item
-        return None
-
     # ---- prefill
 
     def _prefill(self, has_ready: bool) -> Job | None:
         """Newcomers for free slots: as many as a micro-batch takes, or what there is."""
-        if not self._num_waiting or not (self.refill or self._filling):
+        if not self._waiting.count or not (self.refill or self._filling):
             return None
         free = sum(lane.num_free for lane in self._lanes)
         patient = has_ready and self._steps < len(self._lanes)
-        if not free or (patient and free < min(self.prefill_rows, self._num_waiting)):
+        if not free or (patient and free < min(self.prefill_rows, self._waiting.count)):
             return None
         rows = self._newcomers()
         if not rows:
@@ -260,7 +276,7 @@ class Schedule:
             for slot in lane.free_slots() if lane.num_free else ():
                 if len(rows) == self.prefill_rows:
                     return rows
-                item = self._take(lane.shape.tokens, like)
+                item = self._waiting.take(lane.shape.tokens, like)
                 if item is None:
                     break
                 like = like or item.prompt_tokens
@@ -301,7 +317,7 @@ class Schedule:
     def _step(self, lane: _Lane, due: list[_Row]) -> Job:
         """The next token of a lane's requests."""
         self._turn = (lane.index + 1) % len(self._lanes)
-        moves = [] if self._num_waiting and self.refill else self._close_ranks(lane)
+        moves = [] if self._waiting.count and self.refill else self._close_ranks(lane)
         due, index = lane.due() if moves else due, lane.index
         members = tuple(
             [Member(index, r.slot, r.item.prompt_tokens, r.item.number, r.num_given) for r in due]

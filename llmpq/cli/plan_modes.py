@@ -68,7 +68,7 @@ def counted(bar: "ProgressBar", replan: "Callable[[Problem], Plan]") -> "Callabl
 
 def show_flexgen(options: PlanOptions) -> None:
     """Reports offloading to the host; raises `InfeasibleError` where it has no plan."""
-    from llmpq.planner.offload import flexgen
+    from llmpq.planner.flexgen import flexgen
     from llmpq.planner.report import print_offload
 
     problem, _, notes = pose(options)

@@ -135,7 +135,7 @@ def _measured(options: SensitivityOptions) -> "Sensitivity":
 
 def _job(options: SensitivityOptions) -> "SensitivityJob":
     from llmpq.checkpoint.loader import model_folder
-    from llmpq.profiler.sensitivity import SensitivityOptions
+    from llmpq.profiler.sensitivity import MeasurementOptions
     from llmpq.profiler.sensitivity_run import read_job
     from llmpq.prompts.tokenizer import load_tokenizer
     from llmpq.quant import available_precisions
@@ -143,7 +143,7 @@ def _job(options: SensitivityOptions) -> "SensitivityJob":
 
     device = choose_device(options.device, Role(0, 1, 0, 1))
     dtype = choose_dtype(options.dtype, device)
-    recipe = SensitivityOptions(
+    recipe = MeasurementOptions(
         options.precisions or available_precisions(device, dtype),
         options.indicator,
         options.method,

@@ -109,7 +109,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ValidatedModel:
     """A recipe fitted to all points, and what it was off where it had not seen them.
 
     `errors` [points]: of each, predicted without it. `beyond`: an octave outside the measured
@@ -167,14 +167,14 @@ def fit_all(
 
 def _restored(
     stored: ChosenModel | None, rows: Sequence[ProfileRow], points: Points
-) -> Seen | None:
+) -> ValidatedModel | None:
     """What was fitted when these very rows were written; None where they differ by now."""
     if stored is None or stored.model not in RECIPES or stored.rows_sha256 != rows_hash(rows):
         return None
     model = model_of(stored.model, stored.parts, points)
     if model is None or len(stored.errors) != len(points):
         return None
-    return Seen(stored.model, model, np.array(stored.errors), stored.beyond)
+    return ValidatedModel(stored.model, model, np.array(stored.errors), stored.beyond)
 
 
 def _needs(sheet: Sheet | None, points: Points) -> bool:
@@ -182,7 +182,7 @@ def _needs(sheet: Sheet | None, points: Points) -> bool:
     return sheet is not None and (len(points) < LEAST_TO_COMPARE or not tells_slopes(points))
 
 
-def _best(points: Points, sheet: Sheet | None, name: str, known: Seen | None) -> Fitted:
+def _best(points: Points, sheet: Sheet | None, name: str, known: ValidatedModel | None) -> Fitted:
     """The model of this name; of few rows, the spec sheet's formula where that is better."""
     if _needs(sheet, points):
         return _fitted(_see(SHEET, points, sheet), points, sheet)
@@ -192,13 +192,13 @@ def _best(points: Points, sheet: Sheet | None, name: str, known: Seen | None) ->
     return _fitted(best, points, sheet)
 
 
-def _see(name: str, points: Points, sheet: Sheet | None = None) -> Seen:
+def _see(name: str, points: Points, sheet: Sheet | None = None) -> ValidatedModel:
     """Fits a recipe, or draws the sheet through the points."""
     errors = cross_validate(name, points, sheet)
-    return Seen(name, _recipe(name, sheet)(points), errors, _beyond(name, points))
+    return ValidatedModel(name, _recipe(name, sheet)(points), errors, _beyond(name, points))
 
 
-def _fitted(seen: Seen, points: Points, sheet: Sheet | None) -> Fitted:
+def _fitted(seen: ValidatedModel, points: Points, sheet: Sheet | None) -> Fitted:
     """Through measured cells, with the error beyond them that is known best.
 
     Where the rows are too few to tell it: what the spec sheet is off, if that is known.
@@ -270,7 +270,9 @@ def chosen_models(rows: Sequence[ProfileRow]) -> list[ChosenModel]:
     return found
 
 
-def _stored(model_key: str, kind: Kind, rows: Sequence[ProfileRow], seen: Seen) -> ChosenModel:
+def _stored(
+    model_key: str, kind: Kind, rows: Sequence[ProfileRow], seen: ValidatedModel
+) -> ChosenModel:
     """As profile.json keeps it."""
     return ChosenModel(
         model_key=model_key,

@@ -34,7 +34,7 @@ from llmpq.planner.value import (
 )
 
 if TYPE_CHECKING:
-    from llmpq.planner.offload import OffloadPlan
+    from llmpq.planner.flexgen import OffloadPlan
 
 PATIENCE = 80  # configurations, the most promising first
 

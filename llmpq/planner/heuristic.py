@@ -31,8 +31,8 @@ from llmpq.planner.moves import (
     After,
     Goal,
     Moves,
+    MoveTable,
     State,
-    Table,
     assigned,
     choice_of,
     first_state,
@@ -77,7 +77,7 @@ def transfer(instance: Instance, start: Choice, deadline: float) -> Choice:
 
     A start above the budget is first brought within it, or as near as moves lead.
     """
-    table = Table(instance)
+    table = MoveTable(instance)
     state = _towards_budget(table, first_state(table, start), deadline)
     limit = max(instance.budget, min(state.omega, instance.budget * OVER))
     if state.omega <= limit:
@@ -94,7 +94,7 @@ def start_choice(instance: Instance, deadline: float = math.inf) -> Choice | Non
     """
     if instance.num_layers < instance.num_stages:
         return None
-    table = Table(instance)
+    table = MoveTable(instance)
     for start in (fast_start, precise_start):
         counts = start(instance)
         if counts is None:
@@ -108,7 +108,7 @@ def start_choice(instance: Instance, deadline: float = math.inf) -> Choice | Non
 # ---- the search
 
 
-def _towards_budget(table: Table, state: State, deadline: float) -> State:
+def _towards_budget(table: MoveTable, state: State, deadline: float) -> State:
     """A state within the budget, or one of less sensitivity."""
     if state.omega <= table.instance.budget * OVER:
         return state
@@ -116,7 +116,7 @@ def _towards_budget(table: Table, state: State, deadline: float) -> State:
     return _exchanged(table, state, goal, deadline)
 
 
-def _exchanged(table: Table, state: State, goal: Goal, deadline: float) -> State:
+def _exchanged(table: MoveTable, state: State, goal: Goal, deadline: float) -> State:
     """The best state for a goal that moves and priced moves lead to."""
     state = _descended(table, state, goal, deadline)
     better = state.value(goal) > goal.enough
@@ -138,7 +138,7 @@ def _priced(goal: Goal, state: State, prices: tuple[float, float]) -> Goal:
     return replace(goal, omega=goal.omega + omega, num_bytes=num_bytes, enough=-math.inf)
 
 
-def _descended(table: Table, state: State, goal: Goal, deadline: float) -> State:
+def _descended(table: MoveTable, state: State, goal: Goal, deadline: float) -> State:
     """Move by move towards a goal."""
     while state.value(goal) > goal.enough and time.monotonic() < deadline:
         better = _best_move(table, state, goal)
@@ -148,7 +148,7 @@ def _descended(table: Table, state: State, goal: Goal, deadline: float) -> State
     return state
 
 
-def _best_move(table: Table, state: State, goal: Goal) -> State | None:
+def _best_move(table: MoveTable, state: State, goal: Goal) -> State | None:
     """The move that looks best of those that fit, keep the limit and are better."""
     moves = _possible(table, state)
     after = _after(table, state, moves)
@@ -173,7 +173,7 @@ def _least(score: np.ndarray, count: int) -> list[int]:
     return [int(i) for i in some[np.argsort(score[some], kind="stable")]]
 
 
-def _possible(table: Table, state: State) -> Moves:
+def _possible(table: MoveTable, state: State) -> Moves:
     """Those of layers that are there, and that leave every stage a layer.
 
     A layer that comes to another stage keeps its option or takes one that is in use there.
@@ -188,13 +188,13 @@ def _possible(table: Table, state: State) -> Moves:
     return moves.pick(np.flatnonzero(there & near & (stays | comes)))
 
 
-def _slowest(table: Table, state: State) -> np.ndarray:
+def _slowest(table: MoveTable, state: State) -> np.ndarray:
     """[N] booleans: the stages that are slowest in any of the costs."""
     totals = table.totals(state.counts)[:NUM_COSTS]
     return np.bincount(totals.argmax(axis=1), minlength=totals.shape[1]) > 0
 
 
-def _made(table: Table, state: State, moves: Moves, after: After, index: int) -> State:
+def _made(table: MoveTable, state: State, moves: Moves, after: After, index: int) -> State:
     counts = state.counts.copy()
     counts[moves.from_stage[index], moves.from_option[index]] -= moves.size[index]
     counts[moves.to_stage[index], moves.to_option[index]] += moves.size[index]
@@ -204,7 +204,7 @@ def _made(table: Table, state: State, moves: Moves, after: After, index: int) ->
     return State(counts, options, seconds, omega, num_bytes)
 
 
-def _after(table: Table, state: State, moves: Moves) -> After:
+def _after(table: MoveTable, state: State, moves: Moves) -> After:
     seconds, num_bytes, fits = outcomes(table, totals_after(table, state, moves))
     change = least_changes(table.instance, state)
     each = change[moves.from_stage, moves.from_option, moves.to_option]

@@ -89,7 +89,7 @@ class After:
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class MoveTable:
     """What does not change while an instance is searched."""
 
     instance: Instance
@@ -139,7 +139,7 @@ def _arrays(costs: Costs) -> list[np.ndarray]:
     return [getattr(costs, f.name) for f in fields(Costs)]
 
 
-def first_state(table: Table, choice: Choice) -> State:
+def first_state(table: MoveTable, choice: Choice) -> State:
     """A choice, its layers' options put in the best order where that is better."""
     omega, layers = table.instance.omega, np.arange(table.instance.num_layers)
     counts = count_options(table.instance, choice)
@@ -156,7 +156,7 @@ def choice_of(state: State) -> Choice:
     return tuple(tuple(int(o) for o in stage) for stage in np.split(state.options, ends))
 
 
-def assigned(table: Table, counts: np.ndarray, near: State | None = None) -> np.ndarray:
+def assigned(table: MoveTable, counts: np.ndarray, near: State | None = None) -> np.ndarray:
     """[L]: the best options; stages that hold the layers of `near` keep what they have there."""
     options = near.options.copy() if near else np.empty(table.instance.num_layers, dtype=int)
     ends = counts.sum(axis=1).cumsum()
@@ -172,7 +172,7 @@ def assigned(table: Table, counts: np.ndarray, near: State | None = None) -> np.
     return options
 
 
-def outcomes(table: Table, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def outcomes(table: MoveTable, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[M] each, of `totals` [costs + 2, N, M]: seconds, bytes of all layers, whether they fit."""
     instance = table.instance
     seconds = run_s(Costs(*totals[:NUM_COSTS]), table.link)
@@ -182,7 +182,7 @@ def outcomes(table: Table, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     return seconds, num_bytes.sum(axis=0), fits
 
 
-def totals_after(table: Table, state: State, moves: Moves) -> np.ndarray:
+def totals_after(table: MoveTable, state: State, moves: Moves) -> np.ndarray:
     """[costs + 2, N, M]: the stages' totals after each move."""
     rates, column = table.rates, np.arange(len(moves.size))
     totals = np.repeat(table.totals(state.counts)[:, :, None], len(column), axis=2)

@@ -19,8 +19,8 @@ from llmpq.plan_data import Plan, Predicted
 from llmpq.planner.baselines import BASELINES, Outcome, offloaded, run_baselines, with_baselines
 from llmpq.planner.confirm import CLOSE, Confirmed, ScaledFor
 from llmpq.planner.evaluate import bounded, evaluate, to_plan
+from llmpq.planner.flexgen import flexgen
 from llmpq.planner.heuristic import heuristic
-from llmpq.planner.offload import flexgen
 from llmpq.planner.plan_notes import doubts, idle
 from llmpq.planner.price import still_fits
 from llmpq.planner.problem import Assignment, Problem, Sizes

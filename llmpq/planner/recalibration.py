@@ -39,7 +39,7 @@ GROSS_SHARE = 0.05  # of the run
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """A report with its plan."""
 
     path: Path
@@ -55,7 +55,7 @@ class Recalibration:
     percent of perplexity that a new plan may lose; None: what the last run's plan loses.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[ReportedRun, ...]
     cluster: Cluster
     profiles: tuple[Profile, ...]
     sensitivity: Path | None
@@ -109,7 +109,7 @@ def tokens_per_s(plan: Plan | None) -> float | None:
     return plan.predicted.tokens_per_s if plan and plan.predicted else None
 
 
-def check_alike(runs: Sequence[Run], cluster: Cluster) -> None:
+def check_alike(runs: Sequence[ReportedRun], cluster: Cluster) -> None:
     """One model, and device types that mean the same everywhere."""
     faults = []
     for run in runs:
@@ -167,7 +167,9 @@ def _check_precisions(measured: Sequence[StageCalls], times: LayerTimes) -> None
 # ---- past runs
 
 
-def past_run_s(asked: Recalibration, run: Run, times: dict[str, LayerTimes]) -> float | None:
+def past_run_s(
+    asked: Recalibration, run: ReportedRun, times: dict[str, LayerTimes]
+) -> float | None:
     """A run's total time at these times; None where some of its devices have none."""
     if not {stage.devices[0] for stage in run.plan.stages} <= set(times):
         return None
@@ -191,7 +193,7 @@ def run_notes(asked: Recalibration, results: Sequence[TypeResult]) -> list[str]:
     return notes
 
 
-def _other_profiles(run: Run, results: Sequence[TypeResult]) -> list[str]:
+def _other_profiles(run: ReportedRun, results: Sequence[TypeResult]) -> list[str]:
     """Says so where the plan was made with other times than those given."""
     row = run.plan.predicted
     given = _mean_steps(run, {result.name: result.before for result in results})
@@ -206,7 +208,7 @@ def _other_profiles(run: Run, results: Sequence[TypeResult]) -> list[str]:
     ]
 
 
-def _mean_steps(run: Run, times: dict[str, LayerTimes]) -> dict[int, float]:
+def _mean_steps(run: ReportedRun, times: dict[str, LayerTimes]) -> dict[int, float]:
     """Predicted decode step of each stage, at the plan's mean past, as its planner takes it."""
     plan = run.plan
     if not {stage.devices[0] for stage in plan.stages} <= set(times):
@@ -225,7 +227,7 @@ def _mean_steps(run: Run, times: dict[str, LayerTimes]) -> dict[int, float]:
     return {rank: stage.decode_step_s for rank, stage in enumerate(predicted.stages)}
 
 
-def _slow_links(number: int, run: Run, results: Sequence[TypeResult]) -> list[str]:
+def _slow_links(number: int, run: ReportedRun, results: Sequence[TypeResult]) -> list[str]:
     """Says so where handing over took grossly longer than links were predicted to take."""
     notes = []
     for stage in run.report.stages:

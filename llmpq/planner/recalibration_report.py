@@ -12,7 +12,13 @@ from typing import Literal
 from llmpq.artifact import parse_json, show_value, validate
 from llmpq.costs.recalibrate import StageCalls, total_error
 from llmpq.errors import UserError
-from llmpq.planner.recalibration import Recalibration, Run, TypeResult, past_run_s, run_notes
+from llmpq.planner.recalibration import (
+    Recalibration,
+    ReportedRun,
+    TypeResult,
+    past_run_s,
+    run_notes,
+)
 from llmpq.run_report import Report
 
 
@@ -68,7 +74,7 @@ class PastRuns:
     notes: list[str]
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> ReportedRun:
     """Reads a report; raises `UserError` where it does not hold what is needed."""
     data = parse_json(path)
     kind = data.get("kind", "something else") if isinstance(data, dict) else "something else"
@@ -87,7 +93,7 @@ def read_run(path: Path) -> Run:
         raise UserError(
             f"{path}: has {len(report.stages)} stages, its plan {len(report.plan.stages)}"
         )
-    return Run(path, report, report.plan)
+    return ReportedRun(path, report, report.plan)
 
 
 def past_runs(asked: Recalibration, results: Sequence[TypeResult]) -> PastRuns:
@@ -128,7 +134,7 @@ def _stage_rows(result: TypeResult) -> list[StageRow]:
     ]
 
 
-def _run_row(asked: Recalibration, results: Sequence[TypeResult], run: Run) -> RunRow:
+def _run_row(asked: Recalibration, results: Sequence[TypeResult], run: ReportedRun) -> RunRow:
     planned, measured = run.report.error_percent is not None, run.report.total_s
     before, after = (
         past_run_s(asked, run, {r.name: getattr(r, when) for r in results}) if planned else None

@@ -13,7 +13,7 @@ from llmpq.machine import GPU_EXTRA
 from llmpq.plain import plain
 from llmpq.plan_data import Plan, Predicted, PredictedStage, Stage
 from llmpq.planner.baselines import Outcome, amount, in_bits
-from llmpq.planner.offload import OffloadPlan
+from llmpq.planner.flexgen import OffloadPlan
 from llmpq.planner.what_if import Change, WhatIf
 from llmpq.run_report import SECONDS_PER_HOUR, duration
 from llmpq.serving import needs_library

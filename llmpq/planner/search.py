@@ -102,20 +102,20 @@ class Search:
         still_open = self.queue[0].bound if self.queue else math.inf
         return min(self.best, max(self.floor, min(self.closed, still_open)))
 
-    def push(self, bound: float, node: "Node") -> None:
+    def push(self, bound: float, node: "SearchNode") -> None:
         """Leaves a node for later; one that is no better than the target is done."""
         if bound >= self.target:
             self.close(bound)
         else:
             heapq.heappush(self.queue, Entry(bound, -node.level, next(self.serial), node))
 
-    def learn(self, node: "SettingNode", bound: float) -> float:
+    def learn(self, node: "ConfigurationNode", bound: float) -> float:
         """Keeps a bound of a node for later searches; the best one that is known of it."""
         key = node.level, node.configuration
         self.known[key] = max(bound, self.known.get(key, 0.0))
         return self.known[key]
 
-    def knows(self, node: "SettingNode") -> bool:
+    def knows(self, node: "ConfigurationNode") -> bool:
         """Some search has solved its relaxation."""
         return (node.level, node.configuration) in self.known
 
@@ -140,10 +140,10 @@ class Entry:
     bound: float
     depth: int
     serial: int
-    node: "Node" = field(compare=False)
+    node: "SearchNode" = field(compare=False)
 
 
-class Node(ABC):
+class SearchNode(ABC):
     """A part of the space with a bound."""
 
     level = 0
@@ -202,7 +202,7 @@ def _speed(state: Search) -> float:
 
 
 @dataclass(frozen=True)
-class PairNode(Node):
+class PairNode(SearchNode):
     """Level 1: a subset, a batch, a pair of micro-batches."""
 
     table: Tables
@@ -224,7 +224,7 @@ class PairNode(Node):
 
 
 @dataclass(frozen=True)
-class SettingNode(Node):
+class ConfigurationNode(SearchNode):
     """Of one configuration, to be relaxed first."""
 
     configuration: Configuration
@@ -250,7 +250,7 @@ class SettingNode(Node):
 
 
 @dataclass(frozen=True)
-class EndsNode(SettingNode):
+class EndsNode(ConfigurationNode):
     """Levels 2 and 3: first and last stage are known, and an order with them."""
 
     level = 2
@@ -297,7 +297,7 @@ class EndsNode(SettingNode):
 
 
 @dataclass(frozen=True)
-class OrderNode(SettingNode):
+class OrderNode(ConfigurationNode):
     """Level 4: everything but the layers is known."""
 
     level = 3

@@ -23,7 +23,7 @@ from llmpq.planner.tables import Scope, Table
 from llmpq.planner.works import Work, chunk_s
 from llmpq.schedule import Schedule
 
-RUNS: Table[tuple[Assignment, int, float], "Run"] = Table(Scope.MACHINES)
+RUNS: Table[tuple[Assignment, int, float], "RunTimes"] = Table(Scope.MACHINES)
 JOB_SECONDS: Table[tuple[Hashable, ...], "Seconds"] = Table(Scope.MACHINES)
 SAMPLES: Table[tuple[int, int], Problem] = Table()
 
@@ -34,7 +34,7 @@ TOKENS_OF_A_JOB = 30  # that take as long to simulate as a job beside its tokens
 LEAST_WAVES = 2  # of requests in flight that a sample has
 
 
-class Run(NamedTuple):
+class RunTimes(NamedTuple):
     """A simulated run:
 
     its seconds, those of them after the last prefill, and `SimulatedRun`'s share.
@@ -65,7 +65,7 @@ def run_s(problem: Problem, assignment: Assignment, most_jobs: int = MOST_JOBS) 
     return _whole_run(problem, assignment, most_jobs).total_s
 
 
-def _whole_run(problem: Problem, assignment: Assignment, most_jobs: int) -> Run:
+def _whole_run(problem: Problem, assignment: Assignment, most_jobs: int) -> RunTimes:
     """The whole run, from a sample's run.
 
     The whole run takes as much longer as it does in closed form, which knows all tokens.
@@ -81,7 +81,7 @@ def _whole_run(problem: Problem, assignment: Assignment, most_jobs: int) -> Run:
     return run._replace(total_s=run.total_s * times)
 
 
-def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Run:
+def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> RunTimes:
     """The run of a sample with the chunk and lanes of the whole one."""
     grain = _grain(sample, problem.resolved(assignment.configuration))
     key = assignment.configuration.stage_devices, assignment.stages, grain
@@ -89,7 +89,7 @@ def _of_sample(problem: Problem, sample: Problem, assignment: Assignment) -> Run
         JOB_SECONDS, key, lambda: Seconds(resource_works(problem, assignment), grain)
     )
     run = simulate(sample, assignment, problem, seconds=seconds)
-    return Run(run.total_s, run.decode_s, run.prefill_share)
+    return RunTimes(run.total_s, run.decode_s, run.prefill_share)
 
 
 def _grain(problem: Problem, configuration: Configuration) -> int:

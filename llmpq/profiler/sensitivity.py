@@ -40,7 +40,7 @@ Steps = Callable[[int, int], None]  # called with steps done and their total
 
 
 @dataclass(frozen=True)
-class SensitivityOptions:
+class MeasurementOptions:
     """What to measure; with `apart`, attention and FFN of each layer as well as the layer."""
 
     precisions: tuple[str, ...]
@@ -69,7 +69,7 @@ class SensitivityResult:
 
 def measure_sensitivity(
     loadable: LoadableModel,
-    recipe: SensitivityOptions,
+    recipe: MeasurementOptions,
     windows: Tensor,
     inputs: InputStatistics = InputStatistics(),
     on_step: Steps = lambda done, total: None,
@@ -105,7 +105,7 @@ def gather_input_variance(
 
 def _calculated(
     loadable: LoadableModel,
-    recipe: SensitivityOptions,
+    recipe: MeasurementOptions,
     wanted: Sequence[SensitivityCell],
     inputs: InputStatistics,
     on_step: Steps,

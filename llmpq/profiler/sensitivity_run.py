@@ -35,7 +35,7 @@ from llmpq.profiler.indicators import LoadableModel
 from llmpq.profiler.quality_fit import notes_on_fit
 from llmpq.profiler.sensitivity import (
     InputStatistics,
-    SensitivityOptions,
+    MeasurementOptions,
     SensitivityResult,
     gather_input_variance,
     measure_sensitivity,
@@ -70,7 +70,7 @@ class SensitivityJob:
     model: str
     text: Path
     subject: LoadableModel
-    recipe: SensitivityOptions
+    recipe: MeasurementOptions
     fitted: torch.Tensor
     measured: torch.Tensor
     notes: list[str]
@@ -85,7 +85,7 @@ class Prepared:
     quantizer: Quantizer
 
 
-def needs_moments(quantizer: QuantizerName, recipe: SensitivityOptions) -> bool:
+def needs_moments(quantizer: QuantizerName, recipe: MeasurementOptions) -> bool:
     """Whether second moments are gathered."""
     return quantizer == "gptq" or recipe.indicator == "hessian"
 
@@ -93,7 +93,7 @@ def needs_moments(quantizer: QuantizerName, recipe: SensitivityOptions) -> bool:
 def read_job(
     model: str,
     text: Path,
-    recipe: SensitivityOptions,
+    recipe: MeasurementOptions,
     place: tuple[torch.device, torch.dtype],
     tokenizer: Any,
     window: int | None,

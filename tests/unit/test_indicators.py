@@ -29,7 +29,7 @@ from llmpq.profiler.indicators import (
 from llmpq.profiler.quality_fit import OTHER_TEXT, draw_plans, fit_quality, notes_on_fit
 from llmpq.profiler.sensitivity import (
     InputStatistics,
-    SensitivityOptions,
+    MeasurementOptions,
     gather_input_variance,
     measure_sensitivity,
 )
@@ -85,7 +85,7 @@ def test_cells_are_layers_and_their_parts_below_sixteen_bits():
 def test_fast_and_exact_agree(subject, windows):
     found = {
         method: measure_sensitivity(
-            subject, SensitivityOptions(("16", "8", "3"), method=method, apart=True), windows
+            subject, MeasurementOptions(("16", "8", "3"), method=method, apart=True), windows
         )
         for method in ("fast", "exact")
     }
@@ -103,7 +103,7 @@ def test_fast_and_exact_agree(subject, windows):
 
 
 def test_fewer_bits_lose_more_in_every_layer_and_part(subject, windows):
-    rows = measure_sensitivity(subject, SensitivityOptions(("8", "3"), apart=True), windows).rows
+    rows = measure_sensitivity(subject, MeasurementOptions(("8", "3"), apart=True), windows).rows
     at = {(r.layer, r.part, r.precision): r.sensitivity for r in rows}
     for layer in range(NUM_LAYERS):
         for part in ("layer", "attention", "ffn"):
@@ -117,7 +117,7 @@ def test_steps_are_counted(subject, windows):
         ("exact", 1 + NUM_LAYERS + len(draw_plans(NUM_LAYERS, ("4",)))),
     ):
         steps = []
-        recipe = SensitivityOptions(("16", "4"), method=method)
+        recipe = MeasurementOptions(("16", "4"), method=method)
         measure_sensitivity(subject, recipe, windows, on_step=lambda *step, s=steps: s.append(step))
         assert steps[-1] == (total, total)
 
@@ -215,9 +215,9 @@ def test_calculated_indicators_are_fitted_to_measured_plans(subject, windows, tm
         gather_calibration(subject, windows, tmp_path / "m.safetensors", {}),
         gather_input_variance(subject, windows),
     )
-    recipe = SensitivityOptions(("16", "4", "3"), indicator=indicator)
+    recipe = MeasurementOptions(("16", "4", "3"), indicator=indicator)
     found = measure_sensitivity(subject, recipe, windows, inputs)
-    reference = measure_sensitivity(subject, SensitivityOptions(("16", "4", "3")), windows)
+    reference = measure_sensitivity(subject, MeasurementOptions(("16", "4", "3")), windows)
     assert [p.rise for p in found.fit.plans] == pytest.approx(
         [p.rise for p in reference.fit.plans], rel=1e-4
     )
@@ -306,7 +306,7 @@ def test_the_shipped_model_adds_up(windows):
     """Sums of what single layers lose are what plans lose, on real weights."""
     folder = ASSETS / "tiny-tales"
     real = LoadableModel(load_config(folder), Checkpoint(folder), torch.float32, CPU)
-    found = measure_sensitivity(real, SensitivityOptions(("16", "3")), windows[:4])
+    found = measure_sensitivity(real, MeasurementOptions(("16", "3")), windows[:4])
     for measured in found.fit.plans:
         assert measured.rise == pytest.approx(measured.sum_sensitivity, rel=0.5)
     layers = LayerRange(0, 8, 8)
@@ -321,4 +321,4 @@ def test_a_missing_tensor_is_named(subject, windows):
 
     broken = LoadableModel(subject.config, Empty(), torch.float32, CPU)
     with pytest.raises(UserError, match="embed_tokens"):
-        measure_sensitivity(broken, SensitivityOptions(("16", "4")), windows)
+        measure_sensitivity(broken, MeasurementOptions(("16", "4")), windows)

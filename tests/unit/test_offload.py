@@ -14,7 +14,7 @@ from llmpq.costs.quality import prior_quality
 from llmpq.machine import cpu
 from llmpq.model_lookup import spec_from_config
 from llmpq.planner.evaluate import evaluate
-from llmpq.planner.offload import OffloadPlan, flexgen, host_link_bytes_per_s, offload_plan
+from llmpq.planner.flexgen import OffloadPlan, flexgen, host_link_bytes_per_s, offload_plan
 from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.workload import Workload
 

@@ -12,8 +12,8 @@ from llmpq.cluster import Cluster
 from llmpq.errors import UserError
 from llmpq.plan_data import Baseline, Plan
 from llmpq.planner.baselines import Outcome
+from llmpq.planner.flexgen import flexgen
 from llmpq.planner.frontier import Point, frontier
-from llmpq.planner.offload import flexgen
 from llmpq.planner.report import (
     expected_time,
     kernel_line,
