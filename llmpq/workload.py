@@ -230,7 +230,7 @@ def lanes_for(
         return tuple(planned)
     if longest > reserved:
         raise UserError(
-            f"a request needs {longest} tokens of cache; the plan reserves {reserved} in all"
+            f"a request needs {longest} tokens of KV cache, but the plan reserves {reserved} in all"
         )
     return lanes_within(reserved, lengths, batch, rows)
 

@@ -69,7 +69,7 @@ def counted(bar: "ProgressBar", replan: "Callable[[Problem], Plan]") -> "Callabl
 def show_flexgen(options: PlanOptions) -> None:
     """Reports offloading to the host; raises `InfeasibleError` where it has no plan."""
     from llmpq.planner.flexgen import flexgen
-    from llmpq.planner.report import print_offload
+    from llmpq.render.plan_report import print_offload
 
     problem, _, notes = pose(options)
     found = flexgen(problem)
@@ -117,7 +117,7 @@ def _frontier_row(point: "Point") -> dict[str, object]:
 
 def compare_clusters(options: PlanOptions) -> None:
     """Shows a row for each cluster; raises `InfeasibleError` where the model fits none of them."""
-    from llmpq.planner.report import print_comparison
+    from llmpq.render.plan_report import print_comparison
     from llmpq.render.progress import progress
 
     posed, faults = [], []

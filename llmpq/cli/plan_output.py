@@ -34,7 +34,7 @@ def report_to(options: PlanOptions) -> "Console":
 
 def show_notes(options: PlanOptions, notes: Sequence[str]) -> None:
     """Prints what a reader should know, on standard error."""
-    from llmpq.planner.report import print_notes
+    from llmpq.render.plan_report import print_notes
 
     print_notes(console(options.quiet), notes)
 
@@ -48,7 +48,7 @@ def show_plan(
 ) -> None:
     """Prints the plan, the baselines, what would change it, and how to run it."""
     from llmpq.launch import launch_lines
-    from llmpq.planner.report import print_changes, print_outcomes, print_report
+    from llmpq.render.plan_report import print_changes, print_outcomes, print_report
 
     out, plan = report_to(options), planned.plan
     print_report(out, plan, problem.quality.source, [], _limits(options))
@@ -131,8 +131,8 @@ def write_with_run(
     """
     from llmpq.planner.bubbles import find_bubbles
     from llmpq.planner.evaluate import to_assignment
-    from llmpq.planner.timeline_view import print_timeline
     from llmpq.render.simulated_run import figures, write_trace
+    from llmpq.render.timeline_view import print_timeline
 
     write_plan(replace(options, json_path=None), plan)
     run = _simulate(options, problem, to_assignment(filed or plan, problem.cluster))

@@ -80,8 +80,8 @@ def _dry_run(plan: Plan, options: RunOptions) -> None:
     """Checks all input, tells what would be done, and writes it where --json says."""
     from llmpq.cli.run_work import report_to
     from llmpq.dry_run import dry_run
-    from llmpq.planner.report import print_notes
     from llmpq.render.dry_run_view import print_dry_run
+    from llmpq.render.plan_report import print_notes
 
     inputs = read_inputs(plan, options)
     found = dry_run(plan, inputs, options.device, options.dtype, _words_of_run())

@@ -20,9 +20,9 @@ def planned_overflow(plan: Plan) -> str | None:
     if not old or not family_for(plan.model.model_type).overflows_float16:
         return None
     return (
-        f"{', '.join(old)}: without bfloat16, so that all stages compute in float16, in which "
-        f"activations of {plan.model.model_type} are known to overflow and requests may fail; "
-        f"{INSTEAD}, or plan without {'it' if len(old) == 1 else 'them'}"
+        f"{', '.join(old)} lack{'s' if len(old) == 1 else ''} bfloat16, so all stages compute in "
+        f"float16, in which activations of {plan.model.model_type} are known to overflow and "
+        f"requests may fail; {INSTEAD}, or plan without {'it' if len(old) == 1 else 'them'}"
     )
 
 

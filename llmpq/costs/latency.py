@@ -331,7 +331,7 @@ def _quality_of(fits: Mapping[tuple[str, str], Fitted], has_sheet: bool) -> str:
     count = sum(len(found.points) for found in layers)
     error = sum(found.mean_error * len(found.points) for found in layers) / max(1, count)
     missing = [p for p in ("embedding", "head") if ("", p) not in fits]
-    text = f"fitted, unseen points within {100 * error:.1f} % in the mean"
+    text = f"fitted, unseen points within {100 * error:.1f} % on average"
     instead = "taken from the spec sheet" if has_sheet else "counted as 0"
     return f"{text}; no {' or '.join(missing)} rows, {instead}" if missing else text
 

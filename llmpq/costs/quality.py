@@ -2,9 +2,10 @@
 
 Summed sensitivity x means 100 * (exp(scale * x) - 1) percent of perplexity. Budgets are held with
 `upper_scale`, which nearly all measured plans stayed below; what is shown is the expected rise.
-Without a sensitivity file there is a prior, the same for all layers: its orders of magnitude are
-those of round-to-nearest weights in groups of 128, as the GPTQ and AWQ papers publish them for
-models of 7 to 13 billion parameters. It is no measurement of the model at hand, and says so.
+Without a sensitivity file there is a generic estimate, the same for all layers: its orders of
+magnitude are those of round-to-nearest weights in groups of 128, as the GPTQ and AWQ papers publish
+them for models of 7 to 13 billion parameters. It is no measurement of the model at hand, and says
+so.
 """
 
 import math
@@ -21,7 +22,7 @@ PRIOR_NATS = {"16": 0.0, "8": 0.001, "8-w8a8": 0.01, "4": 0.05, "3": 0.25} | {
     "nf4": 0.04,
     "8-bnb": 0.001,
 }
-PRIOR_SOURCE = "prior, not measured for this model"
+GENERIC_ESTIMATE = "generic estimate, not measured for this model"
 DEFAULT_MAX_LOSS_PERCENT = 1.0
 MAX_EXPONENT = 700.0  # a little more has no exponential among floats
 
@@ -65,9 +66,9 @@ def _percent(nats: float) -> float:
 
 
 def prior_quality(num_layers: int) -> QualityModel:
-    """The built-in prior, spread evenly over the layers."""
+    """The built-in generic estimate, spread evenly over the layers."""
     omega = {name: [nats / num_layers] * num_layers for name, nats in PRIOR_NATS.items()}
-    return QualityModel(omega, 1.0, PRIOR_SOURCE)
+    return QualityModel(omega, 1.0, GENERIC_ESTIMATE)
 
 
 def measured_quality(sensitivity: Sensitivity, spec: ModelSpec, path: str) -> QualityModel:

@@ -60,7 +60,7 @@ def tensor_parallel_times(
         key: WithExchange(model, exchange[key[1]]) if key[1] in exchange else model
         for key, model in times.models.items()
     }
-    note = f"; {degree} devices a stage, all-reduce over the link of {node_name}"
+    note = f"; {degree} devices per stage, all-reduce over the link of {node_name}"
     return replace(times, models=models, provenance=times.provenance + note)
 
 
@@ -110,9 +110,9 @@ def _shard_times(
     sheet = cluster.figures_of(device_type)
     if sheet is None:
         raise UserError(
-            f"device type '{device_type}': a stage of several cannot be priced, as neither a "
-            "profile of shards nor bandwidth_gbs and tflops in the cluster file are there; plan "
-            "with --tensor-parallel off"
+            f"device type '{device_type}': a stage of several devices cannot be predicted, as "
+            "there is neither a profile of shards nor bandwidth_gbs and tflops in the cluster "
+            "file; plan with --tensor-parallel off"
         )
     source = f"whole layers measured on {own[0].device.name}"
     whole = measured_times(rows, source, (), Figures(sheet, spec, machine, True))

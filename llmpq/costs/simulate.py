@@ -1,6 +1,6 @@
 """A run, simulated job by job: who works on what, from when to when.
 
-The servers of a pipeline stand in a row: stage, link, stage, ..., stage, and the tokens' way back
+The servers of a pipeline stand in a row: stage, link, stage, ..., stage, and the token return path
 as the last one. Which job comes next is decided by the runtime's own `Schedule`: the first stage,
 as soon as it is free, tells it what has come back and asks it; where there is nothing to do it
 waits for the oldest job's return. Every other server does all jobs in that order, each when it has

@@ -86,11 +86,11 @@ def _is_covered(device: DeviceType) -> bool:
 
 def provenance(device: DeviceType) -> str:
     """Where the times come from and how far off they may be."""
-    source = f"kernels fitted on {efficiency().num_gpus} GPUs"
+    fit = f"estimated by a fit to {efficiency().num_gpus} GPUs"
     if not _is_covered(device):
-        return f"{source}, none of them of this kind: how far off is not known"
+        return f"{fit}, none of this kind, so the error is not known"
     of_phases = (f"{100 * (error(device, p) or 0):.0f} % in {p}" for p in ("prefill", "decode"))
-    return f"{source}, a left-out one off by {' and '.join(of_phases)} at 16 bits"
+    return f"{fit} (+-{' and '.join(of_phases)} on GPUs left out of it, at 16 bits)"
 
 
 def kernel_s(operations: Any, num_bytes: Any, flops: Any, bandwidth: Any, sharpness: float) -> Any:

@@ -45,8 +45,8 @@ def warnings(problem: Problem, assignment: Assignment) -> list[str]:
                     found = beyond.setdefault(devices.type, {})
                     found[part.what] = _larger(part.accuracy.error, found.get(part.what, 0.0))
     return [
-        f"{device}: beyond what was profiled are {', '.join(_said(found))}; profile there, or take "
-        "the prediction with that grain of salt"
+        f"{device}: predictions beyond the profiled shapes: {', '.join(_said(found))}; profile "
+        "these shapes for a reliable prediction"
         for device, found in beyond.items()
     ]
 
@@ -58,7 +58,7 @@ def _larger(one: float | None, other: float | None) -> float | None:
 
 def _said(found: dict[str, float | None]) -> list[str]:
     return [
-        f"{what} ({'how far off is not known' if error is None else f'+-{100 * error:.0f} %'})"
+        f"{what} ({'error not known' if error is None else f'+-{100 * error:.0f} %'})"
         for what, error in found.items()
     ]
 
@@ -74,9 +74,8 @@ def assumed_calls(problem: Problem, assignment: Assignment) -> list[str]:
         return []
     each = ", ".join(f"{1e3 * call_s:.1f} ms on {name}" for name, call_s in calls.items())
     return [
-        f"what a stage's call costs beside its layers was not measured; assumed: {each} (what "
-        "llmpq-profile measured on an H200's host and on an AMD EPYC); 'llmpq-profile layers' "
-        "measures it"
+        f"the overhead of a stage's call was not measured; assumed: {each} (measured by "
+        "llmpq-profile on an H200's host and on an AMD EPYC); 'llmpq-profile layers' measures it"
     ]
 
 

@@ -68,7 +68,7 @@ def describe(cause: Cause, server: int | None, names: Sequence[str], micro: int 
     name = "" if server is None else names[server]
     if cause == "loop":
         which = "a micro-batch" if micro is None else f"micro-batch {micro}"
-        return f"loop: tokens of {which} not back yet"
+        return f"loop: tokens of {which} have not returned yet"
     if cause == "prefill":
         return f"waiting for prefill of {name}"
     if cause == "behind":
@@ -92,11 +92,11 @@ def remedy(cause: Cause, server: int | None, names: Sequence[str]) -> str:
 
 
 def server_names(num_stages: int) -> list[str]:
-    """ "stage 0", "link 0 -> 1", "stage 1", ... and at last the tokens' way back."""
+    """ "stage 0", "link 0 -> 1", "stage 1", ... and at last the token return path."""
     names = []
     for rank in range(num_stages):
         names += [f"stage {rank}", f"link {rank} -> {rank + 1}"]
-    return [*names[:-1], f"way back {num_stages - 1} -> 0"]
+    return [*names[:-1], f"token return {num_stages - 1} -> 0"]
 
 
 def _bubble(stage: int, code: int, seconds: float, total: float, loops: np.ndarray) -> Bubble:

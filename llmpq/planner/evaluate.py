@@ -238,7 +238,7 @@ def hop_costs(problem: Problem, configuration: Configuration) -> Costs:
 
 
 def resource_works(problem: Problem, assignment: Assignment) -> list[Work]:
-    """In the pipeline's order: stage, link, ..., stage, way back."""
+    """In the pipeline's order: stage, link, ..., stage, token return."""
     stage_devices = assignment.configuration.stage_devices
     stages = [stage_work_at(problem, assignment, rank) for rank in range(len(stage_devices))]
     hops = hop_works(problem, [devices.node for devices in stage_devices])

@@ -240,8 +240,9 @@ def _shortage(configuration: Configuration, rank: int, num_bytes: float) -> str:
 def _quality_text(problem: Problem) -> str:
     asked, needed = problem.quality.percent(problem.budget), least_loss(problem)
     return (
-        f"no plan keeps the quality: memory allows none that loses less than {needed:.3g} % "
-        f"(quality: {problem.quality.source}), asked for at most {asked:.3g} %"
+        f"no plan keeps the quality budget: with this memory the quality loss is at least "
+        f"{needed:.3g} % (quality: {problem.quality.source}), and at most {asked:.3g} % was asked "
+        "for"
     )
 
 

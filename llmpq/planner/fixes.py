@@ -83,8 +83,9 @@ def infeasible(
 
 def _why_so_few(count: int, deadline: float) -> str:
     if time.monotonic() > deadline:
-        return "the time for looking ended here; other changes may do too"
-    return "no other change that was tried is enough" if count else "no change tried is enough"
+        return "the time limit ended this search; other changes may help too"
+    which = "other change" if count else "change"
+    return f"no {which} that was tried is sufficient"
 
 
 # ---- changes, the smallest that may do first; none of them is verified here

@@ -60,7 +60,7 @@ def inputs_of(
     profiles: Sequence[Profile] = (),
     quality: QualityModel | None = None,
 ) -> Inputs:
-    """Inputs as they belong together; without `quality` a built-in prior."""
+    """Inputs as they belong together; without `quality` a generic estimate."""
     return Inputs(
         spec,
         with_measured_types(cluster, profiles),
@@ -109,8 +109,8 @@ def _check_lengths(inputs: Inputs, source: str) -> None:
     if prompt + new > inputs.spec.max_positions:
         where = f"{source}: " if source else ""
         raise UserError(
-            f"{where}workload '{inputs.workload.name}': a prompt of {prompt} tokens and {new} new "
-            f"ones are more than the {inputs.spec.max_positions} positions of {inputs.spec.name}"
+            f"{where}workload '{inputs.workload.name}': a prompt of {prompt} tokens with {new} "
+            f"new ones exceeds the {inputs.spec.max_positions} positions of {inputs.spec.name}"
         )
 
 
@@ -121,13 +121,13 @@ def _most_devices(asked: str, inputs: Inputs, notes: list[str], plan: Plan | Non
     if asked in ("off", "1"):
         return 1
     if any(device.type in inputs.cluster.rehearse for device in inputs.cluster.devices()):
-        notes.append("rehearsed devices make no stages of several: tensor parallelism left out")
+        notes.append("rehearsed devices cannot share a stage: tensor parallelism is off")
         return 1
     names = dict.fromkeys(device.type for device in inputs.cluster.devices())
     if unknown := [name for name in names if inputs.cluster.figures_of(name) is None]:
         notes.append(
             f"{', '.join(unknown)}: without bandwidth_gbs and tflops in the cluster file, parts of "
-            "a layer cannot be priced: tensor parallelism left out"
+            "a layer cannot be predicted: tensor parallelism is off"
         )
         return 1
     return MAX_DEVICES_A_STAGE if asked == "auto" else int(asked)
@@ -188,7 +188,7 @@ def _notes(inputs: Inputs, times: dict[str, LayerTimes]) -> list[str]:
     guessed = [name for name, t in times.items() if not t.measured]
     notes = unused_profiles(inputs.cluster, inputs.spec, inputs.profiles)
     if inputs.spec.guessed:
-        notes.append(f"{inputs.spec.model_type} is not a known family; counted as LLaMA-shaped")
+        notes.append(f"{inputs.spec.model_type} is not a known family; treated as LLaMA-like")
     if guessed:
         notes.append(
             f"times of {', '.join(guessed)} come from spec sheets, not from measurements; "

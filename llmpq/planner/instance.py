@@ -69,7 +69,7 @@ class Instance:
 
     layer: Costs  # [N, B]: of one layer
     fixed: Costs  # [N]: of a stage beside its layers
-    link: Costs  # [N]: after each stage; the last is the way back
+    link: Costs  # [N]: after each stage; the last is the token return path
     layer_bytes: np.ndarray  # [N, B], the cache of one layer included
     capacity: np.ndarray  # [N], what layers may take
     unpacked_bytes: np.ndarray  # [N], taken by a device that holds any packed option
@@ -365,7 +365,7 @@ def least_hop(problem: Problem, sizes: Sizes, node: str, nodes: tuple[str, ...])
     return problem.cached(LEAST_HOPS, (node, other, sizes), compute)
 
 
-def least_way_back(
+def least_token_return(
     problem: Problem, sizes: Sizes, nodes: tuple[str, ...], num_stages: int
 ) -> Costs:
     """[P, Q] of the tokens' return in any order of stages on `nodes`."""

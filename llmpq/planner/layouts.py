@@ -33,7 +33,7 @@ Group = tuple[str, int, int]  # equal devices of a node: type, memory, how many
 Use = tuple[Cut, ...]  # of a node: a cut for each of its groups of equal devices, () for none
 
 UNEQUAL = "devices of unequal memory were not joined into one stage"
-ALIKE = "nodes that hold the same devices were used alike, or not at all"
+ALIKE = "nodes with the same devices were used in the same way, or not at all"
 ONE_SIZE = "equal devices of a node were cut into stages of one size only"
 TOGETHER = "equal devices were used together or not at all"
 ALL_BUT_ONE = "at most one kind of device was left out"

@@ -8,10 +8,10 @@ from collections import Counter
 from llmpq.plan_data import Plan
 from llmpq.planner.search import Search
 
-TIMED_OUT = "the time limit ended the search; a longer --time-limit may find better"
+TIMED_OUT = "the time limit ended the search; a longer --time-limit may find a better plan"
 LOOSE = (
-    "the gap is above the one asked for, as the bound is of the closed form and the time of the "
-    "simulated run; another plan may be better by up to the gap"
+    "the gap is above the one asked for, because the bound is that of the closed form and the time "
+    "that of the simulated run; another plan may be better by up to the gap"
 )
 
 
@@ -20,7 +20,7 @@ def idle(plan: Plan) -> list[str]:
     idle = Counter((device.type, device.node) for device in plan.cluster.devices())
     idle.subtract((name, stage.node) for stage in plan.stages for name in stage.devices)
     names = [f"{f'{n} x ' if n > 1 else ''}{d} on {node}" for (d, node), n in idle.items() if n > 0]
-    why = "only slows the rest, or does not fit"
+    why = "would slow down the rest, or does not fit"
     return [f"left out: {', '.join(names)} ({why})"] if names else []
 
 

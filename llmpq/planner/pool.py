@@ -27,7 +27,7 @@ from llmpq.planner.instance import (
     layer_bytes,
     layer_costs,
     least_hop,
-    least_way_back,
+    least_token_return,
     link_costs,
     most_room,
     unpacked_bytes,
@@ -250,7 +250,7 @@ def _find_links(problem: Problem, sizes: Sizes, stages: dict[str, int]) -> tuple
         hops += [inside] * (count - 1)
     nodes = list(stages)
     hops += [link_costs(problem, sizes, [a, b])[0] for a, b in zip(nodes, nodes[1:], strict=False)]
-    back = least_way_back(problem, sizes, tuple(nodes), sum(stages.values()))
+    back = least_token_return(problem, sizes, tuple(nodes), sum(stages.values()))
     return combined([*hops, back], np.sum), combined([*hops, back], np.max)
 
 

@@ -49,8 +49,8 @@ def misfits(problem: Problem, plan: Plan) -> list[str]:
         if any(free.count(devices) < taken.count(devices) for devices in taken):
             there = ", ".join(dict.fromkeys(node for node, _ in free)) or "none left"
             faults.append(
-                f"stage {stage.rank} wants {len(taken)} {device} on node '{stage.node}', "
-                f"which the cluster has not (any more); nodes with free devices: {there}"
+                f"stage {stage.rank} needs {len(taken)} {device} on node '{stage.node}', "
+                f"which the cluster does not have (any more); nodes with free devices: {there}"
             )
             continue
         for devices in taken:

@@ -51,7 +51,7 @@ class ReportedRun:
 class Recalibration:
     """What is asked: runs of one model, and the cluster and profiles at hand.
 
-    `sensitivity`: file of measured losses of quality; None: a built-in prior. `max_quality_loss`:
+    `sensitivity`: file of measured losses of quality; None: a generic estimate. `max_quality_loss`:
     percent of perplexity that a new plan may lose; None: what the last run's plan loses.
     """
 
@@ -180,14 +180,16 @@ def past_run_s(
 def run_notes(asked: Recalibration, results: Sequence[TypeResult]) -> list[str]:
     """What of the runs does not fit the profiles or the cluster at hand, a line each."""
     notes = [
-        f"{result.name}: no stage ran on it, its times stay as they were"
+        f"{result.name}: no stage ran on it; its times are unchanged"
         for result in results
         if not result.measured
     ]
     known = {result.name for result in results}
     for number, run in enumerate(asked.runs):
         left = {stage.devices[0] for stage in run.plan.stages} - known
-        notes += [f"{run.path}: {name} is not in the cluster, left out" for name in sorted(left)]
+        notes += [
+            f"{run.path}: {name} is not in the cluster and is left out" for name in sorted(left)
+        ]
         notes += _other_profiles(run, results)
         notes += _slow_links(number, run, results)
     return notes
@@ -237,8 +239,8 @@ def _slow_links(number: int, run: ReportedRun, results: Sequence[TypeResult]) ->
         expected = link_s(run.plan, mine)
         if stage.comm_s > max(GROSS * expected, GROSS_SHARE * run.report.total_s):
             notes.append(
-                f"{run.path}: stage {stage.rank} spent {stage.comm_s:.2f} s handing over, the "
-                f"cluster's links say {expected:.2f} s; measure them: llmpq-profile links"
+                f"{run.path}: stage {stage.rank} spent {stage.comm_s:.2f} s sending; by the "
+                f"cluster's links it should be {expected:.2f} s; measure them: llmpq-profile links"
             )
     return notes
 

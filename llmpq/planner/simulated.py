@@ -233,7 +233,8 @@ class Seconds:
         return list(seconds.tolist())
 
     def _whole(self, rows: int, tokens: int) -> np.ndarray:
-        """[servers but the way back] for whole prompts; those of a block of lengths at once.
+        """[servers but the token return path] for whole prompts; those of a block of lengths at
+        once.
 
         Chunks of unequal prompts end at almost any length.
         """

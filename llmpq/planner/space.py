@@ -164,8 +164,8 @@ def make_space(
         if time.monotonic() > deadline:
             notes = [
                 *notes,
-                f"the time limit left out {len(todo) - index} of {len(todo)} ways to "
-                "use the devices",
+                f"the time limit left {len(todo) - index} of {len(todo)} subsets of the "
+                "devices unsearched",
             ]
             return Space(tables, len(todo) - index, notes)
         if index and some != todo[index - 1][1]:

@@ -88,7 +88,7 @@ def stage_work(times: LayerTimes, first: bool, last: bool, precisions: Sequence[
 
 
 def hop_works(problem: Problem, nodes: Sequence[str]) -> list[Work]:
-    """The link after each stage: to the next one; after the last, the tokens' way back."""
+    """The link after each stage: to the next one; after the last, the token return path."""
     down = [_hand_over(problem, a, b) for a, b in zip(nodes, nodes[1:], strict=False)]
     return [*down, _way_back(problem, nodes)]
 

@@ -2,7 +2,7 @@
 
 A report goes to standard output; notes, warnings and progress go to standard error. Text is printed
 as it is, `[red]` and `:smile:` too, with control characters spelled out (`llmpq.plain`). A styled
-text is made with `llmpq.planner.report.styled`.
+text is made with `llmpq.render.plan_report.styled`.
 """
 
 import sys

@@ -9,7 +9,7 @@ from rich.table import Table
 from llmpq.cluster import GIB, MIB
 from llmpq.dry_run import DryRun, StagePreview
 from llmpq.plan_data import Plan
-from llmpq.planner.report import empty_table, expected_time
+from llmpq.render.plan_report import empty_table, expected_time
 
 
 def print_dry_run(out: Console, plan: Plan, found: DryRun) -> None:

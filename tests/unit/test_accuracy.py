@@ -71,6 +71,6 @@ def test_what_is_beyond_the_profile_is_named_once_a_device_type() -> None:
     outside = times(Accuracy(BEYOND, 0.5), SURE)
     problem, assignment = two_stages(times(SURE, SURE), outside)
     (line,) = warnings(problem, assignment)
-    assert line.startswith("v100-32g: beyond what was profiled")
+    assert line.startswith("v100-32g: predictions beyond the profiled shapes")
     assert "prefill of 1 x 96 tokens at 16 bits (+-50 %)" in line
     assert "decode of 2 x 103 tokens at 16 bits (+-50 %)" in line

@@ -39,7 +39,6 @@ from llmpq.model_spec import ASSETS
 from llmpq.placement import FoundCard
 from llmpq.plain import plain, plain_line
 from llmpq.plan_data import Plan
-from llmpq.planner.report import styled
 from llmpq.quant import available_precisions
 from llmpq.quant.humming_jit import keep_kernels_in
 from llmpq.reliability.append_file import AppendFile
@@ -52,6 +51,7 @@ from llmpq.reliability.monitor import (
     process_state,
 )
 from llmpq.render.console import PlainConsole
+from llmpq.render.plan_report import styled
 from llmpq.render.progress import progress
 from llmpq.runtime import process
 from llmpq.runtime.cards import read_process

@@ -114,7 +114,7 @@ def test_regression_recovers_the_plane_at_batches_that_were_not_measured() -> No
     )
     assert float(times.head_s(3)) == pytest.approx(0.35e-3)
     assert float(times.embedding_s(3, 10)) == pytest.approx(0.13e-3)
-    assert "unseen points within 0.0 % in the mean" in times.provenance
+    assert "unseen points within 0.0 % on average" in times.provenance
 
 
 def test_a_measured_batch_is_interpolated_between_its_own_lengths() -> None:
@@ -208,7 +208,7 @@ def test_a_rehearsal_without_a_one_thread_profile_says_what_to_run(profiles: lis
         device_times(rehearsal(), "slow", SPEC, profiles)
 
 
-# ---- several devices a stage
+# ---- several devices per stage
 
 NODE_LINK = Link(bandwidth_gbs=10, latency_us=5)
 WIDE = make_spec(
@@ -271,7 +271,7 @@ def test_a_shard_of_the_spec_sheet_is_a_part_of_it_and_two_all_reduces(degree: i
         norms = 16 * WIDE.hidden_size * tokens / norm_bandwidth
         divided = (float(whole.busy_s(*sizes)) - norms) / degree
         assert float(part.compute.busy_s(*sizes)) == pytest.approx(divided + norms, rel=0.05)
-    assert f"; {degree} devices a stage, all-reduce over the link of n" in shared.provenance
+    assert f"; {degree} devices per stage, all-reduce over the link of n" in shared.provenance
 
 
 def test_embedding_and_head_of_a_shared_stage() -> None:
@@ -336,7 +336,7 @@ def test_the_overhead_of_a_whole_layer_stays_with_every_shard() -> None:
         computed, kept = after - layer_exchange_s(WIDE, 4, sent), 1e-3 + norm_s * sent
         assert computed == pytest.approx(kept + (before - kept) / 4, rel=0.05)
     assert "whole layers measured on test" in four.provenance
-    assert "no shard was measured; 4 devices a stage" in four.provenance
+    assert "no shard was measured; 4 devices per stage" in four.provenance
 
 
 def test_slow_unpacking_is_divided_and_no_overhead() -> None:

@@ -25,7 +25,7 @@ def random_costs(rng: np.random.Generator, *shape: int) -> Costs:
 
 
 def random_links(rng: np.random.Generator, stages: int) -> Costs:
-    """The last one is the tokens' way back, which is no part of the prefill."""
+    """The last one is the token return path, which is no part of the prefill."""
     links = Costs(*(rng.integers(0, 5, stages).astype(float) for _ in fields(Costs)))
     for part in (links.prefill, links.first, links.bursts, links.others):
         part[-1] = 0.0

@@ -262,13 +262,13 @@ def test_nothing_is_offered_without_a_plan() -> None:
         raise InfeasibleError("no")
 
     text = explained(tiny(0.36, 0.3, percent=1e-4), never)
-    assert "would fit" not in text and text.endswith("no change tried is enough")
+    assert "would fit" not in text and text.endswith("no change that was tried is sufficient")
 
 
 def test_fewer_than_three_changes_are_said_to_be_all() -> None:
     text = explained(tiny(0.1, counts=[8], layers=16, percent=50))
     assert text.count("would fit") == 1 and text.endswith(
-        "no other change that was tried is enough"
+        "no other change that was tried is sufficient"
     )
 
 
@@ -292,7 +292,7 @@ def test_beyond_the_deadline_nothing_is_planned() -> None:
         return replan(problem)
 
     text = str(infeasible(tiny(0.2, 0.1), PRECISIONS, note, deadline=-1.0))
-    assert not planned and "the time for looking ended here" in text
+    assert not planned and "the time limit ended this search" in text
 
 
 def test_a_problem_that_may_fit_is_not_called_short() -> None:

@@ -111,7 +111,7 @@ CAKE = [
         "8",
         "render",
         _names("nouns costs planner dry_run models checkpoint evaluation"),
-        _names("rich"),
+        _names("rich numpy"),
         _names("torch matplotlib"),
     ),
     Part(
@@ -130,8 +130,6 @@ CAKE = [
 PARTS = {part.name: part for part in CAKE}
 # Modules that may import a little more than the rest of their part.
 MORE_THIRD_PARTY = {
-    "llmpq.planner.report": _names("rich click"),
-    "llmpq.planner.timeline_view": _names("rich"),
     # Triton's decorators wrap whole functions: these are imported when a kernel is launched.
     "llmpq.quant.triton_source": _names("triton"),
     "llmpq.models.attention_source": _names("triton"),

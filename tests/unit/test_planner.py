@@ -388,7 +388,7 @@ def test_what_the_time_limit_leaves_out_leaves_no_bound() -> None:
     none = make_space(problem, solver, deadline=time.monotonic())
     whole = make_space(problem, solver)
     assert none.num_left_out == len(whole.tables) and not none.tables
-    assert "time limit left out" in none.notes[-1] and whole.num_left_out == 0
+    assert "time limit left" in none.notes[-1] and whole.num_left_out == 0
     within = time.monotonic() + 60
     found = search.search(problem, whole, solver, gap=0.01, deadline=within)
     part = replace(whole, num_left_out=1)
@@ -626,7 +626,7 @@ def test_plan_report_and_files(files: Path) -> None:
     assert all("why_not" in b and "tokens_per_s" in b for b in written["baselines"])
     for text in (
         "budget 1 % (default)",
-        "prior, not measured",
+        "generic estimate, not measured",
         "tokens/s",
         "fitted",
     ):
@@ -713,7 +713,7 @@ BAD_FILES = {
     "too long for the model": (
         "workload.yaml",
         "prompt_tokens: 125\nnew_tokens: 4\nnum_requests: 2\n",
-        "more than the 128 positions",
+        "exceeds the 128 positions",
     ),
     "YAML syntax": ("workload.yaml", "name: [", "not valid YAML"),
     "unknown key": ("workload.yaml", "prompts: 1\n", "unknown key 'prompts'"),

@@ -14,7 +14,10 @@ from llmpq.plan_data import Baseline, Plan
 from llmpq.planner.baselines import Outcome
 from llmpq.planner.flexgen import flexgen
 from llmpq.planner.frontier import Point, frontier
-from llmpq.planner.report import (
+from llmpq.planner.what_if import Change, WhatIf
+from llmpq.render.console import PlainConsole
+from llmpq.render.frontier_view import print_frontier, save_frontier
+from llmpq.render.plan_report import (
     expected_time,
     kernel_line,
     print_changes,
@@ -23,9 +26,6 @@ from llmpq.planner.report import (
     print_outcomes,
     print_report,
 )
-from llmpq.planner.what_if import Change, WhatIf
-from llmpq.render.console import PlainConsole
-from llmpq.render.frontier_view import print_frontier, save_frontier
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_the_report_names_stages_memory_and_times_in_plain_text(
     console: PlainConsole, plan: Plan
 ) -> None:
     text = report(console, plan)
-    for part in ("MiB", "#", "free", "prefill ms", "decode ms", "tokens/s", "a prior", "gap"):
+    for part in ("MiB", "#", "free", "prefill ms", "decode ms", "tokens/s", "generic", "optimal"):
         assert part in text
     assert "[take] note" in text and "\x1b" not in text
 
@@ -142,7 +142,7 @@ def test_a_gain_within_the_gap_is_not_a_number(console: PlainConsole, plan: Plan
     print_changes(console, plan, WhatIf(tuple(changes), 3))
     text = shown(console)
     assert "+20.0 (+20.0 %)" in text and "[fast] links" in text
-    assert "3 more changes, less promising, were not looked at" in text
+    assert "3 further, less promising changes were not tried" in text
     assert f"no more than the gap ({100 * plan.predicted.gap:.2f} %)" in text
 
 

@@ -363,7 +363,7 @@ def test_a_slow_link_is_named() -> None:
 def test_remedies_name_what_to_change() -> None:
     names = server_names(3)
     assert names == [
-        "stage 0", "link 0 -> 1", "stage 1", "link 1 -> 2", "stage 2", "way back 2 -> 0"
+        "stage 0", "link 0 -> 1", "stage 1", "link 1 -> 2", "stage 2", "token return 2 -> 0"
     ]  # fmt: skip
     assert "stage 1 is the slowest" in remedy("behind", 2, names)
     assert "in prefill" in remedy("prefill", 2, names)

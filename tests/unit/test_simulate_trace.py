@@ -17,9 +17,9 @@ from llmpq.plan_data import Plan, load_plan
 from llmpq.planner.bubbles import find_bubbles
 from llmpq.planner.evaluate import evaluate, to_plan
 from llmpq.planner.simulated import simulate
-from llmpq.planner.timeline_view import print_timeline
 from llmpq.render import simulated_run
 from llmpq.render.console import PlainConsole
+from llmpq.render.timeline_view import print_timeline
 
 __all__ = ["files"]  # a fixture
 
@@ -63,7 +63,7 @@ def test_events_say_what_they_are_of(tmp_path: Path) -> None:
     events = events_of(tmp_path / "t.json")
     threads = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert threads[0] == "stage 0: t4-16g on n (layers 0-1)"
-    assert threads[1] == "link 0 -> 1" and threads[5] == "way back 2 -> 0"
+    assert threads[1] == "link 0 -> 1" and threads[5] == "token return 2 -> 0"
     first = next(e for e in events if e["ph"] == "X")
     jobs = played.jobs
     expected = {"micro_batch": 0, "step": 0, "requests": int(jobs.requests[0]), "past": 0}
@@ -103,7 +103,7 @@ def test_the_timeline_has_a_row_a_stage_as_wide_as_the_console(width: int) -> No
 
 
 def test_a_cell_shows_what_most_of_it_is() -> None:
-    from llmpq.planner.timeline_view import _character, _shares
+    from llmpq.render.timeline_view import _character, _shares
 
     shares = _shares(np.array([0.0, 2.0]), np.array([1.0, 2.5]), np.arange(5.0))
     assert shares.tolist() == [1, 0, 0.5, 0]

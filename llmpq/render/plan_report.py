@@ -19,7 +19,7 @@ from llmpq.run_report import SECONDS_PER_HOUR, duration
 from llmpq.serving import needs_library
 
 BAR_WIDTH = 10
-AS_FAST = "as fast"
+AS_FAST = "equally fast"
 Row = tuple[str, Plan | str, float | None]  # cluster, its plan or why it has none, price per hour
 
 
@@ -62,7 +62,7 @@ def print_outcomes(console: Console, plan: Plan, outcomes: Sequence[Outcome]) ->
     """The baselines beside the plan, and why each loses or cannot run."""
     predicted = plan.predicted
     assert predicted is not None
-    table = empty_table(["method"], ["tokens/s", "quality loss"], "beside other methods")
+    table = empty_table(["method"], ["tokens/s", "quality loss"], "Baselines")
     table.add_column("why", overflow="fold")
     table.add_row(styled((plan.method, "bold")), *_figures(predicted), "this plan")
     for outcome in [o for o in outcomes if o.method != plan.method]:
@@ -75,12 +75,12 @@ def print_changes(console: Console, plan: Plan, what_if: WhatIf) -> None:
     """What would make the plan faster, what would not, and how much was not looked at."""
     predicted = plan.predicted
     assert predicted is not None
-    table = empty_table(["change"], ["tokens/s", "gain"], "what would change it")
+    table = empty_table(["change"], ["tokens/s", "gain"], "What would change the plan")
     for change in what_if.changes:
         table.add_row(change.text, f"{change.tokens_per_s:.1f}", _gain(change, predicted))
     console.print(table)
     if what_if.num_left_out:
-        console.print(f"{what_if.num_left_out} more changes, less promising, were not looked at")
+        console.print(f"{what_if.num_left_out} further, less promising changes were not tried")
 
 
 def _gain(change: Change, predicted: Predicted) -> str:
@@ -99,8 +99,8 @@ def print_comparison(console: Console, rows: Sequence[Row]) -> None:
     """
     priced = any(price is not None for _, _, price in rows)
     headings = ["tokens/s", "quality loss", "gap"]
-    headings += ["price/h", "tokens per unit of money"] if priced else []
-    table = empty_table(["cluster"], headings, "the same work on each cluster")
+    headings += ["price/h", "cost per 1M output tokens"] if priced else []
+    table = empty_table(["cluster"], headings, "The same workload on each cluster")
     table.add_column("", overflow="fold")
     for name, plan, price in sorted(rows, key=lambda row: -_speed(row[1])):
         money = _money_cells(plan, price) if priced else []
@@ -181,8 +181,14 @@ def _verdict(theirs: Predicted | OffloadPlan, ours: Predicted) -> str:
 
 
 def run_lengths(precisions: Sequence[str]) -> str:
-    """["16", "16", "8"] as "2 at 16, 1 at 8": layers at bits."""
-    return ", ".join(f"{len(list(group))} at {name}" for name, group in groupby(precisions))
+    """["16", "16", "8"] as "2x16-bit, 1x8-bit": how many layers follow one another."""
+    counts = ((len(list(group)), name) for name, group in groupby(precisions))
+    return ", ".join(f"{count}x{bits_name(name)}" for count, name in counts)
+
+
+def bits_name(precision: str) -> str:
+    """A precision as reports name it: "4-bit"; those with other names keep them."""
+    return f"{precision}-bit" if precision.isdigit() else precision
 
 
 def bottleneck(predicted: Predicted, key: str) -> int:
@@ -198,7 +204,7 @@ def _title(plan: Plan) -> Text:
 
 def _stage_table(plan: Plan, predicted: Predicted) -> Table:
     """What every stage holds; of a stage of several devices, memory is of each."""
-    table = empty_table(["rank", "device", "node", "layers", "layers at bits", "memory"], ["free"])
+    table = empty_table(["rank", "device", "node", "layers", "precisions", "memory"], ["free"])
     for stage, figures in zip(plan.stages, predicted.stages, strict=True):
         table.add_row(*_stage_cells(stage), _memory_cell(figures), _free(figures))
     return table
@@ -337,10 +343,9 @@ def kernel_line(plan: Plan) -> str:
 
 def _kernel_part(precision: str, kernels: dict[str, list[str]]) -> str:
     """One precision's; device types are named where they differ."""
-    bits = f"{precision}-bit" if precision.isdigit() else precision
     several = len(kernels) > 1
     named = (f"{k} ({', '.join(types)})" if several else k for k, types in kernels.items())
-    return f"{bits} {', '.join(named)}"
+    return f"{bits_name(precision)} {', '.join(named)}"
 
 
 def _is_assumed(plan: Plan) -> bool:
@@ -368,8 +373,8 @@ def _bound(predicted: Predicted) -> str:
         scale = predicted.closed_form_scale
         scaled = f", scaled by {scale:.2f} to simulated runs of such plans," if scale else ","
         model = f" by the closed form{scaled} which is {off:+.1f} % off the simulation of this plan"
-    gap = f"gap {100 * predicted.gap:.2f} %"
-    return f"no plan searched is below {predicted.lower_bound:.4g}{model} ({gap})"
+    gap = f"{100 * predicted.gap:.2f} % of optimal"
+    return f"within {gap} (lower bound {predicted.lower_bound:.4g}{model})"
 
 
 def _name(plan: Plan, rank: int) -> str:

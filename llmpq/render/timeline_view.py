@@ -12,7 +12,7 @@ from rich.table import Table
 
 from llmpq.costs.simulate import SimulatedRun
 from llmpq.planner.bubbles import Bubble, by_cause, describe, remedy, server_names
-from llmpq.planner.report import styled
+from llmpq.render.plan_report import styled
 
 PREFILL, SOME_PREFILL, DECODE, SOME_DECODE, WAITING = "#+=-."
 LEGEND = "# prefill, = decode, + and - for part of the time, . waiting"
@@ -131,7 +131,7 @@ def _print_bubbles(
     table = Table(title=f"the whole run: {count}", title_justify="left")
     table.add_column("stage", overflow="fold")
     table.add_column("busy", justify="right")
-    table.add_column("idle, by what it waits for, in % of the run", overflow="fold")
+    table.add_column("idle time by cause, in % of the run", overflow="fold")
     for stage, busy in enumerate(run.busy_s[::2]):
         mine = [b for b in bubbles if b.stage == stage and b.percent >= SHOWN_PERCENT]
         texts = [
