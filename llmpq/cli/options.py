@@ -40,7 +40,7 @@ class FiniteRange(click.FloatRange):
         return float(number)
 
 
-class Listed(click.ParamType):
+class Listed(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases
     """Words with commas between, each once: 16,8,4."""
 
     name = "n,n,..."

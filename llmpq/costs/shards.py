@@ -14,7 +14,7 @@ import numpy as np
 
 from llmpq.cluster import Cluster, Link
 from llmpq.costs import links
-from llmpq.costs.fits import Accuracy, grouped
+from llmpq.costs.fits import Accuracy
 from llmpq.costs.latency import (
     Figures,
     LayerTimes,
@@ -26,6 +26,7 @@ from llmpq.costs.latency import (
     with_calls,
 )
 from llmpq.costs.links import Seconds, Tokens
+from llmpq.costs.recipes import grouped
 from llmpq.costs.spec_sheet import Roofline, rooflines
 from llmpq.devices import DeviceType
 from llmpq.errors import UserError

@@ -33,7 +33,6 @@ from llmpq.planner.tables import Table
 from llmpq.planner.value import to_assignment
 
 PREDICTED: Table[tuple[Hashable, ...], Predicted] = Table()
-
 METHODS = ("auto", "ilp", "heuristic", *BASELINES)
 SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
 SEARCH_S = 7.0  # that searches have, however short a tenth of the time limit is
@@ -45,8 +44,7 @@ ANY_GAP = 0.5  # where the time is over and there is no plan yet
 RIVALS_S = 1.5  # at least, for the search that another method's better plan makes necessary
 FINALISTS = 4  # plans of the search whose runs are simulated
 LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
-MOVES_S = 0.25  # for a first plan by moves; where it is the whole method, HEURISTIC_S
-HEURISTIC_S = 0.5
+MOVES_S, HEURISTIC_S = 0.25, 0.5  # for a first plan by moves, and where it is the whole method
 OTHERS_S = 5.0  # or three times our own search: at most, for the other methods
 
 

@@ -17,7 +17,14 @@ from torch import Tensor
 from llmpq.kernel_table import FEW_ROWS, FUSED_UNPACKING, INT4_READ, INT8_READ
 from llmpq.quant import kernels
 from llmpq.quant.base import CENTRE_UP_TO, GridLinear, QuantizedLinear, Shapes
-from llmpq.quant.packing import pack, pad_columns, padded_columns, squeeze_nibbles, unpack
+from llmpq.quant.packing import (
+    expand_nibbles,
+    pack,
+    pad_columns,
+    padded_columns,
+    squeeze_nibbles,
+    unpack,
+)
 from llmpq.quant.part import columns_of
 from llmpq.quant.rounding import SCALE_DTYPE, Rounding, quantize_symmetric
 from llmpq.workspace import TILE_ROWS
@@ -98,7 +105,7 @@ class TiledLinear(GridLinear):
     def torch_rows(self, start: int, stop: int) -> Tensor:
         """Rows of the dequantized weight, by torch's operators."""
         rows = slice(start, stop)
-        nibbles = kernels.expand_nibbles(self.tiles[_tiles(rows)], self.bits)
+        nibbles = expand_nibbles(self.tiles[_tiles(rows)], self.bits)
         codes = kernels.untile_nibbles(nibbles, self.in_features)
         scales, zeros = kernels.unpack_scale_and_zero(self.scale_and_zero[:, rows])
         return kernels.dequantize(codes, scales, zeros, self.dtype)
