@@ -1,9 +1,15 @@
-"""`scripts/structure.py`: what it counts, on sources made up here."""
+"""`scripts/structure.py`: what it counts, on sources made up here; and the package's own limits."""
 
 import ast
+from pathlib import Path
 
 import click
+import pytest
 import structure
+
+MOST_LINES, MOST_OF_FUNCTION, MOST_OF_CLASS = 400, 60, 250
+MOST_UNTYPED = 20  # of dict[str, Any]
+MOST_OF_COMMANDS = 3300  # lines of llmpq/cli
 
 
 def module(text: str) -> structure.Module:
@@ -42,3 +48,36 @@ def test_options_of_subcommands_count_too():
 
 def test_names_that_occur_twice():
     assert structure.repeated(["a", "b", "a"]) == ["a"]
+
+
+# ---- what the package keeps to
+
+
+@pytest.fixture(scope="module")
+def package() -> list[structure.Module]:
+    return structure.read_modules()
+
+
+def test_files_functions_and_classes_are_short(package):
+    functions = structure.definitions(package, (ast.FunctionDef, ast.AsyncFunctionDef))
+    classes = structure.definitions(package, ast.ClassDef)
+    assert [m.path for m in package if m.num_lines > MOST_LINES] == []
+    assert [str(one) for one in functions if one.num_lines > MOST_OF_FUNCTION] == []
+    assert [str(one) for one in classes if one.num_lines > MOST_OF_CLASS] == []
+
+
+def test_a_name_stands_for_one_thing(package):
+    classes = structure.definitions(package, ast.ClassDef)
+    assert structure.repeated(one.name for one in classes) == []
+    stems = (Path(module.path).stem for module in package)
+    assert structure.repeated(stem for stem in stems if not stem.startswith("_")) == []
+
+
+def test_values_have_types(package):
+    untyped = {m.path: n for m in package if (n := m.text.count("dict[str, Any]"))}
+    assert sum(untyped.values()) <= MOST_UNTYPED, untyped
+
+
+def test_the_commands_stay_thin(package):
+    lines = sum(m.num_lines for m in package if m.path.startswith("llmpq/cli/"))
+    assert lines <= MOST_OF_COMMANDS
