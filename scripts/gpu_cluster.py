@@ -1,4 +1,4 @@
-"""A mixed cluster played on one device: llmpq's plan beside plans of other methods.
+"""A mixed cluster simulated on one device: llmpq's plan beside plans of other methods.
 
 Three types of device, each a process that computes at the device's speed, then waits until as much
 time has passed as if it were `slowdown` times slower, with a cap on its memory. On a card the

@@ -169,8 +169,8 @@ def device_times(
 def _times_of(cluster: Cluster, device_type: str, spec: ModelSpec, found: "Profiled") -> LayerTimes:
     """From a profile, before any slowdown."""
     machine = _profiled_machine(cluster, device_type, found.device)
-    run = found.slowdown is not None or found.device.num_threads is not None
-    own = None if run else cluster.figures_of(device_type)
+    rehearsed = found.slowdown is not None or found.device.num_threads is not None
+    own = None if rehearsed else cluster.figures_of(device_type)
     figures = Figures(own or alike(found.device), spec, machine, own is not None)
     times = measured_times(found.rows, f"measured on {found.name}", found.models, figures)
     return replace(times, machine=machine)

@@ -1,8 +1,8 @@
 """How busy a pipeline is, what refilling gains, how near the prediction is.
 
-The pipeline is rehearsed: three unequal devices, played by CPU processes. A profile of this machine
-is measured first, `llmpq-plan` makes the plan from it, and the same requests then run with and
-without refill in turn, all tokens generated.
+The pipeline is rehearsed: three unequal devices, simulated by CPU processes. A profile of this
+machine is measured first, `llmpq-plan` makes the plan from it, and the same requests then run with
+and without refill in turn, all tokens generated.
 
 Order of requests: with refill longest outputs first, as far as the schedule looks ahead; without,
 batches of like prompts, longest first, each run until its last request has ended.

@@ -291,10 +291,10 @@ def speed_row() -> dict[str, Any]:
     setting = Configuration(places, 64, 8, 8)
     assignment = Assignment(setting, (("8",),) * spec.num_layers)
     start = time.perf_counter()
-    played = simulate(problem, assignment)
-    find_bubbles(played)
+    simulated = simulate(problem, assignment)
+    find_bubbles(simulated)
     seconds = time.perf_counter() - start
-    spans = played.start_s.size
+    spans = simulated.start_s.size
     return {"stages": 64, "requests": 1000, "spans": spans, "simulation_s": seconds}
 
 

@@ -114,7 +114,7 @@ def plans_of(
 def least_sum(table: Table, total: int) -> list[str]:
     """The plan of least summed sensitivity whose bits come to `total` at most.
 
-    A dynamic programme over layers and bits used so far: exact.
+    A dynamic program over layers and bits used so far: exact.
     """
     best: dict[int, tuple[float, tuple[str, ...]]] = {0: (0.0, ())}
     for layer in range(len(table["16"])):

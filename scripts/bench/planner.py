@@ -47,7 +47,7 @@ CONFIGS = ROOT / "configs"
 PRECISIONS = ("16", "8", "4", "3")
 GAP, BIG_GAP = 0.005, 0.02
 PLAIN_LIMIT_S, QUICK_PLAIN_LIMIT_S = 30.0, 3.0
-SAME_GAP = 1e-7  # both programmes are solved to it where their objectives are compared
+SAME_GAP = 1e-7  # both ILPs are solved to it where their objectives are compared
 FIX_LIMIT_S = 20.0
 NUM_INFEASIBLE = 20
 MAX_TENSOR_PARALLEL = 8
@@ -190,11 +190,11 @@ def large_checks(rows: list[dict[str, Any]]) -> list[Check]:
     ]
 
 
-# ---- 2: the plain programme
+# ---- 2: the plain ILP
 
 
 def against_plain(quick: bool) -> list[dict[str, Any]]:
-    """Both programmes on the same instance: the order and micro-batches of our plan."""
+    """Both ILPs on the same instance: the order and micro-batches of our plan."""
     rows = []
     for case in cases():
         for uneven in (False,) if quick else (False, True):
@@ -469,9 +469,9 @@ def configured(result: Benchmark, quick: bool) -> None:
     moved = moves(best)
     result.rows += moved
     result.checks += moves_checks(moved)
-    played = simulations(quick)
-    result.rows += played
-    result.checks += simulation_checks(played)
+    simulated = simulations(quick)
+    result.rows += simulated
+    result.checks += simulation_checks(simulated)
     result.checks += command_checks(10 if quick else 30)
     stuck = infeasible_rows(quick)
     result.rows += stuck

@@ -182,8 +182,8 @@ def test_device_times_prefers_own_profile_then_rehearsal_then_spec_sheet() -> No
     cluster = rehearsal()
     own = device_times(cluster, "slow", SPEC, [make_profile("slow"), make_profile("cpu")])
     assert own.factor == 1 and "slowdown" not in own.provenance
-    played = device_times(cluster, "slow", SPEC, [make_profile("cpu")])
-    assert played.factor == 3 and "x3 slowdown" in played.provenance
+    simulated = device_times(cluster, "slow", SPEC, [make_profile("cpu")])
+    assert simulated.factor == 3 and "x3 slowdown" in simulated.provenance
     sheet = device_times(cluster, "t4-16g", SPEC, [make_profile("cpu")])
     assert sheet.provenance.startswith("spec sheet, not measured")
 

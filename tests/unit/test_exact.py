@@ -1,4 +1,4 @@
-"""Every programme and bound of the planner against brute force on small random instances."""
+"""Every ILP, LP and bound of the planner against brute force on small random instances."""
 
 import itertools
 import math
@@ -139,12 +139,12 @@ def test_relaxations_are_never_above_the_optimum(instance: Instance) -> None:
     best = brute_force(instance)
     if instance.num_layers < instance.num_stages:
         return
-    for programme in (
+    for program in (
         build(instance),
         counts.build(instance),
         counts.build(instance, any_order=True),
     ):
-        assert SOLVER.relaxed(programme).objective <= best * (1 + 1e-6)
+        assert SOLVER.relaxed(program).objective <= best * (1 + 1e-6)
 
 
 @settings(max_examples=60, deadline=None)

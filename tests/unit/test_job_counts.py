@@ -35,7 +35,7 @@ class Run:
     def counted(self) -> JobCounts:
         return count_jobs(self.lengths, self.lanes, self.prefill_rows, self.chunk_tokens)
 
-    def played(self, stages: int = 1) -> Jobs:
+    def simulated(self, stages: int = 1) -> Jobs:
         """The jobs of the runtime's schedule on equal stages, a prefill as long as five steps."""
         items = (Item(i, *pair) for i, pair in enumerate(self.lengths))
         schedule = Schedule(self.lanes, self.prefill_rows, self.chunk_tokens, stages, items)
@@ -107,7 +107,7 @@ EQUAL = [
 def test_equal_requests_take_their_prefills_and_their_steps(case) -> None:
     """In a round in which all slots of a lane change hands, nobody takes a step."""
     run = equal(*case)
-    counts, jobs = run.counted(), run.played(2)
+    counts, jobs = run.counted(), run.simulated(2)
     assert prefill_tokens(counts) == (jobs.rows * jobs.tokens)[jobs.step == 0].sum()
     prefills, num_prefills = counts.num_first + counts.num_refills, int((jobs.step == 0).sum())
     if case[3][2] % case[3][1]:  # newcomers of several lanes share a job: see the module's words
@@ -136,7 +136,7 @@ AT_ONCE = [
 @pytest.mark.parametrize("case", AT_ONCE)
 def test_requests_that_all_fit_at_once_are_counted_exactly(case) -> None:
     run = equal(*case)
-    counts, jobs = run.counted(), run.played(100)  # nothing is back before the last has begun
+    counts, jobs = run.counted(), run.simulated(100)  # nothing is back before the last has begun
     expected = first_jobs(jobs)
     assert sorted(counts.first.items()) == sorted((k, expected.count(k)) for k in set(expected))
     assert not counts.refills and not counts.num_bursts
@@ -147,7 +147,7 @@ def test_requests_that_all_fit_at_once_are_counted_exactly(case) -> None:
 def test_fewer_requests_than_slots_leave_lanes_empty() -> None:
     """The schedule takes slots of all lanes in turn or in order: those that are used are seen."""
     run = equal(3, 9, 7, (16, 4, 4))
-    counts, jobs = run.counted(), run.played()
+    counts, jobs = run.counted(), run.simulated()
     assert counts.num_steps == num_steps(jobs) == 6
     assert {(some.rows, some.number) for some in counts.steps} == {(3, 6.0)}
 
@@ -176,7 +176,7 @@ def test_jobs_of_unequal_requests_are_near_those_of_the_schedule(skewed: bool, s
     ratios: dict[str, list[float]] = {name: [] for name in TOLERANCES[skewed]}
     for seed in range(20):
         run = unequal(seed, skewed)
-        counts, jobs = run.counted(), run.played(stages)
+        counts, jobs = run.counted(), run.simulated(stages)
         decode = jobs.step > 0
         ratios["steps"].append(counts.num_steps / num_steps(jobs))
         ratios["rounds"].append(counts.num_rounds / longest_lane(jobs))

@@ -45,9 +45,9 @@ def loud():
 highspy.Highs = loud
 import numpy as np
 one, row = np.ones(1), np.array([0, 1])
-programme = solver.Programme(
+program = solver.LinearProgram(
     one, 0.0, row, np.zeros(1, int), one, 0 * one, 5 * one, 0.5 * one, 3 * one, one > 0
 )
-print(solver.Solver().integers(programme).x)
+print(solver.Solver().integers(program).x)
 """
     assert run(program).strip() == "[1.]"

@@ -102,13 +102,13 @@ def test_the_recurrence_gives_what_a_queue_of_events_gives(
     seed: int, whole: bool, refill: bool
 ) -> None:
     case = Case(seed, whole)
-    played = case.simulate_schedule(refill)
+    simulated = case.simulate_schedule(refill)
     spans = Events(case.schedule(refill), case.seconds, 2 * case.num_stages).spans
-    assert played.start_s.size == len(spans)
+    assert simulated.start_s.size == len(spans)
     for (job, server), (start, end) in spans.items():
-        mine = played.start_s[job, server], played.end_s[job, server]
+        mine = simulated.start_s[job, server], simulated.end_s[job, server]
         assert mine == pytest.approx((start, end), abs=1e-9)
-    assert played.total_s == pytest.approx(max(end for _, end in spans.values()), abs=1e-9)
+    assert simulated.total_s == pytest.approx(max(end for _, end in spans.values()), abs=1e-9)
 
 
 @settings(max_examples=100, deadline=None)
@@ -126,11 +126,11 @@ def test_every_request_gets_its_tokens_once(seed: int, refill: bool) -> None:
                 computed[member.number] += min(job.end, member.prompt_tokens) - job.begin
         return case.seconds(job)
 
-    played = simulate_schedule(case.schedule(refill), seconds, 2 * case.num_stages, ended.append)
+    simulated = simulate_schedule(case.schedule(refill), seconds, 2 * case.num_stages, ended.append)
     assert [got[i] for i in range(len(case.lengths))] == [new for _, new in case.lengths]
     assert [computed[i] for i in range(len(case.lengths))] == [prompt for prompt, _ in case.lengths]
-    assert ended == sorted(ended) and len(ended) == len(played.jobs)
-    assert int(played.jobs.requests[played.jobs.step > 0].sum()) == sum(
+    assert ended == sorted(ended) and len(ended) == len(simulated.jobs)
+    assert int(simulated.jobs.requests[simulated.jobs.step > 0].sum()) == sum(
         new - 1 for _, new in case.lengths
     )
 
@@ -150,25 +150,25 @@ def test_the_prefill_ends_when_every_request_has_its_first_token(seed: int, refi
         jobs.append(job)
         return case.seconds(job)
 
-    played = simulate_schedule(case.schedule(refill), seconds, 2 * case.num_stages)
+    simulated = simulate_schedule(case.schedule(refill), seconds, 2 * case.num_stages)
     assert len(first_job) == len(case.lengths)
-    assert played.prefill_s == max(played.end_s[job, -1] for job in first_job.values())
-    assert 0 < played.prefill_share <= 1
+    assert simulated.prefill_s == max(simulated.end_s[job, -1] for job in first_job.values())
+    assert 0 < simulated.prefill_share <= 1
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**6))
 def test_servers_do_one_job_at_a_time_and_in_one_order(seed: int) -> None:
     case = Case(seed)
-    played = case.simulate_schedule()
-    assert (played.start_s[1:] >= played.end_s[:-1]).all()
-    assert (played.start_s[:, 1:] >= played.end_s[:, :-1]).all()
-    waits = played.jobs.parent >= 0
-    back = played.end_s[played.jobs.parent[waits], -1]
-    assert (played.start_s[waits, 0] >= back).all()
-    assert played.total_s >= played.busy_s.max()
-    assert played.prefill_s + played.decode_s == pytest.approx(played.total_s)
-    assert 0 <= played.prefill_s <= played.total_s
+    simulated = case.simulate_schedule()
+    assert (simulated.start_s[1:] >= simulated.end_s[:-1]).all()
+    assert (simulated.start_s[:, 1:] >= simulated.end_s[:, :-1]).all()
+    waits = simulated.jobs.parent >= 0
+    back = simulated.end_s[simulated.jobs.parent[waits], -1]
+    assert (simulated.start_s[waits, 0] >= back).all()
+    assert simulated.total_s >= simulated.busy_s.max()
+    assert simulated.prefill_s + simulated.decode_s == pytest.approx(simulated.total_s)
+    assert 0 <= simulated.prefill_s <= simulated.total_s
 
 
 @settings(max_examples=100, deadline=None)
@@ -177,8 +177,8 @@ def test_one_stage_is_never_idle(seed: int) -> None:
     case = Case(seed)
     case.num_stages, case.fixed, case.growing = 1, case.fixed[:, :2], case.growing[:, :2]
     case.fixed[:, 1] = case.growing[:, 1] = 0.0
-    played = case.simulate_schedule()
-    assert played.total_s == pytest.approx(played.busy_s[0])
+    simulated = case.simulate_schedule()
+    assert simulated.total_s == pytest.approx(simulated.busy_s[0])
 
 
 # Two stages and a link of 2, 1 and 3 s, 1 s back; one prefill, then steps of 1, 1, 2 and 1 s.
@@ -188,14 +188,14 @@ def test_one_stage_is_never_idle(seed: int) -> None:
 #   step 2      12-13   13-14    14-16   16-17
 def test_one_request_on_paper() -> None:
     schedule = Schedule(lanes([(4, 3)], 1, 1), 1, 4, 2, iter([Item(0, 4, 3)]))
-    played = simulate_schedule(
+    simulated = simulate_schedule(
         schedule, lambda job: (2, 1, 3, 1) if job.prefill else (1, 1, 2, 1), 4
     )
-    assert played.start_s.tolist() == [[0, 2, 3, 6], [7, 8, 9, 11], [12, 13, 14, 16]]
-    assert played.total_s == 17 and played.busy_s.tolist() == [4, 3, 7, 3]
-    assert played.prefill_s == 7 and played.busy_share == 7 / 14
-    assert played.prefill_share == pytest.approx(3 / 7)
-    jobs = played.jobs
+    assert simulated.start_s.tolist() == [[0, 2, 3, 6], [7, 8, 9, 11], [12, 13, 14, 16]]
+    assert simulated.total_s == 17 and simulated.busy_s.tolist() == [4, 3, 7, 3]
+    assert simulated.prefill_s == 7 and simulated.busy_share == 7 / 14
+    assert simulated.prefill_share == pytest.approx(3 / 7)
+    jobs = simulated.jobs
     assert (jobs.step.tolist(), jobs.parent.tolist()) == ([0, 1, 2], [-1, 0, 1])
     assert (jobs.tokens.tolist(), jobs.past.tolist()) == ([4, 1, 1], [0, 4, 5])
 

@@ -157,7 +157,7 @@ def test_requests_longer_than_planned_get_longer_lanes_of_no_more_tokens() -> No
     assert max(shape.tokens for shape in shapes) == 32
     assert sum(shape.rows * shape.tokens for shape in shapes) <= 4 * 16
     longest = make_problem([(60, 12)], ["t4-16g"])
-    with pytest.raises(UserError, match="72 tokens of cache; the plan reserves 64"):
+    with pytest.raises(UserError, match="72 tokens of KV cache, but the plan reserves 64"):
         make_schedule(longest, setting)
 
 
@@ -174,10 +174,10 @@ def test_a_trace_keeps_the_prompt_and_the_output_of_a_request_together(tmp_path:
     problem = make_problem(lengths, ["t4-16g", "v100-32g"])
     items = list(make_schedule(problem, assign(problem, 4, 2, 2).configuration).source)
     assert [(item.prompt_tokens, item.new_tokens) for item in items] == lengths
-    played = simulate(problem, assign(problem, 4, 2, 2))
-    decode = played.jobs.step > 0
-    assert int(played.jobs.requests[decode].sum()) == sum(new - 1 for _, new in lengths)
-    assert int(played.jobs.past.max()) <= 62 - 1
+    simulated = simulate(problem, assign(problem, 4, 2, 2))
+    decode = simulated.jobs.step > 0
+    assert int(simulated.jobs.requests[decode].sum()) == sum(new - 1 for _, new in lengths)
+    assert int(simulated.jobs.past.max()) <= 62 - 1
 
 
 # ---- seconds
@@ -186,14 +186,14 @@ def test_a_trace_keeps_the_prompt_and_the_output_of_a_request_together(tmp_path:
 def test_a_chunk_takes_what_the_longer_prompt_takes_more_and_a_call() -> None:
     problem = make_problem([(10, 2)] * 9 + [(400, 2)], ["t4-16g", "t4-16g"])
     assignment = assign(problem, 1, 1, 1)
-    played = simulate(problem, assignment)
-    chunks = np.flatnonzero((played.jobs.step == 0) & (played.jobs.requests == 1))
-    chunks = chunks[np.cumsum(played.jobs.past[chunks] > 0) > 0]
-    chunks = np.concatenate([[chunks[0] - 1], chunks[played.jobs.past[chunks] > 0]])
-    assert int(played.jobs.tokens[chunks].sum()) == 400
+    simulated = simulate(problem, assignment)
+    chunks = np.flatnonzero((simulated.jobs.step == 0) & (simulated.jobs.requests == 1))
+    chunks = chunks[np.cumsum(simulated.jobs.past[chunks] > 0) > 0]
+    chunks = np.concatenate([[chunks[0] - 1], chunks[simulated.jobs.past[chunks] > 0]])
+    assert int(simulated.jobs.tokens[chunks].sum()) == 400
     whole = make_problem([(400, 2)], ["t4-16g", "t4-16g"])
     alone = simulate(whole, assign(whole, 1, 1, 1))
-    seconds = (played.end_s - played.start_s)[chunks]
+    seconds = (simulated.end_s - simulated.start_s)[chunks]
     once = (alone.end_s - alone.start_s)[0]
     call = simulate(make_problem([(1, 2)], ["t4-16g"] * 2), assign(whole, 1, 1, 1))
     call_s = (call.end_s - call.start_s)[0]
@@ -255,19 +255,22 @@ def test_the_closed_form_is_near_the_simulated_run(
 def test_requests_that_end_early_make_room_for_others() -> None:
     problem = make_problem(random_lengths(1, 96, 30, 60), ["t4-16g", "v100-32g"])
     assignment = assign(problem, 8, 2, 2)
-    played = simulate(problem, assignment)
-    assert played.total_s < 0.9 * simulate(problem, assignment, refill=False).total_s
+    simulated = simulate(problem, assignment)
+    assert simulated.total_s < 0.9 * simulate(problem, assignment, refill=False).total_s
 
 
 def test_predictions_are_of_the_simulated_run() -> None:
     problem, assignment = random_plan(1, equal=False)
     closed = evaluate(problem, assignment)
-    found, played = with_run(problem, assignment, closed), simulate(problem, assignment)
-    assert (found.total_s, found.prefill_s) == (played.total_s, pytest.approx(played.prefill_s))
+    found, simulated = with_run(problem, assignment, closed), simulate(problem, assignment)
+    assert (found.total_s, found.prefill_s) == (
+        simulated.total_s,
+        pytest.approx(simulated.prefill_s),
+    )
     assert found.prefill_s + found.decode_s == pytest.approx(found.total_s)
-    assert found.tokens_per_s == pytest.approx(problem.num_new_tokens / played.total_s)
-    assert found.requests_per_s == pytest.approx(len(problem.lengths) / played.total_s)
-    assert found.prefill_share == played.prefill_share
+    assert found.tokens_per_s == pytest.approx(problem.num_new_tokens / simulated.total_s)
+    assert found.requests_per_s == pytest.approx(len(problem.lengths) / simulated.total_s)
+    assert found.prefill_share == simulated.prefill_share
     assert found.closed_form_s == found.priced_s == closed.total_s == closed.priced_s
     assert found.objective == found.total_s and closed.closed_form_s is None
 
@@ -304,26 +307,26 @@ def test_causes_add_up_to_the_idle_time(seed: int) -> None:
     types = [str(t) for t in rng.choice(["t4-16g", "v100-32g", "a100-40g"], rng.integers(1, 6))]
     problem = make_problem(random_lengths(seed, int(rng.integers(9, 40)), 60, 12), types)
     sizes = [int(n) for n in rng.integers(1, 9, 2)]
-    played = simulate(problem, assign(problem, int(rng.integers(max(sizes), 17)), *sizes))
-    bubbles = find_bubbles(played)
-    for stage, busy in enumerate(played.busy_s[::2]):
+    simulated = simulate(problem, assign(problem, int(rng.integers(max(sizes), 17)), *sizes))
+    bubbles = find_bubbles(simulated)
+    for stage, busy in enumerate(simulated.busy_s[::2]):
         mine = [b for b in bubbles if b.stage == stage]
         assert all(b.idle_s > 0 for b in mine)
         assert len({(b.cause, b.server) for b in mine}) == len(mine)
-        assert sum(b.idle_s for b in mine) == pytest.approx(played.total_s - busy, abs=1e-8)
-        percent = 100 * (1 - busy / played.total_s)
+        assert sum(b.idle_s for b in mine) == pytest.approx(simulated.total_s - busy, abs=1e-8)
+        percent = 100 * (1 - busy / simulated.total_s)
         assert sum(b.percent for b in mine) == pytest.approx(percent, abs=1e-5)
     shares = [percent for _, _, percent in by_cause(bubbles, len(types))]
-    idle = 100 * (1 - played.busy_s[::2].sum() / played.total_s / len(types))
+    idle = 100 * (1 - simulated.busy_s[::2].sum() / simulated.total_s / len(types))
     assert sum(shares) == pytest.approx(idle, abs=1e-5) and shares == sorted(shares)[::-1]
 
 
-def causes(played: SimulatedRun) -> dict[tuple[int, str], float]:
+def causes(simulated: SimulatedRun) -> dict[tuple[int, str], float]:
     """(stage, words) to idle seconds."""
-    names = server_names(played.start_s.shape[1] // 2)
+    names = server_names(simulated.start_s.shape[1] // 2)
     return {
         (b.stage, describe(b.cause, b.server, names, b.micro_batch)): b.idle_s
-        for b in find_bubbles(played)
+        for b in find_bubbles(simulated)
     }
 
 
@@ -339,11 +342,11 @@ def run_of(
 def test_one_micro_batch_waits_for_the_loop() -> None:
     found = causes(run_of((1, 0, 1, 0), (1, 0, 1, 0), count=1, steps=4))
     assert found == {
-        (0, "loop: tokens of micro-batch 0 not back yet"): 4,
+        (0, "loop: tokens of micro-batch 0 have not returned yet"): 4,
         (0, "draining"): 1,
         (1, "filling"): 1,
         (1, "waiting for prefill of stage 0"): 1,
-        (1, "loop: tokens of micro-batch 0 not back yet"): 3,
+        (1, "loop: tokens of micro-batch 0 have not returned yet"): 3,
     }
 
 

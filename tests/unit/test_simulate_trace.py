@@ -40,32 +40,32 @@ def events_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_trace_holds_every_job_once_and_no_two_at_a_time(tmp_path: Path) -> None:
-    plan, played = example()
-    said = simulated_run.write_trace(tmp_path / "t.json", plan, played)
-    assert said.endswith(f"all {len(played.jobs)} jobs")
+    plan, simulated = example()
+    said = simulated_run.write_trace(tmp_path / "t.json", plan, simulated)
+    assert said.endswith(f"all {len(simulated.jobs)} jobs")
     events = [e for e in events_of(tmp_path / "t.json") if e["ph"] == "X"]
     by_thread: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for event in events:
         by_thread[event["tid"]].append(event)
-    for server, seconds in enumerate(played.busy_s):
+    for server, seconds in enumerate(simulated.busy_s):
         mine = sorted(by_thread[server], key=lambda e: e["ts"])
         assert sum(e["dur"] for e in mine) == pytest.approx(1e6 * seconds)
         ends = np.array([e["ts"] + e["dur"] for e in mine])
         assert (np.array([e["ts"] for e in mine])[1:] >= ends[:-1] - 1e-6 * ends[:-1]).all()
         assert {e["pid"] for e in mine} == {server // 2}
-        assert len({e["name"] for e in mine}) == len(mine) == len(played.jobs)
-    assert max(e["ts"] + e["dur"] for e in events) == pytest.approx(1e6 * played.total_s)
+        assert len({e["name"] for e in mine}) == len(mine) == len(simulated.jobs)
+    assert max(e["ts"] + e["dur"] for e in events) == pytest.approx(1e6 * simulated.total_s)
 
 
 def test_events_say_what_they_are_of(tmp_path: Path) -> None:
-    plan, played = example()
-    simulated_run.write_trace(tmp_path / "t.json", plan, played)
+    plan, simulated = example()
+    simulated_run.write_trace(tmp_path / "t.json", plan, simulated)
     events = events_of(tmp_path / "t.json")
     threads = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert threads[0] == "stage 0: t4-16g on n (layers 0-1)"
     assert threads[1] == "link 0 -> 1" and threads[5] == "token return 2 -> 0"
     first = next(e for e in events if e["ph"] == "X")
-    jobs = played.jobs
+    jobs = simulated.jobs
     expected = {"micro_batch": 0, "step": 0, "requests": int(jobs.requests[0]), "past": 0}
     assert first["name"] == "prefill 0"
     assert first["args"] == expected | {"tokens": int(jobs.tokens[0])}
@@ -81,18 +81,18 @@ def test_events_say_what_they_are_of(tmp_path: Path) -> None:
 def test_long_runs_are_cut_to_what_a_viewer_bears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, played = example()
+    plan, simulated = example()
     monkeypatch.setattr(simulated_run, "MAX_EVENTS", 60)
-    said = simulated_run.write_trace(tmp_path / "t.json", plan, played)
-    assert f"the first 10 of {len(played.jobs)} jobs" in said
+    said = simulated_run.write_trace(tmp_path / "t.json", plan, simulated)
+    assert f"the first 10 of {len(simulated.jobs)} jobs" in said
     assert sum(e["ph"] == "X" for e in events_of(tmp_path / "t.json")) <= 60
 
 
 @pytest.mark.parametrize("width", [60, 120])
 def test_the_timeline_has_a_row_a_stage_as_wide_as_the_console(width: int) -> None:
-    _, played = example()
+    _, simulated = example()
     text = io.StringIO()
-    print_timeline(PlainConsole(file=text, width=width), played, find_bubbles(played))
+    print_timeline(PlainConsole(file=text, width=width), simulated, find_bubbles(simulated))
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     rows = [line for line in lines if line.startswith("stage 0") and " %  " in line]

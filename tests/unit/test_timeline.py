@@ -1,8 +1,8 @@
 """A run's time in closed form: on paper, what must hold of it, and against simulated runs.
 
-The simulation is `costs.simulate`: the runtime's own schedule, played job by job. Random pipelines
-are seeded. A stage's prefill takes some seconds a call and a token, a decode step some seconds a
-call, a row and a token that it attends to; links take a hundredth to a tenth of a stage.
+The simulation is `costs.simulate`: the runtime's own schedule, simulated job by job. Random
+pipelines are seeded. A stage's prefill takes some seconds a call and a token, a decode step some
+seconds a call, a row and a token that it attends to; links take a hundredth to a tenth of a stage.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ def test_one_stage_is_never_idle() -> None:
     assert run_s(alone, costs(busy=[0.0])) == 100
 
 
-# Three prefill jobs of 2 and 3 s, one lane of ten steps of 1 and 2 s; link and way back take none.
+# Three prefill jobs of 2 and 3 s, one lane of ten steps of 1 and 2 s; links take none.
 # Stage 1 gets the first job at 2 and works until 2 + 3 x 3, and from then on until its last step
 # has ended, at 2 + 29. Where nothing is refilled, the loop takes longer: the first job passes both
 # stages (5 s), the others keep stage 1 busy (6 s), and ten steps go round (30 s).
@@ -134,7 +134,7 @@ class Resource:
 
 
 def random_resources(rng: np.random.Generator, stages: int) -> list[Resource]:
-    """Stage, link, ..., way back; stages are within three times of each other."""
+    """Stage, link, ..., token return; stages are within three times of each other."""
     found = []
     for place in range(2 * stages):
         is_stage, is_back = place % 2 == 0, place == 2 * stages - 1
@@ -151,7 +151,7 @@ def closed_s(resources: Sequence[Resource], counts: JobCounts) -> float:
     return float(run_s(stage, link))
 
 
-def played(resources: Sequence[Resource], run: Run) -> SimulatedRun:
+def simulated(resources: Sequence[Resource], run: Run) -> SimulatedRun:
     items = (Item(i, *pair) for i, pair in enumerate(run.lengths))
     stages = len(resources) // 2
     schedule = Schedule(run.lanes, run.prefill_rows, run.chunk_tokens, stages, items)
@@ -161,7 +161,7 @@ def played(resources: Sequence[Resource], run: Run) -> SimulatedRun:
 def ratio(seed: int, run: Run, stages: int) -> float:
     """Of the closed form to the simulated run."""
     resources = random_resources(np.random.default_rng([seed, stages]), stages)
-    return closed_s(resources, run.counted()) / played(resources, run).total_s
+    return closed_s(resources, run.counted()) / simulated(resources, run).total_s
 
 
 def random_equal(seed: int) -> Run:
