@@ -95,7 +95,9 @@ class RunOptions(TorchOptions):
     cluster: Path | None = option(
         "With --replan-on-loss: the devices that are there; default: the plan's."
     )
-    profiles: Path | None = option("With --replan-on-loss; default: estimates from spec sheets.")
+    profiles: Path | None = option(
+        "With --replan-on-loss: folder of profiles; default: estimates from spec sheets."
+    )
     sensitivity: Path | None = option("With --replan-on-loss; default: a generic estimate.")
     max_quality_loss: float | None = option(
         "With --replan-on-loss: percent by which perplexity may rise; default: as little as fits.",

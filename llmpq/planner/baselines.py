@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 PATIENCE = 80  # configurations, the most promising first
 
-Proposals = Iterator[tuple[Choice, str]]  # choices, and the precision (or "") each stands for
+# Choices, and the precision (or "") each stands for. Every stage holds layers, and every layer has
+# an option that its stage's devices offer; whether a choice fits the memory is checked outside.
+Proposals = Iterator[tuple[Choice, str]]
 Proposer = Callable[
     [Problem, Instance, "FrontCache"], Proposals
 ]  # of a method, at one configuration
@@ -141,6 +143,9 @@ def _try(
     if instance.num_layers < instance.num_stages:
         return
     for choice, precision in PROPOSERS[method](problem, instance, fronts):
+        assert is_whole(instance, choice), (
+            f"not an option on offer for every layer: {method}, {choice}"
+        )
         if not fits(instance, choice):
             _note_shortage(configuration, instance, choice, precision, state)
             continue
@@ -154,6 +159,14 @@ def rank_of(instance: Instance, choice: Choice) -> tuple[float, ...]:
     """Smaller is better: within the budget the objective counts, above it the sensitivity."""
     omega, value = sum_omega(instance, choice), objective(instance, choice)
     return (0.0, value) if omega <= instance.budget * OVER else (1.0, omega, value)
+
+
+def is_whole(instance: Instance, choice: Choice) -> bool:
+    """Every stage holds layers, and every layer has one option that its devices offer."""
+    counts = [len(stage) for stage in choice]
+    if len(counts) != instance.num_stages or sum(counts) != instance.num_layers:
+        return False
+    return all(counts) and not count_options(instance, choice)[~instance.available].any()
 
 
 def known_method(method: str) -> str:

@@ -231,7 +231,7 @@ def _error(percent: float | None) -> str:
 
 def empty_table(left: Sequence[str], right: Sequence[str], title: str | None = None) -> Table:
     """An empty table; columns of text at the left, of numbers at the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", min_width=len(title or ""))
     for heading in left:
         table.add_column(heading, overflow="fold")
     for heading in right:

@@ -8,6 +8,7 @@ import yaml
 
 from llmpq.artifact import read_yaml
 from llmpq.cluster import Cluster, load_cluster
+from llmpq.device_names import type_of_card, type_of_cpu
 from llmpq.devices import LIBRARY_PATH, DeviceLibrary, DeviceType, device_library
 
 CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "clusters"
@@ -66,6 +67,15 @@ def test_fewer_bits_are_not_slower(name: str) -> None:
     if device.fp16_accumulate_tflops:  # halved for fp32 sums
         assert device.fp16_accumulate_tflops / device.fp16_tflops == pytest.approx(2, rel=0.01)
         assert "GeForce" in device.name
+
+
+@pytest.mark.parametrize("name", sorted(LIBRARY.keys() - {"strix-halo-128g"}))
+def test_a_device_is_recognized_by_its_own_name(name: str) -> None:
+    """The words of the key stand in the driver's name, which strix-halo-128g is not known by."""
+    device = LIBRARY[name]
+    by_name = type_of_cpu(device.name)
+    found = by_name if device.kind == "cpu" else type_of_card(device.name, device.memory_gib)
+    assert found == name, "llmpq/device_names.py says how a key must be written"
 
 
 @pytest.mark.parametrize(("better", "worse"), BETTER)

@@ -5,9 +5,13 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
+
+from llmpq.planner import baselines
+from llmpq.planning_methods import PlanningMethod
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -103,6 +107,13 @@ def test_files_exist(name: str) -> None:
 def test_every_document_is_linked() -> None:
     linked = {path.resolve() for name in NAMES for path, _ in links(ROOT / name)}
     assert {p for p in DOCUMENTS if p.parent == ROOT / "docs"} <= linked
+
+
+def test_every_planning_method_is_described() -> None:
+    text = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    assert [method for method in get_args(PlanningMethod) if f"`{method}`" not in text] == []
+    about = baselines.__doc__ or ""
+    assert [method for method in baselines.BASELINES if f"{method}: " not in about] == []
 
 
 def test_the_checks_see_faults(tmp_path: Path) -> None:

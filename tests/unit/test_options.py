@@ -1,35 +1,41 @@
 """Options of the commands: a dataclass's fields become click's parameters."""
 
+import inspect
+import re
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, dataclass, fields
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Literal
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from llmpq.cli.eval import EvalOptions
+import llmpq.cli
 from llmpq.cli.options import (
     CommonOptions,
     Integers,
+    Listed,
     arguments,
     command,
     option,
     parameters,
     required,
 )
-from llmpq.cli.plan_options import PlanOptions
-from llmpq.cli.profile_devices import DevicesOptions
-from llmpq.cli.profile_layers import LayersOptions
-from llmpq.cli.profile_links import LinksOptions
-from llmpq.cli.profile_recalibrate import RecalibrateOptions
-from llmpq.cli.profile_sensitivity import SensitivityOptions
-from llmpq.cli.run_options import RunOptions
 
-ALL = [
-    *(DevicesOptions, EvalOptions, LayersOptions, LinksOptions, PlanOptions, RecalibrateOptions),
-    *(RunOptions, SensitivityOptions),
-]
+MODULES = [import_module(f"llmpq.cli.{one.name}") for one in iter_modules(llmpq.cli.__path__)]
+SOURCE = "\n".join(map(inspect.getsource, MODULES))
+
+
+def below(options: type[CommonOptions]) -> Iterator[type[CommonOptions]]:
+    """The classes of options that extend this one and that no other extends: one a command."""
+    for one in options.__subclasses__():
+        yield from below(one) if one.__subclasses__() else (one,)
+
+
+ALL = sorted(below(CommonOptions), key=lambda one: one.__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,3 +104,35 @@ def test_every_option_of_every_command_has_a_help_text(options):
         if isinstance(one, click.Option):
             assert one.help and one.help.endswith((".", "]", ")")), one.name
     assert all("settings" in f.metadata or "argument" in f.metadata for f in fields(options))
+
+
+def test_the_options_of_all_commands_are_looked_at():
+    assert {"EvalOptions", "LayersOptions", "PlanOptions", "RunOptions"} <= {
+        one.__name__ for one in ALL
+    }
+
+
+@pytest.mark.parametrize("options", ALL)
+def test_every_option_is_read_by_a_command(options):
+    names = [one.name for one in fields(options)]
+    unread = [name for name in names if not re.search(rf"\.{name}\b|\"{name}\"", SOURCE)]
+    assert unread == [], "options that nothing reads"
+
+
+@pytest.mark.parametrize("options", ALL)
+def test_an_option_of_several_values_says_how_they_are_written(options):
+    for one in parameters(options):
+        kind = next(field.type for field in fields(options) if field.name == one.name)
+        if isinstance(one, click.Option) and "tuple" in str(kind):
+            assert one.multiple or isinstance(one.type, Listed), f"{one.name}: type=Listed()"
+
+
+@pytest.mark.parametrize("options", ALL)
+def test_every_file_is_checked_before_work_starts(options):
+    """A file that `check_files` is not told of may be overwritten, or found unwritable late."""
+    source = inspect.getsource(import_module(options.__module__))
+    for one in parameters(options):
+        is_file = isinstance(one, click.Option) and isinstance(one.type, click.Path)
+        if is_file and "folder" not in (one.help or "").lower():
+            named = rf'\("[^"]*({"|".join(one.opts)})", '
+            assert re.search(named, source), f"no {one.opts} among the files of check_files"

@@ -2,12 +2,14 @@
 
 import builtins
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_explain import real, replan, tiny
 
+import llmpq
 from llmpq.cluster import Cluster
 from llmpq.errors import UserError
 from llmpq.plan_data import Baseline, Plan
@@ -18,6 +20,7 @@ from llmpq.planner.what_if import Change, WhatIf
 from llmpq.render.console import PlainConsole
 from llmpq.render.frontier_view import print_frontier, save_frontier
 from llmpq.render.plan_report import (
+    empty_table,
     expected_time,
     kernel_line,
     print_changes,
@@ -54,6 +57,22 @@ def with_stage(plan: Plan, **changes: Any) -> Plan:
     """The plan with another first stage."""
     first = plan.stages[0].model_copy(update=changes)
     return plan.model_copy(update={"stages": [first, *plan.stages[1:]]})
+
+
+def test_every_section_is_shown_by_something() -> None:
+    """A function `print_NAME` that nobody calls is a section that no command shows."""
+    sources = [path.read_text() for path in Path(llmpq.__file__).parent.rglob("*.py")]
+    made = {name for text in sources for name in re.findall(r"^def (print_\w+)\(", text, re.M)}
+    called = {name for text in sources for name in re.findall(r"^ .*\b(print_\w+)\(", text, re.M)}
+    assert {"print_report", "print_outcomes", "print_frontier"} <= made
+    assert made - called == set()
+
+
+def test_the_title_of_a_narrow_table_stays_on_one_line(console: PlainConsole) -> None:
+    table = empty_table(["bits"], ["n"], "how many layers there are at each precision")
+    table.add_row("16", "3")
+    console.print(table)
+    assert "how many layers there are at each precision" in shown(console)
 
 
 def test_the_report_names_stages_memory_and_times_in_plain_text(
