@@ -204,10 +204,8 @@ class Results:
         form = self._writer.form
         other = next((n for n in repair.kept if repair.span(n).form != form), None)
         if other is not None:
-            raise UserError(
-                f"{self._path}: has results in the format {repair.span(other).form}, not {form}; "
-                f"{SAME['form']}"
-            )
+            what = _difference("form", repair.span(other).form, form)
+            raise UserError(f"{self._path}: its results are of {what}; {SAME['form']}")
 
     def _compare_prompts(self, repair: ResultRepair) -> None:
         """Refuses results of prompts that have changed."""
@@ -345,7 +343,8 @@ def _difference(name: str, before: object, now: object) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         names = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
         return f"other {name}: {', '.join(map(_show, names[:MOST_SHOWN]))} differ"
-    return f"{name} {_show(before)}, not of {_show(now)}"
+    shown = "format" if name == "form" else name
+    return f"{shown} {_show(before)}, not of {_show(now)}"
 
 
 def _show(value: object) -> str:

@@ -486,10 +486,10 @@ def test_results_in_openais_form_are_resumed_and_not_mixed(path):
     assert second["response"]["status_code"] == 500
     assert second["error"]["message"] == second["response"]["body"]["error"]["message"] == "odd"
     assert len({first["id"], second["id"]}) == 2
-    with pytest.raises(UserError, match="format openai, not llmpq; give that --output-format"):
+    with pytest.raises(UserError, match="format openai, not of llmpq; give that --output-format"):
         Results(path, True, "never", RUN)
     Path(f"{path}.journal").unlink()
-    with pytest.raises(UserError, match="format openai, not llmpq; give that --output-format"):
+    with pytest.raises(UserError, match="format openai, not of llmpq; give that --output-format"):
         Results(path, True, "never", RUN)
     resumed = write(path, True, "r1", writer=writer)
     assert resumed.finished == {"r0", "r1"}
