@@ -84,7 +84,7 @@ def read_text(path: Path, most_bytes: int = MAX_TEXT_BYTES) -> str:
         if size > most_bytes:
             raise UserError(
                 f"{path}: has {size >> 20} MiB; a file of this kind has {most_bytes >> 20} MiB at "
-                "most, so this is another one"
+                "most, so this must be another file"
             )
         data = path.read_bytes()
         text = data.decode(text_encoding(data))
@@ -129,7 +129,7 @@ def _writable(value: M, text: str, path: Path) -> M:
 
 
 def _half_character(path: Path) -> UserError:
-    return UserError(f"{path}: a text holds half a character (a lone surrogate)")
+    return UserError(f"{path}: a string contains a lone surrogate (half a character)")
 
 
 def parse_json(path: Path) -> Any:
@@ -162,7 +162,7 @@ class RepeatedKey(ValueError):
     """A key is twice in one object, and nothing says which value is meant."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"the key {show_value(key)} is there twice")
+        super().__init__(f"the key {show_value(key)} occurs twice")
         self.key = key
 
 
@@ -204,7 +204,7 @@ class _Loader(yaml.SafeLoader):
         """The mapping, where no key is there twice."""
         repeated = _repeated(node)
         if repeated is not None:
-            what = f"the key {show_value(repeated.value)} is there twice"
+            what = f"the key {show_value(repeated.value)} occurs twice"
             raise yaml.constructor.ConstructorError(None, None, what, repeated.start_mark)
         return super().construct_mapping(node, deep)
 

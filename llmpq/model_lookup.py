@@ -79,8 +79,8 @@ def refuse_plainly(config: dict[str, Any], source: str) -> None:
         raise UserError(f"{source}: 'text_config' must be an object")
     if "text_config" in config and not has_sizes(model_type):
         raise UserError(
-            f"{source}: '{model_type}' is a model of text and something else (it has a "
-            "'text_config'), which llmpq cannot load; use a text-only model of the family"
+            f"{source}: '{model_type}' is a multimodal model (it has a 'text_config'), which llmpq "
+            "cannot load; use a text-only model of the family"
         )
     if num_experts(config) > 1:
         raise UserError(f"{source}: mixture-of-experts models ({model_type}) are not supported")

@@ -94,7 +94,7 @@ class CalibrationFile:
             self._tensors = frozenset(file.keys())
         if metadata.get("kind") != KIND or metadata.get("schema_version") != VERSION:
             raise UserError(
-                f"{path}: no file of calibration statistics (kind {KIND}, version {VERSION})"
+                f"{path}: not a file of calibration statistics (kind {KIND}, version {VERSION})"
             )
         self.keys = self._read_keys(metadata.pop("keys", ""))
         self.about = {k: v for k, v in metadata.items() if k not in ("kind", "schema_version")}
@@ -106,7 +106,7 @@ class CalibrationFile:
         """The key of a weight, which weights with the same input share."""
         if name not in self.keys:
             raise UserError(
-                f"{self.path}: no calibration statistics for '{name}'; it was made for "
+                f"{self.path}: has no calibration statistics for '{name}'; it was made for "
                 f"{self.about.get('model', 'another model')}"
             )
         return self.keys[name]
@@ -119,7 +119,7 @@ class CalibrationFile:
                 file.get_tensor(f"{key}.{part}") for part in ("deviation", "correlation")
             )
         if deviation.dim() != 2:
-            raise UserError(f"{self.path}: '{key}.deviation' is no matrix")
+            raise UserError(f"{self.path}: '{key}.deviation' is not a matrix")
         if not torch.isfinite(deviation).all():
             raise UserError(
                 f"{self.path}: '{key}.deviation' has NaN or infinite numbers: the file is damaged, "
@@ -150,7 +150,7 @@ class CalibrationFile:
             raise UserError(f"{self.path}: its 'keys' do not map weights to statistics")
         for key in sorted(set(keys.values())):
             if not {f"{key}.deviation", f"{key}.correlation"} <= self._tensors:
-                raise UserError(f"{self.path}: no tensors for '{key}', which its 'keys' name")
+                raise UserError(f"{self.path}: has no tensors for '{key}', which its 'keys' name")
         return keys
 
 

@@ -94,14 +94,14 @@ class Checkpoint:
         """A note on what these precisions do to weights that are quantized already, or None."""
         if self._float8 is not None:
             return (
-                f"{self.folder}: the weights are float8; they are turned into 16 bits, and rounded "
-                "a second time below that"
+                f"{self.folder}: the weights are float8; they are converted to 16 bits, and layers "
+                "at lower precisions are rounded a second time"
             )
         if self._packing is None or set(precisions) <= self._packing.precisions:
             return None
         own = ", ".join(sorted(self._packing.precisions))
         return (
-            f"{self.folder}: the weights are quantized already ({self._packing.method}, {own}); "
+            f"{self.folder}: the weights are already quantized ({self._packing.method}, {own}); "
             "layers at other precisions are dequantized, and rounded a second time below 16 bits"
         )
 

@@ -26,19 +26,19 @@ STANDARD = (SAFETENSORS, f"{SAFETENSORS}.index.json", BIN, f"{BIN}.index.json")
 MOST_NAME = 255  # bytes of a file name that file systems accept
 # Files of folders without standard names, and what helps: the first that is found is named.
 OTHERS = (
-    ("adapter_config.json", "is of a LoRA adapter; merge it into its base model and save that"),
+    ("adapter_config.json", "belongs to a LoRA adapter; merge it into its model and save that"),
     ("adapter_model.*", "is a LoRA adapter; merge it into its base model and save that"),
     ("gptq_model*.safetensors", f"has an old GPTQ name; rename it to {SAFETENSORS}"),
-    ("model-*-of-*.safetensors", f"is a shard, whose index {SAFETENSORS}.index.json is missing"),
-    ("pytorch_model-*-of-*.bin", f"is a shard, whose index {BIN}.index.json is missing"),
+    ("model-*-of-*.safetensors", f"is a shard, but {SAFETENSORS}.index.json is missing"),
+    ("pytorch_model-*-of-*.bin", f"is a shard, but {BIN}.index.json is missing"),
     ("model.*.safetensors*", f"is a variant; rename it to {SAFETENSORS} (an index likewise)"),
     ("pytorch_model.*.bin*", f"is a variant; rename it to {BIN} (an index likewise)"),
-    ("*.gguf", "is GGUF, which cannot be read; fetch the model's safetensors"),
+    ("*.gguf", "is a GGUF file, which cannot be read; fetch the model's safetensors"),
     ("consolidated*", "has its author's own layout; convert it, or fetch the safetensors"),
     ("original/*", "has its author's own layout; convert it, or fetch the safetensors"),
-    ("*.safetensors", f"has no name that is looked for; if it is the model, call it {SAFETENSORS}"),
-    ("*.h5", "is of TensorFlow; save the model as safetensors"),
-    ("*.msgpack", "is of Flax; save the model as safetensors"),
+    ("*.safetensors", f"is not a known file name; if it is the model, rename it to {SAFETENSORS}"),
+    ("*.h5", "is a TensorFlow checkpoint; save the model as safetensors"),
+    ("*.msgpack", "is a Flax checkpoint; save the model as safetensors"),
 )
 
 
@@ -86,7 +86,8 @@ def weights_file(folder: Path) -> Path:
     if isinstance(named, str):
         if Path(named).name != named or not named.endswith((".safetensors", ".index.json")):
             raise UserError(
-                f"{path}: 'transformers_weights' {show_value(named)} names no safetensors here"
+                f"{path}: 'transformers_weights' {show_value(named)} is not the name of a "
+                "safetensors file beside it"
             )
         if not (folder / named).is_file():
             raise UserError(f"{folder / named}: missing, but {path} names it")
@@ -151,7 +152,7 @@ def _shards(index: Path) -> list[Path]:
         raise UserError(f"{index}: has no 'weight_map' from tensor names to files")
     for name in names.values():
         if Path(name).name != name or len(name.encode(errors="replace")) >= MOST_NAME:
-            raise UserError(f"{index}: {show_value(name)} is no name of a file beside it")
+            raise UserError(f"{index}: {show_value(name)} is not the name of a file beside it")
     paths = [index.parent / name for name in sorted(set(names.values()))]
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -174,7 +175,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path}: not a readable safetensors file ({path.stat().st_size} bytes): "
-            f"{one_line(error)}; was it fetched whole?"
+            f"{one_line(error)}; was it downloaded completely?"
         ) from None
 
 

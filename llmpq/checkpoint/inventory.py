@@ -21,13 +21,16 @@ from llmpq.checkpoint.checkpoint_files import StoredTensor, unread
 from llmpq.errors import UserError
 from llmpq.models.stage_model import LayerRange, RawTensor, StageModel
 
-PLAIN = "what loads: plain weights; gptq, compressed-tensors or fp8 by config.json"
+SUPPORTED = (
+    "supported are plain weights, and gptq, compressed-tensors or fp8 weights that config.json "
+    "describes"
+)
 # Name endings of tensors that only quantized weights or adapters have.
 FORMATS = (
-    (r"\.weight_scale_inv$", "weights with scales by block that are not applied"),
+    (r"\.weight_scale_inv$", "weights with scales by block that llmpq cannot apply"),
     (r"\.(weight_scale_2|weight_global_scale)$", "4-bit floats (NVFP4)"),
     (r"\.weight_packed$", "compressed-tensors weights that config.json does not describe"),
-    (r"\.(weight_scale|input_scale|act_scale)$", "weights with scales that are not applied"),
+    (r"\.(weight_scale|input_scale|act_scale)$", "weights with scales that llmpq cannot apply"),
     (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ weights that config.json does not describe"),
     (r"\.(absmax|quant_map|nested_absmax|quant_state\.[\w]+)$", "bitsandbytes 4-bit weights"),
     (r"\.(SCB|weight_format)$", "bitsandbytes 8-bit weights"),
@@ -48,11 +51,11 @@ REDUNDANT = (
     r"^v_head\.",  # the value head of reinforcement learning
 )
 PREFIXES = {
-    "module.": "as data-parallel training saves; save model.module instead",
-    "_orig_mod.": "as a compiled model saves; save model._orig_mod instead",
-    "_fsdp_wrapped_module.": "as sharded training saves; gather the full state and save that",
-    "language_model.": "of a model of text and images; save its text model alone",
-    "base_model.model.": "as of a PEFT model; merge its adapter first (merge_and_unload)",
+    "module.": "as saved by data-parallel training; save model.module instead",
+    "_orig_mod.": "as saved from a compiled model; save model._orig_mod instead",
+    "_fsdp_wrapped_module.": "as saved by sharded training; gather the full state and save that",
+    "language_model.": "as in a multimodal model; save its text model alone",
+    "base_model.model.": "as in a PEFT model; merge its adapter first (merge_and_unload)",
 }
 
 
@@ -100,7 +103,7 @@ def _refuse_formats(weights: Checkpoint, left: Sequence[str]) -> None:
         if found:
             path = weights.stored[found[0]].path
             what = f"{what} (float8)" if any(map(_is_float8, weights.stored.values())) else what
-            raise UserError(f"{path}: tensor '{found[0]}' is of {what}; {PLAIN}")
+            raise UserError(f"{path}: tensor '{found[0]}' belongs to {what}; {SUPPORTED}")
 
 
 def _is_float8(stored: StoredTensor) -> bool:
@@ -114,9 +117,9 @@ def _refuse_missing(weights: Checkpoint, wanted: dict[str, RawTensor], left: Seq
     prefix = _prefix(missing, left)
     if prefix is not None:
         whys = [why for part, why in PREFIXES.items() if f".{prefix}".endswith(f".{part}")]
-        why = whys[0] if whys else "which this type of model has not; save it without"
+        why = whys[0] if whys else "which this type of model does not have; remove that prefix"
         raise UserError(f"{weights.folder}: names of tensors start with '{prefix}', {why}")
-    more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""
+    more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""
     if missing == ["lm_head.weight"]:
         more = "; if its head is the embedding, config.json must say tie_word_embeddings: true"
     raise UserError(f"{weights.folder}: the checkpoint has no tensor '{missing[0]}'{more}")
@@ -138,7 +141,7 @@ def _check_tensor(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> Non
     if not weights.is_packed(raw.name) and not weights.is_float8(raw.name):
         _check_plain(stage, weights, raw)
     elif raw.name in weights and raw.name not in weights.sources(raw.name):
-        raise weights.fault(raw.name, "is there beside its codes; remove whichever is old")
+        raise weights.fault(raw.name, "is stored beside its codes; remove the outdated one")
     weights.stored_bytes(raw.name, raw.shape)
 
 
@@ -152,11 +155,13 @@ def _try_one(weights: Checkpoint, wanted: Iterable[RawTensor]) -> None:
 def _check_plain(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> None:
     names = weights.sources(raw.name)
     if len(names) > 1:
-        raise UserError(f"{weights.folder}: holds both '{names[0]}' and '{names[1]}', which is one")
+        raise UserError(
+            f"{weights.folder}: holds both '{names[0]}' and '{names[1]}', which are the same tensor"
+        )
     stored = weights.stored[names[0]]
     if not stored.is_plain_float and not raw.is_buffer:
-        what = "float8 without scales" if _is_float8(stored) else "no float of 16 bits or more"
-        raise weights.fault(raw.name, f"is {stored.dtype}, {what}; {PLAIN}")
+        what = "float8 without scales" if _is_float8(stored) else "not a float of 16 bits or more"
+        raise weights.fault(raw.name, f"is {stored.dtype}, {what}; {SUPPORTED}")
     is_vocabulary = raw.name in (stage.embedding_name, stage.head_name)
     if is_vocabulary and len(stored.shape) == 2 and stored.shape[1:] == raw.shape[1:]:
         rows, vocabulary = stored.shape[0], raw.shape[0]
@@ -187,7 +192,7 @@ def _later_layers(stage: StageModel, weights: Checkpoint, left: Sequence[str]) -
 def _note_on(later: dict[str, int]) -> str | None:
     if not later:
         return None
-    return f"{len(later)} tensors of layers that predict further tokens (MTP) are not used"
+    return f"{len(later)} tensors of multi-token prediction (MTP) layers are not used"
 
 
 def _note_on_head(stage: StageModel, weights: Checkpoint) -> str | None:
@@ -221,6 +226,6 @@ def _refuse_rest(stage: StageModel, weights: Checkpoint, rest: Sequence[str]) ->
     if rest:
         more = f" (and {len(rest) - 1} more)" if len(rest) > 1 else ""
         raise UserError(
-            f"{weights.stored[rest[0]].path}: tensor '{rest[0]}'{more} is no part of this model by "
-            f"config.json ('{stage.config.model_type}') and would be left out"
+            f"{weights.stored[rest[0]].path}: tensor '{rest[0]}'{more} is not part of this model "
+            f"according to config.json ('{stage.config.model_type}') and would be left out"
         )

@@ -104,8 +104,9 @@ def _foreign_notes(stage: StageModel, layers: list[AdoptedLinear]) -> list[str]:
         return []
     dtypes = {str(layer.scales.dtype).removeprefix("torch.") for layer in layers}
     others = dtypes - {str(stage.dtype).removeprefix("torch.")}
-    advice = f"; scales are {others.pop()}: --dtype with that name may be faster" if others else ""
+    other = next(iter(others), None)
+    advice = f"; their scales are {other}: --dtype {other} may be faster" if other else ""
     return [
-        f"{len(layers)} linears keep grids of the checkpoint that no kernel reads; torch unpacks "
-        f"them, which is slow{advice}"
+        f"{len(layers)} linears keep the checkpoint's quantization grids, which no kernel reads; "
+        f"torch unpacks them, which is slow{advice}"
     ]

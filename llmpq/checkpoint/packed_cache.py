@@ -205,7 +205,7 @@ def _name_of(value: Mapping[str, object]) -> str:
 def _read(path: Path, key: CacheKey, shapes: Shapes) -> dict[str, Tensor]:
     """The packed weight, still in the file's pages. Raises `ValueError` for other contents."""
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     with safe_open(str(path), framework="pt", device="cpu") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         if {name: (one.dtype, tuple(one.shape)) for name, one in state.items()} != shapes:

@@ -35,8 +35,8 @@ from llmpq.quant.packing import unpack_words
 
 BITS = (3, 4, 8)
 OLD_GPTQ = "quantize_config.json"  # the settings of AutoGPTQ, beside config.json
-WHAT_LOADS = (
-    "what loads is gptq (3, 4 or 8 bits), compressed-tensors (pack-quantized or int-quantized, "
+SUPPORTED = (
+    "supported are gptq (3, 4 or 8 bits), compressed-tensors (pack-quantized or int-quantized, "
     "3, 4 or 8 bits), fp8 with weight_scale_inv, or weights that are not quantized"
 )
 GPTQ_SETTINGS = (
@@ -90,7 +90,7 @@ def quantized_format(folder: Path) -> QuantizedFormat | None:
     if method == "compressed-tensors":
         return CompressedTensorsFormat(settings, path)
     raise UserError(
-        f"{path}: weights quantized by {show_value(method)} cannot be read; {WHAT_LOADS}"
+        f"{path}: weights quantized by {show_value(method)} cannot be read; {SUPPORTED}"
     )
 
 
@@ -125,8 +125,8 @@ class GptqFormat:
         layout = settings.get("checkpoint_format", "gptq")
         if layout not in ("gptq", "gptq_v2"):
             raise UserError(
-                f"{path}: GPTQ weights laid out for {show_value(layout)} cannot be read; "
-                f"{WHAT_LOADS}"
+                f"{path}: GPTQ weights in the layout {show_value(layout)} cannot be read; "
+                f"{SUPPORTED}"
             )
         _check_bits(settings.get("bits"), path)
         _check_sorts(settings, path)
@@ -202,9 +202,9 @@ class CompressedTensorsFormat:
         if not isinstance(groups, dict) or not groups:
             raise UserError(f"{path}: quantization_config has no 'config_groups'")
         if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
-            raise UserError(f"{path}: sparse weights cannot be read; {WHAT_LOADS}")
+            raise UserError(f"{path}: sparse weights cannot be read; {SUPPORTED}")
         if (settings.get("transform_config") or {}).get("config_groups"):
-            raise UserError(f"{path}: transformed (rotated) weights cannot be read; {WHAT_LOADS}")
+            raise UserError(f"{path}: transformed (rotated) weights cannot be read; {SUPPORTED}")
         self._schemes = [_scheme(name, group, path) for name, group in groups.items()]
         self._dense = _version(settings.get("version")) >= DENSE_SINCE
         served = [{str(s.bits)} | ({"8-w8a8"} if s.token_int8 else set()) for s in self._schemes]
@@ -321,15 +321,15 @@ def _scheme(name: str, group: Any, path: Path) -> _QuantizationScheme:
     where = f"{path}: config_groups.{name}"
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict) or not isinstance(group.get("targets"), list):
-        raise UserError(f"{where} has no 'weights' and 'targets' of its own")
+        raise UserError(f"{where}: must have 'weights' and 'targets'")
     if weights.get("type", "int") != "int":
         raise UserError(
-            f"{where}: weights of type {show_value(weights['type'])} cannot be read; {WHAT_LOADS}"
+            f"{where}: weights of type {show_value(weights['type'])} cannot be read; {SUPPORTED}"
         )
     if weights.get("strategy") not in ("group", "channel", "tensor"):
         raise UserError(
             f"{where}: scales by {show_value(weights.get('strategy'))} cannot be read; "
-            "what loads has one a group, channel or tensor"
+            "supported is one scale per group, channel or tensor"
         )
     _check_bits(weights.get("num_bits"), path)
     activations = group.get("input_activations") is not None
@@ -346,7 +346,7 @@ def _check_sorts(settings: Mapping[str, Any], path: Path) -> None:
 
 def _check_bits(bits: Any, path: Path) -> None:
     if type(bits) is not int or bits not in BITS:
-        raise UserError(f"{path}: weights of {show_value(bits)} bits cannot be read; {WHAT_LOADS}")
+        raise UserError(f"{path}: weights of {show_value(bits)} bits cannot be read; {SUPPORTED}")
 
 
 def _rank(target: str, linear: str) -> int:

@@ -31,8 +31,8 @@ def judge(path: Path) -> ModelSpec:
     kind, declared = config.model_type, read_config(path)["model_type"]
     if kind != declared:
         raise UserError(
-            f"'{declared}' is a model of text ('{kind}') and something else, which llmpq cannot "
-            "load"
+            f"models of type '{declared}' are not supported: their text model is of another type "
+            f"('{kind}'), as in multimodal models"
         )
     is_tested = family_for(kind).is_tested
     try:

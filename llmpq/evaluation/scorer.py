@@ -21,7 +21,7 @@ from llmpq.prompts.request import Request
 from llmpq.runtime.sampler import Sampling
 from llmpq.runtime.steps import BROKEN, DecodeStepRunner, first_tokens, prefill
 
-NOT_FINITE = "logits are no finite numbers, as activations became NaN or infinite"
+NOT_FINITE = "logits are not finite, as activations became NaN or infinite"
 
 ScoredPair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
 

@@ -67,7 +67,7 @@ def load_tasks(
     except UserError:
         raise
     except Exception as error:  # readers and the hub's client raise many kinds
-        raise UserError(_not_to_be_had(names, manager, folder, error)) from None
+        raise UserError(_no_data_message(names, manager, folder, error)) from None
     for task in tasks["tasks"].values():
         if num_fewshot is not None or task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
@@ -93,8 +93,8 @@ def _refuse_unknown(names: Sequence[str], manager: Any) -> None:
         from difflib import get_close_matches
 
         near = get_close_matches(unknown[0], manager.all_tasks, n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise UserError(f"--tasks: lm-eval knows no task {', '.join(map(repr, unknown))}{hint}")
+        hint = f"; similar: {', '.join(near)}" if near else ""
+        raise UserError(f"--tasks: lm-eval has no task {', '.join(map(repr, unknown))}{hint}")
 
 
 def _use_folder(names: Sequence[str], manager: Any, folder: Path, scratch: Path) -> None:
@@ -184,7 +184,7 @@ def _overrides(data: TaskData, files: Mapping[str, Path], scratch: Path) -> dict
         asked = " or ".join(wanted[key] for key in SPLITS[1:] if key in wanted)
         raise UserError(
             f"--task-data: {next(iter(files.values()))} is there, but task '{data.task}' is scored "
-            f"on its {asked} part: name a file {asked}.jsonl"
+            f"on its {asked} split: add a file {asked}.jsonl"
         )
     more = {} if data.fewshot_split in (None, *files) else {"fewshot_split": None}
     first = next(iter(files.values()))
@@ -200,12 +200,12 @@ def _overrides(data: TaskData, files: Mapping[str, Path], scratch: Path) -> dict
     }
 
 
-def _not_to_be_had(
+def _no_data_message(
     names: Sequence[str], manager: Any, folder: Path | None, error: Exception
 ) -> str:
     reason = one_line(error)
     leaves = dict.fromkeys(leaf for name in names for leaf in _leaves(name, manager.task_index))
-    where = f"{folder} has not all of it, and " if folder else ""
+    where = f"{folder} lacks some of the data, and " if folder else ""
     example = next(iter(leaves), names[0])
     return (
         f"--tasks {','.join(names)}: {where}the data could not be read or fetched ({reason}); "

@@ -39,7 +39,7 @@ class DataSet:
         try:
             return self.joiner.join(row[self.column] for row in islice(rows, self.max_rows))
         except (KeyError, TypeError):
-            raise UserError(f"{source}: has rows without a text called '{self.column}'") from None
+            raise UserError(f"{source}: has rows without text in '{self.column}'") from None
 
 
 DATASETS = {
@@ -95,7 +95,7 @@ def named_text(name: str, folder: Path | None = None) -> str:
 
 def _read_files(files: list[Path]) -> Any:
     """The rows of local files, whose names tell their format."""
-    load = _loader(str(files[0]))
+    load = _loader(f"{files[0]}: reading it")
     kind = "parquet" if files[0].suffix == ".parquet" else "json"
     try:
         return load(kind, data_files=[str(file) for file in files], split="train")
@@ -110,13 +110,13 @@ def _from_hub(name: str, wanted: DataSet, folder: Path | None) -> Any:
         f"https://huggingface.co/datasets/{wanted.hub}, into a folder and give it as --data DIR "
         "(or LLMPQ_DATA), or give any text with --text FILE"
     )
-    load = _loader(f"--dataset {name}: {looked}{fix}; to fetch it from the hub")
+    load = _loader(f"--dataset {name}: {looked}{fix}; fetching it from the hub")
     try:
         return load(wanted.hub, **dict(wanted.options))
     except Exception as error:  # offline, gone or of another form: in each case it is not available
         reason = one_line(error)
         raise UserError(
-            f"--dataset {name}: {looked}the hub did not give it ({reason}); {fix}"
+            f"--dataset {name}: {looked}it could not be fetched from the hub ({reason}); {fix}"
         ) from None
 
 
@@ -124,5 +124,5 @@ def _loader(what: str) -> Any:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError(f"{what}: this needs the datasets library: {INSTALL}") from None
+        raise UserError(f"{what} needs the datasets library: {INSTALL}") from None
     return partial(load_dataset, trust_remote_code=False)

@@ -184,6 +184,6 @@ def _compare(found: Tensor, expected: Sequence[Tensor], stages: int, prompts: in
         difference = float((own - wanted).abs().max() / wanted.std())
         if not difference <= TOLERANCE:  # NaN too
             raise UserError(
-                f"a small copy of it in {stages} stage(s), {prompts} prompt(s) at once, gives "
-                f"other logits than transformers (by {difference:.2g} of their spread)"
+                f"the logits of a small copy of it, with {stages} stage(s) and a batch of {prompts}"
+                f", differ from those of transformers (by {difference:.2g} standard deviations)"
             )

@@ -52,7 +52,10 @@ def attend(
     key; None means causal attention with S = T.
     """
     if unknown := [name for name in NOT_SUPPORTED if others.get(name) is not None]:
-        raise NotImplementedError(f"{type(module).__name__} passes {unknown[0]} to attention")
+        raise NotImplementedError(
+            f"{type(module).__name__} passes {unknown[0]} to attention, which llmpq does not "
+            "support"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.shape[2] == 1 and attention_mask is not None:
         output = _decode(query, key, value, attention_mask, scale, softcap)

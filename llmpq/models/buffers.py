@@ -36,8 +36,8 @@ def compute_buffers(model: nn.Module, device: torch.device) -> None:
         for name, buffer in zeros.items():
             if not torch.equal(buffer, ones[name]):
                 raise UserError(
-                    f"'{type(model).__name__}' computes '{path}.{name}' in a way "
-                    "that llmpq does not know; it cannot serve them"
+                    f"'{type(model).__name__}' computes the buffer '{path}.{name}' in a "
+                    "way that llmpq does not support"
                 )
             module.register_buffer(name, buffer.to(device), persistent=False)
 

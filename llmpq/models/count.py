@@ -136,7 +136,10 @@ def count_model(path: Path) -> ModelSpec:
         )
     activations = count_activations([config], {})
     if activations != count_activations([config], {}, OTHER_PRIMES):
-        raise UserError(f"{path}: its memory does not grow with the sizes of the micro-batch")
+        raise UserError(
+            f"{path}: the memory of its activations is not a polynomial of the micro-batch's "
+            "sizes, which llmpq does not support"
+        )
     return ModelSpec(
         name=str(path),
         model_type=config.model_type,
@@ -189,7 +192,10 @@ def _heads(config: Any, stage: StageModel) -> _Heads:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads, rest = divmod(held, head_dim)
     if rest:
-        raise UserError(f"a token leaves {held} keys, which are no whole heads of {head_dim}")
+        raise UserError(
+            f"the KV cache of a layer holds {held} keys per token, which is not a multiple of "
+            f"head_dim ({head_dim})"
+        )
     widest = max(op.out_features for op in _linears(stage.own_layers[0]))
     return {
         "num_heads": heads,

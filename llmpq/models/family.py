@@ -43,7 +43,7 @@ def family_of(model: nn.Module, model_type: str) -> Family:
     for path in (family.decoder, family.head, *inner):
         if find(model, path) is None:
             raise UserError(
-                f"models of type '{model_type}' are laid out in a way llmpq does not know "
+                f"models of type '{model_type}' have a layout that llmpq does not know "
                 f"(no '{path}'); known: LLaMA-like, {', '.join(sorted(FAMILIES))}"
             )
     return family

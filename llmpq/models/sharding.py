@@ -133,7 +133,7 @@ def _checked_spec(config: Any, count: int) -> ModelSpec:
     kind = config.model_type
     if kind not in TESTED:
         raise UserError(
-            f"how {count} devices share the layers of '{kind}' models is not known; known: "
+            f"llmpq cannot share the layers of '{kind}' models among {count} devices; supported: "
             f"{', '.join(sorted(TESTED))}; use stages of one device"
         )
     spec = spec_from_config(config.to_dict(), name=kind)

@@ -165,7 +165,7 @@ def sample_notes(cells: Sequence[Cell]) -> list[str]:
     if wide:
         worst = max(cell.half_width for cell in wide)
         notes.append(
-            f"{len(wide)} of {len(layers)} medians are less certain than {100 * TARGET:.0f} % "
-            f"(95 % confidence; the worst {100 * worst:.0f} %): a larger budget helps"
+            f"{len(wide)} of {len(layers)} medians have a wider 95 % confidence interval than "
+            f"+-{100 * TARGET:.0f} % (the widest: +-{100 * worst:.0f} %): a larger budget helps"
         )
     return notes

@@ -62,8 +62,8 @@ class DriftMonitor:
             extent = f"{100 * ratios.min():+.0f} to {100 * ratios.max():+.0f} %"
             notes.append(
                 f"this machine's speed drifted: {off} of {len(ratios)} timings of a fixed "
-                f"computation were more than {100 * speed.tolerance:.0f} % from their median "
-                f"({extent})"
+                f"computation deviated by more than {100 * speed.tolerance:.0f} % from their "
+                f"median ({extent})"
             )
         if speed.noise > TOLERANCE:
             notes.append(
@@ -81,8 +81,8 @@ def _scaled_notes(ratios: np.ndarray) -> list[str]:
     if high - low <= 100 * TOLERANCE:
         return []
     return [
-        f"this machine's speed changed: a fixed computation was {low:+.0f} to {high:+.0f} % from "
-        "its median (10th to 90th percentile); times are given for the median"
+        f"this machine's speed changed: a fixed computation deviated by {low:+.0f} to {high:+.0f} "
+        "% from its median (10th to 90th percentile); times are given for the median"
     ]
 
 

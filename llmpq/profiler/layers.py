@@ -328,7 +328,7 @@ class LayerProfiler:
 
     def _cut_notes(self) -> list[str]:
         return [
-            f"{phase}: {count} cells were too slow for this budget; measured up to "
+            f"{phase}: {count} shapes were too slow for this budget; measured up to "
             f"{self.cells.most_tokens(phase)} tokens in a call"
             for phase in LAYER_PHASES
             if (count := self._num_cut(phase))

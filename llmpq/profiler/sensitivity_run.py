@@ -150,7 +150,7 @@ def prepare(
     if (wants_moments or wants_variance) and not len(job.fitted):
         raise UserError(
             f"{job.text}: holds one window of {job.measured.shape[1]} tokens; calibration "
-            "statistics need another: use a longer text, a smaller --window, or --quantizer rtn"
+            "statistics need another one: use a longer text, a smaller --window, or --quantizer rtn"
         )
     moments = _moments(job, request, show, say) if wants_moments else None
     variance = None
@@ -188,11 +188,11 @@ def _moments(
     if path.exists() and not request.remake:
         file = CalibrationFile(path)
         if all(file.about.get(key) == value for key, value in wanted.items()):
-            say(f"calibration statistics: using {path}, which is there")
+            say(f"calibration statistics: using the existing file {path}")
             return file
         if request.given:
             raise UserError(
-                f"{path}: calibration statistics of model {file.about.get('model')}, not of "
+                f"{path}: holds statistics of model {file.about.get('model')}, not of "
                 f"{about['model']}; name another file, or give --remake-moments"
             )
     size = most_bytes(load_model_spec(job.model), request.block)
@@ -201,7 +201,9 @@ def _moments(
         file = gather_calibration(
             job.subject, job.fitted, path, about, request.block, on_layer=on_layer
         )
-    say(f"calibration statistics: {path.stat().st_size / MIB:.1f} MiB of {about['tokens']} tokens")
+    say(
+        f"calibration statistics: {path.stat().st_size / MIB:.1f} MiB from {about['tokens']} tokens"
+    )
     return file
 
 

@@ -52,9 +52,11 @@ def _part(part: object) -> str:
         return text_of("a part of a message", part)
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not isinstance(kind, str):
-        raise ValueError('\'content\' of a message must be a text or parts: {"type": "text", ...}')
+        raise ValueError(
+            '\'content\' of a message must be a string or parts: {"type": "text", ...}'
+        )
     if kind not in TEXT_PARTS:
-        raise Refused(f"a message has a part of type '{kind[:40]}'; this model reads text alone")
+        raise Refused(f"a message has a part of type '{kind[:40]}'; this model reads only text")
     return text_of("'text' of a part of a message", part.get("text"))
 
 
@@ -68,14 +70,14 @@ def _tool_call(call: object) -> ChatMessage:
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
-            raise Refused("the arguments of a tool call are no JSON") from None
+            raise Refused("the arguments of a tool call are not valid JSON") from None
     return call | {"function": function | {"arguments": arguments}}
 
 
 def text_of(name: str, found: object) -> str:
     """The text of a value; raises `ValueError`, which calls the value `name`, for others."""
     if not isinstance(found, str):
-        raise ValueError(f"{name} must be a text")
+        raise ValueError(f"{name} must be a string")
     refuse_half_characters(name, found)
     return found
 
@@ -85,4 +87,4 @@ def refuse_half_characters(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name} holds half a character (a lone surrogate)") from None
+        raise ValueError(f"{name} contains a lone surrogate (half a character)") from None

@@ -91,7 +91,7 @@ EXPECTED = {
     "temperature": "a number from 0 to 1000",
     "top_p": "a number above 0, up to 1",
     "top_k": "an integer from 1 (0 or -1: all tokens)",
-    "seed": "an integer of 64 bits",
+    "seed": "a 64-bit integer",
 }
 
 
@@ -111,10 +111,10 @@ def stops_of(data: Mapping[str, object]) -> tuple[str, ...]:
     given = data.get("stop")
     texts = [given] if isinstance(given, str) else [] if given is None else given
     if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
-        raise Refused(f"'stop' must be a text or a list of texts, found {show_value(given)}")
+        raise Refused(f"'stop' must be a string or a list of strings, found {show_value(given)}")
     if len(texts) > MOST_STOPS or any(len(one) > MOST_STOP_CHARACTERS for one in texts):
         raise Refused(
-            f"'stop' may hold at most {MOST_STOPS} texts, of at most {MOST_STOP_CHARACTERS} "
+            f"'stop' may hold at most {MOST_STOPS} strings, of at most {MOST_STOP_CHARACTERS} "
             "characters each"
         )
     for one in texts:

@@ -91,10 +91,10 @@ class Limits:
         if prompt + new > self.max_positions:
             most = f"the {self.max_positions} positions of the model"
         elif self.cache_tokens is not None and prompt + new > self.cache_tokens:
-            most = f"the {self.cache_tokens} tokens of cache that the plan reserves in all"
+            most = f"the {self.cache_tokens} tokens of KV cache that the plan reserves in all"
         else:
             return None
-        return f"{prompt} prompt + {new} new tokens are more than {most}"
+        return f"{prompt} prompt + {new} new tokens exceed {most}"
 
     def crossing(self, prompt: int, new: int) -> str | None:
         """Why such a request grows past where positions change; None where it does not."""
@@ -204,7 +204,7 @@ class Rules:
         if not isinstance(body, dict):
             raise ValueError("'body' must be an object")
         if url is not None and not isinstance(url, str):
-            raise ValueError("'url' must be a text")
+            raise ValueError("'url' must be a string")
         outside = sorted(set(data) - BATCH_KEYS)
         unknown = sorted(set(body) - BODY_KEYS)
         inside = [k for k in unknown if body[k] is not None and (k, body[k]) != ("stream", False)]
@@ -218,7 +218,7 @@ class Rules:
     def _stops(self, data: dict[str, object]) -> tuple[str, ...]:
         stops = stops_of(data)
         if stops and self.tokenizer is None:
-            raise Refused("'stop' needs a tokenizer, which the model has not")
+            raise Refused("'stop' needs a tokenizer, which the model does not have")
         return stops
 
     def _tokens(self, data: dict[str, object], way: str) -> list[int]:
@@ -257,16 +257,16 @@ class Rules:
         template = str(getattr(self.tokenizer, "chat_template", None) or "")
         if self.tokenizer is None or not template:
             raise ValueError(
-                "'messages' need a chat template, which the model's tokenizer has not; use a chat "
-                "model, or give whole prompts"
+                "'messages' need a chat template, which the model's tokenizer does not have; use a "
+                "chat model, or give whole prompts"
             )
         more = {}
         if data.get("tools"):
             if "tools" not in template:
-                raise Refused("'tools', which the model's chat template does not know")
+                raise Refused("the model's chat template does not support 'tools'")
             more["tools"] = data["tools"]
         if "tool_calls" not in template and any(m.get("tool_calls") for m in messages):
-            raise Refused("a message calls a tool, which the model's chat template does not know")
+            raise Refused("the model's chat template does not support tool calls")
         try:
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False, **more
@@ -291,7 +291,7 @@ def _not_one_prompt(fields: _LineFields, ways: list[str]) -> ValueError:
     """The error for a line without a prompt or with several; it names the keys it has."""
     url, where = fields.url, "'body'" if fields.is_openai else "the line"
     if url is not None and not _is_served(url):
-        return ValueError(f"url {show_value(url)}: only {CHAT_URL} and {TEXT_URL} are served")
+        return ValueError(f"url {show_value(url)}: only {CHAT_URL} and {TEXT_URL} are supported")
     found = ways or sorted(fields.data)
     names = ", ".join(show_value(name) for name in found[:MOST_LISTED])
     return ValueError(
@@ -311,7 +311,7 @@ def _id(data: dict[str, object]) -> str | int:
     """The request's id, under either key."""
     name = data.get("id") if data.get("id") is not None else data.get("custom_id")
     if not isinstance(name, str | int) or isinstance(name, bool):
-        raise ValueError("'id' must be a text or an integer")
+        raise ValueError("'id' must be a string or an integer")
     refuse_half_characters("'id'", str(name))
     if data.get("id") is not None and data.get("custom_id", name) != name:
         raise ValueError("'id' and 'custom_id' differ; give one of them")
@@ -341,7 +341,7 @@ def _check_meaning(fields: _LineFields, way: str, is_chat: bool) -> None:
     if fields.data.get("tools") and not is_chat:
         raise Refused("'tools' need 'messages', which the model's chat template renders")
     if fields.method is not None and fields.method != "POST":
-        raise Refused(f"method {show_value(fields.method)}: only POST asks for a text")
+        raise Refused(f"method {show_value(fields.method)}: only POST is supported")
     if fields.url is not None:
         _check_url(fields.url, way)
 
@@ -349,9 +349,9 @@ def _check_meaning(fields: _LineFields, way: str, is_chat: bool) -> None:
 def _check_url(url: str, way: str) -> None:
     """Raises `Refused` for URLs that are no request of a completion."""
     if not _is_served(url):
-        raise Refused(f"url {show_value(url)}: only {CHAT_URL} and {TEXT_URL} are served")
+        raise Refused(f"url {show_value(url)}: only {CHAT_URL} and {TEXT_URL} are supported")
     if (_path_of(url) == CHAT_URL) != (way == "messages"):
-        raise Refused(f"url {show_value(url)} does not go with '{way}'")
+        raise Refused(f"url {show_value(url)} does not take '{way}'")
 
 
 def _path_of(url: str) -> str:

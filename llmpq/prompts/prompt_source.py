@@ -45,7 +45,7 @@ PACKED: dict[bytes, Unpack] = {
     b"\xfd7zXZ\0": lzma.open,
 }
 UNREADABLE = {
-    b"\x28\xb5\x2f\xfd": "is packed by zstd; unpack it first: zstd -d FILE",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd; decompress it first: zstd -d FILE",
     b"PK\x03\x04": "is a zip archive or a workbook; unpack it, or save the sheet as CSV in UTF-8",
     b"\xd0\xcf\x11\xe0": "is an old Excel workbook; save the sheet as CSV in UTF-8",
     b"ARROW1": "is an Arrow file; save it as JSON lines or Parquet",
@@ -188,7 +188,7 @@ def _numbered(
         fault, data = row.fault, row.data
         if fault is None and lacks_ids:
             if {"id", "custom_id"} & data.keys():
-                fault = "has an 'id', which the first row has not"
+                fault = "has an 'id', which the first row does not have"
             data = {"id": count} | data
         if fault is not None:
             faults.append((row.number, fault))
@@ -203,7 +203,7 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[Line]:
         if len(line) == MAX_LINE_BYTES:
             raise UserError(
                 f"{path}:{number}: more than {MAX_LINE_BYTES >> 20} MiB without a line "
-                "break; prompts.jsonl has one request a line"
+                "break; prompts.jsonl has one request per line"
             )
         text = _bare(line)
         if text.strip():
@@ -265,7 +265,7 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path}: packed, and not whole ({one_line(error)})") from None
+        raise UserError(f"{path}: compressed, but incomplete ({one_line(error)})") from None
     except UnicodeError as error:
         raise UserError(f"{path}: not valid text ({one_line(error)})") from None
     except OSError as error:
@@ -278,6 +278,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be turned into JSON lines in {tempfile.gettempdir()} "
-            f"({error.strerror}); TMPDIR names another folder"
+            f"{path}: cannot be converted to JSON lines in {tempfile.gettempdir()} "
+            f"({error.strerror}); set TMPDIR to use another folder"
         ) from None

@@ -26,7 +26,7 @@ COLUMNS = (*ID_COLUMNS, "prompt", "text", *JSON_COLUMNS)
 DELIMITERS = ",;\t"
 MAX_CELL = 1 << 26  # characters
 READ_CHARACTERS = 1 << 20  # characters read at once
-EXPECTED = "a request is a text or an object"
+EXPECTED = "a request must be a string or an object"
 
 
 class PromptRow(NamedTuple):
@@ -80,14 +80,15 @@ def csv_rows(file: TextIO, path: Path, delimiter: str) -> Iterator[PromptRow]:
 
 def _csv_row(number: int, names: list[str], cells: list[str]) -> PromptRow:
     if len(cells) != len(names):
-        return PromptRow(number, {}, f"has {len(cells)} cells, the first line names {len(names)}")
+        fault = f"has {len(cells)} cells, but the first line names {len(names)} columns"
+        return PromptRow(number, {}, fault)
     data: dict[str, object] = {}
     for name, cell in zip(names, cells, strict=True):
         if name in JSON_COLUMNS and cell.strip():
             try:
                 data[name] = json.loads(cell)
             except (ValueError, RecursionError):
-                return PromptRow(number, {}, f"column '{name}' holds no JSON: {cell[:60]!r}")
+                return PromptRow(number, {}, f"column '{name}' is not valid JSON: {cell[:60]!r}")
         elif cell.strip() or name == "prompt":
             data[name] = cell
     return PromptRow(number, data)
@@ -102,7 +103,7 @@ def _names(cells: list[str]) -> list[str]:
 def _checked_names(names: list[str], path: Path, number: int) -> list[str]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{path}:{number}: the column '{twice}' is there twice")
+        raise UserError(f"{path}:{number}: the column '{twice}' occurs twice")
     return names
 
 
@@ -138,7 +139,7 @@ def array_rows(
             yield _array_row(number, text.value())
             more = text.expect(",", "]") == ","
     if text.peek():
-        raise UserError(f"{path}:{text.line}: something follows the end of the array")
+        raise UserError(f"{path}:{text.line}: there is more text after the end of the array")
 
 
 def _array_row(number: int, value: object) -> PromptRow:
@@ -221,7 +222,7 @@ def parquet_rows(path: Path) -> Iterator[PromptRow]:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(
-            f"{path}: is a Parquet file, which pyarrow reads (pip install pyarrow); or save it as "
+            f"{path}: is a Parquet file, which needs pyarrow (pip install pyarrow); or save it as "
             "JSON lines: pandas.read_parquet(...).to_json(..., orient='records', lines=True)"
         ) from None
     try:

@@ -120,14 +120,14 @@ class PromptFile:
             number, reason = next(iter(self.refused.items()))
             where = f"line {self._line_numbers[number]}"
             self.notes.append(
-                f"{self.path}: requests that cannot be served, and fail alone: {len(self.refused)} "
+                f"{self.path}: requests that cannot be served and fail alone: {len(self.refused)} "
                 f"(the first: {where}: {reason})"
             )
 
     def _changed(self, where: str) -> UserError:
         return UserError(
             f"{where}: changed after it was checked, when the run started; finished requests are "
-            "safe, --resume goes on with the file as it is now"
+            "safe, --resume continues with the file as it is now"
         )
 
 
@@ -166,10 +166,10 @@ class _FileNotes:
         if self._models:
             names = (f"{show(k)} ({n} lines)" for k, n in _most(self._models))
             named = _joined(names, self._models)
-            yield f"lines name a model, but the plan's model answers: {named}"
+            yield f"lines name a model, but the plan's model is used: {named}"
         if self._num_cut:
             yield (
-                "prompts that were too long, and lost their beginning (--too-long truncate): "
+                "prompts that were too long and were cut at their beginning (--too-long truncate): "
                 f"{self._num_cut} (the first: {self._first_cut})"
             )
 
@@ -215,7 +215,7 @@ def _check(found: PromptFile) -> Iterator[tuple[int, str]]:
             asked = found._rules.asked(line.text, len(found))
             name = asked.request.id
             if name in seen:
-                raise ValueError(f"id {show_value(name)} was used on line {seen[name]}")
+                raise ValueError(f"id {show_value(name)} was already used on line {seen[name]}")
             seen[name] = line.number
             found.add(asked, line)
         except ValueError as error:

@@ -20,8 +20,8 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", CONFIG)
 TEXTS = (".json", ".txt", ".jinja")  # the suffixes of text files
 PROBE = "Once"  # a text that every tokenizer must be able to encode and decode
 NEEDS_CODE = (
-    "the tokenizer asks for Python code of its own ('auto_map'), which is never run; with a "
-    "tokenizer.json, a copy of the model's folder without that entry can be read"
+    "the tokenizer needs Python code of its own ('auto_map'), which llmpq never runs; if the "
+    "model has a tokenizer.json, use a copy of its folder without that entry"
 )
 MOST_SHOWN = 300  # characters of a message, with the library's own message
 
@@ -34,7 +34,7 @@ def load_tokenizer(folder: Path) -> Any | None:
         tokenizer = AutoTokenizer.from_pretrained(plain, trust_remote_code=False)
         ids = tokenizer.encode(PROBE)
         if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
-            raise TypeError(f"it encodes a text as {ids!r}")
+            raise TypeError(f"it encodes text as {ids!r}, expected token ids")
         tokenizer.decode(ids, skip_special_tokens=True)
     return tokenizer
 
@@ -59,7 +59,8 @@ def end_tokens(folder: Path, config: Any) -> frozenset[int]:
         if not 0 <= one < config.vocab_size:
             raise UserError(
                 f"{source}: 'eos_token_id' {show_value(one)} is outside the vocabulary of "
-                f"{config.vocab_size}, so that no text would end; --ignore-eos wants that"
+                f"{config.vocab_size}, so that no text would end there; if that is meant, give "
+                "--ignore-eos"
             )
     return frozenset(found)
 

@@ -307,7 +307,7 @@ def _check(
 ) -> None:
     """Raises `ValueError` for a tensor that this layer cannot load."""
     if shape is None:
-        raise ValueError(f"no tensor {name!r} here: a linear has a weight, and a bias if built so")
+        raise ValueError(f"unknown tensor {name!r}: a linear has a weight, and maybe a bias")
     shape = part.of_shape(shape) if part else shape
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the layer expects {shape}")

@@ -39,8 +39,8 @@ class Nf4Linear(QuantizedLinear):
         cols, cut = self._padded, input_part(self.part)
         if cut is not None and (cut.start % NF4_BLOCK or cut.size % NF4_BLOCK):
             raise ValueError(
-                f"nf4 has a scale each {NF4_BLOCK} inputs; a part with inputs {cut.start} to "
-                f"{cut.stop} cuts through one"
+                f"nf4 has one scale per {NF4_BLOCK} inputs; a part with inputs {cut.start} to "
+                f"{cut.stop} would split such a block"
             )
         self.make_room()
         for rows in _parts(self.out_features, max(1, ROUNDED_WEIGHTS // cols)):

@@ -49,7 +49,10 @@ class Gptq:
 
     def __init__(self, moments: Tensor, sweeps: int = SWEEPS) -> None:
         if moments.dim() != 3 or moments.shape[1] != moments.shape[2]:
-            raise ValueError(f"moments have shape {list(moments.shape)}, expected [blocks, B, B]")
+            raise ValueError(
+                f"the calibration statistics have shape {list(moments.shape)}, expected "
+                "[blocks, B, B]"
+            )
         self.moments, self.sweeps = moments, sweeps
         self._blocks: list[_HessianBlock] = []
 
@@ -77,9 +80,15 @@ class Gptq:
     def _prepare(self, weight: Tensor, group: int) -> None:
         blocks, size, _ = self.moments.shape
         if blocks * size != weight.shape[1]:
-            raise ValueError(f"moments of {blocks * size} inputs, the weight has {weight.shape[1]}")
+            raise ValueError(
+                f"the calibration statistics are of {blocks * size} inputs, but the weight has "
+                f"{weight.shape[1]}"
+            )
         if size % group:
-            raise ValueError(f"groups of {group} do not divide moments in blocks of {size}")
+            raise ValueError(
+                f"the block size {size} of the calibration statistics is not a multiple of the "
+                f"group size {group}"
+            )
         if not self._blocks or self._blocks[0].moments.device != weight.device:
             self.moments = self.moments.to(weight.device)
             self._blocks = [_HessianBlock(moments) for moments in self.moments]
@@ -113,7 +122,7 @@ class _HessianBlock:
 
     def __init__(self, moments: Tensor) -> None:
         if not torch.isfinite(moments).all():
-            raise ValueError("the second moments hold NaN or infinite values")
+            raise ValueError("the calibration statistics contain NaN or infinite values")
         self.moments = moments
         self.order = torch.argsort(moments.diagonal(), descending=True, stable=True)
         step = DAMPING * float(moments.diagonal().mean())
@@ -125,7 +134,7 @@ class _HessianBlock:
                 break
         else:
             raise ValueError(
-                "the second moments cannot be factored: they are not positive definite"
+                "the calibration statistics cannot be factored: they are not positive definite"
             )
         self.upper = upper
         self.diagonal = moments.diagonal() + self.damping

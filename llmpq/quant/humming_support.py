@@ -21,7 +21,7 @@ HEADERS = ("cuda_runtime.h", "nvrtc.h", "cuda/std/cstdint")
 def why_not_here(device: torch.device) -> str | None:
     """Why no kernel can be compiled and run on this device; None where it can."""
     if device.type != "cuda" or torch.version.cuda is None:
-        return "humming needs an NVIDIA card, and a torch that was built for CUDA"
+        return "humming needs an NVIDIA card and a torch that was built for CUDA"
     return why_not_installed() or why_no_compiler()
 
 
@@ -37,7 +37,7 @@ def why_not_installed() -> str | None:
     if missing:
         return f"humming-kernels needs {', '.join(missing)}: {install_command()}"
     if tuple(map(int, torch.__version__.split(".")[:2])) < FIRST_TORCH:
-        return f"humming-kernels has its launcher for torch {_dotted(FIRST_TORCH)} and newer"
+        return f"humming-kernels needs torch {_dotted(FIRST_TORCH)} or newer"
     return None
 
 
@@ -60,7 +60,7 @@ def why_no_compiler() -> str | None:
         utils.cuda.filter_cuda_paths(required_headers=list(HEADERS))
     except RuntimeError as error:
         return f"no NVRTC for CUDA {torch.version.cuda} ({error}): {install_command()}"
-    return None if os.access(caller, os.X_OK) else f"{caller} may not be executed (chmod +x)"
+    return None if os.access(caller, os.X_OK) else f"{caller} is not executable (chmod +x)"
 
 
 def library() -> Any:

@@ -71,7 +71,7 @@ def _round(
     """Rounds every weight to the nearest point of its group's `grid`, some rows at a time."""
     rows, cols = weight.shape
     if cols % group:
-        raise ValueError(f"groups of {group} do not divide rows of {cols} weights")
+        raise ValueError(f"rows of {cols} weights are not a multiple of the group size {group}")
     codes = torch.empty(rows, cols, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, cols // group, dtype=SCALE_DTYPE, device=weight.device)
     zeros = torch.empty_like(scales)
@@ -157,4 +157,4 @@ def _round_up_to_bf16(values: Tensor) -> Tensor:
 def check_finite(scale: Tensor) -> None:
     """Raises `ValueError` for scales that are not finite, as the weight is then not finite."""
     if not torch.isfinite(scale).all():
-        raise ValueError("the weight holds NaN or infinite values: it cannot be quantized")
+        raise ValueError("the weight contains NaN or infinite values: it cannot be quantized")

@@ -67,7 +67,7 @@ class AppendFile:
         except FileNotFoundError:
             raise self._meddled("is gone") from None
         except OSError as error:
-            raise self._meddled(f"cannot be seen ({error.strerror})") from None
+            raise self._meddled(f"cannot be accessed ({error.strerror})") from None
         if not is_same:
             raise self._meddled("is another file")
 

@@ -52,7 +52,7 @@ MOST_SHOWN = 5  # the requests that a message names
 # What all results in one file must have in common, and what to do where they differ.
 SAME = {
     "model": "give another --output",
-    "weights": "give another --output, or the weights that they are of",
+    "weights": "give another --output, or the weights that they were made with",
     "form": "give that --output-format, or another --output",
 }
 
@@ -170,9 +170,9 @@ class Results:
             else:
                 run = None  # nothing is done yet, so this is the run that is done
             broken = [fetch(output_file, span) for span in shown.broken]
-            self._save(".broken", "lines that are no results", broken)
+            self._save(".broken", "lines that are not results", broken)
             unknown = [repair.line(name) for name in repair.unknown]
-            self._save(".aside", "results with an id that no prompt has", unknown)
+            self._save(".aside", "results whose id no prompt has", unknown)
             repair.repair_journal(journal, header, keeps_header=run is not None)
             repair.repair_output(self._output)
         self.finished = set(repair.kept)
@@ -184,9 +184,7 @@ class Results:
     def _compare_runs(self, before: Mapping[str, object] | None, now: Mapping[str, object]) -> None:
         """Refuses results of another model, weights or form; notes other differences."""
         if before is None:
-            self.notes.append(
-                f"{self._path}: the settings that its results were made with are not known"
-            )
+            self.notes.append(f"{self._path}: the settings of its results are not recorded")
             return
         for name, advice in SAME.items():
             if name in before and name in now and before[name] != now[name]:
@@ -206,10 +204,8 @@ class Results:
         form = self._writer.form
         other = next((n for n in repair.kept if repair.span(n).form != form), None)
         if other is not None:
-            raise UserError(
-                f"{self._path}: has results of form {repair.span(other).form}, not of {form}; "
-                f"{SAME['form']}"
-            )
+            what = _difference("form", repair.span(other).form, form)
+            raise UserError(f"{self._path}: its results are of {what}; {SAME['form']}")
 
     def _compare_prompts(self, repair: ResultRepair) -> None:
         """Refuses results of prompts that have changed."""
@@ -228,8 +224,7 @@ class Results:
             )
         if unknown := sum(was is None for _, was in sums):
             self.notes.append(
-                f"{self._path}: finished requests whose prompts cannot be compared with the "
-                f"present ones: {unknown}"
+                f"{self._path}: finished requests whose prompts are not recorded: {unknown}"
             )
 
     def _save(self, ending: str, what: str, lines: Sequence[bytes]) -> None:
@@ -243,7 +238,7 @@ class Results:
             target.sync()
         finally:
             target.close()
-        self.notes.append(f"{self._path}: {what} put into {target.path.name}: {len(lines)}")
+        self.notes.append(f"{self._path}: {what}, moved to {target.path.name}: {len(lines)}")
 
 
 class Journal:
@@ -339,7 +334,7 @@ def _refuse_other_files(
     if shown.broken or torn[: len(OWN_START)] != OWN_START[: len(torn)]:
         raise UserError(
             f"{path}:{shown.first_bad}: not a result of llmpq-run, "
-            "so --resume cannot go on from here"
+            "so --resume cannot continue from here"
         )
 
 
@@ -348,7 +343,8 @@ def _difference(name: str, before: object, now: object) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         names = sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
         return f"other {name}: {', '.join(map(_show, names[:MOST_SHOWN]))} differ"
-    return f"{name} {_show(before)}, not of {_show(now)}"
+    shown = "format" if name == "form" else name
+    return f"{shown} {_show(before)}, not of {_show(now)}"
 
 
 def _show(value: object) -> str:
@@ -364,5 +360,5 @@ def _real_path(output: Path) -> Path:
         if output.is_symlink():
             path = Path(os.path.realpath(output))
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{output}: is no regular file, and results are kept in one")
+            raise UserError(f"{output}: is not a regular file, which results need")
     return path

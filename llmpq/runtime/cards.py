@@ -126,6 +126,6 @@ def read_process(text: bytes, rank: int) -> Process:
 
 def _unreadable(rank: int) -> WorkerError:
     return WorkerError(
-        f"rank {rank}: its description of its host and cards cannot be read: another version of "
+        f"rank {rank}: the description of its host and cards cannot be read: another version of "
         "llmpq runs there, or another program has joined this run"
     )

@@ -46,8 +46,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 NO_CUDA = "--device cuda: torch sees no CUDA device here; use --device cpu"
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun keeps the store; else rank 0 does
 LAUNCHER = (
-    "the environment says that a launcher started this worker, and what torchrun sets is not there "
-    "or odd; start with torchrun, or unset RANK and WORLD_SIZE"
+    "the environment says that a launcher started this worker, but what torchrun sets is missing "
+    "or invalid; start with torchrun, or unset RANK and WORLD_SIZE"
 )
 # How long the others may go on when one worker has ended: long enough to say why themselves, or,
 # after a signal, long enough to see which others were ended by a signal too.
@@ -231,7 +231,7 @@ def start_workers(
                 processes.workers.append(_start(processes, rank, arguments, module, environment))
             error = processes.watch()
         except RuntimeError as error:  # torch.distributed reports faults of the store so
-            raise WorkerError(f"the workers' meeting point broke: {error}; {advice}") from None
+            raise WorkerError(f"the workers' rendezvous store failed: {error}; {advice}") from None
         finally:
             processes.stop()
     if error is not None:

@@ -140,7 +140,7 @@ class MemoryAccount:
             return
         short = self.total - self.cap_bytes
         raise InfeasibleError(
-            f"{self.name}: needs {_mib(self.total)} (weights {_mib(self.weights)}, cache "
+            f"{self.name}: needs {_mib(self.total)} (weights {_mib(self.weights)}, KV cache "
             f"{_mib(self.cache)}, activations {_mib(self.activations)}, messages "
             f"{_mib(self.buffers)}) but may use "
             f"{_mib(self.cap_bytes)}: {_mib(short)} short; fewer requests in flight, smaller "

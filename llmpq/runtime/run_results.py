@@ -63,8 +63,11 @@ def format_notes(prompts: PromptFile, chosen: OutputFormat) -> list[str]:
     if prompts.is_mixed:
         return [
             "some prompts are OpenAI batch lines and others are not: all results are in llmpq's "
-            "own format (--output-format openai for the other)"
+            "own format (use --output-format openai for the other)"
         ]
     if prompts.form == "openai":
-        return ["results are in OpenAI's batch format, as the prompts are (--output-format)"]
+        return [
+            "results are in OpenAI's batch format, as the prompts are (--output-format llmpq "
+            "writes llmpq's own)"
+        ]
     return []

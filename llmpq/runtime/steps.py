@@ -208,7 +208,7 @@ class DecodeStepRunner:
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
         cause = error.__context__ or error
-        self.graphs.why_not = f"capturing failed: {str(cause).splitlines()[0]}"
+        self.graphs.why_not = f"capture failed: {str(cause).splitlines()[0]}"
         self.graphs.captured.clear()
 
 
@@ -251,9 +251,9 @@ def _rounds_up(device: torch.device) -> bool:
 
 def _why_no_graphs(stage: StageModel, wanted: bool) -> str | None:
     if not wanted:
-        return "switched off"
+        return "they are switched off"
     if stage.device.type != "cuda":
-        return f"there are none on a {stage.device.type}"
+        return "they need a GPU"
     if stage.group is not None:
         return "several devices share the stage"
     waiting = [m for m in stage.model.modules() if getattr(m, "waits_for_device", False)]

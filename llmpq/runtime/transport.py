@@ -214,7 +214,7 @@ class ThreadExchange:
             everyone = list(self._tensors)
             self._barrier.wait(timeout=TIMEOUT.total_seconds())
         except threading.BrokenBarrierError:
-            raise WorkerError(f"{self._name} {rank}: another one has stopped") from None
+            raise WorkerError(f"{self._name} {rank}: another {self._name} has stopped") from None
         return everyone
 
     def abort(self) -> None:

@@ -152,7 +152,7 @@ def test_prompts_that_are_not_there(job):
     ("line", "message"),
     [
         ('{"id": "b", "prompt": ', "not valid JSON"),
-        (json.dumps(PROMPT), "id 'a' was used on line 1"),
+        (json.dumps(PROMPT), "id 'a' was already used on line 1"),
         ('{"id": "b", "prompt_token_ids": []}', "at least one token"),
         ('{"id": "b", "prompt_token_ids": [9999]}', "outside the vocabulary"),
         (json.dumps({"id": "b", "prompt_token_ids": [5] * 510}), "512 positions"),
@@ -166,7 +166,7 @@ def test_a_bad_prompt_is_named_by_its_line(job, line, message):
 def test_a_prompt_that_no_reserved_cache_holds(job):
     job.write_prompts(json.dumps({"id": "long", "prompt_token_ids": [5] * 100}))
     needs = "100 prompt + 3 new tokens"
-    check(job.run("--too-long", "fail"), 2, f"{job.prompts}:1", needs, "14 tokens of cache")
+    check(job.run("--too-long", "fail"), 2, f"{job.prompts}:1", needs, "14 tokens of KV cache")
 
 
 def test_an_empty_prompts_file(job):
@@ -230,7 +230,7 @@ def test_a_tensor_that_would_be_left_out(job, command):
             profile_command, "sensitivity", "--model", job.model, "-o", job.output
         ),
     }
-    check(results[command](), 2, job.weights, extra, "scales that are not applied")
+    check(results[command](), 2, job.weights, extra, "scales that llmpq cannot apply")
 
 
 def test_a_tensor_of_the_wrong_shape(job):

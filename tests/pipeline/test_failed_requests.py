@@ -192,10 +192,10 @@ def test_a_request_that_is_too_long_fails_alone(job):
     job.write(prompt("a", 9, 8), prompt("long", *[9] * 100), prompt("longer", *[9] * 600))
     result = job.run()
     assert result.exit_code == 5 and last(result).startswith("error: 2 of 3 requests failed")
-    assert "requests that cannot be served, and fail alone: 2 (the first: line 2: " in result.stderr
+    assert "requests that cannot be served and fail alone: 2 (the first: line 2: " in result.stderr
     lines = job.lines()
     assert lines["a"]["num_new_tokens"] == 3
-    assert lines["long"]["error"].startswith("100 prompt + 3 new tokens are more than the 30 tok")
+    assert lines["long"]["error"].startswith("100 prompt + 3 new tokens exceed the 30 tok")
     assert "512 positions of the model" in lines["longer"]["error"]
     assert lines["long"]["num_prompt_tokens"] == 100 and lines["long"]["token_ids"] == []
     cut = job.run("--resume", "--too-long", "truncate")

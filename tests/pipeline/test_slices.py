@@ -115,7 +115,7 @@ def test_a_pipeline_that_gives_other_logits_is_told(monkeypatch: pytest.MonkeyPa
         return run(self, hidden * 1.02, *args, **more)
 
     monkeypatch.setattr(StageModel, "run", wrong)
-    with pytest.raises(UserError, match="other logits than transformers"):
+    with pytest.raises(UserError, match="differ from those of transformers"):
         verify(config)
 
 

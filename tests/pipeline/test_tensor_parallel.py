@@ -81,7 +81,7 @@ def test_a_family_that_cannot_be_cut_ends_all_workers(family_model, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "cohere"}))
     plan = shared_plan(model.plan([2, 4]), [1, 2])
-    with pytest.raises(UserError, match="2 devices share the layers of 'cohere' models is not"):
+    with pytest.raises(UserError, match="share the layers of 'cohere' models among 2 devices"):
         generate_locally(plan, tmp_path, model.requests)
 
 

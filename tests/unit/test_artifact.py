@@ -252,10 +252,14 @@ def test_a_byte_order_mark_is_skipped(tmp_path: Path, encoding: str, text: str) 
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("a.json", '{"name": "x",\n"name": "y"}', "a.json:2: not valid JSON: the key 'name' is th"),
+        (
+            "a.json",
+            '{"name": "x",\n"name": "y"}',
+            "a.json:2: not valid JSON: the key 'name' occurs",
+        ),
         ("a.json", '{"name": "x", "inner":\n{"size": 1,\n\n"size": 1}}', "a.json:4: not valid"),
-        ("a.json", '{"name": "x", "by_type": {"a": {}, "b": {}, "a": {}}}', "the key 'a' is there"),
-        ("a.yaml", "name: x\nratio: 1\nname: y", "a.yaml:3: not valid YAML: the key 'name' is the"),
+        ("a.json", '{"name": "x", "by_type": {"a": {}, "b": {}, "a": {}}}', "the key 'a' occurs"),
+        ("a.yaml", "name: x\nratio: 1\nname: y", "a.yaml:3: not valid YAML: the key 'name' occurs"),
         ("a.yaml", "name: x\ninner:\n  size: 1\n  size: 1", "a.yaml:4: not valid YAML"),
         ("a.yaml", "name: x\ninner: {size: 1, size: 2}", "a.yaml:2: not valid YAML"),
     ],

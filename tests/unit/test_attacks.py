@@ -285,7 +285,7 @@ def test_the_code_of_a_model_never_runs(with_code, command, words, names_tokeniz
     if result.exit_code:
         assert names_tokenizer and result.exit_code == 2, (result.stderr, result.exception)
         (line,) = [one for one in result.stderr.splitlines() if one.startswith("error:")]
-        assert "M/tokenizer_config.json: the tokenizer asks for Python code" in line
+        assert "M/tokenizer_config.json: the tokenizer needs Python code" in line
 
 
 def test_a_model_of_a_type_of_its_own_is_refused(with_code):
@@ -487,7 +487,7 @@ def test_a_link_among_kept_weights_is_not_followed(cache, tmp_path):
     path.symlink_to(elsewhere)
     before = elsewhere.read_bytes()
     second, _, said = load(ASSETS / "tiny-tales", cache)
-    assert [line for line in said if "it is no regular file" in line] == said != []
+    assert [line for line in said if "it is not a regular file" in line] == said != []
     assert_equal(first, second)
     assert not path.is_symlink() and elsewhere.read_bytes() == before
 
@@ -599,7 +599,7 @@ def test_a_parent_whose_store_breaks_says_so(monkeypatch):
         raise dist.DistNetworkError("the connection was closed")
 
     monkeypatch.setattr(process._WorkerProcesses, "watch", broken)
-    with pytest.raises(WorkerError, match="meeting point broke: the connection was closed; redo"):
+    with pytest.raises(WorkerError, match="store failed: the connection was closed; redo"):
         process.start_workers([], ["a"], "this", "redo")
 
 
@@ -622,7 +622,7 @@ CARD = {"index": 0, "name": "T4", "memory_bytes": 1, "compute_capability": "7.5"
     ],
 )
 def test_a_process_that_does_not_describe_itself_ends_the_run_in_order(text):
-    with pytest.raises(WorkerError, match="rank 1: its description of its host"):
+    with pytest.raises(WorkerError, match="rank 1: the description of its host"):
         read_process(text if isinstance(text, bytes) else text.encode(), 1)
 
 

@@ -155,7 +155,7 @@ def test_bad_files_are_named(tmp_path, path):
             read(tmp_path / "pipe")
     with pytest.raises(UserError, match="not a readable safetensors"):
         CalibrationFile(TINY_TALES / "config.json")
-    with pytest.raises(UserError, match="no file of calibration statistics"):
+    with pytest.raises(UserError, match="not a file of calibration statistics"):
         CalibrationFile(TINY_TALES / "model.safetensors")
     with pytest.raises(UserError, match="no calibration statistics for 'x'.*tiny-tales"):
         CalibrationFile(path).key("x")
@@ -226,7 +226,9 @@ def test_one_input_at_a_time_is_held_and_none_afterwards(path, monkeypatch):
 
 def test_weights_without_moments_are_named(tmp_path):
     write_calibration(tmp_path / "m", {"a": torch.eye(64)[None]}, {"a": "a"}, {"model": "other"})
-    with pytest.raises(UserError, match="m: no calibration statistics for 'model.layers.3.*other"):
+    with pytest.raises(
+        UserError, match="m: has no calibration statistics for 'model.layers.3.*other"
+    ):
         two_layers("4", load_roundings(Quantizer(method="gptq", moments=str(tmp_path / "m"))))
 
 

@@ -167,9 +167,9 @@ def test_poor_moments_are_damped_until_they_serve(kind):
     ("moments", "message"),
     [
         (torch.ones(64, 64), r"\[64, 64\].*\[blocks, B, B\]"),
-        (torch.ones(1, 32, 32), "32 inputs, the weight has 64"),
+        (torch.ones(1, 32, 32), "32 inputs, but the weight has 64"),
         (torch.full((1, 64, 64), float("nan")), "NaN"),
-        (torch.eye(32).repeat(2, 1, 1), "groups of 64.*blocks of 32"),
+        (torch.eye(32).repeat(2, 1, 1), "block size 32 .* group size 64"),
     ],
 )
 def test_moments_that_do_not_fit_are_refused(moments, message):

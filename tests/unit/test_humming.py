@@ -321,7 +321,7 @@ def test_what_to_install(monkeypatch):
     assert "needs cuda: pip" in humming_support.why_not_installed()
     monkeypatch.setattr(humming_support, "find_spec", lambda name: name)
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
-    assert "torch 2.11 and newer" in humming_support.why_not_installed()
+    assert "torch 2.11 or newer" in humming_support.why_not_installed()
 
 
 def test_the_extras_pin_what_this_was_written_for(repo_root):

@@ -80,7 +80,7 @@ def test_nothing_is_said_of_a_plain_checkpoint(folder):
     ("ending", "dtype", "what"),
     [
         ("weight_scale_inv", torch.float32, "scales by block"),
-        ("weight_scale", torch.float32, "scales that are not applied"),
+        ("weight_scale", torch.float32, "scales that llmpq cannot apply"),
         ("weight_scale_2", torch.float32, "NVFP4"),
         ("weight_packed", torch.int32, "compressed-tensors"),
         ("qweight", torch.int32, "GPTQ or AWQ"),
@@ -95,7 +95,7 @@ def test_nothing_is_said_of_a_plain_checkpoint(folder):
 def test_weights_that_are_quantized_without_a_word_are_named_by_format(folder, ending, dtype, what):
     folder.tensors[f"{UP}.{ending}"] = torch.ones(4).to(dtype)
     message = folder.refused()
-    assert f"{UP}.{ending}" in message and what in message and "what loads" in message
+    assert f"{UP}.{ending}" in message and what in message and "supported are" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.int8])
@@ -113,14 +113,14 @@ def test_float8_weights_with_scales_say_so(folder):
     folder.tensors[f"{UP}.weight"] = torch.ones(FFN, HIDDEN).to(torch.float8_e4m3fn)
     folder.tensors[f"{UP}.weight_scale"] = torch.ones(())
     message = folder.refused()
-    assert f"'{UP}.weight_scale' is of weights" in message and "(float8)" in message
+    assert f"'{UP}.weight_scale' belongs to weights" in message and "(float8)" in message
 
 
 def test_a_weight_beside_its_codes(folder):
     folder.config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     codes = {"qweight": (HIDDEN // 8, FFN), "qzeros": (1, FFN // 8), "scales": (1, FFN)}
     folder.tensors |= {f"{UP}.{part}": torch.zeros(s).int() for part, s in codes.items()}
-    assert f"'{UP}.weight' is there beside its codes" in folder.refused()
+    assert f"'{UP}.weight' is stored beside its codes" in folder.refused()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_weight_beside_its_codes(folder):
         ("base_model.model.", "merge"),
         ("model.language_model.", "text model alone"),
         ("_fsdp_wrapped_module.", "gather"),
-        ("inner.", "which this type of model has not"),
+        ("inner.", "which this type of model does not have"),
     ],
 )
 def test_names_with_a_prefix(folder, prefix, what):
@@ -142,7 +142,7 @@ def test_names_with_a_prefix(folder, prefix, what):
 
 def test_a_missing_tensor_is_no_prefix(folder):
     del folder.tensors[f"{UP}.weight"], folder.tensors["model.norm.weight"]
-    assert f"no tensor '{UP}.weight' (nor 1 more)" in folder.refused()
+    assert f"no tensor '{UP}.weight' (and 1 more are missing)" in folder.refused()
 
 
 def test_a_tensor_under_two_names(folder):
@@ -165,7 +165,7 @@ def test_a_tensor_of_another_shape(folder):
 @pytest.mark.parametrize("name", [f"{UP}.bias", "model.layers.0.self_attn.q_norm.weight", "extra"])
 def test_what_is_no_part_of_the_model_is_named(folder, name):
     folder.tensors[name] = torch.ones(FFN)
-    assert f"'{name}' is no part of this model" in folder.refused()
+    assert f"'{name}' is not part of this model" in folder.refused()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_layers_beyond_the_last_one(folder):
     assert "tensors of layer 2" in message and "num_hidden_layers" in message
     folder.config["num_nextn_predict_layers"] = 1
     [note] = folder.check()
-    assert "predict further tokens (MTP)" in note
+    assert "multi-token prediction (MTP)" in note
 
 
 def test_a_head_of_its_own_is_said(folder):
@@ -223,12 +223,12 @@ def test_files_beside_the_ones_that_are_read_are_said(folder):
     [
         ("adapter_model.safetensors", "LoRA adapter; merge"),
         ("gptq_model-4bit-128g.safetensors", "old GPTQ name"),
-        ("model-00001-of-00002.safetensors", "index model.safetensors.index.json is missing"),
+        ("model-00001-of-00002.safetensors", "but model.safetensors.index.json is missing"),
         ("model.fp16.safetensors", "variant; rename"),
         ("consolidated.safetensors", "own layout"),
         ("original/consolidated.safetensors", "own layout"),
         ("llama-Q4_K_M.gguf", "GGUF"),
-        ("weights.safetensors", "call it model.safetensors"),
+        ("weights.safetensors", "rename it to model.safetensors"),
     ],
 )
 def test_folders_with_something_else(folder, name, what):

@@ -307,7 +307,7 @@ def test_a_journal_of_the_first_version_is_taken_up(path):
     now = RUN | {"weights": {"a": "1"}}
     results = write(path, True, "r1", run=now, prompts={"r0": 1, "r1": 2})
     assert results.finished == {"r0", "r1"} and ids(path) == ["r0", "r1"]
-    assert any("prompts cannot be compared" in note for note in results.notes)
+    assert any("whose prompts are not recorded" in note for note in results.notes)
     with pytest.raises(UserError, match="of model tiny"):
         Results(path, True, "never", now | {"model": "large"})
 
@@ -315,7 +315,7 @@ def test_a_journal_of_the_first_version_is_taken_up(path):
 def test_results_without_a_checksum_of_their_prompt_are_told(path):
     write(path, False, "r0")
     results = write(path, True, "r1", prompts={"r0": 5, "r1": 6})
-    assert any("cannot be compared with the present ones: 1" in n for n in results.notes)
+    assert any("whose prompts are not recorded: 1" in n for n in results.notes)
     assert results.finished == {"r0", "r1"}
 
 
@@ -326,7 +326,7 @@ def test_results_that_no_prompt_asks_for_are_set_aside(path):
     results = write(path, True, "r2", prompts={"r0": 0, "r1": 1, "r2": 2})
     assert ids(path) == logged(path) == ["r0", "r1", "r2"]
     assert ids(path.with_name("out.jsonl.aside")) == ["stranger", "made up"]
-    assert any("no prompt has put into out.jsonl.aside: 2" in note for note in results.notes)
+    assert any("no prompt has, moved to out.jsonl.aside: 2" in note for note in results.notes)
     again = write(path, True, prompts={"r0": 0, "r1": 1, "r2": 2})
     assert not any("aside" in note for note in again.notes)
 
@@ -486,10 +486,10 @@ def test_results_in_openais_form_are_resumed_and_not_mixed(path):
     assert second["response"]["status_code"] == 500
     assert second["error"]["message"] == second["response"]["body"]["error"]["message"] == "odd"
     assert len({first["id"], second["id"]}) == 2
-    with pytest.raises(UserError, match="form openai, not of llmpq; give that --output-format"):
+    with pytest.raises(UserError, match="format openai, not of llmpq; give that --output-format"):
         Results(path, True, "never", RUN)
     Path(f"{path}.journal").unlink()
-    with pytest.raises(UserError, match="form openai, not of llmpq; give that --output-format"):
+    with pytest.raises(UserError, match="format openai, not of llmpq; give that --output-format"):
         Results(path, True, "never", RUN)
     resumed = write(path, True, "r1", writer=writer)
     assert resumed.finished == {"r0", "r1"}
@@ -521,7 +521,7 @@ def test_a_damaged_header_is_said_and_replaced(path):
     write(path, False, "r0")
     log = Path(f"{path}.journal")
     log.write_bytes(b"x" + log.read_bytes()[1:])
-    assert any("are not known" in note for note in write(path, True).notes)
+    assert any("are not recorded" in note for note in write(path, True).notes)
     assert write(path, True).notes == [] and logged(path) == ["r0"]
 
 
@@ -550,7 +550,7 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
         "file/out.jsonl": "file/out.jsonl: cannot be written",
         "loop": "loop: cannot be written",
         "": "is a directory|cannot be written",
-        "pipe": "is no regular file",
+        "pipe": "is not a regular file",
     }.items():
         with pytest.raises(UserError, match=message):
             Results(tmp_path / name, False, "never", RUN)

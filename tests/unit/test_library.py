@@ -129,7 +129,7 @@ def test_stages_give_the_texts_of_the_whole_model_every_time() -> None:
 def test_what_the_engine_refuses(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     engine = llmpq.Engine(plan_of(3))
-    with pytest.raises(UserError, match=r"prompt 1: .* \+ 8 new tokens are more than"):
+    with pytest.raises(UserError, match=r"prompt 1: .* \+ 8 new tokens exceed"):
         engine.generate(["Once", "word " * 600])
     with pytest.raises(UserError, match="prompt 0: 'max_new_tokens' must be a positive integer"):
         engine.generate(["Once"], new_tokens=0)

@@ -219,8 +219,8 @@ LLAMA_SHAPE = {
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "gpt2"}, "'gpt2' are laid out in a way llmpq does not know"),
-        ({"model_type": "fuyu"}, "'fuyu' is a model of text ('persimmon') and something else"),
+        ({"model_type": "gpt2"}, "'gpt2' have a layout that llmpq does not know"),
+        ({"model_type": "fuyu"}, "their text model is of another type ('persimmon')"),
         ({"model_type": "baichuan"}, "has no models of type 'baichuan'"),
         ({"model_type": "youtu", **MLA}, "models of type 'youtu' are not supported"),
         ({**LLAMA_SHAPE, "num_key_value_heads": 3}, "this 'llama' model is not supported"),

@@ -157,7 +157,7 @@ def test_full_configuration_counts_the_same(case: str) -> None:
 def test_models_of_text_and_images_are_refused() -> None:
     inner = {"model_type": "gemma3_text", **GEMMA}
     assert spec_from_config(inner | {"text_config": {}}, name="m") == spec_from_config(inner, "m")
-    with pytest.raises(UserError, match="c.json: 'gemma3' is a model of text and something else"):
+    with pytest.raises(UserError, match="c.json: 'gemma3' is a multimodal model"):
         spec_from_config({"model_type": "gemma3", "text_config": inner}, "m", "c.json")
 
 

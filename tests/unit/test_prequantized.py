@@ -472,19 +472,19 @@ def bad_group(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quant_method": "awq"}, "'awq' cannot be read; what loads is gptq"),
+        ({"quant_method": "awq"}, "'awq' cannot be read; supported are gptq"),
         ({"quant_method": "quanto"}, "'quanto' cannot be read"),
         ({"quant_method": None}, "None cannot be read"),
         ({"bits": 2}, "weights of 2 bits cannot be read"),
         ({"bits": None}, "weights of None bits cannot be read"),
-        ({"checkpoint_format": "marlin"}, "laid out for 'marlin' cannot be read"),
+        ({"checkpoint_format": "marlin"}, "in the layout 'marlin' cannot be read"),
         ({"quant_method": "compressed-tensors"}, "no 'config_groups'"),
         (bad_group(type="float"), "group_0: weights of type 'float' cannot be read"),
         (bad_group(num_bits=5), "weights of 5 bits cannot be read"),
         (bad_group(strategy="block"), "scales by 'block' cannot be read"),
         (bad_group() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights"),
         (bad_group() | {"transform_config": {"config_groups": {"u": {}}}}, "rotated"),
-        (packed_settings(["Linear"]), "group_0 has no 'weights' and 'targets'"),
+        (packed_settings(["Linear"]), "group_0: must have 'weights' and 'targets'"),
     ],
 )
 def test_settings_that_cannot_be_read(tmp_path, changes, message):

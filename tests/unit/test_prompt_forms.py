@@ -92,14 +92,14 @@ def test_marks_between_files_that_were_joined(tmp_path):
 def test_a_packed_file_that_is_not_whole(tmp_path, text, pack):
     path = tmp_path / "in.jsonl"
     path.write_bytes(pack(text.encode() * 9)[:-9])
-    with pytest.raises(UserError, match="packed, and not whole|not valid CSV|JSON array"):
+    with pytest.raises(UserError, match="compressed, but incomplete|not valid CSV|JSON array"):
         check(path)
 
 
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (b"\x28\xb5\x2f\xfd", "packed by zstd; unpack it first: zstd -d"),
+        (b"\x28\xb5\x2f\xfd", "compressed with zstd; decompress it first: zstd -d"),
         (b"PK\x03\x04", "zip archive or a workbook"),
         (b"\xd0\xcf\x11\xe0", "old Excel workbook"),
         (b"ARROW1\0\0", "Arrow file"),
@@ -127,7 +127,7 @@ def test_parquet_without_its_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = tmp_path / "in.parquet"
     path.write_bytes(b"PAR1" + b"\0" * 99)
-    with pytest.raises(UserError, match="Parquet file, which pyarrow reads .pip install pyarrow"):
+    with pytest.raises(UserError, match="Parquet file, which needs pyarrow .pip install pyarrow"):
         check(path)
 
 
@@ -181,11 +181,11 @@ def test_a_table_with_all_kinds_of_cells(tmp_path):
     ("text", "message"),
     [
         ("id,prompt\n1,a\n2,b,c\n3\n", "in.csv:3: has 3 cells.*\n.*in.csv:4: has 1 cells"),
-        ("id,prompt,max_tokens\n1,a,\n2,b,many\n", "in.csv:3: column 'max_tokens' holds no JSON"),
+        ("id,prompt,max_tokens\n1,a,\n2,b,many\n", "in.csv:3: column 'max_tokens' is not valid"),
         ("id,prompt,max_tokens\n1,a,2.5\n", "in.csv:2: 'max_tokens' must be a positive integer"),
-        ('id,prompt\n1,"a\nb"\n1,c\n', "in.csv:4: id '1' was used on line 2"),
+        ('id,prompt\n1,"a\nb"\n1,c\n', "in.csv:4: id '1' was already used on line 2"),
         ('id,prompt\n1,"a\n', "in.csv:.: not valid CSV"),
-        ("id,prompt,ID\n1,a,2\n", "in.csv:1: the column 'id' is there twice"),
+        ("id,prompt,ID\n1,a,2\n", "in.csv:1: the column 'id' occurs twice"),
         ("id,words\n1,a\n", "in.csv:1: has no column 'prompt' or 'text'; its first line is 'id,w"),
         ("id,prompt\n", "holds no prompts"),
         ("", "in.csv:1: has no column"),
@@ -212,7 +212,7 @@ def test_a_cell_may_be_long_and_the_process_keeps_its_limit(tmp_path):
     path = tmp_path / "in.csv"
     path.write_text("id,prompt\n1," + "x" * 200_000 + "\n")
     assert check(path, limits=LONG).refused == {
-        0: "200000 prompt + 4 new tokens are more than the 4096 positions of the model"
+        0: "200000 prompt + 4 new tokens exceed the 4096 positions of the model"
     }
     assert csv.field_size_limit() == before
 
@@ -238,14 +238,14 @@ def test_an_array_is_read_in_pieces(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"id": 1, "prompt": "a"},\n{"id": 1, "prompt": "b"}]', "in.json:2: id 1 was used on li"),
-        ('[{"id": 1, "prompt": "a"},\n\n 5]', "in.json:3: a request is a text or an object"),
+        ('[{"id": 1, "prompt": "a"},\n{"id": 1, "prompt": "b"}]', "in.json:2: id 1 was already"),
+        ('[{"id": 1, "prompt": "a"},\n\n 5]', "in.json:3: a request must be a string or an object"),
         ('["a",\n{"prompt": "b"\n"id": 3}]', "in.json:3: not a valid JSON array: Expecting ','"),
         ('["a",\n"b"', "in.json:2: not a valid JSON array: expected ',' or ']', found the end"),
-        ('["a"]\n["b"]', "in.json:2: something follows the end of the array"),
-        ('["a",\n{"prompt": "b",\n"prompt": "c"}]', "in.json:2: .*'prompt' is there twice"),
-        ('["a", {"id": 4, "prompt": "b"}]', "in.json:1: has an 'id', which the first row has not"),
-        ('[{"id": 4, "prompt": "b"}, "a"]', "in.json:1: 'id' must be a text or an integer"),
+        ('["a"]\n["b"]', "in.json:2: there is more text after the end of the array"),
+        ('["a",\n{"prompt": "b",\n"prompt": "c"}]', "in.json:2: .*'prompt' occurs twice"),
+        ('["a", {"id": 4, "prompt": "b"}]', "1: has an 'id', which the first row does not have"),
+        ('[{"id": 4, "prompt": "b"}, "a"]', "in.json:1: 'id' must be a string or an integer"),
         ("[" * 100_000, "in.json:1: "),
     ],
 )
@@ -286,7 +286,7 @@ def test_lines_of_openais_batch_files(tmp_path):
     assert [r.prompt for r in requests[3:]] == [(5, 6), tuple(b"one"), (7,)]
     *drawn, models = found.notes
     assert (
-        models == f"{found.path}: lines name a model, but the plan's model answers: 'm' (6 lines)"
+        models == f"{found.path}: lines name a model, but the plan's model is used: 'm' (6 lines)"
     )
     assert "with sampling settings of their own: 1;" in drawn[0] and len(drawn) == 1
     assert found.drawn == {1: {"temperature": 0.0}}
@@ -296,8 +296,8 @@ def test_lines_of_openais_batch_files(tmp_path):
     ("line", "reason"),
     [
         (batch(url="/v1/embeddings", prompt="a"), "only /v1/chat/completions and /v1/completions"),
-        (batch(url="/v1/completions", messages=[USER]), "does not go with 'messages'"),
-        (batch(prompt="a"), "does not go with 'prompt'"),
+        (batch(url="/v1/completions", messages=[USER]), "does not take 'messages'"),
+        (batch(prompt="a"), "does not take 'prompt'"),
         (batch(url="/v1/completions", prompt=["a", "b"]), "2 prompts in one request"),
         (batch(messages=[{"role": "odd", "content": "a"}]), "template fails .ValueError: no such"),
         (batch(messages=[USER], n=2), "'n' 2 is not supported (only 1)"),
@@ -313,14 +313,14 @@ def test_lines_of_openais_batch_files(tmp_path):
         (batch(messages=[USER], temperature=math.nan), "'temperature' must be a number from 0"),
         (batch(messages=[USER], top_p=0), "'top_p' must be a number above 0, up to 1, found 0"),
         (batch(messages=[USER], top_k=2.5), "'top_k' must be an integer from 1"),
-        (batch(messages=[USER], seed=2**64), "'seed' must be an integer of 64 bits"),
-        (batch(messages=[USER], stop=["a", 5]), "'stop' must be a text or a list of texts"),
+        (batch(messages=[USER], seed=2**64), "'seed' must be a 64-bit integer"),
+        (batch(messages=[USER], stop=["a", 5]), "'stop' must be a string or a list of strings"),
         (
             batch(messages=[USER], stop="x" * 1001),
-            "'stop' may hold at most 16 texts, of at most 1000",
+            "'stop' may hold at most 16 strings, of at most 1000",
         ),
         (batch(messages=[USER]) | {"method": "GET"}, "method 'GET': only POST"),
-        (batch(messages=[USER], max_tokens=9999), "9999 new tokens are more than the 4096 positi"),
+        (batch(messages=[USER], max_tokens=9999), "9999 new tokens exceed the 4096 positi"),
     ],
 )
 def test_a_request_that_cannot_be_done_fails_alone(tmp_path, line, reason):
@@ -338,7 +338,7 @@ def test_parts_that_are_no_text_fail_alone(tmp_path, kind):
     lines = [{"id": i, "messages": [{"role": "user", "content": c}]} for i, c in enumerate([parts])]
     found = of_lines(tmp_path, *lines, {"id": "b", "prompt": "x"})
     assert found.refused == {
-        0: f"a message has a part of type '{kind}'; this model reads text alone"
+        0: f"a message has a part of type '{kind}'; this model reads only text"
     }
 
 
@@ -373,14 +373,14 @@ def test_calls_of_tools(tmp_path):
     )
     assert list(blind.refused) == [0, 1]
     assert (
-        "calls a tool"
+        "support tool calls"
         in of_lines(
             tmp_path, {"id": 1, "messages": messages}, tokenizer=NoTools(), limits=LONG
         ).refused[0]
     )
-    assert "'tools', which the model's chat template does not know" in blind.refused[1]
+    assert "the model's chat template does not support 'tools'" in blind.refused[1]
     function["arguments"] = "{"
-    assert "are no JSON" in of_lines(tmp_path, line, limits=LONG).refused[0]
+    assert "are not valid JSON" in of_lines(tmp_path, line, limits=LONG).refused[0]
 
 
 def test_a_file_may_have_lines_of_both_forms(tmp_path):
@@ -425,7 +425,7 @@ def test_every_name_for_the_number_of_new_tokens(tmp_path):
 def test_what_is_too_long_fails_alone_is_cut_or_refuses_the_file(tmp_path):
     lines = [{"id": "long", "prompt": "x" * 61}, {"id": "b", "prompt": "y"}]
     alone = of_lines(tmp_path, *lines)
-    reason = "61 prompt + 4 new tokens are more than the 64 positions of the model"
+    reason = "61 prompt + 4 new tokens exceed the 64 positions of the model"
     assert alone.refused == {0: reason} and alone.lengths == [(0, 0), (1, 4)]
     assert len(alone.request(0).prompt) == 61  # for the count in its line
 
@@ -445,8 +445,7 @@ def test_the_plans_cache_is_a_limit_too(tmp_path):
     lines = [{"id": "long", "prompt": "x" * 30}, {"id": "b", "prompt": "y"}]
     limits = Limits(4, 64, 300, cache_tokens=20, too_long="error")
     assert of_lines(tmp_path, *lines, limits=limits).refused == {
-        0: "30 prompt + 4 new tokens are more than the 20 tokens of cache that the plan reserves "
-        "in all"
+        0: "30 prompt + 4 new tokens exceed the 20 tokens of KV cache that the plan reserves in all"
     }
     limits = Limits(4, 64, 300, cache_tokens=20, too_long="truncate")
     assert texts(of_lines(tmp_path, *lines, limits=limits))[0] == ("long", "x" * 16, 4)
@@ -522,5 +521,5 @@ def test_a_resumed_run_notices_other_settings(tmp_path, setting):
 
 
 def test_half_a_character_to_stop_at_refuses_the_file(tmp_path):
-    with pytest.raises(UserError, match="in.jsonl:1: 'stop' holds half a character"):
+    with pytest.raises(UserError, match="in.jsonl:1: 'stop' contains a lone surrogate"):
         of_lines(tmp_path, {"id": 1, "prompt": "a", "stop": ["\ud800"]})
