@@ -9,6 +9,7 @@ go together (`plan_options`).
 """
 
 import itertools
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -98,7 +99,8 @@ def show_frontier(options: PlanOptions) -> None:
     print_frontier(out, points)
     show_notes(options, [*notes, f"quality: {problem.quality.source}"])
     write_value(options, "frontier", {"points": [_frontier_row(point) for point in points]})
-    stem = options.output or Path(f"{problem.cluster.name}.json")
+    name = re.sub(r"[^\w-]+", "-", problem.cluster.name)  # which may hold slashes and dots
+    stem = options.output or Path(f"{name}.json")
     picture = stem.with_suffix(".frontier.png")
     title = f"{problem.spec.name} on {problem.cluster.name}, {problem.workload.name}"
     save_frontier(picture, points, title)

@@ -198,7 +198,7 @@ def bottleneck(predicted: Predicted, key: str) -> int:
 
 
 def _title(plan: Plan) -> Text:
-    rest = f" on {plan.cluster.name}, {plan.workload.name}: {plan.method}"
+    rest = f" on {plan.cluster.name}, workload {plan.workload.name}, method {plan.method}"
     return styled((plan.model.name, "bold"), rest)
 
 
@@ -369,7 +369,7 @@ def _bound(predicted: Predicted) -> str:
         return "no lower bound"
     model = ""
     if predicted.closed_form_s is not None:
-        off = 100 * (predicted.closed_form_s / predicted.total_s - 1)
+        off = round(100 * (predicted.closed_form_s / predicted.total_s - 1), 1) + 0.0  # no "-0.0"
         scale = predicted.closed_form_scale
         scaled = f", scaled by {scale:.2f} to simulated runs of such plans," if scale else ","
         model = f" by the closed form{scaled} which is {off:+.1f} % off the simulation of this plan"

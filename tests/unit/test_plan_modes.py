@@ -58,6 +58,18 @@ def test_what_would_change_a_plan_is_shown_unless_told_not_to(files: Path) -> No
     assert "one more d0 on box" not in run(files, "--no-what-if").output
 
 
+def test_a_clusters_name_leads_no_picture_elsewhere(files: Path, monkeypatch: Any) -> None:
+    """Without -o the picture lies in the working folder, whatever the name holds."""
+    (files / "in").mkdir()
+    monkeypatch.chdir(files / "in")
+    data = json.loads((files / "cluster.yaml").read_text()) | {"name": "../a/b.c"}
+    (files / "cluster.yaml").write_text(json.dumps(data))
+    result = run(files, "--frontier")
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in (files / "in").iterdir()] == ["-a-b-c.frontier.png"]
+    assert not (files / "a").exists()
+
+
 def test_the_frontier_is_a_table_a_picture_and_values(files: Path) -> None:
     (files / "cluster.yaml").write_text(json.dumps(cluster_data(0.42, 0.34)))
     output, values = files / "out.json", files / "frontier.json"

@@ -68,7 +68,7 @@ def test_lanes_too_short_for_the_workload_become_longer_ones_of_no_more_tokens()
     """As in a run whose requests are longer than foreseen."""
     found = reserve_of(edited(lanes=[{"rows": 4, "tokens": 7}]))  # requests take 12
     assert found.longest == 12 and found.tokens <= 4 * 7
-    with pytest.raises(UserError, match="needs 12 tokens of KV cache, but the plan reserves 8 in all"):
+    with pytest.raises(UserError, match="needs 12 tokens of KV cache, but the plan reserves 8"):
         reserve_of(edited(lanes=[{"rows": 4, "tokens": 2}]))
 
 
