@@ -27,6 +27,14 @@ import numpy as np
 
 from llmpq.costs.job_counts import JobCounts
 
+# The chain of bursts, by the names of `Costs`: what all resources add to it, what only the slowest
+# one does, and what all of them add where that is longer than the slowest one's `pace`.
+ADDED = ("bursts", "step")
+SLOWEST = ("others", "pace")
+LOOP = "loop"
+# The chain that stays with one resource.
+STAYING = "busy"
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -125,12 +133,13 @@ def run_s(stage: Costs, link: Costs) -> np.ndarray:
     Linear in costs and maxima, so that the ILPs of `planner.counts` and `planner.pool_bounds` hold
     the same chains as rows.
     """
-    bursts = (stage.bursts + link.bursts).sum(axis=0)
-    step = (stage.step + link.step).sum(axis=0)
-    loop = (stage.loop + link.loop).sum(axis=0)
-    others = np.maximum(stage.others, link.others).max(axis=0)
-    pace = np.maximum(stage.pace, link.pace).max(axis=0)
-    passing = bursts + others + np.maximum(loop, pace) + step
+
+    def added(name: str) -> np.ndarray:
+        return np.asarray((getattr(stage, name) + getattr(link, name)).sum(axis=0))
+
+    others, pace = (np.maximum(getattr(stage, n), getattr(link, n)).max(axis=0) for n in SLOWEST)
+    bursts, step = map(added, ADDED)
+    passing = bursts + others + np.maximum(added(LOOP), pace) + step
     return np.maximum(passing, _without_pause(stage, link).max(axis=0))
 
 

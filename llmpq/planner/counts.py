@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from llmpq.costs.timeline import ADDED, LOOP, SLOWEST
 from llmpq.planner.instance import Instance, LayerGroups
 from llmpq.planner.problem import OVER
 from llmpq.planner.solver import LinearProgram
@@ -219,19 +220,19 @@ def _slowest(rows: Rows, columns: Columns, instance: Instance, scale: float) -> 
     """R and S are at least every stage's, S at least the loop; those of links are bounds."""
     layer, fixed, link = instance.layer, instance.fixed, instance.link
     for j in range(instance.num_stages):
-        for column, name in ((columns.R, "others"), (columns.S, "pace")):
+        for column, name in zip((columns.R, columns.S), SLOWEST, strict=True):
             held = columns.c[j], -finite(getattr(layer, name)[j]) / scale
             rows.add(getattr(fixed, name)[j] / scale, math.inf, (column, 1.0), held)
-    loop = (fixed.loop.sum() + link.loop.sum()) / scale
-    held = columns.c, -finite(layer.loop) / scale
+    loop = (getattr(fixed, LOOP).sum() + getattr(link, LOOP).sum()) / scale
+    held = columns.c, -finite(getattr(layer, LOOP)) / scale
     rows.add(loop, math.inf, (columns.S, 1.0), held)
 
 
 def _passing(rows: Rows, columns: Columns, instance: Instance, scale: float) -> None:
     """Bursts that pass all resources, and between them the slowest one or the loop."""
     layer, fixed, link = instance.layer, instance.fixed, instance.link
-    constant = (fixed.bursts + fixed.step + link.bursts + link.step).sum() / scale
-    held = columns.c, -finite(layer.bursts + layer.step) / scale
+    constant = float(sum((getattr(fixed, n) + getattr(link, n)).sum() for n in ADDED)) / scale
+    held = columns.c, -finite(np.sum([getattr(layer, name) for name in ADDED], axis=0)) / scale
     rows.add(constant, math.inf, (columns.T, 1.0), (columns.R, -1.0), (columns.S, -1.0), held)
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from llmpq.costs.memory import is_packed
-from llmpq.costs.timeline import Costs, combined
+from llmpq.costs.timeline import SLOWEST, STAYING, Costs, combined
 from llmpq.planner.counts import finite
 from llmpq.planner.instance import (
     LayerGroups,
@@ -102,7 +102,7 @@ class _Kinds:
             each, beside = getattr(self.layer, name).min(axis=-1), getattr(self.fixed, name)
             return WholeStages(each.reshape(flat), beside.reshape(flat), held, self.num_layers)
 
-        return {name: of(name) for name in ("others", "pace", "busy")}
+        return {name: of(name) for name in (*SLOWEST, STAYING)}
 
 
 def make_pool(problem: Problem, subset: DeviceSubset, sizes: Sizes) -> Pool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmpq.costs.timeline import Costs
+from llmpq.costs.timeline import ADDED, LOOP, SLOWEST, STAYING, Costs
 from llmpq.planner.counts import Rows, Term, add_transport
 from llmpq.planner.pool import Pool
 from llmpq.planner.solver import LinearProgram, Solver
@@ -157,11 +157,11 @@ class _PoolProgram:
     def build(self) -> LinearProgram:
         """The LP; its rows come in the order that `prices` reads."""
         pool, rows, inf = self.pool, self.rows, math.inf
-        for column, name in ((self.R, "others"), (self.S, "pace"), (self.T, "busy")):
+        for column, name in zip((self.R, self.S, self.T), (*SLOWEST, STAYING), strict=True):
             self._slowest(int(column), name)
-        self._summed((int(self.S), 1.0), names=("loop",))
+        self._summed((int(self.S), 1.0), names=(LOOP,))
         run = (int(self.T), 1.0), (int(self.R), -1.0), (int(self.S), -1.0)
-        self._summed(*run, names=("bursts", "step"))
+        self._summed(*run, names=ADDED)
         for k, many in enumerate(pool.many):
             unit = max(self.capacity[k] * many, 1.0)
             ends = [
