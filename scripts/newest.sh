@@ -6,7 +6,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 venv="$root/.venv-newest"
-tests=(silence nouns artifact costs devices_library exact heuristic planner plan_modes report search
+tests=(nouns artifact costs devices_library exact heuristic planner plan_modes report search
        simulate_trace what_if sizes job_counts timeline)
 
 "$python" -m venv "$venv"
@@ -17,4 +17,4 @@ tests=(silence nouns artifact costs devices_library exact heuristic planner plan
 cd "$root"
 # shellcheck disable=SC2086
 exec "$venv/bin/python" -m pytest -q -p no:cacheprovider ${PYTEST_ARGS:-} \
-    $(printf "tests/unit/test_%s.py " "${tests[@]}")
+    tests/processes/test_{silence,planner_processes}.py $(printf "tests/unit/test_%s.py " "${tests[@]}")

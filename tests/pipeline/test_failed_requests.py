@@ -231,7 +231,7 @@ def test_openais_lines_get_openais_output(job):
     assert body["usage"]["completion_tokens"] == 2
     assert second["response"]["status_code"] == 400 and "image_url" in second["error"]["message"]
     other = job.run("--resume", "--output-format", "llmpq")
-    assert other.exit_code == 2 and "form openai, not of llmpq" in other.stderr
+    assert other.exit_code == 2 and "format openai, not of llmpq" in other.stderr
     assert job.run("--resume").exit_code == 5
     assert job.run("--output-format", "llmpq").exit_code == 5
     assert set(job.lines()) == {"r0", "r1"}

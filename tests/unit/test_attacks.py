@@ -7,8 +7,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -48,7 +46,6 @@ from llmpq.reliability.monitor import (
     Board,
     Verdict,
     WorkerIdentity,
-    process_state,
 )
 from llmpq.render.console import PlainConsole
 from llmpq.render.plan_report import styled
@@ -578,20 +575,6 @@ def test_what_workers_tell_is_read_as_it_was(monkeypatch):
     assert board.verdict() == Verdict((0, 1), "was lost", True, True)
 
 
-@pytest.mark.parametrize(("rank", "port"), [("0", "29500"), ("1", "29501")])
-def test_a_process_that_is_no_worker_of_this_run_is_not_ended(monkeypatch, rank, port):
-    """Whatever the store says of it: anyone could name any process there."""
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    variables = os.environ | {"RANK": rank, "MASTER_PORT": port}
-    command = [sys.executable, "-c", "input()"]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables)
-    machine = WorkerIdentity.here(0, "me").machine
-    WorkerIdentity(1, "a", "here", child.pid, machine, process_state(child.pid)[1]).kill()
-    assert child.poll() is None
-    child.communicate(b"\n", timeout=30)
-    assert child.returncode == 0
-
-
 def test_a_parent_whose_store_breaks_says_so(monkeypatch):
     """As it does when others write what is no number where a beat should be."""
 
@@ -648,18 +631,3 @@ def test_there_is_one_way_to_print():
     }
     marked = [c for _, c in calls("print", "TextColumn") for k in c.keywords if k.arg == "markup"]
     assert all(ast.unparse(call).endswith("markup=False)") for call in marked)
-
-
-def test_a_second_signal_shows_no_traceback() -> None:
-    """People press Ctrl-C again while the first one is still being dealt with."""
-    text = (
-        "import os, signal, time\n"
-        "from llmpq.reliability.ending import ended_by_signals\n"
-        "with ended_by_signals('again', look=lambda: os.kill(os.getpid(), signal.SIGINT)):\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    while True: time.sleep(0.05)\n"
-    )
-    command = [sys.executable, "-c", text]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 130
-    assert done.stderr.splitlines()[0].startswith("error: interrupted by SIGINT")

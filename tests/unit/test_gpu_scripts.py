@@ -4,8 +4,6 @@ Every number here is made up. Nothing of it was measured on a card.
 """
 
 import json
-import os
-import subprocess
 import sys
 import textwrap
 import time
@@ -360,27 +358,3 @@ def test_a_folder_without_a_run_is_told(tmp_path, monkeypatch, capsys):
 
 
 # ---- all of it
-
-
-@pytest.mark.slow
-def test_steps_run_on_a_cpu_from_the_shell(tmp_path):
-    """What of the steps is quick, from kernels to predictions; the numbers are of this CPU."""
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    names = ["kernels", "serving", "predictions"]
-    out = tmp_path / "out"
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "gpu.sh"), *names],
-        env=os.environ | {"DEVICE": "cpu", "OUT": str(out), "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        timeout=560,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "NO CARD IS MEASURED" in done.stdout
-    report = gpu_report.gather(out)
-    kinds = {row["kind"] for name in names for row in report[name]}
-    assert kinds == {"linear", "serving", "transformers", "prediction"}
-    assert {step["code"] for step in report["steps"].values()} == {0}
-    assert {row["precision"] for row in report["predictions"]} == {"16", "8", "4", "3"}
-    assert all(row["tokens_per_s"] > 0 for row in report["serving"])

@@ -10,7 +10,6 @@ too; a third-party library that is marked lazy may be imported there and nowhere
 """
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,8 +137,6 @@ MORE_THIRD_PARTY = {
 }
 # Modules that may import only these of another part.
 ONLY = {("llmpq.run.__main__", "cli"): _names("llmpq.cli.run")}
-# Commands that must start without torch.
-LIGHT_COMMANDS = ["main", "plan", "profile", "run", "eval", "export", "common"]
 
 
 @dataclass(frozen=True)
@@ -322,16 +319,6 @@ def test_no_import_cycles() -> None:
 def test_habits() -> None:
     faults = [fault for path in modules().values() for fault in habit_faults(path)]
     assert not faults, "\n" + "\n".join(faults)
-
-
-def test_commands_start_without_torch() -> None:
-    present = [f"llmpq.cli.{name}" for name in LIGHT_COMMANDS if f"llmpq.cli.{name}" in modules()]
-    heavy = ["torch", "transformers", "pandas", "scipy", "sklearn"]
-    code = f"import sys, {', '.join(present)}\nprint(*[m for m in {heavy} if m in sys.modules])"
-    answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert answer.stdout.split() == [], "importing the commands imports these"
 
 
 def test_the_checks_see_faults(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """llmpq from Python: the examples run, what is lazy stays so, and every fault is one message."""
 
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -54,19 +52,6 @@ def test_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(path))
     said = capsys.readouterr().out
     assert ("tokens/s" if name == "plan" else "there was a little girl") in said
-
-
-def test_only_the_engine_imports_torch() -> None:
-    code = (
-        "import sys, llmpq\n"
-        "print([m for m in ('pydantic', 'torch', 'numpy') if m in sys.modules])\n"
-        f"cluster, work = llmpq.load_cluster('{CLUSTER}'), "
-        "llmpq.load_workload('configs/workloads/quickstart.yaml')\n"
-        "llmpq.simulate(llmpq.plan(llmpq.load_model(), cluster, work, time_limit_s=1))\n"
-        "print('torch' in sys.modules, callable(llmpq.plan))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:2] == ["[]", "False True"]
 
 
 def test_what_is_offered() -> None:

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -28,7 +26,6 @@ from llmpq.reliability.monitor import (
     Monitor,
     Verdict,
     WorkerIdentity,
-    process_state,
     verdict_on,
 )
 from llmpq.runtime.process import (
@@ -79,26 +76,6 @@ def test_time_in_which_nobody_looks_does_not_count():
 
 
 # ---- processes
-
-
-def test_the_state_of_processes(monkeypatch):
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    monkeypatch.setenv("RANK", "1")  # the child's, as a worker's of this run
-    state, started = process_state(os.getpid())
-    assert state == "R" and started > 0
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    who = WorkerIdentity(
-        1, "a", "here", child.pid, WorkerIdentity.here(0, "me").machine, process_state(child.pid)[1]
-    )
-    assert not who.is_gone
-    elsewhere = WorkerIdentity(1, "a", "there", child.pid, "another machine", who.started)
-    successor = WorkerIdentity(1, "a", "here", child.pid, who.machine, who.started - 1)
-    elsewhere.kill()
-    successor.kill()  # of the same id, but another process
-    assert child.poll() is None
-    who.kill()
-    assert child.wait(10) == -signal.SIGKILL
-    assert who.is_gone and successor.is_gone and not elsewhere.is_gone
 
 
 # ---- monitors
@@ -156,24 +133,6 @@ def test_one_that_falls_silent_is_named_by_the_others(fast):
     assert told == (
         "worker 1 (t4-16g on node0, host box, pid 4711) was lost: no sign of life for 6 s; go on"
     )
-
-
-def test_a_process_that_ends_is_missed_before_it_is_silent_for_long(fast):
-    crew = Crew(2)
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    machine, started = WorkerIdentity.here(0, "").machine, process_state(child.pid)[1]
-    if not machine:
-        pytest.skip("processes cannot be seen here")
-    crew.board.join(WorkerIdentity(1, "b", "box", child.pid, machine, started))
-    with crew.monitor(0) as monitor:
-        wait_until(lambda: crew.board.beat(1) or monitor._others)
-        monitor.look_now()
-        assert crew.ended == {}
-        child.kill()
-        child.wait()
-        crew.board.beat(1)  # so that silence is not the reason
-        monitor.look_now()
-        assert "was lost: its process has ended; go on" in crew.ended[0]
 
 
 def test_a_failure_is_told_to_the_others_with_its_cause(fast):
@@ -287,39 +246,6 @@ def test_a_failure_is_no_loss_unless_it_is_the_device():
 
 
 # ---- signals
-
-ENDED = """
-import ctypes
-from llmpq.reliability.ending import end_process, ended_by_signals
-with ended_by_signals("go on", look={look}):
-    print("ready", flush=True)
-    ctypes.CDLL(None).sleep(60)
-    ctypes.CDLL(None).sleep(60)  # a wait in C that goes on after a signal, as torch's do
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_process_whose_main_thread_is_blocked(number):
-    process = start(ENDED.format(look="list"))
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 128 + number
-    assert errors == f"error: interrupted by {number.name}; go on\n"
-
-
-def test_a_lost_worker_is_the_reason_where_one_is_known():
-    process = start(ENDED.format(look="lambda: end_process('worker 1 was lost')"))
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 4 and errors == "error: worker 1 was lost\n"
-
-
-def start(code: str) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "ready\n"
-    return process
 
 
 def test_a_parent_is_interrupted_once_and_gets_its_handlers_back():

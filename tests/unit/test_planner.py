@@ -4,8 +4,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,10 +17,8 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmpq.artifact import read_json, write_json
 from llmpq.cli.plan import main
 from llmpq.cluster import Cluster, DeviceGroup, Link
-from llmpq.costs.fits import chosen_models
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import prior_quality
 from llmpq.costs.timeline import Costs
@@ -690,39 +686,6 @@ def test_evaluate_needs_no_cluster_file_and_says_what_does_not_fit(files: Path) 
     smaller = ["--cluster", str(files / "cluster.yaml")]
     result = runner.invoke(main, ["--evaluate", str(output), *profiles, *smaller])
     assert result.exit_code == 3 and "the plan does not fit" in result.output
-
-
-def test_json_on_standard_output_is_alone_there(files: Path) -> None:
-    answer = subprocess.run(
-        [sys.executable, "-m", "llmpq.cli.plan", *command_line(files, "--json", "-")],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert Plan.model_validate_json(answer.stdout).predicted
-    assert "tokens/s" in answer.stderr
-
-
-def test_a_plan_imports_no_torch(files: Path) -> None:
-    """Nor what fits a profile's models, which the profile holds."""
-    path = files / "profiles" / "cpu.json"
-    profile = read_json(path, Profile)
-    write_json(path, profile.model_copy(update={"models": chosen_models(profile.rows)}))
-    heavy = ["torch", "transformers", "pandas", "sklearn"]
-    code = (
-        "import sys\nfrom llmpq.cli.plan import main\n"
-        f"main({command_line(files, '-q')!r}, standalone_mode=False)\n"
-        f"print([m for m in {heavy} if m in sys.modules])"
-    )
-    answer = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert answer.stdout.strip() == "[]"
 
 
 CLUSTER = json.dumps(cluster_data(0.5, 0.4))
