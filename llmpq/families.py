@@ -6,10 +6,9 @@ family. All other modules of llmpq ask the row and name no family. A model type 
 assumed to be laid out like LLaMA; its sizes are counted on transformers' own modules
 (`llmpq.evaluation.judge`).
 
-To add a family, write its row, and the cuts of its matrices in `CUTS` where their names are new.
-Tests compare the counts with transformers' own modules, and tokens of pipelines with those of the
-whole model. `python -m llmpq.models.count_families` then counts its activations, which
-assets/activations.json holds.
+CONTRIBUTING.md says how to add one. Tests compare the counts with transformers' own modules,
+and tokens of pipelines with those of the whole model. assets/activations.json holds the activations
+of the families with counts.
 
 Not covered: options of single models, which their settings give.
 """
@@ -190,7 +189,8 @@ class Family:
     `sizes`: the sizes of its configurations; None: counted on transformers' own modules.
     `is_tested`: tests show that its pipelines, and devices that share its layers, give the tokens
     of the whole model.
-    `variants`: settings that change the memory of a layer; the table of activations covers each.
+    `variants`: settings that change the memory of a layer, such as a window of attention that is
+    off by default; the table of activations covers each of them.
     `heads_fill_hidden`: the hidden size is heads times head size, which the table must respect.
     `per_head`: keyword arguments of a layer with values for each head, `[B * heads, ...]`, which
     are cut for devices that share the layer.

@@ -1,5 +1,6 @@
 """Chooses the rounding of each weight of a checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -9,7 +10,7 @@ from llmpq.checkpoint.calibration_file import CalibrationFile, sha256_of
 from llmpq.errors import UserError
 from llmpq.quant.gptq import NEAREST_BITS, ROWS, Gptq
 from llmpq.quant.rounding import Rounding, quantize, quantize_mse
-from llmpq.quantizer import Quantizer
+from llmpq.quantizer import Method, Quantizer
 
 
 class Roundings(Protocol):
@@ -83,6 +84,8 @@ class _Late:
 
 
 NEAREST: Roundings = Always(quantize)
+# The rounding of each method that takes no calibration statistics.
+BY_METHOD: Mapping[Method, Rounding] = {"rtn": quantize, "mse": quantize_mse}
 
 
 def load_roundings(
@@ -99,7 +102,7 @@ def load_roundings(
             raise UserError(
                 f"{override}: rounding by '{quantizer.method}' takes no calibration statistics"
             )
-        return Always(quantize_mse if quantizer.method == "mse" else quantize)
+        return Always(BY_METHOD[quantizer.method])
     path = override or _find(quantizer.moments, base)
     file = CalibrationFile(path)
     if quantizer.sha256 and sha256_of(path) != quantizer.sha256:

@@ -122,13 +122,18 @@ def hand_made_plan(
     )
 
 
-def build(family: str) -> torch.nn.Module:
-    """transformers' model of a family with random weights, spread enough to tell tokens apart."""
+def config_of(family: str) -> transformers.PretrainedConfig:
+    """transformers' configuration of a family."""
     prefix, sizes = FAMILIES[family]
     text = "Text" if prefix == "Gemma3" else ""
-    config = getattr(transformers, f"{prefix}{text}Config")(**sizes)
+    return getattr(transformers, f"{prefix}{text}Config")(**sizes)
+
+
+def build(family: str) -> torch.nn.Module:
+    """transformers' model of a family with random weights, spread enough to tell tokens apart."""
+    config = config_of(family)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

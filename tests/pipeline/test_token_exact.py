@@ -6,8 +6,9 @@ batches are kept together (`refill` off), and the tokens of other cuts are the s
 
 import pytest
 import torch
-from families import CPU, FAMILIES, MAX_NEW, generate_locally
+from families import CPU, FAMILIES, MAX_NEW, config_of, generate_locally
 
+from llmpq.families import TESTED
 from llmpq.plan_data import Plan
 from llmpq.quant import available_precisions
 from llmpq.runtime.sampler import Sampling
@@ -21,6 +22,10 @@ MICRO_BATCHES = [
 ]
 TOGETHER = {"refill": False}
 every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def test_every_family_that_is_called_tested_is_tested_here():
+    assert {config_of(family).model_type for family in FAMILIES} == TESTED
 
 
 @every_family

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import weakref
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from llmpq.checkpoint import roundings
 from llmpq.checkpoint.calibration_file import CalibrationFile, sha256_of, write_calibration
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.checkpoint.loader import load_stage
-from llmpq.checkpoint.roundings import GptqRoundings, load_roundings
+from llmpq.checkpoint.roundings import BY_METHOD, GptqRoundings, load_roundings
 from llmpq.errors import UserError
 from llmpq.evaluation.calibration import CalibrationMeter, block_columns
 from llmpq.model_spec import ASSETS
@@ -21,7 +22,7 @@ from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.precision import group_size
 from llmpq.quant.gptq import Gptq
 from llmpq.quant.rounding import quantize, quantize_mse
-from llmpq.quantizer import Quantizer
+from llmpq.quantizer import Method, Quantizer
 
 CPU = torch.device("cpu")
 TINY_TALES = ASSETS / "tiny-tales"
@@ -242,6 +243,8 @@ def test_moments_of_another_size_are_named(tmp_path, meter):
 def test_quantizers_give_their_roundings():
     assert load_roundings(Quantizer()).of("x") is quantize
     assert load_roundings(Quantizer(method="mse")).of("x") is quantize_mse
+    assert {*BY_METHOD, "gptq"} == set(get_args(Method)), "every name has a rounding"
+    assert len(set(BY_METHOD.values())) == len(BY_METHOD), "of its own"
 
 
 def test_the_file_is_found_beside_the_plan_or_given(path, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from llmpq.machine import INT4_TILES, VNNI, Machine, cpu, host_cpu  # noqa: E402
 from llmpq.model_lookup import load_model_spec  # noqa: E402
 from llmpq.model_spec import ALL_HEADS, ASSETS, LinearShape, ModelSpec  # noqa: E402
 from llmpq.models import count  # noqa: E402
-from llmpq.models.count_families import WHOLE, count_family, families_text  # noqa: E402
+from llmpq.models.count_families import NAMED, WHOLE, count_family, families_text  # noqa: E402
 from llmpq.models.stage_model import LayerRange, StageModel, load_config  # noqa: E402
 from llmpq.quant import available_precisions, machine_here, make_linear  # noqa: E402
 from llmpq.quant.linear import TiledLinear  # noqa: E402
@@ -61,6 +61,7 @@ MLA = {
     "v_head_dim": 8,
 }
 UNLISTED = ("granite", "phi3")
+SIZED = {name: row for name, row in FAMILIES.items() if row.sizes}
 
 
 def folder_of(model_type: str, folder: Path, **changes: Any) -> Path:
@@ -121,15 +122,36 @@ def test_the_cpu_is_known(tmp_path: Path) -> None:
     assert host_cpu(tmp_path / "none") == cpu(())
 
 
-def test_the_table_that_ships_is_the_count() -> None:
-    """One family here; all of them by `python -m llmpq.models.count_families`."""
+def test_the_table_that_ships_has_every_family() -> None:
     table = json.loads((ASSETS / "activations.json").read_text())
-    rows = {name: row for name, row in FAMILIES.items() if row.sizes}
-    names = {f"{name}{rest}" for name in rows for rest in ("", f", {ALL_HEADS}")}
-    filled = {f"{name}, {ALL_HEADS}" for name, row in rows.items() if row.heads_fill_hidden}
+    names = {f"{name}{rest}" for name in SIZED for rest in ("", f", {ALL_HEADS}")}
+    filled = {f"{name}, {ALL_HEADS}" for name, row in SIZED.items() if row.heads_fill_hidden}
     assert set(table) == names - filled
-    counted = json.loads(families_text({"bloom": count_family("bloom", WHOLE)}))
-    assert counted["bloom"] == table["bloom"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SIZED)
+def test_the_table_that_ships_is_the_count(family: str) -> None:
+    """With grouped key-value heads; all of it by `python -m llmpq.models.count_families`."""
+    table = json.loads((ASSETS / "activations.json").read_text())
+    sizes = WHOLE if SIZED[family].heads_fill_hidden else NAMED
+    counted = json.loads(families_text({family: count_family(family, sizes)}))
+    assert counted[family] == table[family]
+
+
+@pytest.mark.parametrize("family", SIZED)
+def test_a_familys_variants_have_its_window(family: str) -> None:
+    """Attention within a window needs a mask of its own, which the table must count."""
+    configs = [AutoConfig.for_model(family, **variant) for variant in SIZED[family].variants]
+    if hasattr(configs[0], "sliding_window"):
+        assert any(map(has_window, configs)), "`variants` has no entry with a window"
+
+
+def has_window(config: Any) -> bool:
+    """Whether some layer attends to no more than the last tokens."""
+    if kinds := getattr(config, "layer_types", None):
+        return "sliding_attention" in kinds
+    return config.sliding_window is not None
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "opt"])

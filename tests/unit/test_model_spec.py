@@ -192,7 +192,7 @@ def weights_of(spec: ModelSpec, name: str) -> int:
 
 
 def test_it_is_known_how_to_cut_every_matrix_of_every_family() -> None:
-    assert {op.name for case in CASES for op in spec_of(case).linears} == set(CUTS)
+    assert {op.name for case in CASES for op in spec_of(case).linears} <= set(CUTS)
 
 
 @pytest.mark.parametrize("degree", [2, 4])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmpq import kernel_table, workspace
 from llmpq.precision import PRECISIONS, group_size
-from llmpq.quant import available_precisions, kernels, make_linear, quantize
+from llmpq.quant import available_precisions, kernels, machine_here, make_linear, quantize
 from llmpq.quant.linear import GroupedLinear, RowLinear, TiledLinear
 from llmpq.quant.packing import expand_nibbles, pack, squeeze_nibbles, unpack
 
@@ -276,6 +276,22 @@ def test_int8_kernel_is_never_given_rows_it_overruns():
         layer = filled("8", random_weight(8, in_features), torch.bfloat16)
         assert isinstance(layer, RowLinear)
         assert (layer.kernel(1) == kernel_table.INT8_READ) == suits
+
+
+def few_row_kernels():
+    """The kernels of the table that this CPU has for few rows."""
+    kernels_here = (k for k in kernel_table.TABLE if k.kind == "cpu" and k.max_rows is not None)
+    return [k for k in kernels_here if k.why_not_here(machine_here(CPU, torch.bfloat16)) is None]
+
+
+@pytest.mark.parametrize("kernel", few_row_kernels(), ids=lambda k: f"{k.name}, {k.precision}")
+def test_layers_call_the_kernels_of_the_table_for_few_rows(kernel, monkeypatch):
+    """They do not unpack the weight instead, which gives the same result, but slower."""
+    monkeypatch.delattr(kernels, "linear_by_chunks")
+    layer = filled(kernel.precision, random_weight(256, 704), torch.bfloat16)
+    assert layer.kernel(kernel.max_rows) == kernel.name
+    x = torch.randn(kernel.max_rows, 704).to(torch.bfloat16)
+    assert relative_error(layer(x), x.float() @ layer.dequantized_weight().float().t()) < 1e-2
 
 
 @needs_w8a8

@@ -12,6 +12,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from llmpq.checkpoint.checkpoint import Checkpoint, RandomWeights
 from llmpq.checkpoint.loader import load_stage
+from llmpq.checkpoint.roundings import BY_METHOD
 from llmpq.errors import UserError, WorkerError
 from llmpq.job import Job, LaneShape, Member
 from llmpq.model_lookup import spec_from_config
@@ -26,10 +27,8 @@ from llmpq.quant import (
     available_precisions,
     keep_codes,
     make_linear,
-    quantize,
 )
 from llmpq.quant.gptq import Gptq
-from llmpq.quant.rounding import quantize_mse
 from llmpq.runtime.shard_group import LocalShardHub
 
 sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
@@ -199,7 +198,7 @@ def moments_of(in_features):
     return (x.t() @ x / len(x))[None]
 
 
-@pytest.mark.parametrize("rounding", ["quantize", "mse", "gptq"])
+@pytest.mark.parametrize("rounding", [*BY_METHOD, "gptq"])
 @pytest.mark.parametrize("precision", ["8", "4", "3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def moments_of(in_features):
 def test_parts_have_the_codes_of_the_whole_matrix(dim, whole, count, dtype, precision, rounding):
     shape = (whole, 192) if dim == OUTPUTS else (192, whole)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    round_by = {"quantize": quantize, "mse": quantize_mse, "gptq": Gptq(moments_of(shape[1]))}
+    round_by = {**BY_METHOD, "gptq": Gptq(moments_of(shape[1]))}
     bias = torch.arange(shape[0]) / 7
     like = {"bias": True, "dtype": dtype, "device": CPU}
     one = make_linear(precision, shape[1], shape[0], **like)
