@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from test_sharding import (
     together,
 )
 
+UNIT_TESTS = Path(__file__).parents[1] / "unit"  # whose helpers the processes import
 PROCESS = """
 import json, os, sys
 sys.path[:0] = json.loads(sys.argv[1])
@@ -25,8 +27,6 @@ torch.set_num_threads(1)
 import test_sharding as t
 from llmpq.models.sharding import Shard
 from llmpq.runtime.shard_group import distributed_shard_group
-
-UNIT_TESTS = Path(__file__).parents[1] / "unit"  # whose helpers the processes import
 rank = int(sys.argv[4])
 dist.init_process_group("gloo", f"file://{sys.argv[3]}/meet", rank=rank, world_size=2)
 group = distributed_shard_group([[0, 1]], "gloo", t.CPU)
