@@ -16,7 +16,7 @@ def plan_of(model_type: str, *types: str) -> Plan:
 
 def test_a_plan_names_the_cards_that_force_float16():
     note = planned_overflow(plan_of("gemma3_text", "t4-16g", "a100-80g", "v100-32g"))
-    assert note is not None and note.startswith("t4-16g, v100-32g: without bfloat16")
+    assert note is not None and note.startswith("t4-16g, v100-32g lack bfloat16")
     assert "gemma3_text" in note and note.endswith("or plan without them")
 
 

@@ -181,7 +181,7 @@ def test_a_few_damaged_inputs_of_every_kind(kind, sound, tmp_path):
             "prompt_tokens.max: input should be less",
         ),
         ("eval config.json", '_layers": 8', '_layers": 9999999999', "the most that llmpq takes"),
-        ("plan workload.yaml", "new_tokens: 4", "new_tokens: 900", "900 new ones are more than"),
+        ("plan workload.yaml", "new_tokens: 4", "new_tokens: 900", "900 new ones exceeds"),
         ("plan workload.yaml", "batch: 4", "batch: 1000000000", "batch: input should be less"),
         ("run model/model.safetensors", '"BF16"', f'"{"x" * 5000}"', "not a readable safetensors"),
         ("run model/model.safetensors", '"BF16"', '"1"', "not a readable safetensors"),

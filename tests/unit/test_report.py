@@ -79,7 +79,7 @@ def test_the_report_names_stages_memory_and_times_in_plain_text(
     console: PlainConsole, plan: Plan
 ) -> None:
     text = report(console, plan)
-    for part in ("MiB", "#", "free", "prefill ms", "decode ms", "tokens/s", "generic", "optimal"):
+    for part in ("MiB", "#", "free", "prefill ms", "decode ms", "tokens/s", "a prior", "optimal"):
         assert part in text
     assert "[take] note" in text and "\x1b" not in text
 
