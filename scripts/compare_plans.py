@@ -71,8 +71,10 @@ def run(tree: Path, words: list[str], output: Path) -> dict[str, Any]:
 
 
 def price(plan: dict[str, Any]) -> dict[str, Any]:
-    """What is predicted of a plan, without what only its search knows."""
-    return {k: v for k, v in plan["predicted"].items() if k not in OF_THE_SEARCH}
+    """What is predicted of a plan, without what only its search knows, and words about sources."""
+    told = {k: v for k, v in plan["predicted"].items() if k not in OF_THE_SEARCH}
+    told["stages"] = [{k: v for k, v in one.items() if k != "provenance"} for one in told["stages"]]
+    return told
 
 
 def decisions(plan: dict[str, Any]) -> dict[str, Any]:
