@@ -117,8 +117,8 @@ class ChosenModel(Strict):
     """Which model of the times predicts unseen rows of this kind best, and how far off it was.
 
     Spares whoever reads the profile the choice and the fit. `precision` is "" where it does not
-    matter. A name that is not known is chosen anew; `parts` hold only for the rows that
-    `rows_sha256` is of (`rows_hash`), and are fitted anew for others. `errors`: relative, of each
+    matter. A name that is not known is chosen anew. The fit holds only for the rows and with the
+    values that `sha256` is of (`fit_hash`); else it is made anew. `errors`: relative, of each
     point as predicted without it, in ascending order of micro-batch and tokens; `beyond`: an octave
     outside the measured range, None where the rows cannot tell.
     """
@@ -131,7 +131,7 @@ class ChosenModel(Strict):
     parts: tuple[ModelPart, ...] = Field((), max_length=2)
     errors: tuple[float, ...] = ()
     beyond: float | None = Field(None, ge=0)
-    rows_sha256: str = ""
+    sha256: str = ""
 
 
 class Profile(Strict):
@@ -241,12 +241,13 @@ class Sensitivity(Strict):
         return {"16": [0.0] * self.num_layers} | complete
 
 
-def rows_hash(rows: Iterable[ProfileRow]) -> str:
-    """SHA-256 over what a fit sees of rows, whatever their order."""
+def fit_hash(rows: Iterable[ProfileRow], found: ChosenModel) -> str:
+    """SHA-256 over what a fit sees of rows, whatever their order, and over what it found."""
     seen = sorted(
         (row.micro_batch, row.tokens, row.time_ms, row.time_ms_p10, row.time_ms_p90) for row in rows
     )
-    return sha256(repr(seen).encode()).hexdigest()
+    fit = found.model_dump_json(exclude={"sha256"})
+    return sha256(f"{seen}\n{fit}".encode()).hexdigest()
 
 
 def load_profiles(folder: Path) -> list[Profile]:

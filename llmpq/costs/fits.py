@@ -44,7 +44,7 @@ from llmpq.costs.recipes import (
     pinned,
     points_of,
 )
-from llmpq.profile_data import Candidate, ChosenModel, ProfileRow, rows_hash
+from llmpq.profile_data import Candidate, ChosenModel, ProfileRow, fit_hash
 
 BEYOND = "beyond the profile"
 SOURCES = ("measured", "interpolated", "fitted", BEYOND, "spec sheet")  # the surest first
@@ -168,8 +168,8 @@ def fit_all(
 def _restored(
     stored: ChosenModel | None, rows: Sequence[ProfileRow], points: Points
 ) -> ValidatedModel | None:
-    """What was fitted when these very rows were written; None where they differ by now."""
-    if stored is None or stored.model not in RECIPES or stored.rows_sha256 != rows_hash(rows):
+    """What was fitted when these very rows were written; None where either differs by now."""
+    if stored is None or stored.model not in RECIPES or stored.sha256 != fit_hash(rows, stored):
         return None
     model = model_of(stored.model, stored.parts, points)
     if model is None or len(stored.errors) != len(points):
@@ -203,14 +203,13 @@ def _fitted(seen: ValidatedModel, points: Points, sheet: Sheet | None) -> Fitted
 
     Where the rows are too few to tell it: what the spec sheet is off, if that is known.
     """
-    beyond: float | None = float(seen.errors.mean())
-    assert beyond is not None
-    if seen.beyond is not None:
-        beyond = max(beyond, seen.beyond)
-    elif seen.name == SHEET or not tells_slopes(points):
-        known = None if sheet is None else sheet.error
-        beyond = None if known is None else max(beyond, known)
-    return Fitted(seen.name, pinned(seen.model, points), points, seen.errors, beyond)
+    inside, beyond = float(seen.errors.mean()), seen.beyond
+    if beyond is None and (seen.name == SHEET or not tells_slopes(points)):
+        beyond = None if sheet is None else sheet.error
+    elif beyond is None:
+        beyond = inside
+    most = None if beyond is None else max(inside, beyond)
+    return Fitted(seen.name, pinned(seen.model, points), points, seen.errors, most)
 
 
 def _recipe(name: str, sheet: Sheet | None) -> Recipe:
@@ -274,7 +273,7 @@ def _stored(
     model_key: str, kind: Kind, rows: Sequence[ProfileRow], seen: ValidatedModel
 ) -> ChosenModel:
     """As profile.json keeps it."""
-    return ChosenModel(
+    found = ChosenModel(
         model_key=model_key,
         precision=kind[0],
         phase=rows[0].phase,
@@ -283,8 +282,8 @@ def _stored(
         parts=parts_of(seen.model),
         errors=tuple(seen.errors.tolist()),
         beyond=seen.beyond,
-        rows_sha256=rows_hash(rows),
     )
+    return found.model_copy(update={"sha256": fit_hash(rows, found)})
 
 
 def worst(

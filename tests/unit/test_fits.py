@@ -9,7 +9,7 @@ import pytest
 from llmpq.costs import recipes
 from llmpq.costs.fits import BEYOND, chosen_models, fit, fit_all, worst
 from llmpq.costs.recipes import RECIPES, Points
-from llmpq.profile_data import Candidate, ModelPart, Phase, ProfileRow
+from llmpq.profile_data import Candidate, ModelPart, Phase, ProfileRow, fit_hash
 
 SIZES = [(p, s) for p in (1, 2, 4, 8, 16) for s in (8, 16, 32, 64, 128, 256)]
 
@@ -199,6 +199,18 @@ def test_stored_parts_that_do_not_fit_are_not_used(damage: dict[str, object]) ->
     rows = prefills(roofline)
     (stored,) = chosen_models(rows)
     stored = stored.model_copy(update=damage)
+    stored = stored.model_copy(update={"sha256": fit_hash(rows, stored)})
+    found = fit_all(rows, {("16", "prefill"): stored})["16", "prefill"]
+    assert float(found.seconds(3, 40)) == float(fit(rows).seconds(3, 40))
+
+
+def test_stored_coefficients_that_were_changed_are_not_used() -> None:
+    """A file that was damaged, or edited by hand, predicts what its rows say."""
+    rows = prefills(roofline)
+    (stored,) = chosen_models(rows)
+    part = stored.parts[0]
+    wrong = part.model_copy(update={"coefficients": (-1e9,) * len(part.coefficients)})
+    stored = stored.model_copy(update={"parts": (wrong, *stored.parts[1:])})
     found = fit_all(rows, {("16", "prefill"): stored})["16", "prefill"]
     assert float(found.seconds(3, 40)) == float(fit(rows).seconds(3, 40))
 
