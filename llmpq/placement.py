@@ -14,9 +14,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from llmpq.cluster import GIB
 from llmpq.device_names import MEMORY_TOLERANCE, fits, is_slice, same_family, type_of_card
-
-GIB = 1024**3
 
 Left = TypeVar("Left", bound=Hashable)
 Right = TypeVar("Right", bound=Hashable)

@@ -155,8 +155,10 @@ def run_at_once(
     def run(step: StepProcess) -> None:
         if before := AFTER.get(step.name):
             ended[before].wait()
-        outcome = step.run(max(LEAST_S, until - time.monotonic()))
-        ended[step.name].set()
+        try:
+            outcome = step.run(max(LEAST_S, until - time.monotonic()))
+        finally:
+            ended[step.name].set()  # else who waits for it would wait for ever
         with lock:
             outcomes.append(outcome)
             record(outcomes)

@@ -28,7 +28,7 @@ ScaledFor = tuple[ScaledSizes, int]  # and the number of stages
 BETTER = 0.995  # of the time so far: what is worth taking
 # Times in closed form, of the best plan's, above which none is simulated. On 58 random rigs none
 # above 1.05 had the shorter run.
-HOPELESS = 1.1
+MUCH_SLOWER = 1.1
 # The same of another method's plan, whose run is known. On 18 random rigs, of plans that were above
 # it by both none came below 1.05 times our run by other sizes.
 RIVAL = 1.05
@@ -65,9 +65,9 @@ class Confirmed:
         """Of the whole run."""
         return self.problem.cached(RUN_S, assignment, lambda: run_s(self.problem, assignment))
 
-    def is_infeasible(self, other: Assignment, best: Assignment) -> bool:
-        """In closed form it is so much worse that its run is not worth simulating."""
-        return self._priced(other) > HOPELESS * self._priced(best)
+    def is_much_slower(self, other: Assignment, best: Assignment) -> bool:
+        """In closed form it takes so much longer that its run is not worth simulating."""
+        return self._priced(other) > MUCH_SLOWER * self._priced(best)
 
     def is_rival(self, other: Assignment, ours: Assignment) -> bool:
         """In closed form or by its run it may become better than ours with other micro-batches."""
@@ -102,7 +102,7 @@ class Confirmed:
         for other in others:
             if self.is_over:
                 break
-            if self.is_infeasible(other, first) or shortages(self.problem, other):
+            if self.is_much_slower(other, first) or shortages(self.problem, other):
                 continue
             seconds = self.seconds(other)
             if min(seconds, closed_form_s(self.problem, other)) < best * (1 + CLOSE):
@@ -130,7 +130,7 @@ class Confirmed:
         for other in others:
             if self.is_over:
                 break
-            if not self.is_infeasible(other, best) and self.value(other) < self.value(best):
+            if not self.is_much_slower(other, best) and self.value(other) < self.value(best):
                 best = other
         return best
 
@@ -170,7 +170,7 @@ class Confirmed:
         return best
 
     def _better(self, best: Assignment, other: Assignment) -> Assignment:
-        if self.is_over or other == best or self.is_infeasible(other, best):
+        if self.is_over or other == best or self.is_much_slower(other, best):
             return best
         return other if self.value(other) < BETTER * self.value(best) else best
 

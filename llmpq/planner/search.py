@@ -66,9 +66,8 @@ class Search:
     num_relaxed: int = 0
     num_solved: int = 0
     timed_out: bool = False
-    known: dict[tuple[int, Configuration], float] = field(
-        default_factory=dict
-    )  # as `Space` has them
+    # As `Space` has them.
+    known: dict[tuple[int, Configuration], float] = field(default_factory=dict)
     floor: float = 0.0
     queue: list["Entry"] = field(default_factory=list)
     by_sizes: dict[Sizes, tuple[float, Assignment]] = field(default_factory=dict)

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+from llmpq.cluster import MIB
+
 COPY_S = 0.5
 COPY_BYTES = 256 * 2**20
 CARD_COPY_BYTES = 2**30
-MIB = 2**20
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llmpq.cluster import Link
+from llmpq.cluster import MIB, Link
 from llmpq.errors import WorkerError
 from llmpq.link_data import LinkPair, LinkRow, NodeLink
 from llmpq.plain import plain_line
 from llmpq.profiler.sampling import median_interval
 from llmpq.runtime.transport import Transport
 
-KIB, MIB = 1024, 1024**2
+KIB = 1024
 POOL = 2  # messages of the largest size that fit the pool; smaller ones rotate through it
 # Three small sizes for the latency, three large ones for the bandwidth: in between, sockets and
 # caches hold whole messages, and a byte takes less time than in any large message.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
+from llmpq.cluster import MIB
 from llmpq.errors import UserError, WorkerError
 from llmpq.placement import FoundCard, Refusal
 from llmpq.plain import plain_line
@@ -22,7 +23,6 @@ from llmpq.plan_data import Plan
 from llmpq.runtime.process import Role, all_gather
 from llmpq.seats import Process, Seat, take_seats
 
-MIB = 2**20
 MOST_BYTES = 1 << 20  # the limit of a process's description of itself
 PROCESS = TypeAdapter(Process)
 QUERY = "index,name,memory.total,compute_cap,uuid"

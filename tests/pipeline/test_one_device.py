@@ -8,8 +8,7 @@ Not covered: kernels that only a card has, and indices in main memory, which tor
 
 import pytest
 import torch
-import transformers
-from families import FAMILIES, hand_made_plan
+from families import FAMILIES, config_of, hand_made_plan
 
 from llmpq.checkpoint.checkpoint import RandomWeights
 from llmpq.model_lookup import load_model_spec
@@ -32,10 +31,8 @@ def as_on_a_card(monkeypatch):
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory):
     """A folder with a family's configuration, and no weights."""
-    prefix, sizes = FAMILIES[request.param]
-    text = "Text" if prefix == "Gemma3" else ""
-    config = getattr(transformers, f"{prefix}{text}Config")(**sizes)
-    config.architectures = [f"{prefix}ForCausalLM"]
+    config = config_of(request.param)
+    config.architectures = [f"{FAMILIES[request.param][0]}ForCausalLM"]
     path = tmp_path_factory.mktemp(request.param)
     config.save_pretrained(path)
     return path
