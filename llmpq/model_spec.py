@@ -5,17 +5,24 @@ embedding, the head and the cache's width. `ModelSpec.shard` gives the sizes on 
 devices that share every layer (tensor parallelism, cut as in Megatron-LM, arXiv 1909.08053).
 `llmpq.model_lookup` reads a spec from a configuration, by the rows of `llmpq.families`.
 
-Not covered: mixtures of experts, encoders, models of text and images, models with several kinds
-of layer.
+A layer may hold routed experts beside its other matrices (`Experts`). A model may have layers of
+several kinds (`LayerKind`): `kind_specs` holds a spec for each of them, of a model that has layers
+of this kind alone, so that whatever prices one layer needs not know of others.
+
+Not covered: encoders, models of text and images, layers that keep other state than keys and values.
 """
 
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmpq.artifact import Strict
 from llmpq.errors import UserError
 from llmpq.families import CUTS, family_for
+from llmpq.precision import layer_precision
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -28,6 +35,48 @@ class LinearShape(Strict):
     name: str
     out_features: int = Field(gt=0)
     in_features: int = Field(gt=0)
+
+
+class Experts(Strict):
+    """The routed experts of a layer: `count` alike, of which each token uses `per_token`.
+
+    `linears` are the matrices of one expert, `other_params` its biases. What all tokens use
+    (shared experts, the router) is part of the layer itself.
+    """
+
+    count: int = Field(gt=0)
+    per_token: int = Field(gt=0)
+    linears: tuple[LinearShape, ...]
+    other_params: int = Field(default=0, ge=0)
+
+    @property
+    def params(self) -> int:
+        """Parameters of all experts of a layer."""
+        each = sum(op.out_features * op.in_features for op in self.linears)
+        return self.count * (each + self.other_params)
+
+
+class LayerKind(Strict):
+    """The sizes of one kind of layer, as `ModelSpec` has them; `name` is for readers."""
+
+    name: str
+    linears: tuple[LinearShape, ...]
+    layer_other_params: int = Field(ge=0)
+    ffn_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    kv_values: int | None = None
+    experts: Experts | None = None
+
+
+class HeldMatrix(NamedTuple):
+    """A matrix that a layer holds `number` times at a precision; `op.name` is its own."""
+
+    op: LinearShape
+    precision: str
+    number: int
+    of_experts: bool
 
 
 class AllocationSnapshot(Strict):
@@ -78,27 +127,74 @@ class ModelSpec(Strict):
     final_params: int = Field(ge=0)  # the norm after the last layer
     tied: bool
     eager_attention: bool = False  # attention scores are held in memory, [batch, heads, s, s]
+    kv_values: int | None = Field(
+        default=None, gt=0
+    )  # of a token in a layer's cache, where not all heads
+    experts: Experts | None = None
+    kinds: tuple[LayerKind, ...] = ()  # where layers differ; the sizes above are of the first
+    layer_kinds: tuple[int, ...] = ()  # of every layer, its place among `kinds`
     activations: Activations | None = None  # counted on this model; None: those of its family
     guessed: bool = False
 
     @property
     def model_key(self) -> str:
         """The name of the layer shape; profiles of equal keys are interchangeable."""
+        experts = ""
+        if self.experts is not None:
+            width = self.experts.linears[0].out_features
+            experts = f"-e{self.experts.count}x{width}k{self.experts.per_token}"
         return (
             f"{self.model_type}-h{self.hidden_size}-f{self.ffn_size}-a{self.num_heads}"
-            f"-kv{self.num_kv_heads}-d{self.head_dim}-v{self.vocab_size}"
+            f"-kv{self.num_kv_heads}-d{self.head_dim}-v{self.vocab_size}{experts}"
         )
 
     @property
     def kv_values_per_token(self) -> int:
         """Keys and values that one token leaves in the cache of one layer."""
-        return 2 * self.num_kv_heads * self.head_dim
+        return self.kv_values or 2 * self.num_kv_heads * self.head_dim
 
     @property
     def layer_params(self) -> int:
         """Parameters of one decoder layer."""
         weights = sum(op.out_features * op.in_features for op in self.linears)
-        return weights + self.layer_other_params
+        of_experts = self.experts.params if self.experts else 0
+        return weights + self.layer_other_params + of_experts
+
+    @cached_property
+    def kind_specs(self) -> tuple["ModelSpec", ...]:
+        """For each kind of layer, the spec of a model that has layers of this kind alone."""
+        if not self.kinds:
+            return (self,)
+        names = set(LayerKind.model_fields) - {"name"}
+        alone = {"kinds": (), "layer_kinds": ()}
+        return tuple(
+            self.model_copy(update={name: getattr(kind, name) for name in names} | alone)
+            for kind in self.kinds
+        )
+
+    @property
+    def kind_of_layers(self) -> tuple[int, ...]:
+        """The place of every layer's spec among `kind_specs`."""
+        return self.layer_kinds or (0,) * self.num_layers
+
+    def held(self, precision: str) -> Iterator[HeldMatrix]:
+        """The matrices of a layer at a precision of plans; of a model with one kind of layer."""
+        rest, experts = layer_precision(precision)
+        for op in self.linears:
+            yield HeldMatrix(op, rest, 1, False)
+        if self.experts is not None:
+            for op in self.experts.linears:
+                yield HeldMatrix(op, experts, self.experts.count, True)
+
+    @model_validator(mode="after")
+    def _check_kinds(self) -> "ModelSpec":
+        if bool(self.kinds) != bool(self.layer_kinds):
+            raise ValueError("'kinds' and 'layer_kinds' belong together")
+        if self.kinds and len(self.layer_kinds) != self.num_layers:
+            raise ValueError(f"'layer_kinds' names {len(self.layer_kinds)} layers")
+        if self.kinds and not set(self.layer_kinds) <= set(range(len(self.kinds))):
+            raise ValueError("'layer_kinds' names a kind that 'kinds' does not have")
+        return self
 
     def shard(self, degree: int) -> "ModelSpec":
         """The sizes on one of `degree` devices that share every layer.
@@ -130,6 +226,8 @@ def shard_faults(spec: ModelSpec, degree: int) -> list[str]:
     """The reasons why `degree` devices cannot share a layer of this model, if any."""
     if not family_for(spec.model_type).is_tested:
         return [f"how devices share the layers of '{spec.model_type}' models is not known"]
+    if spec.experts is not None or spec.kinds:
+        return ["devices cannot share layers with experts, or layers of several kinds, yet"]
     faults = []
     for what, size in (("attention heads", spec.num_heads), ("feed-forward width", spec.ffn_size)):
         if size % degree:

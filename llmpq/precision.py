@@ -10,9 +10,13 @@ Weight-only precisions below 16 bits are asymmetric: a weight is `(code - zero) 
 and one zero a group of consecutive weights of a row. 3 and 4 bits use groups of 128, or of 64
 where 128 does not divide the row, or else the whole row; 8 bits use the whole row.
 The byte counts here are what `llmpq.quant` really holds; a test compares the two.
+
+Layers with routed experts may hold the experts at another precision than the rest:
+"8+experts@4". `layer_precision` takes such names apart; a name without experts is of both.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SCALE_BYTES = 2  # scales and zeros are kept in a 16-bit float each
 CHANNEL_SCALE_BYTES = 4  # w8a8, 8-bnb: one fp32 scale an output channel
@@ -66,3 +70,32 @@ def group_size(weight_bits: int, in_features: int) -> int:
             if in_features % size == 0:
                 return size
     return in_features
+
+
+# ---- layers with experts
+
+EXPERTS_AT = "+experts@"
+
+
+class LayerPrecision(NamedTuple):
+    """The precisions of one layer: of its experts' matrices, and of all its others."""
+
+    rest: str
+    experts: str
+
+    @property
+    def name(self) -> str:
+        """As plans write it."""
+        return self.rest if self.rest == self.experts else f"{self.rest}{EXPERTS_AT}{self.experts}"
+
+
+def layer_precision(name: str) -> LayerPrecision:
+    """The precisions that a name of a plan stands for, known or not."""
+    rest, _, experts = name.partition(EXPERTS_AT)
+    return LayerPrecision(rest, experts or rest)
+
+
+def is_layer_precision(name: str) -> bool:
+    """Whether plans may have this name."""
+    held = layer_precision(name)
+    return held.name == name and set(held) <= set(PRECISIONS)
