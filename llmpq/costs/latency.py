@@ -48,6 +48,8 @@ class LayerTimes:
 
     `models` is by (precision, phase); phases that do not depend on the precision have "".
     `machine`: what does the computing, as kernels see it; in a rehearsal this machine's CPU.
+    `kinds`: of a model with several kinds of layers, the times of each of them; the first one's are
+    these times themselves.
     """
 
     models: Mapping[tuple[str, str], TimeModel]
@@ -56,6 +58,11 @@ class LayerTimes:
     measured: bool = True
     machine: Machine = TORCH_CARD
     factor: float = 1.0
+    kinds: tuple["LayerTimes", ...] = ()
+
+    def of_kind(self, kind: int) -> "LayerTimes":
+        """The times of one kind of layer, by its place among `ModelSpec.kind_specs`."""
+        return self.kinds[kind] if self.kinds else self
 
     def prefill_s(self, precision: str, micro_batch: int, prompt_tokens: Tokens) -> Seconds:
         """One layer on `micro_batch` whole prompts."""
@@ -89,7 +96,8 @@ class LayerTimes:
 
     def scaled(self, factor: float) -> "LayerTimes":
         """The same device, `factor` times slower."""
-        return replace(self, factor=self.factor * factor)
+        kinds = tuple(kind.scaled(factor) for kind in self.kinds)
+        return replace(self, factor=self.factor * factor, kinds=kinds)
 
     def accuracy(
         self, precision: str, phase: str, micro_batch: int, tokens: float
@@ -145,8 +153,17 @@ def device_times(
 ) -> LayerTimes:
     """The best times to be had: a profile of this type, a rehearsal's CPU profile, the spec sheet.
 
-    Raises `UserError` where the type is rehearsed and nothing was measured to rehearse it with.
+    Of a model with several kinds of layers, each kind's. Raises `UserError` where the type is
+    rehearsed and nothing was measured to rehearse it with.
     """
+    kinds = [_kind_times(cluster, device_type, kind, profiles) for kind in spec.kind_specs]
+    return kinds[0] if len(kinds) == 1 else replace(kinds[0], kinds=tuple(kinds))
+
+
+def _kind_times(
+    cluster: Cluster, device_type: str, spec: ModelSpec, profiles: Sequence[Profile]
+) -> LayerTimes:
+    """The times of a model with one kind of layer."""
     if found := profiled(cluster, device_type, spec, profiles):
         times = with_calls(_times_of(cluster, device_type, spec, found))
         return times if found.slowdown is None else _slowed(times, found.slowdown)
