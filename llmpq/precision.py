@@ -15,6 +15,8 @@ Layers with routed experts may hold the experts at another precision than the re
 "8+experts@4". `layer_precision` takes such names apart; a name without experts is of both.
 """
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,3 +101,28 @@ def is_layer_precision(name: str) -> bool:
     """Whether plans may have this name."""
     held = layer_precision(name)
     return held.name == name and set(held) <= set(PRECISIONS)
+
+
+def is_standard(name: str) -> bool:
+    """Whether a precision of plans is used without being asked for by name."""
+    return set(layer_precision(name)) <= set(STANDARD)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Precisions of plans from the most bits to the fewest, those of the rest of a layer first."""
+    known = list(PRECISIONS)
+    return sorted(
+        set(names), key=lambda name: [known.index(part) for part in layer_precision(name)]
+    )
+
+
+def with_experts_apart(names: Iterable[str]) -> list[str]:
+    """The precisions, and those with one of them for the experts and one of more bits for the rest."""
+    given = list(names)
+    plain = [name for name in given if EXPERTS_AT not in name]
+    apart = [
+        LayerPrecision(rest, experts).name
+        for rest, experts in itertools.permutations(plain, 2)
+        if PRECISIONS[experts].weight_bits < PRECISIONS[rest].weight_bits
+    ]
+    return in_order([*given, *apart])

@@ -24,7 +24,7 @@ from llmpq.errors import UserError
 from llmpq.kernel import CPU_STAGE_CALL_S, STAGE_CALL_S
 from llmpq.machine import TORCH_CARD, Machine, card, host_cpu, sheet_cpu
 from llmpq.model_spec import ModelSpec
-from llmpq.precision import PRECISIONS, STANDARD
+from llmpq.precision import PRECISIONS, STANDARD, in_order
 from llmpq.profile_data import ChosenModel, MemoryRow, Profile, ProfiledDevice, ProfileRow
 
 SPEC_SHEET = "spec sheet, not measured"
@@ -63,6 +63,11 @@ class LayerTimes:
     def of_kind(self, kind: int) -> "LayerTimes":
         """The times of one kind of layer, by its place among `ModelSpec.kind_specs`."""
         return self.kinds[kind] if self.kinds else self
+
+    @property
+    def offered(self) -> list[str]:
+        """The precisions of plans that some kind of layers has times for."""
+        return in_order(p for one in (self, *self.kinds) for p in one.precisions)
 
     def prefill_s(self, precision: str, micro_batch: int, prompt_tokens: Tokens) -> Seconds:
         """One layer on `micro_batch` whole prompts."""

@@ -12,6 +12,7 @@ Bytes are linear in the shares. Not covered: disks, attention computed on the ho
 activations kept on the host, latencies of transfers, how much memory the host has.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,8 +65,9 @@ def offload_memory(
     machine: Machine = TORCH_CARD,
 ) -> OffloadMemory:
     """Memory of a block of `batch` requests; prompts padded to the longest."""
-    layers = spec.num_layers
-    weights = memory.layer_weight_bytes(spec, precision, machine)
+    number = Counter(spec.kind_of_layers)
+    weights = [memory.layer_weight_bytes(kind, precision, machine) for kind in spec.kind_specs]
+    cache = [memory.layer_cache_bytes(kind, cache_tokens) for kind in spec.kind_specs]
     lanes = (LaneShape(micro_batch, cache_tokens),) * -(-batch // micro_batch)
     sizes = memory.RunSizes(lanes, micro_batch, prompt_tokens, prompt_tokens, num_stages=1)
     machine = replace(machine, graphs=False)  # weights come and go between the layers of a step
@@ -75,10 +77,10 @@ def offload_memory(
     ends = memory.end_weight_bytes(spec, first=True, last=True)
     return OffloadMemory(
         always=ends + activations,
-        weights=layers * weights,
-        cache=layers * memory.layer_cache_bytes(spec, batch * cache_tokens),
-        weights_buffer=min(layers, BUFFERED_LAYERS) * weights,
-        cache_buffer=memory.layer_cache_bytes(spec, micro_batch * cache_tokens),
+        weights=sum(number[kind] * num_bytes for kind, num_bytes in enumerate(weights)),
+        cache=batch * sum(number[kind] * num_bytes for kind, num_bytes in enumerate(cache)),
+        weights_buffer=min(spec.num_layers, BUFFERED_LAYERS) * max(weights),
+        cache_buffer=micro_batch * max(cache),
     )
 
 

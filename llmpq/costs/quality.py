@@ -8,12 +8,14 @@ them for models of 7 to 13 billion parameters. It is no measurement of the model
 so.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llmpq.errors import UserError
 from llmpq.model_spec import ModelSpec
+from llmpq.precision import LayerPrecision
 from llmpq.profile_data import Sensitivity
 from llmpq.quantizer import Quantizer
 
@@ -69,6 +71,33 @@ def prior_quality(num_layers: int) -> QualityModel:
     """The built-in generic estimate, spread evenly over the layers."""
     omega = {name: [nats / num_layers] * num_layers for name, nats in PRIOR_NATS.items()}
     return QualityModel(omega, 1.0, GENERIC_ESTIMATE)
+
+
+def prior_of(spec: ModelSpec) -> QualityModel:
+    """The generic estimate for a model. Of layers with experts also where these have fewer bits.
+
+    Experts and the rest count by the parameters that a token meets in them: errors of matrices that
+    it does not meet do it no harm.
+    """
+    plain = prior_quality(spec.num_layers)
+    if all(kind.experts is None for kind in spec.kind_specs):
+        return plain
+    omega: dict[str, Sequence[float]] = dict(plain.omega)
+    by_kind = [_share_of_experts(kind) for kind in spec.kind_specs]
+    shares = [by_kind[kind] for kind in spec.kind_of_layers]
+    for rest, experts in itertools.permutations(plain.omega, 2):
+        each = zip(shares, plain.omega[rest], plain.omega[experts], strict=True)
+        name = LayerPrecision(rest, experts).name
+        omega[name] = [share * low + (1 - share) * high for share, high, low in each]
+    return QualityModel(omega, 1.0, GENERIC_ESTIMATE)
+
+
+def _share_of_experts(kind: ModelSpec) -> float:
+    """The experts' share of the parameters that a token meets in a layer."""
+    if kind.experts is None:
+        return 0.0
+    met = kind.experts.params * kind.experts.per_token / kind.experts.count
+    return met / (met + kind.layer_params - kind.experts.params)
 
 
 def measured_quality(sensitivity: Sensitivity, spec: ModelSpec, path: str) -> QualityModel:

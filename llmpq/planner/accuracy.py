@@ -6,13 +6,13 @@ as slow as its slowest stages: its error is theirs, weighted by the time of each
 Not covered: errors of links, and stages that slow each other down.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llmpq.costs.fits import ASSUMED, BEYOND, SOURCES, Accuracy
 from llmpq.costs.latency import LayerTimes
 from llmpq.plan_data import Predicted, PredictedStage
+from llmpq.planner.layer_options import count_options
 from llmpq.planner.problem import Assignment, Problem
 
 
@@ -124,9 +124,9 @@ def _parts(problem: Problem, assignment: Assignment, rank: int, phase: str) -> I
         else configuration.decode_micro_batch
     )
     tokens = counts.mean_prompt if phase == "prefill" else counts.mean_past
-    for precision, count in Counter(assignment.stages[rank]).items():
+    for (kind, precision), count in count_options(problem, assignment, rank).items():
         what = f"{phase} of {size} x {tokens:.0f} tokens at {precision} bits"
-        yield from _part(times, what, precision, phase, size, tokens, count)
+        yield from _part(times.of_kind(kind), what, precision, phase, size, tokens, count)
     yield from _part(times, f"calls of {phase}", "", f"stage_{phase}", size, tokens)
     if rank == 0:
         embedded = tokens if phase == "prefill" else 1.0

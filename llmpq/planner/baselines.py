@@ -21,6 +21,7 @@ from llmpq.errors import UserError
 from llmpq.plan_data import Baseline, Plan, Predicted
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.instance import Instance, make_instance
+from llmpq.planner.layer_options import places_of
 from llmpq.planner.partition import Fronts, least_bottleneck, least_sum, range_lengths
 from llmpq.planner.problem import OVER, Assignment, Configuration, Problem
 from llmpq.planner.value import (
@@ -166,6 +167,8 @@ def is_whole(instance: Instance, choice: Choice) -> bool:
     counts = [len(stage) for stage in choice]
     if len(counts) != instance.num_stages or sum(counts) != instance.num_layers:
         return False
+    if not np.isfinite(sum_omega(instance, choice)):  # an option of another kind of layers
+        return False
     return all(counts) and not count_options(instance, choice)[~instance.available].any()
 
 
@@ -176,13 +179,14 @@ def known_method(method: str) -> str:
     return method
 
 
-def _of_each_precision(make: Callable[[Instance, int], Choice]) -> Proposer:
+def _of_each_precision(make: Callable[[Instance, Sequence[int]], Choice]) -> Proposer:
     """Proposes one choice for each precision that every stage has; also those that do not fit."""
 
     def propose(problem: Problem, instance: Instance, fronts: "FrontCache") -> Proposals:
-        for option, precision in enumerate(problem.precisions):
-            if instance.available[:, option].all():
-                yield make(instance, option), precision
+        for precision in problem.precisions:
+            options = places_of(problem, [precision] * instance.num_layers)
+            if instance.available[:, options].all():
+                yield make(instance, options), precision
 
     return propose
 
@@ -193,27 +197,37 @@ def _least_sensitive(problem: Problem, instance: Instance, fronts: "FrontCache")
         yield choice, ""
 
 
-def uniform(instance: Instance, option: int) -> Choice:
-    """Equal layer counts; what remains goes to the first stages."""
+def uniform(instance: Instance, options: Sequence[int]) -> Choice:
+    """Equal layer counts; what remains goes to the first stages. `options`: of every layer."""
     share, rest = divmod(instance.num_layers, instance.num_stages)
-    return tuple((option,) * (share + (j < rest)) for j in range(instance.num_stages))
+    ends = np.cumsum([share + (j < rest) for j in range(instance.num_stages)])
+    return _cut(options, ends.tolist())
 
 
-def pipeedge(instance: Instance, option: int) -> Choice:
+def _cut(options: Sequence[int], ends: Sequence[int]) -> Choice:
+    """The options of every layer, stage by stage."""
+    return tuple(tuple(options[a:e]) for a, e in zip([0, *ends[:-1]], ends, strict=True))
+
+
+def pipeedge(instance: Instance, options: Sequence[int]) -> Choice:
     """One precision, least busy bottleneck; where memory allows no partition, disregarding it."""
-    lengths = range_lengths(instance.num_layers)[None]
-    busy = instance.layer.busy[:, option, None, None] * lengths + instance.fixed.busy[:, None, None]
-    busy = np.where(lengths > 0, busy, np.inf)
-    used = lengths * instance.layer_bytes[:, option, None, None]
-    used = used + instance.unpacked_bytes[:, None, None] * instance.packed[option]
+    some = range_lengths(instance.num_layers)[None] > 0
+    busy = _of_ranges(instance.layer.busy[:, options]) + instance.fixed.busy[:, None, None]
+    busy = np.where(some, busy, np.inf)
+    used = _of_ranges(instance.layer_bytes[:, options])
+    packed = _of_ranges(instance.packed[None, options].astype(float)) > 0
+    used = used + instance.unpacked_bytes[:, None, None] * packed
     fitting = np.where(used <= instance.capacity[:, None, None], busy, np.inf)
     worst, ends = least_bottleneck(fitting)
     if not np.isfinite(worst):
-        _, ends = least_bottleneck(
-            np.where(lengths > 0, used - instance.capacity[:, None, None], np.inf)
-        )
-    starts = [0, *ends[:-1]]
-    return tuple((option,) * (e - a) for a, e in zip(starts, ends, strict=True))
+        _, ends = least_bottleneck(np.where(some, used - instance.capacity[:, None, None], np.inf))
+    return _cut(options, ends)
+
+
+def _of_ranges(each: np.ndarray) -> np.ndarray:
+    """[N, L + 1, L + 1]: the sums of `each` [N, L] over layers a..e-1."""
+    upto = np.concatenate([np.zeros((len(each), 1)), each.cumsum(axis=1)], axis=1)
+    return upto[:, None, :] - upto[:, :, None]
 
 
 # ---- adabits

@@ -1,9 +1,9 @@
 """The ILP of one order over counts: how many layers each stage holds at each option.
 
-Layers cost the same, so seconds and bytes need N x B whole numbers, not L x N x B binaries. Which
+Layers of a kind cost the same, so seconds and bytes need N x B whole numbers, not L x N x B binaries. Which
 layers get the low precisions is a transport problem: layers of equal sensitivity (G groups) to
 options. `build` ignores where stages begin and end in it, so its optimum is a bound, and exact
-where all layers are equally sensitive. `build_exact` keeps the stages: t[i, j] = 1 where layer i
+where all layers are of one kind and equally sensitive. `build_exact` keeps the stages: t[i, j] = 1 where layer i
 lies on stage j or before, and a share z[i, j, b] of layer i on stage j at option b; once counts and
 t are whole, a whole z is among the cheapest, as a transport problem's is.
 
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from llmpq.costs.timeline import ADDED, LOOP, SLOWEST
-from llmpq.planner.instance import Instance, LayerGroups
+from llmpq.planner.instance import Instance
+from llmpq.planner.layer_options import LayerGroups
 from llmpq.planner.problem import OVER
 from llmpq.planner.solver import LinearProgram
 
@@ -316,7 +317,11 @@ def price_rows(
     omega: np.ndarray,
     scale: float,
 ) -> None:
-    """Adds sensitivity to the objective (theta) and holds it within the budget."""
+    """Adds sensitivity to the objective (theta) and holds it within the budget.
+
+    Options of other kinds of layers are forbidden by their bounds (`finished`).
+    """
+    omega = finite(omega)
     np.add.at(cost, where.ravel(), instance.theta * omega.ravel() / scale)
     if instance.budget < math.inf:
         unit = instance.budget or 1.0
@@ -350,6 +355,10 @@ def finished(
     bounds[1, columns.u] = 1.0
     for array in (columns.y, columns.t, columns.z):
         bounds[1, array] = instance.num_layers if array is columns.y else 1.0
+    if columns.y.size:
+        bounds[1, columns.y[np.isinf(instance.groups.omega)]] = 0.0
+    if columns.z.size:
+        bounds[1, columns.z.swapaxes(1, 2)[np.isinf(instance.omega)]] = 0.0
     bounds[0, columns.R] = instance.link.others.max() / scale
     bounds[0, columns.S] = instance.link.pace.max() / scale
     integral = np.zeros(columns.size, dtype=bool)
@@ -363,8 +372,9 @@ def _most(instance: Instance) -> np.ndarray:
     room = instance.capacity[:, None] - instance.unpacked_bytes[:, None] * instance.packed
     held = np.floor(np.maximum(room, 0.0) * OVER / np.maximum(instance.layer_bytes, 1e-9))
     most = np.minimum(held, instance.num_layers - instance.num_stages + 1)
-    allowed = (instance.omega <= instance.budget * OVER).any(axis=0)
-    return np.where(instance.available & allowed, np.maximum(most, 0.0), 0.0)
+    allowed = (instance.omega <= instance.budget * OVER) & np.isfinite(instance.omega)
+    most = np.minimum(most, np.isfinite(instance.omega).sum(axis=0))
+    return np.where(instance.available & allowed.any(axis=0), np.maximum(most, 0.0), 0.0)
 
 
 def finite(costs: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ predicted of a plan that was found is simulated (`simulated.with_run`). Also tur
 plans and plans into assignments.
 """
 
-from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -23,6 +22,7 @@ from llmpq.planner.instance import (
     of_only_pair,
     stack,
 )
+from llmpq.planner.layer_options import count_options, options_of
 from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.works import Work, hop_works, stage_work
 from llmpq.serving import serving
@@ -134,12 +134,18 @@ def to_plan(problem: Problem, assignment: Assignment, method: str, predicted: Pr
 def _with_kernels(problem: Problem, assignment: Assignment, predicted: Predicted) -> Predicted:
     """The same prediction with the kernels that every stage counts on."""
     stages = []
-    for devices, precisions, stage in zip(
-        assignment.configuration.stage_devices, assignment.stages, predicted.stages, strict=True
-    ):
-        matrices = [(op.out_features, op.in_features) for op in problem.shard(devices).linears]
-        found = serving(problem.times[devices.type].machine, precisions, matrices)
-        kernels = {precision: list(service.kernels) for precision, service in found.items()}
+    for rank, stage in enumerate(predicted.stages):
+        devices = assignment.configuration.stage_devices[rank]
+        machine, kinds = problem.times[devices.type].machine, problem.shard(devices).kind_specs
+        matrices: dict[str, dict[tuple[int, int], None]] = {}
+        for kind, precision in count_options(problem, assignment, rank):
+            for held in kinds[kind].held(precision):
+                shape = held.op.out_features, held.op.in_features
+                matrices.setdefault(held.precision, {})[shape] = None
+        kernels = {
+            name: list(serving(machine, [name], shapes)[name].kernels)
+            for name, shapes in matrices.items()
+        }
         stages.append(stage.model_copy(update={"kernels": kernels}))
     return predicted.model_copy(update={"stages": stages})
 
@@ -210,15 +216,14 @@ def closed_form_s(problem: Problem, assignment: Assignment) -> float:
 def stage_costs(problem: Problem, assignment: Assignment) -> Costs:
     """[N]: what the run takes each stage."""
     configuration, last = assignment.configuration, len(assignment.stages) - 1
+    place = {option: b for b, option in enumerate(options_of(problem))}
     each = []
-    for rank, (devices, precisions) in enumerate(
-        zip(configuration.stage_devices, assignment.stages, strict=True)
-    ):
+    for rank, devices in enumerate(configuration.stage_devices):
         fixed = fixed_costs(problem, configuration.sizes, devices, rank == 0, rank == last)
         layer = layer_costs(problem, configuration.sizes, devices)
         layers = [
-            layer.map(partial(_layers_at, problem.precisions.index(name), number))
-            for name, number in Counter(precisions).items()
+            layer.map(partial(_layers_at, place[option], number))
+            for option, number in count_options(problem, assignment, rank).items()
         ]
         each.append(combined([fixed, *layers], np.sum).map(of_only_pair))
     return stack(each)
@@ -249,4 +254,4 @@ def stage_work_at(problem: Problem, assignment: Assignment, rank: int) -> Work:
     """All that one stage does with a micro-batch."""
     times = problem.times_at(assignment.configuration.stage_devices[rank])
     last = rank == len(assignment.stages) - 1
-    return stage_work(times, rank == 0, last, assignment.stages[rank])
+    return stage_work(times, rank == 0, last, count_options(problem, assignment, rank))

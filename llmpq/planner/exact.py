@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmpq.planner import counts
+from llmpq.planner.baselines import FrontCache, adabits
 from llmpq.planner.heuristic import start_choice, transfer
 from llmpq.planner.instance import Instance
 from llmpq.planner.moves import assign_layers
@@ -23,6 +24,9 @@ from llmpq.planner.value import Choice, count_options, fits, objective, seconds,
 
 MOVES_S = 0.3  # at most, for the plan by moves
 SLACK = 1e-6  # of a window's ends: an LP's rounding
+NEAR = 2  # layers by which the ends of stages move at once, where layers are of several kinds
+NEAR_GAP = 1e-3
+LEAST_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def solve(
 def _solve_uneven(
     instance: Instance, solver: Solver, gap: float, time_limit: float, cutoff: float
 ) -> Solution:
-    moved = _moved(instance, time.monotonic() + min(time_limit, MOVES_S))
+    deadline = time.monotonic() + min(time_limit, MOVES_S)
+    moved = first_choice(instance, deadline, solver)
     value = objective(instance, moved) if moved else math.inf
     limit = min(cutoff, value * (1 + TOLERANCE))
     known = Solution("optimal", moved, value) if moved and value <= cutoff else None
@@ -74,8 +79,10 @@ def _solve_uneven(
     return replace(found, bound=min(found.bound, limit))
 
 
-def _moved(instance: Instance, deadline: float) -> Choice | None:
+def first_choice(instance: Instance, deadline: float, solver: Solver) -> Choice | None:
     """A choice by moves; None where none within memory and budget was found."""
+    if instance.has_kinds:
+        return first_of_kinds(instance, solver, deadline)
     start = start_choice(instance, deadline)
     if start is None:
         return None
@@ -110,14 +117,14 @@ def _solved(
         return Solution("infeasible", None, math.inf)
     if answer.x is None:
         return Solution("unknown", None, answer.bound)
-    choice: Choice | None = _choice(instance, answer.x)
+    choice = _choice(instance, answer.x)
     if choice is not None and not allowed(instance, choice):
         choice = _within(instance, solver, gap, time_limit, cutoff)
     return Solution(answer.status, choice, answer.bound)
 
 
 def allowed(instance: Instance, choice: Choice) -> bool:
-    """Within memory, to the byte, and within the budget."""
+    """Within memory, to the byte, and within the budget, each layer at an option of its kind."""
     return fits(instance, choice) and sum_omega(instance, choice) <= instance.budget * OVER
 
 
@@ -133,17 +140,52 @@ def is_even(instance: Instance) -> bool:
     return len(instance.groups.sizes) == 1
 
 
-def realised(instance: Instance, held: np.ndarray, seconds: float) -> Choice | None:
+def realised(instance: Instance, solver: Solver, held: np.ndarray, seconds: float) -> Choice | None:
     """The best choice with about so many layers `held` [N, B] at each option; None: none fits.
 
     Made better by moves for at most `seconds` where layers differ.
     """
+    if instance.has_kinds:
+        ends = held.sum(axis=1).cumsum()[:-1]
+        return near(instance, solver, ends, time.monotonic() + seconds)
     choice = spread(instance, held)
-    if not fits(instance, choice):
+    if choice is None or not fits(instance, choice):
         return None
     if not is_even(instance):
         choice = transfer(instance, choice, time.monotonic() + seconds)
     return choice if allowed(instance, choice) else None
+
+
+# ---- layers of several kinds
+
+
+def first_of_kinds(instance: Instance, solver: Solver, deadline: float) -> Choice | None:
+    """A choice within memory and budget of layers of several kinds; None where none was found.
+
+    From the one of least sensitivity, ends of stages are moved for as long as that is better.
+    """
+    start = adabits(instance, FrontCache())
+    if start is None or not allowed(instance, start):
+        return None
+    best, value = start, objective(instance, start)
+    while time.monotonic() < deadline:
+        ends = np.cumsum([len(stage) for stage in best])[:-1]
+        found = near(instance, solver, ends, deadline)
+        if found is None or objective(instance, found) >= value * (1 - TOLERANCE):
+            break
+        best, value = found, objective(instance, found)
+    return best
+
+
+def near(instance: Instance, solver: Solver, ends: np.ndarray, deadline: float) -> Choice | None:
+    """The best choice whose stages end within `NEAR` layers of `ends` [N - 1]; None: none found."""
+    number = np.arange(1, instance.num_stages)
+    windows = np.stack([ends - NEAR, ends + NEAR], axis=1)
+    most = instance.num_layers - instance.num_stages + number
+    windows = np.clip(windows, number[:, None], most[:, None])
+    program = counts.build_exact(instance, windows=windows)
+    left = max(deadline - time.monotonic(), LEAST_S)
+    return _solved(instance, program, solver, NEAR_GAP, left, math.inf).choice
 
 
 def with_less_loss(instance: Instance, choice: Choice) -> Choice:
@@ -161,7 +203,9 @@ def with_less_loss(instance: Instance, choice: Choice) -> Choice:
             if changed is None or seconds(instance, changed) > limit * (1 + 1e-12):
                 continue
             other = spread(instance, changed)
-            if fits(instance, other) and sum_omega(instance, other) < sum_omega(instance, best):
+            if other is None or not fits(instance, other):
+                continue
+            if sum_omega(instance, other) < sum_omega(instance, best):
                 held, best, improved = changed, other, True
     return best
 
@@ -171,7 +215,8 @@ def _with_one_moved(
 ) -> np.ndarray | None:
     if origin == to or not held[stage, origin] or not instance.available[stage, to]:
         return None
-    if (instance.omega[:, to] >= instance.omega[:, origin]).all():
+    ours = np.isfinite(instance.omega[:, origin])
+    if (instance.omega[ours, to] >= instance.omega[ours, origin]).all():
         return None
     changed = held.copy()
     changed[stage, origin] -= 1
@@ -179,16 +224,22 @@ def _with_one_moved(
     return changed
 
 
-def spread(instance: Instance, held: np.ndarray) -> Choice:
-    """The layers of every stage at the options that lose least, as many of each as `held`."""
+def spread(instance: Instance, held: np.ndarray) -> Choice | None:
+    """The layers of every stage at the options that lose least, as many of each as `held`.
+
+    None where a stage's layers are not of the kinds that its options are for.
+    """
     ends = np.cumsum(held.sum(axis=1))
-    return tuple(
-        tuple(int(o) for o in assign_layers(instance.omega[end - row.sum() : end], row))
+    stages = [
+        assign_layers(instance.omega[end - row.sum() : end], row)
         for end, row in zip(ends, held, strict=True)
-    )
+    ]
+    if any(stage is None for stage in stages):
+        return None
+    return tuple(tuple(int(o) for o in stage) for stage in stages if stage is not None)
 
 
-def _choice(instance: Instance, x: np.ndarray) -> Choice:
+def _choice(instance: Instance, x: np.ndarray) -> Choice | None:
     """With the options that lose least for the counts found; z itself may hold fractions."""
     return spread(instance, counts.counts_of(instance, x))
 

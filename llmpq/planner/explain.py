@@ -18,10 +18,10 @@ from itertools import islice
 import numpy as np
 
 from llmpq.costs import memory
-from llmpq.job import cache_tokens
 from llmpq.model_spec import tensor_parallel_degrees
 from llmpq.planner.baselines import amount, in_bits, least_omega
-from llmpq.planner.instance import capacity, most_room, unpacked_bytes
+from llmpq.planner.instance import capacity, layer_bytes, most_room, unpacked_bytes
+from llmpq.planner.layer_options import offers, options_of, places_of
 from llmpq.planner.layouts import DeviceSubset, canonical, ends, subsets
 from llmpq.planner.problem import OVER, Configuration, Problem
 from llmpq.planner.sizes import batch_options, chunk_options
@@ -195,22 +195,24 @@ def _least_layer(problem: Problem, configuration: Configuration, rank: int) -> t
 def _option_bytes(
     problem: Problem, configuration: Configuration, rank: int
 ) -> list[tuple[str, int, int]]:
-    """What `_least_layer` says of one precision, of all that its devices offer."""
+    """What `_least_layer` says of one precision, of all that its devices offer.
+
+    Of layers of several kinds, what they take on average.
+    """
     devices = configuration.stage_devices[rank]
     first, last = rank == 0, rank == len(configuration.stage_devices) - 1
 
     def compute() -> list[tuple[str, int, int]]:
-        spec = problem.shard(devices)
-        lanes = problem.lanes(configuration.sizes, configuration.decode_micro_batch)
-        cache = memory.layer_cache_bytes(spec, cache_tokens(lanes))
+        held = layer_bytes(problem, configuration.sizes, devices)
         unpacked = int(unpacked_bytes(problem, configuration.sizes, devices, first, last)[0, 0])
-        times = problem.times[devices.type]
-        weights = {p: memory.layer_weight_bytes(spec, p, times.machine) for p in times.precisions}
-        return [
-            (p, weights[p] + cache, unpacked * memory.is_packed(p))
-            for p in problem.precisions
-            if p in weights
-        ]
+        times, options = problem.times[devices.type], options_of(problem)
+        found = []
+        for name in problem.precisions:
+            own = places_of(problem, [name] * problem.spec.num_layers)
+            if all(offers(times, options[place]) for place in own):
+                size = round(float(held[own].mean()))
+                found.append((name, size, unpacked * memory.is_packed(name)))
+        return found
 
     key = devices.type, devices.tensor_parallel, first, last, configuration.sizes
     return problem.cached(LEAST_LAYERS, key, compute)

@@ -12,6 +12,7 @@ leaves out. The runtime cannot run such a plan, so there is no plan file.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ import numpy as np
 from llmpq.cluster import DEFAULT_LINK_GBS, MIB, Device
 from llmpq.costs import memory
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
+from llmpq.planner.layer_options import LayerOption, lacking, option_of
 from llmpq.planner.problem import OVER, Problem
 from llmpq.planner.sizes import batch_options, micro_batch_options
 from llmpq.planner.waves import BatchGroup, groups, seconds_of_all
@@ -115,9 +117,11 @@ def host_link_bytes_per_s(problem: Problem, device: Device) -> float:
 def _blocks(problem: Problem) -> Iterator[_Block]:
     kinds = {(d.type, d.memory_bytes): d for d in reversed(problem.cluster.devices())}
     for device in reversed(kinds.values()):
-        offered = problem.times[device.type].precisions
+        times, layers = problem.times[device.type], problem.spec.num_layers
         for precision in problem.precisions:
-            if precision in offered and _omega(problem, precision) <= problem.budget * OVER:
+            if lacking(times, problem.spec, 0, [precision] * layers):
+                continue
+            if _omega(problem, precision) <= problem.budget * OVER:
                 for batch in batch_options(problem):
                     for micro_batch in micro_batch_options(batch):
                         yield _Block(device, precision, batch, micro_batch)
@@ -155,47 +159,62 @@ def _seconds(
     cache_share: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """[K] each: of all requests, and of the last block's decode steps, by the shares [K]."""
-    streamed = (1 - weights_share[:, None]) * held.weights / problem.spec.num_layers
-    missing = 1 - cache_share[:, None]
+    missing = 1 - np.stack([weights_share, cache_share])[..., None]
     total, last = np.zeros(len(weights_share)), np.zeros(len(weights_share))
     for group in groups(problem, block.batch):
-        total += _prefill_s(problem, block, group, streamed, missing) @ group.num_batches
-        decode = _step_s(problem, block, group, streamed, missing) * group.num_steps
+        total += _prefill_s(problem, block, group, missing) @ group.num_batches
+        decode = _step_s(problem, block, group, missing) * group.num_steps
         total += decode @ group.num_batches
         last = decode[:, -1]
     return total, last
 
 
 def _prefill_s(
-    problem: Problem, block: _Block, group: BatchGroup, streamed: np.ndarray, missing: np.ndarray
+    problem: Problem, block: _Block, group: BatchGroup, missing: np.ndarray
 ) -> np.ndarray:
-    """[K, batches]: `streamed` bytes of a layer's weights come, `missing` shares of cache go."""
+    """[K, batches]: what is `missing` of a layer's weights comes, of its cache goes (shares)."""
     times = problem.times[block.device.type]
     tokens, size = group.prompt_tokens, block.micro_batch
-    compute = seconds_of_all(layer_work(times, block.precision).prefill, group, size, tokens)
-    beside = seconds_of_all(fixed_work(times, True, True).prefill, group, size, tokens)
-    stored = missing * _cache_bytes(problem, group) * tokens
-    each = layer_s(compute, streamed, stored, host_link_bytes_per_s(problem, block.device))
-    return np.asarray(problem.spec.num_layers * each + beside)
+    total = seconds_of_all(fixed_work(times, True, True).prefill, group, size, tokens)
+    for option, number in _layers(problem, block).items():
+        compute = seconds_of_all(layer_work(times, option).prefill, group, size, tokens)
+        streamed = missing[0] * _weight_bytes(problem, block, option)
+        stored = missing[1] * _cache_bytes(problem, group, option) * tokens
+        each = layer_s(compute, streamed, stored, host_link_bytes_per_s(problem, block.device))
+        total = total + number * each
+    return np.asarray(total)
 
 
-def _step_s(
-    problem: Problem, block: _Block, group: BatchGroup, streamed: np.ndarray, missing: np.ndarray
-) -> np.ndarray:
+def _step_s(problem: Problem, block: _Block, group: BatchGroup, missing: np.ndarray) -> np.ndarray:
     """[K, batches]: one step; `missing` shares of the past come, those of the new token go."""
     times = problem.times[block.device.type]
     past, size = group.past_tokens, block.micro_batch
-    compute = seconds_of_all(layer_work(times, block.precision).decode, group, size, past)
-    beside = seconds_of_all(fixed_work(times, True, True).decode, group, size, past)
-    cache = missing * _cache_bytes(problem, group)
-    loaded = streamed + cache * past
-    each = layer_s(compute, loaded, cache, host_link_bytes_per_s(problem, block.device))
-    return np.asarray(problem.spec.num_layers * each + beside)
+    total = seconds_of_all(fixed_work(times, True, True).decode, group, size, past)
+    for option, number in _layers(problem, block).items():
+        compute = seconds_of_all(layer_work(times, option).decode, group, size, past)
+        cache = missing[1] * _cache_bytes(problem, group, option)
+        loaded = missing[0] * _weight_bytes(problem, block, option) + cache * past
+        each = layer_s(compute, loaded, cache, host_link_bytes_per_s(problem, block.device))
+        total = total + number * each
+    return np.asarray(total)
 
 
-def _cache_bytes(problem: Problem, group: BatchGroup) -> int:
+def _layers(problem: Problem, block: _Block) -> dict[LayerOption, int]:
+    """How many layers have each option."""
+    layers = range(problem.spec.num_layers)
+    return Counter(option_of(problem.spec, i, block.precision) for i in layers)
+
+
+def _weight_bytes(problem: Problem, block: _Block, option: LayerOption) -> int:
+    """Of one layer."""
+    machine = problem.times[block.device.type].machine
+    kind = problem.spec.kind_specs[option.kind]
+    return memory.layer_weight_bytes(kind, option.precision, machine)
+
+
+def _cache_bytes(problem: Problem, group: BatchGroup, option: LayerOption) -> int:
     """One layer's cache of one token of every request."""
-    return memory.layer_cache_bytes(problem.spec, group.num_requests)
+    return memory.layer_cache_bytes(problem.spec.kind_specs[option.kind], group.num_requests)
 
 
 # ---- what came of it

@@ -18,7 +18,7 @@ What it returns fits always and is never worse than its start. Not covered: a bo
 import itertools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -50,9 +50,12 @@ PRICES = ((0.1, 0.0), (0.5, 0.0), (0.0, 0.2), (0.0, 1.0))
 
 
 def heuristic(
-    problem: Problem, configurations: Iterable[tuple[float, Configuration]], deadline: float
+    problem: Problem,
+    configurations: Iterable[tuple[float, Configuration]],
+    deadline: float,
+    find: Callable[[Instance, float], Choice | None],
 ) -> tuple[Configuration, Choice] | None:
-    """The best choice found over `configurations` until `deadline` (monotonic).
+    """The best choice that `find` finds over `configurations` until `deadline` (monotonic).
 
     They come with a bound that no choice is below, the least first; it ends where that is no better
     than what was found, and after `MAX_SETTINGS`. None: nothing within memory and budget was found.
@@ -62,10 +65,9 @@ def heuristic(
         if time.monotonic() > deadline or (best is not None and bound >= best[0]):
             break
         instance = make_instance(problem, configuration)
-        start = start_choice(instance, deadline)
-        if start is None:
+        choice = find(instance, deadline)
+        if choice is None:
             continue
-        choice = transfer(instance, start, deadline)
         value = objective(instance, choice)
         if best is None or value < best[0]:
             best = value, configuration, choice

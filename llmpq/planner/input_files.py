@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llmpq.cluster import load_cluster
-from llmpq.costs.quality import QualityModel, measured_quality, prior_quality
+from llmpq.costs.quality import QualityModel, measured_quality, prior_of
 from llmpq.errors import UserError
 from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
 from llmpq.model_spec import ModelSpec
@@ -79,7 +79,7 @@ def read_quality(
     The calibration statistics' path is made relative to `plan_folder`, or absolute without one.
     """
     if path is None:
-        return prior_quality(spec.num_layers)
+        return prior_of(spec)
     quality = measured_quality(load_sensitivity(path), spec, str(path))
     if quality.quantizer.moments is None:
         return quality

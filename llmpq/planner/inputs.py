@@ -14,12 +14,18 @@ from math import inf
 from llmpq.cluster import Cluster
 from llmpq.costs.latency import LayerTimes, device_times
 from llmpq.costs.measured_types import unused_profiles, with_measured_types
-from llmpq.costs.quality import DEFAULT_MAX_LOSS_PERCENT, QualityModel, prior_quality
+from llmpq.costs.quality import DEFAULT_MAX_LOSS_PERCENT, QualityModel, prior_of
 from llmpq.errors import UserError
 from llmpq.model_spec import ModelSpec
 from llmpq.plan_data import Plan
 from llmpq.planner.problem import Problem
-from llmpq.precision import PRECISIONS, STANDARD
+from llmpq.precision import (
+    PRECISIONS,
+    in_order,
+    is_layer_precision,
+    is_standard,
+    with_experts_apart,
+)
 from llmpq.profile_data import Profile
 from llmpq.workload import Workload, planned_lengths
 
@@ -67,7 +73,7 @@ def inputs_of(
         workload,
         tuple(planned_lengths(workload)),
         profiles,
-        quality or prior_quality(spec.num_layers),
+        quality or prior_of(spec),
     )
 
 
@@ -81,7 +87,7 @@ def make_problem(
     """
     _check_lengths(inputs, source)
     times = layer_times(inputs)
-    asked = _asked(wishes, plan)
+    asked = _asked(inputs, wishes, plan)
     offered = [p for p in offered_precisions(times, asked or ()) if p in inputs.quality.omega]
     notes = _notes(inputs, times)
     precisions = _precisions(inputs, times, offered, asked)
@@ -148,13 +154,16 @@ def layer_times(inputs: Inputs) -> dict[str, LayerTimes]:
 
 def offered_precisions(times: dict[str, LayerTimes], asked: Sequence[str] = ()) -> list[str]:
     """Those that some device has times for; optional ones only where they are asked for."""
-    timed = {p for t in times.values() for p in t.precisions}
-    return [p for p in PRECISIONS if p in timed and (p in STANDARD or p in asked)]
+    timed = in_order(p for t in times.values() for p in t.offered)
+    return [p for p in timed if is_standard(p) or p in asked]
 
 
-def _asked(wishes: Wishes, plan: Plan | None) -> list[str] | None:
+def _asked(inputs: Inputs, wishes: Wishes, plan: Plan | None) -> list[str] | None:
+    """The precisions that are asked for by name; of layers with experts, with these apart."""
     if wishes.precisions is not None:
-        return list(wishes.precisions)
+        if all(kind.experts is None for kind in inputs.spec.kind_specs):
+            return list(wishes.precisions)
+        return with_experts_apart(wishes.precisions)
     return sorted(set(plan.precisions)) if plan is not None else None
 
 
@@ -167,9 +176,9 @@ def _precisions(
         faults.append("--precisions names no precision; for instance --precisions 16,8,4,3")
     faults += [
         f"device type '{device}' has no times at {', '.join(chosen)} bits; "
-        f"it has them at {', '.join(t.precisions)}"
+        f"it has them at {', '.join(t.offered)}"
         for device, t in times.items()
-        if not faults and not set(chosen) & set(t.precisions)
+        if not faults and not set(chosen) & set(t.offered)
     ]
     if faults:
         raise UserError("\n".join(faults))
@@ -177,7 +186,7 @@ def _precisions(
 
 
 def _why_no_precision(inputs: Inputs, name: str) -> str:
-    if name not in PRECISIONS:
+    if not is_layer_precision(name):
         return f"unknown precision '{name}'; known: {', '.join(PRECISIONS)}"
     if name not in inputs.quality.omega:
         return f"precision {name}: the sensitivity file does not have it for every layer"

@@ -1,10 +1,9 @@
 """The arrays of one configuration: what the methods optimise over.
 
 An `Instance` holds, per layer and stage, seconds *summed over all batches of the workload*: the
-objective of `value` lets one resource be the slowest for all batches together. Layers cost the
-same, so times and memory depend only on *how many* layers a stage holds at each option: `counts`
-[N, B]. An option is a precision here; whatever else a layer may choose (precisions of attention and
-feed-forward apart, of the cache) would be more columns of the same arrays.
+objective of `value` lets one resource be the slowest for all batches together. Layers of a kind
+cost the same, so times and memory depend only on *how many* layers a stage holds at each option:
+`counts` [N, B]. An option is a precision for one kind of layers (`layer_options`).
 
 The arrays are made from cost tables: functions of a problem, a stage's devices and `Sizes`, for all
 pairs of micro-batches of a batch at once. A problem remembers them, as many configurations share
@@ -26,12 +25,18 @@ from llmpq.costs.timeline import Costs, combined
 from llmpq.job import cache_tokens
 from llmpq.machine import Machine
 from llmpq.planner.job_table import table_of
+from llmpq.planner.layer_options import (
+    LayerGroups,
+    groups_of,
+    layer_groups,
+    offers,
+    omega_of,
+    options_of,
+)
 from llmpq.planner.problem import Configuration, Problem, Sizes, StageDevices
 from llmpq.planner.tables import Scope, Table
 from llmpq.planner.works import fixed_work, hop_works, layer_work
 
-LAYER_GROUPS: Table[None, "LayerGroups"] = Table()
-OMEGA: Table[None, np.ndarray] = Table()
 LAYER_COSTS: Table[tuple[Hashable, Sizes], Costs] = Table()
 FIXED_COSTS: Table[tuple[Hashable, bool, bool, Sizes], Costs] = Table()
 LINK_COSTS: Table[tuple[tuple[str, ...], Sizes], Costs] = Table()
@@ -49,21 +54,6 @@ def stack(costs: Sequence[Costs]) -> Costs:
 
 
 @dataclass(frozen=True)
-class LayerGroups:
-    """Layers of equal sensitivity: `omega` [G, B], and how many each group has."""
-
-    omega: np.ndarray
-    sizes: np.ndarray
-
-
-def layer_groups(omega: np.ndarray, budget: float, theta: float) -> LayerGroups:
-    """Groups of equal rows of omega [L, B]; one group where omega does not matter."""
-    if theta == 0 and budget == math.inf:
-        return LayerGroups(0 * omega[:1], np.array([len(omega)]))
-    return LayerGroups(*np.unique(omega, axis=0, return_counts=True))
-
-
-@dataclass(frozen=True)
 class Instance:
     """N stages in order, L layers, B options. Unavailable options cost infinity."""
 
@@ -74,7 +64,7 @@ class Instance:
     capacity: np.ndarray  # [N], what layers may take
     unpacked_bytes: np.ndarray  # [N], taken by a device that holds any packed option
     packed: np.ndarray  # [B], booleans
-    omega: np.ndarray  # [L, B]
+    omega: np.ndarray  # [L, B], infinite where an option is of another kind of layers
     budget: float = math.inf
     theta: float = 0.0
     known_groups: LayerGroups | None = None
@@ -98,6 +88,11 @@ class Instance:
     def num_options(self) -> int:
         """B."""
         return self.omega.shape[1]
+
+    @property
+    def has_kinds(self) -> bool:
+        """Layers are of several kinds, with options of their own."""
+        return not np.isfinite(self.omega).all()
 
     @property
     def available(self) -> np.ndarray:
@@ -128,7 +123,7 @@ def make_instance(problem: Problem, configuration: Configuration) -> Instance:
                 for j, p in enumerate(stage_devices)
             ]
         ),
-        packed=np.array([memory.is_packed(p) for p in problem.precisions]),
+        packed=packed_options(problem),
         omega=omega_of(problem),
         budget=problem.budget,
         theta=problem.theta,
@@ -136,11 +131,9 @@ def make_instance(problem: Problem, configuration: Configuration) -> Instance:
     )
 
 
-def groups_of(problem: Problem) -> LayerGroups:
-    """Layers of equal sensitivity."""
-    return problem.cached(
-        LAYER_GROUPS, None, lambda: layer_groups(omega_of(problem), problem.budget, problem.theta)
-    )
+def packed_options(problem: Problem) -> np.ndarray:
+    """[B], booleans: which options hold weights below 16 bits."""
+    return np.array([memory.is_packed(option.precision) for option in options_of(problem)])
 
 
 def _of_pair(costs: Sequence[Costs], scale: np.ndarray) -> Costs:
@@ -269,8 +262,13 @@ def layer_bytes(problem: Problem, sizes: Sizes, devices: StageDevices) -> np.nda
     def compute() -> np.ndarray:
         spec = problem.shard(devices)
         tokens = min(cache_tokens(problem.lanes(sizes, q)) for q in sizes.decode)
-        weights = [memory.layer_weight_bytes(spec, p, machine) for p in problem.precisions]
-        return np.array(weights, dtype=float) + memory.layer_cache_bytes(spec, tokens)
+        kinds = spec.kind_specs
+        held = [
+            memory.layer_weight_bytes(kinds[kind], precision, machine)
+            + memory.layer_cache_bytes(kinds[kind], tokens)
+            for kind, precision in options_of(problem)
+        ]
+        return np.array(held, dtype=float)
 
     key = machine, sizes.batch, sizes.decode, sizes.lanes, devices.tensor_parallel
     return problem.cached(LAYER_BYTES, key, compute)
@@ -283,20 +281,12 @@ def unpacked_bytes(
 
     A plan whose stage has none of that precision takes less (`evaluate.memory_of`).
     """
-    offered = problem.times[devices.type].precisions
-    packed = tuple(p for p in problem.precisions if p in offered and memory.is_packed(p))
+    times = problem.times[devices.type]
+    offered = (o.precision for o in options_of(problem) if offers(times, o))
+    packed = tuple(dict.fromkeys(filter(memory.is_packed, offered)))
     plain = _activations(problem, sizes, devices, first, last, ("16",))
     more = _activations(problem, sizes, devices, first, last, packed) if packed else plain
     return np.maximum(more - plain, 0.0)
-
-
-def omega_of(problem: Problem) -> np.ndarray:
-    """[L, B]: sensitivity."""
-
-    def compute() -> np.ndarray:
-        return np.array([problem.quality.omega[p] for p in problem.precisions], dtype=float).T
-
-    return problem.cached(OMEGA, None, compute)
 
 
 def kind_of(problem: Problem, devices: StageDevices) -> Hashable:
@@ -311,16 +301,16 @@ def kind_of(problem: Problem, devices: StageDevices) -> Hashable:
 
 
 def layer_costs(problem: Problem, sizes: Sizes, devices: StageDevices) -> Costs:
-    """[P, Q, B]: one layer at each precision; infinity where its devices do not offer it."""
+    """[P, Q, B]: one layer at each option; infinity where its devices do not offer it."""
     kind = kind_of(problem, devices)
 
     def compute() -> Costs:
         times = problem.times_at(devices)
         each = [
-            table_of(problem, sizes).costs(layer_work(times, name))
-            if name in times.precisions
+            table_of(problem, sizes).costs(layer_work(times, option))
+            if offers(times, option)
             else _never(sizes)
-            for name in problem.precisions
+            for option in options_of(problem)
         ]
         return combined(each, np.stack, axis=-1)
 

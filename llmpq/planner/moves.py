@@ -168,7 +168,7 @@ def assigned(table: MoveTable, counts: np.ndarray, near: State | None = None) ->
         )
     for j in np.flatnonzero(changed):
         held = slice(ends[j] - counts[j].sum(), ends[j])
-        options[held] = assign_layers(table.instance.omega[held], counts[j])
+        options[held] = _assign_alike(table.instance.omega[held], counts[j])
     return options
 
 
@@ -206,11 +206,28 @@ def least_changes(instance: Instance, state: State) -> np.ndarray:
 # ---- layers of a stage
 
 
-def assign_layers(omega: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def assign_layers(omega: np.ndarray, counts: np.ndarray) -> np.ndarray | None:
     """The options [L] of a stage's layers with the least summed sensitivity, to the exact.
 
-    `omega` is [L, B], `counts` [B] with sum L: how many layers get each option. A transport
-    problem: layers change options along the cycle of options that gains most, until no cycle gains.
+    `omega` is [L, B], `counts` [B] with sum L: how many layers get each option. Where layers are of
+    several kinds, each kind by itself; None where so many layers of a kind have no such options.
+    """
+    if np.isfinite(omega).all():
+        return _assign_alike(omega, counts)
+    options = np.empty(len(omega), dtype=int)
+    kinds, of_kind = np.unique(np.isfinite(omega), axis=0, return_inverse=True)
+    for number, own in enumerate(kinds):
+        layers = of_kind.ravel() == number
+        if counts[own].sum() != layers.sum():
+            return None
+        where = np.flatnonzero(own)
+        options[layers] = where[_assign_alike(omega[np.ix_(layers, own)], counts[own])]
+    return options
+
+
+def _assign_alike(omega: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Of layers of one kind. A transport problem: layers change options along the cycle of options
+    that gains most, until no cycle gains.
     """
     used = np.flatnonzero(counts)
     options = np.repeat(used, counts[used])

@@ -101,7 +101,7 @@ class Fronts:
         return range(1 if self.are_alike else self.num_layers)
 
     def best_within(self, room: float, least_bytes: float) -> Iterator[tuple[int, int, int]]:
-        """(start, end, point of least omega) of every range that `room` bytes hold.
+        """(start, end, point of least omega) of every range that so many bytes hold.
 
         Where layers are alike, of those that start with the first one.
         `least_bytes`: of a layer at the smallest option, its cache included.
@@ -110,7 +110,9 @@ class Fronts:
         for start in self._starts:
             for end in range(start + 1, min(start + most, self.num_layers) + 1):
                 slack = room - (end - start) * least_bytes
-                yield start, end, self.front(start, end).best(slack)
+                point = self.front(start, end).best(slack)
+                if point >= 0:
+                    yield start, end, point
 
     def front(self, start: int, end: int) -> Front:
         """Of layers `start` up to but not including `end`."""

@@ -11,7 +11,7 @@ runs decide, and what is told of a plan is its run.
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 from llmpq.errors import InfeasibleError, UserError
@@ -19,6 +19,7 @@ from llmpq.plan_data import Plan, Predicted
 from llmpq.planner.baselines import BASELINES, Outcome, offloaded, run_baselines, with_baselines
 from llmpq.planner.confirm import CLOSE, Confirmed, ScaledFor
 from llmpq.planner.evaluate import bounded, evaluate, to_plan
+from llmpq.planner.exact import first_choice
 from llmpq.planner.flexgen import flexgen
 from llmpq.planner.heuristic import heuristic
 from llmpq.planner.plan_notes import doubts, idle
@@ -266,7 +267,8 @@ def _limit(run: _Run) -> float:
 def _moves(run: _Run, space: Space, seconds: float) -> Assignment | None:
     """The best plan by moves over the configurations of least bound."""
     configurations = space.best_first(run.unit, run.solver)
-    found = heuristic(run.unit, configurations, time.monotonic() + seconds)
+    find = partial(first_choice, solver=run.solver)
+    found = heuristic(run.unit, configurations, time.monotonic() + seconds, find)
     return to_assignment(run.unit, *found) if found else None
 
 

@@ -15,14 +15,11 @@ from functools import cached_property
 
 import numpy as np
 
-from llmpq.costs.memory import is_packed
 from llmpq.costs.timeline import SLOWEST, STAYING, Costs, combined
 from llmpq.planner.counts import finite
 from llmpq.planner.instance import (
-    LayerGroups,
     capacity,
     fixed_costs,
-    groups_of,
     kind_of,
     layer_bytes,
     layer_costs,
@@ -30,8 +27,10 @@ from llmpq.planner.instance import (
     least_token_return,
     link_costs,
     most_room,
+    packed_options,
     unpacked_bytes,
 )
+from llmpq.planner.layer_options import LayerGroups, groups_of
 from llmpq.planner.layouts import DeviceSubset, num_stages
 from llmpq.planner.problem import OVER, Problem, Sizes, StageDevices
 from llmpq.planner.tables import Table
@@ -266,7 +265,7 @@ def _find_least_bytes(
     problem: Problem, sizes: Sizes, devices: StageDevices, alone: bool
 ) -> np.ndarray:
     held = layer_bytes(problem, sizes, devices)
-    packed = np.array([is_packed(p) for p in problem.precisions])
+    packed = packed_options(problem)
     unpacked = _least_unpacked(problem, sizes, devices, alone)
     room = most_room(problem, sizes, devices, alone).max() - unpacked
     most = np.floor(max(room, 0.0) * OVER / held.min())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmpq.costs.timeline import ADDED, LOOP, SLOWEST, STAYING, Costs
-from llmpq.planner.counts import Rows, Term, add_transport
+from llmpq.planner.counts import Rows, Term, add_transport, finite
 from llmpq.planner.pool import Pool
 from llmpq.planner.solver import LinearProgram, Solver
 
@@ -107,7 +107,9 @@ def _layers(pool: Pool, prices: Prices) -> np.ndarray:
     each = _priced(by_option, prices, pool.many).swapaxes(-1, -2)
     held = prices.memory[:, None] * pool.layer_bytes - prices.least[:, None]
     pairs = each + held + np.where(pool.offered, 0.0, np.inf)  # [P, Q, K, B]
-    cheapest = pairs.min(axis=2)[:, :, None, :] + (prices.omega + pool.theta) * pool.groups.omega
+    omega = pool.groups.omega
+    lost = np.where(np.isinf(omega), np.inf, (prices.omega + pool.theta) * finite(omega))
+    cheapest = pairs.min(axis=2)[:, :, None, :] + lost
     return np.asarray((cheapest.min(axis=-1) * pool.groups.sizes).sum(axis=-1))
 
 
@@ -232,7 +234,7 @@ class _PoolProgram:
         """The budget's row comes first; then which layers have which option."""
         groups, rows, budget = self.pool.groups, self.rows, self.pool.budget
         where = self.y if self.y.size else self.c
-        omega = np.broadcast_to(groups.omega, where.shape)
+        omega = np.broadcast_to(finite(groups.omega), where.shape)
         unit = (budget or 1.0) if budget < math.inf else 1.0
         rows.add(-math.inf, budget / unit, (where, omega / unit))
         if self.y.size:
@@ -242,11 +244,14 @@ class _PoolProgram:
         pool, scale = self.pool, self.scale
         cost = np.zeros(self.T + 1)
         where = self.y if self.y.size else self.c
-        cost[where] += pool.theta * np.broadcast_to(pool.groups.omega, where.shape) / scale
+        omega = np.broadcast_to(finite(pool.groups.omega), where.shape)
+        cost[where] += pool.theta * omega / scale
         cost[self.T] = 1.0
         bounds = np.zeros((2, len(cost)))
         bounds[1] = math.inf
         bounds[1, self.c[~pool.offered]] = 0.0
+        if self.y.size:
+            bounds[1, self.y[np.isinf(pool.groups.omega)]] = 0.0
         least = (self.R, pool.least_others), (self.S, pool.least_pace), (self.T, pool.least_busy)
         for column, values in least:
             bounds[0, column] = values[self.pair] / scale

@@ -8,6 +8,7 @@ from dataclasses import replace
 from llmpq.plan_data import Plan, lanes_of, reserve_of
 from llmpq.planner.accuracy import with_accuracy
 from llmpq.planner.evaluate import evaluate, shortages, to_assignment
+from llmpq.planner.layer_options import lacking, option_of, options_of
 from llmpq.planner.problem import OVER, Assignment, Problem
 from llmpq.planner.simulated import with_run
 
@@ -55,9 +56,9 @@ def misfits(problem: Problem, plan: Plan) -> list[str]:
             continue
         for devices in taken:
             free.remove(devices)
-        missing = set(stage.precisions) - set(problem.times[device].precisions)
-        if missing:
-            faults.append(f"no times of {device} at {', '.join(sorted(missing))} bits")
+        own = problem.times[device], problem.spec, stage.first_layer, stage.precisions
+        if problem.spec.num_layers == plan.model.num_layers and (missing := lacking(*own)):
+            faults.append(f"no times of {device} at {', '.join(missing)} bits")
     return faults
 
 
@@ -71,7 +72,8 @@ def still_fits(problem: Problem, plan: Plan) -> Assignment | None:
         assignment, configuration=assignment.configuration.resized()
     )  # for these lengths
     omega = problem.quality.sum_omega(assignment.precisions)
-    offered = set(assignment.precisions) <= set(problem.precisions)
+    own = {option_of(problem.spec, i, name) for i, name in enumerate(assignment.precisions)}
+    offered = own <= set(options_of(problem))
     fits = offered and omega <= problem.budget * OVER and not shortages(problem, assignment)
     return assignment if fits else None
 

@@ -18,7 +18,7 @@ from llmpq.cluster import Cluster
 from llmpq.costs.corrected_rows import base_of, corrected_device, corrected_rows
 from llmpq.costs.fits import chosen_models
 from llmpq.costs.latency import LayerTimes, device_times
-from llmpq.costs.quality import QualityModel, measured_quality, prior_quality
+from llmpq.costs.quality import QualityModel, measured_quality, prior_of
 from llmpq.costs.recalibrate import Correction, StageCalls, correction, link_s, stage_calls
 from llmpq.errors import InfeasibleError, UserError
 from llmpq.plan_data import Plan
@@ -222,7 +222,7 @@ def _mean_steps(run: ReportedRun, times: dict[str, LayerTimes]) -> dict[int, flo
         lengths=tuple(planned_lengths(plan.workload)),
         num_requests=plan.workload.num_requests,
         times=times,
-        quality=prior_quality(plan.model.num_layers),
+        quality=prior_of(plan.model),
         precisions=tuple(sorted(set(plan.precisions))),
     )
     predicted = evaluate(problem, to_assignment(plan, plan.cluster))
@@ -287,7 +287,7 @@ def _problem(
 ) -> Problem:
     """The plan's problem at these times; any quality, the budget comes later."""
     quality = _quality(asked, plan)
-    timed = {p for t in times.values() for p in t.precisions}
+    timed = {p for t in times.values() for p in t.offered}
     known = dict.fromkeys((*STANDARD, *plan.precisions))
     return Problem(
         spec=plan.model,
@@ -304,7 +304,7 @@ def _problem(
 
 def _quality(asked: Recalibration, plan: Plan) -> QualityModel:
     if asked.sensitivity is None:
-        return prior_quality(plan.model.num_layers)
+        return prior_of(plan.model)
     sensitivity = load_sensitivity(asked.sensitivity)
     return measured_quality(sensitivity, plan.model, str(asked.sensitivity))
 

@@ -24,7 +24,7 @@ from llmpq.planner.input_files import InputFiles, read_inputs
 from llmpq.planner.inputs import Inputs
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Problem
-from llmpq.precision import PRECISIONS, STANDARD
+from llmpq.precision import in_order, is_standard
 from llmpq.quantizer import Quantizer
 from llmpq.seats import worker_places
 from llmpq.workload import Workload, planned_lengths
@@ -83,13 +83,16 @@ def load_replan_inputs(
     if files.sensitivity is None:
         quality = replace(quality, quantizer=quantizer)
     times = {device.type: _times(inputs, device.type) for device in inputs.cluster.devices()}
-    wanted = {*STANDARD, *plan.precisions} & set(quality.omega)
-    timed = {name for one in times.values() for name in one.precisions}
+    timed = in_order(name for one in times.values() for name in one.offered)
     return ReplanInputs(
         plan=plan.model_copy(update={"cluster": inputs.cluster}),
         quality=quality,
         times=times,
-        precisions=tuple(name for name in PRECISIONS if name in wanted & timed),
+        precisions=tuple(
+            name
+            for name in timed
+            if name in quality.omega and (is_standard(name) or name in plan.precisions)
+        ),
         workload=with_longest(plan.workload, longest),
         max_loss_percent=max_loss_percent,
     )

@@ -28,6 +28,7 @@ from llmpq.planner.evaluate import evaluate
 from llmpq.planner.exact import build as build_whole
 from llmpq.planner.exact import realised, solve, with_less_loss
 from llmpq.planner.instance import in_any_order, make_instance
+from llmpq.planner.layer_options import places_of
 from llmpq.planner.layouts import orders
 from llmpq.planner.problem import Assignment, Configuration, Problem, Sizes
 from llmpq.planner.solver import LinearProgram, Solver
@@ -187,8 +188,9 @@ def search(
 
 def _lose_less(state: Search, best: Assignment) -> None:
     """The best plan's precisions are raised where that costs no time."""
-    problem, options = state.problem, {p: i for i, p in enumerate(state.problem.precisions)}
-    choice = tuple(tuple(options[p] for p in stage) for stage in best.stages)
+    problem = state.problem
+    places = iter(places_of(problem, best.precisions))
+    choice = tuple(tuple(next(places) for _ in stage) for stage in best.stages)
     better = with_less_loss(make_instance(problem, best.configuration), choice)
     changed = to_assignment(problem, best.configuration, better)
     predicted = evaluate(problem, changed)
@@ -280,7 +282,7 @@ class EndsNode(ConfigurationNode):
     def _offer(self, state: Search, x: np.ndarray) -> None:
         instance = make_instance(state.problem, self.configuration)
         held = counts.counts_of(instance, x)
-        choice = realised(instance, held, min(state.seconds_left, POLISH_S))
+        choice = realised(instance, state.solver, held, min(state.seconds_left, POLISH_S))
         if choice is not None:
             state.offer(to_assignment(state.problem, self.configuration, choice))
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from llmpq.costs.timeline import Costs, run_s
 from llmpq.planner.instance import Instance
+from llmpq.planner.layer_options import options_of
 from llmpq.planner.problem import Assignment, Configuration, Problem
 
 Choice = tuple[tuple[int, ...], ...]  # for each stage, the option of each of its layers
@@ -72,5 +73,6 @@ def count_options(instance: Instance, choice: Choice) -> np.ndarray:
 
 def to_assignment(problem: Problem, configuration: Configuration, choice: Choice) -> Assignment:
     """A choice with its precisions' names."""
-    stages = tuple(tuple(problem.precisions[o] for o in stage) for stage in choice)
+    options = options_of(problem)
+    stages = tuple(tuple(options[o].precision for o in stage) for stage in choice)
     return Assignment(configuration, stages)

@@ -6,8 +6,7 @@ optimise over (`instance`), and the simulation (`simulated`). Numbers or arrays 
 Not covered: how works of several resources make a schedule.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from llmpq.costs import links
 from llmpq.costs.latency import LayerTimes
 from llmpq.costs.links import Seconds
+from llmpq.planner.layer_options import LayerOption
 from llmpq.planner.problem import Problem
 
 Cost = Callable[[int, Any], Seconds]  # of a micro-batch's requests and its prompt or past tokens
@@ -46,11 +46,12 @@ def later_chunk_s(end_s: Any, begin_s: Any, own_s: Any, one_s: Any) -> np.ndarra
     return np.maximum(end_s - begin_s + one_s, own_s)
 
 
-def layer_work(times: LayerTimes, precision: str) -> Work:
+def layer_work(times: LayerTimes, option: LayerOption) -> Work:
     """One decoder layer."""
+    own, precision = times.of_kind(option.kind), option.precision
     return Work(
-        lambda size, tokens: times.prefill_s(precision, size, tokens),
-        lambda size, past: times.decode_s(precision, size, past),
+        lambda size, tokens: own.prefill_s(precision, size, tokens),
+        lambda size, past: own.decode_s(precision, size, past),
     )
 
 
@@ -71,14 +72,15 @@ def fixed_work(times: LayerTimes, first: bool, last: bool) -> Work:
     )
 
 
-def stage_work(times: LayerTimes, first: bool, last: bool, precisions: Sequence[str]) -> Work:
-    """A whole stage."""
-    counts = Counter(precisions)
+def stage_work(
+    times: LayerTimes, first: bool, last: bool, counts: Mapping[LayerOption, int]
+) -> Work:
+    """A whole stage with so many layers at each option."""
     fixed = fixed_work(times, first, last)
-    layers = {name: layer_work(times, name) for name in counts}
+    layers = {option: layer_work(times, option) for option in counts}
 
     def total(phase: str, size: int, tokens: Any) -> Seconds:
-        each = sum(n * getattr(layers[p], phase)(size, tokens) for p, n in counts.items())
+        each = sum(n * getattr(layers[o], phase)(size, tokens) for o, n in counts.items())
         return getattr(fixed, phase)(size, tokens) + each
 
     return Work(

@@ -21,6 +21,7 @@ from llmpq.costs.timeline import run_s
 from llmpq.planner import search
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.instance import make_instance
+from llmpq.planner.layer_options import omega_of
 from llmpq.planner.problem import Configuration, Problem, StageDevices
 from llmpq.planner.solver import Solver
 from llmpq.planner.space import Space, make_space
@@ -68,8 +69,7 @@ def random_problem(seed: int) -> Problem:
 
 def ways(problem: Problem, stages: int) -> tuple[np.ndarray, np.ndarray]:
     """All counts [N, B, ways] of any partition, and the least sensitivity of each: all are seen."""
-    layers = problem.spec.num_layers
-    omega = np.array([problem.quality.omega[p] for p in problem.precisions]).T
+    layers, omega = problem.spec.num_layers, omega_of(problem)
     held, least = [], []
     for ends in cuts(layers, stages):
         each = [least_omegas(omega[begin:end]) for begin, end in ends]
@@ -83,7 +83,8 @@ def least_omegas(omega: np.ndarray) -> dict[tuple[int, ...], float]:
     """By how many of a stage's layers have each option: the least sum of all ways to choose."""
     layers, width = omega.shape
     found: dict[tuple[int, ...], float] = {}
-    for options in itertools.product(range(width), repeat=layers):
+    own = [np.flatnonzero(np.isfinite(row)).tolist() for row in omega]
+    for options in itertools.product(*own):
         counts = tuple(options.count(option) for option in range(width))
         value = float(omega[np.arange(layers), options].sum())
         found[counts] = min(value, found.get(counts, math.inf))
