@@ -15,7 +15,6 @@ Layers with routed experts may hold the experts at another precision than the re
 "8+experts@4". `layer_precision` takes such names apart; a name without experts is of both.
 """
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -108,21 +107,18 @@ def is_standard(name: str) -> bool:
     return set(layer_precision(name)) <= set(STANDARD)
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Precisions of plans from the most bits to the fewest, those of the rest of a layer first."""
-    known = list(PRECISIONS)
-    return sorted(
-        set(names), key=lambda name: [known.index(part) for part in layer_precision(name)]
-    )
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Layer precisions, each once, in the order of `PRECISIONS`: of the rest, then of experts."""
+    places = {name: place for place, name in enumerate(PRECISIONS)}
+    return tuple(sorted(set(names), key=lambda name: [places[p] for p in layer_precision(name)]))
 
 
-def with_experts_apart(names: Iterable[str]) -> list[str]:
-    """The precisions, and those with one of them for the experts and one of more bits for the rest."""
-    given = list(names)
-    plain = [name for name in given if EXPERTS_AT not in name]
-    apart = [
-        LayerPrecision(rest, experts).name
-        for rest, experts in itertools.permutations(plain, 2)
-        if PRECISIONS[experts].weight_bits < PRECISIONS[rest].weight_bits
+def with_fewer_for_experts(precisions: Iterable[str]) -> tuple[str, ...]:
+    """These precisions, and all pairs of them of which the experts have the fewer bits."""
+    alone = list(dict.fromkeys(precisions))
+    plain = [name for name in alone if name in PRECISIONS]
+    pairs = (LayerPrecision(rest, experts) for rest in plain for experts in plain)
+    fewer = [
+        p.name for p in pairs if PRECISIONS[p.experts].weight_bits < PRECISIONS[p.rest].weight_bits
     ]
-    return in_order([*given, *apart])
+    return in_order([*alone, *fewer])

@@ -65,7 +65,7 @@ class LayerTimes:
         return self.kinds[kind] if self.kinds else self
 
     @property
-    def offered(self) -> list[str]:
+    def offered(self) -> tuple[str, ...]:
         """The precisions of plans that some kind of layers has times for."""
         return in_order(p for one in (self, *self.kinds) for p in one.precisions)
 

@@ -1,11 +1,11 @@
 """The ILP of one order over counts: how many layers each stage holds at each option.
 
-Layers of a kind cost the same, so seconds and bytes need N x B whole numbers, not L x N x B binaries. Which
-layers get the low precisions is a transport problem: layers of equal sensitivity (G groups) to
-options. `build` ignores where stages begin and end in it, so its optimum is a bound, and exact
-where all layers are of one kind and equally sensitive. `build_exact` keeps the stages: t[i, j] = 1 where layer i
-lies on stage j or before, and a share z[i, j, b] of layer i on stage j at option b; once counts and
-t are whole, a whole z is among the cheapest, as a transport problem's is.
+Layers of a kind cost the same, so seconds and bytes need N x B whole numbers, not L x N x B
+binaries. Which layers get the low precisions is a transport problem: layers of equal sensitivity
+and kind (G groups) to options. `build` ignores where stages begin and end in it, so its optimum is
+a bound, and exact where there is one group. `build_exact` keeps the stages: t[i, j] = 1 where layer
+i lies on stage j or before, and a share z[i, j, b] of layer i on stage j at option b; once counts
+and t are whole, a whole z is among the cheapest, as a transport problem's is.
 
 Columns: c[j, b] counts, u[j] = 1: stage j holds a packed option and so an unpacked matrix, T the
 run's seconds, R what the slowest resource takes for prefill jobs outside bursts, S the longer of

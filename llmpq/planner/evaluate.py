@@ -90,10 +90,12 @@ def bounded(predicted: Predicted, lower_bound: float, planning_s: float) -> Pred
 
 def memory_of(problem: Problem, assignment: Assignment, rank: int) -> StageMemory:
     """Memory of one stage, on each of its devices."""
-    configuration = assignment.configuration
+    configuration, own = assignment.configuration, assignment.stages[rank]
+    first = sum(map(len, assignment.stages[:rank]))
     return stage_memory(
         problem.shard(configuration.stage_devices[rank]),
-        assignment.stages[rank],
+        own,
+        kinds=problem.spec.kind_of_layers[first : first + len(own)],
         first=rank == 0,
         last=rank == len(assignment.stages) - 1,
         sizes=problem.run_sizes(configuration),

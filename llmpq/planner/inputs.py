@@ -24,7 +24,7 @@ from llmpq.precision import (
     in_order,
     is_layer_precision,
     is_standard,
-    with_experts_apart,
+    with_fewer_for_experts,
 )
 from llmpq.profile_data import Profile
 from llmpq.workload import Workload, planned_lengths
@@ -163,7 +163,7 @@ def _asked(inputs: Inputs, wishes: Wishes, plan: Plan | None) -> list[str] | Non
     if wishes.precisions is not None:
         if all(kind.experts is None for kind in inputs.spec.kind_specs):
             return list(wishes.precisions)
-        return with_experts_apart(wishes.precisions)
+        return with_fewer_for_experts(wishes.precisions)
     return sorted(set(plan.precisions)) if plan is not None else None
 
 

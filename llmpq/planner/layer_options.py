@@ -1,9 +1,9 @@
 """What a layer may be: a precision, for layers of one kind; and what that costs in quality.
 
-Of a model with one kind of layers, the options are the problem's precisions. Where there are several
-kinds, each kind has options of its own, and a layer takes one of its kind's: sensitivities `omega`
-[L, B] are infinite elsewhere. Precisions that name experts apart ("8+experts@4") are options of
-kinds with experts alone; in a plan, layers without experts then have the precision of the rest.
+Of a model with one kind of layers, the options are the problem's precisions. Where there are
+several kinds, each kind has options of its own, and a layer takes one of its kind's: sensitivities
+`omega` [L, B] are infinite elsewhere. Precisions that name experts apart ("8+experts@4") are
+options of kinds with experts alone; layers without experts then have the precision of the rest.
 """
 
 import math

@@ -25,7 +25,7 @@ from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevic
 from llmpq.planner.solver import Solver
 from llmpq.planner.space import make_space
 from llmpq.planner.value import to_assignment
-from llmpq.precision import layer_precision, with_experts_apart
+from llmpq.precision import layer_precision, with_fewer_for_experts
 
 
 def widened(op: LinearShape, factor: float) -> LinearShape:
@@ -50,19 +50,20 @@ def kind_of(spec: ModelSpec, name: str, factor: float, experts: Experts | None =
 def with_kinds(
     spec: ModelSpec, kinds: Sequence[LayerKind], layer_kinds: Sequence[int]
 ) -> ModelSpec:
-    """The model with layers of these kinds."""
+    """The model with as many layers as `layer_kinds` names, of these kinds."""
     own = {name: getattr(kinds[0], name) for name in set(LayerKind.model_fields) - {"name"}}
     return ModelSpec.model_validate(
         spec.model_dump()
         | {name: value for name, value in own.items() if name != "linears"}
         | {"linears": kinds[0].linears, "kinds": tuple(kinds), "layer_kinds": tuple(layer_kinds)}
+        | {"num_layers": len(layer_kinds)}
     )
 
 
 def problem_with(problem: Problem, spec: ModelSpec, seed: int) -> Problem:
     """The problem for another model, whose layers are unequally sensitive in every other one."""
     rng = np.random.default_rng(1000 + seed)
-    precisions = with_experts_apart(problem.precisions)
+    precisions = with_fewer_for_experts(problem.precisions)
     if all(kind.experts is None for kind in spec.kind_specs):
         precisions = list(problem.precisions)
     quality = prior_of(spec)
@@ -92,7 +93,7 @@ def random_kinds(seed: int) -> Problem:
         kind_of(spec, f"kind {i}", float(factor), own)
         for i, (factor, own) in enumerate(zip(factors, held, strict=True))
     ]
-    layers = spec.num_layers
+    layers = min(spec.num_layers, 5)
     if seed % 4 == 0:  # the first ones are of one kind, as in DeepSeek's models
         first = int(rng.integers(1, layers))
         order = [0] * first + [1] * (layers - first)
