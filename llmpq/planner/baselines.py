@@ -22,7 +22,7 @@ from llmpq.plan_data import Baseline, Plan, Predicted
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.layer_options import places_of
-from llmpq.planner.partition import Fronts, least_bottleneck, least_sum, range_lengths
+from llmpq.planner.partition import Fronts, least_bottleneck, least_sum, of_ranges, range_lengths
 from llmpq.planner.problem import OVER, Assignment, Configuration, Problem
 from llmpq.planner.value import (
     Choice,
@@ -212,22 +212,16 @@ def _cut(options: Sequence[int], ends: Sequence[int]) -> Choice:
 def pipeedge(instance: Instance, options: Sequence[int]) -> Choice:
     """One precision, least busy bottleneck; where memory allows no partition, disregarding it."""
     some = range_lengths(instance.num_layers)[None] > 0
-    busy = _of_ranges(instance.layer.busy[:, options]) + instance.fixed.busy[:, None, None]
+    busy = of_ranges(instance.layer.busy[:, options]) + instance.fixed.busy[:, None, None]
     busy = np.where(some, busy, np.inf)
-    used = _of_ranges(instance.layer_bytes[:, options])
-    packed = _of_ranges(instance.packed[None, options].astype(float)) > 0
+    used = of_ranges(instance.layer_bytes[:, options])
+    packed = of_ranges(instance.packed[None, options].astype(float)) > 0
     used = used + instance.unpacked_bytes[:, None, None] * packed
     fitting = np.where(used <= instance.capacity[:, None, None], busy, np.inf)
     worst, ends = least_bottleneck(fitting)
     if not np.isfinite(worst):
         _, ends = least_bottleneck(np.where(some, used - instance.capacity[:, None, None], np.inf))
     return _cut(options, ends)
-
-
-def _of_ranges(each: np.ndarray) -> np.ndarray:
-    """[N, L + 1, L + 1]: the sums of `each` [N, L] over layers a..e-1."""
-    upto = np.concatenate([np.zeros((len(each), 1)), each.cumsum(axis=1)], axis=1)
-    return upto[:, None, :] - upto[:, :, None]
 
 
 # ---- adabits

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmpq.planner import counts
-from llmpq.planner.baselines import FrontCache, adabits
 from llmpq.planner.heuristic import start_choice, transfer
 from llmpq.planner.instance import Instance
 from llmpq.planner.moves import assign_layers
@@ -24,9 +23,6 @@ from llmpq.planner.value import Choice, count_options, fits, objective, seconds,
 
 MOVES_S = 0.3  # at most, for the plan by moves
 SLACK = 1e-6  # of a window's ends: an LP's rounding
-NEAR = 2  # layers by which the ends of stages move at once, where layers are of several kinds
-NEAR_GAP = 1e-3
-LEAST_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def _solve_uneven(
     instance: Instance, solver: Solver, gap: float, time_limit: float, cutoff: float
 ) -> Solution:
     deadline = time.monotonic() + min(time_limit, MOVES_S)
-    moved = first_choice(instance, deadline, solver)
+    moved = first_choice(instance, deadline)
     value = objective(instance, moved) if moved else math.inf
     limit = min(cutoff, value * (1 + TOLERANCE))
     known = Solution("optimal", moved, value) if moved and value <= cutoff else None
@@ -79,10 +75,8 @@ def _solve_uneven(
     return replace(found, bound=min(found.bound, limit))
 
 
-def first_choice(instance: Instance, deadline: float, solver: Solver) -> Choice | None:
+def first_choice(instance: Instance, deadline: float) -> Choice | None:
     """A choice by moves; None where none within memory and budget was found."""
-    if instance.has_kinds:
-        return first_of_kinds(instance, solver, deadline)
     start = start_choice(instance, deadline)
     if start is None:
         return None
@@ -140,15 +134,12 @@ def is_even(instance: Instance) -> bool:
     return len(instance.groups.sizes) == 1
 
 
-def realised(instance: Instance, solver: Solver, held: np.ndarray, seconds: float) -> Choice | None:
+def realised(instance: Instance, held: np.ndarray, seconds: float) -> Choice | None:
     """The best choice with about so many layers `held` [N, B] at each option; None: none fits.
 
     Made better by moves for at most `seconds` where layers differ.
     """
-    if instance.has_kinds:
-        ends = held.sum(axis=1).cumsum()[:-1]
-        return near(instance, solver, ends, time.monotonic() + seconds)
-    choice = spread(instance, held)
+    choice = spread(instance, repaired(instance, held) if instance.has_kinds else held)
     if choice is None or not fits(instance, choice):
         return None
     if not is_even(instance):
@@ -156,36 +147,23 @@ def realised(instance: Instance, solver: Solver, held: np.ndarray, seconds: floa
     return choice if allowed(instance, choice) else None
 
 
-# ---- layers of several kinds
+def repaired(instance: Instance, held: np.ndarray) -> np.ndarray:
+    """[N, B]: counts near to `held` that the kinds of the stages' layers allow.
 
-
-def first_of_kinds(instance: Instance, solver: Solver, deadline: float) -> Choice | None:
-    """A choice within memory and budget of layers of several kinds; None where none was found.
-
-    From the one of least sensitivity, ends of stages are moved for as long as that is better.
+    What a kind has too many of goes from the largest option, what it lacks comes at the smallest.
     """
-    start = adabits(instance, FrontCache())
-    if start is None or not allowed(instance, start):
-        return None
-    best, value = start, objective(instance, start)
-    while time.monotonic() < deadline:
-        ends = np.cumsum([len(stage) for stage in best])[:-1]
-        found = near(instance, solver, ends, deadline)
-        if found is None or objective(instance, found) >= value * (1 - TOLERANCE):
-            break
-        best, value = found, objective(instance, found)
-    return best
-
-
-def near(instance: Instance, solver: Solver, ends: np.ndarray, deadline: float) -> Choice | None:
-    """The best choice whose stages end within `NEAR` layers of `ends` [N - 1]; None: none found."""
-    number = np.arange(1, instance.num_stages)
-    windows = np.stack([ends - NEAR, ends + NEAR], axis=1)
-    most = instance.num_layers - instance.num_stages + number
-    windows = np.clip(windows, number[:, None], most[:, None])
-    program = counts.build_exact(instance, windows=windows)
-    left = max(deadline - time.monotonic(), LEAST_S)
-    return _solved(instance, program, solver, NEAR_GAP, left, math.inf).choice
+    of_layers, of_options = instance.kinds
+    counts, ends = held.copy(), held.sum(axis=1).cumsum()
+    for j, end in enumerate(ends):
+        there = np.bincount(of_layers[end - held[j].sum() : end], minlength=of_layers.max() + 1)
+        for kind, number in enumerate(there):
+            own = np.flatnonzero((of_options == kind) & instance.available[j])
+            order = own[np.argsort(instance.layer_bytes[j, own])]
+            for option in order[::-1]:
+                counts[j, option] -= min(counts[j, option], max(0, counts[j, own].sum() - number))
+            if len(order):
+                counts[j, order[0]] += number - counts[j, own].sum()
+    return counts
 
 
 def with_less_loss(instance: Instance, choice: Choice) -> Choice:

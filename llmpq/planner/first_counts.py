@@ -1,19 +1,22 @@
-"""Where bitwidth transfer starts: counts of layers by stage and option [N, B].
+"""Where bitwidth transfer starts: choices of layers that fit.
 
 Spread by the stages' speeds at the options that take least memory, or with the least sensitivity
-that two options a stage allow. Not covered: the quality budget, which moves keep (`heuristic`).
+that two options a stage allow. Layers of several kinds are cut by dynamic programming over where
+stages end. Not covered: the quality budget, which moves keep (`heuristic`).
 """
 
 import itertools
 
 import numpy as np
 
+from llmpq.planner.baselines import FrontCache, adabits
 from llmpq.planner.instance import Instance
+from llmpq.planner.partition import least_bottleneck, of_ranges, range_lengths
 from llmpq.planner.value import Choice
 
 
-def fast_start(instance: Instance) -> np.ndarray | None:
-    """[N, B]: layers spread by speed at the options that take least memory; None: none fit."""
+def fast_start(instance: Instance) -> Choice | None:
+    """Layers spread by speed at the options that take least memory; None: none fit."""
     most, option = _most_layers(instance)
     if (most < 1).any() or most.sum() < instance.num_layers:
         return None
@@ -21,7 +24,7 @@ def fast_start(instance: Instance) -> np.ndarray | None:
     counts = np.zeros(instance.available.shape, dtype=int)
     stages = np.arange(instance.num_stages)
     counts[stages, option] = _spread(busy, most, instance.num_layers)
-    return counts
+    return any_order(counts)
 
 
 def _most_layers(instance: Instance) -> tuple[np.ndarray, np.ndarray]:
@@ -46,8 +49,8 @@ def _spread(cost: np.ndarray, most: np.ndarray, num_layers: int) -> np.ndarray:
     return held
 
 
-def precise_start(instance: Instance) -> np.ndarray | None:
-    """[N, B]: the least sensitivity with two options a stage, as if layers were alike."""
+def precise_start(instance: Instance) -> Choice | None:
+    """The least sensitivity with two options a stage, as if layers were alike."""
     cost, counts = _two_options(instance)
     layers = np.arange(instance.num_layers + 1)
     shorter = layers[:, None] - layers[None]  # layers before a stage, by all up to it and its own
@@ -62,7 +65,7 @@ def precise_start(instance: Instance) -> np.ndarray | None:
     for stage in reversed(range(instance.num_stages)):
         chosen.append(counts[stage, held[stage][left]])
         left -= held[stage][left]
-    return np.stack(chosen[::-1])
+    return any_order(np.stack(chosen[::-1]))
 
 
 def _two_options(instance: Instance) -> tuple[np.ndarray, np.ndarray]:
@@ -92,3 +95,32 @@ def _two_options(instance: Instance) -> tuple[np.ndarray, np.ndarray]:
 
 def any_order(counts: np.ndarray) -> Choice:
     return tuple(tuple(int(o) for o in np.repeat(np.arange(len(c)), c)) for c in counts)
+
+
+# ---- layers of several kinds
+
+
+def contiguous_start(instance: Instance) -> Choice | None:
+    """The least busy bottleneck at the options that take least memory; None: none fit."""
+    offered = instance.available[:, None, :] & np.isfinite(instance.omega)  # [N, L, B]
+    num_bytes = np.where(offered, instance.layer_bytes[:, None, :], np.inf)
+    option = num_bytes.argmin(axis=2)
+    used = of_ranges(num_bytes.min(axis=2)) + instance.unpacked_bytes[:, None, None]
+    stages = np.arange(instance.num_stages)[:, None]
+    busy = of_ranges(instance.layer.busy[stages, option]) + instance.fixed.busy[:, None, None]
+    some = range_lengths(instance.num_layers) > 0
+    fits = some & (used <= instance.capacity[:, None, None])
+    worst, ends = least_bottleneck(np.where(fits, busy, np.inf))
+    if not np.isfinite(worst):
+        return None
+    cut = zip(option, [0, *ends[:-1]], ends, strict=True)
+    return tuple(tuple(row[a:e].tolist()) for row, a, e in cut)
+
+
+def least_sensitive_start(instance: Instance) -> Choice | None:
+    """The least sensitivity that memory allows, of any contiguous stages."""
+    return adabits(instance, FrontCache())
+
+
+STARTS = (fast_start, precise_start)
+STARTS_OF_KINDS = (contiguous_start, least_sensitive_start)

@@ -23,7 +23,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from llmpq.planner.first_counts import any_order, fast_start, precise_start
+from llmpq.planner.first_counts import STARTS, STARTS_OF_KINDS
 from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.moves import (
     LEAST_GAIN,
@@ -35,6 +35,7 @@ from llmpq.planner.moves import (
     State,
     assigned,
     choice_of,
+    crossing,
     first_state,
     least_changes,
     outcomes,
@@ -97,11 +98,11 @@ def start_choice(instance: Instance, deadline: float = math.inf) -> Choice | Non
     if instance.num_layers < instance.num_stages:
         return None
     table = MoveTable(instance)
-    for start in (fast_start, precise_start):
-        counts = start(instance)
-        if counts is None:
+    for start in STARTS_OF_KINDS if instance.has_kinds else STARTS:
+        choice = start(instance)
+        if choice is None:
             return None
-        state = _towards_budget(table, first_state(table, any_order(counts)), deadline)
+        state = _towards_budget(table, first_state(table, choice), deadline)
         if state.omega <= instance.budget * OVER:
             return choice_of(state)
     return None
@@ -187,7 +188,8 @@ def _possible(table: MoveTable, state: State) -> Moves:
     stays = moves.from_stage == moves.to_stage
     comes = leaves & (known | (moves.from_option == moves.to_option))
     near = (moves.distance <= table.reach) | _slowest(table, state)[moves.from_stage]
-    return moves.pick(np.flatnonzero(there & near & (stays | comes)))
+    found = moves.pick(np.flatnonzero(there & near & (stays | comes)))
+    return found.pick(crossing(table, state, found)) if table.instance.has_kinds else found
 
 
 def _slowest(table: MoveTable, state: State) -> np.ndarray:

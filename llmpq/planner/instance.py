@@ -89,10 +89,16 @@ class Instance:
         """B."""
         return self.omega.shape[1]
 
-    @property
+    @cached_property
     def has_kinds(self) -> bool:
         """Layers are of several kinds, with options of their own."""
         return not np.isfinite(self.omega).all()
+
+    @cached_property
+    def kinds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The kind of every layer [L], and of every option [B]; each option is of one kind."""
+        offered, of_layers = np.unique(np.isfinite(self.omega), axis=0, return_inverse=True)
+        return of_layers.ravel(), offered.argmax(axis=0)
 
     @property
     def available(self) -> np.ndarray:

@@ -3,7 +3,8 @@
 A move takes some layers at one option of one stage and gives them back at another option or another
 stage: the stage boundaries in between shift along. Which layer of a stage gets which of its options
 is an assignment problem (`assign_layers`), exact; its outcome for a move is estimated from single
-layers.
+layers. Where layers are of several kinds, some move between stages only if all that cross a
+boundary on the way are of their kind (`crossing`), so that other stages keep what they hold.
 
 Not covered: which moves are made, and in which order (`heuristic`).
 """
@@ -103,7 +104,9 @@ class MoveTable:
         a, b, size = (axis.ravel() for axis in grid)
         moves = Moves(at[a, 0], at[a, 1], at[b, 0], at[b, 1], size).pick(a != b)
         near = moves.distance <= self.reach
-        return moves.pick(near | (moves.from_option == moves.to_option))
+        kind = self.instance.kinds[1]
+        alike = kind[moves.from_option] == kind[moves.to_option]
+        return moves.pick(alike & (near | (moves.from_option == moves.to_option)))
 
     @property
     def reach(self) -> int:
@@ -168,8 +171,33 @@ def assigned(table: MoveTable, counts: np.ndarray, near: State | None = None) ->
         )
     for j in np.flatnonzero(changed):
         held = slice(ends[j] - counts[j].sum(), ends[j])
-        options[held] = _assign_alike(table.instance.omega[held], counts[j])
+        found = assign_layers(table.instance.omega[held], counts[j])
+        assert found is not None, "layers of other kinds than their options"
+        options[held] = found
     return options
+
+
+def crossing(table: MoveTable, state: State, moves: Moves) -> np.ndarray:
+    """[M] booleans: all layers that cross boundaries between the two stages are of one kind."""
+    of_layers, of_options = table.instance.kinds
+    every, ends = np.arange(of_layers.max() + 1), state.counts.sum(axis=1).cumsum()[:-1]
+    before = np.zeros((len(every), len(of_layers) + 1), dtype=int)  # layers of each kind, so far
+    before[:, 1:] = (of_layers == every[:, None]).cumsum(axis=1)
+    sizes = np.array(STEPS)
+    alike = []  # by direction: [kinds, sizes, boundaries + 1], boundaries that they may cross
+    for first, last in ((-1, 0), (0, 1)):  # to later stages, to earlier ones
+        start, end = (
+            np.clip(ends + at * sizes[:, None], 0, len(of_layers)) for at in (first, last)
+        )
+        whole = before[:, end] - before[:, start] == sizes[:, None]
+        none = np.zeros((len(every), len(sizes), 1), dtype=int)
+        alike.append(np.concatenate([none, whole.cumsum(axis=2)], axis=2))
+    kind, size = of_options[moves.from_option], np.searchsorted(sizes, moves.size)
+    low, high = np.sort([moves.from_stage, moves.to_stage], axis=0)
+    backwards = (moves.to_stage < moves.from_stage).astype(int)
+    found = np.stack(alike)[backwards, kind, size]
+    column = np.arange(len(found))
+    return np.asarray(found[column, high] - found[column, low] == high - low)
 
 
 def outcomes(table: MoveTable, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

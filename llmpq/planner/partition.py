@@ -51,6 +51,12 @@ def range_lengths(num_layers: int) -> np.ndarray:
     return np.maximum(ends[None] - ends[:, None], 0)
 
 
+def of_ranges(each: np.ndarray) -> np.ndarray:
+    """[N, L + 1, L + 1]: the sums of `each` [N, L] over layers a..e-1."""
+    upto = np.concatenate([np.zeros((len(each), 1)), each.cumsum(axis=1)], axis=1)
+    return upto[:, None, :] - upto[:, :, None]
+
+
 def _start(width: int, at: int) -> np.ndarray:
     cost = np.full(width, np.inf)
     cost[at] = 0.0

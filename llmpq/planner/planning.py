@@ -11,7 +11,7 @@ runs decide, and what is told of a plan is its run.
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal
 
 from llmpq.errors import InfeasibleError, UserError
@@ -267,8 +267,7 @@ def _limit(run: _Run) -> float:
 def _moves(run: _Run, space: Space, seconds: float) -> Assignment | None:
     """The best plan by moves over the configurations of least bound."""
     configurations = space.best_first(run.unit, run.solver)
-    find = partial(first_choice, solver=run.solver)
-    found = heuristic(run.unit, configurations, time.monotonic() + seconds, find)
+    found = heuristic(run.unit, configurations, time.monotonic() + seconds, first_choice)
     return to_assignment(run.unit, *found) if found else None
 
 

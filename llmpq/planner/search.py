@@ -282,7 +282,7 @@ class EndsNode(ConfigurationNode):
     def _offer(self, state: Search, x: np.ndarray) -> None:
         instance = make_instance(state.problem, self.configuration)
         held = counts.counts_of(instance, x)
-        choice = realised(instance, state.solver, held, min(state.seconds_left, POLISH_S))
+        choice = realised(instance, held, min(state.seconds_left, POLISH_S))
         if choice is not None:
             state.offer(to_assignment(state.problem, self.configuration, choice))
 

@@ -4,7 +4,6 @@ import itertools
 import math
 import time
 from dataclasses import fields, replace
-from functools import partial
 
 import numpy as np
 from hypothesis import given, settings
@@ -21,7 +20,6 @@ from llmpq.planner.heuristic import heuristic, start_choice, transfer
 from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.moves import assign_layers
 from llmpq.planner.problem import OVER, Configuration, Problem, StageDevices
-from llmpq.planner.solver import Solver
 from llmpq.planner.value import (
     Choice,
     count_options,
@@ -48,9 +46,6 @@ PRECISIONS = ("16", "8", "4", "3")
 def soon() -> float:
     """A deadline that is never reached."""
     return time.monotonic() + 60
-
-
-by_moves = partial(first_choice, solver=Solver())
 
 
 def is_allowed(instance: Instance, choice: Choice) -> bool:
@@ -267,7 +262,7 @@ def test_the_best_of_several_configurations_is_kept() -> None:
     starts = {one: start_choice(make_instance(problem, one)) for one in every}
     tried = [one for one, start in starts.items() if start is not None]  # others do not fit
     assert len(tried) >= 3
-    found = heuristic(problem, [(0.0, setting) for setting in tried], soon(), by_moves)
+    found = heuristic(problem, [(0.0, setting) for setting in tried], soon(), first_choice)
     assert found is not None
     setting, choice = found
     values = []
@@ -283,6 +278,6 @@ def test_no_setting_that_fits_gives_nothing() -> None:
     problem = real_problem(3, 12, 3)
     small = [replace(p, memory_bytes=1) for p in real_setting(problem, 1, 16).stage_devices]
     assert (
-        heuristic(problem, [(0.0, Configuration(tuple(small), 16, 1, 16))], soon(), by_moves)
+        heuristic(problem, [(0.0, Configuration(tuple(small), 16, 1, 16))], soon(), first_choice)
         is None
     )

@@ -167,7 +167,7 @@ def test_a_layer_without_experts_takes_the_rest_of_a_name() -> None:
 def test_counts_that_no_contiguous_stages_have_are_no_choice() -> None:
     problem, configuration = choice_problem()
     instance = make_instance(problem, configuration)
-    choice = first_choice(instance, math.inf, Solver())
+    choice = first_choice(instance, math.inf)
     assert choice is not None
     flat = [option for stage in choice for option in stage]
     assert np.isfinite(instance.omega[np.arange(len(flat)), flat]).all()
@@ -207,7 +207,7 @@ def test_what_the_instance_says_of_a_plan_is_its_price() -> None:
             continue
         configuration = found.assignment.configuration
         instance = make_instance(problem, configuration)
-        choice = first_choice(instance, math.inf, solver)
+        choice = first_choice(instance, math.inf)
         assert choice is not None
         again = to_assignment(problem, configuration, choice)
         assert evaluate(problem, again).objective >= found.best * (1 - 1e-9)
