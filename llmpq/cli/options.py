@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 
 from llmpq.cli.common import Command
-from llmpq.precision import PRECISIONS
+from llmpq.precision import PRECISIONS, is_layer_precision
 from llmpq.version import __version__
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -72,11 +72,11 @@ class Integers(Listed):
 
 
 class PrecisionNames(Listed):
-    """Precisions with commas between: 16,8,4."""
+    """Precisions of layers with commas between: 16,8,8+experts@4."""
 
     def parsed(self, words: tuple[str, ...], param: Any, ctx: Any) -> tuple[str, ...]:
         for word in words:
-            if word not in PRECISIONS:
+            if not is_layer_precision(word):
                 known = ", ".join(PRECISIONS)
                 self.fail(f"unknown precision {word!r}; known: {known}", param, ctx)
         return words

@@ -25,7 +25,7 @@ from llmpq.planner.instance import (
 )
 from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.works import Work, hop_works, stage_work
-from llmpq.serving import serving
+from llmpq.serving import matrices_of, serving
 
 
 def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
@@ -137,8 +137,8 @@ def _with_kernels(problem: Problem, assignment: Assignment, predicted: Predicted
     for devices, precisions, stage in zip(
         assignment.configuration.stage_devices, assignment.stages, predicted.stages, strict=True
     ):
-        matrices = [(op.out_features, op.in_features) for op in problem.shard(devices).linears]
-        found = serving(problem.times[devices.type].machine, precisions, matrices)
+        matrices = matrices_of(problem.shard(devices), precisions)
+        found = serving(problem.times[devices.type].machine, matrices)
         kernels = {precision: list(service.kernels) for precision, service in found.items()}
         stages.append(stage.model_copy(update={"kernels": kernels}))
     return predicted.model_copy(update={"stages": stages})
