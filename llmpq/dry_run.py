@@ -134,6 +134,7 @@ def memory_of(plan: Plan, rank: int) -> StageMemory:
         stage.precisions,
         first=rank == 0,
         last=rank == len(plan.stages) - 1,
+        kinds=plan.model.kind_of_layers[stage.first_layer : stage.end_layer],
         sizes=run_sizes(plan),
         machine=machine_of(plan.cluster, stage.devices[0]),
     )

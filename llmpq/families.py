@@ -182,6 +182,17 @@ def _bloom_sizes(keys: ConfigKeys) -> ModelSizes:
 
 
 @dataclass(frozen=True)
+class StackedExperts:
+    """How checkpoints lay out the matrices of all experts of a layer in one tensor, if they do.
+
+    `transposed`: matrices are `[in, out]`. `interleaved`: outputs of gate and up take turns.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One family. Paths of `layers` to `positions` are relative to `decoder`, the module whose
     `forward` runs the layers; `decoder` and `head` are relative to the model.
@@ -217,6 +228,7 @@ class Family:
     logit_factor: str = "logit_scale"
     logit_divisor: str = "logits_scaling"
     overflows_float16: bool = False
+    stacked: StackedExperts = StackedExperts()
 
 
 _SOME_WINDOWS: Mapping[str, Any] = {"use_sliding_window": True, "max_window_layers": 3}
@@ -282,6 +294,8 @@ FAMILIES: dict[str, Family] = {
         heads_fill_hidden=True,
     ),
     "granite": Family(is_tested=True),
+    "llama4_text": Family(stacked=StackedExperts(transposed=True)),
+    "gpt_oss": Family(stacked=StackedExperts(transposed=True, interleaved=True)),
     "phi": Family(final=("final_layernorm",)),
     "glm4": Family(overflows_float16=True),
     "plamo2": Family(overflows_float16=True),

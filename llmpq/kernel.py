@@ -44,6 +44,11 @@ EAGER_LAUNCH_S = 25e-6
 START_S = 2.5e-6
 # The cost of a layer's calls on a CPU, where they overlap with nothing.
 CPU_LAYER_S = 200e-6
+# Layers with routed experts (`llmpq.models.experts`), counted as for layers above: to choose and to
+# sort, and for each expert that is used beside its products.
+ROUTER_LAUNCHES = 20
+EXPERT_LAUNCHES = 5
+CPU_EXPERT_S = 60e-6
 # The cost of a stage's call beside its layers (masks, positions, copies of the message), measured
 # by `llmpq-profile layers`: 0.7 to 1.2 ms in both phases on an H200's host, 0.6 to 0.9 ms on two
 # cores of an AMD EPYC, whatever the shape (both 2026-11-27). The network's time is not included.

@@ -12,10 +12,10 @@ of this kind alone, so that whatever prices one layer needs not know of others.
 Not covered: encoders, models of text and images, layers that keep other state than keys and values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -139,13 +139,13 @@ class ModelSpec(Strict):
     @property
     def model_key(self) -> str:
         """The name of the layer shape; profiles of equal keys are interchangeable."""
-        experts = ""
+        extras = f"-c{self.kv_values}" if self.kv_values else ""
         if self.experts is not None:
             width = self.experts.linears[0].out_features
-            experts = f"-e{self.experts.count}x{width}k{self.experts.per_token}"
+            extras += f"-e{self.experts.count}x{width}k{self.experts.per_token}"
         return (
             f"{self.model_type}-h{self.hidden_size}-f{self.ffn_size}-a{self.num_heads}"
-            f"-kv{self.num_kv_heads}-d{self.head_dim}-v{self.vocab_size}{experts}"
+            f"-kv{self.num_kv_heads}-d{self.head_dim}-v{self.vocab_size}{extras}"
         )
 
     @property
@@ -171,6 +171,14 @@ class ModelSpec(Strict):
             self.model_copy(update={name: getattr(kind, name) for name in names} | alone)
             for kind in self.kinds
         )
+
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> "ModelSpec":
+        """A copy; `kind_specs`, which pydantic would copy as they were, are those of the copy."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("kind_specs", None)
+        return copied
 
     @property
     def kind_of_layers(self) -> tuple[int, ...]:

@@ -7,21 +7,20 @@ from collections.abc import Iterator
 
 from llmpq.machine import Machine
 from llmpq.plan_data import Plan
-from llmpq.serving import serving
+from llmpq.serving import matrices_of, serving
 
 COUNTED = "; the plan counts on "
 
 
 def kernel_lines(plan: Plan, rank: int, machine: Machine) -> Iterator[str]:
-    """A line per precision of a stage: its kernels, why no better ones serve it, what was planned.
+    """A line per precision of a stage's matrices: their kernels, and why no better ones serve them.
 
     What was planned (`COUNTED`) is told where it differs.
     """
     stage = plan.stages[rank]
     planned = plan.predicted.stages[rank].kernels if plan.predicted else {}
-    linears = plan.model.shard(stage.tensor_parallel).linears
-    matrices = [(op.out_features, op.in_features) for op in linears]
-    for precision, service in serving(machine, stage.precisions, matrices).items():
+    matrices = matrices_of(plan.model.shard(stage.tensor_parallel), stage.precisions)
+    for precision, service in serving(machine, matrices).items():
         expected = tuple(planned.get(precision, service.kernels))
         counted = f"{COUNTED}{', then '.join(expected)}" if expected != service.kernels else ""
         yield f"kernels of {stage.devices[0]} at {precision}: {service.text}{counted}"

@@ -102,9 +102,9 @@ def is_layer_precision(name: str) -> bool:
     return held.name == name and set(held) <= set(PRECISIONS)
 
 
-def is_standard(name: str) -> bool:
-    """Whether a precision of plans is used without being asked for by name."""
-    return set(layer_precision(name)) <= set(STANDARD)
+def is_optional(name: str) -> bool:
+    """Whether a layer of this precision needs an optional library."""
+    return any(PRECISIONS[part].library is not None for part in layer_precision(name))
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:

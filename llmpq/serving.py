@@ -3,12 +3,13 @@
 A run says it once when it starts, a plan says which kernels it counts on.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmpq.kernel import Kernel
 from llmpq.kernel_table import TABLE, choices, kernels_of
 from llmpq.machine import LIBRARIES, Machine
+from llmpq.model_spec import ModelSpec
 from llmpq.precision import PRECISIONS, group_size
 
 Matrix = tuple[int, int]  # (outputs, inputs)
@@ -28,12 +29,20 @@ class Service:
         return f"{names} ({self.reason})" if self.reason else names
 
 
-def serving(
-    machine: Machine, precisions: Iterable[str], matrices: Iterable[Matrix]
-) -> dict[str, Service]:
-    """Which kernels serve each precision on a machine, for a model with these matrices, and why."""
-    shapes = list(matrices)
-    return {p: _service(machine, p, shapes) for p in dict.fromkeys(precisions)}
+def matrices_of(spec: ModelSpec, precisions: Iterable[str]) -> dict[str, list[Matrix]]:
+    """By precisions of matrices, which ones layers of these precisions hold, of every kind."""
+    found: dict[str, dict[Matrix, None]] = {}
+    for precision in precisions:
+        for kind in spec.kind_specs:
+            for held in kind.held(precision):
+                shape = held.op.out_features, held.op.in_features
+                found.setdefault(held.precision, {})[shape] = None
+    return {precision: list(shapes) for precision, shapes in found.items()}
+
+
+def serving(machine: Machine, matrices: Mapping[str, Iterable[Matrix]]) -> dict[str, Service]:
+    """Which kernels serve each precision on a machine, for matrices by precision, and why."""
+    return {p: _service(machine, p, list(shapes)) for p, shapes in matrices.items()}
 
 
 def _service(machine: Machine, precision: str, matrices: Sequence[Matrix]) -> Service:
@@ -81,14 +90,14 @@ def needs_library(names: Iterable[str]) -> bool:
     return not {_with_rows(kernel) for kernel in theirs}.isdisjoint(names)
 
 
-def switch_rows(
-    machine: Machine, precisions: Iterable[str], matrices: Iterable[Matrix]
-) -> tuple[int, ...]:
-    """Numbers of rows at which kernels change: the last of one, the first of the next."""
-    shapes = list(matrices)
+def switch_rows(machine: Machine, matrices: Mapping[str, Iterable[Matrix]]) -> tuple[int, ...]:
+    """Numbers of rows at which kernels change: the last of one, the first of the next.
+
+    `matrices` are by precision.
+    """
     last = {
         kernel.max_rows
-        for precision in precisions
+        for precision, shapes in matrices.items()
         for shape in _shapes(precision, shapes)
         for kernel in choices(machine, precision, *shape)
         if kernel.max_rows is not None

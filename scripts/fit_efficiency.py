@@ -7,7 +7,7 @@ norms and the like) on one GPU, and the seconds it took. Few coefficients, share
 spec-sheet figures into seconds; they are fitted to relative errors, each (GPU, source, phase)
 weighing the same. A model is judged by leaving one GPU out: fit on the others, predict it.
 `--write` stores the coefficients and their error in `llmpq/assets/efficiency.yaml`, which
-`llmpq.costs.spec_sheet` reads. The formula is `spec_sheet`'s own, so the two cannot drift.
+`llmpq.costs.device_speed` reads. The formula is that module's own, so the two cannot drift.
 
 The sources differ in what they time, which nuisance coefficients take up: the seconds a kernel
 takes to start and drain, a whole layer's overhead in the Helix tables, and how long the requests
@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from llmpq.costs.spec_sheet import EFFICIENCY_PATH, kernel_s, reached_peak
+from llmpq.costs.device_speed import EFFICIENCY_PATH, kernel_s, reached_peak
 from llmpq.devices import DeviceType, device_library
 
 Array = np.ndarray

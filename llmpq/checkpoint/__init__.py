@@ -2,7 +2,8 @@
 
 checkpoint_files.py  finds the files with the weights, and reads their headers
 checkpoint.py        reads single tensors, one at a time
-float8.py, prequantized.py  read weights that are already stored with fewer bits
+stored_names.py      finds tensors by the names and in the stacks of other layouts
+float8.py, mxfp4.py, prequantized.py  read weights that are already stored with fewer bits
 calibration_file.py, roundings.py  choose the rounding of each weight
 loader.py            loads one tensor after the other into a stage
 packed_cache.py      keeps packed weights for the next start

@@ -8,7 +8,7 @@ Weights that are quantized already (`prequantized`) are returned as codes, or de
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -18,8 +18,18 @@ from safetensors import safe_open
 
 from llmpq.checkpoint.checkpoint_files import StoredTensor, find_weights, load_bin, reading
 from llmpq.checkpoint.fingerprint import fingerprint
-from llmpq.checkpoint.float8 import float8_of
-from llmpq.checkpoint.prequantized import OLD_GPTQ, quantized_format
+from llmpq.checkpoint.float8 import Float8, float8_of
+from llmpq.checkpoint.mxfp4 import METHOD as MXFP4
+from llmpq.checkpoint.mxfp4 import Mxfp4
+from llmpq.checkpoint.prequantized import OLD_GPTQ, quantized_format, settings_of
+from llmpq.checkpoint.stored_names import (
+    Index,
+    Place,
+    expert_index,
+    expert_shape,
+    places,
+    stacked_experts,
+)
 from llmpq.errors import UserError
 from llmpq.quant import PackedWeight, TensorPart
 
@@ -53,20 +63,21 @@ class Checkpoint:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such model directory")
         self._stored = find_weights(folder)
-        self._packing, self._float8 = quantized_format(folder), float8_of(folder)
+        self._stacked = stacked_experts(folder)
+        self._packing, self._floats = quantized_format(folder), self._small_floats()
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor called `name`, dequantized if need be; `shape` is what config.json implies."""
         packed = self.packed(name, shape)
         if packed is not None:
             return packed.dequantized()
-        if self._float8 is not None and self.is_float8(name):
-            return self._float8.read(name.removesuffix(".weight"), shape, self)
+        if self._floats is not None and self.is_small_float(name):
+            return self._floats.read(name.removesuffix(".weight"), shape, self)
         return self.tensor(name, shape)
 
     def read_part(self, name: str, shape: tuple[int, ...], part: TensorPart) -> torch.Tensor:
         """A part of a tensor; of a safetensors file no other bytes are read."""
-        if self.is_packed(name) or self.is_float8(name):
+        if self.is_packed(name) or self.is_small_float(name):
             return part.of(self.read(name, shape))
         return self.tensor(name, shape, part)
 
@@ -78,11 +89,11 @@ class Checkpoint:
 
     def stores(self, name: str) -> bool:
         """Whether files hold the tensor, quantized or not."""
-        return name in self or self.is_packed(name)
+        return name in self or self.is_packed(name) or self.is_small_float(name)
 
     def equal(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
         """Whether two matrices that files hold are the same; reads some rows of each at a time."""
-        if any(self.is_packed(name) or self.is_float8(name) for name in (first, second)):
+        if any(self.is_packed(name) or self.is_small_float(name) for name in (first, second)):
             return False
         for start in range(0, shape[0], ROWS_AT_ONCE):
             part = TensorPart(0, start, min(start + ROWS_AT_ONCE, shape[0]), shape[0])
@@ -92,10 +103,10 @@ class Checkpoint:
 
     def note(self, precisions: Collection[str]) -> str | None:
         """A note on what these precisions do to weights that are quantized already, or None."""
-        if self._float8 is not None:
+        if self._floats is not None:
             return (
-                f"{self.folder}: the weights are float8; they are converted to 16 bits, and layers "
-                "at lower precisions are rounded a second time"
+                f"{self.folder}: {self._floats.what}; they are converted to 16 bits, and layers at "
+                "lower precisions are rounded a second time"
             )
         if self._packing is None or set(precisions) <= self._packing.precisions:
             return None
@@ -130,51 +141,91 @@ class Checkpoint:
 
     def sources(self, name: str) -> list[str]:
         """The stored names that the tensor `name` is read from; several for a quantized one."""
-        held = self._packing if self.is_packed(name) else self._float8
-        if held is None or not (self.is_packed(name) or self.is_float8(name)):
-            return [alias for alias in _aliases(name) if alias in self._stored]
-        linears = _aliases(name.removesuffix(".weight"))
-        parts = [f"{linear}.{part}" for linear in linears for part in held.parts]
-        return [part for part in parts if part in self._stored]
+        held = self._packing if self.is_packed(name) else self._floats
+        names = [name]
+        if held is not None and (self.is_packed(name) or self.is_small_float(name)):
+            names = held.names(name.removesuffix(".weight"))
+        return [place.stored for part in names for place in self._places(part)]
+
+    def place(self, name: str) -> Place | None:
+        """Where the files hold a tensor; None where they do not, or not by this name."""
+        return next(self._places(name), None)
 
     def stored_bytes(self, name: str, shape: tuple[int, ...]) -> int:
         """The bytes of the tensor `name` in files, with all parts of a quantized one.
 
         Reads headers only. Raises `UserError` where the tensor is missing or has another shape.
         """
+        if isinstance(self._floats, Mxfp4) and self.is_small_float(name):
+            return self._floats.num_bytes(shape)
         if not self.is_packed(name):
-            stored = self._resolve(name)
-            self._check(stored, self._stored[stored].shape, shape)
+            place = self._resolve(name)
+            self._check(place, self.shape_of(name), shape)
+            if place.expert is not None:
+                return math.prod(shape) * self._stored[place.stored].item_bytes
         parts = [self._stored[part] for part in self.sources(name)]
         return sum(math.prod(part.shape) * part.item_bytes for part in parts)
 
     def tensor(
-        self, name: str, shape: tuple[int, ...] | None = None, part: TensorPart | None = None
+        self,
+        name: str,
+        shape: tuple[int, ...] | None = None,
+        part: TensorPart | None = None,
+        index: Index | None = None,
     ) -> torch.Tensor:
-        """The tensor as it is stored, or a part; raises `UserError` where the shape differs."""
-        stored = self._resolve(name)
+        """The tensor as it is stored, or a part; raises `UserError` where the shape differs.
+
+        `index` selects a part of a tensor that is whole in the files.
+        """
+        place = self._resolve(name)
+        stored = self._stored[place.stored]
+        if place.expert is not None:
+            return self._of_expert(name, place, shape, part)
         if part is not None:  # the part does not show the whole shape
-            self._check(stored, self._stored[stored].shape, shape)
-        tensor = self._read(self._stored[stored].path, stored, part)
+            self._check(place, stored.shape, shape)
+        tensor = self._read(stored.path, place.stored, part.index if part else index)
         if part is None:
-            self._check(stored, tuple(tensor.shape), shape)
+            self._check(place, tuple(tensor.shape), shape)
         return tensor
 
-    def _check(self, stored: str, found: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, by the headers; raises `UserError` where it is missing."""
+        place = self._resolve(name)
+        shape = self._stored[place.stored].shape
+        if place.expert is None:
+            return shape
+        if len(shape) < 2 or place.expert >= shape[0]:
+            raise self.fault(name, f"has shape {list(shape)}, and no expert {place.expert}")
+        return expert_shape(place, shape, self._stacked)
+
+    def _of_expert(
+        self, name: str, place: Place, shape: tuple[int, ...] | None, part: TensorPart | None
+    ) -> torch.Tensor:
+        """An expert's part of a stacked tensor."""
+        self._check(place, self.shape_of(name), shape)
+        stored = self._stored[place.stored]
+        index = expert_index(place, stored.shape, self._stacked)
+        tensor = self._read(stored.path, place.stored, index)
+        tensor = tensor.t() if self._stacked.transposed and tensor.dim() == 2 else tensor
+        return (part.of(tensor) if part else tensor).contiguous()
+
+    def _check(self, place: Place, found: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
         if wanted is not None and found != wanted:
-            shapes = f"{list(found)}, but config.json implies {list(wanted)}"
-            raise self.fault(stored, f"has shape {shapes}")
+            of_expert = "" if place.expert is None else " for an expert"
+            shapes = f"{list(found)}{of_expert}, but config.json implies {list(wanted)}"
+            raise self.fault(place.stored, f"has shape {shapes}")
 
     def fault(self, name: str, reason: str) -> UserError:
         """The error that names a tensor, its file and what is wrong with it."""
-        stored = next((n for n in _aliases(name) if n in self._stored), name)
-        path = self._stored[stored].path if stored in self._stored else self.folder
+        place = self.place(name)
+        stored = name if place is None else place.stored
+        path = self.folder if place is None else self._stored[stored].path
         return UserError(f"{path}: tensor '{stored}' {reason}")
 
-    def is_float8(self, name: str) -> bool:
-        """Whether the weight is float8 with scales."""
+    def is_small_float(self, name: str) -> bool:
+        """Whether the weight is stored in 8 or 4 bits as floats with scales."""
         linear = name.removesuffix(".weight")
-        return self._float8 is not None and linear != name and self._float8.holds(linear, self)
+        return self._floats is not None and linear != name and self._floats.holds(linear, self)
 
     def is_packed(self, name: str) -> bool:
         """Whether the weight is quantized already."""
@@ -182,22 +233,34 @@ class Checkpoint:
         return self._packing is not None and linear != name and self._packing.holds(linear, self)
 
     def __contains__(self, name: str) -> bool:
-        return any(candidate in self._stored for candidate in _aliases(name))
+        return self.place(name) is not None
 
-    def _resolve(self, name: str) -> str:
-        for candidate in _aliases(name):
-            if candidate in self._stored:
-                return candidate
-        raise UserError(f"{self.folder}: the checkpoint has no tensor '{name}'")
+    def _small_floats(self) -> Float8 | Mxfp4 | None:
+        """The format of small floats that the settings of the checkpoint name."""
+        settings, _ = settings_of(self.folder)
+        if isinstance(settings, dict) and settings.get("quant_method") == MXFP4:
+            return Mxfp4(self._stacked.interleaved)
+        return float8_of(self.folder)
 
-    def _read(self, path: Path, name: str, part: TensorPart | None = None) -> torch.Tensor:
+    def _places(self, name: str) -> Iterator[Place]:
+        """Where the files hold a tensor; a second place holds the same tensor again."""
+        for place in places(name):
+            for alias in _aliases(place.stored):
+                if alias in self._stored:
+                    yield place._replace(stored=alias)
+
+    def _resolve(self, name: str) -> Place:
+        place = self.place(name)
+        if place is None:
+            raise UserError(f"{self.folder}: the checkpoint has no tensor '{name}'")
+        return place
+
+    def _read(self, path: Path, name: str, index: Index | None = None) -> torch.Tensor:
         if path.suffix == ".bin":
             tensor = self._bin_tensors[name]
-            return tensor if part is None else part.of(tensor)
+            return tensor if index is None else tensor[index]
         with reading(path), safe_open(str(path), framework="pt", device="cpu") as file:
-            if part is None:
-                return file.get_tensor(name)
-            return file.get_slice(name)[part.index]
+            return file.get_tensor(name) if index is None else file.get_slice(name)[index]
 
     @cached_property
     def _bin_tensors(self) -> dict[str, torch.Tensor]:

@@ -26,11 +26,16 @@ SCALE = "weight_scale_inv"
 class Float8:
     """Reads float8 linears of a checkpoint. `block`: rows and columns of a scale's block."""
 
+    what = "the weights are float8"
     # Names of the tensors of such a linear, beside its bias.
     parts = ("weight", SCALE, "activation_scale", "input_scale")
 
     def __init__(self, block: tuple[int, int] | None) -> None:
         self.block = block
+
+    def names(self, linear: str) -> list[str]:
+        """The names that tensors of a linear may have."""
+        return [f"{linear}.{part}" for part in self.parts]
 
     def holds(self, linear: str, tensors: Tensors) -> bool:
         """Whether this linear has scales."""

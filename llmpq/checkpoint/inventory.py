@@ -10,6 +10,7 @@ Not covered: values, which are read when weights are loaded, except for one quan
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
@@ -19,11 +20,12 @@ import torch
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.checkpoint.checkpoint_files import StoredTensor, unread
 from llmpq.errors import UserError
-from llmpq.models.stage_model import LayerRange, RawTensor, StageModel
+from llmpq.models.raw_tensors import RawTensor
+from llmpq.models.stage_model import LayerRange, StageModel
 
 SUPPORTED = (
-    "supported are plain weights, and gptq, compressed-tensors or fp8 weights that config.json "
-    "describes"
+    "supported are plain weights, and gptq, compressed-tensors, fp8 or mxfp4 weights that "
+    "config.json describes"
 )
 # Name endings of tensors that only quantized weights or adapters have.
 FORMATS = (
@@ -35,7 +37,7 @@ FORMATS = (
     (r"\.(absmax|quant_map|nested_absmax|quant_state\.[\w]+)$", "bitsandbytes 4-bit weights"),
     (r"\.(SCB|weight_format)$", "bitsandbytes 8-bit weights"),
     (r"\.(W_q|weight\.W_q)$", "HQQ weights"),
-    (r"_blocks$|_scales$", "MXFP4 weights"),
+    (r"_blocks$|_scales$", "MXFP4 weights that config.json does not describe"),
     (r"\.(codes|codebooks)$", "AQLM weights"),
     (r"\.(weight\._data|weight\._scale)$", "Quanto weights"),
     (r"\.(Qidxs|SU|SV|trellis|q_weight|q_scale)$", "QuIP or EXL weights"),
@@ -74,6 +76,7 @@ def check_checkpoint(config: Any, weights: Checkpoint) -> list[str]:
     _refuse_missing(weights, wanted, left)
     for raw in wanted.values():
         _check_tensor(stage, weights, raw)
+    _refuse_more_experts(weights, wanted)
     _try_one(weights, wanted.values())
     left = _unknown(stage, weights, left)
     later = _later_layers(stage, weights, left)
@@ -136,9 +139,24 @@ def _prefix(missing: Iterable[str], left: Sequence[str]) -> str | None:
     return None
 
 
+def _refuse_more_experts(weights: Checkpoint, wanted: Iterable[str]) -> None:
+    """Raises `UserError` where a stacked tensor holds experts that the model would leave out."""
+    used = Counter[str]()
+    for place in map(weights.place, wanted):
+        if place is not None and place.expert is not None:
+            used[place.stored] = max(used[place.stored], place.expert + 1)
+    for name, count in used.items():
+        stored = weights.stored[name]
+        if stored.shape[0] > count:
+            raise UserError(
+                f"{stored.path}: tensor '{name}' holds {stored.shape[0]} experts, but config.json "
+                f"says {count}: the others would be left out"
+            )
+
+
 def _check_tensor(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> None:
     """Checks the shape of a tensor, and that its values are floats without scales."""
-    if not weights.is_packed(raw.name) and not weights.is_float8(raw.name):
+    if not weights.is_packed(raw.name) and not weights.is_small_float(raw.name):
         _check_plain(stage, weights, raw)
     elif raw.name in weights and raw.name not in weights.sources(raw.name):
         raise weights.fault(raw.name, "is stored beside its codes; remove the outdated one")
@@ -147,7 +165,9 @@ def _check_tensor(stage: StageModel, weights: Checkpoint, raw: RawTensor) -> Non
 
 def _try_one(weights: Checkpoint, wanted: Iterable[RawTensor]) -> None:
     """Reads the first quantized weight, which finds settings that do not fit the tensors."""
-    held = (raw for raw in wanted if weights.is_packed(raw.name) or weights.is_float8(raw.name))
+    held = (
+        raw for raw in wanted if weights.is_packed(raw.name) or weights.is_small_float(raw.name)
+    )
     for raw in islice(held, 1):
         weights.read(raw.name, raw.shape)
 

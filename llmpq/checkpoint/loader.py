@@ -22,8 +22,9 @@ from llmpq.checkpoint.roundings import NEAREST, Roundings
 from llmpq.errors import UserError
 from llmpq.model_lookup import config_path
 from llmpq.models.family import find
+from llmpq.models.raw_tensors import RawTensor
 from llmpq.models.sharding import ALONE, Shard, ShardGroup
-from llmpq.models.stage_model import LayerPrecision, LayerRange, RawTensor, StageModel
+from llmpq.models.stage_model import LayerPrecision, LayerRange, StageModel
 from llmpq.quant import (
     PackedWeight,
     PlainLinear,
@@ -80,14 +81,13 @@ def load_stage(
     stage = StageModel(config, layers, precisions, dtype, device, shard, group)
     roundings = copy(roundings)  # factors kept from one weight for the next end with this call
     tensors = raw_tensors(stage, weights)
+    paths = {id(module): path for path, module in stage.model.named_modules()}
     for raw, name in tensors:
         packed = weights.packed(name, raw.shape)
         own = keep_codes(raw.module, packed) if packed else None
         if own is not None:
             if own is not raw.module:
-                modules = stage.model.named_modules()
-                path = next(path for path, module in modules if module is raw.module)
-                stage.put(stage.model, path, own)
+                stage.put(stage.model, paths[id(raw.module)], own)
         else:
             rounding = roundings.of(name)
             read = partial(_read, weights, name, raw, packed, rounding)
@@ -139,8 +139,10 @@ def load_tensor(
         except ValueError as error:
             raise UserError(f"tensor '{raw.name}': {error}") from None
         return
+    dtype = torch.float32 if raw.is_float32 else dtype
     if raw.is_buffer:
-        own_type = raw.module.get_buffer(raw.attribute).dtype  # integers and flags among them
+        held_type = raw.module.get_buffer(raw.attribute).dtype  # integers and flags among them
+        own_type = dtype if raw.is_float32 else held_type
         raw.module.register_buffer(raw.attribute, tensor.to(device, own_type, copy=True))
         return
     own = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)

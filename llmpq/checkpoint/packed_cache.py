@@ -36,7 +36,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from llmpq.errors import UserError, one_line
-from llmpq.models.stage_model import RawTensor
+from llmpq.models.raw_tensors import RawTensor
 from llmpq.others_files import OWN, OWN_FILE, refuse_others_files
 from llmpq.precision import group_size
 from llmpq.quant import QuantizedLinear

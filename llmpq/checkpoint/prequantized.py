@@ -15,7 +15,7 @@ Codes of 3 bits cross word boundaries; compressed-tensors did so only from 0.18 
 them in a word before. Linears without such tensors are read as plain weights. Zeros and codes
 become unsigned (`PackedWeight`).
 
-Not covered: other bits than 3, 4 and 8, floats of 8 (see `float8`) and 4 bits, AWQ, sparse
+Not covered: other bits than 3, 4 and 8, floats of 8 (`float8`) and 4 bits (`mxfp4`), AWQ, sparse
 weights, and scales of activations (activations are quantized a token at a time in any case).
 """
 
@@ -37,7 +37,7 @@ BITS = (3, 4, 8)
 OLD_GPTQ = "quantize_config.json"  # the settings of AutoGPTQ, beside config.json
 SUPPORTED = (
     "supported are gptq (3, 4 or 8 bits), compressed-tensors (pack-quantized or int-quantized, "
-    "3, 4 or 8 bits), fp8 with weight_scale_inv, or weights that are not quantized"
+    "3, 4 or 8 bits), fp8 with weight_scale_inv, mxfp4 experts, or weights that are not quantized"
 )
 GPTQ_SETTINGS = (
     ("group_size", int, "an integer"),
@@ -65,7 +65,9 @@ class QuantizedFormat(Protocol):
 
     method: str
     precisions: frozenset[str]  # precisions that its codes serve unchanged
-    parts: tuple[str, ...]  # names of the tensors of a quantized linear, beside its bias
+
+    def names(self, linear: str) -> list[str]:
+        """The names that tensors of a linear may have, beside its bias."""
 
     def holds(self, linear: str, tensors: Tensors) -> bool:
         """Whether this linear is quantized."""
@@ -83,7 +85,7 @@ def quantized_format(folder: Path) -> QuantizedFormat | None:
     if settings is None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method == "fp8":  # no codes; see `float8`
+    if method in ("fp8", "mxfp4"):  # no codes; see `float8` and `mxfp4`
         return None
     if method == "gptq":
         return GptqFormat(settings, path)
@@ -132,6 +134,10 @@ class GptqFormat:
         _check_sorts(settings, path)
         self.precisions = frozenset({str(settings["bits"])})
         self._less_one = layout == "gptq"
+
+    def names(self, linear: str) -> list[str]:
+        """The names that tensors of a linear may have, beside its bias."""
+        return [f"{linear}.{part}" for part in self.parts]
 
     def holds(self, linear: str, tensors: Tensors) -> bool:
         """Whether this linear is quantized."""
@@ -209,6 +215,10 @@ class CompressedTensorsFormat:
         self._dense = _version(settings.get("version")) >= DENSE_SINCE
         served = [{str(s.bits)} | ({"8-w8a8"} if s.token_int8 else set()) for s in self._schemes]
         self.precisions: frozenset[str] = frozenset().union(*served)
+
+    def names(self, linear: str) -> list[str]:
+        """The names that tensors of a linear may have, beside its bias."""
+        return [f"{linear}.{part}" for part in self.parts]
 
     def holds(self, linear: str, tensors: Tensors) -> bool:
         """Whether this linear is quantized."""

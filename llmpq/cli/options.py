@@ -72,7 +72,7 @@ class Integers(Listed):
 
 
 class PrecisionNames(Listed):
-    """Precisions with commas between: 16,8,4."""
+    """Precisions of layers with commas between: 16,8,8+experts@4."""
 
     def parsed(self, words: tuple[str, ...], param: Any, ctx: Any) -> tuple[str, ...]:
         for word in words:

@@ -21,7 +21,7 @@ from llmpq.costs.float16 import run_overflow
 from llmpq.errors import FailedRequests, InfeasibleError, UserError
 from llmpq.plan_data import Plan
 from llmpq.planned_kernels import COUNTED, kernel_lines
-from llmpq.precision import PRECISIONS
+from llmpq.precision import is_optional
 from llmpq.run_report import Report, RunCounts, make_report
 from llmpq.seats import Seat, stage_ranks
 
@@ -316,7 +316,7 @@ def say_kernels(plan: Plan, stage: int, device: Any, dtype: Any, leads: bool, qu
     """Prints which kernels serve a loaded stage; a worker that does not lead, only differences."""
     from llmpq.quant import machine_here
 
-    optional = any(PRECISIONS[p].library is not None for p in plan.stages[stage].precisions)
+    optional = any(map(is_optional, plan.stages[stage].precisions))
     for line in kernel_lines(plan, stage, machine_here(device, dtype, optional)):
         if leads or COUNTED in line:
             console(quiet).print(line, soft_wrap=True)

@@ -16,19 +16,25 @@ import numpy as np
 
 from llmpq.cluster import Cluster, unknown_type
 from llmpq.costs.anchored import OtherSheet, Sheet
-from llmpq.costs.fits import ASSUMED, Accuracy, Fitted, fit_all
+from llmpq.costs.fits import LAYER_PHASES, Accuracy, Fitted, fit_all
 from llmpq.costs.links import Seconds, Tokens
 from llmpq.costs.spec_sheet import provenance, rooflines
+from llmpq.costs.stage_call import STAGE_PHASES, StageCall, default_calls
 from llmpq.devices import DeviceType, device_library
 from llmpq.errors import UserError
-from llmpq.kernel import CPU_STAGE_CALL_S, STAGE_CALL_S
 from llmpq.machine import TORCH_CARD, Machine, card, host_cpu, sheet_cpu
 from llmpq.model_spec import ModelSpec
-from llmpq.precision import PRECISIONS, STANDARD, in_order
+from llmpq.precision import (
+    PRECISIONS,
+    STANDARD,
+    in_order,
+    is_layer_precision,
+    layer_precision,
+    with_fewer_for_experts,
+)
 from llmpq.profile_data import ChosenModel, MemoryRow, Profile, ProfiledDevice, ProfileRow
 
 SPEC_SHEET = "spec sheet, not measured"
-STAGE_PHASES = ("stage_prefill", "stage_decode")
 LIKE_A_CPU = "xeon-8380-256g"  # its proportions stand for those of a CPU without a sheet
 
 
@@ -119,38 +125,10 @@ class LayerTimes:
         return self.factor * model.seconds(micro_batch, tokens)
 
 
-@dataclass(frozen=True)
-class StageCall:
-    """What a call of a stage costs beside its layers where nobody has measured it.
-
-    Where few calls were measured, it says that others cost as much.
-    """
-
-    call_s: float
-    error: float = 1.0  # engines and hosts differ by more than what it is
-
-    def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
-        """The same for every shape."""
-        return self.call_s + 0.0 * np.asarray(tokens, dtype=float)
-
-    def without_attention_s(self, micro_batch: int, tokens: Tokens) -> Seconds:
-        """All of it."""
-        return self.seconds(micro_batch, tokens)
-
-    def accuracy(self, micro_batch: int, tokens: float) -> Accuracy:
-        """No figure of the device says it."""
-        return Accuracy(ASSUMED, self.error)
-
-
 def with_calls(times: LayerTimes) -> LayerTimes:
     """The same with a default for stages' calls that were not measured."""
-    defaults: dict[tuple[str, str], TimeModel] = dict(_calls(times.machine))
+    defaults: dict[tuple[str, str], TimeModel] = dict(default_calls(times.machine))
     return replace(times, models=defaults | dict(times.models))
-
-
-def _calls(machine: Machine) -> dict[tuple[str, str], StageCall]:
-    call = StageCall(STAGE_CALL_S if machine.is_card else CPU_STAGE_CALL_S)
-    return {("", phase): call for phase in STAGE_PHASES}
 
 
 def device_times(
@@ -162,7 +140,28 @@ def device_times(
     rehearsed and nothing was measured to rehearse it with.
     """
     kinds = [_kind_times(cluster, device_type, kind, profiles) for kind in spec.kind_specs]
-    return kinds[0] if len(kinds) == 1 else replace(kinds[0], kinds=tuple(kinds))
+    if len(kinds) == 1:
+        return kinds[0]
+    offered = {precision for times in kinds for precision in times.precisions}
+    kinds = [
+        times if kind.experts else _without_experts(times, offered)
+        for kind, times in zip(spec.kind_specs, kinds, strict=True)
+    ]
+    common = offered.intersection(*(times.precisions for times in kinds))
+    return replace(kinds[0], kinds=tuple(kinds), precisions=in_order(common))
+
+
+def _without_experts(times: LayerTimes, precisions: Iterable[str]) -> LayerTimes:
+    """Those of a layer without experts, also by names that say how experts are held."""
+    alike = {name: layer_precision(name).rest for name in precisions}
+    models = {
+        (name, phase): times.models[rest, phase]
+        for name, rest in alike.items()
+        for phase in LAYER_PHASES
+        if rest in times.precisions
+    }
+    names = (name for name, rest in alike.items() if rest in times.precisions)
+    return replace(times, models=models | dict(times.models), precisions=in_order(names))
 
 
 def _kind_times(
@@ -301,7 +300,8 @@ def measured_times(
     if figures is not None:  # what was counted of its memory tells no time, and cannot be hashed
         figures = figures._replace(spec=figures.spec.model_copy(update={"activations": None}))
     fits = _fits(tuple(rows), tuple(models), figures)
-    precisions = tuple(p for p in PRECISIONS if {(p, "prefill"), (p, "decode")} <= fits.keys())
+    names = {p for p, _ in fits if {(p, phase) for phase in LAYER_PHASES} <= fits.keys()}
+    precisions = in_order(filter(is_layer_precision, names))
     ends: dict[tuple[str, str], TimeModel] = {}
     if figures is not None and figures.own:
         ends |= rooflines(figures.device, figures.spec, (), figures.machine)
@@ -314,6 +314,8 @@ def spec_sheet_times(
     """A roofline of every kernel, and its launches, on `machine`; None: with `llmpq[gpu]`."""
     machine = machine or device_machine(device)
     precisions = tuple(name for name in STANDARD if PRECISIONS[name].weight_only)
+    if spec.experts is not None:
+        precisions = with_fewer_for_experts(precisions)
     source = f"{SPEC_SHEET}; {provenance(device)}"
     models = rooflines(device, spec, precisions, machine)
     return LayerTimes(models, precisions, source, measured=False, machine=machine)
@@ -345,7 +347,7 @@ def _sheets(figures: Figures, precisions: Iterable[str]) -> dict[tuple[str, str]
         for phase in ("prefill", "decode")
     }
     sheets = {key: one if own else OtherSheet(one) for key, one in found.items()}
-    return stand_ins | sheets | dict(_calls(machine))
+    return stand_ins | sheets | dict(default_calls(machine))
 
 
 def _quality_of(fits: Mapping[tuple[str, str], Fitted], has_sheet: bool) -> str:

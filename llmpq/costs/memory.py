@@ -15,8 +15,9 @@ worker's account does not hold; temporaries inside torch's kernels; sampling by 
 which takes some 40 bytes a logit.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from llmpq.kernel_table import held_bytes
 from llmpq.machine import TORCH_CARD, Machine
 from llmpq.model_spec import ModelSpec
 from llmpq.plan_data import Plan, reserve_of
-from llmpq.precision import PRECISIONS
+from llmpq.precision import PRECISIONS, layer_precision
 from llmpq.workspace import HALF, SINGLE
 
 HEADER_BYTES = 16  # of a message
@@ -89,20 +90,36 @@ def stage_memory(
     first: bool,
     last: bool,
     sizes: RunSizes,
+    kinds: Sequence[int] | None = None,
     machine: Machine = TORCH_CARD,
     context: int = 0,
 ) -> StageMemory:
-    """Memory of a stage with layers at `precisions`; `first` and `last` say what else it holds."""
-    layers = sum(layer_weight_bytes(spec, p, machine) for p in precisions)
+    """Memory of a stage with layers at `precisions`; `first` and `last` say what else it holds.
+
+    `kinds`: of every layer, the place of its kind among `spec.kind_specs`; None where there is one.
+    """
+    assert kinds is not None or not spec.kinds, "layers of several kinds need their places"
+    of_layers = kinds or (0,) * len(precisions)
+    alike = Counter(zip(of_layers, precisions, strict=True))
+    tokens = cache_tokens(sizes.lanes)
+    layers = sum(
+        count * layer_weight_bytes(spec.kind_specs[kind], precision, machine)
+        for (kind, precision), count in alike.items()
+    )
+    cache = sum(
+        count * layer_cache_bytes(spec.kind_specs[kind], tokens)
+        for kind, count in Counter(of_layers).items()
+    )
     return StageMemory(
         weights=layers + end_weight_bytes(spec, first=first, last=last),
-        cache=len(precisions) * layer_cache_bytes(spec, cache_tokens(sizes.lanes)),
+        cache=cache,
         activations=activation_bytes(
             spec,
             sizes,
             first=first,
             last=last,
             precisions=frozenset(precisions),
+            kinds=frozenset(of_layers),
             single=len(precisions) == 1,
             machine=machine,
         ),
@@ -115,11 +132,14 @@ def stage_memory(
 
 
 def layer_weight_bytes(spec: ModelSpec, precision: str, machine: Machine = TORCH_CARD) -> int:
-    """One layer: its linears at `precision`, norms and biases at 16 bits."""
-    linears = sum(
-        held_bytes(machine, precision, op.out_features, op.in_features) for op in spec.linears
+    """One layer of a model with one kind: its matrices at `precision`, all else at 16 bits."""
+    matrices = sum(
+        held.number * held_bytes(machine, held.precision, held.op.out_features, held.op.in_features)
+        for held in spec.held(precision)
     )
-    return linears + HALF * spec.layer_other_params
+    experts = spec.experts
+    biases = experts.count * experts.other_params if experts else 0
+    return matrices + HALF * (spec.layer_other_params + biases)
 
 
 def layer_cache_bytes(spec: ModelSpec, cache_tokens: int) -> int:
@@ -179,21 +199,33 @@ def activation_bytes(
     first: bool,
     last: bool,
     precisions: Collection[str] = ("16",),
+    kinds: Collection[int] | None = None,
     single: bool = False,
     machine: Machine = TORCH_CARD,
 ) -> int:
     """The peak of both phases (`of_both_phases`), in a stage with layers at `precisions`.
 
     What decode steps keep beside it is included (`step_bytes`).
+    `kinds`: those of the stage's layers, None for all that the model has.
     `single`: the stage has just one layer, whose input is the stage's.
     """
+    machine = stage_machine(spec, kinds, machine)
     stage: dict[str, Any] = {"first": first, "last": last, "precisions": precisions}
-    stage |= {"single": single, "machine": machine}
+    stage |= {"single": single, "machine": machine, "kinds": kinds}
     chunk, prompt = sizes.chunk_tokens, sizes.prompt_tokens
     prefill = prefill_bytes(spec, sizes.prefill_micro_batch, chunk, prompt, **stage)
     decode = decode_bytes(spec, *sizes.largest, **stage) + graph_bytes(sizes.lanes, machine)
     kept = step_bytes(spec, sizes.lanes, first=first, last=last)
     return kept + int(of_both_phases(prefill, decode, machine))
+
+
+def stage_machine(spec: ModelSpec, kinds: Collection[int] | None, machine: Machine) -> Machine:
+    """The machine as a stage with these kinds of layers uses it: experts allow no CUDA graphs.
+
+    A layer asks the device how many tokens each expert has, which no graph can hold.
+    """
+    has_experts = any(kind.experts is not None for kind in _of_kinds(spec, kinds))
+    return replace(machine, graphs=False) if has_experts else machine
 
 
 def of_both_phases(prefill: Any, decode: Any, machine: Machine) -> Any:
@@ -237,6 +269,7 @@ def prefill_bytes(
     first: bool,
     last: bool,
     precisions: Collection[str] = ("16",),
+    kinds: Collection[int] | None = None,
     single: bool = False,
     machine: Machine = TORCH_CARD,
 ) -> int:
@@ -246,7 +279,10 @@ def prefill_bytes(
     jobs = [MicroBatch(requests, tokens, tokens, machine)]
     if longest is not None and longest > tokens:
         jobs.append(MicroBatch(1, tokens, longest, machine))
-    return max(peak_bytes(spec, job, met, precisions, first, last) for job in jobs)
+    layers = _of_kinds(spec, kinds)
+    return max(
+        peak_bytes(kind, job, met, precisions, first, last) for job in jobs for kind in layers
+    )
 
 
 def decode_bytes(
@@ -257,6 +293,7 @@ def decode_bytes(
     first: bool,
     last: bool,
     precisions: Collection[str] = ("16",),
+    kinds: Collection[int] | None = None,
     single: bool = False,
     machine: Machine = TORCH_CARD,
 ) -> int:
@@ -264,9 +301,16 @@ def decode_bytes(
     known = activations_of(spec)
     met = moments_met(known.decode, known.decode_first, known.decode_last, first, last, single)
     batch = MicroBatch(requests, 1, seen, machine)
-    return peak_bytes(spec, batch, met, precisions, first, last)
+    layers = _of_kinds(spec, kinds)
+    return max(peak_bytes(kind, batch, met, precisions, first, last) for kind in layers)
+
+
+def _of_kinds(spec: ModelSpec, kinds: Collection[int] | None) -> tuple[ModelSpec, ...]:
+    """The specs of these kinds of layers; None: of all."""
+    every = spec.kind_specs
+    return every if kinds is None else tuple(every[kind] for kind in sorted(kinds))
 
 
 def is_packed(precision: str) -> bool:
-    """Stored below 16 bits."""
-    return PRECISIONS[precision].weight_bits < 16
+    """Whether a layer at this precision holds some matrix below 16 bits."""
+    return any(PRECISIONS[part].weight_bits < 16 for part in layer_precision(precision))

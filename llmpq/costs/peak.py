@@ -88,6 +88,7 @@ def peak_bytes(
     first: bool,
     last: bool,
 ) -> int:
+    """The peak of a micro-batch in a stage with layers of one kind, which meets these moments."""
     sizes = _sizes(spec, batch)
     own: dict[tuple[str, bool], float] = {}
     most = 0.0
@@ -141,16 +142,27 @@ def _sizes_of(product: str) -> tuple[str, ...]:
 def _op_bytes(
     spec: ModelSpec, batch: MicroBatch, op: str, biased: bool, precisions: Collection[str]
 ) -> float:
-    """What an operator takes for itself, its output included."""
+    """What an operator takes for itself, its output included.
+
+    Less than nothing where layers of this kind do not have it: then its moment does not occur. An
+    expert may be given every row, as no token goes to one expert twice.
+    """
     if not op:
         return 0.0
     if op == "attention":
         return _attention_bytes(spec, batch)
-    matrices = [linear for linear in spec.linears if linear.name == op]
+    matrices = {
+        (held.precision, held.op)
+        for precision in precisions
+        for held in spec.held(precision)
+        if held.op.name == op
+    }
     return max(
-        linear_bytes(p, linear, batch.rows, biased=biased, machine=batch.machine)
-        for p in precisions
-        for linear in matrices
+        (
+            linear_bytes(p, linear, batch.rows, biased=biased, machine=batch.machine)
+            for p, linear in matrices
+        ),
+        default=-math.inf,
     )
 
 

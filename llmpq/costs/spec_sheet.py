@@ -14,48 +14,41 @@ to memory, what a stage's call costs beside its layers; CPUs, Apple's and AMD's 
 by the same formula (no table held them).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llmpq import kernel_table
-from llmpq.artifact import Strict, read_yaml
+from llmpq.costs.device_speed import Speed, efficiency, rounded_maximum, speed_of
 from llmpq.costs.fits import Accuracy
+from llmpq.costs.layer_kernels import (
+    Busy,
+    OfRows,
+    by_kernels,
+    decode_attention,
+    experts_s,
+    num_launches,
+    prefill_attention,
+    tokens_s,
+)
 from llmpq.costs.links import Seconds, Tokens
+from llmpq.costs.routing import Routing, balanced
 from llmpq.devices import DeviceType
 from llmpq.kernel import (
+    CPU_EXPERT_S,
     CPU_LAYER_S,
     EAGER_LAUNCH_S,
+    EXPERT_LAUNCHES,
     HEAD_LAUNCHES,
     LAYER_LAUNCHES,
+    ROUTER_LAUNCHES,
     START_S,
     Kernel,
 )
 from llmpq.machine import Machine, parse_capability
-from llmpq.model_spec import LinearShape, ModelSpec
-from llmpq.precision import PRECISIONS, group_size
-
-EFFICIENCY_PATH = Path(__file__).parents[1] / "assets" / "efficiency.yaml"
-USUAL_WATTS = 300.0  # of a board whose sheet does not say
-
-
-class Efficiency(Strict):
-    """What 16-bit kernels reach of spec sheets: `assets/efficiency.yaml`."""
-
-    sources: list[str]
-    num_gpus: int
-    coefficients: dict[str, float]
-    errors: dict[str, float]  # by phase: mean over left-out GPUs of the mean relative error
-
-
-@cache
-def efficiency() -> Efficiency:
-    """The fit that ships with llmpq."""
-    return read_yaml(EFFICIENCY_PATH, Efficiency)
+from llmpq.model_spec import ModelSpec
 
 
 def error(device: DeviceType, phase: str, kernels: Iterable[Kernel] = ()) -> float | None:
@@ -93,37 +86,6 @@ def provenance(device: DeviceType) -> str:
     return f"{fit} (+-{' and '.join(of_phases)} on GPUs left out of it, at 16 bits)"
 
 
-def kernel_s(operations: Any, num_bytes: Any, flops: Any, bandwidth: Any, sharpness: float) -> Any:
-    """Seconds of one kernel, or of an array of them: a maximum with a round corner.
-
-    (compute**sharpness + memory**sharpness) ** (1 / sharpness): where arithmetic and memory take
-    about as long, a kernel does not hide one behind the other fully.
-    """
-    return rounded_maximum(operations / flops, num_bytes / bandwidth, sharpness)
-
-
-def rounded_maximum(one: Any, other: Any, sharpness: float) -> Any:
-    """At least the larger, at most 2 ** (1 / sharpness) times that."""
-    larger = np.maximum(one, other)
-    ratio = np.minimum(one, other) / np.maximum(larger, 1e-30)
-    return larger * (1.0 + ratio**sharpness) ** (1.0 / sharpness)
-
-
-def reached_peak(device: DeviceType, c: Mapping[str, float], share: str = "linear_peak") -> float:
-    """What share of its peak a large matrix product (or attention) reaches on a device.
-
-    A board shares its power with memory and the rest (`board_watts`), so small boards slow their
-    clocks down. GeForce tensor cores work at half rate with fp32 sums: easier to keep busy, and
-    the clock rises above the sheet's.
-    """
-    watts = device.board_watts or USUAL_WATTS
-    gain = c["half_rate_peak"] if device.fp16_accumulate_tflops is not None else 1.0
-    return min(1.0, c[share] * gain * watts / (watts + c["board_watts"]))
-
-
-Busy = Callable[[int, Tokens], Seconds]
-
-
 @dataclass(frozen=True)
 class Launches:
     """What a call's launches add to the computing of its kernels.
@@ -135,33 +97,37 @@ class Launches:
     starts_s: float
     eager_s: float = 0.0
 
-    def with_busy(self, busy_s: Any, sharpness: float) -> Any:
-        """Seconds of a call whose kernels take `busy_s`."""
-        return rounded_maximum(busy_s + self.starts_s, self.eager_s, sharpness)
+
+@dataclass(frozen=True)
+class UsedExperts:
+    """How many experts a call uses, and the launches of each of them."""
+
+    used: Busy
+    each: Launches
 
 
 @dataclass(frozen=True)
 class Roofline:
     """One phase at one precision on one device: what its kernels take, and the launches.
 
-    `busy` is without `attention`, which grows with the length beside the tokens.
+    `busy` is without `attention`, which grows with the length beside the tokens. `experts`: of a
+    layer that has some.
     """
 
     busy: Busy
     error: float | None
     launches: Launches
     attention: Busy | None = None
+    experts: UsedExperts | None = None
 
     def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
         """By whichever of arithmetic and memory is the limit, kernel by kernel."""
-        sharpness = efficiency().coefficients["sharpness"]
-        return self.launches.with_busy(self.busy_s(micro_batch, tokens), sharpness)
+        return self._launched(self.busy_s(micro_batch, tokens), micro_batch, tokens)
 
     def without_attention_s(self, micro_batch: int, tokens: Tokens) -> Seconds:
         """The same if attention cost nothing: it depends on the rows of the products alone."""
-        sharpness = efficiency().coefficients["sharpness"]
         busy_s = self.busy(micro_batch, np.asarray(tokens, dtype=float))
-        return self.launches.with_busy(busy_s, sharpness)
+        return self._launched(busy_s, micro_batch, tokens)
 
     def accuracy(self, micro_batch: int, tokens: float) -> Accuracy:
         """The same everywhere: how far off devices were that were left out of the fit."""
@@ -173,194 +139,95 @@ class Roofline:
         busy_s = self.busy(micro_batch, length)
         return busy_s if self.attention is None else busy_s + self.attention(micro_batch, length)
 
+    def _launched(self, busy_s: Any, micro_batch: int, tokens: Tokens) -> Any:
+        """Seconds of a call whose kernels take `busy_s`."""
+        starts_s: Any = self.launches.starts_s
+        eager_s: Any = self.launches.eager_s
+        if self.experts is not None:
+            used = self.experts.used(micro_batch, np.asarray(tokens, dtype=float))
+            starts_s = starts_s + used * self.experts.each.starts_s
+            eager_s = eager_s + used * self.experts.each.eager_s
+        sharpness = efficiency().coefficients["sharpness"]
+        return rounded_maximum(busy_s + starts_s, eager_s, sharpness)
+
 
 def rooflines(
-    device: DeviceType, spec: ModelSpec, precisions: Iterable[str], machine: Machine
+    device: DeviceType,
+    spec: ModelSpec,
+    precisions: Iterable[str],
+    machine: Machine,
+    routing: Routing | None = None,
 ) -> dict[tuple[str, str], Roofline]:
     """By (precision, phase): layers in both phases, embedding and head.
 
     `machine`: the device as kernels see it. Precisions that none of its kernels serves are left
-    out.
+    out. `routing`: how many experts are used; None: as many as by a balanced router.
     """
     speed = speed_of(device)
-    lookup, (_, head) = _launches(machine, 1)[0], _launches(machine, HEAD_LAUNCHES)
+    lookup, head = _launches(machine, 1), _launches(machine, HEAD_LAUNCHES, machine.graphs)
     found = {
         ("", "embedding"): Roofline(_embedding(spec, speed), error(device, "prefill"), lookup),
         ("", "head"): Roofline(_head(spec, speed), error(device, "decode"), head),
     }
+    if spec.experts is not None and routing is None:
+        routing = balanced(spec.experts)
     for precision in precisions:
-        if kernel_table.serves(machine, precision):
-            found |= _layer_rooflines(device, spec, precision, machine)
+        if all(kernel_table.serves(machine, held.precision) for held in spec.held(precision)):
+            found |= _layer_rooflines(device, spec, precision, machine, routing)
     return found
 
 
 def _layer_rooflines(
-    device: DeviceType, spec: ModelSpec, precision: str, machine: Machine
+    device: DeviceType, spec: ModelSpec, precision: str, machine: Machine, routing: Routing | None
 ) -> dict[tuple[str, str], Roofline]:
-    """Both phases of a layer at one precision."""
+    """Both phases of a layer at one precision. Those with experts are no CUDA graphs."""
     speed = speed_of(device)
-    groups = by_kernels(machine, spec, precision)
-    tokens_s = _tokens_s(spec, groups, speed)
-    kernels = [kernel for group in groups for kernel in group]
-    launched = LAYER_LAUNCHES + sum(
-        kernels[-1].num_launches(op.out_features, op.in_features)
-        for kernels, ops in groups.items()
-        for op in ops
-    )
-    eager, graph = _launches(machine, launched)
-    errors = {phase: error(device, phase, kernels) for phase in ("prefill", "decode")}
+    groups, of_experts = (by_kernels(machine, spec, precision, one) for one in (False, True))
+    rows_s = tokens_s(spec, groups, speed)
+    count = LAYER_LAUNCHES + num_launches(groups)
+    in_prefill = in_decode = None
+    if routing is not None:
+        rows_s = _sum(rows_s, experts_s(spec, of_experts, routing, speed))
+        count += ROUTER_LAUNCHES
+        each = _expert_launches(machine, num_launches(of_experts))
+        in_prefill = UsedExperts(lambda p, s: routing.used(p * s), each)
+        in_decode = UsedExperts(lambda q, past: routing.used(q) + 0.0 * past, each)
+    kernels = [kernel for group in (*groups, *of_experts) for kernel in group]
+    eager = _launches(machine, count)
     prefill = Roofline(
-        lambda p, s: tokens_s(p * s), errors["prefill"], eager, _prefill_attention(spec, speed)
+        lambda p, s: rows_s(p * s),
+        error(device, "prefill", kernels),
+        eager,
+        prefill_attention(spec, speed),
+        in_prefill,
     )
     decode = Roofline(
-        lambda q, past: tokens_s(q) + 0.0 * past,
-        errors["decode"],
-        graph,
-        _decode_attention(spec, speed),
+        lambda q, past: rows_s(np.asarray(q, dtype=float)) + 0.0 * past,
+        error(device, "decode", kernels),
+        eager if in_decode else _launches(machine, count, machine.graphs),
+        decode_attention(spec, speed),
+        in_decode,
     )
     return {(precision, "prefill"): prefill, (precision, "decode"): decode}
 
 
-def _launches(machine: Machine, count: int) -> tuple[Launches, Launches]:
-    """Of a prefill, which is eager, and of a decode step."""
+def _sum(one: OfRows, other: OfRows) -> OfRows:
+    return lambda rows: one(rows) + other(rows)
+
+
+def _launches(machine: Machine, count: int, graph: bool = False) -> Launches:
+    """Of so many kernels, one by one or as a CUDA graph."""
     if not machine.is_card:
-        return Launches(CPU_LAYER_S), Launches(CPU_LAYER_S)
-    eager = Launches(count * START_S, count * EAGER_LAUNCH_S)
-    return eager, Launches(count * START_S) if machine.graphs else eager
+        return Launches(CPU_LAYER_S)
+    return Launches(count * START_S, 0.0 if graph else count * EAGER_LAUNCH_S)
 
 
-KernelGroups = Mapping[tuple[Kernel, ...], Sequence[LinearShape]]
-
-
-def by_kernels(machine: Machine, spec: ModelSpec, precision: str) -> KernelGroups:
-    """A layer's matrices by the kernels that multiply by them."""
-    bits = PRECISIONS[precision].weight_bits
-    found: dict[tuple[Kernel, ...], list[LinearShape]] = {}
-    for op in spec.linears:
-        shape = op.out_features, op.in_features, group_size(bits, op.in_features)
-        found.setdefault(kernel_table.choices(machine, precision, *shape), []).append(op)
-    return found
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What kernels reach on one device: operations and bytes a second.
-
-    `vector_flops` is the peak of arithmetic without tensor cores; others are what 16-bit kernels
-    reach. `integer_flops` is at 8 bits; without such a rate, that of 16.
-    """
-
-    linear_flops: float
-    integer_flops: float
-    vector_flops: float
-    attention_flops: float
-    linear_bandwidth: float
-    attention_bandwidth: float
-    copy_bandwidth: float
-    eager_bandwidth: float
-    sharpness: float
-
-
-def speed_of(device: DeviceType) -> Speed:
-    c = efficiency().coefficients
-    peak, bandwidth = device.fp16_tflops * 1e12, device.bandwidth_gbs * 1e9
-    reached = reached_peak(device, c)
-    return Speed(
-        linear_flops=peak * reached,
-        integer_flops=(device.int8_tops or device.fp16_tflops) * 1e12 * reached,
-        vector_flops=(device.fp32_tflops or device.fp16_tflops) * 1e12,
-        attention_flops=peak * reached_peak(device, c, "attention_peak"),
-        linear_bandwidth=bandwidth * c["linear_bandwidth"],
-        attention_bandwidth=bandwidth * c["attention_bandwidth"],
-        copy_bandwidth=bandwidth * c["elementwise_bandwidth"],
-        eager_bandwidth=bandwidth * c["eager_bandwidth"],
-        sharpness=c["sharpness"],
-    )
-
-
-def _tokens_s(spec: ModelSpec, groups: KernelGroups, speed: Speed) -> Callable[[Any], Any]:
-    """Seconds of all that is done token by token: matrices, norms, activations."""
-    products = [_products_s(kernels, ops, speed) for kernels, ops in groups.items()]
-    others_s = _elementwise_bytes(spec) / speed.eager_bandwidth
-    norms_s = 2.0 * spec.layer_other_params / speed.eager_bandwidth
-
-    def seconds(num_tokens: Any) -> Any:
-        m = np.asarray(num_tokens, dtype=float)
-        return sum(product(m) for product in products) + others_s * m + norms_s
-
-    return seconds
-
-
-def _products_s(
-    kernels: Sequence[Kernel], ops: Sequence[LinearShape], speed: Speed
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Seconds of some matrices, by the kernel for each number of rows."""
-    each = [product_s(kernel, ops, speed) for kernel in kernels]
-    limits = [kernel.max_rows for kernel in kernels[:-1]]
-
-    def seconds(rows: np.ndarray) -> np.ndarray:
-        total = each[-1](rows)
-        for limit, kernel_s in reversed(list(zip(limits, each[:-1], strict=True))):
-            total = np.where(rows <= limit, kernel_s(rows), total)
-        return total
-
-    return seconds
-
-
-def product_s(
-    kernel: Kernel, ops: Sequence[LinearShape], speed: Speed
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Seconds of one kernel on some matrices, one after the other, by rows.
-
-    Passes that unpack a weight come before the product, which then reads it at 16 bits.
-    """
-    reached = kernel.efficiency
-    n, k = np.array([(op.out_features, op.in_features) for op in ops], dtype=float).T
-    sizes = [(op.out_features, op.in_features) for op in ops]
-    weights_s = np.array([kernel.weight_bytes(*size) for size in sizes]) / speed.linear_bandwidth
-    values_s = 2.0 * (n + k) / speed.linear_bandwidth
-    unpacked = sum(kernel.unpacked_bytes(*size) for size in sizes)
-    share = kernel.unpacking.bandwidth if kernel.unpacking else 1.0
-    before_s = unpacked / (speed.linear_bandwidth * share)
-    rate = {
-        "tensor": speed.linear_flops,
-        "int8": speed.integer_flops,
-        "vector": speed.vector_flops,
-    }[reached.arithmetic]
-    at, shares = np.array(reached.peak, dtype=float).T
-
-    def seconds(rows: np.ndarray) -> np.ndarray:
-        flops = rate * np.interp(np.log(np.maximum(rows, 1)), np.log(at), shares)
-        m, flops = rows[..., None], np.asarray(flops)[..., None]
-        compute_s = (2.0 * m + reached.unpack_operations) * n * k / flops
-        passes = np.ceil(m / reached.pass_rows) if reached.pass_rows else 1.0
-        memory_s = (passes * weights_s + m * values_s) / reached.bandwidth
-        return rounded_maximum(compute_s, memory_s, speed.sharpness).sum(axis=-1) + before_s
-
-    return seconds
-
-
-def _elementwise_bytes(spec: ModelSpec) -> float:
-    """Of one token: two norms and two sums, rotary positions, the activation; read and written."""
-    num_wide = 1 + sum(op.out_features == spec.ffn_size for op in spec.linears)
-    rotated = 2 * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
-    return 2.0 * (8 * spec.hidden_size + rotated + num_wide * spec.ffn_size)
-
-
-def _prefill_attention(spec: ModelSpec, speed: Speed) -> Busy:
-    """Causal attention of whole prompts, whose arithmetic is the lower triangle's."""
-    pair_s = 2.0 * spec.num_heads * spec.head_dim / speed.attention_flops
-    return lambda p, s: pair_s * p * s * s
-
-
-def _decode_attention(spec: ModelSpec, speed: Speed) -> Busy:
-    """Of one token a request: it reads the cache of the past and of this token."""
-    per_token_s = rounded_maximum(
-        4.0 * spec.num_heads * spec.head_dim / speed.attention_flops,
-        2.0 * spec.kv_values_per_token / speed.attention_bandwidth,
-        speed.sharpness,
-    )
-    return lambda q, past: per_token_s * q * (past + 1)
+def _expert_launches(machine: Machine, products: int) -> Launches:
+    """Of one expert that is used, with so many kernels for its products."""
+    if not machine.is_card:
+        return Launches(CPU_EXPERT_S)
+    count = EXPERT_LAUNCHES + products
+    return Launches(count * START_S, count * EAGER_LAUNCH_S)
 
 
 def _embedding(spec: ModelSpec, speed: Speed) -> Busy:

@@ -2,8 +2,8 @@
 
 `python -m llmpq.evaluation.judge CONFIG.json` prints the `ModelSpec` as JSON, or ends with exit
 code 2 and one line on standard error. `llmpq.model_lookup` runs it for models that are not in its
-table, and keeps the result. A model is first counted (`llmpq.models.count`), then a small copy is
-run (`verify`), unless its family's pipelines are tested.
+table, and keeps the result. A model is first counted (`llmpq.models.count_model`), then a small
+copy is run (`verify`), unless its family's pipelines are tested.
 
 Not covered: weights, which may still be missing or of another shape.
 """
@@ -21,7 +21,7 @@ from llmpq.evaluation.verify import verify
 from llmpq.families import family_for, has_sizes
 from llmpq.model_lookup import read_config
 from llmpq.model_spec import ModelSpec
-from llmpq.models.count import count_model
+from llmpq.models.count_model import count_model
 from llmpq.models.stage_model import load_config
 
 

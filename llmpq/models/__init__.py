@@ -4,6 +4,8 @@ family.py       finds the embedding, layers, final norm and head of a model, by 
 stage_model.py  makes consecutive layers of a model a module that runs alone
 passing.py      empties the layers of other stages
 buffers.py, rope.py  compute constants, and positions that depend on the length of a text
+experts.py      replaces transformers' experts by linears of their own (linears.py makes them)
+raw_tensors.py  names the tensors that a stage needs of a checkpoint
 sharding.py     cuts the layers of a stage for several devices
 lanes.py        holds keys and values of requests in slots, as transformers' cache
 attention.py    computes attention over slots and its masks (triton_attention.py on cards)

@@ -16,7 +16,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,10 +32,13 @@ from llmpq.artifact import show_value
 from llmpq.errors import UserError, one_line
 from llmpq.model_lookup import read_config
 from llmpq.models.attention import implementation_for
-from llmpq.models.buffers import compute_buffers, stored_buffers
+from llmpq.models.buffers import compute_buffers
+from llmpq.models.experts import MakeLinear, pack_experts, routers
 from llmpq.models.family import family_of, find, replace
 from llmpq.models.lanes import StageCache
+from llmpq.models.linears import LinearMaker, is_plain
 from llmpq.models.passing import Passing, gives_tuples, pass_over
+from llmpq.models.raw_tensors import RawTensor, float32_names, held_bytes, held_part, raw_shapes
 from llmpq.models.rope import decide_by_row
 from llmpq.models.sharding import (
     ALONE,
@@ -46,15 +49,8 @@ from llmpq.models.sharding import (
     join_logits,
     sum_outputs,
 )
-from llmpq.quant import (
-    INPUTS,
-    PlainLinear,
-    QuantizedLinear,
-    Rounding,
-    TensorPart,
-    make_linear,
-    quantize,
-)
+from llmpq.precision import layer_precision
+from llmpq.quant import INPUTS, PlainLinear, QuantizedLinear
 
 # One precision for a layer, or one for each linear by its name inside ("self_attn.q_proj").
 LayerPrecision = str | Callable[[str], str]
@@ -85,27 +81,6 @@ class LayerRange:
     def is_last(self) -> bool:
         """Whether the range holds the last layer, so that its stage computes logits."""
         return self.end == self.total
-
-
-@dataclass(frozen=True)
-class RawTensor:
-    """A tensor of the checkpoint, and the module that needs it or a part of it."""
-
-    name: str  # its name in the whole model's checkpoint
-    module: nn.Module
-    attribute: str
-    shape: tuple[int, ...]  # the whole tensor's shape
-
-    def part(self, rounding: Rounding = quantize) -> TensorPart | None:
-        """The part that the module needs, if weights are rounded so; None: all of it."""
-        if isinstance(self.module, PlainLinear | QuantizedLinear):
-            return self.module.part_to_read(self.attribute, rounding)
-        return None if self.is_buffer else _part_of(self.module)
-
-    @property
-    def is_buffer(self) -> bool:
-        """Whether it is a constant that transformers stores beside the weights, and no weight."""
-        return self.attribute in self.module._buffers
 
 
 class StageModel(nn.Module):
@@ -157,14 +132,17 @@ class StageModel(nn.Module):
         self._decoder = [decoder]  # in a list: already registered as part of `model`
         model.requires_grad_(False)
 
-    def parameters_to_load(self) -> Iterator["RawTensor"]:
+    def parameters_to_load(self) -> Iterator[RawTensor]:
         """Yields every tensor that a loader must fill, with stored buffers; tied ones once."""
         seen: set[tuple[int, str]] = set()
+        float32 = float32_names(self.model)
         for prefix, module in self.model.named_modules():
-            for name, shape in _raw_shapes(module).items():
+            for name, shape in raw_shapes(module).items():
                 if (id(module), name) not in seen:
                     seen.add((id(module), name))
-                    yield RawTensor(self._checkpoint_name(f"{prefix}.{name}"), module, name, shape)
+                    stored = self._checkpoint_name(f"{prefix}.{name}")
+                    is_float32 = float32 is not None and bool(float32.search(stored))
+                    yield RawTensor(stored, module, name, shape, is_float32)
 
     def linears(self) -> dict[str, PlainLinear | QuantizedLinear]:
         """The linears of the layers, by the checkpoint's name of their weight."""
@@ -213,7 +191,7 @@ class StageModel(nn.Module):
         """Embeds ids `[B, S]` to `[B, S, H]` (first stage); shards use the first one's ids."""
         embedding = find(self._decoder[0], self.family.embedding)
         assert embedding is not None
-        part = _part_of(embedding)
+        part = held_part(embedding)
         if part is None:
             return embedding(token_ids)
         assert self.group is not None
@@ -247,7 +225,7 @@ class StageModel(nn.Module):
         """The logits `[..., V]` of states `[..., H]` (last stage only)."""
         head = find(self.model, self.family.head)
         assert head is not None
-        logits, part = head(hidden), _part_of(head)
+        logits, part = head(hidden), held_part(head)
         if part is not None:
             assert self.group is not None
             logits = join_logits(logits, part, self.group)
@@ -260,46 +238,30 @@ class StageModel(nn.Module):
     def weight_bytes(self) -> int:
         """Bytes of all weights, packed ones as packed; a shared matrix counts once."""
         seen: set[int] = set()
-        return sum(_held_bytes(module, seen) for module in self.model.modules())
+        return sum(held_bytes(module, seen) for module in self.model.modules())
 
     def _quantize(self, precisions: Sequence[LayerPrecision]) -> None:
-        """Replaces the linears of every layer by those of its precision."""
+        """Replaces the linears of every layer by those of its precision, experts among them."""
+        make = LinearMaker(self.dtype, self.device, leads=self.shard.leads)
         for layer, precision in zip(self.own_layers, precisions, strict=True):
-            linears = [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
-            for name, linear in linears:
-                own = precision if isinstance(precision, str) else precision(name)
-                part = self._sharding.part(name, linear.out_features, linear.in_features)
-                self.put(layer, name, self._linear(linear, own, part))
+            kept = routers(layer)
+            pack_experts(layer, _expert_maker(make, precision))
+            for name, linear in list(layer.named_modules()):
+                if is_plain(linear) and name not in kept:
+                    part = self._sharding.part(name, linear.out_features, linear.in_features)
+                    own = _precision_of(precision, "rest", name)
+                    self.put(layer, name, make.like(linear, own, part))
             self._sharding.tell_heads(layer)
         head = find(self.model, self.family.head)
         if isinstance(head, nn.Linear):
             part = self._sharding.vocabulary(head.out_features)
-            replace(self.model, self.family.head, self._linear(head, "16", part))
+            replace(self.model, self.family.head, make.like(head, "16", part))
 
     def put(self, within: nn.Module, path: str, linear: PlainLinear | QuantizedLinear) -> None:
         """Sets a linear at a dotted path; one that is cut by inputs returns the shards' sum."""
         replace(within, path, linear)
         if self.group is not None and linear.part is not None and linear.part.dim == INPUTS:
             sum_outputs(linear, self.group)
-
-    def _linear(
-        self, like: nn.Linear, precision: str, part: TensorPart | None
-    ) -> PlainLinear | QuantizedLinear:
-        shape = (like.out_features, like.in_features)
-        out_features, in_features = part.of_shape(shape) if part else shape
-        added_elsewhere = part is not None and part.dim == INPUTS and not self.shard.leads
-        try:
-            return make_linear(
-                precision,
-                in_features,
-                out_features,
-                bias=like.bias is not None and not added_elsewhere,
-                dtype=self.dtype,
-                device=self.device,
-                part=part,
-            )
-        except ValueError as error:  # a precision that this device cannot serve
-            raise UserError(str(error)) from None
 
     def _cut_embedding(self) -> None:
         """Cuts the token embedding to the rows that this shard holds."""
@@ -316,6 +278,19 @@ class StageModel(nn.Module):
         if name == f"{self.family.head}.weight":
             return self.head_name
         return name
+
+
+def _precision_of(precision: LayerPrecision, of: Literal["rest", "experts"], name: str) -> str:
+    """The precision of a linear of a layer, by its name inside."""
+    if not isinstance(precision, str):
+        return precision(name)
+    rest, experts = layer_precision(precision)
+    return experts if of == "experts" else rest
+
+
+def _expert_maker(make: LinearMaker, precision: LayerPrecision) -> MakeLinear:
+    """Makes the linears of a layer's experts at the layer's precision."""
+    return lambda name, *sizes: make(_precision_of(precision, "experts", name), *sizes)
 
 
 def load_config(model: Path) -> Any:
@@ -359,42 +334,3 @@ def _layers_give_tuples(stage: StageModel) -> bool:
     embedding = find(decoder, stage.family.embedding)
     width = getattr(embedding, "embedding_dim", stage.config.hidden_size)
     return gives_tuples(decoder, stage.all_layers[0], width, stage.dtype)
-
-
-def _raw_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of the whole tensors that a loader must fill in a module."""
-    if isinstance(module, PlainLinear | QuantizedLinear):
-        return module.raw_shapes
-    part = _part_of(module)
-    own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-    whole = {name: part.whole_shape(s) if part else s for name, s in own.items()}
-    return whole | {name: tuple(b.shape) for name, b in stored_buffers(module).items()}
-
-
-def _part_of(module: nn.Module) -> TensorPart | None:
-    """The part of a matrix that a module holds; None for all of it."""
-    part: TensorPart | None = getattr(module, "part", None)
-    return part
-
-
-def _held_bytes(module: nn.Module, seen: set[int]) -> int:
-    """Bytes of a module's own weights, without computed constants (rotary frequencies)."""
-    if isinstance(module, PlainLinear | QuantizedLinear):
-        packed = module.weight_bytes
-        shared = _is_seen(getattr(module, "weight", None), seen)
-        bias = getattr(module, "bias", None)
-        return (0 if shared else packed) + (0 if bias is None else _num_bytes(bias))
-    held = [*module.parameters(recurse=False), *stored_buffers(module).values()]
-    return sum(_num_bytes(t) for t in held if not t.is_meta and not _is_seen(t, seen))
-
-
-def _is_seen(tensor: object, seen: set[int]) -> bool:
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-        return False
-    known = tensor.data_ptr() in seen
-    seen.add(tensor.data_ptr())
-    return known
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -25,7 +25,7 @@ from llmpq.planner.instance import (
 from llmpq.planner.layer_options import count_options, options_of
 from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.works import Work, hop_works, stage_work
-from llmpq.serving import serving
+from llmpq.serving import matrices_of, serving
 
 
 def evaluate(problem: Problem, assignment: Assignment) -> Predicted:
@@ -136,18 +136,12 @@ def to_plan(problem: Problem, assignment: Assignment, method: str, predicted: Pr
 def _with_kernels(problem: Problem, assignment: Assignment, predicted: Predicted) -> Predicted:
     """The same prediction with the kernels that every stage counts on."""
     stages = []
-    for rank, stage in enumerate(predicted.stages):
-        devices = assignment.configuration.stage_devices[rank]
-        machine, kinds = problem.times[devices.type].machine, problem.shard(devices).kind_specs
-        matrices: dict[str, dict[tuple[int, int], None]] = {}
-        for kind, precision in count_options(problem, assignment, rank):
-            for held in kinds[kind].held(precision):
-                shape = held.op.out_features, held.op.in_features
-                matrices.setdefault(held.precision, {})[shape] = None
-        kernels = {
-            name: list(serving(machine, [name], shapes)[name].kernels)
-            for name, shapes in matrices.items()
-        }
+    for devices, precisions, stage in zip(
+        assignment.configuration.stage_devices, assignment.stages, predicted.stages, strict=True
+    ):
+        matrices = matrices_of(problem.shard(devices), precisions)
+        found = serving(problem.times[devices.type].machine, matrices)
+        kernels = {precision: list(service.kernels) for precision, service in found.items()}
         stages.append(stage.model_copy(update={"kernels": kernels}))
     return predicted.model_copy(update={"stages": stages})
 

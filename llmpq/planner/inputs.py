@@ -23,7 +23,7 @@ from llmpq.precision import (
     PRECISIONS,
     in_order,
     is_layer_precision,
-    is_standard,
+    is_optional,
     with_fewer_for_experts,
 )
 from llmpq.profile_data import Profile
@@ -155,7 +155,7 @@ def layer_times(inputs: Inputs) -> dict[str, LayerTimes]:
 def offered_precisions(times: dict[str, LayerTimes], asked: Sequence[str] = ()) -> list[str]:
     """Those that some device has times for; optional ones only where they are asked for."""
     timed = in_order(p for t in times.values() for p in t.offered)
-    return [p for p in timed if is_standard(p) or p in asked]
+    return [p for p in timed if not is_optional(p) or p in asked]
 
 
 def _asked(inputs: Inputs, wishes: Wishes, plan: Plan | None) -> list[str] | None:

@@ -24,7 +24,7 @@ from llmpq.planner.input_files import InputFiles, read_inputs
 from llmpq.planner.inputs import Inputs
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Problem
-from llmpq.precision import in_order, is_standard
+from llmpq.precision import in_order, is_optional
 from llmpq.quantizer import Quantizer
 from llmpq.seats import worker_places
 from llmpq.workload import Workload, planned_lengths
@@ -91,7 +91,7 @@ def load_replan_inputs(
         precisions=tuple(
             name
             for name in timed
-            if name in quality.omega and (is_standard(name) or name in plan.precisions)
+            if name in quality.omega and (not is_optional(name) or name in plan.precisions)
         ),
         workload=with_longest(plan.workload, longest),
         max_loss_percent=max_loss_percent,

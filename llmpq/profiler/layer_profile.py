@@ -27,7 +27,7 @@ from llmpq.profiler.layers import LayerMeasurements, LayerProfiler, ProfilingPro
 from llmpq.profiler.resume import Identity, PartialFile
 from llmpq.profiler.stacks import Bench, stack_depth
 from llmpq.quant import available_precisions, machine_here, why_unavailable
-from llmpq.serving import switch_rows
+from llmpq.serving import matrices_of, switch_rows
 
 MIN_MEASURING = 0.5  # of the budget, however long loading took
 # What is measured where nothing else is said: on a CPU, on a card.
@@ -141,12 +141,13 @@ def make_grid(request: LayerRequest, target: Target) -> Grid | AdaptiveGrid:
     if not request.adaptive:
         return Grid(precisions, **lists)
     ends = {name: (min(values), max(values)) for name, values in lists.items()}
-    matrices = [(op.out_features, op.in_features) for op in request.spec.linears]
     return AdaptiveGrid(
         precisions,
         ShapeRange(ends["prefill_micro_batches"], ends["prompt_tokens"]),
         ShapeRange(ends["decode_micro_batches"], ends["past_tokens"]),
-        switch_rows(machine_here(target.device, target.dtype), precisions, matrices),
+        switch_rows(
+            machine_here(target.device, target.dtype), matrices_of(request.spec, precisions)
+        ),
     )
 
 

@@ -8,7 +8,7 @@ dtype and the number of rows, never on timing, so that the same input always giv
 from llmpq.quant.adopted import AdoptedLinear, PackedWeight, keep_codes
 from llmpq.quant.base import PlainLinear, QuantizedLinear
 from llmpq.quant.here import machine_here
-from llmpq.quant.make import available_precisions, make_linear, why_unavailable
+from llmpq.quant.make import available_precisions, linear_factory, make_linear, why_unavailable
 from llmpq.quant.part import INPUTS, OUTPUTS, TensorPart
 from llmpq.quant.rounding import Rounding, quantize
 
@@ -23,6 +23,7 @@ __all__ = [
     "TensorPart",
     "available_precisions",
     "keep_codes",
+    "linear_factory",
     "machine_here",
     "make_linear",
     "quantize",

@@ -65,6 +65,9 @@ class PlainLinear(nn.Linear):
         self.requires_grad_(False)
         self.home, self.part = device, part
 
+    def reset_parameters(self) -> None:
+        """Draws no first values, as the weight is loaded."""
+
     @property
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors to load, by name; those of the whole where this is a part."""

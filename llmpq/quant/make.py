@@ -1,5 +1,8 @@
 """Says which precisions a device offers, and builds the empty layers."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from llmpq.kernel import Layout
@@ -51,6 +54,32 @@ def why_unavailable(precision: str, device: torch.device, dtype: torch.dtype) ->
     )
 
 
+def linear_factory(
+    precision: str,
+    in_features: int,
+    out_features: int,
+    *,
+    bias: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    part: TensorPart | None = None,
+) -> Callable[[], PlainLinear | QuantizedLinear]:
+    """Returns a function that makes empty linears; the arguments and errors are `make_linear`'s.
+
+    The layout is chosen once, so that thousands of equal linears are made quickly.
+    """
+    device = torch.device(device)
+    if reason := why_unavailable(precision, device, dtype):
+        raise ValueError(reason)
+    sizes = in_features, out_features, bias, dtype, device
+    if precision == "16":
+        return partial(PlainLinear, *sizes, part)
+    layer = layer_class(precision, in_features, out_features, dtype, device, part)
+    if not issubclass(layer, GridLinear):
+        return partial(layer, *sizes, part=part)
+    return partial(layer, *sizes, PRECISIONS[precision].weight_bits, part)
+
+
 def make_linear(
     precision: str,
     in_features: int,
@@ -66,16 +95,15 @@ def make_linear(
     With `part`, it holds that part of a larger matrix; `in_features` and `out_features` are the
     part's. Raises `ValueError`, with what would work, where this device cannot serve it.
     """
-    device = torch.device(device)
-    if reason := why_unavailable(precision, device, dtype):
-        raise ValueError(reason)
-    if precision == "16":
-        return PlainLinear(in_features, out_features, bias, dtype, device, part)
-    layer = layer_class(precision, in_features, out_features, dtype, device, part)
-    if not issubclass(layer, GridLinear):
-        return layer(in_features, out_features, bias, dtype, device, part=part)
-    bits = PRECISIONS[precision].weight_bits
-    return layer(in_features, out_features, bias, dtype, device, bits, part)
+    return linear_factory(
+        precision,
+        in_features,
+        out_features,
+        bias=bias,
+        dtype=dtype,
+        device=device,
+        part=part,
+    )()
 
 
 def layer_class(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmpq.checkpoint.packed_cache import WeightCache
-    from llmpq.models.stage_model import RawTensor
+    from llmpq.models.raw_tensors import RawTensor
 
 COMPILING_EVERY_S = 2.0
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from llmpq.models.stage_model import RawTensor, StageModel
+from llmpq.models.raw_tensors import RawTensor
+from llmpq.models.stage_model import StageModel
 from llmpq.quant import QuantizedLinear
 from llmpq.runtime.transport import Transport
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpq.errors import UserError
 from llmpq.evaluation.verify import small_copy, verify
-from llmpq.models.count import count_model
+from llmpq.models.count_model import count_model
 from llmpq.models.rope import switches_at
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.prompts.prompt_rules import Limits

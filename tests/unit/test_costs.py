@@ -9,12 +9,13 @@ import pytest
 
 from llmpq.cluster import Cluster, Link
 from llmpq.costs import links, memory
+from llmpq.costs.device_speed import efficiency
 from llmpq.costs.fits import fit
 from llmpq.costs.latency import LayerTimes, device_times, measured_times, spec_sheet_times
 from llmpq.costs.memory import RunSizes, stage_memory
 from llmpq.costs.quality import measured_quality, prior_quality
 from llmpq.costs.shards import WithExchange, tensor_parallel_times
-from llmpq.costs.spec_sheet import Roofline, efficiency
+from llmpq.costs.spec_sheet import Roofline
 from llmpq.devices import device_library
 from llmpq.errors import UserError
 from llmpq.job import LaneShape

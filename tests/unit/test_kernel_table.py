@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmpq import workspace
-from llmpq.costs import peak, spec_sheet
+from llmpq.costs import device_speed, layer_kernels, peak
 from llmpq.costs.latency import device_machine, spec_sheet_times
 from llmpq.costs.quality import prior_quality
 from llmpq.devices import device_library
@@ -95,9 +95,9 @@ def test_the_kernel_follows_the_number_of_rows() -> None:
     assert kernel_for(machine, "4", *shape, 16).name == FEW_ROWS
     assert kernel_for(machine, "4", *shape, 17).name == FUSED_UNPACKING
     assert kernel_for(card("8.0", [TRITON]), "4", *shape, 64).name == FEW_ROWS
-    assert switch_rows(machine, ["16", "4"], MATRICES) == (16, 17)
-    assert switch_rows(card("9.0"), ["16", "4"], MATRICES) == ()
-    assert switch_rows(cpu({INT4_TILES}), STANDARD, MATRICES) == (16, 17, 64, 65)
+    assert switch_rows(machine, dict.fromkeys(["16", "4"], MATRICES)) == (16, 17)
+    assert switch_rows(card("9.0"), dict.fromkeys(["16", "4"], MATRICES)) == ()
+    assert switch_rows(cpu({INT4_TILES}), dict.fromkeys(STANDARD, MATRICES)) == (16, 17, 64, 65)
     assert MAX_ROWS == (16, 64)
 
 
@@ -159,16 +159,16 @@ def test_hummings_weights_are_whole_tiles() -> None:
 
 
 def test_a_run_says_what_serves_and_why_nothing_better_does() -> None:
-    found = serving(card("7.0"), ["16", "4"], MATRICES)
+    found = serving(card("7.0"), dict.fromkeys(["16", "4"], MATRICES))
     assert found["16"].text == "cuBLAS"
     assert found["4"].kernels == (f"{FEW_ROWS} up to 16 rows", FUSED_UNPACKING)
     assert found["4"].reason == "humming needs compute capability 7.5 or above"
-    bare = serving(card("7.5", []), ["8", "4"], MATRICES)
+    bare = serving(card("7.5", []), dict.fromkeys(["8", "4"], MATRICES))
     assert bare["4"].kernels == bare["8"].kernels == (TORCH_UNPACKING,)
     for library in LIBRARIES:
         assert f"{library} is not installed (pip install 'llmpq[gpu]')" in bare["4"].reason
-    assert serving(card("9.0"), ["4"], MATRICES)["4"].text == "humming"
-    assert not serving(cpu(()), ["8-w8a8"], MATRICES)["8-w8a8"].kernels
+    assert serving(card("9.0"), dict.fromkeys(["4"], MATRICES))["4"].text == "humming"
+    assert not serving(cpu(()), {"8-w8a8": MATRICES})["8-w8a8"].kernels
     assert needs_library(found["4"].kernels) and not needs_library(bare["4"].kernels)
 
 
@@ -209,7 +209,7 @@ def test_layers_and_plans_name_the_same_kernel(monkeypatch: pytest.MonkeyPatch) 
         dtype = getattr(torch, machine.dtype)
         place = {"dtype": dtype, "device": torch.device(machine.kind)}
         layer = make.make_linear(precision, cols, out, bias=False, **place)
-        (kernels,) = spec_sheet.by_kernels(machine, one_matrix(out, cols), precision)
+        (kernels,) = layer_kernels.by_kernels(machine, one_matrix(out, cols), precision)
         priced = by_rows(kernels, rows)
         seen.add(priced.name)
         if precision == "16":
@@ -373,7 +373,7 @@ def test_kernels_take_as_long_as_was_measured(shared: Path) -> None:
         group = group_size(PRECISIONS[precision].weight_bits, cols)
         kernel = kernel_for(machine, precision, out, cols, group, int(row["rows"]))
         op = LinearShape(name="x", out_features=out, in_features=cols)
-        seconds = spec_sheet.product_s(kernel, [op], spec_sheet.speed_of(device))
+        seconds = layer_kernels.product_s(kernel, [op], device_speed.speed_of(device))
         predicted = float(seconds(np.array(float(row["rows"]))))
         predicted += START_S * kernel.num_launches(out, cols)
         errors[kernel].append(abs(predicted / (float(row["time_us"]) / 1e6) - 1))

@@ -16,8 +16,9 @@ from llmpq.checkpoint.packed_cache import LEFT_BEHIND_S, PackedCache
 from llmpq.checkpoint.roundings import Always, GptqRoundings, rounding_key
 from llmpq.errors import UserError
 from llmpq.model_spec import ASSETS
+from llmpq.models.raw_tensors import RawTensor
 from llmpq.models.sharding import Shard
-from llmpq.models.stage_model import LayerRange, RawTensor, load_config
+from llmpq.models.stage_model import LayerRange, load_config
 from llmpq.quant import QuantizedLinear, available_precisions
 from llmpq.quant.rounding import quantize, quantize_mse
 from llmpq.quantizer import Quantizer

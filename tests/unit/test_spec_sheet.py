@@ -9,15 +9,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from llmpq.costs.device_speed import efficiency, reached_peak, rounded_maximum
 from llmpq.costs.latency import device_machine, spec_sheet_times
-from llmpq.costs.spec_sheet import (
-    efficiency,
-    error,
-    provenance,
-    reached_peak,
-    rooflines,
-    rounded_maximum,
-)
+from llmpq.costs.spec_sheet import error, provenance, rooflines
 from llmpq.devices import device_library
 from llmpq.kernel import EAGER_LAUNCH_S, LAYER_LAUNCHES, START_S
 from llmpq.kernel_table import kernels_of
