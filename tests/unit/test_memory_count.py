@@ -25,8 +25,8 @@ from llmpq.machine import INT4_TILES, VNNI, Machine, cpu, host_cpu  # noqa: E402
 from llmpq.model_lookup import load_model_spec  # noqa: E402
 from llmpq.model_spec import ALL_HEADS, ASSETS, LinearShape, ModelSpec  # noqa: E402
 from llmpq.models import count  # noqa: E402
-from llmpq.models.count_model import count_model  # noqa: E402
 from llmpq.models.count_families import NAMED, WHOLE, count_family, families_text  # noqa: E402
+from llmpq.models.count_model import count_model  # noqa: E402
 from llmpq.models.stage_model import LayerRange, StageModel, load_config  # noqa: E402
 from llmpq.quant import available_precisions, machine_here, make_linear  # noqa: E402
 from llmpq.quant.linear import TiledLinear  # noqa: E402
@@ -247,7 +247,7 @@ LLAMA_SHAPE = {
         ({"model_type": "baichuan"}, "has no models of type 'baichuan'"),
         ({"model_type": "youtu", **MLA}, "models of type 'youtu' are not supported"),
         ({**LLAMA_SHAPE, "num_key_value_heads": 3}, "this 'llama' model is not supported"),
-        ({"model_type": "qwen3_5_text", **MLA}, "keeps no keys and values"),
+        ({"model_type": "qwen3_5_text", **MLA}, "has linear_attention layers"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_one_line(
