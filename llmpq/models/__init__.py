@@ -3,6 +3,7 @@
 family.py       finds the embedding, layers, final norm and head of a model, by `llmpq.families`
 stage_model.py  makes consecutive layers of a model a module that runs alone
 passing.py      empties the layers of other stages
+adapt.py        changes modules that a stage cannot run as they are (latent.py: latent attention)
 buffers.py, rope.py  compute constants, and positions that depend on the length of a text
 sharding.py     cuts the layers of a stage for several devices
 lanes.py        holds keys and values of requests in slots, as transformers' cache
