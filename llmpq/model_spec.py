@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from llmpq.artifact import Strict
 from llmpq.errors import UserError
-from llmpq.families import CUTS, family_for
+from llmpq.families import CUTS, SHARED
 from llmpq.precision import layer_precision
 
 ASSETS = Path(__file__).parent / "assets"
@@ -232,7 +232,7 @@ class ModelSpec(Strict):
 
 def shard_faults(spec: ModelSpec, degree: int) -> list[str]:
     """The reasons why `degree` devices cannot share a layer of this model, if any."""
-    if not family_for(spec.model_type).is_tested:
+    if spec.model_type not in SHARED:
         return [f"how devices share the layers of '{spec.model_type}' models is not known"]
     if spec.experts is not None or spec.kinds:
         return ["devices cannot share layers with experts, or layers of several kinds, yet"]

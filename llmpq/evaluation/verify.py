@@ -10,7 +10,7 @@ Shapes: b prompts, V vocabulary. Not covered: faults that need large sizes or lo
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +23,9 @@ from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.errors import UserError
 from llmpq.evaluation.perplexity import load_stages
 from llmpq.evaluation.scorer import Scorer
+from llmpq.model_known import NUM_EXPERTS, num_experts
 from llmpq.models.count import ROPES, with_layers
+from llmpq.models.count_model import layer_kinds
 from llmpq.models.rope import switches_at
 from llmpq.models.stage_model import StageModel
 
@@ -34,13 +36,31 @@ WINDOW = 5  # the attention window is shorter than most of the prompts
 SWITCH = 10  # the length at which positions change: some prompts are longer, none cross it
 LEAST_LAYERS, MOST_LAYERS = 4, 12
 MOST_PARAMETERS = 30_000_000
+# Settings of experts, and the most that a small copy has of each.
+MOST_OF_EXPERTS = (
+    (NUM_EXPERTS, 4),
+    (r"(num_)?experts_per_tok(en)?|moe_(k|topk|top_k)", 2),
+    (r"n_group", 2),
+    (r"topk_group", 1),
+    (r"(moe_)?(num|n)_shared_experts", 1),
+)
+INNER_WIDTHS = r"(moe|shared|shared_expert|expert)_intermediate_size|intermediate_size_mlp"
+INNER_WIDTH = 32
+LATENT_WIDTHS = r"(q|kv)_lora_rank|qk_(nope|rope)_head_dim|v_head_dim"
+LATENT_WIDTH = 16
+# Settings that say at which layer experts begin, and those that list layers of a kind.
+FIRST_LAYERS = ("first_k_dense_replace", "moe_layer_start_index")
+LISTS_OF_LAYERS = ("mlp_only_layers", "moe_layers")
 TOLERANCE = 2e-3  # relative to the logits' spread; sums in another order differ by 1e-5
 
 
 def verify(config: Any) -> None:
     """Raises `UserError` where pipelines of such a model give other logits than transformers."""
     with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        model = _written(small_copy(config), Path(folder))
+        small = small_copy(config)
+        if len(layer_kinds(small)[0]) < len(layer_kinds(config)[0]):
+            raise UserError("no small copy of the model has all its kinds of layers to check it")
+        model = _written(small, Path(folder))
         prompts = _prompts()
         expected = [_own_logits(model, prompt) for prompt in prompts]
         for ends in _cuts(model.config.num_hidden_layers):
@@ -66,7 +86,7 @@ def small_copy(config: Any) -> Any:
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
+        "intermediate_size": INNER_WIDTH if num_experts(data) > 1 else 2 * hidden,
         "ffn_dim": 2 * hidden,
         "word_embed_proj_dim": size if projected else hidden,
         "vocab_size": VOCABULARY,
@@ -77,10 +97,39 @@ def small_copy(config: Any) -> Any:
         own = config.attribute_map.get(name, name)
         if data.get(own) is not None:
             data[own] = value
+    data |= _few_experts(data) | _early_kinds(data, total)
+    for name in ("head_dim", "qk_head_dim") if data.get("kv_lora_rank") else ():
+        data.pop(name, None)  # they follow from the sizes of latent attention
     data |= {key: 1 for key in data if key.endswith("_token_id") and data[key] is not None}
     _switch_early(data, config)
     data.pop("model_type")
     return type(config)(**data)
+
+
+def _few_experts(data: Mapping[str, Any]) -> dict[str, int]:
+    """The settings of few narrow experts, in few groups, and of narrow latents."""
+    changed = {}
+    for key, value in data.items():
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            most = next((m for names, m in MOST_OF_EXPERTS if re.fullmatch(names, key)), None)
+            if most is not None:
+                changed[key] = min(value, most)
+            elif re.fullmatch(INNER_WIDTHS, key):
+                changed[key] = INNER_WIDTH
+            elif re.fullmatch(LATENT_WIDTHS, key):
+                changed[key] = min(value, LATENT_WIDTH)
+    return changed
+
+
+def _early_kinds(data: Mapping[str, Any], total: int) -> dict[str, Any]:
+    """The settings by which layers of all kinds are among the first `total`."""
+    changed: dict[str, Any] = {
+        key: min(data[key], 1) for key in FIRST_LAYERS if isinstance(data.get(key), int)
+    }
+    for key in LISTS_OF_LAYERS:
+        if listed := data.get(key):
+            changed[key] = [layer for layer in listed if layer < total] or [total - 1]
+    return changed
 
 
 def _few_heads(config: Any) -> tuple[int, int]:
@@ -95,10 +144,12 @@ def _period(config: Any) -> int:
     """The layers needed to have every kind of layer: by lists of layers, or by an interval."""
     own, found = config.num_hidden_layers, [0]
     for name, value in config.to_dict().items():
-        if isinstance(value, list | tuple) and len(value) == own and name not in ROPES:
+        if name in (*ROPES, *LISTS_OF_LAYERS):
+            continue
+        if isinstance(value, list | tuple) and len(value) == own:
             kinds = {str(each) for each in value}
             found.append(next(n for n in range(1, own + 1) if {str(v) for v in value[:n]} == kinds))
-        elif isinstance(value, int) and re.search("interval|pattern|period|every|freq", name):
+        elif isinstance(value, int) and re.search("interval|pattern|period|every|freq|step", name):
             found.append(value + 1)
     return min(MOST_LAYERS, max(found))
 
@@ -115,6 +166,7 @@ def _switch_early(data: dict[str, object], config: Any) -> None:
 def _written(config: Any, folder: Path) -> Any:
     """Makes transformers' model with random weights, and saves it as a checkpoint."""
     torch.manual_seed(0)
+    config._experts_implementation = "eager"  # torch's grouped product takes not all sizes
     with torch.device("meta"):
         sketch = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if sketch.num_parameters() > MOST_PARAMETERS:

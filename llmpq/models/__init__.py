@@ -3,6 +3,7 @@
 family.py       finds the embedding, layers, final norm and head of a model, by `llmpq.families`
 stage_model.py  makes consecutive layers of a model a module that runs alone
 passing.py      empties the layers of other stages
+adapt.py        changes modules that a stage cannot run as they are (latent.py: latent attention)
 buffers.py, rope.py  compute constants, and positions that depend on the length of a text
 experts.py      replaces transformers' experts by linears of their own (linears.py makes them)
 raw_tensors.py  names the tensors that a stage needs of a checkpoint

@@ -133,10 +133,14 @@ def attend_partition(
 
 @triton.jit(do_not_specialize=["partitions"])
 def merge_partitions(
-    sums, totals, tops, out, partitions,
-    SIZE: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr, AT_ONCE: tl.constexpr,
+    sums, totals, tops, sinks, out, partitions,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, HAS_SINKS: tl.constexpr, BLOCK_D: tl.constexpr,
+    MOST: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the weighted sums of a head's partitions in order: `[D]`, 0 without any keys."""
+    """Adds the weighted sums of a head's partitions in order: `[D]`, 0 without any keys.
+
+    With sinks `[HEADS]`, the total of the weights has that of the head's sink.
+    """
     head = tl.program_id(0).to(tl.int64)
     size = tl.arange(0, BLOCK_D)
     has_size = size < SIZE
@@ -146,6 +150,10 @@ def merge_partitions(
     )
     output = tl.zeros((BLOCK_D,), tl.float32)
     total = 0.0
+    if HAS_SINKS:
+        sink = tl.load(sinks + head % HEADS).to(tl.float32) * LOG2_E
+        top = tl.maximum(top, sink)
+        total = tl.exp2(sink - top)
     for first in range(0, partitions, AT_ONCE):
         at = first + tl.arange(0, AT_ONCE)
         slot = head * partitions + at

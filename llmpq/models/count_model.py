@@ -7,10 +7,11 @@ and what a token leaves in its cache. Snapshots of activations are those of all 
 Not covered: weights, and layers that keep other state than keys and values.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from llmpq.models.stage_memory import META, MicroBatchShape, run_on_meta
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import PlainLinear
 
+OTHER_STATE = "linear|mamba|recurrent|conv"  # in the names of types of layers
 SEEN = 2  # tokens of the step that fills a cache
 
 
@@ -40,11 +42,16 @@ def count_model(path: Path) -> ModelSpec:
     polynomial of the micro-batch's sizes.
     """
     config = load_config(path)
+    types = (*(getattr(config, "layer_types", None) or ()),)
+    if others := {str(one) for one in types if re.search(OTHER_STATE, str(one))}:
+        raise UserError(
+            f"{path}: has {', '.join(sorted(others))} layers, which keep other state than keys and "
+            "values; llmpq does not support them"
+        )
     places, of_layers = layer_kinds(config)
     counted = [_count_layer(config, place, path) for place in places]
     kinds = _named(counted)
-    first = kinds[0].model_dump(exclude={"name"})
-    several = {"kinds": kinds, "layer_kinds": of_layers} if len(kinds) > 1 else {}
+    first = {name: value for name, value in kinds[0] if name != "name"}
     return ModelSpec(
         name=str(path),
         model_type=config.model_type,
@@ -54,9 +61,10 @@ def count_model(path: Path) -> ModelSpec:
         max_positions=getattr(config, "max_position_embeddings", None) or 2048,
         tied=bool(config.tie_word_embeddings),
         activations=_activations(config, max(places), path),
+        kinds=kinds if len(kinds) > 1 else (),
+        layer_kinds=of_layers if len(kinds) > 1 else (),
         **_ends(config),
         **first,
-        **several,
     )
 
 
@@ -169,7 +177,14 @@ def _linears(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[LinearShape]:
             )
 
 
-def _heads(config: Any, kv_values: int) -> dict[str, int | None]:
+class _Heads(TypedDict):
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kv_values: int | None
+
+
+def _heads(config: Any, kv_values: int) -> _Heads:
     """The heads of a layer whose tokens leave so many values in the cache.
 
     Where these are no keys and values of the configured heads (latent attention), `kv_values` says
@@ -179,15 +194,15 @@ def _heads(config: Any, kv_values: int) -> dict[str, int | None]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if getattr(config, "kv_lora_rank", None):
         whole = getattr(config, "qk_head_dim", None) or head_dim
-        sizes = {"num_heads": heads, "num_kv_heads": heads, "head_dim": whole}
-        return sizes | {"kv_values": None if kv_values == 2 * heads * whole else kv_values}
+        own = None if kv_values == 2 * heads * whole else kv_values
+        return _Heads(num_heads=heads, num_kv_heads=heads, head_dim=whole, kv_values=own)
     kv_heads, rest = divmod(kv_values, 2 * head_dim)
     if rest:
         raise UserError(
             f"the KV cache of a layer holds {kv_values} values per token, which is not a multiple "
             f"of keys and values of head_dim ({head_dim})"
         )
-    return {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    return _Heads(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, kv_values=None)
 
 
 def _ffn_size(config: Any, layer: nn.Module, experts: Experts | None) -> int:
@@ -219,7 +234,13 @@ def _named(counted: list[LayerKind]) -> tuple[LayerKind, ...]:
 # ---- embedding and head
 
 
-def _ends(config: Any) -> dict[str, int]:
+class _Ends(TypedDict):
+    embedding_params: int
+    head_params: int
+    final_params: int
+
+
+def _ends(config: Any) -> _Ends:
     """The parameters outside the layers, counted on a model with one layer."""
     stage = StageModel(with_layers(config, 1), LayerRange(0, 1, 1), ["16"], torch.bfloat16, META)
     family, (layer,) = stage.family, stage.own_layers

@@ -3,7 +3,8 @@
 Shapes: R rows of a lane, H key/value heads, T columns of its slots, D size of a head. A layer keeps
 the slots of all lanes one after another in `[tokens, H, D]`, so that a job stores its states by one
 indexed copy, whichever lanes its members are in. A decode step attends to a view `[R, H, width, D]`
-of its lane. `llmpq.schedule` says which columns a job writes and sees.
+of its lane. `llmpq.schedule` says which columns a job writes and sees. Keys and values may differ
+in D: those of latent attention are a latent and a key that all heads share.
 
 Rows that take no part in a step write to the last column of their slot, which no request uses, as
 its last new token is chosen but never computed with.
@@ -116,12 +117,13 @@ class LaneCache:
             tokens[member.row] = self._token(job.lane, member.row) + member.column
         return tokens
 
-    def pair(self, layer: int, like: Tensor) -> Pair:
-        """Keys and values `[tokens, H, D]` of a layer, allocated like `like` `[..., H, t, D]`."""
+    def pair(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
+        """Keys and values `[tokens, H, D]` of a layer, allocated like these `[..., H, t, D]`."""
         pair = self._buffers[layer]
         if pair is None:
-            size = cache_tokens(self.shapes), like.shape[1], like.shape[3]
-            pair = self._buffers[layer] = like.new_zeros(size), like.new_zeros(size)
+            total = cache_tokens(self.shapes)
+            sizes = [(total, states.shape[1], states.shape[3]) for states in (keys, values)]
+            pair = self._buffers[layer] = keys.new_zeros(sizes[0]), values.new_zeros(sizes[1])
         return pair
 
     def view(self, buffer: Tensor, lane: int, rows: range, width: int) -> Tensor:
@@ -205,7 +207,7 @@ class _Prefill(_Layer):
         self.stored, self.seen = stored, seen
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        pair = self.cache.pair(self.layer, key_states)
+        pair = self.cache.pair(self.layer, key_states, value_states)
         for buffer, states in zip(pair, (key_states, value_states), strict=True):
             buffer.index_copy_(0, self.stored.target, self.stored.taken(states))
         if self.seen is None:
@@ -224,7 +226,7 @@ class _Step(_Layer):
         self.lane, self.rows, self.width, self.tokens = lane, rows, width, tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        pair = self.cache.pair(self.layer, key_states)
+        pair = self.cache.pair(self.layer, key_states, value_states)
         for buffer, states in zip(pair, (key_states, value_states), strict=True):
             buffer.index_copy_(0, self.tokens, states[:, :, 0])
         return tuple(self.cache.view(buffer, self.lane, self.rows, self.width) for buffer in pair)

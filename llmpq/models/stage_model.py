@@ -31,6 +31,7 @@ from transformers import (
 from llmpq.artifact import show_value
 from llmpq.errors import UserError, one_line
 from llmpq.model_lookup import read_config
+from llmpq.models.adapt import adapt, mark_transposed
 from llmpq.models.attention import implementation_for
 from llmpq.models.buffers import compute_buffers
 from llmpq.models.experts import MakeLinear, pack_experts, routers
@@ -119,6 +120,7 @@ class StageModel(nn.Module):
             ).eval()
         self.family = family_of(model, self.config.model_type)
         self.model = model
+        transposed = adapt(model)
         pass_over(model, self.family, layers.is_first, layers.is_last)
         self._passing = Passing(
             self.all_layers, layers.first, layers.end, _layers_give_tuples(self)
@@ -127,6 +129,7 @@ class StageModel(nn.Module):
         self._row_ropes = decide_by_row(model)
         self._cut_embedding()
         self._quantize(precisions)
+        mark_transposed(model, transposed)
         decoder = find(model, self.family.decoder)
         assert decoder is not None
         self._decoder = [decoder]  # in a list: already registered as part of `model`
@@ -275,9 +278,7 @@ class StageModel(nn.Module):
             embedding.part = part  # type: ignore[assignment]
 
     def _checkpoint_name(self, name: str) -> str:
-        if name == f"{self.family.head}.weight":
-            return self.head_name
-        return name
+        return self.head_name if name == f"{self.family.head}.weight" else name
 
 
 def _precision_of(precision: LayerPrecision, of: Literal["rest", "experts"], name: str) -> str:
@@ -303,8 +304,7 @@ def load_config(model: Path) -> Any:
         kind = show_value(model_type)
         raise UserError(f"{path}: transformers {__version__} has no models of type {kind}")
     try:
-        config = AutoConfig.for_model(model_type, **data)
-        return config.get_text_config(decoder=True)
+        return AutoConfig.for_model(model_type, **data).get_text_config(decoder=True)
     except Exception as error:  # strict configurations raise classes of their own
         reason = one_line(error)
         raise UserError(f"{path}: transformers cannot use this configuration: {reason}") from None

@@ -7,8 +7,8 @@ same bits whatever the other rows are, and, up to 16384 columns, however many ma
 its own. A masked key or value is never loaded, and runs of masked columns at the ends of a
 partition are skipped: the cost of a row depends on its own length or window.
 
-Not covered: more than one query a row (prefill), attention sinks, and keys that are not stored in
-16 or 32 bits.
+Not covered: more than one query a row (prefill), values of another size than keys, and keys that
+are not stored in 16 or 32 bits.
 """
 
 from dataclasses import replace
@@ -30,12 +30,13 @@ SUM_TILE = 2048  # elements of keys, and of values, that such a program holds at
 MOST_COLUMNS = 64  # the most columns that any program holds at a time
 
 
-def supports(query: Tensor, key: Tensor) -> bool:
-    """Whether `decode_attention` takes such a query `[R, Hq, 1, D]` and keys `[R, Hkv, T, D]`."""
+def supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `decode_attention` takes `query` `[R, Hq, 1, D]` and such keys `[R, Hkv, T, D]`."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     return (
         query.shape[2] == 1
         and query.shape[3] in HEAD_SIZES
+        and key.shape == value.shape
         and query.shape[1] % key.shape[1] == 0
         and query.dtype == key.dtype
         and query.dtype in dtypes
@@ -71,6 +72,7 @@ def decode_attention(
     mask: Tensor,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """Computes `softmax(softcap(query key^T * scale)) value` over the columns of each row's mask.
@@ -78,13 +80,14 @@ def decode_attention(
     `query` `[R, Hq, 1, D]`, `key` and `value` `[R, Hkv, T, D]` with any strides but a last one of
     1, `mask` bool `[R, 1, 1, T]`, True where a column is attended, with any strides. Returns
     `[R, Hq, 1, D]`, contiguous; a row that attends to nothing gets zeros. With `softcap`, scores
-    become `softcap * tanh(score / softcap)`. The call does not wait for the device and allocates
-    only the output and a workspace in fp32, so that a CUDA graph can hold all but the first call of
-    a kind, which compiles. `config` is that of `config_for` for the query's card, unless given.
+    become `softcap * tanh(score / softcap)`. `sinks` `[Hq]` are scores that take part in the
+    softmax without a value. The call does not wait for the device and allocates only the output and
+    a workspace in fp32, so that a CUDA graph can hold all but the first call of a kind, which
+    compiles. `config` is that of `config_for` for the query's card, unless given.
     """
     rows, query_heads, _, size = query.shape
     kv_heads, columns = key.shape[1], key.shape[2]
-    assert supports(query, key), (query.shape, query.dtype, key.shape, key.dtype)
+    assert supports(query, key, value), (query.shape, query.dtype, key.shape, key.dtype)
     assert mask.shape == (rows, 1, 1, columns) and mask.dtype == torch.bool, mask.shape
     assert query.stride(3) == key.stride(3) == value.stride(3) == 1, "the last stride must be 1"
     config = config or config_for(
@@ -112,10 +115,12 @@ def decode_attention(
     }
     grid = (kv_heads * head_blocks, partitions, rows)
     launch(_programs().attend_partition, grid, arguments, config)
-    return _merge(sums, totals, tops, query.dtype)
+    return _merge(sums, totals, tops, sinks, query.dtype)
 
 
-def _merge(sums: Tensor, totals: Tensor, tops: Tensor, dtype: torch.dtype) -> Tensor:
+def _merge(
+    sums: Tensor, totals: Tensor, tops: Tensor, sinks: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Merges the partitions' sums `[R, H, partitions, D]` to `[R, H, 1, D]` in `dtype`."""
     rows, heads, partitions, size = sums.shape
     out = torch.empty(rows, heads, 1, size, dtype=dtype, device=sums.device)
@@ -123,11 +128,14 @@ def _merge(sums: Tensor, totals: Tensor, tops: Tensor, dtype: torch.dtype) -> Te
         "sums": sums,
         "totals": totals,
         "tops": tops,
+        "sinks": tops if sinks is None else sinks.contiguous(),  # not read where there are none
         "out": out,
         "partitions": partitions,
     }
     constants = {
+        "HEADS": heads,
         "SIZE": size,
+        "HAS_SINKS": sinks is not None,
         "BLOCK_D": _power_of_2(size),
         "MOST": MOST_PARTITIONS,
         "AT_ONCE": MERGED_AT_ONCE,

@@ -52,6 +52,8 @@ Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # tensors' types and sh
 class PlainLinear(nn.Linear):
     """16 bits: an `nn.Linear` whose weight is loaded later."""
 
+    is_transposed = False  # whether checkpoints hold the weight as [in, out]
+
     def __init__(
         self,
         in_features: int,
@@ -71,7 +73,8 @@ class PlainLinear(nn.Linear):
     @property
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors to load, by name; those of the whole where this is a part."""
-        return _raw_shapes(self.out_features, self.in_features, self.bias is not None, self.part)
+        shapes = _raw_shapes(self.out_features, self.in_features, self.bias is not None, self.part)
+        return _transposed(shapes) if self.is_transposed else shapes
 
     def part_to_read(self, name: str, rounding: Rounding = quantize) -> TensorPart | None:
         """The part to load of the whole "weight" or "bias"; None for all of it."""
@@ -80,6 +83,7 @@ class PlainLinear(nn.Linear):
     def load_weight(self, name: str, tensor: Tensor, rounding: Rounding = quantize) -> None:
         """Copies the raw "weight" `[out, in]` or "bias" `[out]`."""
         _check(name, tensor, self.raw_shapes.get(name), self.part_to_read(name))
+        tensor = tensor.t() if name == "weight" and self.is_transposed else tensor
         own = tensor.detach().to(device=self.home, dtype=self.weight.dtype, copy=True)
         setattr(self, name, nn.Parameter(own.contiguous(), requires_grad=False))
 
@@ -97,6 +101,7 @@ class QuantizedLinear(nn.Module):
     """The base of quantized layers, with bias, checks, shapes and byte counts."""
 
     weight_buffers: tuple[str, ...]  # the names of the buffers that hold the weight
+    is_transposed = False  # whether checkpoints hold the weight as [in, out]
     waits_for_device = False  # the product looks at values, so that no CUDA graph can hold it
     layout: Layout  # the layout of the weight in the kernel table
     bias: Tensor | None
@@ -120,7 +125,8 @@ class QuantizedLinear(nn.Module):
     @property
     def raw_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors to load, by name; those of the whole where this is a part."""
-        return _raw_shapes(self.out_features, self.in_features, self.has_bias, self.part)
+        shapes = _raw_shapes(self.out_features, self.in_features, self.has_bias, self.part)
+        return _transposed(shapes) if self.is_transposed else shapes
 
     @property
     def row_length(self) -> int:
@@ -144,7 +150,8 @@ class QuantizedLinear(nn.Module):
             self.bias = tensor.detach().to(device=self.home, dtype=self.dtype, copy=True)
         else:
             with torch.no_grad():
-                self.store(tensor.detach(), rounding)
+                raw = tensor.detach()
+                self.store(raw.t().contiguous() if self.is_transposed else raw, rounding)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in]` to `[..., out]`."""
@@ -303,6 +310,11 @@ def _raw_shapes(
     weight = part.whole_shape(weight) if part else weight
     shapes: dict[str, tuple[int, ...]] = {"bias": weight[:1]} if has_bias else {}
     return shapes | {"weight": weight}
+
+
+def _transposed(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes with that of the weight turned round."""
+    return shapes | {"weight": shapes["weight"][::-1]}
 
 
 def _check(

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from llmpq.families import SHARED
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import ASSETS, ModelSpec
 from llmpq.plan_data import Plan
@@ -33,6 +34,16 @@ _SIZES = {
     "eos_token_id": 2,
 }
 GROUPED = _SIZES | {"num_key_value_heads": 2}
+_LATENT = GROUPED | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 100,  # no layer has experts
+    "n_routed_experts": 1,
+}
 _BLOOM = {"vocab_size": 97, "hidden_size": 32, "n_layer": 4, "n_head": 4, "pad_token_id": 0}
 
 # Family -> (prefix of transformers' classes, configuration)
@@ -48,6 +59,9 @@ FAMILIES = {
     "gemma2": ("Gemma2", GROUPED | {"head_dim": 8, "sliding_window": 8}),
     "granite": ("Granite", GROUPED | {"embedding_multiplier": 3.0, "logits_scaling": 2.0}),
     "gemma3": ("Gemma3", GROUPED | {"head_dim": 8, "sliding_window": 8}),
+    "deepseek_v2": ("DeepseekV2", _LATENT),
+    "deepseek_v3": ("DeepseekV3", _LATENT),
+    "deepseek_v3-q_proj": ("DeepseekV3", _LATENT | {"q_lora_rank": None}),
 }
 
 
@@ -127,6 +141,9 @@ def config_of(family: str) -> transformers.PretrainedConfig:
     prefix, sizes = FAMILIES[family]
     text = "Text" if prefix == "Gemma3" else ""
     return getattr(transformers, f"{prefix}{text}Config")(**sizes)
+
+
+SHAREABLE = [family for family in FAMILIES if config_of(family).model_type in SHARED]
 
 
 def build(family: str) -> torch.nn.Module:

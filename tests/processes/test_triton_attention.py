@@ -33,25 +33,28 @@ def compiled(
     group: int,
     size: int,
     softcap: float | None = None,
+    sinks: bool = False,
 ) -> None:
     """Compiles what a step of 3 rows over 1000 columns launches on such a card."""
     query = torch.empty(3, 2 * group, 1, size, dtype=dtype, device="meta")
     cache = torch.empty(3, 2, 1024, size, dtype=dtype, device="meta")[:, :, :1000]
     mask = torch.empty(3, 1, 1, 1000, dtype=torch.bool, device="meta")
     config = triton_attention.config_for(capability, dtype, 2 * group, 2, size)
+    own = torch.empty(2 * group, dtype=dtype, device="meta") if sinks else None
     with recorded(triton_attention) as launches:
-        triton_attention.decode_attention(query, cache, cache, mask, 0.1, softcap, config)
+        triton_attention.decode_attention(query, cache, cache, mask, 0.1, softcap, own, config)
     used = check_fits(launches, capability)
     assert set(used) == {"attend_partition", "merge_partitions"}
     print(capability, group, size, {name: found.registers for name, found in used.items()})
 
 
-# Group and head size of Llama 3 8B, and of Gemma 2 9B with its cap.
+# Group and head size of Llama 3 8B, of Gemma 2 9B with its cap, and of gpt-oss with its sinks.
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_no_card_spills(capability: tuple[int, int]) -> None:
     dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
     compiled(capability, dtype, 4, 128)
     compiled(capability, dtype, 2, 256, 50.0)
+    compiled(capability, dtype, 8, 64, sinks=True)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +84,10 @@ def test_partitions_are_few_and_do_not_depend_on_short_lengths() -> None:
 
 def test_what_is_supported() -> None:
     query, key = torch.empty(2, 8, 1, 64), torch.empty(2, 4, 10, 64)
-    assert triton_attention.supports(query, key)
-    assert not triton_attention.supports(query.expand(2, 8, 3, 64), key)
-    assert not triton_attention.supports(query.half(), key)
-    assert not triton_attention.supports(query[:, :6], key)
-    assert not triton_attention.supports(query.repeat(1, 1, 1, 5), key.repeat(1, 1, 1, 5))
+    assert triton_attention.supports(query, key, key)
+    assert not triton_attention.supports(query, key, key[..., :48])
+    assert not triton_attention.supports(query.expand(2, 8, 3, 64), key, key)
+    assert not triton_attention.supports(query.half(), key, key)
+    assert not triton_attention.supports(query[:, :6], key, key)
+    wide = key.repeat(1, 1, 1, 5)
+    assert not triton_attention.supports(query.repeat(1, 1, 1, 5), wide, wide)

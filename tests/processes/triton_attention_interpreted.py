@@ -28,17 +28,17 @@ class Step:
     mask: Tensor
     scale: float
     softcap: float | None = None
+    sinks: Tensor | None = None
 
     def attend(self, card: tuple[int, int]) -> Tensor:
         heads, size = self.query.shape[1], self.query.shape[3]
         config = config_for(card, self.query.dtype, heads, self.key.shape[1], size)
-        return decode_attention(
-            self.query, self.key, self.value, self.mask, self.scale, self.softcap, config
-        )
+        given = self.query, self.key, self.value, self.mask, self.scale
+        return decode_attention(*given, self.softcap, self.sinks, config)
 
     def rows(self, rows: slice) -> "Step":
         parts = (t[rows] for t in (self.query, self.key, self.value, self.mask))
-        return Step(*parts, self.scale, self.softcap)
+        return Step(*parts, self.scale, self.softcap, self.sinks)
 
     def wanted(self) -> Tensor:
         """The same in float64, with repeated keys."""
@@ -51,7 +51,11 @@ class Step:
         scores = self.query.double() @ key.transpose(2, 3) * self.scale
         if self.softcap:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        weights = torch.softmax(scores.masked_fill(~self.mask, -torch.inf), -1)
+        scores = scores.masked_fill(~self.mask, -torch.inf)
+        if self.sinks is not None:
+            sinks = self.sinks.double().view(1, -1, 1, 1)
+            scores = torch.cat((scores, sinks.expand(len(scores), -1, -1, -1)), -1)
+        weights = torch.softmax(scores, -1)[..., : value.shape[2]]
         return weights.nan_to_num(0.0) @ value
 
 
@@ -77,6 +81,12 @@ def step_of(
     return Step(query, lanes[0], lanes[1], mask, 1.5 * size**-0.5, softcap)
 
 
+def with_sinks(step: Step) -> Step:
+    """The same step, with a sink for each head, from one that hardly counts to one that rules."""
+    step.sinks = torch.linspace(-4, 9, step.query.shape[1]).to(step.query.dtype)
+    return step
+
+
 def error(got: Tensor, wanted: Tensor) -> float:
     return ((got.double() - wanted).norm() / wanted.norm()).item()
 
@@ -92,8 +102,10 @@ def error(got: Tensor, wanted: Tensor) -> float:
         step_of([(0, 100), (50, 110)], 110, (7, 1), 96),
         step_of([(10, 40)], 65, (20, 1), 32),
         step_of([(0, 40)], 40, (2, 2), 256),
+        with_sinks(step_of([(0, 300), (3, 70), (299, 300)], 300, (8, 2), 64)),
+        with_sinks(step_of([(0, 33), (0, 0)], 33, (4, 1), 64, torch.float32)),
     ],
-    ids=["ragged", "fp32", "softcap", "group of 7", "group of 20", "large heads"],
+    ids=["ragged", "fp32", "softcap", "group of 7", "group of 20", "large heads", "sinks", "none"],
 )
 def test_against_float64(step: Step, card: tuple[int, int]) -> None:
     got = step.attend(card)
@@ -104,12 +116,12 @@ def test_against_float64(step: Step, card: tuple[int, int]) -> None:
 @pytest.mark.parametrize("card", CARDS)
 def test_a_row_is_the_same_in_any_company(card: tuple[int, int]) -> None:
     """Alone, or beside others, or with more masked columns behind; and of no columns it is 0."""
-    step = step_of([(220, 270), (0, 0), (0, 300)], 300, (4, 2), 32)
+    step = with_sinks(step_of([(220, 270), (0, 0), (0, 300)], 300, (4, 2), 32))
     together = step.attend(card)
     assert (together[1] == 0).all()
     for row in (0, 2):
         assert torch.equal(step.rows(slice(row, row + 1)).attend(card)[0], together[row])
-    longer = step_of([(0, 0)] * 3, 700, (4, 2), 32)
+    longer = with_sinks(step_of([(0, 0)] * 3, 700, (4, 2), 32))
     longer.key[:, :, :300], longer.value[:, :, :300] = step.key, step.value
     longer.query, longer.mask[..., :300] = step.query, step.mask
     longer.mask[..., 300:] = False

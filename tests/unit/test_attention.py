@@ -11,7 +11,7 @@ from transformers.masking_utils import (
 from llmpq.models.attention import attend, make_additive_mask, make_mask
 
 
-def expected(query, key, value, mask, scale, softcap=None):
+def expected(query, key, value, mask, scale, softcap=None, sinks=None):
     """By the definition, in float64: one row, head and query at a time sees what its mask says."""
     query, key, value = (states.double() for states in (query, key, value))
     group = query.shape[1] // key.shape[1]
@@ -23,7 +23,10 @@ def expected(query, key, value, mask, scale, softcap=None):
                 scores = key[row, head // group] @ query[row, head, place] * scale
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
-                weights = torch.where(seen, scores, -torch.inf).softmax(0)
+                scores = torch.where(seen, scores, -torch.inf)
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[head : head + 1].double()))
+                weights = scores.softmax(0)[: len(seen)]
                 out[row, head, place] = weights @ value[row, head // group]
     return out.transpose(1, 2)
 
@@ -55,10 +58,54 @@ def test_without_a_mask_it_is_causal(softcap):
     assert torch.allclose(ours.double(), expected(query, key, value, whole, 8**-0.5, softcap))
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("new", [1, 6])
+def test_sinks_take_part_in_the_softmax_of_their_head(new, softcap):
+    query, key, value = states(2, 8, new, 8), states(2, 2, 11, 8), states(2, 2, 11, 8).flip(0)
+    sinks = torch.linspace(-3, 5, 8)  # from one that hardly counts to one that rules
+    mask = make_mask(2, new, 11, torch.tensor([0, 5]), mask_function=causal_mask_function)
+    ours, _ = attend(None, query, key, value, mask, softcap=softcap, s_aux=sinks)
+    wanted = expected(query, key, value, mask, 8**-0.5, softcap, sinks)
+    assert torch.allclose(ours.double(), wanted, atol=1e-5)
+
+
+def test_sinks_without_a_mask_leave_attention_causal():
+    query, key, value = states(2, 4, 5, 8), states(2, 2, 5, 8), states(2, 2, 5, 8).flip(0)
+    whole, sinks = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril(), torch.linspace(-2, 2, 4)
+    ours, _ = attend(None, query, key, value, None, s_aux=sinks)
+    wanted = expected(query, key, value, whole, 8**-0.5, None, sinks)
+    assert torch.allclose(ours.double(), wanted, atol=1e-5)
+
+
+def test_sinks_are_not_rounded_to_the_16_bits_of_queries():
+    """Scores of 0, so that a sink's weight is all that is rounded: 1 / (5 + e^sink) of each."""
+    none, value = torch.zeros(1, 1, 5, 8).bfloat16(), torch.ones(1, 1, 5, 8).bfloat16()
+    sinks = torch.tensor([9.03125]).bfloat16()
+    ours, _ = attend(None, none, none, value, None, scaling=0.3, s_aux=sinks)
+    last = 5 / (5 + torch.exp(sinks.double()))
+    assert torch.allclose(ours[0, -1].double(), last, rtol=1e-2)
+
+
+def test_values_may_have_another_size_than_keys():
+    query, key, value = states(2, 4, 5, 8), states(2, 4, 5, 8), states(2, 4, 5, 6)
+    whole = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    ours, _ = attend(None, query, key, value, None)
+    wide = expected(query, key, torch.nn.functional.pad(value, (0, 2)), whole, 8**-0.5)
+    assert torch.allclose(ours.double(), wide[..., :6], atol=1e-5)
+
+
+def test_queries_are_scaled_by_place():
+    query, key, value = states(2, 4, 5, 8), states(2, 2, 5, 8), states(2, 2, 5, 8).flip(0)
+    scales = torch.linspace(1, 3, 10).view(2, 5)
+    ours, _ = attend(None, query, key, value, None, query_scales=scales)
+    wanted, _ = attend(None, query * scales[:, None, :, None], key, value, None)
+    assert torch.equal(ours, wanted)
+
+
 def test_what_it_cannot_compute_with_is_refused():
     query = states(1, 1, 1, 4)
-    with pytest.raises(NotImplementedError, match="s_aux"):
-        attend(torch.nn.Linear(1, 1), query, query, query, None, s_aux=torch.ones(1))
+    with pytest.raises(NotImplementedError, match="position_bias"):
+        attend(torch.nn.Linear(1, 1), query, query, query, None, position_bias=torch.ones(1))
 
 
 def test_every_row_of_a_step_sees_up_to_its_own_column():

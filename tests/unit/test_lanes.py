@@ -18,7 +18,7 @@ def states(rows: int, tokens: int, first: int = 1) -> torch.Tensor:
 
 def held(cache: LaneCache, lane: int) -> list[list[float]]:
     """The keys of a lane, row by row."""
-    buffer = cache.pair(0, states(1, 1))[0]
+    buffer = cache.pair(0, states(1, 1), states(1, 1))[0]
     shape = cache.shapes[lane]
     return cache.view(buffer, lane, range(shape.rows), shape.tokens)[:, 0, :, 0].tolist()
 
@@ -88,5 +88,5 @@ def test_a_request_moves_with_all_it_holds_and_nothing_else():
 def test_bytes_are_those_of_all_slots(layers):
     cache = LaneCache(layers, SHAPES)
     for layer in range(layers):
-        cache.pair(layer, states(1, 1))
+        cache.pair(layer, states(1, 1), states(1, 1))
     assert cache.num_bytes == layers * 2 * (2 * 6 + 4) * 2 * 4

@@ -247,7 +247,7 @@ LLAMA_SHAPE = {
         ({"model_type": "baichuan"}, "has no models of type 'baichuan'"),
         ({"model_type": "youtu", **MLA}, "models of type 'youtu' are not supported"),
         ({**LLAMA_SHAPE, "num_key_value_heads": 3}, "this 'llama' model is not supported"),
-        ({"model_type": "qwen3_5_text", **MLA}, "keeps no keys and values"),
+        ({"model_type": "qwen3_5_text", **MLA}, "has linear_attention layers"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_one_line(

@@ -32,7 +32,7 @@ from llmpq.quant.gptq import Gptq
 from llmpq.runtime.shard_group import LocalShardHub
 
 sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
-from families import FAMILIES, TINY_TALES, build  # noqa: E402
+from families import SHAREABLE, TINY_TALES, build  # noqa: E402
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 MIXED = ["16", "8", "4", "3"]
@@ -128,7 +128,7 @@ def assert_alike(ours, theirs, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAREABLE)
 def test_shards_compute_what_one_device_does(folder_of, family, count):
     folder = folder_of(family)
     for work in (forward, partial(forward, cached=False)):
