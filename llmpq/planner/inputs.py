@@ -163,7 +163,7 @@ def _asked(inputs: Inputs, wishes: Wishes, plan: Plan | None) -> list[str] | Non
     if wishes.precisions is not None:
         if all(kind.experts is None for kind in inputs.spec.kind_specs):
             return list(wishes.precisions)
-        return with_fewer_for_experts(wishes.precisions)
+        return list(with_fewer_for_experts(wishes.precisions))
     return sorted(set(plan.precisions)) if plan is not None else None
 
 

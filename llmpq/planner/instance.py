@@ -96,9 +96,9 @@ class Instance:
 
     @cached_property
     def kinds(self) -> tuple[np.ndarray, np.ndarray]:
-        """The kind of every layer [L], and of every option [B]; each option is of one kind."""
+        """The kind of every layer [L], and of every option [B]; -1: of kinds that no layer is."""
         offered, of_layers = np.unique(np.isfinite(self.omega), axis=0, return_inverse=True)
-        return of_layers.ravel(), offered.argmax(axis=0)
+        return of_layers.ravel(), np.where(offered.any(axis=0), offered.argmax(axis=0), -1)
 
     @property
     def available(self) -> np.ndarray:

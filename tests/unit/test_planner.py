@@ -106,7 +106,7 @@ def test_pipeedge_has_the_least_busy_bottleneck(instance: Instance) -> None:
 
     uniform = (c for c in all_choices(instance) if {o for s in c for o in s} == {option})
     best = min((busiest(c) for c in uniform if is_allowed(instance, c)), default=math.inf)
-    choice = baselines.pipeedge(instance, option)
+    choice = baselines.pipeedge(instance, [option] * instance.num_layers)
     assert sum(map(len, choice)) == instance.num_layers and all(choice)
     if math.isfinite(best):
         assert is_allowed(instance, choice) and busiest(choice) == pytest.approx(best)
@@ -501,7 +501,7 @@ def test_a_method_that_is_not_listed_is_refused() -> None:
 
 
 def without_a_layer(instance: Instance, option: int) -> Choice:
-    first, *others = baselines.uniform(instance, option)
+    first, *others = baselines.uniform(instance, [option] * instance.num_layers)
     return (first[1:], *others)
 
 
