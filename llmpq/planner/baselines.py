@@ -19,10 +19,11 @@ import numpy as np
 from llmpq.cluster import MIB
 from llmpq.errors import UserError
 from llmpq.plan_data import Baseline, Plan, Predicted
+from llmpq.planner.adabits import FrontCache, adabits, adabits_ranges
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.instance import Instance, make_instance
 from llmpq.planner.layer_options import places_of
-from llmpq.planner.partition import Fronts, least_bottleneck, least_sum, of_ranges, range_lengths
+from llmpq.planner.partition import least_bottleneck, least_sum, of_ranges, range_lengths
 from llmpq.planner.problem import OVER, Assignment, Configuration, Problem
 from llmpq.planner.value import (
     Choice,
@@ -42,9 +43,7 @@ PATIENCE = 80  # configurations, the most promising first
 # Choices, and the precision (or "") each stands for. Every stage holds layers, and every layer has
 # an option that its stage's devices offer; whether a choice fits the memory is checked outside.
 Proposals = Iterator[tuple[Choice, str]]
-Proposer = Callable[
-    [Problem, Instance, "FrontCache"], Proposals
-]  # of a method, at one configuration
+Proposer = Callable[[Problem, Instance, FrontCache], Proposals]  # of a method, at one configuration
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _try(
     instance: Instance,
     method: str,
     state: _Best,
-    fronts: "FrontCache",
+    fronts: FrontCache,
 ) -> None:
     if instance.num_layers < instance.num_stages:
         return
@@ -182,7 +181,7 @@ def known_method(method: str) -> str:
 def _of_each_precision(make: Callable[[Instance, Sequence[int]], Choice]) -> Proposer:
     """Proposes one choice for each precision that every stage has; also those that do not fit."""
 
-    def propose(problem: Problem, instance: Instance, fronts: "FrontCache") -> Proposals:
+    def propose(problem: Problem, instance: Instance, fronts: FrontCache) -> Proposals:
         for precision in problem.precisions:
             options = places_of(problem, [precision] * instance.num_layers)
             if instance.available[:, options].all():
@@ -191,7 +190,7 @@ def _of_each_precision(make: Callable[[Instance, Sequence[int]], Choice]) -> Pro
     return propose
 
 
-def _least_sensitive(problem: Problem, instance: Instance, fronts: "FrontCache") -> Proposals:
+def _least_sensitive(problem: Problem, instance: Instance, fronts: FrontCache) -> Proposals:
     choice = adabits(instance, fronts)
     if choice is not None:
         yield choice, ""
@@ -222,110 +221,6 @@ def pipeedge(instance: Instance, options: Sequence[int]) -> Choice:
     if not np.isfinite(worst):
         _, ends = least_bottleneck(np.where(some, used - instance.capacity[:, None, None], np.inf))
     return _cut(options, ends)
-
-
-# ---- adabits
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """For every device and range of layers: least omega, its busy time, and how to get it."""
-
-    omega: np.ndarray  # [N, L + 1, L + 1]
-    busy: np.ndarray
-    sources: tuple["DeviceRanges", ...]
-
-
-@dataclass(frozen=True)
-class DeviceRanges:
-    """The least omega of every range on a device of some capacity."""
-
-    omega: np.ndarray  # [L + 1, L + 1]
-    counts: np.ndarray  # [L + 1, L + 1, B]
-    choices: dict[tuple[int, int], tuple[Fronts, int]]
-
-
-class FrontCache:
-    """Fronts and ranges that configurations share: they depend on options and capacity alone."""
-
-    def __init__(self) -> None:
-        self._fronts: dict[tuple[bytes, bytes], Fronts] = {}
-        self._ranges: dict[tuple[bytes, float, bytes], DeviceRanges] = {}
-
-    def fronts(self, instance: Instance, rank: int, mask: np.ndarray) -> Fronts:
-        """The fronts of a mask of options, for a stage's bytes of a layer."""
-        num_bytes = instance.layer_bytes[rank]
-        key = mask.tobytes(), (num_bytes - num_bytes.min()).tobytes()
-        if key not in self._fronts:
-            self._fronts[key] = Fronts(instance.omega, num_bytes, mask)
-        return self._fronts[key]
-
-    def ranges(self, instance: Instance, rank: int) -> DeviceRanges:
-        """The least omega of every range on one stage."""
-        mask, room = instance.available[rank], float(instance.capacity[rank])
-        key = mask.tobytes(), room, instance.layer_bytes[rank].tobytes()
-        if key not in self._ranges:
-            self._ranges[key] = _device_ranges(self, instance, rank)
-        return self._ranges[key]
-
-
-def adabits(instance: Instance, fronts: FrontCache) -> Choice | None:
-    """Least sensitivity under memory, then the least busy bottleneck."""
-    ranges = adabits_ranges(instance, fronts)
-    least, on_way = least_sum(ranges.omega)
-    if not np.isfinite(least):
-        return None
-    _, ends = least_bottleneck(np.where(on_way, ranges.busy, np.inf))
-    starts = [0, *ends[:-1]]
-    cuts = zip(ranges.sources, starts, ends, strict=True)
-    return tuple(_range_choice(source, a, e) for source, a, e in cuts)
-
-
-def adabits_ranges(instance: Instance, fronts: FrontCache) -> Ranges:
-    """The ranges of every device."""
-    sources = tuple(fronts.ranges(instance, j) for j in range(instance.num_stages))
-    per_layer = np.where(instance.available, instance.layer.busy, 0.0)
-    busy = [s.counts @ per_layer[j] + instance.fixed.busy[j] for j, s in enumerate(sources)]
-    return Ranges(np.stack([s.omega for s in sources]), np.stack(busy), sources)
-
-
-def _device_ranges(cache: FrontCache, instance: Instance, rank: int) -> DeviceRanges:
-    width = instance.num_layers + 1
-    found = DeviceRanges(
-        np.full((width, width), np.inf), np.zeros((width, width, instance.num_options)), {}
-    )
-    mask, room = instance.available[rank], float(instance.capacity[rank])
-    for options, unpacked in (
-        (mask & ~instance.packed, 0.0),
-        (mask, instance.unpacked_bytes[rank]),
-    ):
-        if options.any():
-            least = float(instance.layer_bytes[rank, options].min())
-            _improve(found, cache.fronts(instance, rank, options), room - unpacked, least)
-    return _spread(found) if (instance.omega == instance.omega[0]).all() else found
-
-
-def _spread(found: DeviceRanges) -> DeviceRanges:
-    """What ranges from the first layer on have, for all ranges as long: layers are alike."""
-    lengths = range_lengths(len(found.omega) - 1)
-    omega = np.where(lengths > 0, found.omega[0, lengths], np.inf)
-    ends = [(int(start), int(end)) for start, end in np.argwhere(np.isfinite(omega))]
-    choices = {(start, end): found.choices[0, end - start] for start, end in ends}
-    return DeviceRanges(omega, found.counts[0, lengths], choices)
-
-
-def _improve(found: DeviceRanges, fronts: Fronts, room: float, least_bytes: float) -> None:
-    for start, end, point in fronts.best_within(room, least_bytes):
-        front = fronts.front(start, end)
-        if front.omega[point] < found.omega[start, end]:
-            found.omega[start, end] = front.omega[point]
-            found.counts[start, end] = front.counts[point]
-            found.choices[start, end] = fronts, point
-
-
-def _range_choice(source: DeviceRanges, start: int, end: int) -> tuple[int, ...]:
-    fronts, point = source.choices[start, end]
-    return fronts.choice(start, end, point)
 
 
 # ---- what came of it

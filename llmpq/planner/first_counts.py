@@ -9,7 +9,7 @@ import itertools
 
 import numpy as np
 
-from llmpq.planner.baselines import FrontCache, adabits
+from llmpq.planner.adabits import FrontCache, adabits
 from llmpq.planner.instance import Instance
 from llmpq.planner.partition import least_bottleneck, of_ranges, range_lengths
 from llmpq.planner.value import Choice

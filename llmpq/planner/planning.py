@@ -3,9 +3,8 @@
 The time limit covers all: a quarter at most to list the ways to use the devices, a moment for a
 first plan by moves, the searches (a tenth, but seven seconds at least: the first one, and those
 with a closed form that simulated runs have corrected), and what is left for the other methods. They
-get the same space as our own search: its orders, batches and micro-batches. The best plans of
-the search and those of the other methods within the budget are candidates alike: their simulated
-runs decide, and what is told of a plan is its run.
+get the same space as our own search. The best plans of the search and those of the other methods
+within the budget are candidates alike: their simulated runs decide.
 """
 
 import time

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -500,18 +500,18 @@ def test_a_method_that_is_not_listed_is_refused() -> None:
         make_plan(problem, Options(method="best"), [])
 
 
-def without_a_layer(instance: Instance, option: int) -> Choice:
-    first, *others = baselines.uniform(instance, [option] * instance.num_layers)
+def without_a_layer(instance: Instance, options: Sequence[int]) -> Choice:
+    first, *others = baselines.uniform(instance, options)
     return (first[1:], *others)
 
 
-def without_a_stage(instance: Instance, option: int) -> Choice:
-    return ((option,) * instance.num_layers, *((),) * (instance.num_stages - 1))
+def without_a_stage(instance: Instance, options: Sequence[int]) -> Choice:
+    return (tuple(options), *((),) * (instance.num_stages - 1))
 
 
 @pytest.mark.parametrize("make", [without_a_layer, without_a_stage])
 def test_a_method_that_leaves_out_a_layer_or_a_stage_is_a_fault(
-    make: Callable[[Instance, int], Choice], monkeypatch: pytest.MonkeyPatch
+    make: Callable[[Instance, Sequence[int]], Choice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proposer = baselines._of_each_precision(make)
     monkeypatch.setitem(baselines.PROPOSERS, "uniform", proposer)
@@ -523,7 +523,7 @@ def test_a_choice_has_only_options_that_are_on_offer() -> None:
     problem = make_problem(2, 2)
     configuration = next(make_space(problem, Solver()).configurations(problem))[1]
     instance = make_instance(problem, configuration)
-    choice = baselines.uniform(instance, 0)
+    choice = baselines.uniform(instance, [0] * instance.num_layers)
     costs = replace(instance.layer, bursts=np.full_like(instance.layer.bursts, np.inf))
     assert baselines.is_whole(instance, choice)
     assert not baselines.is_whole(replace(instance, layer=costs), choice)
