@@ -106,6 +106,7 @@ def _sizes(spec: ModelSpec, batch: MicroBatch) -> dict[str, int]:
         "requests": batch.requests,
         "tokens": batch.tokens,
         "seen": batch.seen,
+        "columns": batch.seen + 1,  # with an attention sink
         "hidden": spec.hidden_size,
         "ffn": spec.ffn_size,
         "heads": spec.num_heads,

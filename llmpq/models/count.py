@@ -39,9 +39,12 @@ class Primes:
     seen: int
 
     def named(self, phase: str) -> dict[str, int]:
-        """The sizes of a phase by name; in prefill, the seen tokens are the new tokens."""
-        length = {"tokens": self.tokens} if phase == "prefill" else {"seen": self.seen}
-        return {"requests": self.requests} | length
+        """The sizes of a phase by name; in prefill, the seen tokens are the new tokens.
+
+        Attention with a sink has one column more than tokens that are seen.
+        """
+        name, length = ("tokens", self.tokens) if phase == "prefill" else ("seen", self.seen)
+        return {"requests": self.requests, name: length, "columns": length + 1}
 
     def shape(self, phase: str) -> MicroBatchShape:
         """The micro-batch of a phase."""

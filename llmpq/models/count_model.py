@@ -41,6 +41,14 @@ def count_model(path: Path) -> ModelSpec:
     Raises `UserError` where llmpq cannot cut it into stages, or where its live bytes are no
     polynomial of the micro-batch's sizes.
     """
+    spec = count_params(path)
+    last_new = max(spec.kind_of_layers.index(kind) for kind in range(len(spec.kind_specs)))
+    activations = _activations(load_config(path), last_new, path)
+    return spec.model_copy(update={"activations": activations})
+
+
+def count_params(path: Path) -> ModelSpec:
+    """The same without activations, which take most of the time."""
     config = load_config(path)
     types = (*(getattr(config, "layer_types", None) or ()),)
     if others := {str(one) for one in types if re.search(OTHER_STATE, str(one))}:
@@ -49,8 +57,7 @@ def count_model(path: Path) -> ModelSpec:
             "values; llmpq does not support them"
         )
     places, of_layers = layer_kinds(config)
-    counted = [_count_layer(config, place, path) for place in places]
-    kinds = _named(counted)
+    kinds = _named([_count_layer(config, place, path) for place in places])
     first = {name: value for name, value in kinds[0] if name != "name"}
     return ModelSpec(
         name=str(path),
@@ -60,7 +67,6 @@ def count_model(path: Path) -> ModelSpec:
         vocab_size=config.vocab_size,
         max_positions=getattr(config, "max_position_embeddings", None) or 2048,
         tied=bool(config.tie_word_embeddings),
-        activations=_activations(config, max(places), path),
         kinds=kinds if len(kinds) > 1 else (),
         layer_kinds=of_layers if len(kinds) > 1 else (),
         **_ends(config),

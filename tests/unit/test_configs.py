@@ -11,6 +11,7 @@ import yaml
 from llmpq.cluster import GIB, Cluster, load_cluster
 from llmpq.devices import LIBRARY_PATH, device_library
 from llmpq.model_lookup import DEFAULT_MODEL, load_model_spec
+from llmpq.model_spec import ModelSpec
 from llmpq.workload import load_workload, request_lengths
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -30,6 +31,18 @@ PUBLISHED = {
     "qwen2.5-14b": 14_770_033_664,
     "qwen2.5-32b": 32_763_876_352,
 }
+# Those with experts, or with latent attention, in billions, from their model cards; counted on
+# transformers' own modules. Cards of Gemma 3 and Llama 4 count the vision parts as well.
+COUNTED = {
+    "gpt-oss-120b": 116.8,
+    "qwen3-235b-a22b": 235,
+    "glm-4.5-air": 106,
+    "deepseek-v3": 671,
+    "llama-4-scout": 109,
+}
+# Its card says 27 billion, with the vision part.
+TEXT_OF = {"gemma-3-27b": 27.0}
+MODELS = [*PUBLISHED, *COUNTED, *TEXT_OF]
 # (devices by type, model) of the paper's eleven clusters.
 CLUSTERS = {
     "01-opt13b-1xv100": {"v100-32g": 1},
@@ -66,7 +79,7 @@ def stems(folder: str, suffix: str) -> set[str]:
 
 
 def test_every_file_is_checked_below() -> None:
-    assert {path.name.removesuffix(".json") for path in CONFIGS.glob("models/*")} == set(PUBLISHED)
+    assert {path.name.removesuffix(".json") for path in CONFIGS.glob("models/*")} == set(MODELS)
     assert stems("clusters", ".yaml") == {
         *CLUSTERS,
         *SPLITQUANT_CLUSTERS,
@@ -79,17 +92,41 @@ def test_every_file_is_checked_below() -> None:
     assert others == {"devices.yaml", "planner-benchmark.yaml"}
 
 
+def total_params(spec: ModelSpec) -> int:
+    layers = sum(spec.kind_specs[kind].layer_params for kind in spec.kind_of_layers)
+    head = 0 if spec.tied else spec.head_params
+    return layers + spec.embedding_params + spec.final_params + head
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_model_has_the_published_number_of_parameters(name: str) -> None:
     spec = load_model_spec(str(CONFIGS / "models" / f"{name}.json"))
-    head = 0 if spec.tied else spec.head_params
-    total = spec.num_layers * spec.layer_params + spec.embedding_params + spec.final_params + head
-    assert total == PUBLISHED[name]
+    assert total_params(spec) == PUBLISHED[name]
     assert not spec.guessed
     assert spec.num_heads * spec.head_dim == spec.hidden_size
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", TEXT_OF)
+def test_text_model_has_about_the_published_number_of_parameters(name: str) -> None:
+    spec = load_model_spec(str(CONFIGS / "models" / f"{name}.json"))
+    assert total_params(spec) == pytest.approx(1e9 * TEXT_OF[name], rel=0.015)
+    assert not spec.guessed
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_counted_model_has_the_published_number_of_parameters(name: str) -> None:
+    pytest.importorskip("transformers")
+    from llmpq.models.count_model import count_params
+
+    spec = count_params(CONFIGS / "models" / f"{name}.json")
+    assert total_params(spec) == pytest.approx(1e9 * COUNTED[name], rel=0.015)
+    sparse = [kind for kind in spec.kind_specs if kind.experts is not None]
+    assert len(sparse) == 1
+    of_experts = sparse[0].experts.params * spec.kind_of_layers.count(len(spec.kind_specs) - 1)
+    assert of_experts > 0.85 * total_params(spec)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_model_config_is_what_transformers_reads(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     text = (CONFIGS / "models" / f"{name}.json").read_text()
