@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmpq.planner.instance import Instance
-from llmpq.planner.partition import Fronts, least_bottleneck, least_sum, range_lengths
+from llmpq.planner.partition import Fronts, least_bottleneck, least_sum, like_starts
 from llmpq.planner.value import Choice
 
 
@@ -28,7 +28,7 @@ class DeviceRanges:
 
     omega: np.ndarray  # [L + 1, L + 1]
     counts: np.ndarray  # [L + 1, L + 1, B]
-    choices: dict[tuple[int, int], tuple[Fronts, int]]
+    choices: dict[tuple[int, int], tuple[Fronts, int, int]]  # with start and point there
 
 
 class FrontCache:
@@ -37,13 +37,19 @@ class FrontCache:
     def __init__(self) -> None:
         self._fronts: dict[tuple[bytes, bytes], Fronts] = {}
         self._ranges: dict[tuple[bytes, float, bytes], DeviceRanges] = {}
+        self._like: list[int] = []
+
+    def like(self, instance: Instance) -> list[int]:
+        """The starts of ranges whose layers are like others (`like_starts`)."""
+        self._like = self._like or like_starts(instance.omega)
+        return self._like
 
     def fronts(self, instance: Instance, rank: int, mask: np.ndarray) -> Fronts:
         """The fronts of a mask of options, for a stage's bytes of a layer."""
         num_bytes = instance.layer_bytes[rank]
         key = mask.tobytes(), (num_bytes - num_bytes.min()).tobytes()
         if key not in self._fronts:
-            self._fronts[key] = Fronts(instance.omega, num_bytes, mask)
+            self._fronts[key] = Fronts(instance.omega, num_bytes, mask, self.like(instance))
         return self._fronts[key]
 
     def ranges(self, instance: Instance, rank: int) -> DeviceRanges:
@@ -88,16 +94,21 @@ def _device_ranges(cache: FrontCache, instance: Instance, rank: int) -> DeviceRa
         if options.any():
             least = float(instance.layer_bytes[rank, options].min())
             _improve(found, cache.fronts(instance, rank, options), room - unpacked, least)
-    return _spread(found) if (instance.omega == instance.omega[0]).all() else found
+    return _spread(found, np.array(cache.like(instance)))
 
 
-def _spread(found: DeviceRanges) -> DeviceRanges:
-    """What ranges from the first layer on have, for all ranges as long: layers are alike."""
-    lengths = range_lengths(len(found.omega) - 1)
-    omega = np.where(lengths > 0, found.omega[0, lengths], np.inf)
-    ends = [(int(start), int(end)) for start, end in np.argwhere(np.isfinite(omega))]
-    choices = {(start, end): found.choices[0, end - start] for start, end in ends}
-    return DeviceRanges(omega, found.counts[0, lengths], choices)
+def _spread(found: DeviceRanges, like: np.ndarray) -> DeviceRanges:
+    """What ranges have, for all that start like them; `like` [L]."""
+    layers = len(like)
+    start, end = np.triu_indices(layers, 1, layers + 1)
+    known = like[start], like[start] + end - start
+    omega, counts = np.full_like(found.omega, np.inf), np.zeros_like(found.counts)
+    omega[start, end], counts[start, end] = found.omega[known], found.counts[known]
+    choices = {
+        (a, e): found.choices[int(like[a]), int(like[a]) + e - a]
+        for a, e in np.argwhere(np.isfinite(omega)).tolist()
+    }
+    return DeviceRanges(omega, counts, choices)
 
 
 def _improve(found: DeviceRanges, fronts: Fronts, room: float, least_bytes: float) -> None:
@@ -106,9 +117,9 @@ def _improve(found: DeviceRanges, fronts: Fronts, room: float, least_bytes: floa
         if front.omega[point] < found.omega[start, end]:
             found.omega[start, end] = front.omega[point]
             found.counts[start, end] = front.counts[point]
-            found.choices[start, end] = fronts, point
+            found.choices[start, end] = fronts, start, point
 
 
 def _range_choice(source: DeviceRanges, start: int, end: int) -> tuple[int, ...]:
-    fronts, point = source.choices[start, end]
-    return fronts.choice(start, end, point)
+    fronts, first, point = source.choices[start, end]
+    return fronts.choice(first, first + end - start, point)

@@ -8,7 +8,7 @@ for each range, the precisions that no others beat in both bytes and sensitivity
 `MAX_POINTS` of them; the answer fits always, and is the least one unless points were dropped).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,20 @@ def _ends(starts: list[np.ndarray]) -> list[int]:
     return ends[::-1]
 
 
+def like_starts(omega: np.ndarray) -> list[int]:
+    """For every layer, the earliest one from which on layers are as sensitive, one after the other.
+
+    Ranges that start at either have the same fronts. `omega` is [L, B].
+    """
+    _, rows = np.unique(omega, axis=0, return_inverse=True)
+    alike = rows.ravel().tolist()
+    tails = (alike[start:] for start in range(len(alike)))
+    return [
+        next(a for a in range(start + 1) if alike[a : a + len(tail)] == tail)
+        for start, tail in enumerate(tails)
+    ]
+
+
 @dataclass(frozen=True)
 class Front:
     """Undominated precisions of a range: more bytes (over the smallest option), less omega."""
@@ -86,34 +100,29 @@ class Front:
 
 
 class Fronts:
-    """The fronts of all ranges, for the options of a mask."""
+    """The fronts of all ranges, for the options of a mask; `like`: see `like_starts`."""
 
-    def __init__(self, omega: np.ndarray, num_bytes: np.ndarray, mask: np.ndarray) -> None:
-        """`omega` [L, B]; `num_bytes` [B] of one layer; `mask` [B]."""
+    def __init__(
+        self, omega: np.ndarray, num_bytes: np.ndarray, mask: np.ndarray, like: Sequence[int]
+    ) -> None:
+        """`omega` [L, B]; `num_bytes` [B] of one layer; `mask` [B]; `like` [L]."""
         self.options = np.flatnonzero(mask)
         self.num_options = len(mask)
         sizes = num_bytes[self.options]
         self._extra = sizes - sizes.min()  # the same whatever the cache of a layer takes
         self._omega = omega[:, self.options]
         self.num_layers = len(omega)
-        self.are_alike = bool((omega == omega[0]).all())
-        self.fronts = [self._from(start, self.num_layers) for start in self._starts]
-        if self.are_alike:  # shorter ranges from later starts have the same fronts
-            self.fronts *= self.num_layers
-
-    @property
-    def _starts(self) -> range:
-        """First layers of ranges that differ; of layers that are alike, one."""
-        return range(1 if self.are_alike else self.num_layers)
+        self.starts = sorted(set(like))
+        self.fronts = {start: self._from(start, self.num_layers) for start in self.starts}
 
     def best_within(self, room: float, least_bytes: float) -> Iterator[tuple[int, int, int]]:
         """(start, end, point of least omega) of every range that so many bytes hold.
 
-        Where layers are alike, of those that start with the first one.
+        Of ranges whose layers are like those of an earlier start, only the earlier ones.
         `least_bytes`: of a layer at the smallest option, its cache included.
         """
         most = int(max(0.0, room) * (1 + TIE) // least_bytes) if least_bytes else self.num_layers
-        for start in self._starts:
+        for start in self.starts:
             for end in range(start + 1, min(start + most, self.num_layers) + 1):
                 slack = room - (end - start) * least_bytes
                 point = self.front(start, end).best(slack)
