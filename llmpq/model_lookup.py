@@ -82,8 +82,6 @@ def refuse_plainly(config: dict[str, Any], source: str) -> None:
             f"{source}: '{model_type}' is a multimodal model (it has a 'text_config'), which llmpq "
             "cannot load; use a text-only model of the family"
         )
-    if num_experts(config) > 1:
-        raise UserError(f"{source}: mixture-of-experts models ({model_type}) are not supported")
 
 
 def _judged(config: dict[str, Any], path: Path) -> ModelSpec:
@@ -166,6 +164,11 @@ def spec_from_config(config: dict[str, Any], name: str, source: str = "config.js
     keys = ConfigKeys(config, source)
     model_type = keys.text("model_type")
     refuse_plainly(config, source)
+    if (count := num_experts(config)) > 1:
+        raise UserError(
+            f"{source}: names {count} experts, whose sizes in '{model_type}' models llmpq does not "
+            "know"
+        )
     sizes = (family_for(model_type).sizes or llama_sizes)(keys)
     keys.raise_faults()
     counts = asdict(sizes)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llmpq.errors import UserError
 from llmpq.families import CUTS, TESTED, family_for
+from llmpq.model_known import num_experts
 from llmpq.model_lookup import spec_from_config
 from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.quant import INPUTS, OUTPUTS, PlainLinear, QuantizedLinear, TensorPart
@@ -136,7 +137,10 @@ def _checked_spec(config: Any, count: int) -> ModelSpec:
             f"llmpq cannot share the layers of '{kind}' models among {count} devices; supported: "
             f"{', '.join(sorted(TESTED))}; use stages of one device"
         )
-    spec = spec_from_config(config.to_dict(), name=kind)
+    settings = config.to_dict()
+    if num_experts(settings) > 1:
+        raise UserError(f"{count} devices cannot share layers with experts ('{kind}') yet")
+    spec = spec_from_config(settings, name=kind)
     if faults := shard_faults(spec, count):
         raise UserError(f"{count} devices cannot share a layer: {'; '.join(faults)}")
     return spec

@@ -35,6 +35,8 @@ _SIZES = {
 GROUPED = _SIZES | {"num_key_value_heads": 2}
 _BLOOM = {"vocab_size": 97, "hidden_size": 32, "n_layer": 4, "n_head": 4, "pad_token_id": 0}
 
+_EXPERTS = GROUPED | {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
 # Family -> (prefix of transformers' classes, configuration)
 FAMILIES = {
     "opt": ("OPT", _SIZES | {"ffn_dim": 64}),
@@ -48,7 +50,42 @@ FAMILIES = {
     "gemma2": ("Gemma2", GROUPED | {"head_dim": 8, "sliding_window": 8}),
     "granite": ("Granite", GROUPED | {"embedding_multiplier": 3.0, "logits_scaling": 2.0}),
     "gemma3": ("Gemma3", GROUPED | {"head_dim": 8, "sliding_window": 8}),
+    "mixtral": ("Mixtral", _EXPERTS | {"num_local_experts": 4, "sliding_window": 8}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        _EXPERTS
+        | {"num_experts": 6, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1]},
+    ),
+    "qwen3_moe": ("Qwen3Moe", _EXPERTS | {"num_experts": 8, "head_dim": 16}),
+    "olmoe": ("Olmoe", _EXPERTS | {"num_experts": 5, "norm_topk_prob": True}),
+    "glm4_moe": (
+        "Glm4Moe",
+        _EXPERTS
+        | {
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "head_dim": 16,
+            "use_qk_norm": True,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        _EXPERTS | {"moe_num_experts": 6, "moe_k": 3, "moe_num_shared_experts": 1},
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        _EXPERTS | {"num_local_experts": 4, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    ),
+    "granitemoeshared": (
+        "GraniteMoeShared",
+        _EXPERTS | {"num_local_experts": 4, "shared_intermediate_size": 32},
+    ),
 }
+# Those with experts can have a precision for these alone, and are not shared by several devices.
+WITH_EXPERTS = [name for name, (_, sizes) in FAMILIES.items() if "moe_intermediate_size" in sizes]
+DENSE = [name for name in FAMILIES if name not in WITH_EXPERTS]
 
 
 @dataclass

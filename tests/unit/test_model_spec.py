@@ -285,7 +285,7 @@ def test_a_matrix_that_no_rule_cuts_is_a_fault() -> None:
         ({"model_type": "llama"}, ["hidden_size", "num_attention_heads", "vocab_size"]),
         ({"model_type": "opt", **OPT, "ffn_dim": -1, "vocab_size": "9"}, ["ffn_dim", "vocab_size"]),
         ({"model_type": "llama", **LLAMA, "num_hidden_layers": True}, ["num_hidden_layers"]),
-        ({"model_type": "mixtral", **LLAMA, "num_local_experts": 8}, ["mixture-of-experts"]),
+        ({"model_type": "mixtral", **LLAMA, "num_local_experts": 8}, ["8 experts", "mixtral"]),
         ({"text_config": None, "model_type": "llama"}, ["text_config"]),
         ({"text_config": 5, "model_type": "llava"}, ["text_config"]),
     ],
