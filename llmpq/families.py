@@ -198,8 +198,8 @@ class Family:
     `forward` runs the layers; `decoder` and `head` are relative to the model.
 
     `sizes`: the sizes of its configurations; None: counted on transformers' own modules.
-    `is_tested`: tests show that its pipelines, and devices that share its layers, give the tokens
-    of the whole model.
+    `is_tested`: tests show that its pipelines give the tokens of the whole model, and so do devices
+    that share its layers, where it `can_share` them.
     `variants`: settings that change the memory of a layer, such as a window of attention that is
     off by default; the table of activations covers each of them.
     `heads_fill_hidden`: the hidden size is heads times head size, which the table must respect.
@@ -221,6 +221,7 @@ class Family:
     head_in_files: str = "lm_head"  # what checkpoints call the head
     sizes: Callable[[ConfigKeys], ModelSizes] | None = None
     is_tested: bool = False
+    can_share: bool = True
     variants: tuple[Mapping[str, Any], ...] = ({},)
     heads_fill_hidden: bool = False
     per_head: tuple[str, ...] = ()
@@ -231,6 +232,7 @@ class Family:
     stacked: StackedExperts = StackedExperts()
 
 
+_WITH_EXPERTS = Family(is_tested=True, can_share=False)
 _SOME_WINDOWS: Mapping[str, Any] = {"use_sliding_window": True, "max_window_layers": 3}
 
 FAMILIES: dict[str, Family] = {
@@ -294,14 +296,14 @@ FAMILIES: dict[str, Family] = {
         heads_fill_hidden=True,
     ),
     "granite": Family(is_tested=True),
-    "mixtral": Family(is_tested=True),
-    "qwen2_moe": Family(is_tested=True),
-    "qwen3_moe": Family(is_tested=True),
-    "olmoe": Family(is_tested=True),
-    "glm4_moe": Family(is_tested=True),
-    "ernie4_5_moe": Family(is_tested=True),
-    "granitemoe": Family(is_tested=True),
-    "granitemoeshared": Family(is_tested=True),
+    "mixtral": _WITH_EXPERTS,
+    "qwen2_moe": _WITH_EXPERTS,
+    "qwen3_moe": _WITH_EXPERTS,
+    "olmoe": _WITH_EXPERTS,
+    "glm4_moe": _WITH_EXPERTS,
+    "ernie4_5_moe": _WITH_EXPERTS,
+    "granitemoe": _WITH_EXPERTS,
+    "granitemoeshared": _WITH_EXPERTS,
     "llama4_text": Family(stacked=StackedExperts(transposed=True)),
     "gpt_oss": Family(stacked=StackedExperts(transposed=True, interleaved=True)),
     "phi": Family(final=("final_layernorm",)),
@@ -310,6 +312,7 @@ FAMILIES: dict[str, Family] = {
 }
 LIKE_LLAMA = Family()
 TESTED = frozenset(model_type for model_type, row in FAMILIES.items() if row.is_tested)
+SHARED = frozenset(model_type for model_type in TESTED if FAMILIES[model_type].can_share)
 
 
 def family_for(model_type: str) -> Family:

@@ -18,8 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from llmpq.errors import UserError
-from llmpq.families import CUTS, TESTED, family_for
-from llmpq.model_known import num_experts
+from llmpq.families import CUTS, SHARED, family_for
 from llmpq.model_lookup import spec_from_config
 from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.quant import INPUTS, OUTPUTS, PlainLinear, QuantizedLinear, TensorPart
@@ -132,15 +131,12 @@ def join_logits(logits: Tensor, part: TensorPart, group: ShardGroup) -> Tensor:
 
 def _checked_spec(config: Any, count: int) -> ModelSpec:
     kind = config.model_type
-    if kind not in TESTED:
+    if kind not in SHARED:
         raise UserError(
             f"llmpq cannot share the layers of '{kind}' models among {count} devices; supported: "
-            f"{', '.join(sorted(TESTED))}; use stages of one device"
+            f"{', '.join(sorted(SHARED))}; use stages of one device"
         )
-    settings = config.to_dict()
-    if num_experts(settings) > 1:
-        raise UserError(f"{count} devices cannot share layers with experts ('{kind}') yet")
-    spec = spec_from_config(settings, name=kind)
+    spec = spec_from_config(config.to_dict(), name=kind)
     if faults := shard_faults(spec, count):
         raise UserError(f"{count} devices cannot share a layer: {'; '.join(faults)}")
     return spec

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from llmpq.families import SHARED
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import ASSETS, ModelSpec
 from llmpq.plan_data import Plan
@@ -83,9 +84,8 @@ FAMILIES = {
         _EXPERTS | {"num_local_experts": 4, "shared_intermediate_size": 32},
     ),
 }
-# Those with experts can have a precision for these alone, and are not shared by several devices.
+# Those with experts can have a precision for these alone.
 WITH_EXPERTS = [name for name, (_, sizes) in FAMILIES.items() if "moe_intermediate_size" in sizes]
-DENSE = [name for name in FAMILIES if name not in WITH_EXPERTS]
 
 
 @dataclass
@@ -164,6 +164,9 @@ def config_of(family: str) -> transformers.PretrainedConfig:
     prefix, sizes = FAMILIES[family]
     text = "Text" if prefix == "Gemma3" else ""
     return getattr(transformers, f"{prefix}{text}Config")(**sizes)
+
+
+SHAREABLE = [family for family in FAMILIES if config_of(family).model_type in SHARED]
 
 
 def build(family: str) -> torch.nn.Module:

@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 import torch
-from families import DENSE, generate_locally
+from families import SHAREABLE, generate_locally
 from jobs import PATIENCE_S, wait_until
 
 from llmpq.artifact import write_json
@@ -37,7 +37,7 @@ def generate(model, ends, degrees, precisions="16", how=None, **more):
     )
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", SHAREABLE)
 def test_two_stages_of_two_devices_generate_what_transformers_does(family_model, family):
     model = family_model(family)
     assert generate(model, [1, 4], [2, 2]) == model.expected

@@ -32,7 +32,7 @@ from llmpq.quant.gptq import Gptq
 from llmpq.runtime.shard_group import LocalShardHub
 
 sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
-from families import DENSE, TINY_TALES, WITH_EXPERTS, build, config_of  # noqa: E402
+from families import SHAREABLE, TINY_TALES, build  # noqa: E402
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 MIXED = ["16", "8", "4", "3"]
@@ -128,7 +128,7 @@ def assert_alike(ours, theirs, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", SHAREABLE)
 def test_shards_compute_what_one_device_does(folder_of, family, count):
     folder = folder_of(family)
     for work in (forward, partial(forward, cached=False)):
@@ -411,12 +411,6 @@ def test_shards_hold_about_what_the_planner_counts(count, precision):
 
 
 # ---- what cannot be
-
-
-@pytest.mark.parametrize("family", WITH_EXPERTS)
-def test_layers_with_experts_are_not_shared_yet(family):
-    with pytest.raises(UserError, match="2 devices cannot share layers with experts"):
-        Sharding(config_of(family), Shard(0, 2))
 
 
 def test_families_that_are_not_known_are_refused():
