@@ -94,8 +94,7 @@ class PackedExperts(nn.ModuleList):
 
         `scores` `[T, k]` are their weights.
         """
-        order, counts = self._by_expert(chosen)
-        tokens, factors = order // chosen.shape[-1], scores.flatten()[order, None]
+        tokens, factors, counts = self._by_expert(chosen, scores)
         total = torch.zeros_like(hidden)
         for expert, own, factor in zip(
             self, tokens.split(counts), factors.split(counts), strict=True
@@ -104,14 +103,16 @@ class PackedExperts(nn.ModuleList):
                 total.index_add_(0, own, self._run(expert, hidden[own], factor))
         return total
 
-    def _by_expert(self, chosen: Tensor) -> tuple[Tensor, list[int]]:
-        """The flat pairs of `chosen` `[T, k]` by expert and token, and each expert's number."""
+    def _by_expert(self, chosen: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """Tokens `[T * k]` and scores `[T * k, 1]` by expert, and the number that each has."""
         pairs = chosen.flatten()
         order = pairs.argsort(stable=True)
-        if pairs.is_meta:  # no expert gets a token twice, so that none has more tokens
-            return order[: len(chosen)], [len(chosen)] + [0] * (len(self) - 1)
         counts = pairs.new_zeros(len(self)).index_add_(0, pairs, torch.ones_like(pairs))
-        return order, counts.tolist()
+        tokens, factors = order // chosen.shape[-1], scores.flatten()[order, None]
+        if not counts.is_meta:
+            return tokens, factors, counts.tolist()
+        most = len(chosen)  # no expert gets a token twice
+        return tokens[:most], factors[:most], [most] + [0] * (len(self) - 1)
 
     def _run(self, expert: nn.Module, x: Tensor, factor: Tensor) -> Tensor:
         """The weighted outputs `[n, H]` of one expert; `x` `[n, H]` is overwritten."""
