@@ -83,6 +83,20 @@ FAMILIES = {
         "GraniteMoeShared",
         _EXPERTS | {"num_local_experts": 4, "shared_intermediate_size": 32},
     ),
+    "llama4": (
+        "Llama4",
+        _EXPERTS
+        | {
+            "num_local_experts": 4,
+            "head_dim": 16,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 8,
+            "no_rope_layers": [1, 1, 1, 0],
+            "floor_scale": 8,
+        },
+    ),
+    "gpt_oss": ("GptOss", _EXPERTS | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 8}),
 }
 # Those with experts can have a precision for these alone.
 WITH_EXPERTS = [name for name, (_, sizes) in FAMILIES.items() if "moe_intermediate_size" in sizes]
@@ -162,7 +176,7 @@ def hand_made_plan(
 def config_of(family: str) -> transformers.PretrainedConfig:
     """transformers' configuration of a family."""
     prefix, sizes = FAMILIES[family]
-    text = "Text" if prefix == "Gemma3" else ""
+    text = "Text" if prefix in ("Gemma3", "Llama4") else ""
     return getattr(transformers, f"{prefix}{text}Config")(**sizes)
 
 

@@ -103,7 +103,9 @@ def test_a_stage_with_experts_looks_at_values_and_is_not_captured(family):
         StageModel(config, LayerRange(n, n + 1, 4), ["16"], torch.bfloat16, META) for n in range(4)
     )
     waits = [steps._what_waits(stage) for stage in stages]
-    dense = {"qwen2_moe": [1], "glm4_moe": [0], "ernie4_5_moe": [0]}.get(family, [])
+    dense = {"qwen2_moe": [1], "glm4_moe": [0], "ernie4_5_moe": [0], "llama4": [0, 2]}.get(
+        family, []
+    )
     assert waits == [None if layer in dense else "PackedExperts" for layer in range(4)]
 
 
