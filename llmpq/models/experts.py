@@ -8,7 +8,7 @@ transformers holds all experts of a layer as stacked parameters: `gate_up_proj [
 A layer sorts the pairs of tokens and experts once, asks the device once how many tokens each
 expert has, and runs the experts that have some. Their outputs are added by rising expert, so that
 a token's sum depends on nothing else in the micro-batch. On the meta device nothing can be asked:
-there one expert gets all tokens, which is the most memory that any routing takes.
+there a few experts get all tokens, which is the most memory that any routing takes.
 
 Shapes: T tokens, k experts for each, E experts, H hidden size, I inner size of an expert.
 Not covered: experts with a norm of their own, kernels that multiply several experts at once.
@@ -94,7 +94,8 @@ class PackedExperts(nn.ModuleList):
 
         `scores` `[T, k]` are their weights.
         """
-        tokens, factors, counts = self._by_expert(chosen, scores)
+        order, counts = self._by_expert(chosen)
+        tokens, factors = order // chosen.shape[-1], scores.flatten()[order, None]
         total = torch.zeros_like(hidden)
         for expert, own, factor in zip(
             self, tokens.split(counts), factors.split(counts), strict=True
@@ -103,16 +104,15 @@ class PackedExperts(nn.ModuleList):
                 total.index_add_(0, own, self._run(expert, hidden[own], factor))
         return total
 
-    def _by_expert(self, chosen: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-        """Tokens `[T * k]` and scores `[T * k, 1]` by expert, and the number that each has."""
+    def _by_expert(self, chosen: Tensor) -> tuple[Tensor, list[int]]:
+        """The flat pairs of `chosen` `[T, k]` by expert and token, and each expert's number."""
         pairs = chosen.flatten()
         order = pairs.argsort(stable=True)
         counts = pairs.new_zeros(len(self)).index_add_(0, pairs, torch.ones_like(pairs))
-        tokens, factors = order // chosen.shape[-1], scores.flatten()[order, None]
-        if not counts.is_meta:
-            return tokens, factors, counts.tolist()
-        most = len(chosen)  # no expert gets a token twice
-        return tokens[:most], factors[:most], [most] + [0] * (len(self) - 1)
+        if counts.is_meta:  # no expert gets a token twice, so that none has more tokens
+            per_token = chosen.shape[-1]
+            return order, [len(chosen)] * per_token + [0] * (len(self) - per_token)
+        return order, counts.tolist()
 
     def _run(self, expert: nn.Module, x: Tensor, factor: Tensor) -> Tensor:
         """The weighted outputs `[n, H]` of one expert; `x` `[n, H]` is overwritten."""
