@@ -15,6 +15,7 @@ Layers with routed experts may hold the experts at another precision than the re
 "8+experts@4". `layer_precision` takes such names apart; a name without experts is of both.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,7 +96,33 @@ def layer_precision(name: str) -> LayerPrecision:
     return LayerPrecision(rest, experts or rest)
 
 
+def variance_of_errors(precision: str) -> float:
+    """The variance of errors at the bits of a layer's precision, on average of its two parts."""
+    return sum(4.0 ** -PRECISIONS[part].weight_bits for part in layer_precision(precision)) / 2
+
+
 def is_layer_precision(name: str) -> bool:
     """Whether plans may have this name."""
     held = layer_precision(name)
     return held.name == name and set(held) <= set(PRECISIONS)
+
+
+def is_optional(name: str) -> bool:
+    """Whether a layer of this precision needs an optional library."""
+    return any(PRECISIONS[part].library is not None for part in layer_precision(name))
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Layer precisions, each once, in the order of `PRECISIONS`: of the rest, then of experts."""
+    places = {name: place for place, name in enumerate(PRECISIONS)}
+    return tuple(sorted(set(names), key=lambda name: [places[p] for p in layer_precision(name)]))
+
+
+def with_fewer_for_experts(precisions: Iterable[str]) -> tuple[str, ...]:
+    """These precisions, and all pairs of them of which the experts have the fewer bits."""
+    alone = list(dict.fromkeys(precisions))
+    pairs = (LayerPrecision(rest, experts) for rest in alone for experts in alone)
+    fewer = [
+        p.name for p in pairs if PRECISIONS[p.experts].weight_bits < PRECISIONS[p.rest].weight_bits
+    ]
+    return in_order([*alone, *fewer])

@@ -17,7 +17,7 @@ from pydantic import (
 
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict, parse_json, read_json, validate
 from llmpq.errors import UserError, listed
-from llmpq.precision import PRECISIONS
+from llmpq.precision import PRECISIONS, in_order, is_layer_precision
 from llmpq.quantizer import Quantizer
 
 # "stage_*": the cost of a stage's call beside its layers (masks, positions, messages).
@@ -162,7 +162,7 @@ class LayerSensitivity(Strict):
     @field_validator("precision")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in PRECISIONS:
+        if not is_layer_precision(name):
             raise ValueError(f"unknown precision; known: {', '.join(PRECISIONS)}")
         return name
 
@@ -231,7 +231,8 @@ class Sensitivity(Strict):
 
     def table(self) -> dict[str, list[float]]:
         """Sensitivity by precision and layer; "16" costs nothing, negative noise counts as 0."""
-        table = {p: [float("nan")] * self.num_layers for p in PRECISIONS if p != "16"}
+        names = in_order(row.precision for row in self.layers if row.precision != "16")
+        table = {p: [float("nan")] * self.num_layers for p in names}
         for row in self.layers:
             if row.part != "layer":
                 continue
