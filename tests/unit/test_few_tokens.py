@@ -82,8 +82,8 @@ def test_gptq_needs_about_twice_as_many_tokens_as_columns():
         return sum(found) / len(found)
 
     nearest = error(*quantize(weight, bits, size))
-    assert by_gptq(size) > 1.2 * nearest
-    assert by_gptq(2 * size) < 1.15 * nearest
+    assert by_gptq(size) > 1.5 * nearest
+    assert by_gptq(2 * size) < 1.25 * nearest
     assert by_gptq(8 * size) < 0.9 * nearest
 
 
