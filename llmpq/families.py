@@ -232,6 +232,7 @@ class Family:
     stacked: StackedExperts = StackedExperts()
 
 
+_WITH_EXPERTS = Family(is_tested=True, can_share=False)
 _SOME_WINDOWS: Mapping[str, Any] = {"use_sliding_window": True, "max_window_layers": 3}
 
 FAMILIES: dict[str, Family] = {
@@ -295,10 +296,18 @@ FAMILIES: dict[str, Family] = {
         heads_fill_hidden=True,
     ),
     "granite": Family(is_tested=True),
-    "llama4_text": Family(stacked=StackedExperts(transposed=True)),
-    "gpt_oss": Family(stacked=StackedExperts(transposed=True, interleaved=True)),
-    "deepseek_v2": Family(is_tested=True, can_share=False),
-    "deepseek_v3": Family(is_tested=True, can_share=False),
+    "mixtral": _WITH_EXPERTS,
+    "qwen2_moe": _WITH_EXPERTS,
+    "qwen3_moe": _WITH_EXPERTS,
+    "olmoe": _WITH_EXPERTS,
+    "glm4_moe": _WITH_EXPERTS,
+    "ernie4_5_moe": _WITH_EXPERTS,
+    "granitemoe": _WITH_EXPERTS,
+    "granitemoeshared": _WITH_EXPERTS,
+    "llama4_text": replace(_WITH_EXPERTS, stacked=StackedExperts(transposed=True)),
+    "gpt_oss": replace(_WITH_EXPERTS, stacked=StackedExperts(transposed=True, interleaved=True)),
+    "deepseek_v2": _WITH_EXPERTS,
+    "deepseek_v3": _WITH_EXPERTS,
     "phi": Family(final=("final_layernorm",)),
     "glm4": Family(overflows_float16=True),
     "plamo2": Family(overflows_float16=True),

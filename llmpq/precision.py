@@ -96,6 +96,11 @@ def layer_precision(name: str) -> LayerPrecision:
     return LayerPrecision(rest, experts or rest)
 
 
+def variance_of_errors(precision: str) -> float:
+    """The variance of errors at the bits of a layer's precision, on average of its two parts."""
+    return sum(4.0 ** -PRECISIONS[part].weight_bits for part in layer_precision(precision)) / 2
+
+
 def is_layer_precision(name: str) -> bool:
     """Whether plans may have this name."""
     held = layer_precision(name)

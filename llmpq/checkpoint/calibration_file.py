@@ -9,16 +9,18 @@ fp32 `[blocks, B]`, and `KEY.correlation`, the lower triangle without the diagon
 int16 `[blocks, B (B - 1) / 2]` in steps of 1 / 32767. (In fp16 the error of 1,024 inputs with a
 common mean was 0.009 of the mean moment, near the damping of GPTQ; with equal steps it is 0.0006.)
 Its metadata hold the format's version, the key of each weight (JSON), and the origin of the
-statistics. `llmpq.evaluation.calibration` measures them.
+statistics; where layers have experts, also the tokens that each key saw and the weights that saw
+too few for GPTQ (JSON). `llmpq.evaluation.calibration` measures them.
 """
 
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from llmpq.errors import UserError, one_line
 from llmpq.whole_file import whole_file
 
 KIND, VERSION = "llmpq-moments", "1"
+SEEN, NEAREST = "tokens_of_keys", "rounded_to_nearest"  # in the metadata
 STEPS = 32767  # the int16 value of a correlation of 1
 
 
@@ -53,9 +56,21 @@ class CalibrationWriter:
         self._append(f"{key}.deviation", "F32", deviation)
         self._append(f"{key}.correlation", "I16", correlation)
 
-    def close(self, alias: Mapping[str, str], about: Mapping[str, str]) -> None:
-        """Writes the file. `alias` maps weights to keys, `about` describes model and text."""
+    def close(
+        self,
+        alias: Mapping[str, str],
+        about: Mapping[str, str],
+        seen: Mapping[str, int] = MappingProxyType({}),
+        nearest: Collection[str] = (),
+    ) -> None:
+        """Writes the file. `alias` maps weights to keys, `about` describes model and text.
+
+        `seen` counts the tokens of each key; they are kept where they differ. `nearest` names the
+        weights that saw too few.
+        """
         kind = {"kind": KIND, "schema_version": VERSION, "keys": json.dumps(dict(alias))}
+        if nearest or len(set(seen.values())) > 1:
+            kind |= {SEEN: json.dumps(dict(seen)), NEAREST: json.dumps(sorted(nearest))}
         header = json.dumps({"__metadata__": {**about, **kind}, **self._header}).encode()
         header += b" " * (-len(header) % 8)
         with _writing(self.path), self._data, whole_file(self.path) as file:
@@ -97,6 +112,7 @@ class CalibrationFile:
                 f"{path}: not a file of calibration statistics (kind {KIND}, version {VERSION})"
             )
         self.keys = self._read_keys(metadata.pop("keys", ""))
+        self._seen, self.nearest = self._read_experts(metadata)
         self.about = {k: v for k, v in metadata.items() if k not in ("kind", "schema_version")}
 
     def __contains__(self, name: str) -> bool:
@@ -110,6 +126,22 @@ class CalibrationFile:
                 f"{self.about.get('model', 'another model')}"
             )
         return self.keys[name]
+
+    def share(self, name: str) -> float:
+        """The share of the text's tokens that a weight saw: below 1 for routed experts."""
+        most = max(self._seen.values(), default=0)
+        return self._seen.get(self.keys.get(name, ""), 0) / most if most else 1.0
+
+    @property
+    def note(self) -> str | None:
+        """A note on weights that saw too few tokens for GPTQ; None where there are none."""
+        if not self.nearest:
+            return None
+        return (
+            f"{self.path}: {len(self.nearest)} of the {len(self.nearest | set(self.keys))} weights "
+            "saw too few tokens of the calibration text (they belong to experts); they are rounded "
+            "to nearest"
+        )
 
     def statistics(self, name: str) -> Tensor:
         """The second moments fp32 `[blocks, B, B]` of the inputs of weight `name`."""
@@ -152,6 +184,19 @@ class CalibrationFile:
             if not {f"{key}.deviation", f"{key}.correlation"} <= self._tensors:
                 raise UserError(f"{self.path}: has no tensors for '{key}', which its 'keys' name")
         return keys
+
+    def _read_experts(self, metadata: dict[str, str]) -> tuple[dict[str, int], frozenset[str]]:
+        """The tokens of each key and the weights with too few; removed from the metadata."""
+        try:
+            seen = json.loads(metadata.pop(SEEN, "{}"))
+            nearest = json.loads(metadata.pop(NEAREST, "[]"))
+        except ValueError:
+            seen = nearest = None
+        if not isinstance(seen, dict) or not all(type(n) is int for n in seen.values()):
+            raise UserError(f"{self.path}: its '{SEEN}' do not map statistics to tokens")
+        if not isinstance(nearest, list) or not all(isinstance(name, str) for name in nearest):
+            raise UserError(f"{self.path}: its '{NEAREST}' is not a list of weights")
+        return seen, frozenset(nearest)
 
 
 def sha256_of(path: Path) -> str:

@@ -31,6 +31,7 @@ from llmpq.checkpoint.stored_names import (
     stacked_experts,
 )
 from llmpq.errors import UserError
+from llmpq.precision import layer_precision
 from llmpq.quant import PackedWeight, TensorPart
 
 ROWS_AT_ONCE = 4096  # rows of two matrices that are compared at a time
@@ -108,7 +109,8 @@ class Checkpoint:
                 f"{self.folder}: {self._floats.what}; they are converted to 16 bits, and layers at "
                 "lower precisions are rounded a second time"
             )
-        if self._packing is None or set(precisions) <= self._packing.precisions:
+        parts = {part for name in precisions for part in layer_precision(name)}
+        if self._packing is None or parts <= self._packing.precisions:
             return None
         own = ", ".join(sorted(self._packing.precisions))
         return (

@@ -1,6 +1,6 @@
 """Chooses the rounding of each weight of a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,10 @@ from llmpq.quantizer import Method, Quantizer
 
 class Roundings(Protocol):
     """Gives the rounding of a weight by its name in the checkpoint."""
+
+    @property
+    def note(self) -> str | None:
+        """A note for the user on weights that are rounded otherwise; None where none are."""
 
     def of(self, name: str) -> Rounding:
         """The rounding of the tensor called `name`."""
@@ -33,6 +37,8 @@ class CalibrationSource(Protocol):
 class Always:
     """The same rounding for every weight."""
 
+    note: str | None = None
+
     def __init__(self, rounding: Rounding) -> None:
         self._rounding = rounding
 
@@ -45,17 +51,20 @@ class GptqRoundings:
     """GPTQ with the calibration statistics of each weight.
 
     Statistics are read when a weight is really rounded with them. The prepared factors are kept for
-    the following weights with the same input, so that memory holds those of one input.
+    the following weights with the same input, so that memory holds those of one input. The weights
+    in `nearest` are rounded to nearest, as `note` says.
     """
 
-    def __init__(self, source: CalibrationSource) -> None:
-        self._source = source
+    def __init__(
+        self, source: CalibrationSource, nearest: Collection[str] = (), note: str | None = None
+    ) -> None:
+        self._source, self._nearest, self.note = source, nearest, note
         self._key: str | None = None
         self._prepared: Gptq | None = None
 
     def of(self, name: str) -> Rounding:
         """The rounding of the tensor called `name`."""
-        return _Late(self, name)
+        return quantize if name in self._nearest else _Late(self, name)
 
     def prepared(self, name: str) -> Gptq:
         """The rounding of a weight, with its statistics read."""
@@ -110,7 +119,7 @@ def load_roundings(
             f"{path}: not the calibration statistics that quality was measured with (SHA-256 "
             f"{quantizer.sha256[:12]}...); give that file with --moments FILE"
         )
-    return GptqRoundings(file)
+    return GptqRoundings(file, file.nearest, file.note)
 
 
 def rounding_key(

@@ -5,6 +5,7 @@ that act on the input are replaced on every stage but the first, and modules tha
 on every stage but the last (`llmpq.families.Family`).
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +13,10 @@ from torch import nn
 
 from llmpq.errors import UserError
 from llmpq.families import FAMILIES, Family, family_for
+from llmpq.precision import layer_precision
 
 LayerPart = Literal["attention", "ffn"]
+OF_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 ATTENTION = ("attn", "attention")  # in the names of linears that attend, in every family
 
 
@@ -28,12 +31,23 @@ class PartOfLayer:
     part: LayerPart
 
     def __call__(self, linear: str) -> str:
-        return self.precision if part_of(linear) == self.part else "16"
+        return precision_of(self.precision, linear) if part_of(linear) == self.part else "16"
 
 
 def part_of(linear: str) -> LayerPart:
     """The part of a layer that a linear belongs to, by its name."""
     return "attention" if any(word in linear for word in ATTENTION) else "ffn"
+
+
+def is_of_expert(linear: str) -> bool:
+    """Whether a linear is one of a routed expert's, by its name inside of a layer or model."""
+    return OF_EXPERT.search(linear) is not None
+
+
+def precision_of(layer: str, linear: str) -> str:
+    """The precision of a linear in a layer with the precision `layer`, such as "8+experts@4"."""
+    rest, experts = layer_precision(layer)
+    return experts if is_of_expert(linear) else rest
 
 
 def family_of(model: nn.Module, model_type: str) -> Family:

@@ -16,7 +16,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ from llmpq.models.adapt import adapt, mark_transposed
 from llmpq.models.attention import implementation_for
 from llmpq.models.buffers import compute_buffers
 from llmpq.models.experts import MakeLinear, pack_experts, routers
-from llmpq.models.family import family_of, find, replace
+from llmpq.models.family import family_of, find, precision_of, replace
 from llmpq.models.lanes import StageCache
 from llmpq.models.linears import LinearMaker, is_plain
 from llmpq.models.passing import Passing, gives_tuples, pass_over
@@ -50,7 +50,6 @@ from llmpq.models.sharding import (
     join_logits,
     sum_outputs,
 )
-from llmpq.precision import layer_precision
 from llmpq.quant import INPUTS, PlainLinear, QuantizedLinear
 
 # One precision for a layer, or one for each linear by its name inside ("self_attn.q_proj").
@@ -252,7 +251,7 @@ class StageModel(nn.Module):
             for name, linear in list(layer.named_modules()):
                 if is_plain(linear) and name not in kept:
                     part = self._sharding.part(name, linear.out_features, linear.in_features)
-                    own = _precision_of(precision, "rest", name)
+                    own = _precision_of(precision, name)
                     self.put(layer, name, make.like(linear, own, part))
             self._sharding.tell_heads(layer)
         head = find(self.model, self.family.head)
@@ -281,17 +280,14 @@ class StageModel(nn.Module):
         return self.head_name if name == f"{self.family.head}.weight" else name
 
 
-def _precision_of(precision: LayerPrecision, of: Literal["rest", "experts"], name: str) -> str:
+def _precision_of(precision: LayerPrecision, linear: str) -> str:
     """The precision of a linear of a layer, by its name inside."""
-    if not isinstance(precision, str):
-        return precision(name)
-    rest, experts = layer_precision(precision)
-    return experts if of == "experts" else rest
+    return precision_of(precision, linear) if isinstance(precision, str) else precision(linear)
 
 
 def _expert_maker(make: LinearMaker, precision: LayerPrecision) -> MakeLinear:
     """Makes the linears of a layer's experts at the layer's precision."""
-    return lambda name, *sizes: make(_precision_of(precision, "experts", name), *sizes)
+    return lambda name, *sizes: make(_precision_of(precision, name), *sizes)
 
 
 def load_config(model: Path) -> Any:

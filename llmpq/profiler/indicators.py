@@ -7,11 +7,14 @@
               mean second moment of the inputs, dW the change by rounding
     random    random numbers, larger at fewer bits: the baseline for the other indicators
 
-"measured" needs runs of variants, which this module only names; it computes the other three.
+"measured" needs runs of variants, which this module only names; it computes the other three. A
+layer at "8+experts@4" has the sum over experts' linears at 4 bits and all others at 8. An expert's
+error counts for the share of tokens that it sees.
 Not covered: the effect of 8-bit activations ("8-w8a8") in any indicator but "measured".
 """
 
 import random
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,9 +28,9 @@ from llmpq.checkpoint.checkpoint import Weights
 from llmpq.checkpoint.loader import load_stage
 from llmpq.checkpoint.roundings import NEAREST, Roundings
 from llmpq.evaluation.streaming import LayerObserver, stream
-from llmpq.models.family import PartOfLayer, part_of
+from llmpq.models.family import PartOfLayer, is_of_expert, part_of
 from llmpq.models.stage_model import LayerPrecision, LayerRange, StageModel
-from llmpq.precision import PRECISIONS, group_size
+from llmpq.precision import PRECISIONS, group_size, layer_precision, variance_of_errors
 from llmpq.profile_data import LayerSensitivity
 
 LayerPart = Literal["layer", "attention", "ffn"]
@@ -116,7 +119,7 @@ def random_rows(wanted: Sequence[SensitivityCell], seed: int) -> list[LayerSensi
     keys = dict.fromkeys((cell.layer, cell.part) for cell in wanted)
     drawn = {key: draw.random() for key in keys}
     return [
-        cell.row(drawn[cell.layer, cell.part] * 4.0 ** -PRECISIONS[cell.precision].weight_bits)
+        cell.row(drawn[cell.layer, cell.part] * variance_of_errors(cell.precision))
         for cell in wanted
     ]
 
@@ -126,6 +129,7 @@ class InputVariance:
     """The variance of the inputs of each linear, over tokens and features."""
 
     _sums: dict[str, list[float]] = field(default_factory=dict)
+    _tokens: Counter[str] = field(default_factory=Counter)
 
     @contextmanager
     def watch(self, stage: StageModel) -> Iterator[None]:
@@ -139,12 +143,16 @@ class InputVariance:
             handle.remove()
 
     def of(self, name: str) -> float:
-        """The variance of the inputs of the weight `name`."""
+        """The variance of the inputs of the weight `name`, times the share of tokens it saw."""
+        if name not in self._sums:  # an expert that no token was routed to
+            return 0.0
         count, total, squares = self._sums[name]
-        return max(0.0, squares / count - (total / count) ** 2)
+        share = self._tokens[name] / max(self._tokens.values())
+        return share * max(0.0, squares / count - (total / count) ** 2)
 
     def _add(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].float()
+        self._tokens[name] += x[..., 0].numel()
         new = (x.numel(), float(x.sum(dtype=torch.float64)), float(x.square().sum()))
         old = self._sums.get(name, [0.0, 0.0, 0.0])
         self._sums[name] = [a + b for a, b in zip(old, new, strict=True)]
@@ -171,16 +179,22 @@ def hessian_rows(
     wanted: Sequence[SensitivityCell],
     moments: Callable[[str], Tensor],
     on_layer: Callable[[int], None] = lambda _: None,
+    share: Callable[[str], float] = lambda _: 1.0,
 ) -> list[LayerSensitivity]:
-    """Rows of the Hessian indicator; `moments` maps weights to H, fp32 `[blocks, B, B]`."""
+    """Rows of the Hessian indicator; `moments` maps weights to H, fp32 `[blocks, B, B]`.
+
+    `share` maps them to the share of tokens that they see.
+    """
     eigenvalues: dict[str, float] = {}
 
     def damage(name: str, linear: Any, precision: str) -> float:
+        if not share(name):  # an expert that no token was routed to
+            return 0.0
         blocks = moments(name)
         if name not in eigenvalues:
             eigenvalues[name] = max(top_eigenvalue(block) for block in blocks)
         lost = _raw(loadable, name, linear) - linear.dequantized_weight().float()
-        return output_error(lost, blocks) * eigenvalues[name]
+        return share(name) * output_error(lost, blocks) * eigenvalues[name]
 
     return _operator_rows(loadable, wanted, damage, lambda precision: precision, on_layer)
 
@@ -225,22 +239,28 @@ def _operator_rows(
 ) -> list[LayerSensitivity]:
     """Sums `damage(name, linear, precision)` over the linears of every cell, layer by layer.
 
-    The linears are those of the layer at precision `loaded_at(precision)`.
+    The linears are those of the layer at precision `loaded_at(precision)`. Each precision is
+    computed once, whatever the number of pairs for experts and the rest that have it.
     """
-    sums = dict.fromkeys(wanted, 0.0)
-    precisions = list(dict.fromkeys(cell.precision for cell in wanted))
+    sums = defaultdict[tuple[int, str, LayerPart, bool], float](float)
+    alone = dict.fromkeys(part for cell in wanted for part in layer_precision(cell.precision))
     for layer in range(loadable.num_layers):
-        for precision in precisions:
+        for precision in (p for p in alone if p != "16"):
             stage = loadable.load(layer, layer + 1, [loaded_at(precision)])
             for name, linear in stage.linears().items():
                 lost = damage(name, linear, precision)
                 parts: tuple[LayerPart, ...] = ("layer", part_of(name))
-                for cell in (SensitivityCell(layer, precision, part) for part in parts):
-                    if cell in sums:
-                        sums[cell] += lost
+                for part in parts:
+                    sums[layer, precision, part, is_of_expert(name)] += lost
             del stage
         on_layer(layer + 1)
-    return [cell.row(total) for cell, total in sums.items()]
+
+    def total(cell: SensitivityCell) -> float:
+        rest, experts = layer_precision(cell.precision)
+        pairs = ((rest, False), (experts, True))
+        return sum(sums[cell.layer, precision, cell.part, one] for precision, one in pairs)
+
+    return [cell.row(total(cell)) for cell in wanted]
 
 
 def _raw(loadable: LoadableModel, name: str, linear: Any) -> Tensor:

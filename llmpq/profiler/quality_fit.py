@@ -9,7 +9,7 @@ import random
 import statistics
 from collections.abc import Sequence
 
-from llmpq.precision import PRECISIONS
+from llmpq.precision import variance_of_errors
 from llmpq.profile_data import MeasuredPlan, QualityFit
 
 NUM_MIXED_PLANS = 12
@@ -53,7 +53,7 @@ def _random_plan(num_layers: int, lower: Sequence[str], draw: random.Random) -> 
 
 
 def _severity(plan: Sequence[str]) -> float:
-    return math.fsum(4.0 ** -PRECISIONS[p].weight_bits for p in plan if p != "16")
+    return math.fsum(variance_of_errors(p) for p in plan if p != "16")
 
 
 def fit_quality(plans: Sequence[MeasuredPlan]) -> QualityFit:

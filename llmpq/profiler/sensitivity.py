@@ -118,7 +118,8 @@ def _calculated(
         return variance_rows(loadable, wanted, inputs.variance.of, on_layer)
     if recipe.indicator == "hessian":
         assert inputs.calibration is not None
-        return hessian_rows(loadable, wanted, inputs.calibration.statistics, on_layer)
+        statistics, share = inputs.calibration.statistics, inputs.calibration.share
+        return hessian_rows(loadable, wanted, statistics, on_layer, share)
     return random_rows(wanted, recipe.seed)
 
 

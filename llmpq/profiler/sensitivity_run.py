@@ -204,6 +204,8 @@ def _moments(
     say(
         f"calibration statistics: {path.stat().st_size / MIB:.1f} MiB from {about['tokens']} tokens"
     )
+    if file.note:
+        say(file.note)
     return file
 
 

@@ -48,7 +48,7 @@ class RunInputs:
     eos_ids: frozenset[int]
     roundings: Roundings
     cache: PackedCache | None
-    notes: list[str]  # on what of the checkpoint is not read
+    notes: list[str]  # on what of the checkpoint is not read, and on other roundings
     tokenizer: Any = None
     prompts: PromptFile | None = None
     windows: Any = None  # [n, W] token ids of the text on which quality is checked
@@ -73,6 +73,7 @@ def read_run_inputs(
     weights = Checkpoint(folder)
     notes = check_checkpoint(config, weights)
     roundings = load_roundings(plan.quantizer, files.moments, files.plan)
+    notes += [roundings.note] if roundings.note else []
     cache = open_cache(plan, files, weights, warn)
     eos_ids = frozenset() if files.ignore_eos else end_tokens(folder, config)
     if not leads:

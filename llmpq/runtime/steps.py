@@ -2,11 +2,12 @@
 
 A decode step is one function of static buffers (`_compute`): it reads a table of numbers and the
 states that came in, and writes the states or tokens that go out. For the families that are tested,
-it never waits for the device, looks at values or has a shape that depends on them. On a card it
-computes all rows of a lane and is captured in a CUDA graph for each (lane, width) that occurs,
-widths rounded up to a few (`graph_width`); elsewhere, and where capturing fails, the same function
-is called directly. A stage with both embedding and head keeps the tokens that it has chosen on the
-device for its next step.
+it never waits for the device, looks at values or has a shape that depends on them, unless layers
+route tokens to experts. On a card it computes all rows of a lane and is captured in a CUDA graph
+for each (lane, width) that occurs, widths rounded up to a few (`graph_width`); elsewhere, and where
+capturing fails, the same function is called directly. A stage with experts is never captured, as
+their numbers of rows depend on values; it computes the rows of a step alone. A stage with both
+embedding and head keeps the tokens that it has chosen on the device for its next step.
 
 Shapes: b rows of a step, H hidden size; `width`: columns that attention looks at.
 Not covered: stages that several devices share are not captured, as they talk to each other.
@@ -74,7 +75,9 @@ class DecodeStepRunner:
         self, stage: StageModel, cache: LaneCache, sampling: Sampling | Draws, graphs: bool = True
     ) -> None:
         self.stage, self.cache, self.sampling = stage, cache, sampling
-        self.graphs = Graphs(_why_no_graphs(stage, graphs))
+        waiting = _what_waits(stage)
+        self.graphs = Graphs(_why_no_graphs(stage, graphs, waiting))
+        self._rounds_up = _rounds_up(stage.device) and waiting is None
         device, rows = stage.device, max(shape.rows for shape in cache.shapes)
         self.is_first, self.is_last = stage.layers.is_first, stage.layers.is_last
         self._numbers = torch.zeros(5, rows, dtype=torch.int64, device=device)
@@ -117,7 +120,7 @@ class DecodeStepRunner:
         """
         shape = self.cache.shapes[job.lane]
         rows, width = job.rows, job.end
-        if _rounds_up(self.stage.device):
+        if self._rounds_up:
             rows, width = shape.rows, graph_width(width, shape)
         self._fill(job, rows, given)
         if (first, end) != (0, job.rows):
@@ -249,12 +252,17 @@ def _rounds_up(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _why_no_graphs(stage: StageModel, wanted: bool) -> str | None:
+def _why_no_graphs(stage: StageModel, wanted: bool, waiting: str | None) -> str | None:
     if not wanted:
         return "they are switched off"
     if stage.device.type != "cuda":
         return "they need a GPU"
     if stage.group is not None:
         return "several devices share the stage"
-    waiting = [m for m in stage.model.modules() if getattr(m, "waits_for_device", False)]
-    return f"{type(waiting[0]).__name__} waits for the device" if waiting else None
+    return f"{waiting} waits for the device" if waiting else None
+
+
+def _what_waits(stage: StageModel) -> str | None:
+    """The class of a module that looks at values, which no graph can hold; None where none does."""
+    waiting = (m for m in stage.model.modules() if getattr(m, "waits_for_device", False))
+    return next((type(module).__name__ for module in waiting), None)

@@ -46,6 +46,15 @@ _LATENT = GROUPED | {
 }
 _BLOOM = {"vocab_size": 97, "hidden_size": 32, "n_layer": 4, "n_head": 4, "pad_token_id": 0}
 
+_ROUTED = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
+_EXPERTS = GROUPED | {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
 # Family -> (prefix of transformers' classes, configuration)
 FAMILIES = {
     "opt": ("OPT", _SIZES | {"ffn_dim": 64}),
@@ -62,7 +71,63 @@ FAMILIES = {
     "deepseek_v2": ("DeepseekV2", _LATENT),
     "deepseek_v3": ("DeepseekV3", _LATENT),
     "deepseek_v3-q_proj": ("DeepseekV3", _LATENT | {"q_lora_rank": None}),
+    "deepseek_v2-experts": (
+        "DeepseekV2",
+        _LATENT | _ROUTED | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5},
+    ),
+    "deepseek_v3-experts": (
+        "DeepseekV3",
+        _LATENT | _ROUTED | {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5},
+    ),
+    "mixtral": ("Mixtral", _EXPERTS | {"num_local_experts": 4, "sliding_window": 8}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        _EXPERTS
+        | {"num_experts": 6, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1]},
+    ),
+    "qwen3_moe": ("Qwen3Moe", _EXPERTS | {"num_experts": 8, "head_dim": 16}),
+    "olmoe": ("Olmoe", _EXPERTS | {"num_experts": 5, "norm_topk_prob": True}),
+    "glm4_moe": (
+        "Glm4Moe",
+        _EXPERTS
+        | {
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "head_dim": 16,
+            "use_qk_norm": True,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        _EXPERTS | {"moe_num_experts": 6, "moe_k": 3, "moe_num_shared_experts": 1},
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        _EXPERTS | {"num_local_experts": 4, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    ),
+    "granitemoeshared": (
+        "GraniteMoeShared",
+        _EXPERTS | {"num_local_experts": 4, "shared_intermediate_size": 32},
+    ),
+    "llama4": (
+        "Llama4",
+        _EXPERTS
+        | {
+            "num_local_experts": 4,
+            "head_dim": 16,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 8,
+            "no_rope_layers": [1, 1, 1, 0],
+            "floor_scale": 8,
+        },
+    ),
+    "gpt_oss": ("GptOss", _EXPERTS | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 8}),
 }
+# Those with experts can have a precision for these alone.
+WITH_EXPERTS = [name for name, (_, sizes) in FAMILIES.items() if "moe_intermediate_size" in sizes]
 
 
 @dataclass
@@ -139,7 +204,7 @@ def hand_made_plan(
 def config_of(family: str) -> transformers.PretrainedConfig:
     """transformers' configuration of a family."""
     prefix, sizes = FAMILIES[family]
-    text = "Text" if prefix == "Gemma3" else ""
+    text = "Text" if prefix in ("Gemma3", "Llama4") else ""
     return getattr(transformers, f"{prefix}{text}Config")(**sizes)
 
 

@@ -5,7 +5,7 @@ No card is needed: `_compute` is the function that is captured, and it runs here
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, WITH_EXPERTS, config_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -87,13 +87,26 @@ def compute(folder, spoil=None, layers=ALL):
             return made._compute(0, range(4), 32)
 
 
-@every_family
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WITH_EXPERTS])
 def test_a_step_waits_for_nothing_and_looks_at_no_value(family_model, family):
     folder = family_model(family).folder
     assert compute(folder).shape == (4,)
     for layers in (LayerRange(0, 2, 4), LayerRange(1, 3, 4)):
         assert compute(folder, layers=layers).shape[:2] == (4, 1)
     assert compute(folder, layers=LayerRange(2, 4, 4)).shape == (4,)
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_a_stage_with_experts_looks_at_values_and_is_not_captured(family):
+    config = config_of(family)
+    stages = (
+        StageModel(config, LayerRange(n, n + 1, 4), ["16"], torch.bfloat16, META) for n in range(4)
+    )
+    waits = [steps._what_waits(stage) for stage in stages]
+    dense = {"qwen2_moe": [1], "glm4_moe": [0], "ernie4_5_moe": [0], "llama4": [0, 2]}.get(
+        family, []
+    )
+    assert waits == [None if layer in dense else "PackedExperts" for layer in range(4)]
 
 
 @pytest.mark.parametrize(

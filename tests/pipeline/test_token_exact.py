@@ -6,7 +6,7 @@ batches are kept together (`refill` off), and the tokens of other cuts are the s
 
 import pytest
 import torch
-from families import CPU, FAMILIES, MAX_NEW, config_of, generate_locally
+from families import CPU, FAMILIES, MAX_NEW, WITH_EXPERTS, config_of, generate_locally
 
 from llmpq.families import TESTED
 from llmpq.plan_data import Plan
@@ -61,6 +61,20 @@ def test_mixed_precisions_give_the_same_tokens_for_one_and_three_stages(family_m
     assert one == three
 
 
+# Of each layer, with the experts at a precision of their own.
+OF_EXPERTS = (["8+experts@4"] * 4, ["16+experts@3", "8", "4+experts@8", "8+experts@4"])
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_precisions_of_experts_give_the_same_tokens_for_any_number_of_stages(family_model, family):
+    model = family_model(family)
+    for mixed in OF_EXPERTS:
+        one, *others = (
+            model.generate(ends, mixed, dtype=torch.bfloat16, how=TOGETHER) for ends in CUTS
+        )
+        assert others == [one, one], mixed
+
+
 @pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
 def test_eight_bit_activations_give_the_same_tokens_for_one_and_three_stages(family_model, family):
     if "8-w8a8" not in available_precisions(CPU, torch.bfloat16):
@@ -74,14 +88,14 @@ def test_eight_bit_activations_give_the_same_tokens_for_one_and_three_stages(fam
 
 
 @pytest.mark.parametrize("sizes", MICRO_BATCHES, ids=str)
-@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "gemma2", "deepseek_v3", *WITH_EXPERTS])
 def test_fp32_tokens_do_not_depend_on_micro_batches(family_model, family, sizes):
     model = family_model(family)
     for ends in ([4], [2, 4]):
         assert model.generate(ends, **sizes) == model.expected, ends
 
 
-@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "mistral", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "mistral", "gemma2", "deepseek_v3", *WITH_EXPERTS])
 def test_fp32_tokens_do_not_depend_on_refill_or_chunks(family_model, family):
     model = family_model(family)
     for how in ({"refill": False}, {"chunk": 16}, {"chunk": 16, "refill": False}):
