@@ -22,7 +22,8 @@ from typing import Any
 from llmpq.artifact import cache_folder, parse_json, show_value, write_text
 from llmpq.config_keys import ConfigKeys
 from llmpq.errors import UserError
-from llmpq.families import family_for, has_sizes, llama_sizes
+from llmpq.families import family_for, has_sizes
+from llmpq.family_sizes import llama_sizes
 from llmpq.model_known import is_known, num_experts, odd_number, with_floats
 from llmpq.model_spec import ASSETS, LinearShape, ModelSpec
 from llmpq.version import __version__
