@@ -50,7 +50,7 @@ def count_family(family: str, sizes: dict[str, int]) -> Activations:
     row, settings = FAMILIES[family], _configuration(sizes)
     if row.heads_fill_hidden:
         del settings["head_dim"]
-    configs = [AutoConfig.for_model(family, **settings | variant) for variant in row.variants]
+    configs = [AutoConfig.for_model(family, **settings | dict(variant)) for variant in row.variants]
     named = dict(sizes)
     if sizes["kv_heads"] == sizes["heads"]:
         del named["kv_heads"]
