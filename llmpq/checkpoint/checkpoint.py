@@ -16,11 +16,13 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
+from llmpq.artifact import parse_json
 from llmpq.checkpoint.checkpoint_files import StoredTensor, find_weights, load_bin, reading
 from llmpq.checkpoint.fingerprint import fingerprint
 from llmpq.checkpoint.float8 import float8_of
 from llmpq.checkpoint.prequantized import OLD_GPTQ, quantized_format
 from llmpq.errors import UserError
+from llmpq.language_part import has_other_parts, names_inside
 from llmpq.quant import PackedWeight, TensorPart
 
 ROWS_AT_ONCE = 4096  # rows of two matrices that are compared at a time
@@ -53,6 +55,8 @@ class Checkpoint:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such model directory")
         self._stored = find_weights(folder)
+        settings = folder / "config.json"
+        self.has_other_parts = settings.is_file() and has_other_parts(parse_json(settings))
         self._packing, self._float8 = quantized_format(folder), float8_of(folder)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -132,8 +136,8 @@ class Checkpoint:
         """The stored names that the tensor `name` is read from; several for a quantized one."""
         held = self._packing if self.is_packed(name) else self._float8
         if held is None or not (self.is_packed(name) or self.is_float8(name)):
-            return [alias for alias in _aliases(name) if alias in self._stored]
-        linears = _aliases(name.removesuffix(".weight"))
+            return [alias for alias in self._names(name) if alias in self._stored]
+        linears = self._names(name.removesuffix(".weight"))
         parts = [f"{linear}.{part}" for linear in linears for part in held.parts]
         return [part for part in parts if part in self._stored]
 
@@ -167,7 +171,7 @@ class Checkpoint:
 
     def fault(self, name: str, reason: str) -> UserError:
         """The error that names a tensor, its file and what is wrong with it."""
-        stored = next((n for n in _aliases(name) if n in self._stored), name)
+        stored = next((n for n in self._names(name) if n in self._stored), name)
         path = self._stored[stored].path if stored in self._stored else self.folder
         return UserError(f"{path}: tensor '{stored}' {reason}")
 
@@ -182,10 +186,14 @@ class Checkpoint:
         return self._packing is not None and linear != name and self._packing.holds(linear, self)
 
     def __contains__(self, name: str) -> bool:
-        return any(candidate in self._stored for candidate in _aliases(name))
+        return any(candidate in self._stored for candidate in self._names(name))
+
+    def _names(self, name: str) -> list[str]:
+        """The names that a tensor may have in the files."""
+        return _aliases(name) + (names_inside(name) if self.has_other_parts else [])
 
     def _resolve(self, name: str) -> str:
-        for candidate in _aliases(name):
+        for candidate in self._names(name):
             if candidate in self._stored:
                 return candidate
         raise UserError(f"{self.folder}: the checkpoint has no tensor '{name}'")

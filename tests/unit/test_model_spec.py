@@ -1,5 +1,6 @@
 """The counts of `ModelSpec` against transformers' own modules, built on the meta device."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from llmpq.errors import UserError
 from llmpq.families import CUTS, FAMILIES, SHARED
-from llmpq.model_lookup import load_model_spec, spec_from_config
+from llmpq.model_lookup import load_model_spec, read_config, spec_from_config
 from llmpq.model_spec import ModelSpec, shard_faults, tensor_parallel_degrees
 
 LLAMA = {
@@ -175,8 +176,35 @@ def test_full_configuration_counts_the_same(case: str) -> None:
 def test_models_of_text_and_images_are_refused() -> None:
     inner = {"model_type": "gemma3_text", **GEMMA}
     assert spec_from_config(inner | {"text_config": {}}, name="m") == spec_from_config(inner, "m")
-    with pytest.raises(UserError, match="c.json: 'gemma3' is a multimodal model"):
-        spec_from_config({"model_type": "gemma3", "text_config": inner}, "m", "c.json")
+    with pytest.raises(UserError, match="c.json: 'llava' is a multimodal model"):
+        spec_from_config({"model_type": "llava", "text_config": inner}, "m", "c.json")
+
+
+def test_a_language_model_is_planned_alone(tmp_path: Path) -> None:
+    """As in Gemma 3's files, which leave out what is the default of their class."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240}
+    text |= {"num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}}
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"eos_token_id": [1, 106]}))
+    spec = load_model_spec(str(tmp_path))
+    assert (spec.model_type, spec.num_layers, spec.vocab_size) == ("gemma3_text", 34, 262208)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.tied) == (8, 4, 256, True)
+    assert spec.has_other_parts and not load_model_spec("tiny-tales").has_other_parts
+    assert "has_other_parts" not in spec.model_dump()
+    assert read_config(tmp_path / "config.json")["eos_token_id"] == [1, 106]
+
+
+@pytest.mark.parametrize(
+    ("whole", "text", "tied"),
+    [(None, None, False), (True, None, True), (None, True, True), (False, True, True)],
+)
+def test_qwens_files_say_in_either_place_that_the_head_is_tied(
+    whole: bool | None, text: bool | None, tied: bool, tmp_path: Path
+) -> None:
+    config = {"model_type": "qwen2_vl", "tie_word_embeddings": whole, "vision_config": {}}
+    inner = {"model_type": "qwen2_vl_text", "tie_word_embeddings": text, **LLAMA}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": inner}))
+    assert load_model_spec(str(tmp_path)).tied == tied
 
 
 def test_unknown_family_is_a_guess() -> None:
