@@ -6,7 +6,7 @@ from llmpq.artifact import show_value
 from llmpq.errors import UserError
 
 MOST_SIZE = 2**31 - 1  # of anything that a configuration counts
-MOST_LAYERS, LAYER_KEYS = 10_000, ("num_hidden_layers", "n_layer")
+MOST_LAYERS, LAYER_KEYS = 10_000, ("num_hidden_layers", "n_layer", "n_layers")
 
 
 class ConfigKeys:

@@ -1,10 +1,10 @@
 """The differences between families of decoder models: a row of `FAMILIES` for each, without torch.
 
 A row gives the paths of the parts of transformers' module, the numbers of parameters that follow
-from a configuration, the settings that change the memory of a layer, and peculiarities of the
-family. All other modules of llmpq ask the row and name no family. A model type without a row is
-assumed to be laid out like LLaMA; its sizes are counted on transformers' own modules
-(`llmpq.evaluation.judge`).
+from a configuration (`llmpq.family_sizes`), the settings that change the memory of a layer, and
+peculiarities of the family. All other modules of llmpq ask the row and name no family. A model type
+without a row is assumed to be laid out like LLaMA; its sizes are counted on transformers' own
+modules (`llmpq.evaluation.judge`).
 
 CONTRIBUTING.md says how to add one. Tests compare the counts with transformers' own modules,
 and tokens of pipelines with those of the whole model. assets/activations.json holds the activations
@@ -16,9 +16,19 @@ Not covered: options of single models, which their settings give.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from llmpq.config_keys import ConfigKeys
+from llmpq.family_sizes import (
+    ModelSizes,
+    bloom_sizes,
+    fused_qkv_sizes,
+    gpt2_sizes,
+    llama_sizes,
+    mpt_sizes,
+    opt_sizes,
+    phi_sizes,
+)
 
 # How devices that share a layer cut its matrices: by output features, by input features (their
 # results are then summed), or by output features a key-value head at a time ("kv"): where there
@@ -40,145 +50,6 @@ CUTS: dict[str, Cut] = {
     "fc2": "in",
     "dense_4h_to_h": "in",
 }
-
-
-class Matrix(NamedTuple):
-    """A weight matrix `[out_features, in_features]` of a layer."""
-
-    name: str
-    out_features: int
-    in_features: int
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """The sizes that follow from a configuration: counts of parameters, as in `ModelSpec`."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    linears: tuple[Matrix, ...] = ()
-    layer_other_params: int = 0
-    embedding_params: int = 0
-    head_params: int = 0
-    final_params: int = 0
-    tied: bool = False
-    eager_attention: bool = False
-
-
-# ---- the sizes that follow from a configuration
-
-
-def _common(keys: ConfigKeys, ffn_factor: int | None = None) -> ModelSizes:
-    """The sizes that every family's configuration gives under some key; others are missing."""
-    hidden = keys.count("hidden_size", "n_embed")
-    heads = keys.count("num_attention_heads", "n_head")
-    ffn_default = ffn_factor * hidden if ffn_factor else None
-    return ModelSizes(
-        num_layers=keys.count("num_hidden_layers", "n_layer"),
-        hidden_size=hidden,
-        ffn_size=keys.count("intermediate_size", "ffn_dim", default=ffn_default),
-        num_heads=heads,
-        num_kv_heads=keys.count("num_key_value_heads", default=heads),
-        head_dim=keys.count("head_dim", default=max(1, hidden // heads)),
-        vocab_size=keys.count("vocab_size"),
-        max_positions=keys.count("max_position_embeddings", "seq_length", default=2048),
-    )
-
-
-def llama_sizes(
-    keys: ConfigKeys,
-    *,
-    qkv_bias: bool | None = None,
-    norms: int = 2,
-    qk_norm: bool = False,
-    tied: bool = False,
-    eager_attention: bool = False,
-) -> ModelSizes:
-    """Sizes of models with gated feed-forward, rotary positions, RMS norms, grouped queries."""
-    spec = _common(keys)
-    hidden, ffn, dim = spec.hidden_size, spec.ffn_size, spec.head_dim
-    query, key_value = spec.num_heads * dim, spec.num_kv_heads * dim
-    attention_bias = keys.flag("attention_bias", False)
-    biased_qkv = attention_bias if qkv_bias is None else qkv_bias
-    other = norms * hidden + (2 * dim if qk_norm else 0)
-    other += (query + 2 * key_value) if biased_qkv else 0
-    other += hidden if attention_bias else 0
-    other += (2 * ffn + hidden) if keys.flag("mlp_bias", False) else 0
-    linears = (
-        Matrix("q_proj", query, hidden),
-        Matrix("k_proj", key_value, hidden),
-        Matrix("v_proj", key_value, hidden),
-        Matrix("o_proj", hidden, query),
-        Matrix("gate_proj", ffn, hidden),
-        Matrix("up_proj", ffn, hidden),
-        Matrix("down_proj", hidden, ffn),
-    )
-    return replace(
-        spec,
-        linears=linears,
-        layer_other_params=other,
-        embedding_params=spec.vocab_size * hidden,
-        head_params=spec.vocab_size * hidden,
-        final_params=hidden,
-        tied=keys.flag("tie_word_embeddings", tied),
-        eager_attention=eager_attention,
-    )
-
-
-def _opt_sizes(keys: ConfigKeys) -> ModelSizes:
-    spec = _common(keys)
-    hidden, ffn = spec.hidden_size, spec.ffn_size
-    embed = keys.count("word_embed_proj_dim", default=hidden)
-    bias = 4 * hidden + ffn + hidden if keys.flag("enable_bias", True) else 0
-    positions = (spec.max_positions + 2) * hidden
-    project = embed * hidden if embed != hidden else 0
-    final_norm = 2 * hidden if keys.flag("do_layer_norm_before", True) else 0
-    attention = tuple(Matrix(f"{n}_proj", hidden, hidden) for n in ("q", "k", "v", "out"))
-    return replace(
-        spec,
-        linears=(*attention, Matrix("fc1", ffn, hidden), Matrix("fc2", hidden, ffn)),
-        layer_other_params=4 * hidden + bias,
-        embedding_params=spec.vocab_size * embed + positions + project,
-        head_params=spec.vocab_size * embed,
-        final_params=final_norm + project,
-        tied=keys.flag("tie_word_embeddings", True),
-    )
-
-
-def _fused_qkv_sizes(keys: ConfigKeys, tied: bool) -> ModelSizes:
-    """Sizes of BLOOM and GPT-NeoX: one matrix for query, key and value; biases everywhere."""
-    spec = _common(keys, ffn_factor=4)
-    hidden, ffn = spec.hidden_size, spec.ffn_size
-    attention_bias = 4 * hidden if keys.flag("attention_bias", True) else 0
-    return replace(
-        spec,
-        linears=(
-            Matrix("query_key_value", 3 * hidden, hidden),
-            Matrix("dense", hidden, hidden),
-            Matrix("dense_h_to_4h", ffn, hidden),
-            Matrix("dense_4h_to_h", hidden, ffn),
-        ),
-        layer_other_params=4 * hidden + attention_bias + ffn + hidden,
-        embedding_params=spec.vocab_size * hidden,
-        head_params=spec.vocab_size * hidden,
-        final_params=2 * hidden,
-        tied=keys.flag("tie_word_embeddings", tied),
-    )
-
-
-def _bloom_sizes(keys: ConfigKeys) -> ModelSizes:
-    sizes = _fused_qkv_sizes(keys, tied=True)
-    norm = 2 * sizes.hidden_size  # the weight and bias of the embedding's norm
-    return replace(sizes, embedding_params=sizes.embedding_params + norm, eager_attention=True)
-
-
-# ---- the families
 
 
 @dataclass(frozen=True)
@@ -268,7 +139,7 @@ FAMILIES: dict[str, Family] = {
         final=("final_layer_norm", "project_out"),
         input=("project_in",),
         positions=("embed_positions",),
-        sizes=_opt_sizes,
+        sizes=opt_sizes,
         is_tested=True,
         variants=({}, {"enable_bias": False}),
         heads_fill_hidden=True,
@@ -279,7 +150,7 @@ FAMILIES: dict[str, Family] = {
         embedding="word_embeddings",
         final=("ln_f",),
         input=("word_embeddings_layernorm",),
-        sizes=_bloom_sizes,
+        sizes=bloom_sizes,
         is_tested=True,
         variants=({}, {"apply_residual_connection_post_layernorm": True}),
         heads_fill_hidden=True,
@@ -290,7 +161,7 @@ FAMILIES: dict[str, Family] = {
         embedding="embed_in",
         final=("final_layer_norm",),
         head_in_files="embed_out",
-        sizes=partial(_fused_qkv_sizes, tied=False),
+        sizes=partial(fused_qkv_sizes, tied=False),
         is_tested=True,
         variants=({}, {"use_parallel_residual": False}, {"rotary_pct": 1.0}),
         heads_fill_hidden=True,
@@ -308,7 +179,47 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": replace(_WITH_EXPERTS, stacked=StackedExperts(transposed=True, interleaved=True)),
     "deepseek_v2": _WITH_EXPERTS,
     "deepseek_v3": _WITH_EXPERTS,
-    "phi": Family(final=("final_layernorm",)),
+    "gpt2": Family(
+        decoder="transformer",
+        layers="h",
+        embedding="wte",
+        positions=("wpe",),
+        final=("ln_f",),
+        sizes=gpt2_sizes,
+        is_tested=True,
+        can_share=False,  # the fused matrix has all queries first
+        heads_fill_hidden=True,
+    ),
+    "falcon": Family(
+        decoder="transformer",
+        layers="h",
+        embedding="word_embeddings",
+        final=("ln_f",),
+        is_tested=True,
+        can_share=False,  # the fused matrix may have one key-value head
+    ),
+    "mpt": Family(
+        decoder="transformer",
+        layers="blocks",
+        embedding="wte",
+        final=("norm_f",),
+        sizes=mpt_sizes,
+        is_tested=True,
+        can_share=False,  # the fused matrix has all queries first
+        heads_fill_hidden=True,
+    ),
+    "phi": Family(
+        final=("final_layernorm",),
+        sizes=phi_sizes,
+        is_tested=True,
+        variants=({}, {"qk_layernorm": True}, {"partial_rotary_factor": 1.0}),
+        heads_fill_hidden=True,
+    ),
+    "smollm3": Family(
+        sizes=partial(llama_sizes, tied=True),
+        is_tested=True,
+        variants=({}, {"use_sliding_window": True, "sliding_window": 4096}),
+    ),
     "glm4": Family(overflows_float16=True),
     "plamo2": Family(overflows_float16=True),
 }

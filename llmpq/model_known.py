@@ -29,6 +29,16 @@ ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 NUMBERS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_pct")
 NUM_EXPERTS = r"(moe_)?(num|n)_(local_|routed_)?experts"
+# Types of models, kinds of layers and settings that only layers with another state than keys and
+# values have: state spaces, linear attention, recurrences, convolutions over tokens, and keys of
+# an index (sparse attention). Read from the configurations of transformers 5.23 and of files.
+STATE_TYPES = r"rwkv|xlstm|mamba|jamba|zamba|bamba"
+STATE_LAYERS = r"linear|mamba|conv|recurrent|hybrid|indexed|compressed"
+STATE_KEYS = (
+    r"((n|use)_)?mamba_.*|ssm_.*|linear_(attn|num|conv|key|value|head)_.*|conv_(kernel.*|L_cache)"
+    r"|state_size|lru_width|time_step_rank|attn_layer_(period|indices)|hybrid_override_pattern"
+    r"|index_(topk|n_heads|head_dim)"
+)
 EPSILONS = ("_eps", "_epsilon")
 SPECIAL = ("Infinity", "-Infinity", "NaN")
 
@@ -70,6 +80,22 @@ def num_experts(config: Any) -> int:
             values = value if isinstance(value, list) else [value]
             found += [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
     return max(found, default=0)
+
+
+def state_beside_keys(config: Mapping[str, Any]) -> str | None:
+    """The setting that shows layers with another state than keys and values; None without one.
+
+    Where a model lists the kinds of its layers, these count, and not settings of kinds it lacks.
+    """
+    if re.search(STATE_TYPES, str(config.get("model_type"))):
+        return "as its type says"
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and kinds:
+        found = next((kind for kind in kinds if re.search(STATE_LAYERS, str(kind))), None)
+        return found and f"'layer_types' has '{found}'"
+    keys = (key for key, value in config.items() if value not in (None, False))
+    found = next((key for key in keys if re.fullmatch(STATE_KEYS, key)), None)
+    return found and f"it has a '{found}'"
 
 
 def is_known(config: Mapping[str, Any], num_layers: int, heads: tuple[int, int, int]) -> bool:

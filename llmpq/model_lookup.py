@@ -22,8 +22,16 @@ from typing import Any
 from llmpq.artifact import cache_folder, parse_json, show_value, write_text
 from llmpq.config_keys import ConfigKeys
 from llmpq.errors import UserError
-from llmpq.families import family_for, has_sizes, llama_sizes
-from llmpq.model_known import is_known, num_experts, odd_number, with_floats
+from llmpq.families import family_for, has_sizes
+from llmpq.family_sizes import llama_sizes
+from llmpq.language_part import LANGUAGE_PARTS, has_other_parts, language_part
+from llmpq.model_known import (
+    is_known,
+    num_experts,
+    odd_number,
+    state_beside_keys,
+    with_floats,
+)
 from llmpq.model_spec import ASSETS, LinearShape, ModelSpec
 from llmpq.version import __version__
 
@@ -39,7 +47,12 @@ def load_model_spec(model: str) -> ModelSpec:
     Raises `UserError` where llmpq cannot serve such a model, with the reason.
     """
     path = config_path(model)
-    config = read_config(path)
+    whole = _read_whole(path)
+    spec = _spec(language_part(whole), model, path)
+    return spec.model_copy(update={"has_other_parts": has_other_parts(whole)})
+
+
+def _spec(config: dict[str, Any], model: str, path: Path) -> ModelSpec:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or has_sizes(model_type):
         spec = spec_from_config(config, name=model, source=str(path))
@@ -63,7 +76,14 @@ def check_model(folder: Path, planned: ModelSpec, whose: str) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a `config.json`, its special numbers as transformers reads them."""
+    """The settings in a `config.json`; of a model of text and images, those of its language model.
+
+    Special numbers are read as transformers reads them.
+    """
+    return language_part(_read_whole(path))
+
+
+def _read_whole(path: Path) -> dict[str, Any]:
     config = with_floats(parse_json(path))
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a model configuration, found {type(config).__name__}")
@@ -77,10 +97,15 @@ def refuse_plainly(config: dict[str, Any], source: str) -> None:
         raise UserError(f"{source}: '{odd[0]}' is {show_value(odd[1])}, which no model can have")
     if not isinstance(config.get("text_config", {}), dict):
         raise UserError(f"{source}: 'text_config' must be an object")
+    if state := state_beside_keys(config) or state_beside_keys(config.get("text_config", {})):
+        raise UserError(
+            f"{source}: layers of this '{model_type}' model keep a state that is not keys and "
+            f"values ({state}), which llmpq does not serve"
+        )
     if "text_config" in config and not has_sizes(model_type):
         raise UserError(
-            f"{source}: '{model_type}' is a multimodal model (it has a 'text_config'), which llmpq "
-            "cannot load; use a text-only model of the family"
+            f"{source}: '{model_type}' is a multimodal model (it has a 'text_config'), whose text "
+            f"model llmpq cannot load; it can of {', '.join(LANGUAGE_PARTS)}"
         )
 
 

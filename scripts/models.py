@@ -30,7 +30,7 @@ from llmpq.errors import UserError
 from llmpq.evaluation.judge import judge
 from llmpq.evaluation.verify import verify
 from llmpq.families import has_sizes
-from llmpq.model_lookup import load_model_spec, refuse_plainly
+from llmpq.model_lookup import load_model_spec, read_config, refuse_plainly
 from llmpq.models.stage_model import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +93,7 @@ def tried(model_type: str, class_name: str) -> Result:
 
 
 def _serve(path: Path, model_type: str) -> None:
-    refuse_plainly(json.loads(path.read_text()), str(path))
+    refuse_plainly(read_config(path), str(path))
     if has_sizes(model_type):
         load_model_spec(str(path))
     else:

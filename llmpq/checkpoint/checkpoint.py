@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
+from llmpq.artifact import parse_json
 from llmpq.checkpoint.checkpoint_files import StoredTensor, find_weights, load_bin, reading
 from llmpq.checkpoint.fingerprint import fingerprint
 from llmpq.checkpoint.float8 import Float8, float8_of
@@ -31,6 +32,7 @@ from llmpq.checkpoint.stored_names import (
     stacked_experts,
 )
 from llmpq.errors import UserError
+from llmpq.language_part import has_other_parts, names_inside
 from llmpq.precision import layer_precision
 from llmpq.quant import PackedWeight, TensorPart
 
@@ -64,6 +66,8 @@ class Checkpoint:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such model directory")
         self._stored = find_weights(folder)
+        settings = folder / "config.json"
+        self.has_other_parts = settings.is_file() and has_other_parts(parse_json(settings))
         self._stacked = stacked_experts(folder)
         self._packing, self._floats = quantized_format(folder), self._small_floats()
 
@@ -244,10 +248,14 @@ class Checkpoint:
             return Mxfp4(self._stacked.interleaved)
         return float8_of(self.folder)
 
+    def _names(self, name: str) -> list[str]:
+        """The names that a tensor may have in the files."""
+        return _aliases(name) + (names_inside(name) if self.has_other_parts else [])
+
     def _places(self, name: str) -> Iterator[Place]:
         """Where the files hold a tensor; a second place holds the same tensor again."""
         for place in places(name):
-            for alias in _aliases(place.stored):
+            for alias in self._names(place.stored):
                 if alias in self._stored:
                     yield place._replace(stored=alias)
 

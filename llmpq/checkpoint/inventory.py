@@ -20,6 +20,7 @@ import torch
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.checkpoint.checkpoint_files import StoredTensor, unread
 from llmpq.errors import UserError
+from llmpq.language_part import OTHER_PARTS
 from llmpq.models.raw_tensors import RawTensor
 from llmpq.models.stage_model import LayerRange, StageModel
 
@@ -71,17 +72,23 @@ def check_checkpoint(config: Any, weights: Checkpoint) -> list[str]:
     if stage.head_is_tied:
         _tie_names(wanted, stage, weights)
     consumed = {source for name in wanted for source in weights.sources(name)}
-    left = [name for name in weights.stored if name not in consumed]
+    unread_names = [name for name in weights.stored if name not in consumed]
+    left = [name for name in unread_names if not _is_of_other_part(weights, name)]
     _refuse_formats(weights, left)
     _refuse_missing(weights, wanted, left)
     for raw in wanted.values():
         _check_tensor(stage, weights, raw)
     _refuse_more_experts(weights, wanted)
     _try_one(weights, wanted.values())
-    left = _unknown(stage, weights, left)
-    later = _later_layers(stage, weights, left)
-    _refuse_rest(stage, weights, [name for name in left if name not in later])
-    notes = [unread(weights.folder), _note_on(later), _note_on_head(stage, weights)]
+    unknown = _unknown(stage, weights, left)
+    later = _later_layers(stage, weights, unknown)
+    _refuse_rest(stage, weights, [name for name in unknown if name not in later])
+    notes = [
+        unread(weights.folder),
+        _note_on(later),
+        _note_on_head(stage, weights),
+        _note_on_other_parts(weights, len(unread_names) - len(left)),
+    ]
     return [f"{weights.folder}: {note}" for note in notes if note]
 
 
@@ -213,6 +220,17 @@ def _note_on(later: dict[str, int]) -> str | None:
     if not later:
         return None
     return f"{len(later)} tensors of multi-token prediction (MTP) layers are not used"
+
+
+def _is_of_other_part(weights: Checkpoint, name: str) -> bool:
+    """Whether a tensor belongs to a part of the model that is not served."""
+    return weights.has_other_parts and re.search(OTHER_PARTS, name) is not None
+
+
+def _note_on_other_parts(weights: Checkpoint, count: int) -> str | None:
+    if not weights.has_other_parts:
+        return None
+    return f"the {count} tensors beside the language model are not read: images are not served"
 
 
 def _note_on_head(stage: StageModel, weights: Checkpoint) -> str | None:

@@ -113,6 +113,7 @@ def _sizes(spec: ModelSpec, batch: MicroBatch) -> dict[str, int]:
         "kv_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
         "vocab": spec.vocab_size,
+        "positions": spec.max_positions,
     }
 
 

@@ -85,9 +85,11 @@ def small_copy(config: Any) -> Any:
     sizes = {
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
+        "num_kv_heads": kv_heads,
         "hidden_size": hidden,
         "intermediate_size": INNER_WIDTH if num_experts(data) > 1 else 2 * hidden,
         "ffn_dim": 2 * hidden,
+        "ffn_hidden_size": 2 * hidden,
         "word_embed_proj_dim": size if projected else hidden,
         "vocab_size": VOCABULARY,
         "sliding_window": WINDOW,
@@ -135,7 +137,8 @@ def _early_kinds(data: Mapping[str, Any], total: int) -> dict[str, Any]:
 def _few_heads(config: Any) -> tuple[int, int]:
     """Few query and key-value heads, grouped alike."""
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    names = ("num_key_value_heads", "num_kv_heads")
+    kv_heads = next((own for name in names if (own := getattr(config, name, None))), heads)
     few = 1 if kv_heads == 1 and heads > 1 else 2
     return few * min(heads // kv_heads, 3), few
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -24,6 +25,7 @@ NAMED = {
     "kv_heads": KV_HEADS,
     "head_dim": HEAD_DIM,
     "vocab": 2 * 1019,
+    "positions": 65537,
 }
 # The sizes for families whose heads fill the hidden size.
 WHOLE = NAMED | {"hidden": HEADS * HEAD_DIM}
@@ -45,22 +47,23 @@ def count_families() -> dict[str, Activations]:
 
 def count_family(family: str, sizes: dict[str, int]) -> Activations:
     """The snapshots of all variants of one family at these sizes."""
-    configs = [
-        AutoConfig.for_model(family, **_configuration(sizes), **variant)
-        for variant in FAMILIES[family].variants
-    ]
+    row, settings = FAMILIES[family], _configuration(sizes)
+    if row.heads_fill_hidden:
+        del settings["head_dim"]
+    configs = [AutoConfig.for_model(family, **settings | dict(variant)) for variant in row.variants]
     named = dict(sizes)
     if sizes["kv_heads"] == sizes["heads"]:
         del named["kv_heads"]
     return count_activations(configs, named)
 
 
-def _configuration(sizes: Mapping[str, int]) -> dict[str, int]:
+def _configuration(sizes: Mapping[str, int]) -> dict[str, Any]:
     """The settings of a configuration of any family, which uses the keys that it knows."""
     return {
         "hidden_size": sizes["hidden"],
         "intermediate_size": sizes["ffn"],
         "ffn_dim": sizes["ffn"],
+        "n_inner": sizes["ffn"],
         "num_hidden_layers": NUM_LAYERS,
         "num_attention_heads": sizes["heads"],
         "n_head": sizes["heads"],
@@ -69,6 +72,7 @@ def _configuration(sizes: Mapping[str, int]) -> dict[str, int]:
         "vocab_size": sizes["vocab"],
         "word_embed_proj_dim": sizes["hidden"],
         "max_position_embeddings": 10**6,
+        "max_seq_len": sizes["positions"],
         "pad_token_id": 0,
     }
 

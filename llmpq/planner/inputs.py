@@ -196,6 +196,8 @@ def _why_no_precision(inputs: Inputs, name: str) -> str:
 def _notes(inputs: Inputs, times: dict[str, LayerTimes]) -> list[str]:
     guessed = [name for name, t in times.items() if not t.measured]
     notes = unused_profiles(inputs.cluster, inputs.spec, inputs.profiles)
+    if inputs.spec.has_other_parts:
+        notes.append("the language model alone is planned: images are not served")
     if inputs.spec.guessed:
         notes.append(f"{inputs.spec.model_type} is not a known family; treated as LLaMA-like")
     if guessed:

@@ -54,6 +54,15 @@ _ROUTED = {
     "moe_intermediate_size": 48,
 }
 _EXPERTS = GROUPED | {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}
+_FALCON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_MPT = {"vocab_size": 97, "d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 128}
 
 # Family -> (prefix of transformers' classes, configuration)
 FAMILIES = {
@@ -68,6 +77,16 @@ FAMILIES = {
     "gemma2": ("Gemma2", GROUPED | {"head_dim": 8, "sliding_window": 8}),
     "granite": ("Granite", GROUPED | {"embedding_multiplier": 3.0, "logits_scaling": 2.0}),
     "gemma3": ("Gemma3", GROUPED | {"head_dim": 8, "sliding_window": 8}),
+    "gpt2": ("GPT2", _GPT2),
+    "falcon": ("Falcon", _FALCON),
+    "falcon-new": ("Falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-rw": (
+        "Falcon",
+        _FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+    "mpt": ("Mpt", _MPT),
+    "phi": ("Phi", _SIZES | {"qk_layernorm": True}),
+    "smollm3": ("SmolLM3", GROUPED | {"no_rope_layer_interval": 2}),
     "deepseek_v2": ("DeepseekV2", _LATENT),
     "deepseek_v3": ("DeepseekV3", _LATENT),
     "deepseek_v3-q_proj": ("DeepseekV3", _LATENT | {"q_lora_rank": None}),
@@ -215,7 +234,7 @@ def build(family: str) -> torch.nn.Module:
     """transformers' model of a family with random weights, spread enough to tell tokens apart."""
     config = config_of(family)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -88,14 +88,18 @@ def test_eight_bit_activations_give_the_same_tokens_for_one_and_three_stages(fam
 
 
 @pytest.mark.parametrize("sizes", MICRO_BATCHES, ids=str)
-@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "gemma2", "deepseek_v3", *WITH_EXPERTS])
+@pytest.mark.parametrize(
+    "family", ["opt", "bloom", "llama", "gemma2", "deepseek_v3", *WITH_EXPERTS]
+)
 def test_fp32_tokens_do_not_depend_on_micro_batches(family_model, family, sizes):
     model = family_model(family)
     for ends in ([4], [2, 4]):
         assert model.generate(ends, **sizes) == model.expected, ends
 
 
-@pytest.mark.parametrize("family", ["opt", "bloom", "llama", "mistral", "gemma2", "deepseek_v3", *WITH_EXPERTS])
+@pytest.mark.parametrize(
+    "family", ["opt", "bloom", "llama", "mistral", "gemma2", "deepseek_v3", *WITH_EXPERTS]
+)
 def test_fp32_tokens_do_not_depend_on_refill_or_chunks(family_model, family):
     model = family_model(family)
     for how in ({"refill": False}, {"chunk": 16}, {"chunk": 16, "refill": False}):

@@ -8,7 +8,7 @@ import pytest
 
 from llmpq import model_lookup
 from llmpq.errors import UserError
-from llmpq.model_known import is_known, num_experts, with_floats
+from llmpq.model_known import is_known, num_experts, state_beside_keys, with_floats
 from llmpq.model_lookup import load_model_spec, spec_from_config
 from llmpq.model_spec import shard_faults
 
@@ -65,7 +65,7 @@ def test_settings_that_are_known_to_work(changes: dict[str, Any]) -> None:
         {"num_key_value_heads": 3},
         {"hidden_size": 34},
         {"layer_types": ["full_attention"]},
-        {"layer_types": ["full_attention", "linear_attention"]},
+        {"layer_types": ["full_attention", "chunked_attention"]},
         {"pad_token_id": 97},
         {"rms_norm_eps": "1e-5"},
         {"sliding_window": "4096"},
@@ -92,6 +92,45 @@ def test_experts_count_by_value(config: dict[str, Any], count: int) -> None:
             spec_from_config({"model_type": "new", **config}, "m")
 
 
+# As the files of these models have them: Qwen3-Next, Kimi-Linear, Nemotron-H, Jamba, Falcon-H1,
+# Mamba 2, LFM2, DeepSeek-V3.2, and Qwen3.5 with its text model inside.
+STATES = [
+    ({"model_type": "qwen3_next", "linear_num_key_heads": 16}, "it has a 'linear_num_key_heads'"),
+    (
+        {"model_type": "kimi_linear", "linear_attn_config": {"x": 1}},
+        "it has a 'linear_attn_config'",
+    ),
+    ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-*"}, "'hybrid_override_pattern'"),
+    ({"model_type": "jamba"}, "as its type says"),
+    ({"model_type": "falcon_h1", "mamba_d_state": 256}, "it has a 'mamba_d_state'"),
+    ({"model_type": "mamba2", "state_size": 128}, "as its type says"),
+    ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "has 'conv'"),
+    ({"model_type": "deepseek_v32", "index_topk": 2048}, "it has a 'index_topk'"),
+    (
+        {"model_type": "qwen3_5", "text_config": {"layer_types": ["linear_attention"]}},
+        "has 'linear",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "why"), STATES, ids=lambda each: str(each)[:40])
+def test_layers_with_another_state_are_refused_without_transformers(
+    config: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_lookup, "find_spec", lambda _: pytest.fail("it needs no more"))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**LLAMA, **config}))
+    with pytest.raises(UserError, match=f"keep a state that is not keys and values.*{why}"):
+        load_model_spec(str(path))
+
+
+def test_layers_that_are_listed_count_and_not_settings_of_others() -> None:
+    """As in Granite 4's models without Mamba layers, whose files have its settings."""
+    config = {"model_type": "granitemoehybrid", "mamba_d_state": 128, "layer_types": ["attention"]}
+    assert state_beside_keys(config) is None
+    assert state_beside_keys({"model_type": "llama", "use_mamba_kernels": False}) is None
+
+
 def test_special_numbers_are_read_as_transformers_reads_them() -> None:
     given = {"a": [0.0, {"__float__": "Infinity"}], "b": {"__float__": "-Infinity"}, "c": {"x": 1}}
     assert with_floats(given) == {"a": [0.0, float("inf")], "b": float("-inf"), "c": {"x": 1}}
@@ -112,8 +151,6 @@ def test_without_transformers_what_is_not_known_is_refused(
 
 
 def test_devices_share_layers_of_tested_families_only() -> None:
-    spec = spec_from_config(LLAMA | {"model_type": "smollm3"}, "m")
-    assert shard_faults(spec, 2) == [
-        "how devices share the layers of 'smollm3' models is not known"
-    ]
+    spec = spec_from_config(LLAMA | {"model_type": "falcon"}, "m")
+    assert shard_faults(spec, 2) == ["how devices share the layers of 'falcon' models is not known"]
     assert shard_faults(spec_from_config(LLAMA, "m"), 2) == []

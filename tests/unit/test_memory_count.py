@@ -242,10 +242,13 @@ LLAMA_SHAPE = {
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "gpt2"}, "'gpt2' have a layout that llmpq does not know"),
+        ({"model_type": "codegen"}, "'codegen' have a layout that llmpq does not know"),
         ({"model_type": "fuyu"}, "their text model is of another type ('persimmon')"),
         ({"model_type": "baichuan"}, "has no models of type 'baichuan'"),
-        ({"model_type": "youtu", **MLA}, "models of type 'youtu' are not supported"),
+        (
+            {**LLAMA_SHAPE, "num_key_value_heads": 2, "model_type": "doge"},
+            "'doge' are not supported",
+        ),
         ({**LLAMA_SHAPE, "num_key_value_heads": 3}, "this 'llama' model is not supported"),
         ({"model_type": "qwen3_5_text", **MLA}, "has linear_attention layers"),
     ],

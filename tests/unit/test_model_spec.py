@@ -1,13 +1,14 @@
 """The counts of `ModelSpec` against transformers' own modules, built on the meta device."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmpq.errors import UserError
-from llmpq.families import CUTS, FAMILIES
-from llmpq.model_lookup import load_model_spec, spec_from_config
+from llmpq.families import CUTS, FAMILIES, SHARED
+from llmpq.model_lookup import load_model_spec, read_config, spec_from_config
 from llmpq.model_spec import ModelSpec, shard_faults, tensor_parallel_degrees
 
 LLAMA = {
@@ -31,6 +32,8 @@ OPT = {
 }
 BLOOM = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 120}
 NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 120, "n_positions": 256}
+MPT = {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 120, "max_seq_len": 256}
 GEMMA = {**WIDE, "query_pre_attn_scalar": 24}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,7 +61,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", GEMMA),
     "gemma2 untied": ("gemma2", {**GEMMA, "tie_word_embeddings": False}),
     "gemma3_text": ("gemma3_text", GEMMA),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2 with a width": ("gpt2", {**GPT2, "n_inner": 96, "tie_word_embeddings": False}),
+    "mpt": ("mpt", MPT),
+    "phi": ("phi", LLAMA),
+    "phi with norms": ("phi", {**NEOX, "qk_layernorm": True}),
+    "smollm3": ("smollm3", {**WIDE, "pad_token_id": 0}),
+    "smollm3 with biases": (
+        "smollm3",
+        {**LLAMA, "attention_bias": True, "mlp_bias": True, "pad_token_id": 0},
+    ),
 }
+SHAREABLE = [case for case, (model_type, _) in CASES.items() if model_type in SHARED]
 
 
 def build(model_type: str, sizes: dict[str, Any]) -> Any:
@@ -85,7 +99,7 @@ def num_params(module: Any) -> int:
 def after_layers(model: Any) -> list[Any]:
     """What stands between the last layer and the head."""
     inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
-    names = {"norm", "ln_f", "final_layer_norm", "project_out"}
+    names = {"norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "project_out"}
     return [
         module
         for name, module in model.named_modules()
@@ -104,9 +118,14 @@ def test_layer(case: str) -> None:
     spec, model = both(case)
     layers = decoder_layers(model)
     assert len(layers) == spec.num_layers
-    linears = [m for m in layers[0].named_modules() if isinstance(m[1], torch.nn.Linear)]
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    kinds = torch.nn.Linear, pytorch_utils.Conv1D  # the latter's weights are [in, out]
+    linears = [m for m in layers[0].named_modules() if isinstance(m[1], kinds)]
     ours = sorted((op.name, op.out_features, op.in_features) for op in spec.linears)
-    theirs = sorted((n.rpartition(".")[2], *m.weight.shape) for n, m in linears)
+    theirs = sorted(
+        (n.rpartition(".")[2], *(m.weight if isinstance(m, torch.nn.Linear) else m.weight.T).shape)
+        for n, m in linears
+    )
     assert ours == theirs
     weights = sum(m.weight.numel() for _, m in linears)
     assert spec.layer_other_params == num_params(layers[0]) - weights
@@ -119,7 +138,7 @@ def test_rest(case: str) -> None:
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
     assert spec.tied == tied
-    assert spec.head_params == head.weight.numel()
+    assert spec.head_params == num_params(head)
     rest = num_params(model) - sum(num_params(layer) for layer in decoder_layers(model))
     ours = spec.embedding_params + spec.final_params + (0 if tied else spec.head_params)
     assert ours == rest
@@ -157,8 +176,35 @@ def test_full_configuration_counts_the_same(case: str) -> None:
 def test_models_of_text_and_images_are_refused() -> None:
     inner = {"model_type": "gemma3_text", **GEMMA}
     assert spec_from_config(inner | {"text_config": {}}, name="m") == spec_from_config(inner, "m")
-    with pytest.raises(UserError, match="c.json: 'gemma3' is a multimodal model"):
-        spec_from_config({"model_type": "gemma3", "text_config": inner}, "m", "c.json")
+    with pytest.raises(UserError, match="c.json: 'llava' is a multimodal model"):
+        spec_from_config({"model_type": "llava", "text_config": inner}, "m", "c.json")
+
+
+def test_a_language_model_is_planned_alone(tmp_path: Path) -> None:
+    """As in Gemma 3's files, which leave out what is the default of their class."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240}
+    text |= {"num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}}
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"eos_token_id": [1, 106]}))
+    spec = load_model_spec(str(tmp_path))
+    assert (spec.model_type, spec.num_layers, spec.vocab_size) == ("gemma3_text", 34, 262208)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.tied) == (8, 4, 256, True)
+    assert spec.has_other_parts and not load_model_spec("tiny-tales").has_other_parts
+    assert "has_other_parts" not in spec.model_dump()
+    assert read_config(tmp_path / "config.json")["eos_token_id"] == [1, 106]
+
+
+@pytest.mark.parametrize(
+    ("whole", "text", "tied"),
+    [(None, None, False), (True, None, True), (None, True, True), (False, True, True)],
+)
+def test_qwens_files_say_in_either_place_that_the_head_is_tied(
+    whole: bool | None, text: bool | None, tied: bool, tmp_path: Path
+) -> None:
+    config = {"model_type": "qwen2_vl", "tie_word_embeddings": whole, "vision_config": {}}
+    inner = {"model_type": "qwen2_vl_text", "tie_word_embeddings": text, **LLAMA}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": inner}))
+    assert load_model_spec(str(tmp_path)).tied == tied
 
 
 def test_unknown_family_is_a_guess() -> None:
@@ -192,11 +238,11 @@ def weights_of(spec: ModelSpec, name: str) -> int:
 
 
 def test_it_is_known_how_to_cut_every_matrix_of_every_family() -> None:
-    assert {op.name for case in CASES for op in spec_of(case).linears} <= set(CUTS)
+    assert {op.name for case in SHAREABLE for op in spec_of(case).linears} <= set(CUTS)
 
 
 @pytest.mark.parametrize("degree", [2, 4])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SHAREABLE)
 def test_shards_add_up_to_the_model(case: str, degree: int) -> None:
     spec = spec_of(case)
     shard = spec.shard(degree)
@@ -209,13 +255,14 @@ def test_shards_add_up_to_the_model(case: str, degree: int) -> None:
     assert degree * shard.ffn_size == spec.ffn_size
     assert degree * shard.vocab_size == spec.vocab_size
     assert degree * shard.head_params == spec.head_params
-    positions = spec.embedding_params - spec.head_params  # these, norms and projections are whole
-    assert shard.embedding_params - shard.head_params == positions >= 0
+    token_params = min(spec.embedding_params, spec.head_params)  # positions and norms are whole
+    others = spec.embedding_params - token_params
+    assert degree * (shard.embedding_params - others) == token_params
     whole = ("name", "model_type", "num_layers", "hidden_size", "head_dim", "layer_other_params")
     assert all(getattr(shard, key) == getattr(spec, key) for key in (*whole, "final_params"))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SHAREABLE)
 def test_the_matrices_of_a_shard_fit_each_other(case: str) -> None:
     """What comes in and what goes out is as wide as the model; what lies between is cut."""
     shard = spec_of(case).shard(4)
@@ -286,6 +333,7 @@ def test_a_matrix_that_no_rule_cuts_is_a_fault() -> None:
         ({"model_type": "opt", **OPT, "ffn_dim": -1, "vocab_size": "9"}, ["ffn_dim", "vocab_size"]),
         ({"model_type": "llama", **LLAMA, "num_hidden_layers": True}, ["num_hidden_layers"]),
         ({"model_type": "mixtral", **LLAMA, "num_local_experts": 8}, ["8 experts", "mixtral"]),
+        ({"model_type": "gpt2", **GPT2, "add_cross_attention": True}, ["attend to an encoder"]),
         ({"text_config": None, "model_type": "llama"}, ["text_config"]),
         ({"text_config": 5, "model_type": "llava"}, ["text_config"]),
     ],
