@@ -84,12 +84,14 @@ class AllocationSnapshot(Strict):
 
     `num_bytes` maps products of sizes ("requests*tokens*hidden") to a factor in bytes. `op` is the
     linear that runs at that time, whose workspace is added; empty where none runs. `later` tells
-    whether this occurs only after the stage's first layer.
+    whether this occurs only after the stage's first layer. `kind` is that of the layer that runs,
+    by its place among `ModelSpec.kinds`; None where it may be any, or where none runs.
     """
 
     op: str = ""
     biased: bool = False
     later: bool = False
+    kind: int | None = None
     num_bytes: dict[str, float]
 
 

@@ -8,7 +8,7 @@ values of tensors.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -61,19 +61,22 @@ def count_activations(
     configs: Iterable[Any],
     sizes: Mapping[str, int],
     primes: Primes = PRIMES,
-    total: int = NUM_LAYERS,
+    kinds: Sequence[int | None] | None = None,
 ) -> Activations:
     """The snapshots of similar models; `sizes` names their own sizes that may be factors.
 
-    The models are cut to their first `total` layers, which have all kinds of layers.
+    Where layers differ, the models are cut to as many layers as `kinds` has, which are of these
+    kinds; some stages begin with a layer of each kind.
     """
+    total = len(kinds or range(NUM_LAYERS))
+    starts = sorted({0, 1} | {kinds.index(kind) for kind in set(kinds or ())}) if kinds else (0, 1)
     found: dict[str, list[TensorSnapshot]] = defaultdict(list)
     for config in configs:
         whole = with_layers(config, total)
-        for phase, start, end in product(PHASES, (0, 1), (total - 1, total)):
+        for phase, start, end in product(PHASES, starts, (total - 1, total)):
             layers = LayerRange(start, end, total)
             where = "_last" if layers.is_last else "_first" if layers.is_first else ""
-            found[phase + where] += snapshots(whole, layers, primes.shape(phase))
+            found[phase + where] += snapshots(whole, layers, primes.shape(phase), kinds)
     parts: dict[str, tuple[AllocationSnapshot, ...]] = {}
     for phase in PHASES:
         known: tuple[AllocationSnapshot, ...] = ()

@@ -8,7 +8,7 @@ transformers holds all experts of a layer as stacked parameters: `gate_up_proj [
 A layer sorts the pairs of tokens and experts once, asks the device once how many tokens each
 expert has, and runs the experts that have some. Their outputs are added by rising expert, so that
 a token's sum depends on nothing else in the micro-batch. On the meta device nothing can be asked:
-there one expert gets all tokens, which is the most memory that any routing takes.
+there a few experts get all tokens, which is the most memory that any routing takes.
 
 Shapes: T tokens, k experts for each, E experts, H hidden size, I inner size of an expert.
 Not covered: experts with a norm of their own, kernels that multiply several experts at once.
@@ -109,7 +109,8 @@ class PackedExperts(nn.ModuleList):
         pairs = chosen.flatten()
         order = pairs.argsort(stable=True)
         if pairs.is_meta:  # no expert gets a token twice, so that none has more tokens
-            return order[: len(chosen)], [len(chosen)] + [0] * (len(self) - 1)
+            per_token = chosen.shape[-1]
+            return order, [len(chosen)] * per_token + [0] * (len(self) - per_token)
         counts = pairs.new_zeros(len(self)).index_add_(0, pairs, torch.ones_like(pairs))
         return order, counts.tolist()
 
