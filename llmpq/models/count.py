@@ -66,10 +66,11 @@ def count_activations(
     """The snapshots of similar models; `sizes` names their own sizes that may be factors.
 
     Where layers differ, the models are cut to as many layers as `kinds` has, which are of these
-    kinds; some stages begin with a layer of each kind.
+    kinds. Stages begin with the model's first layer, and with a later one of each kind.
     """
-    total = len(kinds or range(NUM_LAYERS))
-    starts = sorted({0, 1} | {kinds.index(kind) for kind in set(kinds or ())}) if kinds else (0, 1)
+    of_layers = kinds or [None] * NUM_LAYERS
+    total, later = len(of_layers), of_layers[1:-1]
+    starts = [0, *sorted(1 + later.index(kind) for kind in set(later))]
     found: dict[str, list[TensorSnapshot]] = defaultdict(list)
     for config in configs:
         whole = with_layers(config, total)

@@ -7,6 +7,7 @@ and what a token leaves in its cache. Snapshots of activations are those of all 
 Not covered: weights, and layers that keep other state than keys and values.
 """
 
+import math
 import re
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import PlainLinear
 
 OTHER_STATE = "linear|mamba|recurrent|conv"  # in the names of types of layers
+FLOAT32_BYTES = 4
 SEEN = 2  # tokens of the step that fills a cache
 
 
@@ -137,10 +139,19 @@ def _count_layer(config: Any, place: int, path: Path) -> LayerKind:
     return LayerKind(
         name="dense" if experts is None else "experts",
         linears=linears,
-        layer_other_params=_num_params(layer) - params,
+        layer_other_params=_num_params(layer) + _widened(stage) - params,
         ffn_size=_ffn_size(config, layer, experts),
         experts=experts,
         **_heads(config, ran.kv_values),
+    )
+
+
+def _widened(stage: StageModel) -> int:
+    """The values of 16 bits that the loader keeps in 32, which count once more."""
+    return sum(
+        math.prod(raw.shape)
+        for raw in stage.parameters_to_load()
+        if raw.is_float32 and getattr(raw.module, raw.attribute).itemsize < FLOAT32_BYTES
     )
 
 
