@@ -12,6 +12,7 @@ of this kind alone, so that whatever prices one layer needs not know of others.
 Not covered: encoders, models of text and images, layers that keep other state than keys and values.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +69,12 @@ class LayerKind(Strict):
     head_dim: int = Field(gt=0)
     kv_values: int | None = None
     experts: Experts | None = None
+
+
+def experts_in(model_key: str) -> tuple[int, int] | None:
+    """The experts of a layer, and those of a token, as `ModelSpec.model_key` names them."""
+    found = re.search(r"-e(\d+)x\d+k(\d+)$", model_key)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 class HeldMatrix(NamedTuple):

@@ -108,10 +108,10 @@ class PackedExperts(nn.ModuleList):
         """The flat pairs of `chosen` `[T, k]` by expert and token, and each expert's number."""
         pairs = chosen.flatten()
         order = pairs.argsort(stable=True)
-        if pairs.is_meta:  # no expert gets a token twice, so that none has more tokens
+        counts = pairs.new_zeros(len(self)).index_add_(0, pairs, torch.ones_like(pairs))
+        if counts.is_meta:  # no expert gets a token twice, so that none has more tokens
             per_token = chosen.shape[-1]
             return order, [len(chosen)] * per_token + [0] * (len(self) - per_token)
-        counts = pairs.new_zeros(len(self)).index_add_(0, pairs, torch.ones_like(pairs))
         return order, counts.tolist()
 
     def _run(self, expert: nn.Module, x: Tensor, factor: Tensor) -> Tensor:
