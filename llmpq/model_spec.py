@@ -12,6 +12,7 @@ of this kind alone, so that whatever prices one layer needs not know of others.
 Not covered: encoders, models of text and images, layers that keep other state than keys and values.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -70,6 +71,12 @@ class LayerKind(Strict):
     experts: Experts | None = None
 
 
+def experts_in(model_key: str) -> tuple[int, int] | None:
+    """The experts of a layer, and those of a token, as `ModelSpec.model_key` names them."""
+    found = re.search(r"-e(\d+)x\d+k(\d+)$", model_key)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 class HeldMatrix(NamedTuple):
     """A matrix that a layer holds `number` times at a precision; `op.name` is its own."""
 
@@ -84,12 +91,14 @@ class AllocationSnapshot(Strict):
 
     `num_bytes` maps products of sizes ("requests*tokens*hidden") to a factor in bytes. `op` is the
     linear that runs at that time, whose workspace is added; empty where none runs. `later` tells
-    whether this occurs only after the stage's first layer.
+    whether this occurs only after the stage's first layer. `kind` is that of the layer that runs,
+    by its place among `ModelSpec.kinds`; None where it may be any, or where none runs.
     """
 
     op: str = ""
     biased: bool = False
     later: bool = False
+    kind: int | None = None
     num_bytes: dict[str, float]
 
 

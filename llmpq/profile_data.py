@@ -54,6 +54,7 @@ class ProfileRow(Strict):
     "prefill" computes `micro_batch` prompts of `prompt_tokens`; "decode" one token for each of
     `micro_batch` requests with `past_tokens` in the cache; "embedding" `micro_batch` x
     `prompt_tokens` tokens; "head" the final norm, logits and next tokens of `micro_batch` requests.
+    `experts_used`: how many different experts a call of a layer used on average, if it has some.
     """
 
     model_key: str
@@ -66,6 +67,7 @@ class ProfileRow(Strict):
     time_ms_p10: PositiveFloat
     time_ms_p90: PositiveFloat
     num_samples: PositiveInt
+    experts_used: PositiveFloat | None = None
 
     @property
     def tokens(self) -> int:
@@ -245,7 +247,9 @@ class Sensitivity(Strict):
 def fit_hash(rows: Iterable[ProfileRow], found: ChosenModel) -> str:
     """SHA-256 over what a fit sees of rows, whatever their order, and over what it found."""
     seen = sorted(
-        (row.micro_batch, row.tokens, row.time_ms, row.time_ms_p10, row.time_ms_p90) for row in rows
+        (row.micro_batch, row.tokens, row.time_ms, row.time_ms_p10, row.time_ms_p90)
+        + ((row.experts_used,) if row.experts_used else ())
+        for row in rows
     )
     fit = found.model_dump_json(exclude={"sha256"})
     return sha256(f"{seen}\n{fit}".encode()).hexdigest()

@@ -106,7 +106,7 @@ def layers(options: LayersOptions) -> None:
         extend=options.extend,
     )
     targets = choose_targets(options)
-    outputs = [("-o", path) for t in targets for path in (t.output, t.partial_path)]
+    outputs = [("-o", path) for t in targets for path in (t.output, *t.partial_paths(spec))]
     check_files(model_files(options.model), [*outputs, ("--json", options.json_path)])
     parts = [_measure(t, request, options).model_dump_json(indent=1) for t in targets]
     emit(parts[0] if len(parts) == 1 else f"[{', '.join(parts)}]", options.json_path)
@@ -132,12 +132,12 @@ def _measure(target: "Target", request: "LayerRequest", options: LayersOptions) 
         done = profile_device(target, request, worst, on_resume, on_visit)
     profile = done.profile.model_copy(update={"models": chosen_models(done.profile.rows)})
     write_json(target.output, profile)
-    done.partial.remove()
-    count, key = len(done.measured.rows), request.spec.model_key
-    out.print(f"{count} measurements of {key} -> {target.output}")
-    print_layers(
-        report_console(options.quiet, options.json_path), done.measured.rows, done.precisions
-    )
+    report = report_console(options.quiet, options.json_path)
+    for kind in done.kinds:
+        kind.partial.remove()
+        count, key = len(kind.measured.rows), kind.spec.model_key
+        out.print(f"{count} measurements of {key} -> {target.output}")
+        print_layers(report, kind.measured.rows, kind.precisions)
     for note in done.profile.notes:
         out.print(f"note: {note}")
     return profile

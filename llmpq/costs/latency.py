@@ -18,6 +18,7 @@ from llmpq.cluster import Cluster, unknown_type
 from llmpq.costs.anchored import OtherSheet, Sheet
 from llmpq.costs.fits import LAYER_PHASES, Accuracy, Fitted, fit_all
 from llmpq.costs.links import Seconds, Tokens
+from llmpq.costs.routing import Routing, measured_routing
 from llmpq.costs.spec_sheet import provenance, rooflines
 from llmpq.costs.stage_call import STAGE_PHASES, StageCall, default_calls
 from llmpq.devices import DeviceType, device_library
@@ -333,14 +334,17 @@ def _fits(
     rows: tuple[ProfileRow, ...], models: tuple[ChosenModel, ...], figures: Figures | None
 ) -> dict[tuple[str, str], Fitted]:
     """By (precision, phase). Kept, as all rehearsed types share the rows of one CPU."""
-    sheets = _sheets(figures, {row.precision for row in rows}) if figures else {}
+    names = {row.precision for row in rows}
+    sheets = _sheets(figures, names, measured_routing(rows)) if figures else {}
     return fit_all(rows, {(one.precision, one.phase): one for one in models}, sheets)
 
 
-def _sheets(figures: Figures, precisions: Iterable[str]) -> dict[tuple[str, str], Sheet]:
+def _sheets(
+    figures: Figures, precisions: Iterable[str], routing: Routing | None
+) -> dict[tuple[str, str], Sheet]:
     """The formula by (precision, phase); where no kernel is known, that of 16 bits stands in."""
     device, spec, machine, own = figures
-    found = rooflines(device, spec, {"16", *precisions}, machine)
+    found = rooflines(device, spec, {"16", *precisions}, machine, routing)
     stand_ins: dict[tuple[str, str], Sheet] = {
         (precision, phase): OtherSheet(found["16", phase])
         for precision in precisions

@@ -22,7 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from llmpq.costs.peak import TOKEN_BYTES, MicroBatch, activations_of, moments_met, peak_bytes
+from llmpq.costs.peak import (
+    TOKEN_BYTES,
+    MicroBatch,
+    activations_of,
+    moments_met,
+    moments_of,
+    peak_bytes,
+)
 from llmpq.job import LaneShape, cache_tokens
 from llmpq.kernel import GRAPH_BYTES, graph_lengths
 from llmpq.kernel_table import held_bytes
@@ -224,7 +231,7 @@ def stage_machine(spec: ModelSpec, kinds: Collection[int] | None, machine: Machi
 
     A layer asks the device how many tokens each expert has, which no graph can hold.
     """
-    has_experts = any(kind.experts is not None for kind in _of_kinds(spec, kinds))
+    has_experts = any(spec.kind_specs[kind].experts is not None for kind in _kinds(spec, kinds))
     return replace(machine, graphs=False) if has_experts else machine
 
 
@@ -279,9 +286,10 @@ def prefill_bytes(
     jobs = [MicroBatch(requests, tokens, tokens, machine)]
     if longest is not None and longest > tokens:
         jobs.append(MicroBatch(1, tokens, longest, machine))
-    layers = _of_kinds(spec, kinds)
     return max(
-        peak_bytes(kind, job, met, precisions, first, last) for job in jobs for kind in layers
+        peak_bytes(spec.kind_specs[kind], job, moments_of(met, kind), precisions, first, last)
+        for job in jobs
+        for kind in _kinds(spec, kinds)
     )
 
 
@@ -301,14 +309,15 @@ def decode_bytes(
     known = activations_of(spec)
     met = moments_met(known.decode, known.decode_first, known.decode_last, first, last, single)
     batch = MicroBatch(requests, 1, seen, machine)
-    layers = _of_kinds(spec, kinds)
-    return max(peak_bytes(kind, batch, met, precisions, first, last) for kind in layers)
+    return max(
+        peak_bytes(spec.kind_specs[kind], batch, moments_of(met, kind), precisions, first, last)
+        for kind in _kinds(spec, kinds)
+    )
 
 
-def _of_kinds(spec: ModelSpec, kinds: Collection[int] | None) -> tuple[ModelSpec, ...]:
-    """The specs of these kinds of layers; None: of all."""
-    every = spec.kind_specs
-    return every if kinds is None else tuple(every[kind] for kind in sorted(kinds))
+def _kinds(spec: ModelSpec, kinds: Collection[int] | None) -> Collection[int]:
+    """These kinds of layers; None: all that the model has."""
+    return range(len(spec.kind_specs)) if kinds is None else kinds
 
 
 def is_packed(precision: str) -> bool:

@@ -80,6 +80,11 @@ def moments_met(
     return [moment for moment in met if not (single and moment.later)]
 
 
+def moments_of(moments: Iterable[AllocationSnapshot], kind: int) -> list[AllocationSnapshot]:
+    """Those that occur while a layer of this kind runs, or none."""
+    return [moment for moment in moments if moment.kind in (None, kind)]
+
+
 def peak_bytes(
     spec: ModelSpec,
     batch: MicroBatch,

@@ -1,6 +1,7 @@
 """Models that may be fitted to measured times of a layer, by name (`RECIPES`).
 
 What each of them says of a layer stands in docs/latency-model.md; `costs.fits` chooses among them.
+Of a layer with routed experts, how many a call uses (`costs.routing`) is a feature of all of them.
 Coefficients are fitted by scikit-learn, whose import takes longer than planning: it is imported
 where something is fitted, and profile.json keeps the coefficients (`parts_of`, `model_of`).
 `pinned` puts any model through the measured rows: a cell that was measured costs what was measured
@@ -12,12 +13,13 @@ one length alone cannot tell (`costs.anchored`).
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from llmpq.costs.links import Seconds, Tokens
+from llmpq.costs.routing import TOKENS, Routing, measured_routing
 from llmpq.kernel_table import MAX_ROWS
 from llmpq.profile_data import ModelPart, ProfileRow
 
@@ -30,7 +32,10 @@ KNEES = tuple(2.0**power for power in range(1, 13))  # rows
 
 @dataclass(frozen=True)
 class Points:
-    """Measured rows as arrays of equal length; `low` and `high` bound most of their samples."""
+    """Measured rows as arrays of equal length; `low` and `high` bound most of their samples.
+
+    `routing`: of a layer with experts.
+    """
 
     phase: str
     batch: np.ndarray
@@ -38,11 +43,12 @@ class Points:
     seconds: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    routing: Routing | None = None
 
     def take(self, chosen: np.ndarray) -> "Points":
         """Some of them."""
-        arrays = self.batch, self.length, self.seconds, self.low, self.high
-        return Points(self.phase, *(array[chosen] for array in arrays))
+        names = ("batch", "length", "seconds", "low", "high")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -84,6 +90,7 @@ def points_of(rows: Sequence[ProfileRow]) -> Points:
         mean_s(row.time_ms for row in rows),
         mean_s(min(row.time_ms_p10, row.time_ms) for row in rows),
         mean_s(max(row.time_ms_p90, row.time_ms) for row in rows),
+        routing=measured_routing(rows) if rows[0].phase in TOKENS else None,
     )
 
 
@@ -101,15 +108,20 @@ def grouped(rows: Iterable[ProfileRow]) -> dict[tuple[str, str], list[ProfileRow
 
 @dataclass(frozen=True)
 class Linear:
-    """A sum of features with coefficients: of two pieces with a `knee`, else of the regression."""
+    """A sum of features with coefficients: of two pieces with a `knee`, else of the regression.
+
+    With `routing`, the experts that are used are one more.
+    """
 
     phase: str
     knee: float | None
     coefficients: np.ndarray
+    routing: Routing | None = None
 
     def seconds(self, micro_batch: Any, tokens: Tokens) -> Seconds:
         """The sum."""
-        return _columns(self.phase, self.knee, micro_batch, tokens) @ self.coefficients
+        columns = _columns(self.phase, self.knee, micro_batch, tokens, self.routing)
+        return columns @ self.coefficients
 
 
 @dataclass(frozen=True)
@@ -149,7 +161,8 @@ class Lines:
 
 
 def _regression(points: Points) -> Linear:
-    return Linear(points.phase, None, _least_squares(*_relative(points, None)))
+    found = _least_squares(*_relative(points, None))
+    return Linear(points.phase, None, found, points.routing)
 
 
 def _non_negative(points: Points) -> Linear:
@@ -193,7 +206,7 @@ def _robust(points: Points, knee: float | None) -> Linear:
         off = np.abs(columns @ found - 1)
         usual = max(float(np.median(off)), 1e-4)
         weights = np.sqrt(np.minimum(1.0, 1.5 * usual / np.maximum(off, 1e-12)))
-    return Linear(points.phase, knee, found)
+    return Linear(points.phase, knee, found, points.routing)
 
 
 def _switch(limit: int) -> Recipe:
@@ -225,17 +238,21 @@ def _least_squares(columns: np.ndarray, wanted: np.ndarray, positive: bool = Fal
 
 def _relative(points: Points, knee: float | None) -> tuple[np.ndarray, np.ndarray]:
     """The problem of least relative error: columns over times, and ones."""
-    columns = _columns(points.phase, knee, points.batch, points.length)
+    columns = _columns(points.phase, knee, points.batch, points.length, points.routing)
     return columns / points.seconds[:, None], np.ones(len(points))
 
 
-def _columns(phase: str, knee: float | None, micro_batch: Any, tokens: Tokens) -> np.ndarray:
+def _columns(
+    phase: str, knee: float | None, micro_batch: Any, tokens: Tokens, routing: Routing | None
+) -> np.ndarray:
     """The features, along the last axis."""
     tokens = np.asarray(tokens, dtype=float)
     if knee is None:
         values = FEATURES[phase](micro_batch, tokens)
     else:
         values = _piece_features(phase, knee, micro_batch, tokens)
+    if routing is not None:
+        values = *values, routing.used(num_rows(phase, micro_batch, tokens))
     return np.stack(np.broadcast_arrays(*values), axis=-1)
 
 
@@ -301,10 +318,14 @@ def model_of(name: str, parts: Sequence[ModelPart], points: Points) -> Model | N
     None where the parts are not those of this version's models.
     """
     for part in parts:
-        wanted = _columns(points.phase, part.knee, points.batch[:1], points.length[:1]).shape[-1]
+        one = points.batch[:1], points.length[:1]
+        wanted = _columns(points.phase, part.knee, *one, points.routing).shape[-1]
         if len(part.coefficients) != wanted:
             return None
-    lines = [Linear(points.phase, part.knee, np.array(part.coefficients)) for part in parts]
+    lines = [
+        Linear(points.phase, part.knee, np.array(part.coefficients), points.routing)
+        for part in parts
+    ]
     match lines, [part.up_to_rows for part in parts]:
         case [only], [None]:
             return Lines(only, _curves(points)) if name == LINES else only

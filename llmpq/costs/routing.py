@@ -14,15 +14,20 @@ holds for other numbers of tokens.
 Not covered: tokens of one text that choose alike, but by a smaller effective number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from llmpq.model_spec import Experts
+from llmpq.model_spec import Experts, experts_in
+from llmpq.profile_data import ProfileRow
 
 STEPS = 200  # effective numbers that are tried
+TOKENS: dict[str, Callable[[int, int], int]] = {  # that a call of a phase routes
+    "prefill": lambda prompts, tokens: prompts * tokens,
+    "decode": lambda requests, _: requests,
+}
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,21 @@ def balanced(experts: Experts) -> Routing:
     return Routing(experts.count, min(experts.per_token, experts.count))
 
 
-def fitted(experts: Experts, rows: Sequence[float], used: Sequence[float]) -> Routing:
+def measured_routing(rows: Sequence[ProfileRow]) -> Routing | None:
+    """The routing of a layer of which these were measured; None where it has no experts."""
+    named = experts_in(rows[0].model_key) if rows else None
+    if named is None:
+        return None
+    known = [row for row in rows if row.experts_used and row.phase in TOKENS]
+    tokens = [TOKENS[row.phase](row.micro_batch, row.tokens) for row in known]
+    return fitted(Routing(*named), tokens, [row.experts_used or 0.0 for row in known])
+
+
+def fitted(whole: Routing, rows: Sequence[float], used: Sequence[float]) -> Routing:
     """The effective number of experts of which so many are `used` by so many `rows`.
 
-    It is the one of the least sum of squared relative errors, from all of a token to all there are.
+    It is the one of the least sum of squared relative errors, from those of a token to the `whole`.
     """
-    whole = balanced(experts)
     if not rows:
         return whole
     tried = np.geomspace(whole.per_token, whole.count, STEPS)

@@ -8,7 +8,7 @@ values of tensors.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -61,19 +61,23 @@ def count_activations(
     configs: Iterable[Any],
     sizes: Mapping[str, int],
     primes: Primes = PRIMES,
-    total: int = NUM_LAYERS,
+    kinds: Sequence[int | None] | None = None,
 ) -> Activations:
     """The snapshots of similar models; `sizes` names their own sizes that may be factors.
 
-    The models are cut to their first `total` layers, which have all kinds of layers.
+    Where layers differ, the models are cut to as many layers as `kinds` has, which are of these
+    kinds. Stages begin with the model's first layer, and with a later one of each kind.
     """
+    of_layers = kinds or [None] * NUM_LAYERS
+    total, later = len(of_layers), of_layers[1:-1]
+    starts = [0, *sorted(1 + later.index(kind) for kind in set(later))]
     found: dict[str, list[TensorSnapshot]] = defaultdict(list)
     for config in configs:
         whole = with_layers(config, total)
-        for phase, start, end in product(PHASES, (0, 1), (total - 1, total)):
+        for phase, start, end in product(PHASES, starts, (total - 1, total)):
             layers = LayerRange(start, end, total)
             where = "_last" if layers.is_last else "_first" if layers.is_first else ""
-            found[phase + where] += snapshots(whole, layers, primes.shape(phase))
+            found[phase + where] += snapshots(whole, layers, primes.shape(phase), kinds)
     parts: dict[str, tuple[AllocationSnapshot, ...]] = {}
     for phase in PHASES:
         known: tuple[AllocationSnapshot, ...] = ()

@@ -7,8 +7,9 @@ and what a token leaves in its cache. Snapshots of activations are those of all 
 Not covered: weights, and layers that keep other state than keys and values.
 """
 
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -32,6 +33,7 @@ from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import PlainLinear
 
 OTHER_STATE = "linear|mamba|recurrent|conv"  # in the names of types of layers
+FLOAT32_BYTES = 4
 SEEN = 2  # tokens of the step that fills a cache
 
 
@@ -42,9 +44,7 @@ def count_model(path: Path) -> ModelSpec:
     polynomial of the micro-batch's sizes.
     """
     spec = count_params(path)
-    last_new = max(spec.kind_of_layers.index(kind) for kind in range(len(spec.kind_specs)))
-    activations = _activations(load_config(path), last_new, path)
-    return spec.model_copy(update={"activations": activations})
+    return spec.model_copy(update={"activations": _activations(load_config(path), spec, path)})
 
 
 def count_params(path: Path) -> ModelSpec:
@@ -76,6 +76,13 @@ def count_params(path: Path) -> ModelSpec:
 
 def layer_kinds(config: Any) -> tuple[list[int], tuple[int, ...]]:
     """The first layer of each kind, and of every layer the place of its kind among these."""
+    shapes = _shapes(config)
+    known = list(dict.fromkeys(shapes))
+    return [shapes.index(one) for one in known], tuple(known.index(one) for one in shapes)
+
+
+def _shapes(config: Any) -> list[Hashable]:
+    """Of every layer, the names and shapes of its parameters."""
     with torch.device(META):
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=False, dtype=torch.bfloat16
@@ -83,16 +90,19 @@ def layer_kinds(config: Any) -> tuple[list[int], tuple[int, ...]]:
     family = family_of(model, config.model_type)
     layers = find(model, f"{family.decoder}.{family.layers}")
     assert isinstance(layers, nn.ModuleList)
-    shapes = [tuple((n, tuple(t.shape)) for n, t in _held(layer)) for layer in layers]
-    known = list(dict.fromkeys(shapes))
-    return [shapes.index(one) for one in known], tuple(known.index(one) for one in shapes)
+    return [tuple((n, tuple(t.shape)) for n, t in _held(layer)) for layer in layers]
 
 
-def _activations(config: Any, last_new: int, path: Path) -> Activations:
-    """The snapshots of layers of all kinds; the last new kind is that of layer `last_new`."""
-    total = max(NUM_LAYERS, last_new + 2)
-    activations = count_activations([config], {}, total=total)
-    if activations != count_activations([config], {}, OTHER_PRIMES, total):
+def _activations(config: Any, spec: ModelSpec, path: Path) -> Activations:
+    """The snapshots of layers of all kinds, in a model of the first layers that has all of them."""
+    kinds: list[int | None] | None = None
+    if spec.kinds:
+        last_new = max(map(spec.layer_kinds.index, range(len(spec.kinds))))
+        known = dict(zip(_shapes(config), spec.layer_kinds, strict=True))
+        few = with_layers(config, max(NUM_LAYERS, last_new + 2))
+        kinds = [known.get(shapes) for shapes in _shapes(few)]
+    activations = count_activations([config], {}, kinds=kinds)
+    if activations != count_activations([config], {}, OTHER_PRIMES, kinds):
         raise UserError(
             f"{path}: the memory of its activations is not a polynomial of the micro-batch's "
             "sizes, which llmpq does not support"
@@ -129,10 +139,19 @@ def _count_layer(config: Any, place: int, path: Path) -> LayerKind:
     return LayerKind(
         name="dense" if experts is None else "experts",
         linears=linears,
-        layer_other_params=_num_params(layer) - params,
+        layer_other_params=_num_params(layer) + _widened(stage) - params,
         ffn_size=_ffn_size(config, layer, experts),
         experts=experts,
         **_heads(config, ran.kv_values),
+    )
+
+
+def _widened(stage: StageModel) -> int:
+    """The values of 16 bits that the loader keeps in 32, which count once more."""
+    return sum(
+        math.prod(raw.shape)
+        for raw in stage.parameters_to_load()
+        if raw.is_float32 and getattr(raw.module, raw.attribute).itemsize < FLOAT32_BYTES
     )
 
 
@@ -261,8 +280,12 @@ def _ends(config: Any) -> _Ends:
 
 
 def _num_params(module: nn.Module | None) -> int:
-    """The number of weights, and of values in the buffers that checkpoints hold."""
-    return 0 if module is None else sum(tensor.numel() for _, tensor in _held(module))
+    """The number of weights, and of values in the buffers that checkpoints hold.
+
+    Buffers of 32 bits count twice, as others have 16.
+    """
+    held = () if module is None else _held(module)
+    return sum(tensor.numel() * tensor.itemsize // torch.bfloat16.itemsize for _, tensor in held)
 
 
 def _held(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -75,6 +75,7 @@ class TensorSnapshot:
     op: str
     biased: bool
     later: bool  # whether its layer is not the stage's first one
+    kind: int | None  # of its layer, where layers differ
     live: Bytes
 
 
@@ -86,6 +87,7 @@ class LiveTensors(PeakMemory):
         self.live: Bytes = Counter()
         self.snapshots: list[TensorSnapshot] = []
         self.later = False
+        self.kind: int | None = None
         self._inside_linear = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,6 +98,10 @@ class LiveTensors(PeakMemory):
         if func is torch.ops.aten.scaled_dot_product_attention.default:
             self._take(ATTENTION)
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def enter_layer(self, later: bool, kind: int | None) -> None:
+        """Marks the snapshots that follow as those of a layer; see `TensorSnapshot`."""
+        self.later, self.kind = later, kind
 
     def enter_linear(self, op: str, biased: bool) -> None:
         """Takes a snapshot for a linear; its temporaries are ignored until it is left."""
@@ -117,4 +123,4 @@ class LiveTensors(PeakMemory):
         super()._release(key, size)
 
     def _take(self, op: str = "", biased: bool = False) -> None:
-        self.snapshots.append(TensorSnapshot(op, biased, self.later, +self.live))
+        self.snapshots.append(TensorSnapshot(op, biased, self.later, self.kind, +self.live))

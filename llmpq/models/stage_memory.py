@@ -8,7 +8,7 @@ one time, as such products; snapshots that can never be the peak are dropped.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -34,15 +34,24 @@ class MicroBatchShape:
     seen: int
 
 
-def snapshots(config: Any, layers: LayerRange, shape: MicroBatchShape) -> list[TensorSnapshot]:
-    """Snapshots of a stage that runs one micro-batch, as in the runtime's warm-up."""
+def snapshots(
+    config: Any,
+    layers: LayerRange,
+    shape: MicroBatchShape,
+    kinds: Sequence[int | None] | None = None,
+) -> list[TensorSnapshot]:
+    """Snapshots of a stage that runs one micro-batch, as in the runtime's warm-up.
+
+    `kinds` of all layers of the model, where these differ.
+    """
     stage = StageModel(config, layers, ["16"] * layers.count, torch.bfloat16, META)
     cache = LaneCache(layers.count, [LaneShape(shape.requests, shape.seen)])
     watch = LiveTensors()
     with torch.inference_mode():
         with LiveTensors():
             run_on_meta(stage, cache, shape)  # makes the buffers of the cache
-        for hook in _hooks(stage, watch):
+        own = [None] * layers.count if kinds is None else kinds[layers.first : layers.end]
+        for hook in _hooks(stage, watch, own):
             hook()
         with watch:
             run_on_meta(stage, cache, shape)
@@ -75,14 +84,14 @@ def _integers(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int64)
 
 
-def _hooks(stage: StageModel, watch: LiveTensors) -> Iterator[Any]:
+def _hooks(stage: StageModel, watch: LiveTensors, kinds: Sequence[int | None]) -> Iterator[Any]:
     """Functions that each install one hook: around every linear, and on the layers."""
     for index, layer in enumerate(stage.own_layers):
         yield lambda layer=layer, index=index: layer.register_forward_pre_hook(
-            lambda *_: setattr(watch, "later", index > 0)
+            lambda *_: watch.enter_layer(index > 0, kinds[index])
         )
         yield lambda layer=layer: layer.register_forward_hook(
-            lambda *_: setattr(watch, "later", False)
+            lambda *_: watch.enter_layer(False, None)
         )
         for name, module in layer.named_modules():
             if isinstance(module, PlainLinear):
@@ -121,7 +130,11 @@ def _moment(
         name, factor = terms[num_bytes]
         total[name] += count * factor  # type: ignore[assignment]  # factors may be halves
     return AllocationSnapshot(
-        op=snapshot.op, biased=snapshot.biased, later=snapshot.later, num_bytes=dict(total)
+        op=snapshot.op,
+        biased=snapshot.biased,
+        later=snapshot.later,
+        kind=snapshot.kind,
+        num_bytes=dict(total),
     )
 
 
@@ -149,12 +162,14 @@ def _deciding(found: Iterable[AllocationSnapshot]) -> tuple[AllocationSnapshot, 
         if not any(covers(other, snapshot) for other in kept):
             kept = [other for other in kept if not covers(snapshot, other)]
             kept.append(snapshot)
-    return tuple(sorted(kept, key=lambda m: (m.later, m.op, sorted(m.num_bytes.items()))))
+    return tuple(
+        sorted(kept, key=lambda m: (m.later, m.op, sorted(m.num_bytes.items()), m.kind or 0))
+    )
 
 
 def covers(more: AllocationSnapshot, less: AllocationSnapshot) -> bool:
     """Whether `more` needs at least the memory of `less` at all sizes."""
-    if more.later and not less.later:
+    if (more.later and not less.later) or more.kind not in (None, less.kind):
         return False
     if less.op and (more.op, more.biased) != (less.op, less.biased):
         return False

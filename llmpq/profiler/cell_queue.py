@@ -107,6 +107,8 @@ class CostModel:
 def work_of(spec: ModelSpec) -> Callable[[Candidate], float]:
     """The work of a cell: its tokens, weighted by the tokens that they attend to."""
     params = sum(op.out_features * op.in_features for op in spec.linears)
+    if spec.experts is not None:
+        params += spec.experts.params * spec.experts.per_token // spec.experts.count
     even_tokens = params / (2 * spec.hidden_size)  # attention then costs as much as the linears
 
     def work(key: Candidate) -> float:

@@ -37,6 +37,7 @@ class Cell:
     num_visits: int = 0
     call_s: float = 0.0  # wall time of a sample with its pause
     peak_bytes: int | None = None
+    experts_used: list[float] = field(default_factory=list)  # by a call's layer, at each visit
     found: Estimate | None = None  # after the latest visit
     half_width: float = float("inf")  # relative; larger where the machine was unsteady
     skipped: bool = False
@@ -103,15 +104,15 @@ class Cells(dict[Candidate, Cell]):
 
 def profile_rows(cells: Cells, model_key: str, speed: MachineSpeed) -> list[ProfileRow]:
     """A row of the profile for each measured cell."""
-    return [
-        profile_row(cell.key, cells.estimate(cell, speed), model_key) for cell in cells.measured()
-    ]
+    return [profile_row(cell, cells.estimate(cell, speed), model_key) for cell in cells.measured()]
 
 
-def profile_row(key: Candidate, found: Estimate, model_key: str) -> ProfileRow:
+def profile_row(cell: Cell, found: Estimate, model_key: str) -> ProfileRow:
     """An estimate as a row of the profile."""
+    key, used = cell.key, cell.experts_used
     return ProfileRow(
         model_key=model_key,
+        experts_used=float(np.mean(used)) if used else None,
         precision=key.precision,
         phase=key.phase,
         micro_batch=key.micro_batch,

@@ -8,7 +8,7 @@ are measured, and writing.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,13 +19,14 @@ from llmpq.errors import UserError
 from llmpq.model_lookup import config_path
 from llmpq.model_spec import ModelSpec
 from llmpq.models.stage_model import load_config
+from llmpq.precision import layer_precision, with_fewer_for_experts
 from llmpq.profile_data import Profile, ProfiledDevice, ProfileRow
 from llmpq.profiler.device_probe import Card, card_state, context_bytes, copy_gbs
 from llmpq.profiler.grid import AdaptiveGrid, Choose, Grid, ShapeRange
 from llmpq.profiler.host import cpu_memory_gib, cpu_name
 from llmpq.profiler.layers import LayerMeasurements, LayerProfiler, ProfilingProgress
 from llmpq.profiler.resume import Identity, PartialFile
-from llmpq.profiler.stacks import Bench, stack_depth
+from llmpq.profiler.stacks import Bench, stack_depth, stacked_layers
 from llmpq.quant import available_precisions, machine_here, why_unavailable
 from llmpq.serving import matrices_of, switch_rows
 
@@ -57,6 +58,11 @@ class LayerRequest:
     resume: bool = True
     extend: bool = False
 
+    @property
+    def share_s(self) -> float:
+        """Of the budget, for each kind of layer."""
+        return self.budget_s / len(self.spec.kind_specs)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -68,20 +74,28 @@ class Target:
     output: Path
     card: Card | None = None
 
-    @property
-    def partial_path(self) -> Path:
-        """Where samples are kept while a run lasts."""
-        return self.output.with_name(f"{self.output.name}.partial")
+    def partial_paths(self, spec: ModelSpec) -> list[Path]:
+        """Where samples are kept while a run lasts, of each kind of layer."""
+        names = ["partial", *(f"{place}.partial" for place in range(1, len(spec.kind_specs)))]
+        return [self.output.with_name(f"{self.output.name}.{name}") for name in names]
+
+
+@dataclass(frozen=True)
+class KindMeasurements:
+    """What was measured of one kind of layer, at which precisions; samples are in `partial`."""
+
+    spec: ModelSpec
+    measured: LayerMeasurements
+    precisions: tuple[str, ...]
+    partial: PartialFile
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """A profile, what was measured for it now, and at which precisions."""
+    """A profile, and what was measured for it now, of each kind of layer."""
 
     profile: Profile
-    measured: LayerMeasurements
-    precisions: tuple[str, ...]
-    partial: PartialFile
+    kinds: tuple[KindMeasurements, ...]
 
 
 def profile_device(
@@ -98,41 +112,69 @@ def profile_device(
     """
     if target.card is not None:  # events and streams without a name are those of the current card
         torch.cuda.set_device(target.card.index)
-    start_s, before = time.monotonic(), card_state(target.device)
+    before = card_state(target.device)
     described = _describe(target)
     old = _old_profile(target.output, described) if request.extend else None
-    grid = make_grid(request, target)
-    partial, profiler = _profiler(target, request, described, grid, start_s, choose)
-    if found := partial.load():
-        on_resume(len(found.cells))
-    try:
-        measured = profiler.run(on_visit)
-    except BaseException:  # a later run goes on from here
-        profiler.save()
-        raise
-    notes = list(measured.notes)
+    kinds = tuple(
+        _measure_kind(target, request, described, place, choose, on_resume, on_visit)
+        for place in range(len(request.spec.kind_specs))
+    )
+    notes = [note for kind in kinds for note in kind.measured.notes]
     if before:
         notes.append(f"card before: {before}; after: {card_state(target.device)}")
     profile = Profile(
-        device=described.model_copy(update={"reference_ms": measured.reference_ms}),
-        rows=measured.rows,
-        memory=measured.memory,
-        notes=notes,
+        device=described.model_copy(update={"reference_ms": kinds[0].measured.reference_ms}),
+        rows=[row for kind in kinds for row in kind.measured.rows],
+        memory=[row for kind in kinds for row in kind.measured.memory],
+        notes=list(dict.fromkeys(notes)),
         provenance=Provenance.here(described.name),
     )
-    profile = extended(profile, old) if old else profile
-    return LayerProfile(profile, measured, grid.precisions, partial)
+    return LayerProfile(extended(profile, old) if old else profile, kinds)
 
 
-def make_grid(request: LayerRequest, target: Target) -> Grid | AdaptiveGrid:
-    """The lists as they are; or ranges, from the least of a list to its greatest."""
+def _measure_kind(
+    target: Target,
+    request: LayerRequest,
+    described: ProfiledDevice,
+    place: int,
+    choose: Choose,
+    on_resume: Callable[[int], None],
+    on_visit: Callable[[ProfilingProgress], None],
+) -> KindMeasurements:
+    """Measures the kind of layer at `place`, which has an equal share of the budget."""
+    start_s, spec = time.monotonic(), request.spec.kind_specs[place]
+    grid = make_grid(request, target, spec)
+    partial, profiler = _profiler(target, request, described, grid, start_s, choose, place)
+    if found := partial.load():
+        on_resume(len(found.cells))
+    before_s = place * request.share_s
+
+    def visited(now: ProfilingProgress) -> None:
+        on_visit(replace(now, spent_s=before_s + now.spent_s))
+
+    try:
+        measured = profiler.run(visited)
+    except BaseException:  # a later run goes on from here
+        profiler.save()
+        raise
+    return KindMeasurements(spec, measured, grid.precisions, partial)
+
+
+def make_grid(
+    request: LayerRequest, target: Target, spec: ModelSpec | None = None
+) -> Grid | AdaptiveGrid:
+    """The lists as they are; or ranges, from the least of a list to its greatest.
+
+    `spec`: of the kind of layer that is measured.
+    """
+    spec = spec or request.spec
     max_positions = request.spec.max_positions
     for name in TOKENS:
         longest = max(request.lists.get(name, (0,)))
         if longest >= max_positions:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {longest}: the model has {max_positions} positions")
-    precisions = _precisions(request, target)
+    precisions = _precisions(request, target, spec)
     longest = min(LONGEST[target.device.type], max_positions - 1)
     usual = tuple(n for n in (32, 128, 512) if n < max_positions) or (max(1, max_positions // 2),)
     if request.adaptive:
@@ -145,19 +187,24 @@ def make_grid(request: LayerRequest, target: Target) -> Grid | AdaptiveGrid:
         precisions,
         ShapeRange(ends["prefill_micro_batches"], ends["prompt_tokens"]),
         ShapeRange(ends["decode_micro_batches"], ends["past_tokens"]),
-        switch_rows(
-            machine_here(target.device, target.dtype), matrices_of(request.spec, precisions)
-        ),
+        switch_rows(machine_here(target.device, target.dtype), matrices_of(spec, precisions)),
     )
 
 
-def _precisions(request: LayerRequest, target: Target) -> tuple[str, ...]:
+def _precisions(request: LayerRequest, target: Target, spec: ModelSpec) -> tuple[str, ...]:
+    """Those asked for, or all that the device serves; of experts also fewer bits than of the rest.
+
+    Layers without experts are measured once for all precisions that differ in these alone.
+    """
     place = target.device, target.dtype
-    precisions = request.precisions or available_precisions(*place)
-    faults = [reason for p in precisions if (reason := why_unavailable(p, *place))]
+    asked = request.precisions or available_precisions(*place)
+    names = dict.fromkeys(name for p in asked for name in layer_precision(p))
+    faults = [reason for name in names if (reason := why_unavailable(name, *place))]
     if faults:
         raise UserError(f"--precisions: {faults[0]}")
-    return tuple(precisions)
+    if spec.experts is None:
+        return tuple(dict.fromkeys(layer_precision(p).rest for p in asked))
+    return tuple(asked) if request.precisions else with_fewer_for_experts(asked)
 
 
 def _profiler(
@@ -167,23 +214,25 @@ def _profiler(
     grid: Grid | AdaptiveGrid,
     start_s: float,
     choose: Choose,
+    place: int,
 ) -> tuple[PartialFile, LayerProfiler]:
-    spec = request.spec
-    depth = stack_depth(2 * spec.layer_params)
+    spec = request.spec.kind_specs[place]
+    kinds, most = request.spec.kind_of_layers, stack_depth(2 * spec.layer_params)
+    layers = stacked_layers(kinds, place, most)
     identity = Identity(
         model_key=spec.model_key,
         device=described.name,
         dtype=described.dtype or "",
         num_threads=described.num_threads,
-        depth=depth,
+        depth=layers.count,
     )
-    partial = PartialFile(target.partial_path, identity)
+    partial = PartialFile(target.partial_paths(request.spec)[place], identity)
     if not request.resume:
         partial.remove()
     config = load_config(config_path(request.model))
-    bench = Bench(config, grid.precisions, depth, target.dtype, target.device, grid.most_rows)
-    left_s = request.budget_s - (time.monotonic() - start_s)
-    budget_s = max(MIN_MEASURING * request.budget_s, left_s)
+    bench = Bench(config, grid.precisions, layers, target.dtype, target.device, grid.most_rows)
+    left_s = request.share_s - (time.monotonic() - start_s)
+    budget_s = max(MIN_MEASURING * request.share_s, left_s)
     scales = target.device.type == "cpu"
     return partial, LayerProfiler(spec, grid, bench, budget_s, choose, partial, scales=scales)
 

@@ -69,6 +69,9 @@ class OpenedCell(Protocol):
     def peak_bytes(self) -> int:
         """The peak bytes of a call of one layer."""
 
+    def experts_used(self) -> float | None:
+        """How many different experts a call of one layer uses; None where it has none."""
+
 
 class Workbench(Protocol):
     """The computations that can be timed; see `stacks.Bench`."""
@@ -232,7 +235,7 @@ class LayerProfiler:
         if not offered:
             return False
         name = self.spec.model_key
-        rows = [profile_row(c.key, c.found, name) for c in self.cells.measured() if c.found]
+        rows = [profile_row(c, c.found, name) for c in self.cells.measured() if c.found]
         for cell in self.choose(rows, offered, WAVE):
             stage = stage_cell(self._precisions, phase, cell.micro_batch, cell.tokens)
             self._add([stage, cell])
@@ -261,6 +264,8 @@ class LayerProfiler:
             return
         if 1000 * cell.call_s < SLOW_MS:
             probe.warm_up(cell.depth)
+        if cell.is_layer and (used := probe.experts_used()) is not None:
+            cell.experts_used.append(used)
         cell.num_visits += 1
         slice_s = queue.budget_s / (VISITS * len(queue.cells))
         start_s, walls_s = self.clock(), [self.clock()]

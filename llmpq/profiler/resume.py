@@ -38,6 +38,7 @@ class SavedCell(Strict):
     num_visits: int
     call_s: float
     peak_bytes: int | None
+    experts_used: list[float] = []
 
 
 class Partial(Strict):

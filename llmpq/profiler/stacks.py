@@ -4,9 +4,14 @@ A `Probe` is one cell that is ready on the device: its inputs, its cache, and a 
 layers (0: only the costs of a call beside its layers: masks, positions, copies of messages). The
 calls are those of `llmpq-run`, with its cache, attention, kernels and CUDA graphs, on prompts of
 unequal lengths. Weights are random, as times do not depend on their values.
+
+But which routed experts a call uses does: with random routers and inputs, each token chooses by
+itself and about evenly, so that a call uses as many experts as it can expect to. A text may use
+fewer. How many were used is counted (`Probe.experts_used`), and times are fitted to that number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,8 +23,10 @@ from llmpq.checkpoint.kernel_setup import prepare_kernels
 from llmpq.checkpoint.loader import load_stage
 from llmpq.job import Job, LaneShape, Member
 from llmpq.models.count import with_layers
+from llmpq.models.experts import PackedExperts
 from llmpq.models.family import replace
 from llmpq.models.lanes import LaneCache
+from llmpq.models.raw_tensors import held_bytes
 from llmpq.models.stage_model import LayerRange, StageModel
 from llmpq.profile_data import Candidate
 from llmpq.profiler.timer import Timer
@@ -40,13 +47,41 @@ REFERENCE_SIZE = 256
 REFERENCE_CALLS, REFERENCE_ROWS = 24, 4
 # Layers in a stack, by the bytes of one at 16 bits: more layers average out more noise and reduce
 # the share of a call's own cost; large ones take memory and time.
-DEPTHS = ((8 * 2**20, 6), (64 * 2**20, 3))
-LEAST_DEPTH = 2
+DEPTHS = ((8 * 2**20, 6), (64 * 2**20, 3), (4 * 2**30, 2))
+LEAST_DEPTH = 1
 
 
 def stack_depth(layer_bytes: int) -> int:
     """The number of layers to stack, for layers of `layer_bytes` at 16 bits."""
     return next((depth for limit, depth in DEPTHS if layer_bytes <= limit), LEAST_DEPTH)
+
+
+@dataclass(frozen=True)
+class InnerLayers(LayerRange):
+    """Layers that are given states, as in a middle stage, even if they begin with the first one."""
+
+    @property
+    def is_first(self) -> bool:
+        """False, so that nothing is embedded."""
+        return False
+
+
+def stacked_layers(kinds: Sequence[int], kind: int, depth: int) -> LayerRange:
+    """The layers to stack in a model whose layers are of these kinds: equal ones in a row.
+
+    They are as many as there are, up to `depth`, and the model is cut behind the layer that follows
+    them.
+    """
+    if len(set(kinds)) == 1:
+        return LayerRange(1, 1 + depth, depth + 2)  # layers of one kind may be repeated
+    runs = [
+        (first, next((i for i in range(first, len(kinds)) if kinds[i] != kind), len(kinds)))
+        for first in range(len(kinds))
+        if kinds[first] == kind
+    ]
+    first, end = max(runs, key=lambda run: (min(run[1] - run[0], depth), -run[0]))
+    end = min(end, first + depth)
+    return InnerLayers(first, end, end + 1)
 
 
 class Probe:
@@ -59,8 +94,10 @@ class Probe:
         device: torch.device,
         pause_s: float,
         max_depth: int = 0,
+        experts: Sequence[PackedExperts] = (),
     ) -> None:
         self._compute, self._timer, self._device = compute, timer, device
+        self._experts = experts
         self._pause_s, self.max_depth = pause_s, max_depth
 
     def warm_up(self, depth: int) -> None:
@@ -77,31 +114,48 @@ class Probe:
         """The peak bytes of a call of one layer, without weights and cache."""
         return peak_bytes(partial(self._compute, 1), self._device)
 
+    def experts_used(self) -> float | None:
+        """How many different experts a layer uses in one call, on average; None without experts."""
+        if not self._experts:
+            return None
+        used: list[int] = []
+        hooks = [
+            experts.register_forward_pre_hook(lambda _, given: used.append(len(given[1].unique())))
+            for experts in self._experts
+        ]
+        try:
+            self._compute(self.max_depth)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return sum(used) / len(used)
+
 
 class Bench:
-    """Layers at every precision on one device, and the embedding and the head.
+    """Layers of one kind at every precision on one device, and the embedding and the head.
 
-    Kernels are compiled for products of up to `most_rows` rows.
+    `layers` are those to stack (`stacked_layers`). Kernels are compiled for products of up to
+    `most_rows` rows.
     """
 
     def __init__(
         self,
         config: Any,
         precisions: tuple[str, ...],
-        depth: int,
+        layers: LayerRange,
         dtype: torch.dtype,
         device: torch.device,
         most_rows: int,
     ) -> None:
-        self._config, self.depth = config, depth
+        self._config, self.depth = config, layers.count
         self._dtype, self._device, self._most_rows = dtype, device, most_rows
         self.notes: list[str] = []  # warnings of linears that use slower kernels
         self._timer = Timer(device)
         self._square = torch.ones(REFERENCE_SIZE, REFERENCE_SIZE, device=device)
         self._refer()  # warms up
-        layers = LayerRange(1, 1 + depth, depth + 2)  # a middle stage
-        self._stacks = {p: _Stack(self._load(layers, [p] * depth), depth) for p in precisions}
-        self._ends = self._load(LayerRange(0, 1, 1), ["16"])
+        self._stacks = {p: _Stack(self._load(layers, [p] * layers.count)) for p in precisions}
+        self._first = self._load(LayerRange(0, 0, 1), [])
+        self._last = self._load(LayerRange(1, 1, 1), [])
 
     def open(self, cell: Candidate) -> "Probe":
         """Prepares the inputs and the call of a cell."""
@@ -112,13 +166,17 @@ class Bench:
         past = cell.tokens if phase == "decode" else 0
         tokens = 1 if phase == "decode" else cell.tokens
         states = self._states(cell.micro_batch, tokens)
-        compute = self._stacks[cell.precision].computation(states, past)
-        max_depth = self.depth if layered else 0
-        return Probe(compute, self._timer, self._device, REST_S, max_depth)
+        stack = self._stacks[cell.precision]
+        compute = stack.computation(states, past)
+        if not layered:
+            return Probe(compute, self._timer, self._device, REST_S)
+        return Probe(compute, self._timer, self._device, REST_S, self.depth, stack.experts)
 
     def layer_bytes(self, precision: str) -> int:
         """Bytes of the weights of one layer."""
-        return self._stacks[precision].stage.weight_bytes() // self.depth
+        layers, seen = self._stacks[precision].own_layers, set[int]()
+        total = sum(held_bytes(m, seen) for layer in layers for m in layer.modules())
+        return total // self.depth
 
     def reference_ms(self) -> float:
         """Milliseconds of the fixed computation."""
@@ -135,10 +193,10 @@ class Bench:
             hidden = self._states(cell.micro_batch, 1)
             numbers = torch.arange(len(hidden), device=self._device)
             inputs = hidden[:, 0], Sampling(), numbers, numbers
-            return lambda _: choose_tokens(self._ends, *inputs)
+            return lambda _: choose_tokens(self._last, *inputs)
         shape = (cell.micro_batch, cell.tokens)
         ids = torch.zeros(shape, dtype=torch.int64, device=self._device)
-        return lambda _: self._ends.embed(ids)
+        return lambda _: self._first.embed(ids)
 
     def _states(self, count: int, tokens: int) -> torch.Tensor:
         shape = (count, tokens, self._config.hidden_size)
@@ -155,11 +213,12 @@ class Bench:
 class _Stack:
     """A stage of equal layers, of which the first few can be run alone."""
 
-    def __init__(self, stage: StageModel, depth: int) -> None:
+    def __init__(self, stage: StageModel) -> None:
         self.stage = stage
+        self.experts = [m for m in stage.modules() if isinstance(m, PackedExperts)]
         self._path = f"{stage.family.decoder}.{stage.family.layers}"
-        self._layers = list(stage.all_layers)
-        self._depth = depth
+        self._layers, self.own_layers = list(stage.all_layers), stage.own_layers
+        self._depth = stage.layers.count
 
     def computation(self, hidden: torch.Tensor, past: int) -> Callable[[int], object]:
         """A function that calls some layers on `hidden` `[B, S, H]`: a prefill, or a decode step.

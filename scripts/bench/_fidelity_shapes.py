@@ -31,7 +31,7 @@ from llmpq.profiler.cells import SLOW_MS, Cell, Cells, profile_rows
 from llmpq.profiler.drift import MachineSpeed
 from llmpq.profiler.grid import STAGE_PHASE
 from llmpq.profiler.layers import stacked
-from llmpq.profiler.stacks import Bench, stack_depth
+from llmpq.profiler.stacks import Bench, stack_depth, stacked_layers
 
 ROOT = Path(__file__).parents[2]
 SMALL = (shared_data() or ROOT) / "models"
@@ -219,7 +219,8 @@ def _measure(
     config, depth = load_config(config_path(model)), stack_depth(layer_bytes)
     per_request = {point: 1 if point.phase == "decode" else point.tokens for point in points}
     most_rows = max(point.micro_batch * tokens for point, tokens in per_request.items())
-    bench = Bench(config, precisions, depth, dtype, where, most_rows)
+    layers = stacked_layers(spec.kind_of_layers, 0, depth)
+    bench = Bench(config, precisions, layers, dtype, where, most_rows)
     cells = Cells(precisions[0])
     for point in points:
         stage = point._replace(precision=precisions[0], phase=STAGE_PHASE[point.phase])

@@ -49,6 +49,7 @@ def predictions(plan):
             stage.precisions,
             first=rank == 0,
             last=rank == len(plan.stages) - 1,
+            kinds=plan.model.kind_of_layers[stage.first_layer : stage.end_layer],
             sizes=sizes,
             machine=machine_here(CPU, torch.bfloat16),
         )

@@ -244,3 +244,44 @@ def test_points_average_repeated_rows() -> None:
     points = recipes.points_of([row("head", 2, 0, 1.0), row("head", 2, 0, 3.0)])
     assert isinstance(points, Points)
     assert points.seconds.tolist() == pytest.approx([0.002])
+
+
+# ---- layers with experts
+
+SPARSE = "moe-h64-f32-a4-kv2-d16-v97-e64x32k8"
+
+
+def expected(rows: float, count: float = 64) -> float:
+    return count * (1 - (1 - 8 / count) ** rows)
+
+
+def decodes(sizes: tuple[int, ...], count: float = 64) -> list[ProfileRow]:
+    """Decode steps that read the experts that they use, with a few rows for each."""
+    return [
+        row(
+            "decode", q, past, 1 + 0.2 * expected(q, count) + 0.01 * q + 1e-4 * q * past
+        ).model_copy(update={"model_key": SPARSE, "experts_used": expected(q, count)})
+        for q in sizes
+        for past in (16, 64, 256)
+    ]
+
+
+@pytest.mark.parametrize("count", [64, 24])
+def test_rows_of_experts_are_predicted_between_and_beyond_what_was_measured(count: float) -> None:
+    """Also where routing prefers some: then as many are used as of fewer experts."""
+    found = fit(decodes((1, 2, 8, 32, 128), count))
+    for (truth,) in (decodes((q,), count)[:1] for q in (4, 16, 64, 200)):
+        seconds = float(found.seconds(truth.micro_batch, truth.past_tokens))
+        assert 1e3 * seconds == pytest.approx(truth.time_ms, rel=0.03)
+
+
+def test_a_stored_fit_of_experts_is_what_was_fitted() -> None:
+    rows = decodes((1, 2, 8, 32, 128))
+    (stored,) = chosen_models(rows)
+    kind = ("16", "decode")
+    again, anew = fit_all(rows, {kind: stored})[kind], fit_all(rows)[kind]
+    assert again.name == stored.model
+    for q in (3, 50):
+        assert float(again.seconds(q, 40)) == pytest.approx(float(anew.seconds(q, 40)), rel=1e-6)
+    other = [one.model_copy(update={"experts_used": 9.0}) for one in rows]
+    assert fit_hash(other, stored) != stored.sha256

@@ -13,12 +13,14 @@ from llmpq.profile_data import Candidate, ProfileRow
 
 pytest.importorskip("torch")
 
+from llmpq.models.stage_model import LayerRange
 from llmpq.profiler.cells import FEW, MAX_SAMPLES
 from llmpq.profiler.drift import TOLERANCE, DriftMonitor, MachineSpeed, steady
 from llmpq.profiler.grid import AdaptiveGrid, Grid, ShapeRange, end_cells, farthest
 from llmpq.profiler.layers import LayerMeasurements, LayerProfiler
 from llmpq.profiler.resume import Identity, PartialFile
 from llmpq.profiler.sampling import estimate, interval_rank, is_outlier
+from llmpq.profiler.stacks import stacked_layers
 
 PRECISIONS = ("16", "4")
 FIXED_MS = {"prefill": 2.0, "decode": 1.0}
@@ -44,6 +46,7 @@ class FakeMachine:
     slow: tuple[float, float] = (0.0, 0.0)  # seconds between which all takes 1.5 times as long
     dies_after: float = math.inf  # calls
     depth: int = 4
+    experts_used: float | None = None
     notes: list[str] = field(default_factory=list)
     now_s: float = 0.0
     num_calls: int = 0
@@ -105,6 +108,9 @@ class FakeProbe:
     def peak_bytes(self) -> int:
         self.machine.call_ms(self.key, 1)
         return 64 * self.key.micro_batch
+
+    def experts_used(self) -> float | None:
+        return self.machine.experts_used
 
 
 def profiler(spec: ModelSpec, machine: FakeMachine, budget_s: float, **how: Any) -> LayerProfiler:
@@ -383,3 +389,23 @@ def test_another_run_s_samples_do_not_count(
     assert PartialFile(path, identity()).load() is None
     PartialFile(path, identity()).remove()
     assert not path.exists()
+
+
+def test_layers_of_one_kind_are_stacked_as_far_as_they_go() -> None:
+    assert stacked_layers((0,) * 4, 0, 6) == LayerRange(1, 7, 8)
+    kinds = (0, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1)
+    dense, experts = (stacked_layers(kinds, kind, 4) for kind in (0, 1))
+    assert (dense.first, dense.end, dense.total) == (0, 3, 4)
+    assert (experts.first, experts.end, experts.total) == (6, 10, 11)
+    assert not dense.is_first and not dense.is_last and not experts.is_last
+    assert stacked_layers(kinds, 1, 1).first == 3
+
+
+def test_rows_say_how_many_experts_were_used(spec: ModelSpec) -> None:
+    machine = FakeMachine(experts_used=6.5)
+    measured = profiler(spec, machine, 3.0).run()
+    used = {row.phase: row.experts_used for row in measured.rows}
+    assert used["decode"] == used["prefill"] == 6.5
+    assert used["embedding"] is None and used["stage_decode"] is None
+    plain = profiler(spec, FakeMachine(), 3.0).run()
+    assert all(row.experts_used is None for row in plain.rows)

@@ -7,7 +7,7 @@ from llmpq.model_lookup import DEFAULT_MODEL, config_path
 from llmpq.models.stage_model import load_config
 from llmpq.profile_data import Candidate
 from llmpq.profiler import timer
-from llmpq.profiler.stacks import END_REST_S, REST_S, Bench
+from llmpq.profiler.stacks import END_REST_S, REST_S, Bench, stacked_layers
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,9 @@ def bench() -> Bench:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return Bench(load_config(config_path(DEFAULT_MODEL)), ("16",), 1, torch.bfloat16, CPU, 64)
+        layers = stacked_layers((0,) * 4, 0, 1)
+        config = load_config(config_path(DEFAULT_MODEL))
+        return Bench(config, ("16",), layers, torch.bfloat16, CPU, 64)
     finally:
         torch.set_num_threads(threads)
 

@@ -184,10 +184,11 @@ def test_experts_in_use_grow_from_those_of_a_token_to_all() -> None:
 def test_an_effective_number_is_found_in_what_was_used() -> None:
     rows = [1, 4, 16, 64, 256]
     uneven = Routing(37.0, 8)
-    found = fitted(EXPERTS, rows, list(uneven.used(rows)))
+    whole = balanced(EXPERTS)
+    found = fitted(whole, rows, list(uneven.used(rows)))
     assert found.count == pytest.approx(37.0, rel=0.02) and found.per_token == 8
-    assert fitted(EXPERTS, rows, list(balanced(EXPERTS).used(rows))).count == pytest.approx(64)
-    assert fitted(EXPERTS, [], []) == balanced(EXPERTS)
+    assert fitted(whole, rows, list(whole.used(rows))).count == pytest.approx(64)
+    assert fitted(whole, [], []) == whole
 
 
 # ---- the spec sheet

@@ -1,0 +1,77 @@
+"""What stages of layers with experts, or of several kinds, hold is what the memory model says."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import CPU, hand_made_plan
+from test_memory import accounts
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmpq.models.count_model import count_model
+from llmpq.precision import with_fewer_for_experts
+from llmpq.quant import available_precisions
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+MODELS = {
+    "mixtral": {"num_local_experts": 4, "sliding_window": 8},
+    "qwen3_moe": {"num_experts": 8, "mlp_only_layers": [1], "head_dim": 16},
+    "glm4_moe": {"n_routed_experts": 8, "first_k_dense_replace": 2, "head_dim": 16},
+    "deepseek_v3": LATENT
+    | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 2},
+}
+NUM_PLANS = 10
+WEIGHTS_AND_CACHE, TOTAL = 0.01, 0.05
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory):
+    """A checkpoint with random weights, and its spec."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = AutoConfig.for_model(request.param, **SIZES | MODELS[request.param])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return SimpleNamespace(folder=folder, spec=count_model(folder / "config.json"))
+
+
+def random_plans(spec, seed):
+    draw = random.Random(seed)
+    offered = [p for p in ("16", "8", "4", "3") if p in available_precisions(CPU, torch.bfloat16)]
+    names = with_fewer_for_experts(offered)
+    for _ in range(NUM_PLANS):
+        inner = sorted(draw.sample(range(1, spec.num_layers), draw.randint(0, 3)))
+        precisions = [draw.choice(names) for _ in range(spec.num_layers)]
+        batch = draw.choice([4, 8, 12])
+        sizes = {"batch": batch, "p": draw.randint(1, 4), "q": draw.choice([2, 4])}
+        lengths = {"prompt": draw.choice([10, 24, 60]), "new": draw.choice([4, 12, 30])}
+        yield hand_made_plan(spec, [*inner, spec.num_layers], precisions, **sizes, **lengths)
+
+
+def test_memory_of_random_plans(model):
+    for plan in random_plans(model.spec, seed=1):
+        for held, predicted in accounts(model, plan):
+            assert abs(held.weights / predicted.weights - 1) <= WEIGHTS_AND_CACHE
+            assert abs(held.cache / predicted.cache - 1) <= WEIGHTS_AND_CACHE
+            total = held.weights + held.cache + held.activations
+            expected = predicted.total - predicted.buffers  # messages are tested in a run
+            assert 1 - TOTAL <= total / expected <= 1, (plan.stages, held, predicted)
