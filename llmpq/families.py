@@ -304,8 +304,16 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_moe": _WITH_EXPERTS,
     "granitemoe": _WITH_EXPERTS,
     "granitemoeshared": _WITH_EXPERTS,
-    "llama4_text": replace(_WITH_EXPERTS, stacked=StackedExperts(transposed=True)),
-    "gpt_oss": replace(_WITH_EXPERTS, stacked=StackedExperts(transposed=True, interleaved=True)),
+    "llama4_text": Family(
+        is_tested=True,
+        can_share=False,
+        stacked=StackedExperts(transposed=True),
+    ),
+    "gpt_oss": Family(
+        is_tested=True,
+        can_share=False,
+        stacked=StackedExperts(transposed=True, interleaved=True),
+    ),
     "phi": Family(final=("final_layernorm",)),
     "glm4": Family(overflows_float16=True),
     "plamo2": Family(overflows_float16=True),
