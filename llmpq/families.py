@@ -175,8 +175,16 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_moe": _WITH_EXPERTS,
     "granitemoe": _WITH_EXPERTS,
     "granitemoeshared": _WITH_EXPERTS,
-    "llama4_text": replace(_WITH_EXPERTS, stacked=StackedExperts(transposed=True)),
-    "gpt_oss": replace(_WITH_EXPERTS, stacked=StackedExperts(transposed=True, interleaved=True)),
+    "llama4_text": Family(
+        is_tested=True,
+        can_share=False,
+        stacked=StackedExperts(transposed=True),
+    ),
+    "gpt_oss": Family(
+        is_tested=True,
+        can_share=False,
+        stacked=StackedExperts(transposed=True, interleaved=True),
+    ),
     "deepseek_v2": _WITH_EXPERTS,
     "deepseek_v3": _WITH_EXPERTS,
     "gpt2": Family(

@@ -155,6 +155,10 @@ def pack_experts(layer: nn.Module, make: MakeLinear) -> None:
         owner, _, name = path.rpartition(".")
         block = find(layer, owner) if owner else layer
         is_dense = type(block).__name__ in DENSE_BLOCKS
+        if is_dense != _is_dense(experts):
+            raise UserError(
+                f"'{type(experts).__name__}' runs experts in a way that llmpq does not support"
+            )
         packed = PackedExperts(_experts(path, experts, make), scales_inputs=is_dense)
         if is_dense:
             above, _, name = owner.rpartition(".")

@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 
+from llmpq.errors import UserError
 from llmpq.models.experts import PackedExperts, expert_blocks, pack_experts, routers
 from llmpq.models.linears import LinearMaker
 from llmpq.models.live_tensors import PeakMemory
@@ -113,6 +114,25 @@ def test_packed_experts_compute_what_transformers_does(kind):
     assert not list(expert_blocks(layer))
     assert any(isinstance(module, PackedExperts) for module in block.modules())
     torch.testing.assert_close(result(block, x), expected, rtol=1e-5, atol=1e-5)
+
+
+class Unknown(nn.Module):
+    """Stacked experts that transformers does not let choose an implementation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 6))
+        self.down_proj = nn.Parameter(torch.zeros(2, 3, 8))
+
+
+def test_experts_that_run_in_other_ways_are_refused():
+    layer = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": Unknown()})})
+    with pytest.raises(UserError, match="'Unknown' runs experts in a way"):
+        pack_experts(layer, LinearMaker(torch.float32, CPU))
+    normed = layer_of("Mixtral")
+    normed.mlp.experts.has_post_expert_norm = True
+    with pytest.raises(UserError, match="'MixtralExperts' normalizes what each expert returns"):
+        packed(normed)
 
 
 def test_llama_4_runs_only_the_experts_that_are_chosen():

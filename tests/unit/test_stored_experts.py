@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_prequantized import Codes
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from llmpq.checkpoint.checkpoint import Checkpoint
@@ -180,3 +181,61 @@ def test_all_values_of_mxfp4():
     positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     expected = torch.cat((positive, -positive)).repeat(2)
     assert torch.equal(found, torch.stack((expected, expected / 4)))
+
+
+# ---- experts that are quantized one by one, under the names of the stage or of Mixtral's files
+
+
+NAMES = {
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "block_sparse_moe": ("w1", "w3", "w2"),
+}
+
+
+@pytest.mark.parametrize("block", NAMES)
+def test_gptq_codes_of_experts_are_found(tmp_path, block):
+    codes = {
+        (index, name): Codes(SHAPES[name], 4, 32, torch.float16, seed=index)
+        for index in range(EXPERTS)
+        for name in SHAPES
+    }
+    stored = dict(zip(SHAPES, NAMES[block], strict=True))
+    tensors = {}
+    for (index, name), one in codes.items():
+        tensors |= one.gptq(f"{LAYER}.{block}.experts.{index}.{stored[name]}", v2=False)
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    weights = write(tmp_path, "mixtral", tensors, quantization_config=settings)
+    for (index, name), one in codes.items():
+        own = f"{LAYER}.mlp.experts.{index}.{name}.weight"
+        assert weights.stores(own) and len(weights.sources(own)) == 4
+        packed = weights.packed(own, SHAPES[name])
+        assert torch.equal(packed.codes, one.codes)
+        assert torch.equal(weights.read(own, SHAPES[name]), one.weight)
+
+
+@pytest.mark.parametrize("block", NAMES)
+def test_float8_experts_are_found(tmp_path, experts, block):
+    stored = dict(zip(SHAPES, NAMES[block], strict=True))
+    tensors, expected = {}, {}
+    for name, matrices in experts.items():
+        for index, matrix in enumerate(matrices):
+            held, scales = matrix.to(torch.float8_e4m3fn), torch.rand(matrix.shape[0] // 16, 2)
+            file_name = f"{LAYER}.{block}.experts.{index}.{stored[name]}.weight"
+            tensors |= {file_name: held, f"{file_name}_scale_inv": scales}
+            spread = scales.repeat_interleave(16, 0).repeat_interleave(matrix.shape[1] // 2, 1)
+            expected[f"{LAYER}.mlp.experts.{index}.{name}.weight"] = held.float() * spread
+    for name, shape in SHAPES.items():
+        settings = {"quant_method": "fp8", "weight_block_size": [16, shape[1] // 2]}
+        weights = write(tmp_path, "mixtral", tensors, quantization_config=settings)
+        for own in (f"{LAYER}.mlp.experts.{index}.{name}.weight" for index in range(EXPERTS)):
+            assert torch.equal(weights.read(own, shape), expected[own])
+            assert len(weights.sources(own)) == 2
+
+
+def test_a_note_takes_precisions_of_experts_apart(tmp_path):
+    one = Codes(SHAPES["up_proj"], 4, 32, torch.float16)
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    tensors = one.gptq(f"{LAYER}.mlp.experts.0.up_proj", v2=False)
+    weights = write(tmp_path, "qwen3_moe", tensors, quantization_config=settings)
+    assert weights.note({"4"}) is None
+    assert "already quantized (gptq, 4)" in weights.note({"8+experts@4"})
