@@ -93,7 +93,7 @@ def test_experts_count_by_value(config: dict[str, Any], count: int) -> None:
 
 
 # As the files of these models have them: Qwen3-Next, Kimi-Linear, Nemotron-H, Jamba, Falcon-H1,
-# Mamba 2, LFM2, DeepSeek-V3.2, and Qwen3.5 with its text model inside.
+# Mamba 2, LFM2, DeepSeek-V3.2, and a model of text and images with such a text model inside.
 STATES = [
     ({"model_type": "qwen3_next", "linear_num_key_heads": 16}, "it has a 'linear_num_key_heads'"),
     (
@@ -107,7 +107,7 @@ STATES = [
     ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "has 'conv'"),
     ({"model_type": "deepseek_v32", "index_topk": 2048}, "it has a 'index_topk'"),
     (
-        {"model_type": "qwen3_5", "text_config": {"layer_types": ["linear_attention"]}},
+        {"model_type": "new_vl", "text_config": {"layer_types": ["linear_attention"]}},
         "has 'linear",
     ),
 ]
