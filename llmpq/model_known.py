@@ -32,13 +32,21 @@ NUM_EXPERTS = r"(moe_)?(num|n)_(local_|routed_)?experts"
 # Types of models, kinds of layers and settings that only layers with another state than keys and
 # values have: state spaces, linear attention, recurrences, convolutions over tokens, and keys of
 # an index (sparse attention). Read from the configurations of transformers 5.23 and of files.
-STATE_TYPES = r"rwkv|xlstm|mamba|jamba|zamba|bamba"
+STATE_TYPES = (
+    r".*(rwkv|xlstm|mamba|jamba|zamba|bamba).*|falcon_h1|nemotron_h|recurrent_gemma|olmo_hybrid"
+    r"|qwen3_next|qwen3_5.*|kimi_linear|bailing_hybrid|minimax|deepseek_v32|deepseek_v4|glm_moe_dsa"
+)
 STATE_LAYERS = r"linear|mamba|conv|recurrent|hybrid|indexed|compressed"
 STATE_KEYS = (
     r"((n|use)_)?mamba_.*|ssm_.*|linear_(attn|num|conv|key|value|head)_.*|conv_(kernel.*|L_cache)"
     r"|state_size|lru_width|time_step_rank|attn_layer_(period|indices)|hybrid_override_pattern"
     r"|index_(topk|n_heads|head_dim)"
 )
+# Settings of layers that need more than the states of the layer before, which stages send.
+SHARED_KEYS = {
+    "num_kv_shared_layers": "use keys and values of earlier layers",
+    "hidden_size_per_layer_input": "have inputs of their own beside the states",
+}
 EPSILONS = ("_eps", "_epsilon")
 SPECIAL = ("Infinity", "-Infinity", "NaN")
 
@@ -87,15 +95,22 @@ def state_beside_keys(config: Mapping[str, Any]) -> str | None:
 
     Where a model lists the kinds of its layers, these count, and not settings of kinds it lacks.
     """
-    if re.search(STATE_TYPES, str(config.get("model_type"))):
-        return "as its type says"
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and kinds:
         found = next((kind for kind in kinds if re.search(STATE_LAYERS, str(kind))), None)
-        return found and f"'layer_types' has '{found}'"
-    keys = (key for key, value in config.items() if value not in (None, False))
-    found = next((key for key in keys if re.fullmatch(STATE_KEYS, key)), None)
-    return found and f"it has a '{found}'"
+        why = found and f"'layer_types' has '{found}'"
+    else:
+        keys = (key for key, value in config.items() if value not in (None, False))
+        found = next((key for key in keys if re.fullmatch(STATE_KEYS, key)), None)
+        why = found and f"it has a '{found}'"
+    is_told_by_type = re.fullmatch(STATE_TYPES, str(config.get("model_type")))
+    return why or ("as its type says" if is_told_by_type else None)
+
+
+def needs_other_layers(config: Mapping[str, Any]) -> str | None:
+    """What layers need beside the states of the layer before, with the setting that says so."""
+    found = next((key for key in SHARED_KEYS if config.get(key)), None)
+    return found and f"{SHARED_KEYS[found]} ('{found}')"
 
 
 def is_known(config: Mapping[str, Any], num_layers: int, heads: tuple[int, int, int]) -> bool:

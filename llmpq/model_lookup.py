@@ -27,6 +27,7 @@ from llmpq.family_sizes import llama_sizes
 from llmpq.language_part import LANGUAGE_PARTS, has_other_parts, language_part
 from llmpq.model_known import (
     is_known,
+    needs_other_layers,
     num_experts,
     odd_number,
     state_beside_keys,
@@ -97,11 +98,15 @@ def refuse_plainly(config: dict[str, Any], source: str) -> None:
         raise UserError(f"{source}: '{odd[0]}' is {show_value(odd[1])}, which no model can have")
     if not isinstance(config.get("text_config", {}), dict):
         raise UserError(f"{source}: 'text_config' must be an object")
-    if state := state_beside_keys(config) or state_beside_keys(config.get("text_config", {})):
-        raise UserError(
-            f"{source}: layers of this '{model_type}' model keep a state that is not keys and "
-            f"values ({state}), which llmpq does not serve"
-        )
+    for settings in (config, config.get("text_config", {})):
+        layers = f"{source}: layers of this '{model_type}' model"
+        if state := state_beside_keys(settings):
+            raise UserError(
+                f"{layers} keep a state that is not keys and values ({state}), which llmpq does "
+                "not serve"
+            )
+        if need := needs_other_layers(settings):
+            raise UserError(f"{layers} {need}, which llmpq does not serve")
     if "text_config" in config and not has_sizes(model_type):
         raise UserError(
             f"{source}: '{model_type}' is a multimodal model (it has a 'text_config'), whose text "

@@ -30,6 +30,7 @@ from llmpq.errors import UserError
 from llmpq.evaluation.judge import judge
 from llmpq.evaluation.verify import verify
 from llmpq.families import has_sizes
+from llmpq.language_part import LANGUAGE_PARTS
 from llmpq.model_lookup import load_model_spec, read_config, refuse_plainly
 from llmpq.models.stage_model import load_config
 
@@ -50,6 +51,15 @@ SIZES: dict[str, Any] = {
 MORE: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
 }
+# The sizes of latent attention, for classes that have it: as many key-value heads as query heads.
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
 EXACT = "exact"
 
 
@@ -65,6 +75,9 @@ class Result:
 
 def settings_of(model_type: str) -> dict[str, Any]:
     """A small configuration: of the sizes above, those that the class has."""
+    if model_type in LANGUAGE_PARTS:
+        text = next(iter(LANGUAGE_PARTS[model_type]))
+        return {"model_type": model_type, "text_config": settings_of(text)}
     made = CONFIG_MAPPING[model_type]
     try:
         own = made().to_dict()
@@ -74,6 +87,7 @@ def settings_of(model_type: str) -> dict[str, Any]:
     sizes = {names.get(key, key): value for key, value in SIZES.items()}
     known = {key: value for key, value in sizes.items() if key in own or key.endswith("_id")}
     size = {"head_dim": 8} if "head_dim" in own else {}
+    size |= LATENT if "kv_lora_rank" in own else {}
     return {"model_type": model_type, **known, **size, **MORE.get(model_type, {})}
 
 

@@ -232,7 +232,11 @@ SHAREABLE = [family for family in FAMILIES if config_of(family).model_type in SH
 
 def build(family: str) -> torch.nn.Module:
     """transformers' model of a family with random weights, spread enough to tell tokens apart."""
-    config = config_of(family)
+    return build_from(config_of(family))
+
+
+def build_from(config: transformers.PretrainedConfig) -> torch.nn.Module:
+    """The same of any configuration."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -244,7 +248,11 @@ def build(family: str) -> torch.nn.Module:
 
 def save(family: str, folder: Path) -> TinyModel:
     """Writes the family's checkpoint and asks transformers for the expected tokens."""
-    model = build(family)
+    return saved(build(family), folder)
+
+
+def saved(model: torch.nn.Module, folder: Path) -> TinyModel:
+    """Writes a model's checkpoint and asks transformers for the expected tokens."""
     model.save_pretrained(folder)
     requests = random_requests(model.config.vocab_size)
     # A token that the first request meets soon serves as the end of text.

@@ -93,7 +93,7 @@ def test_experts_count_by_value(config: dict[str, Any], count: int) -> None:
 
 
 # As the files of these models have them: Qwen3-Next, Kimi-Linear, Nemotron-H, Jamba, Falcon-H1,
-# Mamba 2, LFM2, DeepSeek-V3.2, and Qwen3.5 with its text model inside.
+# Mamba 2, LFM2, DeepSeek-V3.2, and a model of text and images with such a text model inside.
 STATES = [
     ({"model_type": "qwen3_next", "linear_num_key_heads": 16}, "it has a 'linear_num_key_heads'"),
     (
@@ -103,11 +103,11 @@ STATES = [
     ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-*"}, "'hybrid_override_pattern'"),
     ({"model_type": "jamba"}, "as its type says"),
     ({"model_type": "falcon_h1", "mamba_d_state": 256}, "it has a 'mamba_d_state'"),
-    ({"model_type": "mamba2", "state_size": 128}, "as its type says"),
+    ({"model_type": "mamba2", "state_size": 128}, "it has a 'state_size'"),
     ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "has 'conv'"),
     ({"model_type": "deepseek_v32", "index_topk": 2048}, "it has a 'index_topk'"),
     (
-        {"model_type": "qwen3_5", "text_config": {"layer_types": ["linear_attention"]}},
+        {"model_type": "new_vl", "text_config": {"layer_types": ["linear_attention"]}},
         "has 'linear",
     ),
 ]
@@ -122,6 +122,15 @@ def test_layers_with_another_state_are_refused_without_transformers(
     path.write_text(json.dumps({**LLAMA, **config}))
     with pytest.raises(UserError, match=f"keep a state that is not keys and values.*{why}"):
         load_model_spec(str(path))
+
+
+@pytest.mark.parametrize("key", ["num_kv_shared_layers", "hidden_size_per_layer_input"])
+def test_layers_that_need_more_than_the_states_before_are_refused(key: str) -> None:
+    """As in Gemma 3n, whose text model has both."""
+    for config in ({key: 15}, {"text_config": {key: 15}}):
+        with pytest.raises(UserError, match=rf"layers of this 'gemma3n' model .* \('{key}'\)"):
+            spec_from_config(LLAMA | {"model_type": "gemma3n"} | config, "m")
+    assert spec_from_config(LLAMA | {key: 0}, "m") == spec_from_config(LLAMA, "m")
 
 
 def test_layers_that_are_listed_count_and_not_settings_of_others() -> None:
