@@ -44,11 +44,14 @@ EAGER_LAUNCH_S = 25e-6
 START_S = 2.5e-6
 # The cost of a layer's calls on a CPU, where they overlap with nothing.
 CPU_LAYER_S = 200e-6
-# Layers with routed experts (`llmpq.models.experts`), counted as for layers above: to choose and to
-# sort, and for each expert that is used beside its products.
-ROUTER_LAUNCHES = 20
+# Layers with routed experts (`llmpq.models.experts`), counted on Mixtral's in torch 2.13: choosing
+# and sorting, in place of a dense activation; then for each expert that is used, beside its
+# products, gathering its tokens, the activation (2), weighing and adding.
+ROUTER_LAUNCHES = 15
 EXPERT_LAUNCHES = 5
-CPU_EXPERT_S = 60e-6
+# Estimate: each took a third of what the rest of a tiny layer took (8 experts, two cores of an AMD
+# EPYC, 2026-11-28).
+CPU_EXPERT_S = 70e-6
 # The cost of a stage's call beside its layers (masks, positions, copies of the message), measured
 # by `llmpq-profile layers`: 0.7 to 1.2 ms in both phases on an H200's host, 0.6 to 0.9 ms on two
 # cores of an AMD EPYC, whatever the shape (both 2026-11-27). The network's time is not included.

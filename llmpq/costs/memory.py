@@ -34,7 +34,7 @@ from llmpq.job import LaneShape, cache_tokens
 from llmpq.kernel import GRAPH_BYTES, graph_lengths
 from llmpq.kernel_table import held_bytes
 from llmpq.machine import TORCH_CARD, Machine
-from llmpq.model_spec import ModelSpec
+from llmpq.model_spec import LinearShape, ModelSpec
 from llmpq.plan_data import Plan, reserve_of
 from llmpq.precision import PRECISIONS, layer_precision
 from llmpq.workspace import HALF, SINGLE
@@ -140,13 +140,16 @@ def stage_memory(
 
 def layer_weight_bytes(spec: ModelSpec, precision: str, machine: Machine = TORCH_CARD) -> int:
     """One layer of a model with one kind: its matrices at `precision`, all else at 16 bits."""
-    matrices = sum(
-        held.number * held_bytes(machine, held.precision, held.op.out_features, held.op.in_features)
-        for held in spec.held(precision)
-    )
-    experts = spec.experts
-    biases = experts.count * experts.other_params if experts else 0
-    return matrices + HALF * (spec.layer_other_params + biases)
+    rest, of_experts = layer_precision(precision)
+    held = _matrices_bytes(machine, rest, spec.linears) + HALF * spec.layer_other_params
+    if spec.experts is None:
+        return held
+    one = _matrices_bytes(machine, of_experts, spec.experts.linears)
+    return held + spec.experts.count * (one + HALF * spec.experts.other_params)
+
+
+def _matrices_bytes(machine: Machine, precision: str, linears: Iterable[LinearShape]) -> int:
+    return sum(held_bytes(machine, precision, op.out_features, op.in_features) for op in linears)
 
 
 def layer_cache_bytes(spec: ModelSpec, cache_tokens: int) -> int:

@@ -24,7 +24,7 @@ from llmpq.model_spec import (
     LinearShape,
     ModelSpec,
 )
-from llmpq.precision import PRECISIONS, group_size
+from llmpq.precision import PRECISIONS, group_size, layer_precision
 from llmpq.workspace import HALF, SINGLE, Product, num_partitions
 
 TOKEN_BYTES = 8
@@ -158,16 +158,17 @@ def _op_bytes(
         return 0.0
     if op == "attention":
         return _attention_bytes(spec, batch)
-    matrices = {
-        (held.precision, held.op)
-        for precision in precisions
-        for held in spec.held(precision)
-        if held.op.name == op
-    }
+    held = [layer_precision(precision) for precision in precisions]
+    parts = [(spec.linears, {one.rest for one in held})]
+    if spec.experts is not None:
+        parts.append((spec.experts.linears, {one.experts for one in held}))
     return max(
         (
-            linear_bytes(p, linear, batch.rows, biased=biased, machine=batch.machine)
-            for p, linear in matrices
+            linear_bytes(name, linear, batch.rows, biased=biased, machine=batch.machine)
+            for linears, names in parts
+            for linear in linears
+            if linear.name == op
+            for name in names
         ),
         default=-math.inf,
     )

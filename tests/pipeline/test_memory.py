@@ -21,6 +21,8 @@ SHAPES = [(8, 1, 8, 24, 12), (16, 16, 16, 48, 4), (4, 2, 1, 100, 20), (6, 3, 6, 
 # Predicted activations are at most this many times the measured: a family's table has what any of
 # its variants has alive (masks of sliding windows, GPT-NeoX without parallel residuals).
 TIGHTEST = 1.25
+# Stages of Llama 4's layers that attend to everything need no masks of chunks.
+LOOSER = {"llama4": 1.4}
 
 
 class Keeping(LocalTransport):
@@ -84,7 +86,7 @@ def test_memory_is_what_the_planner_predicts(name, family_model, tiny_tales, rec
     record_property("ratios", (min(ratios), max(ratios)))
     print(f"{name}: measured / predicted activations {min(ratios):.2f} .. {max(ratios):.2f}")
     assert max(ratios) <= 1
-    assert min(ratios) >= 1 / TIGHTEST
+    assert min(ratios) >= 1 / LOOSER.get(name, TIGHTEST)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
