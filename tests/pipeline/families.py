@@ -139,7 +139,7 @@ FAMILIES = {
             "intermediate_size_mlp": 48,
             "interleave_moe_layer_step": 2,
             "attention_chunk_size": 8,
-            "no_rope_layers": [1, 1, 1, 0],
+            "no_rope_layers": [1, 1, 0, 1],
             "floor_scale": 8,
         },
     ),
