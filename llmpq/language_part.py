@@ -73,17 +73,19 @@ def _type_of_text(config: Mapping[str, Any]) -> str | None:
     """The type of the equal text model, or None."""
     whole = config.get("model_type")
     types = LANGUAGE_PARTS.get(whole) if isinstance(whole, str) else None
+    if types is None or not isinstance(config.get("text_config", {}), dict):
+        return None
     inner = _inner(config).get("model_type")
-    if types is None or inner in (None, whole):  # older files have all settings at the top
-        return next(iter(types.values())) if types else None
+    if inner in (None, whole):  # older files have all settings at the top
+        return next(iter(types.values()))
     return types.get(inner) if isinstance(inner, str) else None
 
 
 def _inner(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings of the language model, which older files have at the top."""
     if "text_config" in config:
-        inner = config["text_config"]
-        return inner if isinstance(inner, dict) else {}
+        inner: Mapping[str, Any] = config["text_config"]
+        return inner
     return {key: value for key, value in config.items() if key != "vision_config"}
 
 

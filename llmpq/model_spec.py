@@ -144,7 +144,7 @@ class ModelSpec(Strict):
     layer_kinds: tuple[int, ...] = ()  # of every layer, its place among `kinds`
     activations: Activations | None = None  # counted on this model; None: those of its family
     guessed: bool = False
-    has_other_parts: bool = Field(default=False, exclude=True)  # images, which are not served
+    has_other_parts: bool = False  # beside the language model, for images; they are not served
 
     @property
     def model_key(self) -> str:

@@ -190,8 +190,25 @@ def test_a_language_model_is_planned_alone(tmp_path: Path) -> None:
     assert (spec.model_type, spec.num_layers, spec.vocab_size) == ("gemma3_text", 34, 262208)
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.tied) == (8, 4, 256, True)
     assert spec.has_other_parts and not load_model_spec("tiny-tales").has_other_parts
-    assert "has_other_parts" not in spec.model_dump()
+    assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
     assert read_config(tmp_path / "config.json")["eos_token_id"] == [1, 106]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (5, "'text_config' must be an object"),
+        ({"model_type": "new"}, "'gemma3' is a multimodal model"),
+        ({"model_type": ["gemma3_text"]}, "'gemma3' is a multimodal model"),
+        ({}, "'hidden_size' is missing"),
+    ],
+)
+def test_language_models_that_are_not_known_are_refused(
+    text: Any, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    with pytest.raises(UserError, match=words):
+        load_model_spec(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -634,6 +634,18 @@ def run(files: Path, *more: str) -> Result:
     return result
 
 
+def test_the_plan_of_a_model_of_text_and_images_says_what_is_not_served(files: Path) -> None:
+    text = CONFIG | {"model_type": "mistral"}
+    whole = {"model_type": "mistral3", "text_config": text, "vision_config": {}}
+    (files / "config.json").write_text(json.dumps(whole))
+    profile = profile_data(spec_from_config(text, name="test"))
+    (files / "profiles" / "cpu.json").write_text(json.dumps(profile))
+    result = run(files, "-o", str(files / "plan.json"), "--method", "uniform")
+    assert result.exit_code == 0, result.output
+    assert "note: the language model alone is planned: images are not served" in result.output
+    assert load_plan(files / "plan.json").model.has_other_parts
+
+
 def test_plan_report_and_files(files: Path) -> None:
     output, folder = files / "plan.json", files / "rivals"
     result = run(files, "-o", str(output), "--baseline-plans", str(folder))
