@@ -22,6 +22,7 @@ import numpy as np
 
 from llmpq.costs import links
 from llmpq.costs.latency import LayerTimes
+from llmpq.errors import UserError
 from llmpq.plan_data import Plan
 from llmpq.run_report import Report
 
@@ -90,7 +91,15 @@ class Correction:
 
 
 def stage_calls(reports: Sequence[tuple[Report, Plan]]) -> list[StageCalls]:
-    """All that the reports measured, stages of several devices left out."""
+    """All that the reports measured, stages of several devices left out.
+
+    Raises `UserError` where layers differ, as runs time whole stages.
+    """
+    if several := next((plan.model.name for _, plan in reports if plan.model.kinds), None):
+        raise UserError(
+            f"{several}: has layers of several kinds, which runs do not time apart; profile them "
+            "with 'llmpq-profile layers' instead"
+        )
     return [
         StageCalls(
             number,

@@ -24,7 +24,7 @@ from llmpq.checkpoint.loader import load_stage
 from llmpq.job import Job, LaneShape, Member
 from llmpq.models.count import with_layers
 from llmpq.models.experts import PackedExperts
-from llmpq.models.family import replace
+from llmpq.models.family import find, replace
 from llmpq.models.lanes import LaneCache
 from llmpq.models.raw_tensors import held_bytes
 from llmpq.models.stage_model import LayerRange, StageModel
@@ -190,7 +190,9 @@ class Bench:
 
     def _end(self, cell: Candidate) -> Callable[[int], object]:
         if cell.phase == "head":
-            hidden = self._states(cell.micro_batch, 1)
+            head = find(self._last.model, self._last.family.head)
+            width = getattr(head, "in_features", self._config.hidden_size)  # OPT may project
+            hidden = self._states(cell.micro_batch, 1, width)
             numbers = torch.arange(len(hidden), device=self._device)
             inputs = hidden[:, 0], Sampling(), numbers, numbers
             return lambda _: choose_tokens(self._last, *inputs)
@@ -198,8 +200,8 @@ class Bench:
         ids = torch.zeros(shape, dtype=torch.int64, device=self._device)
         return lambda _: self._first.embed(ids)
 
-    def _states(self, count: int, tokens: int) -> torch.Tensor:
-        shape = (count, tokens, self._config.hidden_size)
+    def _states(self, count: int, tokens: int, width: int | None = None) -> torch.Tensor:
+        shape = (count, tokens, width or self._config.hidden_size)
         return torch.randn(shape, dtype=torch.float32, device=self._device).to(self._dtype)
 
     def _load(self, layers: LayerRange, precisions: list[str]) -> StageModel:

@@ -13,6 +13,7 @@ from llmpq.cluster import Cluster  # noqa: E402
 from llmpq.costs.latency import device_times  # noqa: E402
 from llmpq.costs.memory import layer_weight_bytes  # noqa: E402
 from llmpq.models.count_model import count_params  # noqa: E402
+from llmpq.profile_data import Candidate  # noqa: E402
 from llmpq.profiler.grid import farthest  # noqa: E402
 from llmpq.profiler.layer_profile import (  # noqa: E402
     LayerProfile,
@@ -20,6 +21,7 @@ from llmpq.profiler.layer_profile import (  # noqa: E402
     Target,
     profile_device,  # noqa: E402
 )
+from llmpq.profiler.stacks import Bench, stacked_layers  # noqa: E402
 from llmpq.quant import machine_here  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -115,3 +117,16 @@ def test_times_are_those_of_each_kind(found: tuple[LayerRequest, LayerProfile]) 
     for kind in (dense, sparse):
         assert float(kind.decode_s("8+experts@4", 1, 8)) > 0
     assert float(dense.decode_s("8+experts@4", 1, 8)) == float(dense.decode_s("8", 1, 8))
+
+
+def test_a_head_that_reads_projected_states_is_measured() -> None:
+    """OPT-350M's embedding is narrower than its layers."""
+    sizes = {"hidden_size": 64, "ffn_dim": 96, "num_attention_heads": 4, "vocab_size": 97}
+    config = AutoConfig.for_model("opt", **sizes, num_hidden_layers=4, word_embed_proj_dim=32)
+    layers = stacked_layers((0,) * 4, 0, 1)
+    bench = Bench(config, ("16",), layers, torch.bfloat16, CPU, 8)
+    with torch.inference_mode():
+        for cell in (Candidate("16", "head", 3, 0), Candidate("16", "embedding", 2, 8)):
+            probe = bench.open(cell)
+            probe.warm_up(0)
+            assert probe.experts_used() is None

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ import pytest
 from llmpq.costs import memory
 from llmpq.costs.latency import device_machine, spec_sheet_times
 from llmpq.costs.memory import RunSizes, stage_memory
+from llmpq.costs.recalibrate import stage_calls
 from llmpq.costs.routing import Routing, balanced, fitted
 from llmpq.costs.spec_sheet import rooflines
 from llmpq.devices import device_library
+from llmpq.errors import UserError
 from llmpq.job import LaneShape
 from llmpq.machine import card, cpu
 from llmpq.model_lookup import load_model_spec
-from llmpq.model_spec import Experts, LayerKind, LinearShape, ModelSpec
+from llmpq.model_spec import Experts, LayerKind, LinearShape, ModelSpec, experts_in
 from llmpq.precision import PRECISIONS, in_order, layer_precision, with_fewer_for_experts
 from llmpq.serving import matrices_of
 
@@ -154,6 +157,19 @@ def test_kernels_of_layers_are_by_the_precisions_of_their_matrices() -> None:
     found = matrices_of(mixed(), ["8+experts@4"])
     assert set(found) == {"8", "4"}
     assert (14336, 4096) in found["8"] and set(found["4"]) == {(1024, H), (H, 1024)}
+
+
+def test_runs_of_layers_of_several_kinds_correct_no_profile() -> None:
+    with pytest.raises(UserError, match="layers of several kinds, which runs do not time apart"):
+        stage_calls([(SimpleNamespace(stages=[]), SimpleNamespace(model=mixed()))])
+    assert stage_calls([(SimpleNamespace(stages=[]), SimpleNamespace(model=SPARSE))]) == []
+
+
+def test_the_key_of_a_layer_names_its_experts_and_an_odd_cache() -> None:
+    assert experts_in(SPARSE.model_key) == (64, 8) and experts_in(LLAMA.model_key) is None
+    latent = SPARSE.model_copy(update={"kv_values": 576})
+    assert experts_in(latent.model_key) == (64, 8)
+    assert len({spec.model_key for spec in (LLAMA, SPARSE, latent)}) == 3
 
 
 # ---- routing
