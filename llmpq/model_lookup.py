@@ -72,8 +72,9 @@ def check_model(folder: Path, planned: ModelSpec, whose: str) -> None:
             f"{folder}: has {spec.num_layers} layers, {whose} is for "
             f"{planned.num_layers} ({spec.model_key} against {planned.model_key})"
         )
-    if spec.linears != planned.linears:
-        raise UserError(f"{folder}: has other linear layers than the model of {whose}")
+    for name in ("linears", "experts", "kinds", "layer_kinds"):
+        if getattr(spec, name) != getattr(planned, name):
+            raise UserError(f"{folder}: has other layers than the model of {whose} ({name})")
 
 
 def read_config(path: Path) -> dict[str, Any]:

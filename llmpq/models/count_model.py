@@ -8,7 +8,6 @@ Not covered: weights, and layers that keep other state than keys and values.
 """
 
 import math
-import re
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from llmpq.errors import UserError
 from llmpq.job import LaneShape
 from llmpq.model_known import num_experts
+from llmpq.model_lookup import refuse_plainly
 from llmpq.model_spec import Activations, Experts, LayerKind, LinearShape, ModelSpec
 from llmpq.models.buffers import stored_buffers
 from llmpq.models.count import NUM_LAYERS, OTHER_PRIMES, count_activations, with_layers
@@ -32,7 +32,6 @@ from llmpq.models.stage_memory import META, MicroBatchShape, run_on_meta
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import PlainLinear
 
-OTHER_STATE = "linear|mamba|recurrent|conv"  # in the names of types of layers
 FLOAT32_BYTES = 4
 SEEN = 2  # tokens of the step that fills a cache
 
@@ -50,12 +49,7 @@ def count_model(path: Path) -> ModelSpec:
 def count_params(path: Path) -> ModelSpec:
     """The same without activations, which take most of the time."""
     config = load_config(path)
-    types = (*(getattr(config, "layer_types", None) or ()),)
-    if others := {str(one) for one in types if re.search(OTHER_STATE, str(one))}:
-        raise UserError(
-            f"{path}: has {', '.join(sorted(others))} layers, which keep other state than keys and "
-            "values; llmpq does not support them"
-        )
+    refuse_plainly({"model_type": config.model_type} | config.to_dict(), str(path))
     places, of_layers = layer_kinds(config)
     kinds = _named([_count_layer(config, place, path) for place in places])
     first = {name: value for name, value in kinds[0] if name != "name"}

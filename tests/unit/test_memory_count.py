@@ -250,7 +250,10 @@ LLAMA_SHAPE = {
             "'doge' are not supported",
         ),
         ({**LLAMA_SHAPE, "num_key_value_heads": 3}, "this 'llama' model is not supported"),
-        ({"model_type": "qwen3_5_text", **MLA}, "has linear_attention layers"),
+        (
+            {"model_type": "qwen3_5_text", **MLA},
+            "keep a state that is not keys and values ('layer_types' has 'linear_attention')",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_served_is_one_line(
