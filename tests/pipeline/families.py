@@ -3,16 +3,19 @@
 `TinyModel.expected` is what transformers itself generates, each prompt alone, greedily.
 """
 
+import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from llmpq.families import SHARED
+from llmpq.families import SHARED, has_sizes
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import ASSETS, ModelSpec
+from llmpq.models.count_model import count_model
 from llmpq.plan_data import Plan
 from llmpq.prompts.request import Request
 from llmpq.prompts.tokenizer import load_tokenizer
@@ -149,6 +152,14 @@ FAMILIES = {
 WITH_EXPERTS = [name for name, (_, sizes) in FAMILIES.items() if "moe_intermediate_size" in sizes]
 
 
+@cache
+def spec_of(folder: Path) -> ModelSpec:
+    """As `load_model_spec` finds it, without a process of its own for families without sizes."""
+    path = folder / "config.json"
+    counted = has_sizes(json.loads(path.read_text())["model_type"])
+    return load_model_spec(str(folder)) if counted else count_model(path)
+
+
 @dataclass
 class TinyModel:
     """A checkpoint on disk, requests for it, and transformers' own answers."""
@@ -160,7 +171,7 @@ class TinyModel:
 
     @property
     def spec(self) -> ModelSpec:
-        return load_model_spec(str(self.folder))
+        return spec_of(self.folder)
 
     @property
     def num_layers(self) -> int:

@@ -20,6 +20,7 @@ MICRO_BATCHES = [
     {"batch": 7, "p": 2, "q": 3},  # batches of 7, 7 and 2
     {"batch": 1, "p": 1, "q": 1},
 ]
+EXPERTS_BATCHES = (MICRO_BATCHES[1], MICRO_BATCHES[3])
 TOGETHER = {"refill": False}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -87,9 +88,11 @@ def test_eight_bit_activations_give_the_same_tokens_for_one_and_three_stages(fam
     assert one == three
 
 
-@pytest.mark.parametrize("sizes", MICRO_BATCHES, ids=str)
 @pytest.mark.parametrize(
-    "family", ["opt", "bloom", "llama", "gemma2", "deepseek_v3", *WITH_EXPERTS]
+    ("family", "sizes"),
+    [(family, sizes) for family in ("opt", "bloom", "llama", "gemma2") for sizes in MICRO_BATCHES]
+    + [(family, sizes) for family in ("deepseek_v3", *WITH_EXPERTS) for sizes in EXPERTS_BATCHES],
+    ids=str,
 )
 def test_fp32_tokens_do_not_depend_on_micro_batches(family_model, family, sizes):
     model = family_model(family)
