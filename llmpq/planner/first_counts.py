@@ -103,13 +103,13 @@ def any_order(counts: np.ndarray) -> Choice:
 def contiguous_start(instance: Instance) -> Choice | None:
     """The least busy bottleneck at the options that take least memory; None: none fit."""
     offered = instance.available[:, None, :] & np.isfinite(instance.omega)  # [N, L, B]
-    num_bytes = np.where(offered, instance.layer_bytes[:, None, :], np.inf)
-    option = num_bytes.argmin(axis=2)
-    used = of_ranges(num_bytes.min(axis=2)) + instance.unpacked_bytes[:, None, None]
+    option = np.where(offered, instance.layer_bytes[:, None, :], np.inf).argmin(axis=2)
     stages = np.arange(instance.num_stages)[:, None]
-    busy = of_ranges(instance.layer.busy[stages, option]) + instance.fixed.busy[:, None, None]
-    some = range_lengths(instance.num_layers) > 0
-    fits = some & (used <= instance.capacity[:, None, None])
+    used = of_ranges(instance.layer_bytes[stages, option]) + instance.unpacked_bytes[:, None, None]
+    costs = np.where(instance.available, instance.layer.busy, 0.0)
+    busy = of_ranges(costs[stages, option]) + instance.fixed.busy[:, None, None]
+    whole = (range_lengths(instance.num_layers) > 0) & (of_ranges(~offered.any(axis=2) * 1.0) == 0)
+    fits = whole & (used <= instance.capacity[:, None, None])
     worst, ends = least_bottleneck(np.where(fits, busy, np.inf))
     if not np.isfinite(worst):
         return None
