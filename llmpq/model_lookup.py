@@ -69,8 +69,8 @@ def check_model(folder: Path, planned: ModelSpec, whose: str) -> None:
     spec = load_model_spec(str(folder))
     if (spec.num_layers, spec.model_key) != (planned.num_layers, planned.model_key):
         raise UserError(
-            f"{folder}: has {spec.num_layers} layers, {whose} is for "
-            f"{planned.num_layers} ({spec.model_key} against {planned.model_key})"
+            f"{folder}: is another model than that of {whose}: {spec.num_layers} layers of "
+            f"{spec.model_key}, planned were {planned.num_layers} of {planned.model_key}"
         )
     for name in ("linears", "experts", "kinds", "layer_kinds"):
         if getattr(spec, name) != getattr(planned, name):

@@ -60,6 +60,7 @@ PRECISIONS: dict[str, Precision] = {
         Precision("8-bnb", 8, weight_only=False, library="bitsandbytes"),
     )
 }
+KNOWN = f"{', '.join(PRECISIONS)}, and two of them for layers with experts, as in 8+experts@4"
 # What is measured and planned with unless other precisions are asked for by name.
 STANDARD = tuple(name for name, p in PRECISIONS.items() if p.library is None)
 
@@ -107,6 +108,13 @@ def is_layer_precision(name: str) -> bool:
     return held.name == name and set(held) <= set(PRECISIONS)
 
 
+def bits_text(name: str) -> str:
+    """A layer precision as reports name it: "4-bit", "8-bit+experts@4"; others keep their names."""
+    rest, experts = layer_precision(name)
+    text = f"{rest}-bit" if rest.isdigit() else rest
+    return text if rest == experts else f"{text}{EXPERTS_AT}{experts}"
+
+
 def is_optional(name: str) -> bool:
     """Whether a layer of this precision needs an optional library."""
     return any(PRECISIONS[part].library is not None for part in layer_precision(name))
@@ -120,7 +128,7 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 def with_fewer_for_experts(precisions: Iterable[str]) -> tuple[str, ...]:
     """These precisions, and all pairs of them of which the experts have the fewer bits."""
-    alone = list(dict.fromkeys(precisions))
+    alone = [name for name in dict.fromkeys(precisions) if is_layer_precision(name)]
     plain = [name for name in alone if name in PRECISIONS]
     pairs = (LayerPrecision(rest, experts) for rest in plain for experts in plain)
     fewer = [

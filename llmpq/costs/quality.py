@@ -33,7 +33,8 @@ MAX_EXPONENT = 700.0  # a little more has no exponential among floats
 class QualityModel:
     """`omega[precision][layer]`, and the fit that turns its sum into percent of perplexity.
 
-    `quantizer`: how the weights are rounded for which this holds.
+    `quantizer`: how the weights are rounded for which this holds; `model`: the one that was
+    measured, "" for the generic estimate.
     """
 
     omega: Mapping[str, Sequence[float]]
@@ -41,6 +42,7 @@ class QualityModel:
     source: str
     upper_scale: float | None = None
     quantizer: Quantizer = Quantizer()
+    model: str = ""
 
     def expected_percent(self, sum_omega: float) -> float:
         """The rise of the perplexity in percent that is to be expected."""
@@ -112,4 +114,5 @@ def measured_quality(sensitivity: Sensitivity, spec: ModelSpec, path: str) -> Qu
         f"{sensitivity.indicator}, {sensitivity.model}, {quantizer.method} weights; "
         f"fit +-{fit.mean_abs_error_percent:.2g} points"
     )
-    return QualityModel(sensitivity.table(), fit.scale, source, fit.upper_scale, quantizer)
+    table = sensitivity.table()
+    return QualityModel(table, fit.scale, source, fit.upper_scale, quantizer, sensitivity.model)

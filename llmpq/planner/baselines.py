@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from llmpq.planner.flexgen import OffloadPlan
 
 PATIENCE = 80  # configurations, the most promising first
+NO_PLAN_PATIENCE = 400
 
 # Choices, and the precision (or "") each stands for. Every stage holds layers, and every layer has
 # an option that its stage's devices offer; whether a choice fits the memory is checked outside.
@@ -75,6 +76,11 @@ class _Best:
     short: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     @property
+    def patience(self) -> int:
+        """How many configurations may bring nothing better: more while none keeps the budget."""
+        return PATIENCE if self.rank[0] == 0.0 else NO_PLAN_PATIENCE
+
+    @property
     def worth(self) -> float:
         """Below it a plan would be better."""
         return self.rank[1] if self.rank[0] == 0.0 else np.inf
@@ -101,7 +107,7 @@ def run_baselines(
     partial = ""
     for tried, (bound, configuration) in enumerate(configurations):
         states = ((method, best[method]) for method in methods)
-        left = [m for m, one in states if bound < one.worth and tried < one.found_at + PATIENCE]
+        left = [m for m, one in states if bound < one.worth and tried < one.found_at + one.patience]
         if not left:
             break
         if time.monotonic() > deadline:

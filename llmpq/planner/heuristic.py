@@ -101,7 +101,7 @@ def start_choice(instance: Instance, deadline: float = math.inf) -> Choice | Non
     for start in STARTS_OF_KINDS if instance.has_kinds else STARTS:
         choice = start(instance)
         if choice is None:
-            return None
+            continue
         state = _towards_budget(table, first_state(table, choice), deadline)
         if state.omega <= instance.budget * OVER:
             return choice_of(state)

@@ -10,17 +10,19 @@ Not covered: reading the files, and options of the command line (`cli.plan_input
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 
 from llmpq.cluster import Cluster
 from llmpq.costs.latency import LayerTimes, device_times
 from llmpq.costs.measured_types import unused_profiles, with_measured_types
 from llmpq.costs.quality import DEFAULT_MAX_LOSS_PERCENT, QualityModel, prior_of
 from llmpq.errors import UserError
-from llmpq.model_spec import ModelSpec
+from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.plan_data import Plan
 from llmpq.planner.problem import Problem
 from llmpq.precision import (
-    PRECISIONS,
+    EXPERTS_AT,
+    KNOWN,
     in_order,
     is_layer_precision,
     is_optional,
@@ -126,6 +128,9 @@ def _most_devices(asked: str, inputs: Inputs, notes: list[str], plan: Plan | Non
         return max(stage.tensor_parallel for stage in plan.stages)
     if asked in ("off", "1"):
         return 1
+    if faults := shard_faults(inputs.spec, 2):
+        notes.append(f"{'; '.join(faults)}: tensor parallelism is off")
+        return 1
     if any(device.type in inputs.cluster.rehearse for device in inputs.cluster.devices()):
         notes.append("rehearsed devices cannot share a stage: tensor parallelism is off")
         return 1
@@ -158,12 +163,15 @@ def offered_precisions(times: dict[str, LayerTimes], asked: Sequence[str] = ()) 
     return [p for p in timed if not is_optional(p) or p in asked]
 
 
+def has_experts(spec: ModelSpec) -> bool:
+    """Whether some layers have routed experts."""
+    return any(kind.experts is not None for kind in spec.kind_specs)
+
+
 def _asked(inputs: Inputs, wishes: Wishes, plan: Plan | None) -> list[str] | None:
-    """The precisions that are asked for by name; of layers with experts, with these apart."""
+    """The precisions that are asked for by name."""
     if wishes.precisions is not None:
-        if all(kind.experts is None for kind in inputs.spec.kind_specs):
-            return list(wishes.precisions)
-        return list(with_fewer_for_experts(wishes.precisions))
+        return list(wishes.precisions)
     return sorted(set(plan.precisions)) if plan is not None else None
 
 
@@ -171,6 +179,8 @@ def _precisions(
     inputs: Inputs, times: dict[str, LayerTimes], offered: Sequence[str], asked: list[str] | None
 ) -> list[str]:
     chosen = list(offered) if asked is None else list(dict.fromkeys(asked))
+    if has_experts(inputs.spec):  # pairs of what is asked for are allowed where there are times
+        chosen += [p for p in with_fewer_for_experts(chosen) if p in offered and p not in chosen]
     faults = [_why_no_precision(inputs, name) for name in chosen if name not in offered]
     if not chosen:
         faults.append("--precisions names no precision; for instance --precisions 16,8,4,3")
@@ -187,14 +197,22 @@ def _precisions(
 
 def _why_no_precision(inputs: Inputs, name: str) -> str:
     if not is_layer_precision(name):
-        return f"unknown precision '{name}'; known: {', '.join(PRECISIONS)}"
+        return f"unknown precision '{name}'; known: {KNOWN}"
+    if EXPERTS_AT in name and not has_experts(inputs.spec):
+        return f"precision {name}: {inputs.spec.name} has no layers with experts"
     if name not in inputs.quality.omega:
         return f"precision {name}: the sensitivity file does not have it for every layer"
     return f"precision {name}: no device type has times for it; profile it with 'llmpq-profile'"
 
 
+def _last(model: str) -> str:
+    """The last part of a model's name or path, without what a configuration's file adds."""
+    return Path(model.removesuffix("/config.json")).name.removesuffix(".json")
+
+
 def _notes(inputs: Inputs, times: dict[str, LayerTimes]) -> list[str]:
     guessed = [name for name, t in times.items() if not t.measured]
+    launched = [name for name in guessed if times[name].machine.is_card]
     notes = unused_profiles(inputs.cluster, inputs.spec, inputs.profiles)
     if inputs.spec.has_other_parts:
         notes.append("the language model alone is planned: images are not served")
@@ -204,6 +222,16 @@ def _notes(inputs: Inputs, times: dict[str, LayerTimes]) -> list[str]:
         notes.append(
             f"times of {', '.join(guessed)} come from spec sheets, not from measurements; "
             "make profiles with 'llmpq-profile' and give their folder as --profiles"
+        )
+    if launched and has_experts(inputs.spec):
+        notes.append(
+            f"layers with experts on {', '.join(launched)}: a step launches experts one after the "
+            "other, most of its time at few requests; that cost was not measured on any card"
+        )
+    if inputs.quality.model and _last(inputs.quality.model) != _last(inputs.spec.name):
+        notes.append(
+            f"the sensitivity file was measured on {inputs.quality.model}, the plan is for "
+            f"{inputs.spec.name}"
         )
     missing = [p for p in offered_precisions(times) if p not in inputs.quality.omega]
     if missing:

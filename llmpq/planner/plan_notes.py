@@ -8,7 +8,10 @@ from collections import Counter
 from llmpq.plan_data import Plan
 from llmpq.planner.search import Search
 
-TIMED_OUT = "the time limit ended the search; a longer --time-limit may find a better plan"
+TIMED_OUT = (
+    "the search ended at its time limit, a tenth of --time-limit but {least:g} s at least; a "
+    "--time-limit of {more:.0f} may find a better plan"
+)
 LOOSE = (
     "the gap is above the one asked for, because the bound is that of the closed form and the time "
     "that of the simulated run; another plan may be better by up to the gap"
@@ -24,9 +27,10 @@ def idle(plan: Plan) -> list[str]:
     return [f"left out: {', '.join(names)} ({why})"] if names else []
 
 
-def doubts(found: Search, plan: Plan, gap: float) -> list[str]:
-    """What keeps the gap from being the one asked for."""
+def doubts(found: Search, plan: Plan, gap: float, time_limit_s: float, least_s: float) -> list[str]:
+    """What keeps the gap from being the one asked for; a search has `least_s` in any case."""
     if found.timed_out:
-        return [TIMED_OUT]
+        more = 4 * max(time_limit_s, 10 * least_s)
+        return [TIMED_OUT.format(least=least_s, more=more)]
     reached = plan.predicted.gap if plan.predicted else 0.0
     return [LOOSE] if reached > gap + 1e-6 else []

@@ -395,6 +395,6 @@ def _planned(
     notes = [*space.notes, *run.solver.notes, *idle(plan)]
     effort = f"{space.num_configurations} configurations"
     if found is not None:
-        notes += doubts(found, plan, run.options.gap)
+        notes += doubts(found, plan, run.options.gap, run.options.time_limit_s, SEARCH_S)
         effort += f", {found.num_relaxed} relaxed, {found.num_solved} solved in whole layers"
     return Planned(plan, tuple(outcomes), tuple(notes), effort)

@@ -27,7 +27,7 @@ from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Problem
 from llmpq.planner.search import Progress
 from llmpq.planner.simulated import run_s, with_run
-from llmpq.precision import STANDARD
+from llmpq.precision import in_order, is_optional
 from llmpq.profile_data import Profile, load_sensitivity
 from llmpq.run_report import Report
 from llmpq.workload import planned_lengths
@@ -287,8 +287,7 @@ def _problem(
 ) -> Problem:
     """The plan's problem at these times; any quality, the budget comes later."""
     quality = _quality(asked, plan)
-    timed = {p for t in times.values() for p in t.offered}
-    known = dict.fromkeys((*STANDARD, *plan.precisions))
+    timed = in_order(p for t in times.values() for p in t.offered)
     return Problem(
         spec=plan.model,
         cluster=cluster,
@@ -297,7 +296,9 @@ def _problem(
         num_requests=plan.workload.num_requests,
         times=times,
         quality=quality,
-        precisions=tuple(p for p in known if p in timed and p in quality.omega),
+        precisions=tuple(
+            p for p in timed if p in quality.omega and (not is_optional(p) or p in plan.precisions)
+        ),
         profiles=tuple(profiles),
     )
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from llmpq.cluster import GIB, MIB, Cluster, DeviceGroup, Link, Node, group_gib
 from llmpq.errors import InfeasibleError
+from llmpq.model_spec import shard_faults
 from llmpq.plan_data import Plan, Predicted
 from llmpq.planner.problem import Problem
 
@@ -96,7 +97,8 @@ def changes(problem: Problem, plan: Plan) -> Iterator[tuple[str, Problem]]:
     for node, device_type in _first_of_each_type(problem.cluster):
         yield f"one more {device_type} on {node}", with_device(problem, device_type)
     yield from _more_quality_loss(problem)
-    if problem.max_tensor_parallel == 1 and _has_equal_devices(problem.cluster):
+    may_share = problem.max_tensor_parallel == 1 and not shard_faults(problem.spec, 2)
+    if may_share and _has_equal_devices(problem.cluster):
         text = "stages of several devices (--tensor-parallel auto)"
         known = dict(problem._known)
         yield text, replace(problem, max_tensor_parallel=MAX_TENSOR_PARALLEL, _known=known)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmpq.errors import UserError
 from llmpq.plain import plain
+from llmpq.precision import bits_text, in_order
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,12 +77,7 @@ def _layers(point: "Point") -> str:
 def _counts(plan: "Plan") -> str:
     """Writes how many layers have each precision, as "20x16-bit, 4x8-bit"."""
     held = plan.precisions
-    names = dict.fromkeys(sorted(held, key=lambda name: -int(name.partition("-")[0])))
-    return ", ".join(f"{held.count(name)}x{_bits(name)}" for name in names)
-
-
-def _bits(precision: str) -> str:
-    return f"{precision}-bit" if precision.isdigit() else precision
+    return ", ".join(f"{held.count(name)}x{bits_text(name)}" for name in in_order(held))
 
 
 def _mark(axes: Any, baselines: "Sequence[Baseline]") -> None:

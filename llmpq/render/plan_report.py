@@ -15,6 +15,7 @@ from llmpq.plan_data import Plan, Predicted, PredictedStage, Stage
 from llmpq.planner.baselines import Outcome, amount, in_bits
 from llmpq.planner.flexgen import OffloadPlan
 from llmpq.planner.what_if import Change, WhatIf
+from llmpq.precision import bits_text
 from llmpq.run_report import SECONDS_PER_HOUR, duration
 from llmpq.serving import needs_library
 
@@ -183,12 +184,7 @@ def _verdict(theirs: Predicted | OffloadPlan, ours: Predicted) -> str:
 def run_lengths(precisions: Sequence[str]) -> str:
     """["16", "16", "8"] as "2x16-bit, 1x8-bit": how many layers follow one another."""
     counts = ((len(list(group)), name) for name, group in groupby(precisions))
-    return ", ".join(f"{count}x{bits_name(name)}" for count, name in counts)
-
-
-def bits_name(precision: str) -> str:
-    """A precision as reports name it: "4-bit"; those with other names keep them."""
-    return f"{precision}-bit" if precision.isdigit() else precision
+    return ", ".join(f"{count}x{bits_text(name)}" for count, name in counts)
 
 
 def bottleneck(predicted: Predicted, key: str) -> int:
@@ -345,7 +341,7 @@ def _kernel_part(precision: str, kernels: dict[str, list[str]]) -> str:
     """One precision's; device types are named where they differ."""
     several = len(kernels) > 1
     named = (f"{k} ({', '.join(types)})" if several else k for k, types in kernels.items())
-    return f"{bits_name(precision)} {', '.join(named)}"
+    return f"{bits_text(precision)} {', '.join(named)}"
 
 
 def _is_assumed(plan: Plan) -> bool:

@@ -140,7 +140,7 @@ def test_a_plan_for_another_number_of_layers(job):
     config.write_text(
         config.read_text().replace('"num_hidden_layers": 8', '"num_hidden_layers": 7')
     )
-    check(job.run(), 2, job.model, "has 7 layers, the plan", "is for 8")
+    check(job.run(), 2, job.model, "7 layers of", "planned were 8 of")
 
 
 def test_prompts_that_are_not_there(job):

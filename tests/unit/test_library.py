@@ -127,5 +127,5 @@ def test_what_the_engine_refuses(tmp_path: Path) -> None:
         llmpq.Engine(plan_of(3), dtype="int8")  # type: ignore[arg-type]
     other = plan_of().model_dump()
     other["model"]["ffn_size"] += 8
-    with pytest.raises(UserError, match="has 8 layers, the plan is for 8 .*-f"):
+    with pytest.raises(UserError, match="8 layers of .*, planned were 8 of .*-f"):
         llmpq.Engine(Plan.model_validate(other))
