@@ -11,11 +11,11 @@ so.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmpq.errors import UserError
 from llmpq.model_spec import ModelSpec
-from llmpq.precision import LayerPrecision
+from llmpq.precision import LayerPrecision, layer_precision
 from llmpq.profile_data import Sensitivity
 from llmpq.quantizer import Quantizer
 
@@ -63,6 +63,22 @@ class QualityModel:
     def sum_omega(self, precisions: Sequence[str]) -> float:
         """Summed sensitivity of a precision for every layer."""
         return math.fsum(self.omega[p][layer] for layer, p in enumerate(precisions))
+
+
+def for_all_layers(quality: QualityModel, spec: ModelSpec) -> QualityModel:
+    """With what layers without experts lose at the rest of names with experts apart.
+
+    Plans hold such a layer at "8" where the others are at "8+experts@4", and only that name may be
+    known. Layers with experts lose infinitely much at a name that was not measured.
+    """
+    omega = dict(quality.omega)
+    plain = [spec.kind_specs[kind].experts is None for kind in spec.kind_of_layers]
+    for name, values in quality.omega.items():
+        rest = layer_precision(name).rest
+        if any(plain) and rest not in quality.omega:
+            pairs = zip(plain, values, strict=True)
+            omega[rest] = [value if alone else math.inf for alone, value in pairs]
+    return replace(quality, omega=omega)
 
 
 def _percent(nats: float) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 from llmpq.cluster import Cluster
 from llmpq.costs.latency import LayerTimes, device_times
 from llmpq.costs.measured_types import unused_profiles, with_measured_types
-from llmpq.costs.quality import DEFAULT_MAX_LOSS_PERCENT, QualityModel, prior_of
+from llmpq.costs.quality import DEFAULT_MAX_LOSS_PERCENT, QualityModel, for_all_layers, prior_of
 from llmpq.errors import UserError
 from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.plan_data import Plan
@@ -101,7 +101,7 @@ def make_problem(
         lengths=inputs.lengths,
         num_requests=inputs.workload.num_requests,
         times=times,
-        quality=inputs.quality,
+        quality=for_all_layers(inputs.quality, inputs.spec),
         precisions=tuple(precisions),
         budget=budget,
         theta=wishes.theta or 0.0,

@@ -103,17 +103,10 @@ def omega_of(problem: Problem) -> np.ndarray:
         omega = np.full((len(kinds), len(options)), math.inf)
         for b, (kind, precision) in enumerate(options):
             own = kinds == kind
-            omega[own, b] = np.array(_sensitivity(problem, precision), dtype=float)[own]
+            omega[own, b] = np.array(problem.quality.omega[precision], dtype=float)[own]
         return omega
 
     return problem.cached(OMEGA, None, compute)
-
-
-def _sensitivity(problem: Problem, precision: str) -> Sequence[float]:
-    """By layer. Those without experts have that of a name of which this is the rest, too."""
-    known = problem.quality.omega
-    names = (n for n in problem.precisions if n in known and layer_precision(n).rest == precision)
-    return known[precision if precision in known else next(names)]
 
 
 def groups_of(problem: Problem) -> LayerGroups:

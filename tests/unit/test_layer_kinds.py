@@ -6,6 +6,7 @@ choice of layers of several kinds must be like.
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,18 +15,20 @@ import pytest
 from test_brute_force import brute_force, random_problem
 
 from llmpq.costs.latency import device_times
-from llmpq.costs.quality import prior_of
+from llmpq.costs.quality import QualityModel, prior_of
+from llmpq.errors import UserError
 from llmpq.model_spec import Experts, LayerKind, LinearShape, ModelSpec
 from llmpq.planner import search
 from llmpq.planner.evaluate import evaluate, memory_of, shortages
 from llmpq.planner.exact import first_choice, spread
+from llmpq.planner.inputs import Wishes, inputs_of, make_problem
 from llmpq.planner.instance import make_instance
 from llmpq.planner.layer_options import omega_of, option_of, options_of, places_of
 from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.solver import Solver
 from llmpq.planner.space import make_space
 from llmpq.planner.value import to_assignment
-from llmpq.precision import layer_precision, with_fewer_for_experts
+from llmpq.precision import bits_text, layer_precision, with_fewer_for_experts
 
 
 def widened(op: LinearShape, factor: float) -> LinearShape:
@@ -212,3 +215,55 @@ def test_what_the_instance_says_of_a_plan_is_its_price() -> None:
         again = to_assignment(problem, configuration, choice)
         assert evaluate(problem, again).objective >= found.best * (1 - 1e-9)
         assert not shortages(problem, again)
+
+
+# ---- what may be asked for
+
+
+def asked_for(problem: Problem, *precisions: str, quality: QualityModel | None = None) -> Problem:
+    inputs = inputs_of(problem.spec, problem.cluster, problem.workload, (), quality)
+    return make_problem(inputs, Wishes(precisions=precisions))[0]
+
+
+def test_pairs_of_what_is_asked_for_are_allowed_where_they_are_known() -> None:
+    problem = random_kinds(1)
+    assert "8+experts@4" in asked_for(problem, "8", "4").precisions
+    known = prior_of(problem.spec)
+    plain = replace(known, omega={name: known.omega[name] for name in ("16", "8", "4")})
+    assert asked_for(problem, "8", "4", quality=plain).precisions == ("8", "4")
+    with pytest.raises(UserError, match=r"precision 8\+experts@4: the sensitivity file"):
+        asked_for(problem, "8+experts@4", quality=plain)
+
+
+@pytest.mark.parametrize("name", ["banana", "8+experts@5", "experts@4", "8+experts", "8+experts@8"])
+def test_an_unknown_name_is_refused_with_those_that_there_are(name: str) -> None:
+    with pytest.raises(UserError, match=f"unknown precision '{re.escape(name)}'; known: 16, 8,"):
+        asked_for(random_kinds(1), name)
+
+
+def test_a_dense_model_has_no_experts_to_ask_for() -> None:
+    with pytest.raises(UserError, match="has no layers with experts"):
+        asked_for(random_problem(1), "8+experts@4")
+
+
+def test_dense_layers_lose_what_a_name_with_experts_says_of_them() -> None:
+    """Where only that name was measured; layers with experts are not held at its rest alone."""
+    problem = random_kinds(1)
+    known = prior_of(problem.spec)
+    one = replace(known, omega={"8+experts@4": known.omega["8+experts@4"]})
+    found = asked_for(problem, "8+experts@4", quality=one)
+    plain = [problem.spec.kind_specs[k].experts is None for k in problem.spec.kind_of_layers]
+    assert found.precisions == ("8+experts@4",)
+    assert np.isfinite(found.quality.omega["8"]).tolist() == plain
+    places = places_of(found, ["8+experts@4"] * len(plain))
+    omega = omega_of(found)[np.arange(len(plain)), places]
+    assert omega.tolist() == list(known.omega["8+experts@4"])
+
+
+def test_names_of_precisions_as_reports_write_them() -> None:
+    assert [bits_text(name) for name in ("16", "8-w8a8", "8+experts@4", "nf4+experts@3")] == [
+        "16-bit",
+        "8-w8a8",
+        "8-bit+experts@4",
+        "nf4+experts@3",
+    ]
