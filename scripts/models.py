@@ -50,6 +50,9 @@ SIZES: dict[str, Any] = {
 }
 MORE: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    # Their defaults leave out how many experts a token uses.
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "moe_intermediate_size": 32},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1},
 }
 # The sizes of latent attention, for classes that have it: as many key-value heads as query heads.
 LATENT: dict[str, Any] = {
