@@ -96,6 +96,16 @@ def test_a_step_waits_for_nothing_and_looks_at_no_value(family_model, family):
     assert compute(folder, layers=LayerRange(2, 4, 4)).shape == (4,)
 
 
+DENSE = {  # layers without experts
+    "qwen2_moe": [1],
+    "glm4_moe": [0],
+    "ernie4_5_moe": [0],
+    "llama4": [0, 2],
+    "deepseek_v2-experts": [0],
+    "deepseek_v3-experts": [0],
+}
+
+
 @pytest.mark.parametrize("family", WITH_EXPERTS)
 def test_a_stage_with_experts_looks_at_values_and_is_not_captured(family):
     config = config_of(family)
@@ -103,10 +113,9 @@ def test_a_stage_with_experts_looks_at_values_and_is_not_captured(family):
         StageModel(config, LayerRange(n, n + 1, 4), ["16"], torch.bfloat16, META) for n in range(4)
     )
     waits = [steps._what_waits(stage) for stage in stages]
-    dense = {"qwen2_moe": [1], "glm4_moe": [0], "ernie4_5_moe": [0], "llama4": [0, 2]}.get(
-        family, []
-    )
-    assert waits == [None if layer in dense else "PackedExperts" for layer in range(4)]
+    assert waits == [
+        None if layer in DENSE.get(family, ()) else "PackedExperts" for layer in range(4)
+    ]
 
 
 @pytest.mark.parametrize(
