@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import CPU, FAMILIES, hand_made_plan
+from families import CPU, FAMILIES, WITH_EXPERTS, hand_made_plan
 
 from llmpq.checkpoint.checkpoint import Checkpoint
 from llmpq.costs.memory import run_sizes, stage_memory
