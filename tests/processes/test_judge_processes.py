@@ -13,7 +13,7 @@ def test_planning_refuses_what_a_run_would(tmp_path: Path, repo_root: Path) -> N
     import subprocess
 
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "falcon", "hidden_size": 64, "vocab_size": 97}))
+    path.write_text(json.dumps({"model_type": "codegen", "vocab_size": 97}))
     configs = repo_root / "configs"
     cluster = next(iter(sorted((configs / "clusters").glob("*.yaml"))))
     workload = next(iter(sorted((configs / "workloads").glob("*.yaml"))))
@@ -22,4 +22,4 @@ def test_planning_refuses_what_a_run_would(tmp_path: Path, repo_root: Path) -> N
     done = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert "models of type 'falcon' are not supported" in line and len(line) <= 300
+    assert "models of type 'codegen' have a layout" in line and len(line) <= 300

@@ -23,7 +23,10 @@ def test_the_state_of_processes(monkeypatch):
     monkeypatch.setenv("RANK", "1")  # the child's, as a worker's of this run
     state, started = process_state(os.getpid())
     assert state == "R" and started > 0
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    ready = "print(flush=True); input()"  # its environment is there to be read once it runs
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, "-c", ready], **pipes)
+    assert child.stdout and child.stdout.readline()
     who = WorkerIdentity(
         1, "a", "here", child.pid, WorkerIdentity.here(0, "me").machine, process_state(child.pid)[1]
     )
