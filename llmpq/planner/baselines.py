@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from llmpq.planner.flexgen import OffloadPlan
 
 PATIENCE = 80  # configurations, the most promising first
-NO_PLAN_PATIENCE = 400
+NO_PLAN_PATIENCE = 160
 
 # Choices, and the precision (or "") each stands for. Every stage holds layers, and every layer has
 # an option that its stage's devices offer; whether a choice fits the memory is checked outside.

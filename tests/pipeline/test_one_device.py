@@ -52,6 +52,7 @@ def test_all_jobs_of_a_stage_compute_on_its_device(folder, rank, temperature) ->
     warmed_up(folder, rank, sampling=Sampling(temperature=temperature, top_p=0.9, top_k=5))
 
 
+@pytest.mark.parametrize("folder", ["llama", "bloom", "qwen3_moe"], indirect=True)
 def test_a_buffer_that_stays_in_main_memory_is_found(folder, monkeypatch) -> None:
     """The control: what a stage embeds is left in main memory."""
     from llmpq.models.stage_model import StageModel
