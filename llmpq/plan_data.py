@@ -20,7 +20,7 @@ from llmpq.errors import UserError, listed
 from llmpq.job import LaneShape
 from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.plan_diff import LayerPlacement, PlanDiff, changes, layer_ranges
-from llmpq.precision import PRECISIONS, is_layer_precision
+from llmpq.precision import KNOWN_NAMES, is_layer_precision
 from llmpq.quantizer import Quantizer
 from llmpq.workload import (
     MAX_BATCH,
@@ -67,7 +67,7 @@ class Stage(Strict):
         unknown = sorted(p for p in set(self.precisions) if not is_layer_precision(p))
         if unknown:
             faults.append(
-                f"unknown precision {', '.join(map(repr, unknown))}; known: {', '.join(PRECISIONS)}"
+                f"unknown precision {', '.join(map(repr, unknown))}; known: {KNOWN_NAMES}"
             )
         faults += [f"stage {self.rank}: {fault}" for fault in self._sharing_faults()]
         if faults:

@@ -60,7 +60,7 @@ PRECISIONS: dict[str, Precision] = {
         Precision("8-bnb", 8, weight_only=False, library="bitsandbytes"),
     )
 }
-KNOWN = f"{', '.join(PRECISIONS)}, and two of them for layers with experts, as in 8+experts@4"
+KNOWN_NAMES = f"{', '.join(PRECISIONS)}, and two of them for layers with experts, as in 8+experts@4"
 # What is measured and planned with unless other precisions are asked for by name.
 STANDARD = tuple(name for name, p in PRECISIONS.items() if p.library is None)
 

@@ -17,7 +17,7 @@ from pydantic import (
 
 from llmpq.artifact import SCHEMA_VERSION, Provenance, Strict, parse_json, read_json, validate
 from llmpq.errors import UserError, listed
-from llmpq.precision import PRECISIONS, in_order, is_layer_precision
+from llmpq.precision import KNOWN_NAMES, in_order, is_layer_precision
 from llmpq.quantizer import Quantizer
 
 # "stage_*": the cost of a stage's call beside its layers (masks, positions, messages).
@@ -165,7 +165,7 @@ class LayerSensitivity(Strict):
     @classmethod
     def _known(cls, name: str) -> str:
         if not is_layer_precision(name):
-            raise ValueError(f"unknown precision; known: {', '.join(PRECISIONS)}")
+            raise ValueError(f"unknown precision; known: {KNOWN_NAMES}")
         return name
 
 

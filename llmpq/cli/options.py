@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 
 from llmpq.cli.common import Command
-from llmpq.precision import KNOWN, is_layer_precision
+from llmpq.precision import KNOWN_NAMES, is_layer_precision
 from llmpq.version import __version__
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -77,7 +77,7 @@ class PrecisionNames(Listed):
     def parsed(self, words: tuple[str, ...], param: Any, ctx: Any) -> tuple[str, ...]:
         for word in words:
             if not is_layer_precision(word):
-                self.fail(f"unknown precision {word!r}; known: {KNOWN}", param, ctx)
+                self.fail(f"unknown precision {word!r}; known: {KNOWN_NAMES}", param, ctx)
         return words
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llmpq.costs.fits import ASSUMED, BEYOND, SOURCES, Accuracy
 from llmpq.costs.latency import LayerTimes
 from llmpq.plan_data import Predicted, PredictedStage
-from llmpq.planner.layer_options import count_options
+from llmpq.planner.layer_options import options_held
 from llmpq.planner.problem import Assignment, Problem
 
 
@@ -124,7 +124,7 @@ def _parts(problem: Problem, assignment: Assignment, rank: int, phase: str) -> I
         else configuration.decode_micro_batch
     )
     tokens = counts.mean_prompt if phase == "prefill" else counts.mean_past
-    for (kind, precision), count in count_options(problem, assignment, rank).items():
+    for (kind, precision), count in options_held(problem, assignment, rank).items():
         what = f"{phase} of {size} x {tokens:.0f} tokens at {precision} bits"
         yield from _part(times.of_kind(kind), what, precision, phase, size, tokens, count)
     yield from _part(times, f"calls of {phase}", "", f"stage_{phase}", size, tokens)

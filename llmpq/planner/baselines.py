@@ -22,7 +22,7 @@ from llmpq.plan_data import Baseline, Plan, Predicted
 from llmpq.planner.adabits import FrontCache, adabits, adabits_ranges
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.instance import Instance, make_instance
-from llmpq.planner.layer_options import places_of
+from llmpq.planner.layer_options import places_at
 from llmpq.planner.partition import least_bottleneck, least_sum, of_ranges, range_lengths
 from llmpq.planner.problem import OVER, Assignment, Configuration, Problem
 from llmpq.planner.value import (
@@ -189,7 +189,7 @@ def _of_each_precision(make: Callable[[Instance, Sequence[int]], Choice]) -> Pro
 
     def propose(problem: Problem, instance: Instance, fronts: FrontCache) -> Proposals:
         for precision in problem.precisions:
-            options = places_of(problem, [precision] * instance.num_layers)
+            options = places_at(problem, precision)
             if instance.available[:, options].all():
                 yield make(instance, options), precision
 

@@ -22,7 +22,7 @@ from llmpq.planner.instance import (
     of_only_pair,
     stack,
 )
-from llmpq.planner.layer_options import count_options, options_of
+from llmpq.planner.layer_options import options_held, options_of
 from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.works import Work, hop_works, stage_work
 from llmpq.serving import matrices_of, serving
@@ -219,7 +219,7 @@ def stage_costs(problem: Problem, assignment: Assignment) -> Costs:
         layer = layer_costs(problem, configuration.sizes, devices)
         layers = [
             layer.map(partial(_layers_at, place[option], number))
-            for option, number in count_options(problem, assignment, rank).items()
+            for option, number in options_held(problem, assignment, rank).items()
         ]
         each.append(combined([fixed, *layers], np.sum).map(of_only_pair))
     return stack(each)
@@ -250,4 +250,4 @@ def stage_work_at(problem: Problem, assignment: Assignment, rank: int) -> Work:
     """All that one stage does with a micro-batch."""
     times = problem.times_at(assignment.configuration.stage_devices[rank])
     last = rank == len(assignment.stages) - 1
-    return stage_work(times, rank == 0, last, count_options(problem, assignment, rank))
+    return stage_work(times, rank == 0, last, options_held(problem, assignment, rank))

@@ -21,7 +21,7 @@ from llmpq.costs import memory
 from llmpq.model_spec import tensor_parallel_degrees
 from llmpq.planner.baselines import amount, in_bits, least_omega
 from llmpq.planner.instance import capacity, layer_bytes, most_room, unpacked_bytes
-from llmpq.planner.layer_options import offers, options_of, places_of
+from llmpq.planner.layer_options import offers, options_of, places_at
 from llmpq.planner.layouts import DeviceSubset, canonical, ends, subsets
 from llmpq.planner.problem import OVER, Configuration, Problem
 from llmpq.planner.sizes import batch_options, chunk_options
@@ -208,7 +208,7 @@ def _option_bytes(
         times, options = problem.times[devices.type], options_of(problem)
         found = []
         for name in problem.precisions:
-            own = places_of(problem, [name] * problem.spec.num_layers)
+            own = places_at(problem, name)
             if all(offers(times, options[place]) for place in own):
                 size = round(float(held[own].mean()))
                 found.append((name, size, unpacked * memory.is_packed(name)))

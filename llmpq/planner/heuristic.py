@@ -67,6 +67,8 @@ def heuristic(
             break
         instance = make_instance(problem, configuration)
         choice = find(instance, deadline)
+        if choice is None and not instance.has_kinds:
+            return None  # not even the smallest options fit
         if choice is None:
             continue
         value = objective(instance, choice)
@@ -100,6 +102,8 @@ def start_choice(instance: Instance, deadline: float = math.inf) -> Choice | Non
     table = MoveTable(instance)
     for start in STARTS_OF_KINDS if instance.has_kinds else STARTS:
         choice = start(instance)
+        if choice is None and not instance.has_kinds:
+            return None  # not even the smallest options fit
         if choice is None:
             continue
         state = _towards_budget(table, first_state(table, choice), deadline)

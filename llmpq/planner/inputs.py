@@ -22,7 +22,7 @@ from llmpq.plan_data import Plan
 from llmpq.planner.problem import Problem
 from llmpq.precision import (
     EXPERTS_AT,
-    KNOWN,
+    KNOWN_NAMES,
     in_order,
     is_layer_precision,
     is_optional,
@@ -197,7 +197,7 @@ def _precisions(
 
 def _why_no_precision(inputs: Inputs, name: str) -> str:
     if not is_layer_precision(name):
-        return f"unknown precision '{name}'; known: {KNOWN}"
+        return f"unknown precision '{name}'; known: {KNOWN_NAMES}"
     if EXPERTS_AT in name and not has_experts(inputs.spec):
         return f"precision {name}: {inputs.spec.name} has no layers with experts"
     if name not in inputs.quality.omega:
@@ -205,7 +205,7 @@ def _why_no_precision(inputs: Inputs, name: str) -> str:
     return f"precision {name}: no device type has times for it; profile it with 'llmpq-profile'"
 
 
-def _last(model: str) -> str:
+def _short_name(model: str) -> str:
     """The last part of a model's name or path, without what a configuration's file adds."""
     return Path(model.removesuffix("/config.json")).name.removesuffix(".json")
 
@@ -228,7 +228,7 @@ def _notes(inputs: Inputs, times: dict[str, LayerTimes]) -> list[str]:
             f"layers with experts on {', '.join(launched)}: a step launches experts one after the "
             "other, most of its time at few requests; that cost was not measured on any card"
         )
-    if inputs.quality.model and _last(inputs.quality.model) != _last(inputs.spec.name):
+    if inputs.quality.model and _short_name(inputs.quality.model) != _short_name(inputs.spec.name):
         notes.append(
             f"the sensitivity file was measured on {inputs.quality.model}, the plan is for "
             f"{inputs.spec.name}"

@@ -39,6 +39,7 @@ class LayerGroups:
 OPTIONS: Table[None, tuple[LayerOption, ...]] = Table()
 LAYER_GROUPS: Table[None, LayerGroups] = Table()
 OMEGA: Table[None, np.ndarray] = Table()
+PLACES: Table[str, list[int]] = Table()
 STAGE_OPTIONS: Table[tuple[int, tuple[str, ...]], dict[LayerOption, int]] = Table(Scope.REQUESTS)
 
 
@@ -69,10 +70,18 @@ def options_of(problem: Problem) -> tuple[LayerOption, ...]:
 def places_of(problem: Problem, precisions: Sequence[str]) -> list[int]:
     """For every layer of the model, the place of its option among `options_of`."""
     place = {option: b for b, option in enumerate(options_of(problem))}
-    return [place[option_of(problem.spec, i, name)] for i, name in enumerate(precisions)]
+    spec, kinds = problem.spec, problem.spec.kind_of_layers
+    pairs = zip(kinds, precisions, strict=True)
+    return [place[LayerOption(kind, _own(spec.kind_specs[kind], name))] for kind, name in pairs]
 
 
-def count_options(problem: Problem, assignment: Assignment, rank: int) -> dict[LayerOption, int]:
+def places_at(problem: Problem, precision: str) -> list[int]:
+    """The same where all layers have one precision of plans."""
+    names = [precision] * problem.spec.num_layers
+    return problem.cached(PLACES, precision, lambda: places_of(problem, names))
+
+
+def options_held(problem: Problem, assignment: Assignment, rank: int) -> dict[LayerOption, int]:
     """How many layers of a stage have each option."""
     first = sum(map(len, assignment.stages[:rank]))
     own = assignment.stages[rank]

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_brute_force import brute_force, random_problem
+from test_brute_force import check_search, random_problem
 
 from llmpq.costs.latency import device_times
 from llmpq.costs.quality import QualityModel, prior_of
@@ -107,20 +107,9 @@ def random_kinds(seed: int) -> Problem:
 
 @pytest.mark.parametrize("tens", range(20))
 def test_the_search_finds_the_least_objective_of_all_assignments(tens: int) -> None:
-    """By enumeration: no order, pair of micro-batches, partition or choice is better."""
+    """By enumeration."""
     for seed in range(10 * tens, 10 * tens + 10):
-        problem, solver = random_kinds(seed), Solver()
-        space = make_space(problem, solver)
-        best = brute_force(problem, space)
-        bounds = [float(table.bounds.min()) for table in space.tables]
-        assert min(bounds, default=math.inf) <= best * (1 + 1e-7), seed
-        found = search.search(problem, space, solver, gap=0.0, deadline=math.inf)
-        assert not found.timed_out
-        if math.isinf(best):
-            assert found.assignment is None, seed
-            continue
-        assert found.best == pytest.approx(best, rel=1e-6), seed
-        assert best * (1 - 1e-4) <= found.lower_bound <= best * (1 + 1e-7), seed
+        check_search(random_kinds(seed), seed)
 
 
 def test_most_of_the_small_problems_have_a_plan_and_they_differ() -> None:
