@@ -20,7 +20,7 @@ from llmpq.errors import UserError, listed
 from llmpq.job import LaneShape
 from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.plan_diff import LayerPlacement, PlanDiff, changes, layer_ranges
-from llmpq.precision import KNOWN_NAMES, is_layer_precision
+from llmpq.precision import KNOWN_NAMES, is_layer_precision, layer_precision
 from llmpq.quantizer import Quantizer
 from llmpq.workload import (
     MAX_BATCH,
@@ -211,7 +211,7 @@ class Plan(Strict):
     @model_validator(mode="after")
     def _check(self) -> "Plan":
         faults = [*self._layer_faults(), *self._device_faults(), *self._sharing_faults()]
-        faults += self._lane_faults()
+        faults += [*self._lane_faults(), *self._expert_faults()]
         if not self.model.linears:
             faults.append("model.linears is empty, so its layers hold no weights")
         for name in ("prefill_micro_batch", "decode_micro_batch"):
@@ -232,6 +232,12 @@ class Plan(Strict):
         if expected != self.model.num_layers:
             faults.append(f"stages end at layer {expected}, the model has {self.model.num_layers}")
         return faults
+
+    def _expert_faults(self) -> list[str]:
+        named = [p for p in self.precisions if len(set(layer_precision(p))) > 1]
+        if not named or any(kind.experts is not None for kind in self.model.kind_specs):
+            return []
+        return [f"precision '{named[0]}' names experts, but no layer of the model has any"]
 
     def _lane_faults(self) -> list[str]:
         if self.lanes is None:

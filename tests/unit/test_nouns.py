@@ -400,6 +400,7 @@ def change(data: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
         ("stages.1.first_layer", 2, "stage 1 has 2 layers but 3 precisions"),
         ("stages.1", ..., "stages end at layer 1, the model has 4"),
         ("stages.0.precisions", ["5"], "unknown precision '5'; known: 16, 8, 8-w8a8, 4, 3"),
+        ("stages.0.precisions", ["8+experts@4"], "precision '8+experts@4' names experts, but no"),
         ("stages.0.devices", ["a100-80g"], "stage 0 asks for a a100-80g on n, which has none"),
         ("stages.0.node", "other", "stage 0 asks for a t4-16g on other, which has none (left)"),
         ("cluster.nodes.0.devices.0.count", 1, "stage 1 asks for a t4-16g on n, which has none"),
