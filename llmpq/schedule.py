@@ -19,6 +19,7 @@ Not covered: taking a request out before it ends; sharing the cache of equal pro
 """
 
 import itertools
+import math
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -47,9 +48,29 @@ class _Row:
     has_ended: bool = False
 
     @property
+    def num_chosen(self) -> int:
+        """New tokens whose jobs will have been given out when it takes a step."""
+        return max(1, self.num_given)
+
+    @property
     def stored(self) -> int:
         """Columns of its slot that are filled once every job given out so far is done."""
         return self.computed + max(0, self.num_given - 1)
+
+
+@dataclass(eq=False)
+class _Due:
+    """The rows that take part in a lane's next steps, up to the one `until` which they stay so.
+
+    `fresh`: those of them that may have no token yet. The request of `longest` has most tokens;
+    `rows` of the lane are computed.
+    """
+
+    members: list[_Row]
+    fresh: list[_Row]
+    longest: _Row | None
+    rows: int
+    until: float
 
 
 @dataclass(eq=False)
@@ -63,6 +84,8 @@ class _Lane:
     num_steps: int = 0  # that are under way
     used: set[int] = field(default_factory=set)  # slots that stay free until the batch has ended
     num_free: int = 0  # slots that a newcomer may take
+    has_gaps: bool = False  # a request has ended since the others closed ranks
+    _due: _Due | None = None  # None: to be found anew, as requests came, moved or ended
 
     def __post_init__(self) -> None:
         self.num_free = self.shape.rows
@@ -73,21 +96,48 @@ class _Lane:
     def free_slots(self) -> list[int]:
         return [i for i, row in enumerate(self.rows) if row is None and i not in self.used]
 
-    def due(self) -> list[_Row]:
+    def changed(self) -> None:
+        """Requests came, moved or ended."""
+        self._due = None
+
+    @property
+    def due(self) -> _Due:
         """Rows that take part in the next step, ready or not; skips steps that nobody takes."""
+        if self._due is None or self.step >= self._due.until:
+            self._due = self._find_due()
+        return self._due
+
+    def _find_due(self) -> _Due:
         rows = [row for row in self.rows if row is not None and row.num_given < row.new_tokens]
-        if rows:
-            self.step = max(self.step, min([row.join for row in rows]))
-        step = self.step
-        return [row for row in rows if row.join <= step]
+        if not rows:
+            return _Due([], [], None, 0, math.inf)
+        self.step = step = max(self.step, min(row.join for row in rows))
+        due = [row for row in rows if row.join <= step]
+        return _Due(
+            members=due,
+            fresh=[row for row in due if not row.num_new],
+            longest=max(due, key=lambda row: row.item.prompt_tokens + row.num_chosen),
+            rows=1 + max(row.slot for row in due),
+            until=min(
+                min(step + row.new_tokens - row.num_chosen for row in due),
+                min((row.join for row in rows if row.join > step), default=math.inf),
+            ),
+        )
 
-    def ready(self, ahead: int) -> list[_Row]:
-        """The rows that are due if a step of them can be given out, else none.
+    def ready(self, ahead: int) -> _Due | None:
+        """What is due if a step of it can be given out.
 
-        They have their first token, and fewer than `ahead` more under way.
+        All rows have their first token, and fewer than `ahead` more under way: no more than steps
+        of the lane are, but for those whose first token is not back.
         """
-        due = [] if self.num_steps >= ahead else self.due()
-        return due if all([0 < row.num_given < row.num_new + ahead for row in due]) else []
+        if self.num_steps >= ahead:
+            return None
+        due = self.due
+        if due.fresh:
+            due.fresh = [row for row in due.fresh if not row.num_new]
+            if not all([0 < row.num_given < ahead for row in due.fresh]):
+                return None
+        return due if due.members else None
 
 
 @dataclass
@@ -151,8 +201,9 @@ class Schedule:
     `num_stages` bounds how many prefills are under way. Without `refill`, slots are filled only
     when all requests have ended. Requests are taken as `_Waiting` says. With `ahead` of 2, a lane's
     next step may be given out before the tokens of its last one are back; a request that then turns
-    out to have stopped has computed one token in vain. Raises `ValueError` for one that fits no
-    lane.
+    out to have stopped has computed one token in vain. Without `names_members` a decode step's
+    members are all alike: whoever simulates asks only how many there are. Raises `ValueError` for a
+    request that fits no lane.
     """
 
     shapes: Sequence[LaneShape]
@@ -163,6 +214,7 @@ class Schedule:
     refill: bool = True
     window: int = WINDOW
     ahead: int = 1
+    names_members: bool = True
     _lanes: list[_Lane] = field(init=False)
     _waiting: _Waiting = field(init=False)
     _flight: deque[tuple[Job, Sequence[_Row]]] = field(init=False, default_factory=deque)
@@ -185,20 +237,20 @@ class Schedule:
         """The next job, or None until tokens are back; nothing is left if `is_done`."""
         self._waiting.look_ahead()
         self._open_batch()
-        ready = [] if self._filling else self._ready_rows()
+        ready = None if self._filling else self._ready_lane()
         if self._num_prefills <= self.num_stages:
             if self._chunked and not (ready and self._steps == 0):
                 return self._next_chunk()
-            if not self._chunked and (job := self._prefill(has_ready=bool(ready))):
+            if not self._chunked and (job := self._prefill(has_ready=ready is not None)):
                 return job
             if self._filling and not self._chunked:
-                self._filling, ready = False, self._ready_rows()
-        return self._step(ready[0].lane, ready) if ready else None
+                self._filling, ready = False, self._ready_lane()
+        return self._step(ready) if ready else None
 
-    def returned(self, stops: Sequence[bool]) -> tuple[bool, ...]:
+    def returned(self, stops: Sequence[bool] = ()) -> tuple[bool, ...]:
         """The oldest job is back; `stops`: of each member, whether it must end with this token.
 
-        Tells which of them have ended with it.
+        Where it is empty, none must. Tells which of them have ended with it.
         """
         job, rows = self._flight.popleft()
         if job.prefill:
@@ -207,7 +259,8 @@ class Schedule:
             self._lanes[job.lane].num_steps -= 1
         if not job.chooses:
             return (False,) * len(rows)
-        return tuple([self._note(row, stop) for row, stop in zip(rows, stops, strict=True)])
+        pairs = zip(rows, stops or (False,) * len(rows), strict=True)
+        return tuple([_note(row, stop) and self._end(row) for row, stop in pairs])
 
     @property
     def oldest(self) -> Job:
@@ -294,6 +347,7 @@ class Schedule:
         row = _Row(item, item.new_tokens, lane, slot, join=lane.step + late)
         lane.rows[slot] = row
         lane.num_free -= 1
+        lane.changed()
         return row
 
     def _next_chunk(self) -> Job:
@@ -309,20 +363,27 @@ class Schedule:
 
     # ---- decode
 
-    def _ready_rows(self) -> list[_Row]:
-        """Of the first lane that is ready in the order of their turns."""
+    def _ready_lane(self) -> _Lane | None:
+        """The first lane that is ready in the order of their turns."""
         turns = itertools.chain(self._lanes[self._turn :], self._lanes[: self._turn])
-        return next((rows for lane in turns if (rows := lane.ready(self.ahead))), [])
+        return next((lane for lane in turns if lane.ready(self.ahead)), None)
 
-    def _step(self, lane: _Lane, due: list[_Row]) -> Job:
+    def _step(self, lane: _Lane) -> Job:
         """The next token of a lane's requests."""
         self._turn = (lane.index + 1) % len(self._lanes)
         moves = [] if self._waiting.count and self.refill else self._close_ranks(lane)
-        due, index = lane.due() if moves else due, lane.index
-        members = tuple(
-            [Member(index, r.slot, r.item.prompt_tokens, r.item.number, r.num_given) for r in due]
-        )
-        seen = max([row.item.prompt_tokens + row.num_given for row in due])  # the new one included
+        due, index = lane.due, lane.index
+        assert due.longest is not None
+        seen = due.longest.item.prompt_tokens + due.longest.num_given  # the new one included
+        if self.names_members:
+            members = tuple(
+                [
+                    Member(index, r.slot, r.item.prompt_tokens, r.item.number, r.num_given)
+                    for r in due.members
+                ]
+            )
+        else:
+            members = (Member(index, 0, 0, 0, 0),) * len(due.members)
         lane.step, lane.num_steps = lane.step + 1, lane.num_steps + 1
         self._steps += 1
         job = Job(
@@ -330,14 +391,18 @@ class Schedule:
             members=members,
             begin=0,
             end=min(padded_width(seen), lane.shape.tokens),
-            rows=1 + max([row.slot for row in due]),
+            rows=due.rows,
             moves=tuple(moves),
         )
-        return self._give_out(job, due)
+        return self._give_out(job, due.members)
 
     def _close_ranks(self, lane: _Lane) -> list[Move]:
         """Moves the last requests into slots that stay free, so that steps have fewer rows."""
+        if not lane.has_gaps:
+            return []
         moves = []
+        lane.has_gaps = False
+        lane.changed()
         count = len(lane.occupied())
         behind = [i for i, row in enumerate(lane.rows) if row is not None and i >= count]
         free = [i for i, row in enumerate(lane.rows) if row is None and i < count]
@@ -363,16 +428,22 @@ class Schedule:
         self._flight.append((job, rows))
         return job
 
-    def _note(self, row: _Row, stop: bool) -> bool:
-        """One more token of a request; its slot is free if that was the last."""
-        if row.has_ended:
-            return False
-        row.num_new += 1
-        row.has_ended = stop or row.num_new >= row.new_tokens
-        if row.has_ended:
-            row.lane.rows[row.slot] = None
-            if self.refill:
-                row.lane.num_free += 1
-            else:
-                row.lane.used.add(row.slot)
-        return row.has_ended
+    def _end(self, row: _Row) -> bool:
+        """The request has ended: its slot is free."""
+        lane = row.lane
+        row.has_ended = lane.has_gaps = True
+        lane.rows[row.slot] = None
+        lane.changed()
+        if self.refill:
+            lane.num_free += 1
+        else:
+            lane.used.add(row.slot)
+        return True
+
+
+def _note(row: _Row, stop: bool) -> bool:
+    """One more token of a request; whether it ends with it."""
+    if row.has_ended:
+        return False
+    row.num_new += 1
+    return stop or row.num_new >= row.new_tokens

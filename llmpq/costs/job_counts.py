@@ -241,8 +241,11 @@ class LaneSteps:
     rows: np.ndarray
     past: np.ndarray
     empty: np.ndarray
-    longest: int  # the lane that takes most
     until: int  # the last round
+
+    def longest(self, turns: float) -> int:
+        """The lane that takes most, if what happens while requests wait comes `turns` times."""
+        return int((turns * self.taken[0] + self.taken[1]).argmax())
 
 
 def count_steps(rounds: Rounds, lanes: Sequence[LaneShape]) -> LaneSteps:
@@ -254,7 +257,6 @@ def count_steps(rounds: Rounds, lanes: Sequence[LaneShape]) -> LaneSteps:
     ends = np.zeros(len(shapes), dtype=np.int64)
     np.maximum.at(ends, lane, rounds.end)
     empty = _empty_rounds(lane, rounds.begin, rounds.end, len(shapes))
-    longest = max(range(len(ends)), key=lambda i: (ends[i] - empty[i], shapes[i].tokens))
     parts = zip(rounds.parts, rounds.seen, strict=True)
     taken = [
         np.clip(np.minimum(ends, stop) - start, 0, None) - (0 if number else empty)
@@ -265,7 +267,7 @@ def count_steps(rounds: Rounds, lanes: Sequence[LaneShape]) -> LaneSteps:
         for number, some in enumerate(rounds.seen)
     ]
     rows, past = (np.stack(some) for some in zip(*seen, strict=True))
-    return LaneSteps(np.stack(taken), rows, past, empty, longest, int(ends.max()))
+    return LaneSteps(np.stack(taken), rows, past, empty, int(ends.max()))
 
 
 def _looked_at(
@@ -305,12 +307,13 @@ def together(
     turns = _times(whole.new, int((end - begin).sum()), while_waiting)
     steps: list[DecodeSteps] = []
     of_longest: list[DecodeSteps] = []
-    one = slice(lane_steps.longest, lane_steps.longest + 1)
+    longest = lane_steps.longest(turns)
+    one = slice(longest, longest + 1)
     for part, times in enumerate((turns, 1.0)):
         rows, past = lane_steps.rows[part], lane_steps.past[part]
         taken = times * lane_steps.taken[part].astype(float)
         steps += _steps(rows, past, float(taken.sum()))
-        of_longest += _steps(rows[:, one], past[:, one], float(taken[lane_steps.longest]))
+        of_longest += _steps(rows[:, one], past[:, one], float(taken[longest]))
     first, refills = prefills
     return JobCounts(
         num_lanes=len(lane_steps.empty),
@@ -321,7 +324,7 @@ def together(
         longest_lane=tuple(of_longest),
         rounds_after=float(max(0, lane_steps.until - rounds.last)),
         empty_steps=turns * float(lane_steps.empty.sum()),
-        empty_rounds=turns * float(lane_steps.empty[lane_steps.longest]),
+        empty_rounds=turns * float(lane_steps.empty[longest]),
     )
 
 

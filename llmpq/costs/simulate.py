@@ -15,7 +15,7 @@ the cache.
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -98,23 +98,22 @@ class _Log:
     """The jobs so far, as numbers in rows."""
 
     def __init__(self) -> None:
-        self.columns = tuple(array("q") for _ in range(7))
+        self.rows = array("q")
         self.numbers: Counter[int | None] = Counter()  # decode steps of each lane; prefills
 
     def add(self, job: Job, parent: int) -> None:
         lane = None if job.prefill else job.lane
-        number = self.numbers[lane]
+        number, width = self.numbers[lane], job.end - job.begin
         self.numbers[lane] = number + 1
         if lane is None:
-            row = (number, 0, parent, len(job.members), job.end - job.begin, job.begin, job.rows)
+            row = (number, 0, parent, len(job.members), width, job.begin, job.rows)
         else:
-            past = job.end - job.begin - 1
-            row = (lane, number + 1, parent, len(job.members), 1, past, job.rows)
-        for column, value in zip(self.columns, row, strict=True):
-            column.append(value)
+            row = (lane, number + 1, parent, len(job.members), 1, width - 1, job.rows)
+        self.rows.extend(row)
 
     def jobs(self) -> Jobs:
-        return Jobs(*(np.array(column, dtype=np.int64) for column in self.columns))
+        rows = np.array(self.rows, dtype=np.int64).reshape(-1, len(fields(Jobs)))
+        return Jobs(*rows.T)
 
 
 def simulate_schedule(
@@ -135,7 +134,7 @@ def simulate_schedule(
         while back and back[0] <= now:
             back.popleft()
             returned += 1
-            ended += sum(schedule.returned((False,) * len(schedule.oldest.members)))
+            ended += sum(schedule.returned())
         job = schedule.next()
         if job is None:
             if not back:

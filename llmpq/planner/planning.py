@@ -1,10 +1,10 @@
 """One planning run as values: our own search, then what other methods would do.
 
-The time limit covers all: a quarter at most to list the ways to use the devices, a moment for a
-first plan by moves, the searches (a tenth, but 6.5 seconds at least: the first one, and those
-with a closed form that simulated runs have corrected), and what is left for the other methods. They
-get the same space as our own search. The best plans of the search and those of the other methods
-within the budget are candidates alike: their simulated runs decide.
+The time limit covers all: a moment for a first plan by moves, the searches (a tenth, but 6.5
+seconds at least: the first one, and those with a closed form that simulated runs have corrected),
+and what is left for the other methods. They get the same space as our own search. The best plans
+of the search and those of the other methods within the budget are candidates alike: their simulated
+runs decide.
 """
 
 import time
@@ -23,7 +23,7 @@ from llmpq.planner.flexgen import flexgen
 from llmpq.planner.heuristic import heuristic
 from llmpq.planner.plan_notes import doubts, idle
 from llmpq.planner.price import still_fits
-from llmpq.planner.problem import Assignment, Problem, Sizes
+from llmpq.planner.problem import Assignment, Problem
 from llmpq.planner.search import Progress, Search, search
 from llmpq.planner.simulated import with_run
 from llmpq.planner.sizes import sizes_near, spare_sizes
@@ -34,7 +34,7 @@ from llmpq.planner.value import to_assignment
 
 PREDICTED: Table[tuple[Hashable, ...], Predicted] = Table()
 METHODS = ("auto", "ilp", "heuristic", *BASELINES)
-SPACE_SHARE, SEARCH_SHARE = 1 / 4, 4 / 5
+SEARCH_SHARE = 4 / 5
 SEARCH_S = 6.5  # that searches have, however short a tenth of the time limit is
 FIRST_SHARE = 2 / 3  # of that, for the first one; the rest is for those with a corrected price
 CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
@@ -83,7 +83,7 @@ def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Pla
     if options.method not in METHODS:
         raise UserError(f"unknown method '{options.method}'; known: {', '.join(METHODS)}")
     run = _Run(problem, options, make_solver(options.solver), time.monotonic())
-    space = _space(run, run.by(SPACE_SHARE, LEAST_S))
+    space = make_space(run.unit)
     if options.method in BASELINES:
         plan, outcomes = _by_baseline(run, space)
         return _planned(run, space, with_baselines(plan, outcomes), outcomes)
@@ -111,7 +111,7 @@ def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan
     run = _Run(problem, options, make_solver(options.solver), time.monotonic())
     first = still_fits(run.unit, like) if like else None
     sizes = sizes_near(run.unit, first.configuration) if first and options.near else None
-    space = _space(run, run.by(SPACE_SHARE, LEAST_S), sizes or None)
+    space = make_space(run.unit, sizes or None)
     found, space = _searched(run, space, first)
     run, _, found = _corrected(run, space, found)
     if found.assignment is None:
@@ -162,15 +162,6 @@ class _Run:
 # ---- our own
 
 
-def _space(run: _Run, until: float, sizes: Sequence[Sizes] | None = None) -> Space:
-    """Made until then; of these sizes alone where they are given."""
-
-    def told(done: int, total: int) -> None:
-        run.options.progress(Progress(done, total, 0.0, "ways to use the devices"))
-
-    return make_space(run.unit, run.solver, until, told, sizes)
-
-
 def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple[Search, Space]:
     """The search of a space; where it holds no plan, that of sizes that need less memory."""
     until = _search_until(run)
@@ -186,8 +177,7 @@ def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple
 
     if lacks_memory(run.unit):
         return found, space
-    until, sizes = run.by(SEARCH_SHARE, LEAST_S), spare_sizes(run.unit)
-    space = _space(run, until, sizes)
+    space = make_space(run.unit, spare_sizes(run.unit))
     until = max(_search_until(run), time.monotonic() + LEAST_S)
     return _search_of(run, space, [], gap, until), space
 
@@ -274,9 +264,7 @@ def _by_moves(run: _Run, space: Space) -> Plan | None:
     found = _moves(run, space, min(HEURISTIC_S, run.options.time_limit_s))
     if found is None:
         return None
-    pairs = space.pairs()
-    bound = pairs[0][0] if pairs and not space.num_left_out else 0.0
-    return _made(run, [found], bound, "heuristic")
+    return _made(run, [found], space.bound, "heuristic")
 
 
 def _made(
@@ -343,12 +331,13 @@ def _no_plan(run: _Run, found: Search, offered: Sequence[str]) -> InfeasibleErro
 def _outcomes(
     run: _Run, space: Space, methods: Sequence[str], ours: Assignment | None = None
 ) -> list[Outcome]:
-    total = space.num_orders(run.unit)
+    total = space.num_configurations
 
     def told(done: int) -> None:
         run.options.progress(Progress(done, total, 0.0, "configurations by other methods"))
 
-    configurations, smallest = space.configurations(run.unit), space.smallest(run.unit)
+    configurations = space.configurations(run.unit, run.solver)
+    smallest = space.smallest(run.unit)
     now = time.monotonic()
     until = min(run.by(1.0, LEAST_S), now + max(OTHERS_S, 3 * run.seconds))
     found = run_baselines(run.unit, configurations, until, methods, smallest, told)

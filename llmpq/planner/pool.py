@@ -9,7 +9,7 @@ share the rest.
 Arrays: K kinds of stages, P prefill and Q decode micro-batches, B options, G groups of layers.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,12 +30,13 @@ from llmpq.planner.instance import (
     packed_options,
     unpacked_bytes,
 )
-from llmpq.planner.layer_options import LayerGroups, groups_of
+from llmpq.planner.layer_options import LayerGroups, groups_of, offers, options_of
 from llmpq.planner.layouts import DeviceSubset, num_stages
 from llmpq.planner.problem import OVER, Problem, Sizes, StageDevices
 from llmpq.planner.tables import Table
 
 SHARED: Table[tuple[Hashable, ...], "_Kinds"] = Table()
+ROOMS: Table[tuple[Hashable, ...], "_KindsRoom"] = Table()
 ENDS: Table[tuple[Hashable, ...], "End"] = Table()
 END_COSTS: Table[tuple[Hashable, bool, int, Sizes], tuple[Costs, np.ndarray]] = Table()
 LEAST_LINKS: Table[tuple[tuple[tuple[str, int], ...], Sizes], tuple[Costs, Costs]] = Table()
@@ -71,6 +72,34 @@ class End:
     num_bytes: np.ndarray  # [P, Q, K]
 
 
+@dataclass(frozen=True)
+class Room:
+    """Which options there are and what fits; arrays as in `Pool`. It knows no times."""
+
+    many: np.ndarray
+    offered: np.ndarray
+    layer_bytes: np.ndarray
+    capacity: np.ndarray
+    num_layers: int
+
+    @property
+    def is_infeasible(self) -> np.ndarray:
+        """[P, Q]: not even the smallest option leaves room for all layers."""
+        least = np.where(self.offered, self.layer_bytes, np.inf).min(axis=1)
+        held = np.floor(self.capacity * OVER / least)
+        layers = (held * self.many).sum(axis=-1)
+        return np.asarray((held < 1).any(axis=-1) | (layers < self.num_layers))
+
+
+@dataclass(frozen=True, eq=False)
+class _KindsRoom:
+    """What subsets of the same kinds of stages share of their `Room`."""
+
+    offered: np.ndarray
+    layer_bytes: np.ndarray
+    capacity: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class _Kinds:
     """What subsets of the same kinds of stages share, to no scale; arrays as in `Pool`."""
@@ -80,11 +109,6 @@ class _Kinds:
     layer_bytes: np.ndarray
     capacity: np.ndarray
     num_layers: int
-
-    @cached_property
-    def offered(self) -> np.ndarray:
-        """[K, B], booleans."""
-        return np.isfinite(self.layer.bursts[0, 0])
 
     @cached_property
     def finite(self) -> Costs:
@@ -104,14 +128,25 @@ class _Kinds:
         return {name: of(name) for name in (*SLOWEST, STAYING)}
 
 
+def room_of(problem: Problem, subset: DeviceSubset, sizes: Sizes) -> Room:
+    """What fits on a subset. No job is counted for it."""
+    kinds = _kinds(problem, subset)
+    alone = num_stages(subset) == 1
+    shared = _shared_room(problem, sizes, kinds, alone)
+    many = np.array([count for _, count in kinds.values()], dtype=float)
+    layers = problem.spec.num_layers
+    return Room(many, shared.offered, shared.layer_bytes, shared.capacity, layers)
+
+
 def make_pool(problem: Problem, subset: DeviceSubset, sizes: Sizes) -> Pool:
     """The arrays of a subset."""
     kinds = _kinds(problem, subset)
     stage_devices = [devices for devices, _ in kinds.values()]
     alone, stages = num_stages(subset) == 1, num_stages(subset)
     same = tuple(kinds), sizes
+    room = _shared_room(problem, sizes, kinds, alone)
     shared = problem.cached(
-        SHARED, (*same, alone), lambda: _shared(problem, sizes, stage_devices, alone)
+        SHARED, (*same, alone), lambda: _shared(problem, sizes, stage_devices, alone, room)
     )
     scale = problem.scales_of(stages, sizes)
     link_sum, link_most = (some.times(scale) for some in _links(problem, sizes, subset))
@@ -130,7 +165,7 @@ def make_pool(problem: Problem, subset: DeviceSubset, sizes: Sizes) -> Pool:
     return Pool(
         kinds=tuple(kinds),
         many=many,
-        offered=shared.offered,
+        offered=room.offered,
         layer=shared.finite.times(scale),
         fixed=shared.fixed.times(scale),
         ends=() if alone else tuple(end(last) for last in (False, True)),
@@ -138,28 +173,50 @@ def make_pool(problem: Problem, subset: DeviceSubset, sizes: Sizes) -> Pool:
         least_others=slowest("others"),
         least_pace=slowest("pace"),
         least_busy=slowest("busy"),
-        layer_bytes=shared.layer_bytes,
-        capacity=shared.capacity,
+        layer_bytes=room.layer_bytes,
+        capacity=room.capacity,
         groups=groups_of(problem),
         budget=problem.budget,
         theta=problem.theta,
     )
 
 
+def _shared_room(
+    problem: Problem,
+    sizes: Sizes,
+    kinds: Mapping[Hashable, tuple[StageDevices, int]],
+    alone: bool,
+) -> _KindsRoom:
+    stage_devices = [devices for devices, _ in kinds.values()]
+
+    def compute() -> _KindsRoom:
+        times = [problem.times_at(devices) for devices in stage_devices]
+        room = [most_room(problem, sizes, devices, alone) for devices in stage_devices]
+        return _KindsRoom(
+            offered=np.array([[offers(own, o) for o in options_of(problem)] for own in times]),
+            layer_bytes=np.stack(
+                [_least_bytes(problem, sizes, devices, alone) for devices in stage_devices]
+            ),
+            capacity=np.stack(room, axis=-1),
+        )
+
+    return problem.cached(ROOMS, (tuple(kinds), sizes, alone), compute)
+
+
 def _shared(
-    problem: Problem, sizes: Sizes, stage_devices: Sequence[StageDevices], alone: bool
+    problem: Problem,
+    sizes: Sizes,
+    stage_devices: Sequence[StageDevices],
+    alone: bool,
+    room: _KindsRoom,
 ) -> _Kinds:
     return _Kinds(
         layer=_stack([layer_costs(problem, sizes, devices) for devices in stage_devices]),
         fixed=_stack(
             [fixed_costs(problem, sizes, devices, alone, alone) for devices in stage_devices]
         ),
-        layer_bytes=np.stack(
-            [_least_bytes(problem, sizes, devices, alone) for devices in stage_devices]
-        ),
-        capacity=np.stack(
-            [most_room(problem, sizes, devices, alone) for devices in stage_devices], axis=-1
-        ),
+        layer_bytes=room.layer_bytes,
+        capacity=room.capacity,
         num_layers=problem.spec.num_layers,
     )
 
@@ -278,14 +335,6 @@ def _least_unpacked(problem: Problem, sizes: Sizes, devices: StageDevices, alone
     ends = [(True, True)] if alone else [(False, False), (True, False), (False, True)]
     each = [unpacked_bytes(problem, sizes, devices, first, last) for first, last in ends]
     return float(min(some.min() for some in each))
-
-
-def is_infeasible(pool: Pool) -> np.ndarray:
-    """[P, Q]: not even the smallest option leaves room for all layers."""
-    least = np.where(pool.offered, pool.layer_bytes, np.inf).min(axis=1)
-    held = np.floor(pool.capacity * OVER / least)
-    layers = pool.groups.sizes.sum()
-    return np.asarray((held < 1).any(axis=-1) | ((held * pool.many).sum(axis=-1) < layers))
 
 
 def has_no_more_room(pool: Pool, pair: tuple[int, int]) -> np.ndarray:

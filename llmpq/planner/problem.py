@@ -185,7 +185,7 @@ class Problem:
             return np.ones(sizes.shape)
         batch, chunk = sizes.batch, self.chunk_tokens(sizes)
         each = [
-            self._scale(ScaledSizes(batch, p, q, chunk), num_stages)
+            _scale(self.scales, ScaledSizes(batch, p, q, chunk), num_stages)
             for p in sizes.prefill
             for q in sizes.decode
         ]
@@ -193,14 +193,17 @@ class Problem:
 
     def scale_of(self, configuration: Configuration) -> float:
         """Of one configuration."""
-        return self._scale(self.scaled_sizes(configuration), len(configuration.stage_devices))
+        sizes, num_stages = self.scaled_sizes(configuration), len(configuration.stage_devices)
+        return _scale(self.scales, sizes, num_stages)
 
-    def _scale(self, sizes: ScaledSizes, num_stages: int) -> float:
-        """As simulated with so many stages, or with the nearest number of them."""
-        some = self.scales.get(sizes)
-        if not some:
-            return 1.0
-        return some[min(some, key=lambda number: (abs(number - num_stages), number))]
+    def least_change(self, before: Scales) -> float:
+        """No scale is less than so many times what it was `before`; 1 at most."""
+        changes = [
+            _scale(self.scales, sizes, number) / _scale(before, sizes, number)
+            for sizes in self.scales
+            for number in range(1, len(self.cluster.devices()) + 1)
+        ]
+        return min([1.0, *changes])
 
     def scaled_sizes(self, configuration: Configuration) -> ScaledSizes:
         """What a run's closed form is scaled by, beside its number of stages."""
@@ -256,6 +259,11 @@ class Problem:
         return self.repeats * self.cached(
             NEW_TOKENS, None, lambda: sum(new for _, new in self.lengths)
         )
+
+    @property
+    def num_decoded_tokens(self) -> float:
+        """Tokens that decode steps compute: all new ones but the first of each request."""
+        return self._tokens.new
 
     def job_counts(self, sizes: Sizes, prefill: int = 0, decode: int = 0) -> JobCounts:
         """The jobs of a run with a pair of micro-batches, given by their positions in `sizes`.
@@ -390,3 +398,11 @@ class Problem:
             devices.tensor_parallel,
             self.profiles,
         )
+
+
+def _scale(scales: Scales, sizes: ScaledSizes, num_stages: int) -> float:
+    """As simulated with so many stages, or with the nearest number of them."""
+    some = scales.get(sizes)
+    if not some:
+        return 1.0
+    return some[min(some, key=lambda number: (abs(number - num_stages), number))]

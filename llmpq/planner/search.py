@@ -1,6 +1,7 @@
 """Branch and bound over everything: which devices, order, tensor parallelism, sizes, layers.
 
-Four levels, each with a tighter bound than the one above, wait in one queue by their bounds:
+Five levels, each with a tighter bound than the one above, wait in one queue by their bounds:
+0. all subsets of devices at a batch: `size_bounds`, before any job is counted;
 1. a subset of devices with a batch and a pair of micro-batches: `pool_bounds`, array arithmetic;
 2. the same with first and last stage: the linear relaxation of `counts.build`;
 3. the same solved in whole layers, for any order between the ends. Its counts make a plan;
@@ -32,7 +33,7 @@ from llmpq.planner.layer_options import places_of
 from llmpq.planner.layouts import orders
 from llmpq.planner.problem import Assignment, Configuration, Problem, Sizes
 from llmpq.planner.solver import LinearProgram, Solver
-from llmpq.planner.space import Space, Tables, configurations_of, tighten
+from llmpq.planner.space import Part, Space, Tables, configurations_of, opened, pairs, tighten
 from llmpq.planner.value import to_assignment
 
 MOST_SMALLEST = 16
@@ -168,8 +169,10 @@ def search(
     state = Search(problem, gap, deadline, solver, plain, known=space.known, floor=space.floor)
     for seed in seeds:
         state.offer(seed)
-    for bound, table, pair in space.pairs():
-        state.push(bound, PairNode(table, pair))
+    for part in space.parts:
+        PartNode(part).push_tables(state, part.tables)
+        if not part.is_open:
+            state.push(part.bound, PartNode(part))
     total = space.num_configurations
     while state.queue and max(state.queue[0].bound, state.floor) < state.target:
         if state.seconds_left <= 0:
@@ -180,9 +183,6 @@ def search(
         progress(Progress(max(0, total - len(state.queue)), total, _speed(state)))
     if state.assignment is not None and not problem.theta:
         _lose_less(state, state.assignment)
-    if space.num_left_out:
-        state.closed = 0.0
-        state.timed_out = True
     return state
 
 
@@ -200,6 +200,24 @@ def _lose_less(state: Search, best: Assignment) -> None:
 
 def _speed(state: Search) -> float:
     return state.predicted.tokens_per_s if state.predicted else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class PartNode(SearchNode):
+    """Level 0: all subsets at a batch, and all pairs of micro-batches of it."""
+
+    part: Part
+
+    def work(self, state: Search, bound: float) -> None:
+        """Its tables, as far as there is time."""
+        self.push_tables(state, opened(self.part, state.problem, state.solver, state.deadline))
+        if not self.part.is_open:
+            state.push(bound, self)
+
+    def push_tables(self, state: Search, tables: Sequence[Tables]) -> None:
+        """Leaves the pairs of tables for later."""
+        for value, table, pair in pairs(tables):
+            state.push(max(value, self.part.bound), PairNode(table, pair))
 
 
 @dataclass(frozen=True)

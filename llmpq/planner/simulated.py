@@ -187,6 +187,7 @@ def make_schedule(
         len(configuration.stage_devices),
         iter(Item(number, *lengths) for number, lengths in enumerate(problem.lengths)),
         refill=refill,
+        names_members=False,
     )
 
 

@@ -1,13 +1,16 @@
 """What there is to search: subsets of devices at sizes, and bounds for pairs of micro-batches.
 
-Tables are made of subsets with the same kinds of stages and of the same sizes after each other, as
-the prices of one LP bound the others too. A space also keeps what searches have
-learned of it, so that a search after a change of scales does not begin anew.
+What has the same sizes is a part of the space. It is opened, which makes its tables, when no part
+that is not open has a lesser bound (`size_bounds`): most small batches never are. Its tables are
+made of subsets with the same kinds of stages after each other, as the prices of one LP bound the
+others too. A space also keeps what searches have learned of it, so that a search after a change of
+scales does not begin anew.
 
 Not covered: how it is searched (`search`).
 """
 
 import heapq
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +22,7 @@ from llmpq.model_spec import tensor_parallel_degrees
 from llmpq.planner import pool, pool_bounds
 from llmpq.planner.layouts import DeviceSubset, canonical, ends, num_stages, subsets
 from llmpq.planner.problem import Configuration, Problem, Sizes, StageDevices
+from llmpq.planner.size_bounds import least_round_s, least_run_s
 from llmpq.planner.sizes import all_sizes, with_shorter_chunks
 from llmpq.planner.solver import Solver
 from llmpq.planner.tables import Table
@@ -42,15 +46,33 @@ class Tables:
     tight: set[tuple[int, int]] = field(default_factory=set)
 
 
+@dataclass
+class Part:
+    """All subsets of devices at the same sizes. `bound`: no plan of it is below.
+
+    `tables` are those of the first `num_opened` subsets, but for those where nothing fits.
+    """
+
+    sizes: Sizes
+    subsets: list[DeviceSubset]
+    bound: float
+    tables: list[Tables] = field(default_factory=list)
+    num_opened: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        """There is a table of every subset where something fits."""
+        return self.num_opened == len(self.subsets)
+
+
 @dataclass(frozen=True)
 class Space:
-    """What there is to search. `num_left_out`: subsets and batches that there was no time for.
+    """What there is to search.
 
     What searches have learned of it: `known` bounds of nodes, and `floor`, which no plan is below.
     """
 
-    tables: list[Tables]
-    num_left_out: int
+    parts: list[Part]
     notes: list[str]
     known: dict[tuple[int, Configuration], float] = field(default_factory=dict)  # by a node's level
     floor: float = 0.0
@@ -58,66 +80,102 @@ class Space:
     @property
     def num_configurations(self) -> int:
         """Pairs of micro-batches over all subsets and batches."""
-        return sum(table.bounds.size for table in self.tables)
+        return sum(math.prod(part.sizes.shape) * len(part.subsets) for part in self.parts)
 
-    def num_orders(self, problem: Problem) -> int:
-        """Orders of all pairs that may be feasible."""
-        return sum(
-            int(np.isfinite(table.bounds).sum()) * len(configurations_of(problem, table, (0, 0)))
-            for table in self.tables
-        )
+    @property
+    def tables(self) -> list[Tables]:
+        """Those of the parts that are open."""
+        return [table for part in self.parts for table in part.tables]
 
-    def pairs(self) -> list[tuple[float, Tables, tuple[int, int]]]:
-        """Every pair that may be feasible, the least bound first."""
-        found = [
-            (float(bound), table, (int(p), int(q)))
-            for table in self.tables
-            for (p, q), bound in np.ndenumerate(table.bounds)
-            if bound < math.inf
-        ]
-        return sorted(found, key=lambda entry: entry[0])
+    @property
+    def bound(self) -> float:
+        """No plan is below it."""
+        closed = [part.bound for part in self.parts if not part.is_open]
+        return min([*closed, *(float(table.bounds.min()) for table in self.tables)], default=0.0)
 
     def best_first(self, problem: Problem, solver: Solver) -> Iterator[tuple[float, Configuration]]:
         """Configurations with the bound of their own LP, made as they come."""
-        queue = [(bound, i, table, pair) for i, (bound, table, pair) in enumerate(self.pairs())]
-        while queue:
-            bound, index, table, pair = heapq.heappop(queue)
-            known = float(table.bounds[pair])
-            if known <= bound and pair in table.tight:
-                yield from (
-                    (bound, configuration)
-                    for configuration in configurations_of(problem, table, pair)
-                )
-                continue
-            if known <= bound:
-                tighten(table, pair, solver)
-            value = float(table.bounds[pair])
-            if value < math.inf:
-                heapq.heappush(queue, (value, index, table, pair))
 
-    def configurations(self, problem: Problem) -> Iterator[tuple[float, Configuration]]:
+        def tight(table: Tables, pair: tuple[int, int]) -> None:
+            if pair not in table.tight:
+                tighten(table, pair, solver)
+
+        return self._ordered(problem, solver, tight)
+
+    def configurations(
+        self, problem: Problem, solver: Solver
+    ) -> Iterator[tuple[float, Configuration]]:
         """One order for each pair, first and last stage, with its bound; the least first."""
-        for bound, table, pair in self.pairs():
+        return self._ordered(problem, solver, lambda table, pair: None)
+
+    def _ordered(
+        self,
+        problem: Problem,
+        solver: Solver,
+        look: Callable[[Tables, tuple[int, int]], None],
+    ) -> Iterator[tuple[float, Configuration]]:
+        """By rising bounds; `look` may raise that of a pair that would be the next."""
+        serial = itertools.count()
+        queue: list[tuple[float, int, Part | None, Tables | None, tuple[int, int]]] = []
+
+        def push(tables: Sequence[Tables], bound: float) -> None:
+            for value, table, pair in pairs(tables):
+                heapq.heappush(queue, (max(value, bound), next(serial), None, table, pair))
+
+        for one in self.parts:
+            push(one.tables, one.bound)
+            if not one.is_open:
+                heapq.heappush(queue, (one.bound, next(serial), one, None, (0, 0)))
+        while queue:
+            bound, number, part, table, pair = heapq.heappop(queue)
+            if part is not None:
+                push(opened(part, problem, solver), part.bound)
+                continue
+            assert table is not None
+            if table.bounds[pair] <= bound:
+                look(table, pair)
+            if table.bounds[pair] > bound:
+                if table.bounds[pair] < math.inf:
+                    heapq.heappush(queue, (float(table.bounds[pair]), number, None, table, pair))
+                continue
             for configuration in configurations_of(problem, table, pair):
                 yield bound, configuration
 
     def smallest(self, problem: Problem) -> list[Configuration]:
         """With the least batch, micro-batches and chunk, which take least memory; one a subset."""
-        least = min((table.sizes.batch for table in self.tables), default=0)
-        tables = [table for table in self.tables if table.sizes.batch == least]
-        last = {
-            table.subset: table for table in tables
-        }  # of each subset, that of the shortest chunk
-        some = list(last.values())[:MOST_SMALLEST]
-        return [configurations_of(problem, table, (0, 0))[0] for table in some]
+        least = min((part.sizes.batch for part in self.parts), default=0)
+        last = {  # of each subset, its sizes with the shortest chunk
+            subset: part.sizes
+            for part in self.parts
+            if part.sizes.batch == least
+            for subset in part.subsets
+        }
+        some = itertools.islice(last.items(), MOST_SMALLEST)
+        return [configurations_at(problem, subset, sizes, (0, 0))[0] for subset, sizes in some]
+
+
+def pairs(tables: Sequence[Tables]) -> list[tuple[float, Tables, tuple[int, int]]]:
+    """Every pair that may be feasible, with its bound."""
+    return [
+        (float(bound), table, (int(p), int(q)))
+        for table in tables
+        for (p, q), bound in np.ndenumerate(table.bounds)
+        if bound < math.inf
+    ]
 
 
 def configurations_of(
     problem: Problem, table: Tables, pair: tuple[int, int]
 ) -> list[Configuration]:
     """The canonical orders of a subset at one pair of micro-batches."""
-    sizes = table.sizes
-    found = problem.cached(ORDERS, table.subset, lambda: _canonical_orders(problem, table.subset))
+    return configurations_at(problem, table.subset, table.sizes, pair)
+
+
+def configurations_at(
+    problem: Problem, subset: DeviceSubset, sizes: Sizes, pair: tuple[int, int]
+) -> list[Configuration]:
+    """The same of a subset that may have no table."""
+    found = problem.cached(ORDERS, subset, lambda: _canonical_orders(problem, subset))
     micro_batches = sizes.prefill[pair[0]], sizes.decode[pair[1]]
     return [
         Configuration(order, sizes.batch, *micro_batches, sizes.chunk_tokens) for order in found
@@ -143,52 +201,42 @@ def _canonical_orders(problem: Problem, subset: DeviceSubset) -> list[tuple[Stag
 # ---- what there is to search
 
 
-def make_space(
-    problem: Problem,
-    solver: Solver,
-    deadline: float = math.inf,
-    told: Callable[[int, int], None] = lambda done, total: None,
-    sizes: Sequence[Sizes] | None = None,
-) -> Space:
-    """Every subset and batch with its bounds; those not reached by `deadline` (monotonic) are not.
-
-    `sizes`: in place of those that are tried first. `told` hears how many of how many are done.
-    """
+def make_space(problem: Problem, sizes: Sequence[Sizes] | None = None) -> Space:
+    """Every subset and batch; no table is made yet. `sizes`: in place of those tried first."""
     degrees = tensor_parallel_degrees(problem.spec, problem.max_tensor_parallel)
     found, notes = subsets(problem.cluster, degrees, problem.spec.num_layers)
-    todo = _todo(problem, found, sizes)
-    tables: list[Tables] = []
-    priced: list[tuple[pool.Pool, pool_bounds.Prices]] = []  # of the same sizes
-    best = (0, 0)
-    for index, (subset, some) in enumerate(todo):
-        if time.monotonic() > deadline:
-            notes = [
-                *notes,
-                f"the time limit left {len(todo) - index} of {len(todo)} subsets of the "
-                "devices unsearched",
-            ]
-            return Space(tables, len(todo) - index, notes)
-        if index and some != todo[index - 1][1]:
-            priced.clear()
-        table = make_tables(problem, subset, some, best, solver, priced)
-        devices = int(table.bounds.argmin())
-        best = divmod(devices, table.bounds.shape[1])
-        tables.append(table)
-        if index % 64 == 0:
-            told(index, len(todo))
-    return Space(tables, 0, notes)
-
-
-def _todo(
-    problem: Problem, found: Sequence[DeviceSubset], sizes: Sequence[Sizes] | None
-) -> list[tuple[DeviceSubset, Sizes]]:
-    """What to make tables of: the default chunk of all subsets first."""
-    if sizes is not None:
-        return [(subset, some) for some in sizes for subset in found]
-    usual = [(subset, some) for some in all_sizes(problem) for subset in found]
-    return usual + [
-        (subset, some) for subset in found for some in with_shorter_chunks(problem, subset)
+    usual = all_sizes(problem) if sizes is None else sizes
+    todo: dict[Sizes, list[DeviceSubset]] = {one: list(found) for one in usual}
+    for subset in found if sizes is None else ():
+        for one in with_shorter_chunks(problem, subset):
+            todo.setdefault(one, []).append(subset)
+    round_s = least_round_s(problem, found)
+    scale = problem.least_change({})
+    parts = [
+        Part(one, some, scale * least_run_s(problem, one.batch, round_s))
+        for one, some in todo.items()
     ]
+    return Space(parts, notes)
+
+
+def opened(
+    part: Part, problem: Problem, solver: Solver, deadline: float = math.inf
+) -> list[Tables]:
+    """Makes the tables of a part, until `deadline` (monotonic); those that were not there before.
+
+    It may have to be called again, where the time was not enough.
+    """
+    before = len(part.tables)
+    priced: list[tuple[pool.Pool, pool_bounds.Prices]] = []
+    near = (0, 0)
+    while not part.is_open and (time.monotonic() < deadline or len(part.tables) == before):
+        subset = part.subsets[part.num_opened]
+        part.num_opened += 1
+        table = make_tables(problem, subset, part.sizes, near, solver, priced)
+        if table is not None:
+            near = divmod(int(table.bounds.argmin()), table.bounds.shape[1])
+            part.tables.append(table)
+    return part.tables[before:]
 
 
 def make_tables(
@@ -198,17 +246,17 @@ def make_tables(
     near: tuple[int, int],
     solver: Solver,
     priced: list[tuple[pool.Pool, pool_bounds.Prices]],
-) -> Tables:
+) -> Tables | None:
     """Bounds by the prices of a subset that has the same kinds of stages and more, out of `priced`.
 
     Where there is none, by an LP at a pair of micro-batches `near` the best, whose
-    prices go there.
+    prices go there. None: nothing fits, which is known before any job is counted.
     """
-    arrays = pool.make_pool(problem, subset, sizes)
-    infeasible = pool.is_infeasible(arrays)
-    table = Tables(subset, sizes, arrays, np.where(infeasible, math.inf, 0.0))
+    infeasible = pool.room_of(problem, subset, sizes).is_infeasible
     if infeasible.all():
-        return table
+        return None
+    arrays = pool.make_pool(problem, subset, sizes)
+    table = Tables(subset, sizes, arrays, np.where(infeasible, math.inf, 0.0))
     guesses = (pool_bounds.carried(prices, given, arrays) for given, prices in priced)
     guess = next((prices for prices in guesses if prices is not None), None)
     if guess is not None:
@@ -235,13 +283,23 @@ def rescaled(space: Space, before: Problem, problem: Problem) -> Space:
     def moved(configuration: Configuration, bound: float) -> float:
         return bound * float(factors(len(configuration.stage_devices), configuration.sizes)[0, 0])
 
-    each = [(table, factors(num_stages(table.subset), table.sizes)) for table in space.tables]
-    least = min((float(some.min()) for _, some in each), default=1.0)
+    least = problem.least_change(before.scales)
+    parts = [
+        replace(
+            part,
+            bound=part.bound * least,
+            tables=[
+                _rescaled(problem, table, factors(num_stages(table.subset), table.sizes))
+                for table in part.tables
+            ],
+        )
+        for part in space.parts
+    ]
     return replace(
         space,
-        tables=[_rescaled(problem, table, some) for table, some in each],
+        parts=parts,
         known={key: moved(key[1], bound) for key, bound in space.known.items()},
-        floor=space.floor * min(least, 1.0),
+        floor=space.floor * least,
     )
 
 
