@@ -117,7 +117,7 @@ def test_most_of_the_small_problems_have_a_plan_and_they_differ() -> None:
     found = []
     for seed in range(0, 200, 8):
         problem, solver = random_kinds(seed), Solver()
-        space = make_space(problem, solver)
+        space = make_space(problem)
         best = search.search(problem, space, solver, gap=0.0, deadline=math.inf).assignment
         if best is not None:
             found.append(best)
@@ -193,7 +193,7 @@ def test_memory_and_times_of_a_stage_are_those_of_its_own_layers() -> None:
 def test_what_the_instance_says_of_a_plan_is_its_price() -> None:
     for seed in range(0, 40, 5):
         problem, solver = random_kinds(seed), Solver()
-        space = make_space(problem, solver)
+        space = make_space(problem)
         found = search.search(problem, space, solver, gap=0.05, deadline=math.inf)
         if found.assignment is None:
             continue

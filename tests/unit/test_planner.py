@@ -35,7 +35,7 @@ from llmpq.planner.planning import Options, make_plan, replan
 from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.simulated import with_run
 from llmpq.planner.solver import Solver
-from llmpq.planner.space import make_space
+from llmpq.planner.space import make_space, opened
 from llmpq.planner.value import Choice, count_options, fits, objective, shortage, sum_omega
 from llmpq.planner.value import to_assignment as from_choice
 from llmpq.profile_data import Profile
@@ -195,10 +195,10 @@ def full_configurations(problem: Problem) -> list[Configuration]:
 
 def every_setting(problem: Problem) -> list[Configuration]:
     """Every order of every subset at every pair of micro-batches."""
-    space = make_space(problem, Solver())
+    space = make_space(problem)
     return [
         replace(configuration, stage_devices=order)
-        for _, configuration in space.configurations(problem)
+        for _, configuration in space.configurations(problem, Solver())
         for order in orders(configuration.stage_devices)[0]
     ]
 
@@ -378,19 +378,29 @@ def test_a_device_that_only_hinders_is_left_out(memory: tuple[float, ...]) -> No
     assert all(outcome.feasible for outcome in planned.outcomes)
 
 
-def test_what_the_time_limit_leaves_out_leaves_no_bound() -> None:
+def test_what_the_time_limit_leaves_out_keeps_the_bound_of_its_batch() -> None:
     problem = make_problem(0.5, 0.4, 0.4, layers=8)
     solver = Solver()
-    none = make_space(problem, solver, deadline=time.monotonic())
-    whole = make_space(problem, solver)
-    assert none.num_left_out == len(whole.tables) and not none.tables
-    assert "time limit left" in none.notes[-1] and whole.num_left_out == 0
     within = time.monotonic() + 60
-    found = search.search(problem, whole, solver, gap=0.01, deadline=within)
-    part = replace(whole, num_left_out=1)
-    cut = search.search(problem, part, solver, gap=0.01, deadline=within)
-    assert found.lower_bound > 0 and not found.timed_out
-    assert cut.lower_bound == 0 and cut.timed_out
+    found = search.search(problem, make_space(problem), solver, gap=0.01, deadline=within)
+    assert found.lower_bound > 0 and not found.timed_out and found.assignment is not None
+    space = make_space(problem)
+    now = time.monotonic()
+    cut = search.search(problem, space, solver, gap=0.01, deadline=now, seeds=[found.assignment])
+    assert cut.timed_out and not space.tables
+    assert 0 < cut.lower_bound == space.bound <= found.lower_bound
+    search.search(problem, space, solver, gap=0.01, deadline=within, seeds=[found.assignment])
+    assert space.tables
+
+
+def test_a_part_whose_opening_was_cut_short_is_opened_to_its_end_later() -> None:
+    problem, solver = make_problem(0.5, 0.4, 0.4, layers=8), Solver()
+    cut, whole = (make_space(problem).parts[0] for _ in range(2))
+    tables = opened(cut, problem, solver, time.monotonic())
+    assert len(tables) == 1 and not cut.is_open
+    tables += opened(cut, problem, solver)
+    assert cut.is_open and cut.tables == tables
+    assert [t.subset for t in tables] == [t.subset for t in opened(whole, problem, solver)]
 
 
 def test_a_search_tells_how_far_it_is() -> None:
@@ -398,7 +408,6 @@ def test_a_search_tells_how_far_it_is() -> None:
     make_plan(make_problem(0.5, 0.4), Options(progress=seen.append), tuple(SLOWER))
     phases = list(dict.fromkeys(p.phase for p in seen))
     assert phases == [
-        "ways to use the devices",
         "configurations",
         "configurations by other methods",
     ]
@@ -410,8 +419,8 @@ def test_the_bound_of_a_mix_is_below_every_plan_of_it(seed: int) -> None:
     rng = np.random.default_rng(seed)
     memory = rng.uniform(0.35, 0.7, 3)
     problem = make_problem(*memory, layers=5, percent=float(rng.choice([0.5, 2.0, 30.0])))
-    space = make_space(problem, Solver())
-    for table in space.tables:
+    tables = [t for part in make_space(problem).parts for t in opened(part, problem, Solver())]
+    for table in tables:
         pairs = [p for p in ((0, 0), (1, 2), (3, 1)) if max(p) < len(table.bounds)]
         for pair in pairs:
             for configuration in search.configurations_of(problem, table, pair):
@@ -464,10 +473,10 @@ EIGHT_AT_ONCE = {"prompt_tokens": 32, "new_tokens": 8, "num_requests": 8, "batch
 
 
 def outcomes_of(problem: Problem) -> dict[str, baselines.Outcome]:
-    space = make_space(problem, Solver())
+    space = make_space(problem)
     found = baselines.run_baselines(
         problem,
-        space.configurations(problem),
+        space.configurations(problem, Solver()),
         math.inf,
         baselines.BASELINES,
         space.smallest(problem),
@@ -521,7 +530,7 @@ def test_a_method_that_leaves_out_a_layer_or_a_stage_is_a_fault(
 
 def test_a_choice_has_only_options_that_are_on_offer() -> None:
     problem = make_problem(2, 2)
-    configuration = next(make_space(problem, Solver()).configurations(problem))[1]
+    configuration = next(make_space(problem).configurations(problem, Solver()))[1]
     instance = make_instance(problem, configuration)
     choice = baselines.uniform(instance, [0] * instance.num_layers)
     costs = replace(instance.layer, bursts=np.full_like(instance.layer.bursts, np.inf))

@@ -375,7 +375,7 @@ def test_no_plan_made_by_hand_is_below_the_lower_bound(seed: int, options: Optio
 def best_of(problem: Problem) -> Assignment | None:
     """What the search finds of the space."""
     solver = Solver()
-    space = make_space(problem, solver)
+    space = make_space(problem)
     found = search(problem, space, solver, gap=GAP, deadline=time.monotonic() + 60)
     return found.assignment
 

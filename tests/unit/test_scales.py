@@ -17,7 +17,7 @@ from llmpq.planner.problem import Assignment, Problem, ScaledSizes
 from llmpq.planner.search import search
 from llmpq.planner.simulated import run_s
 from llmpq.planner.solver import make_solver
-from llmpq.planner.space import make_space, rescaled
+from llmpq.planner.space import make_space, opened, rescaled
 
 
 def scaled(problem: Problem, assignment: Assignment, scale: float) -> Problem:
@@ -73,11 +73,15 @@ def test_a_problem_of_very_many_requests_scales_what_is_planned() -> None:
 def test_bounds_of_a_rescaled_space_are_never_above_those_made_anew(theta: float) -> None:
     problem = replace(unequal(["t4-16g", "v100-32g"]), theta=theta)
     solver = make_solver("highs")
-    space = make_space(problem, solver)
+    space = make_space(problem)
+    for part in space.parts:
+        opened(part, problem, solver)
     changed = scaled(problem, assign(problem, 8, 2, 4), 1.3)
     changed = scaled(changed, assign(problem, 16, 1, 4), 0.7)
     again = rescaled(space, problem, changed)
-    anew = make_space(changed, make_solver("highs"))
+    anew = make_space(changed)
+    for part in anew.parts:
+        opened(part, changed, solver)
     moved = 0
     for old, table, fresh in zip(space.tables, again.tables, anew.tables, strict=True):
         finite = np.isfinite(fresh.bounds)
@@ -90,6 +94,8 @@ def test_bounds_of_a_rescaled_space_are_never_above_those_made_anew(theta: float
             value_of, _ = search_bound(fresh, place)
             assert table.bounds[place] <= value_of * (1 + 1e-6)
     assert theta or moved
+    for before, after, own in zip(space.parts, again.parts, anew.parts, strict=True):
+        assert after.bound == own.bound == pytest.approx(0.7 * before.bound)
 
 
 def search_bound(table, place):
@@ -124,7 +130,7 @@ def test_a_plan_that_was_made_is_near_its_closed_form() -> None:
 
 def test_a_later_search_relaxes_nothing_that_an_earlier_one_has() -> None:
     problem, solver = unequal(["t4-16g", "v100-32g"]), make_solver("highs")
-    space = make_space(problem, solver)
+    space = make_space(problem)
     until = time.monotonic() + 60
     first = search(problem, space, solver, gap=0.02, deadline=until)
     again = replace(space, floor=first.lower_bound)
@@ -140,7 +146,7 @@ def test_a_later_search_relaxes_nothing_that_an_earlier_one_has() -> None:
 def test_bounds_that_searches_have_learned_hold_for_the_rescaled_problem(scale: float) -> None:
     problem, solver = unequal(["t4-16g", "v100-32g"]), make_solver("highs")
     until = time.monotonic() + 60
-    space = make_space(problem, solver)
+    space = make_space(problem)
     found = search(problem, space, solver, gap=0.02, deadline=until)
     assert found.assignment is not None
     sizes = problem.scaled_sizes(found.assignment.configuration)
@@ -148,7 +154,7 @@ def test_bounds_that_searches_have_learned_hold_for_the_rescaled_problem(scale: 
     moved = rescaled(replace(space, floor=found.lower_bound), problem, changed)
     assert moved.floor == pytest.approx(found.lower_bound * min(scale, 1.0))
     known = search(changed, moved, solver, gap=0.0, deadline=until, seeds=found.finalists)
-    anew = search(changed, make_space(changed, solver), solver, gap=0.0, deadline=until)
+    anew = search(changed, make_space(changed), solver, gap=0.0, deadline=until)
     assert known.best == pytest.approx(anew.best, rel=1e-6)
     assert known.lower_bound <= anew.best * (1 + 1e-6)
 

@@ -20,7 +20,7 @@ from llmpq.planner.exact import solve
 from llmpq.planner.instance import make_instance
 from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.planner.solver import Solver
-from llmpq.planner.space import make_space
+from llmpq.planner.space import make_space, opened
 from llmpq.planner.value import to_assignment
 from llmpq.workload import Workload
 
@@ -116,7 +116,7 @@ def test_the_search_is_as_good_as_every_order_solved_by_itself(case: str) -> Non
     solver = Solver()
     found = search.search(
         problem,
-        make_space(problem, solver),
+        make_space(problem),
         solver,
         gap=0.0,
         deadline=time.monotonic() + 120,
@@ -136,8 +136,9 @@ def test_pairs_without_more_room_than_an_infeasible_one_are_infeasible(budget: f
     problem = problem_on(cluster, 6, 1024, ("16", "8", "4", "3"))
     problem = replace(problem, budget=budget, _known={})
     infeasible = feasible = 0
-    for table in make_space(problem, solver).tables:
-        pairs = [tuple(pair) for pair in np.argwhere(~pool.is_infeasible(table.pool))]
+    tables = [table for p in make_space(problem).parts for table in opened(p, problem, solver)]
+    for table in tables:
+        pairs = [tuple(pair) for pair in np.argwhere(np.isfinite(table.bounds))]
         alone = {pair: pool_bounds.relaxed(table.pool, *pair, solver)[0] for pair in pairs}
         for pair in pairs:
             if math.isfinite(alone[pair]):
@@ -156,7 +157,7 @@ def test_a_plan_loses_no_quality_that_speed_does_not_need() -> None:
     problem = problem_on(cluster_of({"a100-40g": 1}, mib=4000), 4, 1024, ("16", "8", "4", "3"))
     object.__setattr__(problem, "lengths", ((96, 1),) * 8)
     solver = Solver()
-    space = make_space(problem, solver)
+    space = make_space(problem)
     found = search.search(problem, space, solver, gap=0.005, deadline=time.monotonic() + 60)
     assert found.predicted is not None and found.assignment is not None
     for layer, precision in enumerate(found.assignment.precisions):

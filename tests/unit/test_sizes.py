@@ -20,7 +20,6 @@ from llmpq.planner.sizes import (
     sizes_near,
     spare_sizes,
 )
-from llmpq.planner.solver import Solver
 from llmpq.planner.space import make_space
 
 Lengths = Sequence[tuple[int, int]]
@@ -58,9 +57,9 @@ def test_shorter_chunks_are_tried_only_where_they_leave_much_more_room() -> None
         chunks = shorter_chunks(problem, found[0], 8)
         assert bool(chunks) == some and len(chunks) <= MOST_SHORTER
         assert list(chunks) == sorted(chunks)[::-1] and all(chunk < 1400 for chunk in chunks)
-        tables = make_space(problem, Solver()).tables
-        assert [t.sizes for t in tables if t.sizes.chunk_tokens is None] == all_sizes(problem)
-        assert any(t.sizes.chunk_tokens is not None for t in tables) == some
+        tried = [part.sizes for part in make_space(problem).parts]
+        assert [sizes for sizes in tried if sizes.chunk_tokens is None] == all_sizes(problem)
+        assert any(sizes.chunk_tokens is not None for sizes in tried) == some
 
 
 def test_where_nothing_fits_one_request_and_every_chunk_follow() -> None:
