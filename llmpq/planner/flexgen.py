@@ -24,8 +24,11 @@ from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
 from llmpq.planner.layer_options import LayerOption, lacking, option_of
 from llmpq.planner.problem import OVER, Problem
 from llmpq.planner.sizes import batch_options, micro_batch_options
+from llmpq.planner.tables import Scope, Table
 from llmpq.planner.waves import BatchGroup, groups, seconds_of_all
 from llmpq.planner.works import fixed_work, layer_work
+
+LAYERS_AT: Table[str, dict[LayerOption, int]] = Table(Scope.REQUESTS)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def flexgen(problem: Problem) -> OffloadPlan | None:
     """The best plan of a single device; None: no precision keeps the quality budget."""
     best: OffloadPlan | None = None
     for block in _blocks(problem):
+        if best is not None and _least_objective(problem, block) >= best.objective:
+            continue
         plan = offload_plan(problem, block.device, block.precision, block.batch, block.micro_batch)
         if best is None or _rank(plan) < _rank(best):
             best = plan
@@ -89,7 +94,7 @@ def offload_plan(
     weights_share, cache_share = shares(held, device.memory_bytes)
     if not len(weights_share):
         return _too_large(problem, block, held)
-    total_s, decode_s = _seconds(problem, block, held, weights_share, cache_share)
+    total_s, decode_s = _seconds(problem, block, weights_share, cache_share)
     best = int(total_s.argmin())
     plan = _plan(problem, block, held, float(weights_share[best]), float(cache_share[best]))
     total, decode = float(total_s[best]), float(decode_s[best])
@@ -122,8 +127,8 @@ def _blocks(problem: Problem) -> Iterator[_Block]:
             if lacking(times, problem.spec, 0, [precision] * layers):
                 continue
             if _omega(problem, precision) <= problem.budget * OVER:
-                for batch in batch_options(problem):
-                    for micro_batch in micro_batch_options(batch):
+                for batch in reversed(batch_options(problem)):  # the best one is large, mostly
+                    for micro_batch in reversed(micro_batch_options(batch)):
                         yield _Block(device, precision, batch, micro_batch)
 
 
@@ -154,7 +159,6 @@ def _rank(plan: OffloadPlan) -> tuple[float, float]:
 def _seconds(
     problem: Problem,
     block: _Block,
-    held: OffloadMemory,
     weights_share: np.ndarray,
     cache_share: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -167,6 +171,12 @@ def _seconds(
         total += decode @ group.num_batches
         last = decode[:, -1]
     return total, last
+
+
+def _least_objective(problem: Problem, block: _Block) -> float:
+    """If all weights and the cache had room on the device."""
+    total_s, _ = _seconds(problem, block, np.ones(1), np.ones(1))
+    return float(total_s[0]) + problem.theta * _omega(problem, block.precision)
 
 
 def _prefill_s(
@@ -201,8 +211,12 @@ def _step_s(problem: Problem, block: _Block, group: BatchGroup, missing: np.ndar
 
 def _layers(problem: Problem, block: _Block) -> dict[LayerOption, int]:
     """How many layers have each option."""
-    layers = range(problem.spec.num_layers)
-    return Counter(option_of(problem.spec, i, block.precision) for i in layers)
+    spec, precision = problem.spec, block.precision
+
+    def compute() -> dict[LayerOption, int]:
+        return Counter(option_of(spec, i, precision) for i in range(spec.num_layers))
+
+    return problem.cached(LAYERS_AT, precision, compute)
 
 
 def _weight_bytes(problem: Problem, block: _Block, option: LayerOption) -> int:
