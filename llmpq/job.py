@@ -20,6 +20,13 @@ def padded_width(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def widths_near(width: int) -> list[int]:
+    """All values of `padded_width` in the octave of a width, and the width."""
+    octave = max(16, 2 ** (width - 1).bit_length())
+    step = octave // 16
+    return sorted({width, *range(octave // 2 + step, octave + 1, step)})
+
+
 def chunk_length(prompt_tokens: int, prefill_rows: int, chunk_tokens: int) -> int:
     """Tokens of a long prompt that are computed at once, alone.
 

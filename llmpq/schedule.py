@@ -18,7 +18,6 @@ processes: the engine asks it what to do, and the simulator asks the same.
 Not covered: taking a request out before it ends; sharing the cache of equal prompts.
 """
 
-import itertools
 import math
 from bisect import insort
 from collections import deque
@@ -50,7 +49,7 @@ class _Row:
     @property
     def num_chosen(self) -> int:
         """New tokens whose jobs will have been given out when it takes a step."""
-        return max(1, self.num_given)
+        return self.num_given or 1
 
     @property
     def stored(self) -> int:
@@ -111,17 +110,17 @@ class _Lane:
         rows = [row for row in self.rows if row is not None and row.num_given < row.new_tokens]
         if not rows:
             return _Due([], [], None, 0, math.inf)
-        self.step = step = max(self.step, min(row.join for row in rows))
+        self.step = step = max(self.step, min([row.join for row in rows]))
         due = [row for row in rows if row.join <= step]
+        late = [row.join for row in rows if row.join > step]
+        left = min([row.new_tokens - row.num_chosen for row in due])
+        sizes = [row.item.prompt_tokens + row.num_chosen for row in due]
         return _Due(
             members=due,
             fresh=[row for row in due if not row.num_new],
-            longest=max(due, key=lambda row: row.item.prompt_tokens + row.num_chosen),
-            rows=1 + max(row.slot for row in due),
-            until=min(
-                min(step + row.new_tokens - row.num_chosen for row in due),
-                min((row.join for row in rows if row.join > step), default=math.inf),
-            ),
+            longest=due[sizes.index(max(sizes))],
+            rows=1 + max([row.slot for row in due]),
+            until=min([step + left, *late]),
         )
 
     def ready(self, ahead: int) -> _Due | None:
@@ -219,6 +218,7 @@ class Schedule:
     _waiting: _Waiting = field(init=False)
     _flight: deque[tuple[Job, Sequence[_Row]]] = field(init=False, default_factory=deque)
     _chunked: deque[_Row] = field(init=False, default_factory=deque)
+    _num_free: int = field(init=False, default=0)  # slots of all lanes that a newcomer may take
     _num_prefills: int = field(init=False, default=0)
     _steps: int = field(init=False, default=0)  # decode steps since the last prefill
     _turn: int = field(init=False, default=0)  # the lane that is asked first
@@ -226,6 +226,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         self._lanes = [_Lane(i, shape, [None] * shape.rows) for i, shape in enumerate(self.shapes)]
+        self._num_free = sum(shape.rows for shape in self.shapes)
         by_lane: dict[int, list[tuple[tuple[int, ...], Item]]] = {
             tokens: [] for tokens in sorted({shape.tokens for shape in self.shapes})
         }
@@ -259,7 +260,11 @@ class Schedule:
             self._lanes[job.lane].num_steps -= 1
         if not job.chooses:
             return (False,) * len(rows)
-        pairs = zip(rows, stops or (False,) * len(rows), strict=True)
+        if not stops:  # as in every step of a simulated run
+            for row in rows:
+                row.num_new += 1
+            return tuple([row.num_new >= row.new_tokens and self._end(row) for row in rows])
+        pairs = zip(rows, stops, strict=True)
         return tuple([_note(row, stop) and self._end(row) for row, stop in pairs])
 
     @property
@@ -296,7 +301,7 @@ class Schedule:
         """Newcomers for free slots: as many as a micro-batch takes, or what there is."""
         if not self._waiting.count or not (self.refill or self._filling):
             return None
-        free = sum(lane.num_free for lane in self._lanes)
+        free = self._num_free
         patient = has_ready and self._steps < len(self._lanes)
         if not free or (patient and free < min(self.prefill_rows, self._waiting.count)):
             return None
@@ -320,6 +325,7 @@ class Schedule:
             for lane in self._lanes:
                 lane.used.clear()
                 lane.num_free = lane.shape.rows
+            self._num_free = sum(lane.num_free for lane in self._lanes)
 
     def _newcomers(self) -> list[_Row]:
         """Requests in their new slots: one that goes in chunks, or some of like length."""
@@ -347,6 +353,7 @@ class Schedule:
         row = _Row(item, item.new_tokens, lane, slot, join=lane.step + late)
         lane.rows[slot] = row
         lane.num_free -= 1
+        self._num_free -= 1
         lane.changed()
         return row
 
@@ -365,8 +372,12 @@ class Schedule:
 
     def _ready_lane(self) -> _Lane | None:
         """The first lane that is ready in the order of their turns."""
-        turns = itertools.chain(self._lanes[self._turn :], self._lanes[: self._turn])
-        return next((lane for lane in turns if lane.ready(self.ahead)), None)
+        lanes, ahead = self._lanes, self.ahead
+        for index in range(self._turn - len(lanes), self._turn):
+            lane = lanes[index]
+            if lane.num_steps < ahead and lane.ready(ahead):
+                return lane
+        return None
 
     def _step(self, lane: _Lane) -> Job:
         """The next token of a lane's requests."""
@@ -436,6 +447,7 @@ class Schedule:
         lane.changed()
         if self.refill:
             lane.num_free += 1
+            self._num_free += 1
         else:
             lane.used.add(row.slot)
         return True

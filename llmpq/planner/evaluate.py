@@ -5,12 +5,14 @@ predicted of a plan that was found is simulated (`simulated.with_run`). Also tur
 plans and plans into assignments.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
 from llmpq.artifact import Provenance
 from llmpq.cluster import Cluster, Device
+from llmpq.costs.latency import LayerTimes
 from llmpq.costs.memory import StageMemory, stage_memory
 from llmpq.costs.timeline import Costs, combined, run_s
 from llmpq.plan_data import Plan, Predicted, PredictedStage, Stage, lanes_of, reserve_of
@@ -22,9 +24,9 @@ from llmpq.planner.instance import (
     of_only_pair,
     stack,
 )
-from llmpq.planner.layer_options import options_held, options_of
+from llmpq.planner.layer_options import LayerOption, options_held, options_of
 from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
-from llmpq.planner.works import Work, hop_works, stage_work
+from llmpq.planner.works import Work, hop_works, layer_work, remembered, stage_work
 from llmpq.serving import matrices_of, serving
 
 
@@ -241,13 +243,24 @@ def hop_costs(problem: Problem, configuration: Configuration) -> Costs:
 def resource_works(problem: Problem, assignment: Assignment) -> list[Work]:
     """In the pipeline's order: stage, link, ..., stage, token return."""
     stage_devices = assignment.configuration.stage_devices
-    stages = [stage_work_at(problem, assignment, rank) for rank in range(len(stage_devices))]
+    known: dict[tuple[int, LayerOption], Work] = {}
+
+    def layer_of(times: LayerTimes, option: LayerOption) -> Work:
+        return known.setdefault((id(times), option), remembered(layer_work(times, option)))
+
+    ranks = range(len(stage_devices))
+    stages = [stage_work_at(problem, assignment, rank, layer_of) for rank in ranks]
     hops = hop_works(problem, [devices.node for devices in stage_devices])
     return [work for pair in zip(stages, hops, strict=True) for work in pair]
 
 
-def stage_work_at(problem: Problem, assignment: Assignment, rank: int) -> Work:
+def stage_work_at(
+    problem: Problem,
+    assignment: Assignment,
+    rank: int,
+    layer_of: Callable[[LayerTimes, LayerOption], Work] = layer_work,
+) -> Work:
     """All that one stage does with a micro-batch."""
     times = problem.times_at(assignment.configuration.stage_devices[rank])
     last = rank == len(assignment.stages) - 1
-    return stage_work(times, rank == 0, last, options_held(problem, assignment, rank))
+    return stage_work(times, rank == 0, last, options_held(problem, assignment, rank), layer_of)

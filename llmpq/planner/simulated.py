@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmpq.costs.simulate import SimulatedRun, simulate_schedule
-from llmpq.job import Item, Job
+from llmpq.job import Item, Job, widths_near
 from llmpq.plan_data import Predicted
 from llmpq.planner.evaluate import closed_form_s, resource_works, speeds
 from llmpq.planner.problem import Assignment, Configuration, Problem
@@ -208,7 +208,7 @@ class Seconds:
         self.works, self.grain = works, grain
         self.prefills: dict[tuple[int, int, int], list[float]] = {}
         self.whole: dict[tuple[int, int], np.ndarray] = {}
-        self.decodes: dict[tuple[int, int], list[list[float]]] = {}
+        self.decodes: dict[tuple[int, int], list[float]] = {}
 
     def __call__(self, job: Job) -> list[float]:
         return self._prefill(job) if job.prefill else self._decode(job)
@@ -248,14 +248,14 @@ class Seconds:
         return np.asarray(self.whole[key][devices])
 
     def _decode(self, job: Job) -> list[float]:
-        block, devices = divmod(job.end - job.begin - 1, BLOCK)
-        rows = self.grain * job.rows
-        key = rows, block
-        if key not in self.decodes:
-            past = np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=float)
+        rows, width = self.grain * job.rows, job.end
+        if (rows, width) not in self.decodes:
+            widths = widths_near(width)
+            past = np.array(widths, dtype=float) - 1
             each = [np.broadcast_to(w.decode(rows, past), past.shape) for w in self.works]
-            self.decodes[key] = np.stack(each, axis=1).tolist()
-        return self.decodes[key][devices]
+            seconds = np.stack(each, axis=1).tolist()
+            self.decodes |= {(rows, w): s for w, s in zip(widths, seconds, strict=True)}
+        return self.decodes[rows, width]
 
 
 def _prefill(work: Work, rows: int, tokens: int) -> float:

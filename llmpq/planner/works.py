@@ -46,6 +46,28 @@ def later_chunk_s(end_s: Any, begin_s: Any, own_s: Any, one_s: Any) -> np.ndarra
     return np.maximum(end_s - begin_s + one_s, own_s)
 
 
+class _Remembered:
+    """A cost that knows its last answer: the stages of a pipeline ask for the same after another.
+
+    Arrays of tokens are told apart by identity.
+    """
+
+    def __init__(self, cost: Cost) -> None:
+        self._cost = cost
+        self._asked: tuple[int, Any] | None = None
+        self._seconds: Seconds = 0.0
+
+    def __call__(self, size: int, tokens: Any) -> Seconds:
+        if self._asked is None or self._asked[0] != size or self._asked[1] is not tokens:
+            self._asked, self._seconds = (size, tokens), self._cost(size, tokens)
+        return self._seconds
+
+
+def remembered(work: Work) -> Work:
+    """The same work, where several ask for the same micro-batch after each other."""
+    return Work(_Remembered(work.prefill), _Remembered(work.decode))
+
+
 def layer_work(times: LayerTimes, option: LayerOption) -> Work:
     """One decoder layer."""
     own, precision = times.of_kind(option.kind), option.precision
@@ -73,11 +95,15 @@ def fixed_work(times: LayerTimes, first: bool, last: bool) -> Work:
 
 
 def stage_work(
-    times: LayerTimes, first: bool, last: bool, counts: Mapping[LayerOption, int]
+    times: LayerTimes,
+    first: bool,
+    last: bool,
+    counts: Mapping[LayerOption, int],
+    layer_of: Callable[[LayerTimes, LayerOption], Work] = layer_work,
 ) -> Work:
     """A whole stage with so many layers at each option."""
     fixed = fixed_work(times, first, last)
-    layers = {option: layer_work(times, option) for option in counts}
+    layers = {option: layer_of(times, option) for option in counts}
 
     def total(phase: str, size: int, tokens: Any) -> Seconds:
         each = sum(n * getattr(layers[o], phase)(size, tokens) for o, n in counts.items())
