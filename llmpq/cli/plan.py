@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llmpq.planner.what_if import WhatIf
     from llmpq.render.progress import ProgressBar
 
-WHAT_IF_S = 1.2  # at most, for what would change a plan
+WHAT_IF_S = 1.0  # at most, for what would change a plan
 
 
 @command(PlanOptions, "plan")

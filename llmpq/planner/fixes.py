@@ -40,7 +40,7 @@ from llmpq.planner.what_if import (
 )
 
 NUM_FIXES = 3
-TIME_LIMIT_S = 8.0
+TIME_LIMIT_S = 5.0
 TRIES = 4  # sizes of one change that are planned before it is given up
 LEAST_LENGTH_SHARE = 1 / 8  # a job of shorter requests is another job
 MOST_NEW_DEVICES = 8
