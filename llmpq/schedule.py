@@ -18,178 +18,12 @@ processes: the engine asks it what to do, and the simulator asks the same.
 Not covered: taking a request out before it ends; sharing the cache of equal prompts.
 """
 
-import math
-from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from llmpq.job import Item, Job, LaneShape, Member, Move, cache_tokens, chunk_length, padded_width
-
-WINDOW = 100_000  # requests that are looked at ahead of their turn
-BLOCKS = 16  # more requests are looked at when one in so many of the window is left
-NEAR = 64  # of them, how many are looked at for a prompt of like length
-PADDED = 1.25  # a prefill micro-batch is at most so much longer than its prompts
-
-
-@dataclass(eq=False)
-class _Row:
-    """A request in its slot."""
-
-    item: Item
-    new_tokens: int  # the item's
-    lane: "_Lane"
-    slot: int
-    join: int  # the step of its lane that is its first
-    computed: int = 0  # tokens of its prompt that were given out
-    num_given: int = 0  # new tokens whose jobs were given out
-    num_new: int = 0  # new tokens that are back
-    has_ended: bool = False
-
-    @property
-    def num_chosen(self) -> int:
-        """New tokens whose jobs will have been given out when it takes a step."""
-        return self.num_given or 1
-
-    @property
-    def stored(self) -> int:
-        """Columns of its slot that are filled once every job given out so far is done."""
-        return self.computed + max(0, self.num_given - 1)
-
-
-@dataclass(eq=False)
-class _Due:
-    """The rows that take part in a lane's next steps, up to the one `until` which they stay so.
-
-    `fresh`: those of them that may have no token yet. The request of `longest` has most tokens;
-    `rows` of the lane are computed.
-    """
-
-    members: list[_Row]
-    fresh: list[_Row]
-    longest: _Row | None
-    rows: int
-    until: float
-
-
-@dataclass(eq=False)
-class _Lane:
-    """Rows that take their steps together."""
-
-    index: int
-    shape: LaneShape
-    rows: list[_Row | None]
-    step: int = 0  # the next one
-    num_steps: int = 0  # that are under way
-    used: set[int] = field(default_factory=set)  # slots that stay free until the batch has ended
-    num_free: int = 0  # slots that a newcomer may take
-    has_gaps: bool = False  # a request has ended since the others closed ranks
-    _due: _Due | None = None  # None: to be found anew, as requests came, moved or ended
-
-    def __post_init__(self) -> None:
-        self.num_free = self.shape.rows
-
-    def occupied(self) -> list[_Row]:
-        return [row for row in self.rows if row is not None]
-
-    def free_slots(self) -> list[int]:
-        return [i for i, row in enumerate(self.rows) if row is None and i not in self.used]
-
-    def changed(self) -> None:
-        """Requests came, moved or ended."""
-        self._due = None
-
-    @property
-    def due(self) -> _Due:
-        """Rows that take part in the next step, ready or not; skips steps that nobody takes."""
-        if self._due is None or self.step >= self._due.until:
-            self._due = self._find_due()
-        return self._due
-
-    def _find_due(self) -> _Due:
-        rows = [row for row in self.rows if row is not None and row.num_given < row.new_tokens]
-        if not rows:
-            return _Due([], [], None, 0, math.inf)
-        self.step = step = max(self.step, min([row.join for row in rows]))
-        due = [row for row in rows if row.join <= step]
-        late = [row.join for row in rows if row.join > step]
-        left = min([row.new_tokens - row.num_chosen for row in due])
-        sizes = [row.item.prompt_tokens + row.num_chosen for row in due]
-        return _Due(
-            members=due,
-            fresh=[row for row in due if not row.num_new],
-            longest=due[sizes.index(max(sizes))],
-            rows=1 + max([row.slot for row in due]),
-            until=min([step + left, *late]),
-        )
-
-    def ready(self, ahead: int) -> _Due | None:
-        """What is due if a step of it can be given out.
-
-        All rows have their first token, and fewer than `ahead` more under way: no more than steps
-        of the lane are, but for those whose first token is not back.
-        """
-        if self.num_steps >= ahead:
-            return None
-        due = self.due
-        if due.fresh:
-            due.fresh = [row for row in due.fresh if not row.num_new]
-            if not all([0 < row.num_given < ahead for row in due.fresh]):
-                return None
-        return due if due.members else None
-
-
-@dataclass
-class _Waiting:
-    """Requests that have no slot yet, as far as is looked ahead, by the lanes that hold them.
-
-    Longest outputs come first, so that the last ones to end are short; without `refill`, where
-    batches end together, longest prompts. Raises `ValueError` for a request that fits no lane.
-    """
-
-    source: Iterator[Item]
-    refill: bool
-    window: int
-    by_lane: dict[int, list[tuple[tuple[int, ...], Item]]]  # by the lanes' tokens, ascending
-    count: int = 0
-    exhausted: bool = False
-
-    def look_ahead(self) -> None:
-        """In blocks of requests, so that longest outputs come first in each of them.
-
-        If each one that begins made room for the next, those that wait would soon be the shortest
-        of all, and the others would begin in the order in which they come.
-        """
-        if self.count > self.window // BLOCKS:
-            return
-        while not self.exhausted and self.count < self.window:
-            item = next(self.source, None)
-            if item is None:
-                self.exhausted = True
-                return
-            fitting = [tokens for tokens in self.by_lane if tokens >= item.tokens]
-            if not fitting:
-                raise ValueError(
-                    f"request {item.number} needs {item.tokens} tokens, which no lane has"
-                )
-            insort(self.by_lane[fitting[0]], (self._rank(item), item))
-            self.count += 1
-
-    def _rank(self, item: Item) -> tuple[int, ...]:
-        lengths = item.new_tokens, item.prompt_tokens
-        first, second = lengths if self.refill else lengths[::-1]
-        return -first, -second, item.number
-
-    def take(self, tokens: int, like: int | None) -> Item | None:
-        """The first that a slot of so many columns can hold, of about `like` prompt tokens."""
-        for size in sorted((t for t in self.by_lane if t <= tokens), reverse=True):
-            waiting = self.by_lane[size]
-            for index, (_, item) in enumerate(waiting[: NEAR if like else 1]):
-                if like is None or like / PADDED <= item.prompt_tokens <= like:
-                    del waiting[index]
-                    self.count -= 1
-                    return item
-        return None
+from llmpq.job import Item, Job, LaneShape, Member, cache_tokens, chunk_length, padded_width
+from llmpq.schedule_state import WINDOW, LaneState, Row, WaitingRequests
 
 
 @dataclass
@@ -198,11 +32,11 @@ class Schedule:
 
     `prefill_rows`: prompts of a prefill micro-batch; `chunk_tokens`: its tokens a prompt at most.
     `num_stages` bounds how many prefills are under way. Without `refill`, slots are filled only
-    when all requests have ended. Requests are taken as `_Waiting` says. With `ahead` of 2, a lane's
-    next step may be given out before the tokens of its last one are back; a request that then turns
-    out to have stopped has computed one token in vain. Without `names_members` a decode step's
-    members are all alike: whoever simulates asks only how many there are. Raises `ValueError` for a
-    request that fits no lane.
+    when all requests have ended. Requests are taken as `WaitingRequests` says. With `ahead` of 2, a
+    lane's next step may be given out before the tokens of its last one are back; a request that
+    then turns out to have stopped has computed one token in vain. Without `names_members` a decode
+    step's members are all alike: whoever simulates asks only how many there are. Raises
+    `ValueError` for a request that fits no lane.
     """
 
     shapes: Sequence[LaneShape]
@@ -214,10 +48,10 @@ class Schedule:
     window: int = WINDOW
     ahead: int = 1
     names_members: bool = True
-    _lanes: list[_Lane] = field(init=False)
-    _waiting: _Waiting = field(init=False)
-    _flight: deque[tuple[Job, Sequence[_Row]]] = field(init=False, default_factory=deque)
-    _chunked: deque[_Row] = field(init=False, default_factory=deque)
+    _lanes: list[LaneState] = field(init=False)
+    _waiting: WaitingRequests = field(init=False)
+    _flight: deque[tuple[Job, Sequence[Row]]] = field(init=False, default_factory=deque)
+    _chunked: deque[Row] = field(init=False, default_factory=deque)
     _num_free: int = field(init=False, default=0)  # slots of all lanes that a newcomer may take
     _num_prefills: int = field(init=False, default=0)
     _steps: int = field(init=False, default=0)  # decode steps since the last prefill
@@ -225,12 +59,14 @@ class Schedule:
     _filling: bool = field(init=False, default=False)  # a batch, when there is no refill
 
     def __post_init__(self) -> None:
-        self._lanes = [_Lane(i, shape, [None] * shape.rows) for i, shape in enumerate(self.shapes)]
+        self._lanes = [
+            LaneState(i, shape, [None] * shape.rows) for i, shape in enumerate(self.shapes)
+        ]
         self._num_free = sum(shape.rows for shape in self.shapes)
         by_lane: dict[int, list[tuple[tuple[int, ...], Item]]] = {
             tokens: [] for tokens in sorted({shape.tokens for shape in self.shapes})
         }
-        self._waiting = _Waiting(self.source, self.refill, self.window, by_lane)
+        self._waiting = WaitingRequests(self.source, self.refill, self.window, by_lane)
 
     # ---- what a caller sees
 
@@ -262,8 +98,8 @@ class Schedule:
             return (False,) * len(rows)
         if not stops:  # as in every step of a simulated run
             for row in rows:
-                row.num_new += 1
-            return tuple([row.num_new >= row.new_tokens and self._end(row) for row in rows])
+                row.num_new += not row.has_ended
+            return tuple([row.num_new == row.new_tokens and self._end(row) for row in rows])
         pairs = zip(rows, stops, strict=True)
         return tuple([_note(row, stop) and self._end(row) for row, stop in pairs])
 
@@ -327,9 +163,9 @@ class Schedule:
                 lane.num_free = lane.shape.rows
             self._num_free = sum(lane.num_free for lane in self._lanes)
 
-    def _newcomers(self) -> list[_Row]:
+    def _newcomers(self) -> list[Row]:
         """Requests in their new slots: one that goes in chunks, or some of like length."""
-        rows: list[_Row] = []
+        rows: list[Row] = []
         like: int | None = None
         for lane in sorted(self._lanes, key=lambda lane: (lane.shape.tokens, lane.index)):
             for slot in lane.free_slots() if lane.num_free else ():
@@ -344,13 +180,13 @@ class Schedule:
                     return rows
         return rows
 
-    def _settle(self, item: Item, lane: _Lane, slot: int) -> _Row:
+    def _settle(self, item: Item, lane: LaneState, slot: int) -> Row:
         """Puts a request into a slot. Rows that are live take one more step without it meanwhile.
 
         Without refill they wait until all have come.
         """
         late = self.refill and any(row.num_new > 0 for row in lane.occupied())
-        row = _Row(item, item.new_tokens, lane, slot, join=lane.step + late)
+        row = Row(item, item.new_tokens, lane, slot, join=lane.step + late)
         lane.rows[slot] = row
         lane.num_free -= 1
         self._num_free -= 1
@@ -370,7 +206,7 @@ class Schedule:
 
     # ---- decode
 
-    def _ready_lane(self) -> _Lane | None:
+    def _ready_lane(self) -> LaneState | None:
         """The first lane that is ready in the order of their turns."""
         lanes, ahead = self._lanes, self.ahead
         for index in range(self._turn - len(lanes), self._turn):
@@ -379,10 +215,10 @@ class Schedule:
                 return lane
         return None
 
-    def _step(self, lane: _Lane) -> Job:
+    def _step(self, lane: LaneState) -> Job:
         """The next token of a lane's requests."""
         self._turn = (lane.index + 1) % len(self._lanes)
-        moves = [] if self._waiting.count and self.refill else self._close_ranks(lane)
+        moves = [] if self._waiting.count and self.refill else lane.close_ranks()
         due, index = lane.due, lane.index
         assert due.longest is not None
         seen = due.longest.item.prompt_tokens + due.longest.num_given  # the new one included
@@ -407,30 +243,13 @@ class Schedule:
         )
         return self._give_out(job, due.members)
 
-    def _close_ranks(self, lane: _Lane) -> list[Move]:
-        """Moves the last requests into slots that stay free, so that steps have fewer rows."""
-        if not lane.has_gaps:
-            return []
-        moves = []
-        lane.has_gaps = False
-        lane.changed()
-        count = len(lane.occupied())
-        behind = [i for i, row in enumerate(lane.rows) if row is not None and i >= count]
-        free = [i for i, row in enumerate(lane.rows) if row is None and i < count]
-        for source, target in zip(behind, free, strict=True):
-            row = lane.rows[source]
-            assert row is not None
-            moves.append(Move(lane.index, source, target, row.stored))
-            lane.rows[target], lane.rows[source], row.slot = row, None, target
-        return moves
-
     # ---- both
 
-    def _member(self, row: _Row) -> Member:
+    def _member(self, row: Row) -> Member:
         item, lane = row.item, row.lane.index
         return Member(lane, row.slot, item.prompt_tokens, item.number, row.num_given)
 
-    def _give_out(self, job: Job, rows: Sequence[_Row]) -> Job:
+    def _give_out(self, job: Job, rows: Sequence[Row]) -> Job:
         """`rows`: the job's members."""
         if job.chooses:
             for row in rows:
@@ -439,9 +258,11 @@ class Schedule:
         self._flight.append((job, rows))
         return job
 
-    def _end(self, row: _Row) -> bool:
-        """The request has ended: its slot is free."""
+    def _end(self, row: Row) -> bool:
+        """The request has ended: its slot is free. False where it had ended before."""
         lane = row.lane
+        if row.has_ended:
+            return False
         row.has_ended = lane.has_gaps = True
         lane.rows[row.slot] = None
         lane.changed()
@@ -453,7 +274,7 @@ class Schedule:
         return True
 
 
-def _note(row: _Row, stop: bool) -> bool:
+def _note(row: Row, stop: bool) -> bool:
     """One more token of a request; whether it ends with it."""
     if row.has_ended:
         return False

@@ -28,7 +28,7 @@ import numpy as np
 
 from llmpq.costs.rounds import SAMPLES, Rounds, Seen, run_in_rounds, slots_of
 from llmpq.job import LaneShape, chunk_length, padded_width
-from llmpq.schedule import PADDED
+from llmpq.schedule_state import PADDED
 
 BINS = 16  # lengths of prompts in chunks that are told apart
 OCTAVE = 8  # widths an octave: `job.padded_width`
@@ -234,18 +234,23 @@ class LaneSteps:
     """Steps of lanes, before and after the round from which on slots stay free.
 
     `taken` [parts, lanes]; `rows` and `past` [parts, SAMPLES, lanes] at some rounds of the parts;
-    `empty` [lanes]: rounds without a step, as all slots change hands.
+    `empty` [lanes]: rounds without a step, as all slots change hands; `tokens` of their slots.
     """
 
     taken: np.ndarray
     rows: np.ndarray
     past: np.ndarray
     empty: np.ndarray
+    tokens: tuple[int, ...]
     until: int  # the last round
 
     def longest(self, turns: float) -> int:
-        """The lane that takes most, if what happens while requests wait comes `turns` times."""
-        return int((turns * self.taken[0] + self.taken[1]).argmax())
+        """The lane that takes most, if what happens while requests wait comes `turns` times.
+
+        Of equal ones the first of those of most tokens.
+        """
+        steps = turns * self.taken[0] + self.taken[1]
+        return max(range(len(steps)), key=lambda i: (steps[i], self.tokens[i]))
 
 
 def count_steps(rounds: Rounds, lanes: Sequence[LaneShape]) -> LaneSteps:
@@ -267,7 +272,9 @@ def count_steps(rounds: Rounds, lanes: Sequence[LaneShape]) -> LaneSteps:
         for number, some in enumerate(rounds.seen)
     ]
     rows, past = (np.stack(some) for some in zip(*seen, strict=True))
-    return LaneSteps(np.stack(taken), rows, past, empty, int(ends.max()))
+    return LaneSteps(
+        np.stack(taken), rows, past, empty, tuple(shape.tokens for shape in shapes), int(ends.max())
+    )
 
 
 def _looked_at(

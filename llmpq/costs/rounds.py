@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmpq.job import LaneShape
-from llmpq.schedule import NEAR, PADDED
+from llmpq.schedule_state import NEAR, PADDED
 
 SAMPLES = 12  # rounds at which the lanes are looked at
 

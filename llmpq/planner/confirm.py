@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from llmpq.planner.evaluate import closed_form_s, shortages
-from llmpq.planner.problem import Assignment, Configuration, Problem, ScaledSizes
+from llmpq.planner.problem import Assignment, Configuration, Problem
+from llmpq.planner.scaling import ScaledSizes
 from llmpq.planner.simulated import run_s
 from llmpq.planner.tables import Table
 from llmpq.workload import LEAST_CHUNK_TOKENS

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from llmpq.costs.rounds import Rounds, run_in_rounds, slots_of
 from llmpq.costs.shards import tensor_parallel_times
 from llmpq.job import LaneShape
 from llmpq.model_spec import ModelSpec
+from llmpq.planner.scaling import ScaledSizes, Scales, least_change, scale_at
 from llmpq.planner.tables import K, Scope, Table, V, ValuesByObjects
 from llmpq.profile_data import Profile
 from llmpq.workload import Workload, chunk_tokens, evenly_spaced, lanes, lanes_for
@@ -114,18 +115,6 @@ class Assignment:
         return [p for stage in self.stages for p in stage]
 
 
-class ScaledSizes(NamedTuple):
-    """Sizes of a run whose closed form is corrected alike."""
-
-    batch: int
-    prefill_micro_batch: int
-    decode_micro_batch: int
-    chunk_tokens: int
-
-
-Scales = Mapping[ScaledSizes, Mapping[int, float]]  # by the number of stages
-
-
 LONGEST_PROMPT: Table[None, int] = Table(Scope.REQUESTS)
 LONGEST_REQUEST: Table[None, int] = Table(Scope.REQUESTS)
 ALL_EQUAL: Table[None, bool] = Table(Scope.REQUESTS)
@@ -185,7 +174,7 @@ class Problem:
             return np.ones(sizes.shape)
         batch, chunk = sizes.batch, self.chunk_tokens(sizes)
         each = [
-            _scale(self.scales, ScaledSizes(batch, p, q, chunk), num_stages)
+            scale_at(self.scales, ScaledSizes(batch, p, q, chunk), num_stages)
             for p in sizes.prefill
             for q in sizes.decode
         ]
@@ -194,16 +183,11 @@ class Problem:
     def scale_of(self, configuration: Configuration) -> float:
         """Of one configuration."""
         sizes, num_stages = self.scaled_sizes(configuration), len(configuration.stage_devices)
-        return _scale(self.scales, sizes, num_stages)
+        return scale_at(self.scales, sizes, num_stages)
 
     def least_change(self, before: Scales) -> float:
         """No scale is less than so many times what it was `before`; 1 at most."""
-        changes = [
-            _scale(self.scales, sizes, number) / _scale(before, sizes, number)
-            for sizes in self.scales
-            for number in range(1, len(self.cluster.devices()) + 1)
-        ]
-        return min([1.0, *changes])
+        return least_change(self.scales, before, len(self.cluster.devices()))
 
     def scaled_sizes(self, configuration: Configuration) -> ScaledSizes:
         """What a run's closed form is scaled by, beside its number of stages."""
@@ -398,11 +382,3 @@ class Problem:
             devices.tensor_parallel,
             self.profiles,
         )
-
-
-def _scale(scales: Scales, sizes: ScaledSizes, num_stages: int) -> float:
-    """As simulated with so many stages, or with the nearest number of them."""
-    some = scales.get(sizes)
-    if not some:
-        return 1.0
-    return some[min(some, key=lambda number: (abs(number - num_stages), number))]

@@ -33,7 +33,7 @@ from llmpq.planner.layer_options import places_of
 from llmpq.planner.layouts import orders
 from llmpq.planner.problem import Assignment, Configuration, Problem, Sizes
 from llmpq.planner.solver import LinearProgram, Solver
-from llmpq.planner.space import Part, Space, Tables, configurations_of, opened, pairs, tighten
+from llmpq.planner.space import Space, SpacePart, Tables, configurations_of, opened, pairs, tighten
 from llmpq.planner.value import to_assignment
 
 MOST_SMALLEST = 16
@@ -206,7 +206,7 @@ def _speed(state: Search) -> float:
 class PartNode(SearchNode):
     """Level 0: all subsets at a batch, and all pairs of micro-batches of it."""
 
-    part: Part
+    part: SpacePart
 
     def work(self, state: Search, bound: float) -> None:
         """Its tables, as far as there is time."""

@@ -47,7 +47,7 @@ class Tables:
 
 
 @dataclass
-class Part:
+class SpacePart:
     """All subsets of devices at the same sizes. `bound`: no plan of it is below.
 
     `tables` are those of the first `num_opened` subsets, but for those where nothing fits.
@@ -72,7 +72,7 @@ class Space:
     What searches have learned of it: `known` bounds of nodes, and `floor`, which no plan is below.
     """
 
-    parts: list[Part]
+    parts: list[SpacePart]
     notes: list[str]
     known: dict[tuple[int, Configuration], float] = field(default_factory=dict)  # by a node's level
     floor: float = 0.0
@@ -116,7 +116,7 @@ class Space:
     ) -> Iterator[tuple[float, Configuration]]:
         """By rising bounds; `look` may raise that of a pair that would be the next."""
         serial = itertools.count()
-        queue: list[tuple[float, int, Part | None, Tables | None, tuple[int, int]]] = []
+        queue: list[tuple[float, int, SpacePart | None, Tables | None, tuple[int, int]]] = []
 
         def push(tables: Sequence[Tables], bound: float) -> None:
             for value, table, pair in pairs(tables):
@@ -213,14 +213,14 @@ def make_space(problem: Problem, sizes: Sequence[Sizes] | None = None) -> Space:
     round_s = least_round_s(problem, found)
     scale = problem.least_change({})
     parts = [
-        Part(one, some, scale * least_run_s(problem, one.batch, round_s))
+        SpacePart(one, some, scale * least_run_s(problem, one.batch, round_s))
         for one, some in todo.items()
     ]
     return Space(parts, notes)
 
 
 def opened(
-    part: Part, problem: Problem, solver: Solver, deadline: float = math.inf
+    part: SpacePart, problem: Problem, solver: Solver, deadline: float = math.inf
 ) -> list[Tables]:
     """Makes the tables of a part, until `deadline` (monotonic); those that were not there before.
 

@@ -14,7 +14,7 @@ import numpy as np
 from llmpq.planner.problem import Lengths, Problem
 from llmpq.planner.tables import Scope, Table
 from llmpq.planner.works import Cost
-from llmpq.schedule import PADDED
+from llmpq.schedule_state import PADDED
 
 WAVES: Table[int, list["BatchGroup"]] = Table(Scope.REQUESTS)
 

@@ -13,7 +13,8 @@ from llmpq.planner.confirm import CLOSE, Confirmed
 from llmpq.planner.evaluate import closed_form_s, evaluate
 from llmpq.planner.instance import make_instance
 from llmpq.planner.planning import Options, replan
-from llmpq.planner.problem import Assignment, Problem, ScaledSizes
+from llmpq.planner.problem import Assignment, Problem
+from llmpq.planner.scaling import ScaledSizes
 from llmpq.planner.search import search
 from llmpq.planner.simulated import run_s
 from llmpq.planner.solver import make_solver
