@@ -287,7 +287,9 @@ def _precision_of(precision: LayerPrecision, linear: str) -> str:
 
 def _expert_maker(make: LinearMaker, precision: LayerPrecision) -> MakeLinear:
     """Makes the linears of a layer's experts at the layer's precision."""
-    return lambda name, *sizes: make(_precision_of(precision, name), *sizes)
+    return lambda name, inputs, outputs, bias: make(
+        _precision_of(precision, name), inputs, outputs, bias, of_experts=True
+    )
 
 
 def load_config(model: Path) -> Any:
