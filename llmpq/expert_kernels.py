@@ -10,7 +10,6 @@ Not covered: humming's grouped kernels (docs/gpu-kernels.md says why). No figure
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from llmpq import kernel_table, workspace
 from llmpq.kernel import HALVES, Kernel, KernelEfficiency, Layout
 from llmpq.kernel_table import TENSOR_CORES, TRITON_BANDWIDTH, UNPACK_OPERATIONS
 from llmpq.machine import LIBRARIES, TRITON, Machine
+from llmpq.model_spec import ModelSpec
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.workspace import GROUPED_FEW_ROWS, GROUPED_MANY_ROWS, STREAMS
 
@@ -36,8 +36,6 @@ GROUPED_VECTOR = "estimate: as our Triton kernel for few rows below 8.0; not mea
 GROUPED_BANDWIDTH = {"16": 0.9, **TRITON_BANDWIDTH}
 GROUPED_PEAK = {"16": 0.6, "8": 0.29, "4": 0.29, "3": 0.29}
 
-Shape = tuple[str, int, int]  # precision, outputs, inputs
-
 
 class ExpertKernels(NamedTuple):
     """The kernels of one matrix of an expert.
@@ -49,18 +47,12 @@ class ExpertKernels(NamedTuple):
     grouped: Kernel | None
     single: tuple[Kernel, ...]
 
-    def at_once(self, tokens: float) -> Kernel | None:
-        """The grouped kernel for so many tokens of the layer, if there is one."""
-        kernel = self.grouped
-        limit = math.inf if kernel is None or kernel.max_rows is None else kernel.max_rows
-        return kernel if tokens <= limit else None
-
-    def held_bytes(self, machine: Machine, precision: str, out: int, inputs: int) -> int:
-        """Bytes of the weight on this machine; packed bytes where no kernel serves it."""
-        if self.grouped or not self.single:
-            return PRECISIONS[precision].weight_bytes(out, inputs)
-        group = group_size(PRECISIONS[precision].weight_bits, inputs)
-        return self.single[0].held_bytes(out, inputs, group, machine.dtype)
+    @property
+    def most_tokens(self) -> float:
+        """The tokens of a layer up to which `grouped` serves: 0 for never, infinite for always."""
+        if self.grouped is None:
+            return 0
+        return math.inf if self.grouped.max_rows is None else self.grouped.max_rows
 
 
 @lru_cache(maxsize=4096)
@@ -79,9 +71,28 @@ def expert_choices(
     return ExpertKernels(found, kernel_table.choices(machine, precision, *shape, layout))
 
 
-def serves_at_once(machine: Machine, shapes: Iterable[Shape], tokens: float) -> bool:
-    """Whether grouped kernels multiply all matrices of an expert for so many tokens."""
-    return all(expert_choices(machine, *shape).at_once(tokens) for shape in shapes)
+def expert_bytes(machine: Machine, precision: str, out_features: int, in_features: int) -> int:
+    """The bytes of one expert's weight on this machine; packed bytes where no kernel serves it."""
+    if expert_choices(machine, precision, out_features, in_features).grouped is None:
+        return kernel_table.held_bytes(machine, precision, out_features, in_features)
+    return PRECISIONS[precision].weight_bytes(out_features, in_features)
+
+
+def most_tokens(machine: Machine, spec: ModelSpec, precision: str) -> float:
+    """The tokens up to which a layer at this precision multiplies all its experts at once.
+
+    0 means never, infinity always. Layers without experts have no limit.
+    """
+    return min(
+        (
+            expert_choices(
+                machine, held.precision, held.op.out_features, held.op.in_features
+            ).most_tokens
+            for held in spec.held(precision)
+            if held.of_experts
+        ),
+        default=math.inf,
+    )
 
 
 def _tensor(precision: str) -> Kernel:

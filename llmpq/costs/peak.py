@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from llmpq.expert_kernels import expert_choices, most_tokens
 from llmpq.kernel_table import kernel_for
 from llmpq.machine import Machine
 from llmpq.model_spec import (
@@ -21,13 +22,20 @@ from llmpq.model_spec import (
     ASSETS,
     Activations,
     AllocationSnapshot,
+    Experts,
     LinearShape,
     ModelSpec,
 )
 from llmpq.precision import PRECISIONS, group_size, layer_precision
-from llmpq.workspace import HALF, SINGLE, Product, num_partitions
+from llmpq.workspace import HALF, PLAIN_CHUNK, SINGLE, Product, num_partitions, vector_chunks
 
 TOKEN_BYTES = 8
+# All experts at once: the name of the linear with their outputs; inner values that activations keep
+# beside their inputs, where experts have biases (gpt-oss) and elsewhere; of a pair, its place by
+# expert and a slot.
+LAST_OF_EXPERT = "down_proj"
+BIASED_ACTIVATION, PLAIN_ACTIVATION = 8, 2
+PAIR_BYTES = 16
 
 
 def _projected_bytes(spec: ModelSpec, rows: int) -> int:
@@ -152,7 +160,8 @@ def _op_bytes(
     """What an operator takes for itself, its output included.
 
     Less than nothing where layers of this kind do not have it: then its moment does not occur. An
-    expert may be given every row, as no token goes to one expert twice.
+    expert may be given every row, as no token goes to one expert twice; kernels for all experts at
+    once have a row for each expert of a token.
     """
     if not op:
         return 0.0
@@ -162,16 +171,54 @@ def _op_bytes(
     parts = [(spec.linears, {one.rest for one in held})]
     if spec.experts is not None:
         parts.append((spec.experts.linears, {one.experts for one in held}))
-    return max(
-        (
-            linear_bytes(name, linear, batch.rows, biased=biased, machine=batch.machine)
-            for linears, names in parts
-            for linear in linears
-            if linear.name == op
-            for name in names
-        ),
-        default=-math.inf,
+    linears = (
+        linear_bytes(name, linear, batch.rows, biased=biased, machine=batch.machine)
+        for linears, names in parts
+        for linear in linears
+        if linear.name == op
+        for name in names
     )
+    at_once = [
+        _experts_bytes(spec.experts, batch, layer_precision(name).experts)
+        for name in precisions
+        if spec.experts is not None
+        and op in (linear.name for linear in spec.experts.linears)
+        and batch.rows <= most_tokens(batch.machine, spec, name)
+    ]
+    return max((*linears, *at_once), default=-math.inf)
+
+
+def _experts_bytes(experts: Experts, batch: MicroBatch, precision: str) -> int:
+    """What all experts take at once, as `llmpq.models.grouped_experts` runs them.
+
+    These are the outputs of gate and `up`, the activation, its inner values and the outputs, each
+    by pairs of a token and an expert; sums of chunks where a second launch adds them; the table.
+    """
+    *inputs, output = sorted(experts.linears, key=lambda op: op.name == LAST_OF_EXPERT)
+    pairs = batch.rows * experts.per_token
+    wide, inner = sum(op.out_features for op in inputs), output.in_features
+    temporaries = BIASED_ACTIVATION if experts.other_params else PLAIN_ACTIVATION
+    sums = [
+        SINGLE * pairs * chunks * outputs
+        for op, outputs in ((inputs[0], wide), (output, output.out_features))
+        for chunks in [_expert_chunks(batch.machine, precision, op)]
+    ]
+    return PAIR_BYTES * pairs + max(
+        HALF * pairs * wide + sums[0],
+        HALF * pairs * (wide + temporaries * inner),
+        HALF * pairs * (inner + output.out_features) + sums[1],
+    )
+
+
+def _expert_chunks(machine: Machine, precision: str, op: LinearShape) -> int:
+    """The chunks of the inputs whose sums a grouped kernel keeps; 0 where it keeps none."""
+    kernel = expert_choices(machine, precision, op.out_features, op.in_features).grouped
+    if kernel is None or kernel.launches == 1:
+        return 0
+    bits = PRECISIONS[precision].weight_bits
+    if bits == 16:
+        return -(-op.in_features // PLAIN_CHUNK)
+    return vector_chunks(Product(op.out_features, op.in_features, op.in_features, 1), bits)
 
 
 def _attention_bytes(spec: ModelSpec, batch: MicroBatch) -> int:

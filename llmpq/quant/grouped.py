@@ -41,10 +41,10 @@ from llmpq.workspace import (
 )
 
 PLAIN_BITS = 16
-# For each number of bits, with blocks of few rows and of many: bytes of a stream (inputs at 16 bits)
-# and outputs of a tile, warps and pipeline stages, so that registers suffice on every card.
+# For each number of bits, with blocks of few rows and of many: bytes of a stream (inputs at 16)
+# and outputs of a tile, warps, pipeline stages. With these, registers suffice on every card.
 FEW_ROWS_TILES = {16: (64, 128, 4, 3), 8: (128, 128, 8, 3), 4: (64, 64, 4, 4), 3: (32, 64, 4, 4)}
-MANY_ROWS_TILES = {16: (64, 128, 4, 3), 8: (128, 128, 8, 3), 4: (32, 128, 8, 3), 3: (16, 128, 8, 3)}
+MANY_ROWS_TILES = FEW_ROWS_TILES | {4: (32, 128, 8, 3), 3: (16, 128, 8, 3)}
 PLAIN_OUTPUTS = 16
 SORTED_AT_ONCE = 1024  # pairs that a program of `sort_pairs` reads at a time
 ADDED_AT_ONCE = 256

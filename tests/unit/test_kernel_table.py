@@ -47,13 +47,13 @@ from llmpq.model_spec import LinearShape, ModelSpec
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.precision import PRECISIONS, STANDARD, group_size
-from llmpq.serving import needs_library, serving, switch_rows
+from llmpq.serving import ServedMatrix, needs_library, serving, switch_rows
 from llmpq.workload import Workload, request_lengths
 from llmpq.workspace import Product
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = load_model_spec(str(ROOT / "configs" / "models" / "llama-3.1-8b.json"))
-MATRICES = [(op.out_features, op.in_features) for op in LLAMA.linears]
+MATRICES = [ServedMatrix(op.out_features, op.in_features) for op in LLAMA.linears]
 LARGE = (4096, 14336)
 TORCH_UNPACKING = "torch unpacking + cuBLAS"
 
