@@ -102,6 +102,10 @@ class PackedExperts(nn.ModuleList):
         """
         if self._grouped is not None and self._grouped.serves(len(hidden)):
             return self._grouped.run(hidden, chosen, scores, len(self), self.scales_inputs)
+        return self.run_one_by_one(hidden, chosen, scores)
+
+    def run_one_by_one(self, hidden: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        """The same, expert after expert."""
         order, counts = self._by_expert(chosen)
         tokens, factors = order // chosen.shape[-1], scores.flatten()[order, None]
         total = torch.zeros_like(hidden)

@@ -27,7 +27,7 @@ from llmpq.kernel import Kernel, Layout
 from llmpq.kernel_table import FEW_ROWS, FUSED_UNPACKING, by_rows, choices
 from llmpq.precision import group_size
 from llmpq.quant import kernels, triton_kernels
-from llmpq.quant.grouped import Place
+from llmpq.quant.grouped import StackPlace
 from llmpq.quant.here import machine_here
 from llmpq.quant.part import (
     TensorPart,
@@ -54,7 +54,7 @@ class PlainLinear(nn.Linear):
     """16 bits: an `nn.Linear` whose weight is loaded later."""
 
     is_transposed = False  # whether checkpoints hold the weight as [in, out]
-    place: Place | None = None  # in the weights of all experts, where it is an expert's
+    place: StackPlace | None = None  # in the weights of all experts, where it is an expert's
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class QuantizedLinear(nn.Module):
     is_transposed = False  # whether checkpoints hold the weight as [in, out]
     waits_for_device = False  # the product looks at values, so that no CUDA graph can hold it
     layout: Layout  # the layout of the weight in the kernel table
-    place: Place | None = None  # in the weights of all experts, where it is an expert's
+    place: StackPlace | None = None  # in the weights of all experts, where it is an expert's
     bias: Tensor | None
 
     def __init__(

@@ -249,7 +249,7 @@ def _programs() -> Any:
 
 
 @dataclass(frozen=True)
-class Place:
+class StackPlace:
     """A linear's place in a stack."""
 
     stack: "ExpertStack"
@@ -267,12 +267,12 @@ class ExpertStack:
         self._count, self._device = count, device
         self._tensors: dict[str, Tensor] = {}
 
-    def place(self, index: int) -> Place:
+    def place(self, index: int) -> StackPlace:
         """The place of one linear."""
-        return Place(self, index)
+        return StackPlace(self, index)
 
     def room(self, index: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The view for the buffer `name` of one linear; see `Place.room`."""
+        """The view for the buffer `name` of one linear; see `StackPlace.room`."""
         held = self._tensors.get(name)
         if held is None:
             held = torch.empty(self._count, *shape, dtype=dtype, device=self._device)

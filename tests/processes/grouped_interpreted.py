@@ -8,6 +8,9 @@ import torch
 from grouped_twin import routing_table
 from torch import Tensor
 
+from llmpq.machine import Machine
+from llmpq.models.experts import Expert, PackedExperts
+from llmpq.models.linears import LinearMaker
 from llmpq.quant import grouped
 from llmpq.quant.grouped import (
     NOTHING,
@@ -148,3 +151,41 @@ def by_pair(x: Tensor, chosen: Tensor, own: StackedWeight, config: grouped.Confi
     table = sort_pairs(chosen, EXPERTS, 16)
     found = multiply_experts(x, own, table, True, config=config)
     return found[table.order.argsort()]
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("precision", ["16", "8", "4", "3"])
+def test_a_layer_of_experts(precision: str, card: tuple[int, int], monkeypatch) -> None:
+    """The whole of it, beside its experts one after the other."""
+    for module in ("quant.make", "models.grouped_experts"):
+        machine = Machine("cuda", "float16", card, libraries=frozenset({"triton"}))
+        monkeypatch.setattr(f"llmpq.{module}.machine_here", lambda *_, m=machine: m)
+    monkeypatch.setattr("llmpq.quant.grouped.capability_of", lambda device: card)
+    make, inner, hidden = LinearMaker(torch.float16, CPU), 48, 64
+
+    def linear(out_features: int, in_features: int) -> torch.nn.Module:
+        return make(precision, in_features, out_features, True, of_experts=True)
+
+    experts = PackedExperts(
+        Expert(
+            linear(inner, hidden),
+            linear(inner, hidden),
+            linear(hidden, inner),
+            lambda gate, up: torch.nn.functional.silu(gate) * up,
+        )
+        for _ in range(EXPERTS)
+    )
+    torch.manual_seed(1)
+    for expert in experts:
+        for one in expert.children():
+            one.load_weight("weight", torch.randn(one.out_features, one.in_features) / 8)
+            one.load_weight("bias", torch.randn(one.out_features))
+    assert not experts.waits_for(23)
+    assert experts.waits_for(65) == (card < (8, 0))
+    for experts.scales_inputs in (False, True):
+        for name in ("random", "one token", "each to all"):
+            chosen = routings()[name]
+            x = torch.randn(len(chosen), hidden).half()
+            scores = torch.rand(chosen.shape).half()
+            wanted = experts.run_one_by_one(x, chosen, scores)
+            assert error(experts(x, chosen, scores), wanted.double()) < 4e-3

@@ -80,11 +80,7 @@ def both_ways(
     scores = torch.rand(chosen.shape).to(x.dtype)
     assert not experts.waits_for(len(x))
     at_once = experts(x, chosen, scores)
-    grouped, experts._grouped = experts._grouped, None
-    assert experts.waits_for(len(x))
-    single = experts(x.clone(), chosen, scores)
-    experts._grouped = grouped
-    return at_once, single
+    return at_once, experts.run_one_by_one(x, chosen, scores)
 
 
 @pytest.mark.parametrize("kind", KINDS)
