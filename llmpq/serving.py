@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llmpq.expert_kernels import GROUPED, expert_choices
+from llmpq.expert_kernels import GROUPED, GROUPED_MULTIPLY, expert_choices
 from llmpq.kernel import Kernel
 from llmpq.kernel_table import TABLE, choices, kernels_of
 from llmpq.machine import LIBRARIES, Machine
@@ -34,8 +34,16 @@ class Service:
     @property
     def text(self) -> str:
         """All of it."""
-        names = ", then ".join(self.kernels)
+        names = in_words(self.kernels)
         return f"{names} ({self.reason})" if self.reason else names
+
+
+def in_words(kernels: Iterable[str]) -> str:
+    """Names of kernels by rising numbers of rows; those for all experts at once stand apart."""
+    names = list(kernels)
+    others = [name for name in names if not name.startswith(GROUPED_MULTIPLY)]
+    of_experts = [name for name in names if name.startswith(GROUPED_MULTIPLY)]
+    return "; experts: ".join(", then ".join(some) for some in (others, of_experts) if some)
 
 
 def matrices_of(spec: ModelSpec, precisions: Iterable[str]) -> dict[str, list[ServedMatrix]]:
@@ -57,7 +65,7 @@ def serving(machine: Machine, matrices: Mapping[str, Iterable[ServedMatrix]]) ->
 def _service(machine: Machine, precision: str, matrices: Sequence[ServedMatrix]) -> Service:
     found: dict[str, None] = {}
     passed: dict[str, None] = {}
-    for matrix in matrices:
+    for matrix in sorted(matrices, key=lambda one: one.of_experts):
         kernels, shape = _kernels(machine, precision, matrix), _shape(precision, matrix)
         found |= dict.fromkeys(map(_with_rows, kernels))
         if not any(kernel in GROUPED for kernel in kernels):

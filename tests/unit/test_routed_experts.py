@@ -182,6 +182,8 @@ def test_kernels_of_layers_are_by_the_precisions_of_their_matrices() -> None:
     assert serving(card("9.0"), found)["4"].text == GROUPED_MULTIPLY
     kernels = serving(card("7.0"), found)["4"].kernels
     assert kernels[0] == f"{GROUPED_MULTIPLY} up to 64 tokens" and len(kernels) > 1
+    both = matrices_of(mixed(), ["8"])
+    assert serving(card("9.0"), both)["8"].text == f"humming; experts: {GROUPED_MULTIPLY}"
     assert GROUPED_MULTIPLY not in serving(cpu(()), found)["4"].kernels
 
 
