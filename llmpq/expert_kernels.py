@@ -27,6 +27,9 @@ LAYOUTS: dict[str, Layout] = {"16": "plain", "8": "rows", "4": "grouped", "3": "
 # Tokens up to which cards without tensor cores in Triton multiply all experts at once; above,
 # unpacked weights and cuBLAS are faster, by count of their arithmetic.
 VECTOR_TOKENS = 64
+# The same for experts of at least so many outputs and inputs (Mixtral's, Llama 4's) on tensor
+# cores: with so many tokens, launches of single experts take less than their products gain.
+LARGE_EXPERT, LARGE_TOKENS = (4096, 4096), 2048
 
 GROUPED_TENSOR = (
     "estimate: bytes and arithmetic of our Triton kernel for few rows, at 16 bits nine tenths of a"
@@ -116,6 +119,10 @@ def _tensor(precision: str) -> Kernel:
     )
 
 
+def _tensor_for_large(precision: str) -> Kernel:
+    return replace(_tensor(precision), least=LARGE_EXPERT, max_rows=LARGE_TOKENS)
+
+
 def _vector(precision: str) -> Kernel:
     """On cards without tensor cores in Triton; a second launch adds the sums of chunks."""
     efficiency = KernelEfficiency(
@@ -136,4 +143,6 @@ def _vector(precision: str) -> Kernel:
     )
 
 
-GROUPED = tuple(make(precision) for precision in LAYOUTS for make in (_tensor, _vector))
+GROUPED = tuple(
+    make(precision) for precision in LAYOUTS for make in (_tensor_for_large, _tensor, _vector)
+)

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from llmpq.expert_kernels import expert_choices, most_tokens
-from llmpq.kernel_table import kernel_for
+from llmpq.kernel_table import by_rows, kernel_for
 from llmpq.machine import Machine
 from llmpq.model_spec import (
     ALL_HEADS,
     ASSETS,
     Activations,
     AllocationSnapshot,
-    Experts,
     LinearShape,
     ModelSpec,
 )
@@ -168,40 +167,54 @@ def _op_bytes(
     if op == "attention":
         return _attention_bytes(spec, batch)
     held = [layer_precision(precision) for precision in precisions]
-    parts = [(spec.linears, {one.rest for one in held})]
-    if spec.experts is not None:
-        parts.append((spec.experts.linears, {one.experts for one in held}))
-    linears = (
+    alone = [
         linear_bytes(name, linear, batch.rows, biased=biased, machine=batch.machine)
-        for linears, names in parts
-        for linear in linears
+        for linear in spec.linears
         if linear.name == op
-        for name in names
-    )
-    at_once = [
-        _experts_bytes(spec.experts, batch, layer_precision(name).experts)
-        for name in precisions
-        if spec.experts is not None
-        and op in (linear.name for linear in spec.experts.linears)
-        and batch.rows <= most_tokens(batch.machine, spec, name)
+        for name in {one.rest for one in held}
     ]
-    return max((*linears, *at_once), default=-math.inf)
+    of_experts = () if spec.experts is None else spec.experts.linears
+    single = [
+        _single_bytes(name, linear, batch, biased)
+        for linear in of_experts
+        if linear.name == op
+        for name in {one.experts for one in held}
+    ]
+    at_once = [
+        _experts_bytes(spec, batch, name)
+        for name in precisions
+        if op in (linear.name for linear in of_experts)
+    ]
+    return max((*alone, *single, *at_once), default=-math.inf)
 
 
-def _experts_bytes(experts: Experts, batch: MicroBatch, precision: str) -> int:
+def _single_bytes(precision: str, op: LinearShape, batch: MicroBatch, biased: bool) -> int:
+    """What a matrix of one expert takes by itself, with every row."""
+    kernels = expert_choices(batch.machine, precision, op.out_features, op.in_features).single
+    if not kernels:
+        return linear_bytes(precision, op, batch.rows, biased=biased, machine=batch.machine)
+    group = group_size(PRECISIONS[precision].weight_bits, op.in_features)
+    product = Product(op.out_features, op.in_features, group, batch.rows, biased)
+    return by_rows(kernels, batch.rows).workspace_bytes(product)
+
+
+def _experts_bytes(spec: ModelSpec, batch: MicroBatch, precision: str) -> float:
     """What all experts take at once, as `llmpq.models.grouped_experts` runs them.
 
     These are the outputs of gate and `up`, the activation, its inner values and the outputs, each
     by pairs of a token and an expert; sums of chunks where a second launch adds them; the table.
+    Of a micro-batch with more tokens than run at once, a smaller one with as many may follow.
     """
+    experts, precision_of_experts = spec.experts, layer_precision(precision).experts
+    assert experts is not None
     *inputs, output = sorted(experts.linears, key=lambda op: op.name == LAST_OF_EXPERT)
-    pairs = batch.rows * experts.per_token
+    pairs = int(min(batch.rows, most_tokens(batch.machine, spec, precision))) * experts.per_token
     wide, inner = sum(op.out_features for op in inputs), output.in_features
     temporaries = BIASED_ACTIVATION if experts.other_params else PLAIN_ACTIVATION
     sums = [
         SINGLE * pairs * chunks * outputs
         for op, outputs in ((inputs[0], wide), (output, output.out_features))
-        for chunks in [_expert_chunks(batch.machine, precision, op)]
+        for chunks in [_expert_chunks(batch.machine, precision_of_experts, op)]
     ]
     return PAIR_BYTES * pairs + max(
         HALF * pairs * wide + sums[0],

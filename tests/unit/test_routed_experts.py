@@ -139,6 +139,12 @@ def test_activations_are_of_the_kinds_that_a_stage_holds() -> None:
     assert narrow < wide == both == any_kind
 
 
+def test_a_smaller_micro_batch_may_need_more_than_one_that_is_too_large_for_at_once() -> None:
+    where = {"first": False, "last": False, "machine": card("7.5"), "precisions": ["4"]}
+    sizes = [memory.prefill_bytes(SPARSE, 1, tokens, **where) for tokens in (8, 64, 65, 640)]
+    assert sizes == sorted(sizes)
+
+
 def test_a_kept_spec_of_kinds_is_not_that_of_a_changed_model() -> None:
     spec = LLAMA.model_copy()
     assert spec.kind_specs == (spec,)
@@ -313,6 +319,12 @@ def test_old_cards_run_experts_at_once_up_to_a_number_of_tokens() -> None:
     groups = expert_groups(machine, SPARSE, "4")
     names = [kernel.name for kernel in groups.kernels]
     assert names[0] == GROUPED_MULTIPLY and "Triton unpacking + cuBLAS" in names
+
+
+def test_many_tokens_of_large_experts_run_one_after_the_other() -> None:
+    for out, cols, most in ((1536, 4096, math.inf), (14336, 4096, 2048), (2048, 7168, math.inf)):
+        for name in ("16", "8", "4", "3"):
+            assert expert_choices(card("9.0"), name, out, cols).most_tokens == most
 
 
 def test_what_is_not_measured_has_no_error() -> None:
