@@ -132,6 +132,10 @@ class PackedExperts(nn.ModuleList):
             return order, [len(chosen)] * per_token + [0] * (len(self) - per_token)
         return order, counts.tolist()
 
+    def keep_one_by_one(self) -> None:
+        """Runs its experts one by one from now on, so that hooks on their linears see inputs."""
+        self._grouped = None
+
     def _run(self, expert: nn.Module, x: Tensor, factor: Tensor) -> Tensor:
         """The weighted outputs `[n, H]` of one expert; `x` `[n, H]` is overwritten."""
         if self.scales_inputs:

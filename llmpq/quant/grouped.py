@@ -120,8 +120,7 @@ def sort_pairs(chosen: Tensor, experts: int, block_rows: int) -> RoutingTable:
         "pairs": pairs,
         "num_slots": slots,
     }
-    chunk = min(SORTED_AT_ONCE, max(32, 1 << (pairs - 1).bit_length()))
-    constants = {"BLOCK_ROWS": block_rows, "SLOT_A_PAIR": slots == pairs, "CHUNK": chunk}
+    constants = {"BLOCK_ROWS": block_rows, "SLOT_A_PAIR": slots == pairs, "CHUNK": SORTED_AT_ONCE}
     launch(_programs().sort_pairs, (experts,), arguments, Config("sort_pairs", constants, 1))
     return RoutingTable(flat, chosen.shape[-1], block_rows, order, table)
 

@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from test_experts import EXPERTS, HIDDEN, blocks_of, layer_of, matrices
+from test_experts import KINDS as SIZES_OF
 from torch import nn
+from transformers import MixtralConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "processes"))
 
 import grouped_twin  # noqa: E402
 
+from llmpq.evaluation.calibration import CalibrationMeter  # noqa: E402
 from llmpq.machine import card  # noqa: E402
 from llmpq.models.experts import PackedExperts, expert_blocks, pack_experts  # noqa: E402
 from llmpq.models.linears import LinearMaker  # noqa: E402
 from llmpq.models.raw_tensors import held_bytes  # noqa: E402
+from llmpq.models.stage_model import LayerRange, StageModel  # noqa: E402
 from llmpq.quant import AdoptedLinear, PackedWeight, keep_codes  # noqa: E402
 from llmpq.quant.linear import GroupedLinear  # noqa: E402
 
@@ -136,6 +140,20 @@ def test_weights_of_all_experts_are_held_once_and_by_name(precision):
     assert sum(storages.values()) == total
     names = ("weight", "bias") if precision == "16" else (*linears[0].weight_buffers, "bias")
     assert len(storages) == 2 * len(names)  # of gate and up together, and of down
+
+
+def test_hooks_on_linears_see_inputs_where_experts_are_kept_one_by_one():
+    config = MixtralConfig(**SIZES_OF["Mixtral"])
+    where = torch.float16, CPU
+    stage = StageModel(config, LayerRange(0, 1, 1), ["16"], *where)
+    experts = stage.own_layers[0].mlp.experts
+    for linear in stage.linears().values():
+        linear.load_weight("weight", torch.randn(linear.out_features, linear.in_features))
+    x, chosen = torch.randn(4, HIDDEN).half(), routings(4)["to all"]
+    meter = CalibrationMeter(stage)
+    experts(x, chosen, torch.rand(chosen.shape).half())
+    seen = [name for name, count in meter._tokens.items() if count]
+    assert len([name for name in meter.keys if ".experts." in name]) == 3 * EXPERTS and seen
 
 
 def test_moved_weights_are_looked_for_anew():
