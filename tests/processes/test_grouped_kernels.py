@@ -24,28 +24,35 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def weight_of(bits: int, dtype: torch.dtype) -> grouped.StackedWeight:
+def weight_of(
+    bits: int, dtype: torch.dtype, inputs: int = INPUTS, group: int = GROUP
+) -> grouped.StackedWeight:
     """The weights of all experts, without memory."""
     bias = torch.empty(EXPERTS, OUTPUTS, dtype=dtype, device=META)
     if bits == 16:
-        packed = torch.empty(EXPERTS, OUTPUTS, INPUTS, dtype=dtype, device=META)
-        return grouped.StackedWeight(packed, None, None, bias, 16, INPUTS)
-    packed = torch.empty(EXPERTS, OUTPUTS, INPUTS * bits // 8, dtype=torch.uint8, device=META)
-    grids = (EXPERTS, OUTPUTS) if bits == 8 else (EXPERTS, OUTPUTS, INPUTS // GROUP)
+        packed = torch.empty(EXPERTS, OUTPUTS, inputs, dtype=dtype, device=META)
+        return grouped.StackedWeight(packed, None, None, bias, 16, inputs)
+    packed = torch.empty(EXPERTS, OUTPUTS, inputs * bits // 8, dtype=torch.uint8, device=META)
+    grids = (EXPERTS, OUTPUTS) if bits == 8 else (EXPERTS, OUTPUTS, inputs // group)
     grid = torch.empty(grids, dtype=torch.bfloat16, device=META)
-    return grouped.StackedWeight(packed, grid, torch.empty_like(grid), bias, bits, INPUTS)
+    return grouped.StackedWeight(packed, grid, torch.empty_like(grid), bias, bits, inputs)
 
 
 def launches_of(
-    capability: tuple[int, int], bits: int, tokens: int, from_tokens: bool
+    capability: tuple[int, int],
+    bits: int,
+    tokens: int,
+    from_tokens: bool,
+    inputs: int = INPUTS,
+    group: int = GROUP,
 ) -> list[Launch]:
     """What a product of all experts launches on such a card, with the table before it."""
     dtype = DTYPES[capability]
-    weight = weight_of(bits, dtype)
+    weight = weight_of(bits, dtype, inputs, group)
     chosen = torch.empty(tokens, 8, dtype=torch.int64, device=META)
     block_rows = grouped.block_rows_for(chosen.numel(), EXPERTS)
-    config = grouped.config_for_experts(capability, bits, INPUTS, weight.groups, block_rows)
-    x = torch.empty(tokens if from_tokens else tokens * 8, INPUTS, dtype=dtype, device=META)
+    config = grouped.config_for_experts(capability, bits, inputs, weight.groups, block_rows)
+    x = torch.empty(tokens if from_tokens else tokens * 8, inputs, dtype=dtype, device=META)
     factors = torch.empty(tokens * 8, dtype=torch.float32, device=META)
     with recorded(grouped) as launches:
         table = grouped.sort_pairs(chosen, EXPERTS, block_rows)
@@ -75,6 +82,20 @@ def test_products_of_many_rows_do_not_spill(capability: tuple[int, int], bits: i
     assert launches[-1].config.constants["BLOCK_M"] == 64
     used = check_fits(launches, capability)
     print(capability, bits, {name: found.registers for name, found in used.items()})
+
+
+@pytest.mark.parametrize(
+    ("capability", "bits", "tokens", "inputs", "group"),
+    [
+        ((7, 5), 4, 4, 2880, 64),  # gpt-oss: runs of 32 bytes share a scale
+        ((8, 0), 4, 4, 2880, 64),
+        ((9, 0), 4, 1000, 2880, 64),
+        ((8, 9), 3, 1000, 1536, 128),
+        ((12, 0), 8, 4, 2880, 2880),
+    ],
+)
+def test_unusual_rows_do_not_spill(capability, bits, tokens, inputs, group) -> None:
+    check_fits(launches_of(capability, bits, tokens, True, inputs, group), capability)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 4096])

@@ -5,12 +5,14 @@ against the same tables in `tests/processes/test_grouped_kernels.py`.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from test_experts import EXPERTS, HIDDEN, blocks_of, layer_of, matrices
 from test_experts import KINDS as SIZES_OF
+from test_routed_experts import SPARSE
 from torch import nn
 from transformers import MixtralConfig
 
@@ -18,10 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "processes"))
 
 import grouped_twin  # noqa: E402
 
+from llmpq.costs import peak  # noqa: E402
 from llmpq.evaluation.calibration import CalibrationMeter  # noqa: E402
+from llmpq.expert_kernels import expert_bytes, most_tokens  # noqa: E402
 from llmpq.machine import card  # noqa: E402
+from llmpq.model_spec import Experts, LinearShape, ModelSpec  # noqa: E402
 from llmpq.models.experts import PackedExperts, expert_blocks, pack_experts  # noqa: E402
 from llmpq.models.linears import LinearMaker  # noqa: E402
+from llmpq.models.live_tensors import PeakMemory  # noqa: E402
 from llmpq.models.raw_tensors import held_bytes  # noqa: E402
 from llmpq.models.stage_model import LayerRange, StageModel  # noqa: E402
 from llmpq.quant import AdoptedLinear, PackedWeight, keep_codes  # noqa: E402
@@ -222,3 +228,48 @@ def test_a_restored_weight_is_among_those_of_all_experts(precision):
     x, chosen = torch.randn(5, HIDDEN).half(), routings(5)["random"]
     scores = torch.rand(5, 2).half()
     assert torch.equal(target(x, chosen, scores), source(x, chosen, scores))
+
+
+@pytest.mark.parametrize("capability", ["7.0", "7.5", "8.0", "9.0"])
+@pytest.mark.parametrize("precision", ["16", "8", "4", "3"])
+def test_runtime_and_planner_decide_alike(capability, precision, monkeypatch):
+    machine = replace(card(capability), dtype="float16")
+    for module in ("quant.make", "models.grouped_experts"):
+        monkeypatch.setattr(f"llmpq.{module}.machine_here", lambda *_: machine)
+    experts = packed(layer_of("Mixtral"), precision, torch.float16)
+    most = most_tokens(machine, spec_of(experts), precision)
+    for tokens in (1, 64, 65, 4096):
+        assert experts.waits_for(tokens) == (tokens > most)
+    held = sum(one.weight_bytes for one in experts[0].children())
+    shapes = [(op.out_features, op.in_features) for op in spec_of(experts).experts.linears]
+    assert held == sum(expert_bytes(machine, precision, *shape) for shape in shapes)
+
+
+def spec_of(experts: PackedExperts) -> ModelSpec:
+    """A model of which these are the experts."""
+    linears = tuple(
+        LinearShape(name=name, out_features=one.out_features, in_features=one.in_features)
+        for name, one in experts[0].named_children()
+    )
+    other = sum(one.out_features for one in linears if experts[0].up_proj.bias is not None)
+    held = Experts(count=EXPERTS, per_token=2, linears=linears, other_params=other)
+    return SPARSE.model_copy(update={"experts": held})
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss", "GraniteMoe"])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_the_memory_of_experts_at_once_is_counted(kind, capability, monkeypatch):
+    """Nothing is launched here: the tensors that are made for it are those of any device."""
+    machine = card(f"{capability[0]}.{capability[1]}", ["triton"])
+    monkeypatch.setattr("llmpq.models.grouped_experts.machine_here", lambda *_: machine)
+    monkeypatch.setattr("llmpq.quant.grouped.launch", lambda *_: None)
+    monkeypatch.setattr("llmpq.quant.grouped.capability_of", lambda device: capability)
+    experts, tokens = packed(layer_of(kind), "16", torch.float16), 60
+    assert not experts.waits_for(tokens)
+    x, chosen = torch.zeros(tokens, HIDDEN).half(), routings(tokens)["random"]
+    scores = torch.ones(chosen.shape).half()
+    with torch.inference_mode(), PeakMemory() as watch:
+        experts(x, chosen, scores)
+    batch = peak.MicroBatch(tokens, 1, tokens, machine)
+    counted = peak._experts_bytes(spec_of(experts), batch, "16")
+    assert 0.7 * counted < watch.peak <= counted + x.nbytes  # the sum is counted elsewhere
