@@ -114,7 +114,10 @@ def experts_s(spec: ModelSpec, groups: ExpertGroups, routing: Routing, speed: Sp
 
     def seconds(rows: np.ndarray) -> np.ndarray:
         used, each = routing.used(rows), routing.rows_each(rows)
-        taken = np.where(rows <= groups.most_tokens, one(at_once, each), one(single, each))
+        if groups.most_tokens in (0, math.inf):  # one of both serves any number of rows
+            taken = one(at_once if groups.most_tokens else single, each)
+        else:
+            taken = np.where(rows <= groups.most_tokens, one(at_once, each), one(single, each))
         return np.asarray(used * taken + routing.per_token * rows * row_s)
 
     return seconds
