@@ -20,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "processes"))
 
 import grouped_twin  # noqa: E402
 
+from llmpq.checkpoint.checkpoint import RandomWeights  # noqa: E402
+from llmpq.checkpoint.loader import load_stage  # noqa: E402
+from llmpq.checkpoint.packed_cache import PackedCache  # noqa: E402
 from llmpq.costs import peak  # noqa: E402
 from llmpq.evaluation.calibration import CalibrationMeter  # noqa: E402
 from llmpq.expert_kernels import expert_bytes, most_tokens  # noqa: E402
@@ -273,3 +276,24 @@ def test_the_memory_of_experts_at_once_is_counted(kind, capability, monkeypatch)
     batch = peak.MicroBatch(tokens, 1, tokens, machine)
     counted = peak._experts_bytes(spec_of(experts), batch, "16")
     assert 0.7 * counted < watch.peak <= counted + x.nbytes  # the sum is counted elsewhere
+
+
+@pytest.mark.parametrize("precision", ["16", "8+experts@4", "4+experts@3"])
+def test_a_loaded_stage_computes_alike_both_ways(precision, tmp_path, one_by_one):
+    """Packed as it is loaded, and from the cache of packed weights."""
+    config = MixtralConfig(**SIZES_OF["Mixtral"] | {"num_hidden_layers": 2})
+    weights = RandomWeights(scale=0.2, device=CPU)
+    layers, where = LayerRange(0, 2, 2), (torch.float16, CPU)
+    x = torch.randn(2, 5, HIDDEN).half()
+    found = []
+    for _ in range(2):
+        cache = PackedCache(tmp_path, "made up", "rtn", print)
+        stage = load_stage(config, weights, layers, [precision] * 2, *where, cache=cache)
+        assert not any(layer.mlp.experts.waits_for(10) for layer in stage.own_layers)
+        with torch.inference_mode():
+            found.append(stage.run(x))
+    assert torch.equal(*found)
+    stage.keep_experts_one_by_one()
+    with torch.inference_mode():
+        single = stage.run(x)
+    assert (found[0] - single).norm() / single.norm() < 4e-3
