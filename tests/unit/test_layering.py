@@ -36,11 +36,12 @@ def _names(text: str) -> frozenset[str]:
 
 
 NOUNS = _names(
+    "expert_kernels "
     "version errors precision artifact config_keys family_sizes families"
     " language_part model_known model_spec model_lookup "
     "workload devices cluster profile_data plan_data plan_diff run_report link_data quantizer job "
-    "schedule machine workspace kernel kernel_table expert_kernels serving device_names placement "
-    "seats launch plain whole_file others_files planning_methods planned_kernels "
+    "schedule machine workspace kernel kernel_table serving device_names placement seats launch "
+    "plain whole_file others_files planning_methods planned_kernels "
     "cluster_draft"
 )
 PLAIN = "pydantic yaml "
