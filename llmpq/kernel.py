@@ -49,6 +49,8 @@ CPU_LAYER_S = 200e-6
 # products, gathering its tokens, the activation (2), weighing and adding.
 ROUTER_LAUNCHES = 15
 EXPERT_LAUNCHES = 5
+# Where all experts are multiplied at once: choosing (6), sorting and adding, beside the products.
+GROUPED_LAUNCHES = 8
 # Estimate: each took a third of what the rest of a tiny layer took (8 experts, two cores of an AMD
 # EPYC, 2026-11-28).
 CPU_EXPERT_S = 70e-6

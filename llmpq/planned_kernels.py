@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from llmpq.machine import Machine
 from llmpq.plan_data import Plan
-from llmpq.serving import matrices_of, serving
+from llmpq.serving import in_words, matrices_of, serving
 
 COUNTED = "; the plan counts on "
 
@@ -22,5 +22,5 @@ def kernel_lines(plan: Plan, rank: int, machine: Machine) -> Iterator[str]:
     matrices = matrices_of(plan.model.shard(stage.tensor_parallel), stage.precisions)
     for precision, service in serving(machine, matrices).items():
         expected = tuple(planned.get(precision, service.kernels))
-        counted = f"{COUNTED}{', then '.join(expected)}" if expected != service.kernels else ""
+        counted = f"{COUNTED}{in_words(expected)}" if expected != service.kernels else ""
         yield f"kernels of {stage.devices[0]} at {precision}: {service.text}{counted}"

@@ -37,6 +37,11 @@ STREAMS = {8: 1, 4: 2, 3: 8}
 VECTOR_CHUNK_BYTES = {8: 512, 4: 256, 3: 128}
 TENSOR_TILES = {8: (128, 128), 4: (64, 128), 3: (32, 64)}
 TENSOR_PROGRAMS, TENSOR_LEAST_BLOCKS = 512, 4
+# Our product for all experts at once (`llmpq.quant.grouped`): rows of a block where experts have up
+# to 16 rows on average and where they have more; inputs of a chunk of 16-bit weights without tensor
+# cores.
+GROUPED_FEW_ROWS, GROUPED_MANY_ROWS = 16, 64
+PLAIN_CHUNK = 512
 PARTITION = 256  # columns of the smallest partition of our attention kernel
 MOST_PARTITIONS = 64
 LARGE_COLUMNS = 64  # columns with large inputs that LLM.int8 multiplies at a time

@@ -2,9 +2,9 @@
 # What only a machine with an NVIDIA GPU can tell, in two parts of at most five minutes each.
 #
 #   OUT=./gpu-out scripts/gpu.sh 1     kernels, a whole model served, the GPU tests
-#   OUT=./gpu-out scripts/gpu.sh 2     a profile, its predictions, a mixed cluster rehearsed
+#   OUT=./gpu-out scripts/gpu.sh 2     experts at once, a profile, its predictions, a mixed cluster rehearsed
 #   scripts/gpu.sh trial               all steps at the same time: finds faults, measures nothing
-#   scripts/gpu.sh STEP                one step with all the time: kernels serving tests predictions cluster
+#   scripts/gpu.sh STEP                one step with all the time: kernels serving tests experts predictions cluster
 #   scripts/gpu_report.py OUT          afterwards, anywhere: docs/gpu/CARD-DATE.json and its table
 #
 # Runs on the active Python (PYTHON, default python3), which must have torch with CUDA and what

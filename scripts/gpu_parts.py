@@ -47,7 +47,7 @@ class Slot:
 
 PARTS = {
     "1": (Slot("kernels", 50, 85), Slot("serving", 95, 135), Slot("tests", 70, 140)),
-    "2": (Slot("predictions", 120, 160), Slot("cluster", 100, 180)),
+    "2": (Slot("experts", 25, 45), Slot("predictions", 120, 160), Slot("cluster", 100, 180)),
 }
 STEPS = {slot.name: slot for slots in PARTS.values() for slot in slots}
 TRIAL = "trial"

@@ -31,7 +31,7 @@ from _kernels_checks import (  # noqa: E402
 )
 from _kernels_tables import Sheet, sheets  # noqa: E402
 
-RESULTS = ("kernels", "serving", "tests", "predictions", "cluster")
+RESULTS = ("kernels", "serving", "tests", "experts", "predictions", "cluster")
 TOKEN_TESTS = {  # a word in the names of the tests that tell
     "one process and several on the card": "share_the_card",
     "captured graphs and single launches": "test_graphs",

@@ -25,6 +25,7 @@ sys.path.insert(1, str(ROOT / "scripts" / "bench"))  # of this process, not of t
 import _common  # noqa: E402, F401  hides its neighbour `kernels` from transformers
 import gpu_cluster  # noqa: E402
 from _kernels_alone import KERNELS, time_alone  # noqa: E402
+from _kernels_experts import EXPERT_SHAPE, expert_duels  # noqa: E402
 from _kernels_linears import subjects, time_linears  # noqa: E402
 from _kernels_place import Deadline, Place, Timer, find_place, measure_ceilings  # noqa: E402
 from _kernels_predictions import prediction, profile_layers, profiles_as  # noqa: E402
@@ -168,6 +169,15 @@ class _Outcomes:
 # ---- part 2
 
 
+def experts(step: Step) -> None:
+    """The experts of a layer at once, beside one after the other, and the bytes that they read."""
+    timer = Timer(step.place)
+    ceilings = measure_ceilings(timer)
+    step.found["ceilings"] = asdict(ceilings)
+    common = timer, ceilings, step.deadline, step.keep
+    step.attempt("experts", partial(time_alone, expert_duels, EXPERT_SHAPE, *common))
+
+
 def predictions(step: Step) -> None:
     """A profile of the model's layers, and what it predicts of the runs."""
     kind = step.found["device_type"] = device_type(step.place)
@@ -208,7 +218,7 @@ def cluster(step: Step) -> None:
 
 
 STEPS: dict[str, Callable[[Step], None]] = {
-    act.__name__: act for act in (kernels, serving, tests, predictions, cluster)
+    act.__name__: act for act in (kernels, serving, tests, experts, predictions, cluster)
 }
 
 

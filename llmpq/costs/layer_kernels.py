@@ -1,15 +1,18 @@
 """Seconds of the kernels of one layer: matrices, norms and activations, attention.
 
 Each matrix takes the larger of its arithmetic and its bytes (`product_s`), by the kernel of the
-table that serves its number of rows. Of routed experts, those that are used are multiplied one
-after the other (`costs.routing`): each is read once, by the rows that it has on average. Latent
-attention reads the latents of the cache, and every head multiplies all their values.
+table that serves its number of rows. Of routed experts, those that are used are read
+(`costs.routing`), by the rows that each has on average: by a kernel for all of them where there is
+one (`llmpq.expert_kernels`), else one after the other. Latent attention reads the latents of the
+cache, and every head multiplies all their values.
 
-Numbers of rows may be arrays. Not covered: launches (`costs.spec_sheet`), kernels that multiply
-several experts at once, experts with far more rows than others.
+Numbers of rows may be arrays. Not covered: launches (`costs.spec_sheet`), experts with far more
+rows than others.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +20,7 @@ from llmpq import kernel_table
 from llmpq.costs.device_speed import Speed, rounded_maximum
 from llmpq.costs.links import Seconds, Tokens
 from llmpq.costs.routing import Routing
+from llmpq.expert_kernels import expert_choices, most_tokens
 from llmpq.kernel import Kernel
 from llmpq.machine import Machine
 from llmpq.model_spec import LinearShape, ModelSpec
@@ -27,17 +31,47 @@ OfRows = Callable[[np.ndarray], np.ndarray]
 KernelGroups = Mapping[tuple[Kernel, ...], Sequence[LinearShape]]
 
 
-def by_kernels(
-    machine: Machine, spec: ModelSpec, precision: str, of_experts: bool = False
-) -> KernelGroups:
-    """The matrices of a layer, or those of one expert, by the kernels that multiply by them."""
+def by_kernels(machine: Machine, spec: ModelSpec, precision: str) -> KernelGroups:
+    """The matrices of a layer by the kernels that multiply by them, without routed experts."""
     found: dict[tuple[Kernel, ...], list[LinearShape]] = {}
     for held in spec.held(precision):
-        if held.of_experts == of_experts:
+        if not held.of_experts:
             bits, op = PRECISIONS[held.precision].weight_bits, held.op
             shape = op.out_features, op.in_features, group_size(bits, op.in_features)
             found.setdefault(kernel_table.choices(machine, held.precision, *shape), []).append(op)
     return found
+
+
+class ExpertGroups(NamedTuple):
+    """The matrices of one expert by kernels: for all experts at once, and one after the other.
+
+    The former serve up to `most_tokens` tokens of a layer.
+    """
+
+    at_once: KernelGroups
+    single: KernelGroups
+    most_tokens: float
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """Those that serve some number of tokens."""
+        at_once = self.at_once if self.most_tokens > 0 else {}
+        single = self.single if self.most_tokens < math.inf else {}
+        return [kernel for group in (*at_once, *single) for kernel in group]
+
+
+def expert_groups(machine: Machine, spec: ModelSpec, precision: str) -> ExpertGroups:
+    """The matrices of one expert of a layer by the kernels that multiply by them."""
+    at_once: dict[tuple[Kernel, ...], list[LinearShape]] = {}
+    single: dict[tuple[Kernel, ...], list[LinearShape]] = {}
+    for held in spec.held(precision):
+        if held.of_experts:
+            op = held.op
+            found = expert_choices(machine, held.precision, op.out_features, op.in_features)
+            single.setdefault(found.single, []).append(op)
+            if found.grouped is not None:
+                at_once.setdefault((found.grouped,), []).append(op)
+    return ExpertGroups(at_once, single, most_tokens(machine, spec, precision))
 
 
 def num_launches(groups: KernelGroups) -> int:
@@ -66,16 +100,25 @@ def tokens_s(spec: ModelSpec, groups: KernelGroups, speed: Speed) -> OfRows:
     return seconds
 
 
-def experts_s(spec: ModelSpec, groups: KernelGroups, routing: Routing, speed: Speed) -> OfRows:
-    """Seconds of the routed experts that so many rows of the layer use, one after the other."""
+def experts_s(spec: ModelSpec, groups: ExpertGroups, routing: Routing, speed: Speed) -> OfRows:
+    """Seconds of the routed experts that so many rows of the layer use."""
     assert spec.experts is not None
-    products = [_products_s(kernels, ops, speed) for kernels, ops in groups.items()]
+    at_once, single = (
+        [_products_s(kernels, ops, speed) for kernels, ops in some.items()]
+        for some in (groups.at_once, groups.single)
+    )
     row_s = _expert_bytes(spec) / speed.eager_bandwidth
+
+    def one(products: Sequence[OfRows], each: np.ndarray) -> np.ndarray:
+        return sum((product(each) for product in products), np.zeros_like(each))
 
     def seconds(rows: np.ndarray) -> np.ndarray:
         used, each = routing.used(rows), routing.rows_each(rows)
-        one = sum((product(each) for product in products), np.zeros_like(each))
-        return np.asarray(used * one + routing.per_token * rows * row_s)
+        if groups.most_tokens in (0, math.inf):  # one of both serves any number of rows
+            taken = one(at_once if groups.most_tokens else single, each)
+        else:
+            taken = np.where(rows <= groups.most_tokens, one(at_once, each), one(single, each))
+        return np.asarray(used * taken + routing.per_token * rows * row_s)
 
     return seconds
 

@@ -30,6 +30,7 @@ from llmpq.costs.peak import (
     moments_of,
     peak_bytes,
 )
+from llmpq.expert_kernels import expert_bytes, most_tokens
 from llmpq.job import LaneShape, cache_tokens
 from llmpq.kernel import GRAPH_BYTES, graph_lengths
 from llmpq.kernel_table import held_bytes
@@ -144,7 +145,10 @@ def layer_weight_bytes(spec: ModelSpec, precision: str, machine: Machine = TORCH
     held = _matrices_bytes(machine, rest, spec.linears) + HALF * spec.layer_other_params
     if spec.experts is None:
         return held
-    one = _matrices_bytes(machine, of_experts, spec.experts.linears)
+    one = sum(
+        expert_bytes(machine, of_experts, op.out_features, op.in_features)
+        for op in spec.experts.linears
+    )
     return held + spec.experts.count * (one + HALF * spec.experts.other_params)
 
 
@@ -219,7 +223,7 @@ def activation_bytes(
     `kinds`: those of the stage's layers, None for all that the model has.
     `single`: the stage has just one layer, whose input is the stage's.
     """
-    machine = stage_machine(spec, kinds, machine)
+    machine = stage_machine(spec, kinds, machine, precisions, sizes.largest[0])
     stage: dict[str, Any] = {"first": first, "last": last, "precisions": precisions}
     stage |= {"single": single, "machine": machine, "kinds": kinds}
     chunk, prompt = sizes.chunk_tokens, sizes.prompt_tokens
@@ -229,13 +233,23 @@ def activation_bytes(
     return kept + int(of_both_phases(prefill, decode, machine))
 
 
-def stage_machine(spec: ModelSpec, kinds: Collection[int] | None, machine: Machine) -> Machine:
-    """The machine as a stage with these kinds of layers uses it: experts allow no CUDA graphs.
+def stage_machine(
+    spec: ModelSpec,
+    kinds: Collection[int] | None,
+    machine: Machine,
+    precisions: Collection[str],
+    rows: int,
+) -> Machine:
+    """The machine as a stage with these kinds of layers uses it, for lanes of up to `rows`.
 
-    A layer asks the device how many tokens each expert has, which no graph can hold.
+    Where a layer's experts are multiplied one by one, it asks the device how many tokens each of
+    them has, which no CUDA graph can hold. Graphs are counted unless no precision avoids this.
     """
-    has_experts = any(spec.kind_specs[kind].experts is not None for kind in _kinds(spec, kinds))
-    return replace(machine, graphs=False) if has_experts else machine
+    at_once = all(
+        any(rows <= most_tokens(machine, spec.kind_specs[kind], name) for name in precisions)
+        for kind in _kinds(spec, kinds)
+    )
+    return machine if at_once else replace(machine, graphs=False)
 
 
 def of_both_phases(prefill: Any, decode: Any, machine: Machine) -> Any:

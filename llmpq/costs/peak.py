@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from llmpq.kernel_table import kernel_for
+from llmpq.expert_kernels import expert_choices, most_tokens
+from llmpq.kernel_table import by_rows, kernel_for
 from llmpq.machine import Machine
 from llmpq.model_spec import (
     ALL_HEADS,
@@ -25,9 +26,15 @@ from llmpq.model_spec import (
     ModelSpec,
 )
 from llmpq.precision import PRECISIONS, group_size, layer_precision
-from llmpq.workspace import HALF, SINGLE, Product, num_partitions
+from llmpq.workspace import HALF, PLAIN_CHUNK, SINGLE, Product, num_partitions, vector_chunks
 
 TOKEN_BYTES = 8
+# All experts at once: the name of the linear with their outputs; inner values that activations keep
+# beside their inputs, where experts have biases (gpt-oss) and elsewhere; of a pair, its place by
+# expert and a slot.
+LAST_OF_EXPERT = "down_proj"
+BIASED_ACTIVATION, PLAIN_ACTIVATION = 8, 2
+PAIR_BYTES = 16
 
 
 def _projected_bytes(spec: ModelSpec, rows: int) -> int:
@@ -152,26 +159,79 @@ def _op_bytes(
     """What an operator takes for itself, its output included.
 
     Less than nothing where layers of this kind do not have it: then its moment does not occur. An
-    expert may be given every row, as no token goes to one expert twice.
+    expert may be given every row, as no token goes to one expert twice; kernels for all experts at
+    once have a row for each expert of a token.
     """
     if not op:
         return 0.0
     if op == "attention":
         return _attention_bytes(spec, batch)
     held = [layer_precision(precision) for precision in precisions]
-    parts = [(spec.linears, {one.rest for one in held})]
-    if spec.experts is not None:
-        parts.append((spec.experts.linears, {one.experts for one in held}))
-    return max(
-        (
-            linear_bytes(name, linear, batch.rows, biased=biased, machine=batch.machine)
-            for linears, names in parts
-            for linear in linears
-            if linear.name == op
-            for name in names
-        ),
-        default=-math.inf,
+    alone = [
+        linear_bytes(name, linear, batch.rows, biased=biased, machine=batch.machine)
+        for linear in spec.linears
+        if linear.name == op
+        for name in {one.rest for one in held}
+    ]
+    of_experts = () if spec.experts is None else spec.experts.linears
+    single = [
+        _single_bytes(name, linear, batch, biased)
+        for linear in of_experts
+        if linear.name == op
+        for name in {one.experts for one in held}
+    ]
+    at_once = [
+        _experts_bytes(spec, batch, name)
+        for name in precisions
+        if op in (linear.name for linear in of_experts)
+    ]
+    return max((*alone, *single, *at_once), default=-math.inf)
+
+
+def _single_bytes(precision: str, op: LinearShape, batch: MicroBatch, biased: bool) -> int:
+    """What a matrix of one expert takes by itself, with every row."""
+    kernels = expert_choices(batch.machine, precision, op.out_features, op.in_features).single
+    if not kernels:
+        return linear_bytes(precision, op, batch.rows, biased=biased, machine=batch.machine)
+    group = group_size(PRECISIONS[precision].weight_bits, op.in_features)
+    product = Product(op.out_features, op.in_features, group, batch.rows, biased)
+    return by_rows(kernels, batch.rows).workspace_bytes(product)
+
+
+def _experts_bytes(spec: ModelSpec, batch: MicroBatch, precision: str) -> float:
+    """What all experts take at once, as `llmpq.models.grouped_experts` runs them.
+
+    These are the outputs of gate and `up`, the activation, its inner values and the outputs, each
+    by pairs of a token and an expert; sums of chunks where a second launch adds them; the table.
+    Of a micro-batch with more tokens than run at once, a smaller one with as many may follow.
+    """
+    experts, precision_of_experts = spec.experts, layer_precision(precision).experts
+    assert experts is not None
+    *inputs, output = sorted(experts.linears, key=lambda op: op.name == LAST_OF_EXPERT)
+    pairs = int(min(batch.rows, most_tokens(batch.machine, spec, precision))) * experts.per_token
+    wide, inner = sum(op.out_features for op in inputs), output.in_features
+    temporaries = BIASED_ACTIVATION if experts.other_params else PLAIN_ACTIVATION
+    sums = [
+        SINGLE * pairs * chunks * outputs
+        for op, outputs in ((inputs[0], wide), (output, output.out_features))
+        for chunks in [_expert_chunks(batch.machine, precision_of_experts, op)]
+    ]
+    return PAIR_BYTES * pairs + max(
+        HALF * pairs * wide + sums[0],
+        HALF * pairs * (wide + temporaries * inner),
+        HALF * pairs * (inner + output.out_features) + sums[1],
     )
+
+
+def _expert_chunks(machine: Machine, precision: str, op: LinearShape) -> int:
+    """The chunks of the inputs whose sums a grouped kernel keeps; 0 where it keeps none."""
+    kernel = expert_choices(machine, precision, op.out_features, op.in_features).grouped
+    if kernel is None or kernel.launches == 1:
+        return 0
+    bits = PRECISIONS[precision].weight_bits
+    if bits == 16:
+        return -(-op.in_features // PLAIN_CHUNK)
+    return vector_chunks(Product(op.out_features, op.in_features, op.in_features, 1), bits)
 
 
 def _attention_bytes(spec: ModelSpec, batch: MicroBatch) -> int:

@@ -25,9 +25,11 @@ from llmpq.costs.device_speed import Speed, efficiency, rounded_maximum, speed_o
 from llmpq.costs.fits import Accuracy
 from llmpq.costs.layer_kernels import (
     Busy,
+    ExpertGroups,
     OfRows,
     by_kernels,
     decode_attention,
+    expert_groups,
     experts_s,
     num_launches,
     prefill_attention,
@@ -41,6 +43,7 @@ from llmpq.kernel import (
     CPU_LAYER_S,
     EAGER_LAUNCH_S,
     EXPERT_LAUNCHES,
+    GROUPED_LAUNCHES,
     HEAD_LAUNCHES,
     LAYER_LAUNCHES,
     ROUTER_LAUNCHES,
@@ -66,7 +69,7 @@ def error(device: DeviceType, phase: str, kernels: Iterable[Kernel] = ()) -> flo
 
 def _kernel_error(kernel: Kernel, device: DeviceType) -> float | None:
     """Beyond that of a plain product."""
-    if kernel.layout == "plain":
+    if kernel.efficiency is kernel_table.PLAIN:
         return 0.0
     measured = kernel.efficiency.measured_on == parse_capability(device.compute_capability)
     return kernel.efficiency.error if measured else None
@@ -99,11 +102,28 @@ class Launches:
 
 
 @dataclass(frozen=True)
-class UsedExperts:
-    """How many experts a call uses, and the launches of each of them."""
+class ExpertLaunches:
+    """The launches of a layer's call with experts, by the tokens that it routes.
 
-    used: Busy
+    Up to `most_at_once` tokens, all launches of the layer are `at_once`. Above, `each` expert that
+    is `used` has some, beside the layer's others.
+    """
+
+    routed: Busy
+    routing: Routing
+    most_at_once: float
+    at_once: Launches
     each: Launches
+
+    def added_to(self, others: Launches, tokens: Any) -> tuple[Any, Any]:
+        """Gaps between kernels, and the host's seconds."""
+        grouped, used = tokens <= self.most_at_once, self.routing.used(tokens)
+        starts_s = others.starts_s + used * self.each.starts_s
+        eager_s = others.eager_s + used * self.each.eager_s
+        return (
+            np.where(grouped, self.at_once.starts_s, starts_s),
+            np.where(grouped, self.at_once.eager_s, eager_s),
+        )
 
 
 @dataclass(frozen=True)
@@ -118,7 +138,7 @@ class Roofline:
     error: float | None
     launches: Launches
     attention: Busy | None = None
-    experts: UsedExperts | None = None
+    experts: ExpertLaunches | None = None
 
     def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
         """By whichever of arithmetic and memory is the limit, kernel by kernel."""
@@ -144,9 +164,8 @@ class Roofline:
         starts_s: Any = self.launches.starts_s
         eager_s: Any = self.launches.eager_s
         if self.experts is not None:
-            used = self.experts.used(micro_batch, np.asarray(tokens, dtype=float))
-            starts_s = starts_s + used * self.experts.each.starts_s
-            eager_s = eager_s + used * self.experts.each.eager_s
+            routed = self.experts.routed(micro_batch, np.asarray(tokens, dtype=float))
+            starts_s, eager_s = self.experts.added_to(self.launches, routed)
         sharpness = efficiency().coefficients["sharpness"]
         return rounded_maximum(busy_s + starts_s, eager_s, sharpness)
 
@@ -180,35 +199,45 @@ def rooflines(
 def _layer_rooflines(
     device: DeviceType, spec: ModelSpec, precision: str, machine: Machine, routing: Routing | None
 ) -> dict[tuple[str, str], Roofline]:
-    """Both phases of a layer at one precision. Those with experts are no CUDA graphs."""
-    speed = speed_of(device)
-    groups, of_experts = (by_kernels(machine, spec, precision, one) for one in (False, True))
+    """Both phases of a layer at one precision. Those that run experts one by one have no graphs."""
+    speed, groups = speed_of(device), by_kernels(machine, spec, precision)
     rows_s = tokens_s(spec, groups, speed)
+    kernels = [kernel for group in groups for kernel in group]
     count = LAYER_LAUNCHES + num_launches(groups)
     in_prefill = in_decode = None
+    graphs = machine.graphs
     if routing is not None:
+        of_experts = expert_groups(machine, spec, precision)
         rows_s = _sum(rows_s, experts_s(spec, of_experts, routing, speed))
-        count += ROUTER_LAUNCHES
-        each = _expert_launches(machine, num_launches(of_experts))
-        in_prefill = UsedExperts(lambda p, s: routing.used(p * s), each)
-        in_decode = UsedExperts(lambda q, past: routing.used(q) + 0.0 * past, each)
-    kernels = [kernel for group in (*groups, *of_experts) for kernel in group]
-    eager = _launches(machine, count)
+        kernels += of_experts.kernels
+        in_prefill, in_decode = (
+            _expert_launches(machine, of_experts, routing, count, routed, graph)
+            for routed, graph in ((_tokens, False), (_requests, graphs))
+        )
+        count, graphs = count + ROUTER_LAUNCHES, False
     prefill = Roofline(
         lambda p, s: rows_s(p * s),
         error(device, "prefill", kernels),
-        eager,
+        _launches(machine, count),
         prefill_attention(spec, speed),
         in_prefill,
     )
     decode = Roofline(
         lambda q, past: rows_s(np.asarray(q, dtype=float)) + 0.0 * past,
         error(device, "decode", kernels),
-        eager if in_decode else _launches(machine, count, machine.graphs),
+        _launches(machine, count, graphs),
         decode_attention(spec, speed),
         in_decode,
     )
     return {(precision, "prefill"): prefill, (precision, "decode"): decode}
+
+
+def _tokens(prompts: int, length: Tokens) -> Any:
+    return prompts * length
+
+
+def _requests(requests: int, past: Tokens) -> Any:
+    return requests + 0.0 * past
 
 
 def _sum(one: OfRows, other: OfRows) -> OfRows:
@@ -222,12 +251,25 @@ def _launches(machine: Machine, count: int, graph: bool = False) -> Launches:
     return Launches(count * START_S, 0.0 if graph else count * EAGER_LAUNCH_S)
 
 
-def _expert_launches(machine: Machine, products: int) -> Launches:
-    """Of one expert that is used, with so many kernels for its products."""
-    if not machine.is_card:
-        return Launches(CPU_EXPERT_S)
-    count = EXPERT_LAUNCHES + products
-    return Launches(count * START_S, count * EAGER_LAUNCH_S)
+def _expert_launches(
+    machine: Machine,
+    groups: ExpertGroups,
+    routing: Routing,
+    others: int,
+    routed: Busy,
+    graph: bool,
+) -> ExpertLaunches:
+    """Of a layer that launches `others` kernels beside its experts."""
+    inputs_and_outputs = [kernels[0].launches for kernels in groups.at_once]
+    grouped = others + GROUPED_LAUNCHES + 2 * max(inputs_and_outputs, default=0)
+    single = EXPERT_LAUNCHES + num_launches(groups.single)
+    return ExpertLaunches(
+        routed,
+        routing,
+        groups.most_tokens,
+        _launches(machine, grouped, graph),
+        _launches(machine, single) if machine.is_card else Launches(CPU_EXPERT_S),
+    )
 
 
 def _embedding(spec: ModelSpec, speed: Speed) -> Busy:

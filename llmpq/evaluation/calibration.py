@@ -39,6 +39,7 @@ class CalibrationMeter:
         self.keys: dict[str, str] = {}
         self._block, self._sums, self._tokens = block, dict[str, Tensor](), dict[str, int]()
         self._last: tuple[Tensor, str] | None = None  # the input seen last, and its key
+        stage.keep_experts_one_by_one()
         self._linears = stage.linears()
         self._hooks = [
             linear.register_forward_pre_hook(partial(self._see, name))

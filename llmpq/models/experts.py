@@ -5,13 +5,14 @@ transformers holds all experts of a layer as stacked parameters: `gate_up_proj [
 `PackedExperts`, whose child "7" holds the linears `gate_proj`, `up_proj` and `down_proj` of expert
 7, so that each matrix has a name, a precision, a rounding and a packed form like any other linear.
 
-A layer sorts the pairs of tokens and experts once, asks the device once how many tokens each
+Where kernels of the device multiply for all experts at once, `grouped_experts` runs them. Elsewhere
+a layer sorts the pairs of tokens and experts once, asks the device once how many tokens each
 expert has, and runs the experts that have some. Their outputs are added by rising expert, so that
 a token's sum depends on nothing else in the micro-batch. On the meta device nothing can be asked:
 there a few experts get all tokens, which is the most memory that any routing takes.
 
 Shapes: T tokens, k experts for each, E experts, H hidden size, I inner size of an expert.
-Not covered: experts with a norm of their own, kernels that multiply several experts at once.
+Not covered: experts with a norm of their own.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from transformers.integrations.moe import _default_apply_gate
 
 from llmpq.errors import UserError
 from llmpq.models.family import find, part_of
+from llmpq.models.grouped_experts import grouped_experts
 from llmpq.quant import PlainLinear, QuantizedLinear
 
 Linear = PlainLinear | QuantizedLinear
@@ -72,28 +74,38 @@ class Expert(nn.Module):
     ) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
-        self._activation = activation
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, H]` to `[T, H]`."""
         gate = None if self.gate_proj is None else self.gate_proj(x)
-        return self.down_proj(self._activation(gate, self.up_proj(x)))
+        return self.down_proj(self.activation(gate, self.up_proj(x)))
 
 
 class PackedExperts(nn.ModuleList):
     """The experts of a layer. With `scales_inputs`, scores multiply inputs instead of outputs."""
 
-    waits_for_device = True  # it asks how many tokens each expert has
-
     def __init__(self, experts: Iterable[Expert], scales_inputs: bool = False) -> None:
-        super().__init__(experts)
+        own = list(experts)
+        super().__init__(own)
         self.scales_inputs = scales_inputs
+        self._grouped = grouped_experts(self, own[0].activation)
+
+    def waits_for(self, tokens: int) -> bool:
+        """Whether it asks the device how many of so many tokens each expert has."""
+        return self._grouped is None or not self._grouped.serves(tokens)
 
     def forward(self, hidden: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
         """The weighted sum `[T, H]` of the experts `chosen` `[T, k]` for each of `hidden` `[T, H]`.
 
         `scores` `[T, k]` are their weights.
         """
+        if self._grouped is not None and self._grouped.serves(len(hidden)):
+            return self._grouped.run(hidden, chosen, scores, len(self), self.scales_inputs)
+        return self.run_one_by_one(hidden, chosen, scores)
+
+    def run_one_by_one(self, hidden: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        """The same, expert after expert."""
         order, counts = self._by_expert(chosen)
         tokens, factors = order // chosen.shape[-1], scores.flatten()[order, None]
         total = torch.zeros_like(hidden)
@@ -104,6 +116,12 @@ class PackedExperts(nn.ModuleList):
                 total.index_add_(0, own, self._run(expert, hidden[own], factor))
         return total
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedExperts":
+        """Moves or converts weights, as torch does: they leave what they have in common."""
+        if self._grouped is not None:
+            self._grouped.forget()
+        return super()._apply(fn, recurse)
+
     def _by_expert(self, chosen: Tensor) -> tuple[Tensor, list[int]]:
         """The flat pairs of `chosen` `[T, k]` by expert and token, and each expert's number."""
         pairs = chosen.flatten()
@@ -113,6 +131,10 @@ class PackedExperts(nn.ModuleList):
             per_token = chosen.shape[-1]
             return order, [len(chosen)] * per_token + [0] * (len(self) - per_token)
         return order, counts.tolist()
+
+    def keep_one_by_one(self) -> None:
+        """Runs its experts one by one from now on, so that hooks on their linears see inputs."""
+        self._grouped = None
 
     def _run(self, expert: nn.Module, x: Tensor, factor: Tensor) -> Tensor:
         """The weighted outputs `[n, H]` of one expert; `x` `[n, H]` is overwritten."""

@@ -36,9 +36,10 @@ class LinearMaker:
         out_features: int,
         bias: bool,
         part: TensorPart | None = None,
+        of_experts: bool = False,
     ) -> Linear:
         """An empty linear of these sizes; raises `UserError` where this device cannot serve it."""
-        key = precision, in_features, out_features, bias, part
+        key = precision, in_features, out_features, bias, part, of_experts
         if key not in self._factories:
             try:
                 self._factories[key] = linear_factory(
@@ -49,6 +50,7 @@ class LinearMaker:
                     dtype=self._dtype,
                     device=self._device,
                     part=part,
+                    of_experts=of_experts,
                 )
             except ValueError as error:  # a precision that this device cannot serve
                 raise UserError(str(error)) from None

@@ -34,7 +34,7 @@ from llmpq.model_lookup import read_config
 from llmpq.models.adapt import adapt, mark_transposed
 from llmpq.models.attention import implementation_for
 from llmpq.models.buffers import compute_buffers
-from llmpq.models.experts import MakeLinear, pack_experts, routers
+from llmpq.models.experts import MakeLinear, PackedExperts, pack_experts, routers
 from llmpq.models.family import family_of, find, precision_of, replace
 from llmpq.models.lanes import StageCache
 from llmpq.models.linears import LinearMaker, is_plain
@@ -237,6 +237,12 @@ class StageModel(nn.Module):
         logits = logits * (getattr(self.config, self.family.logit_factor, None) or 1)
         return logits / (getattr(self.config, self.family.logit_divisor, None) or 1)
 
+    def keep_experts_one_by_one(self) -> None:
+        """Lets every linear be called by itself, so that hooks on linears see all inputs."""
+        for module in self.model.modules():
+            if isinstance(module, PackedExperts):
+                module.keep_one_by_one()
+
     def weight_bytes(self) -> int:
         """Bytes of all weights, packed ones as packed; a shared matrix counts once."""
         seen: set[int] = set()
@@ -287,7 +293,9 @@ def _precision_of(precision: LayerPrecision, linear: str) -> str:
 
 def _expert_maker(make: LinearMaker, precision: LayerPrecision) -> MakeLinear:
     """Makes the linears of a layer's experts at the layer's precision."""
-    return lambda name, *sizes: make(_precision_of(precision, name), *sizes)
+    return lambda name, inputs, outputs, bias: make(
+        _precision_of(precision, name), inputs, outputs, bias, of_experts=True
+    )
 
 
 def load_config(model: Path) -> Any:

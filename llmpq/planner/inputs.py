@@ -225,8 +225,9 @@ def _notes(inputs: Inputs, times: dict[str, LayerTimes]) -> list[str]:
         )
     if launched and has_experts(inputs.spec):
         notes.append(
-            f"layers with experts on {', '.join(launched)}: a step launches experts one after the "
-            "other, most of its time at few requests; that cost was not measured on any card"
+            f"layers with experts on {', '.join(launched)}: kernels that multiply for all experts "
+            "at once, and what launching experts one after the other costs, were not measured on "
+            "any card"
         )
     if inputs.quality.model and _short_name(inputs.quality.model) != _short_name(inputs.spec.name):
         notes.append(

@@ -134,6 +134,7 @@ class InputVariance:
     @contextmanager
     def watch(self, stage: StageModel) -> Iterator[None]:
         """Adds the inputs of the stage's linears while the context is open."""
+        stage.keep_experts_one_by_one()
         handles = [
             linear.register_forward_pre_hook(partial(self._add, name))
             for name, linear in stage.linears().items()

@@ -85,7 +85,11 @@ def stacked_layers(kinds: Sequence[int], kind: int, depth: int) -> LayerRange:
 
 
 class Probe:
-    """One cell that is ready to be called. `max_depth`: the layers of its stack, or 0."""
+    """One cell that is ready to be called.
+
+    `max_depth` is the number of layers of its stack, or 0. `uncaptured` makes the same call without
+    CUDA graphs, which hooks on its `experts` do not see.
+    """
 
     def __init__(
         self,
@@ -95,9 +99,10 @@ class Probe:
         pause_s: float,
         max_depth: int = 0,
         experts: Sequence[PackedExperts] = (),
+        uncaptured: Callable[[], Callable[[int], object]] | None = None,
     ) -> None:
         self._compute, self._timer, self._device = compute, timer, device
-        self._experts = experts
+        self._experts, self._uncaptured = experts, uncaptured
         self._pause_s, self.max_depth = pause_s, max_depth
 
     def warm_up(self, depth: int) -> None:
@@ -123,8 +128,9 @@ class Probe:
             experts.register_forward_pre_hook(lambda _, given: used.append(len(given[1].unique())))
             for experts in self._experts
         ]
+        compute = self._compute if self._uncaptured is None else self._uncaptured()
         try:
-            self._compute(self.max_depth)
+            compute(self.max_depth)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -170,7 +176,9 @@ class Bench:
         compute = stack.computation(states, past)
         if not layered:
             return Probe(compute, self._timer, self._device, REST_S)
-        return Probe(compute, self._timer, self._device, REST_S, self.depth, stack.experts)
+        uncaptured = partial(stack.computation, states, past, graphs=False)
+        layers = self.depth, stack.experts, uncaptured
+        return Probe(compute, self._timer, self._device, REST_S, *layers)
 
     def layer_bytes(self, precision: str) -> int:
         """Bytes of the weights of one layer."""
@@ -222,11 +230,13 @@ class _Stack:
         self._layers, self.own_layers = list(stage.all_layers), stage.own_layers
         self._depth = stage.layers.count
 
-    def computation(self, hidden: torch.Tensor, past: int) -> Callable[[int], object]:
+    def computation(
+        self, hidden: torch.Tensor, past: int, graphs: bool = True
+    ) -> Callable[[int], object]:
         """A function that calls some layers on `hidden` `[B, S, H]`: a prefill, or a decode step.
 
-        A decode step has `past` stored tokens; each depth has its own static buffers and graph.
-        Prompts have unequal lengths.
+        With `graphs`, decode steps are captured where they can be. A decode step has `past` stored
+        tokens; each depth has its own static buffers and graph. Prompts have unequal lengths.
         """
         rows, tokens = hidden.shape[:2]
         lengths = [max(1, (past or tokens) - (row == 0)) for row in range(rows)]
@@ -241,7 +251,7 @@ class _Stack:
         def step(depth: int) -> object:
             self._use(depth)
             if depth not in steps:
-                steps[depth] = DecodeStepRunner(self.stage, cache, Sampling())
+                steps[depth] = DecodeStepRunner(self.stage, cache, Sampling(), graphs)
             return steps[depth].run(job, hidden, 0, rows)
 
         return step

@@ -1,14 +1,15 @@
 """Linear layers that hold their weight at a given precision, and multiply by it.
 
-`make_linear` builds a layer, which is empty until its raw weight is loaded; it rounds (`rounding`)
-and packs (`packing`) the weight. The kernel that multiplies (`kernels`) depends on the device, the
-dtype and the number of rows, never on timing, so that the same input always gives the same bits.
+`linear_factory` makes layers, which are empty until their raw weights are loaded; they round
+(`rounding`) and pack (`packing`) them. The kernel that multiplies (`kernels`) depends on the
+device, the dtype and the number of rows, never on timing, so that the same input always gives the
+same bits.
 """
 
 from llmpq.quant.adopted import AdoptedLinear, PackedWeight, keep_codes
 from llmpq.quant.base import PlainLinear, QuantizedLinear
 from llmpq.quant.here import machine_here
-from llmpq.quant.make import available_precisions, linear_factory, make_linear, why_unavailable
+from llmpq.quant.make import available_precisions, linear_factory, why_unavailable
 from llmpq.quant.part import INPUTS, OUTPUTS, TensorPart
 from llmpq.quant.rounding import Rounding, quantize
 
@@ -25,7 +26,6 @@ __all__ = [
     "keep_codes",
     "linear_factory",
     "machine_here",
-    "make_linear",
     "quantize",
     "why_unavailable",
 ]

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmpq.expert_kernels import expert_choices
 from llmpq.kernel_table import choices
 from llmpq.quant import kernels
 from llmpq.quant.base import GridLinear, QuantizedLinear
 from llmpq.quant.here import machine_here
 from llmpq.quant.humming import HummingLinear
-from llmpq.quant.linear import RowLinear, TiledLinear, TokenInt8Linear
+from llmpq.quant.linear import GroupedLinear, RowLinear, TiledLinear, TokenInt8Linear
 from llmpq.quant.packing import pack, padded_columns, unpack
 from llmpq.quant.part import INPUTS, TensorPart
 from llmpq.quant.rounding import BLOCK_WEIGHTS, SCALE_DTYPE
@@ -123,9 +124,15 @@ def _holds_exactly(layer: GridLinear, weight: PackedWeight) -> bool:
     """Whether the layer's own format holds these grids, and computes in their float type."""
     if isinstance(layer, HummingLinear):
         return weight.group_of is None and layer.adopts(weight.scales)
-    if weight.group_of is not None or not weight.scales.dtype == layer.dtype == SCALE_DTYPE:
+    if weight.group_of is not None or weight.scales.dtype != layer.dtype:
         return False
     group = layer.in_features // weight.scales.shape[1]
+    if isinstance(layer, GroupedLinear) and layer.place is not None:
+        shape = layer.out_features, layer.in_features, group
+        machine = machine_here(layer.home, layer.dtype)
+        return expert_choices(machine, str(layer.bits), *shape).grouped is not None
+    if layer.dtype != SCALE_DTYPE:
+        return False
     if isinstance(layer, TiledLinear):
         shape = layer.out_features, layer.in_features, group
         machine = machine_here(layer.home, layer.dtype)

@@ -27,6 +27,7 @@ from llmpq.kernel import Kernel, Layout
 from llmpq.kernel_table import FEW_ROWS, FUSED_UNPACKING, by_rows, choices
 from llmpq.precision import group_size
 from llmpq.quant import kernels, triton_kernels
+from llmpq.quant.grouped import StackPlace
 from llmpq.quant.here import machine_here
 from llmpq.quant.part import (
     TensorPart,
@@ -53,6 +54,7 @@ class PlainLinear(nn.Linear):
     """16 bits: an `nn.Linear` whose weight is loaded later."""
 
     is_transposed = False  # whether checkpoints hold the weight as [in, out]
+    place: StackPlace | None = None  # in the weights of all experts, where it is an expert's
 
     def __init__(
         self,
@@ -84,7 +86,10 @@ class PlainLinear(nn.Linear):
         """Copies the raw "weight" `[out, in]` or "bias" `[out]`."""
         _check(name, tensor, self.raw_shapes.get(name), self.part_to_read(name))
         tensor = tensor.t() if name == "weight" and self.is_transposed else tensor
-        own = tensor.detach().to(device=self.home, dtype=self.weight.dtype, copy=True)
+        if self.place is None:
+            own = tensor.detach().to(device=self.home, dtype=self.weight.dtype, copy=True)
+        else:
+            own = self.place.room(name, tensor.shape, self.weight.dtype).copy_(tensor.detach())
         setattr(self, name, nn.Parameter(own.contiguous(), requires_grad=False))
 
     @property
@@ -104,6 +109,7 @@ class QuantizedLinear(nn.Module):
     is_transposed = False  # whether checkpoints hold the weight as [in, out]
     waits_for_device = False  # the product looks at values, so that no CUDA graph can hold it
     layout: Layout  # the layout of the weight in the kernel table
+    place: StackPlace | None = None  # in the weights of all experts, where it is an expert's
     bias: Tensor | None
 
     def __init__(
@@ -147,7 +153,7 @@ class QuantizedLinear(nn.Module):
         """Rounds and packs the raw "weight" `[out, in]`, or copies the "bias" `[out]`."""
         _check(name, tensor, self.raw_shapes.get(name), self.part_to_read(name, rounding))
         if name == "bias":
-            self.bias = tensor.detach().to(device=self.home, dtype=self.dtype, copy=True)
+            self.bias = self._room(name, *tensor.shape, dtype=self.dtype).copy_(tensor.detach())
         else:
             with torch.no_grad():
                 raw = tensor.detach()
@@ -189,7 +195,8 @@ class QuantizedLinear(nn.Module):
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Copies a packed weight instead of rounding it again."""
         for name in self.weight_buffers:
-            setattr(self, name, state[name].to(self.home, copy=True))
+            held = state[name]
+            setattr(self, name, self._room(name, *held.shape, dtype=held.dtype).copy_(held))
 
     def store(self, weight: Tensor, rounding: Rounding) -> None:
         """Rounds and packs the raw weight, in whole rows unless it `rounds_alone`."""
@@ -206,6 +213,12 @@ class QuantizedLinear(nn.Module):
     def _weight_rows(self, start: int, stop: int) -> Tensor:
         """Rows of the dequantized weight."""
         raise NotImplementedError
+
+    def _room(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        """An empty buffer, which is a view of the weights of all experts for one of these."""
+        if self.place is None:
+            return self._empty(*shape, dtype=dtype)
+        return self.place.room(name, shape, dtype)
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.home)

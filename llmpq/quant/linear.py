@@ -36,16 +36,23 @@ class GroupedLinear(GridLinear):
     weight_buffers = ("packed", "scales", "zeros")
     layout = "grouped"
     packed: Tensor  # uint8 [out, bits * ceil(in / 8)]
-    scales: Tensor  # bf16 [out, groups]
-    zeros: Tensor  # bf16 [out, groups], integers
+    scales: Tensor  # [out, groups], bf16 unless they were adopted
+    zeros: Tensor  # the same, integers
+    scale_dtype = SCALE_DTYPE
+
+    def adopt(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        """Packs codes uint8 `[out, in]` with their own grids `[out, groups]`, of one float type."""
+        self.scale_dtype = scales.dtype
+        super().adopt(codes, scales, zeros)
 
     def reserve(self, group: int) -> None:
         """Make room for the weight."""
         row_bytes = padded_columns(self.in_features) // 8 * self.bits
         num_groups = self.in_features // group
-        self.packed = self._empty(self.out_features, row_bytes, dtype=torch.uint8)
-        self.scales = self._empty(self.out_features, num_groups, dtype=SCALE_DTYPE)
-        self.zeros = torch.empty_like(self.scales)
+        self.packed = self._room("packed", self.out_features, row_bytes, dtype=torch.uint8)
+        grids = self.out_features, num_groups
+        self.scales = self._room("scales", *grids, dtype=self.scale_dtype)
+        self.zeros = self._room("zeros", *grids, dtype=self.scale_dtype)
 
     def keep(self, rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
         """Pack and keep some rows."""
@@ -132,9 +139,9 @@ class RowLinear(GridLinear):
     def reserve(self, group: int) -> None:
         """Allocates the weight; a group is a row."""
         cols = padded_columns(self.in_features)
-        self.codes = self._empty(self.out_features, cols, dtype=torch.int8)
-        self.scales = self._empty(self.out_features, dtype=SCALE_DTYPE)
-        self.zeros = torch.empty_like(self.scales)
+        self.codes = self._room("codes", self.out_features, cols, dtype=torch.int8)
+        self.scales = self._room("scales", self.out_features, dtype=SCALE_DTYPE)
+        self.zeros = self._room("zeros", self.out_features, dtype=SCALE_DTYPE)
 
     def keep(self, rows: slice, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
         """Stores some rows."""

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from llmpq.expert_kernels import expert_choices
 from llmpq.kernel import Layout
 from llmpq.kernel_table import choices, serves
 from llmpq.precision import PRECISIONS, STANDARD, group_size
@@ -63,10 +64,14 @@ def linear_factory(
     dtype: torch.dtype,
     device: torch.device,
     part: TensorPart | None = None,
+    of_experts: bool = False,
 ) -> Callable[[], PlainLinear | QuantizedLinear]:
-    """Returns a function that makes empty linears; the arguments and errors are `make_linear`'s.
+    """Returns a function that makes empty linears, which will hold their weights at `precision`.
 
-    The layout is chosen once, so that thousands of equal linears are made quickly.
+    The layout is chosen once, so that thousands of equal linears are made quickly. With `part`,
+    a linear holds that part of a larger matrix; `in_features` and `out_features` are the part's.
+    Weights `of_experts` are stored as the kernels for all experts at once read them, where there
+    are some. Raises `ValueError`, with what would work, where this device cannot serve them.
     """
     device = torch.device(device)
     if reason := why_unavailable(precision, device, dtype):
@@ -74,36 +79,10 @@ def linear_factory(
     sizes = in_features, out_features, bias, dtype, device
     if precision == "16":
         return partial(PlainLinear, *sizes, part)
-    layer = layer_class(precision, in_features, out_features, dtype, device, part)
+    layer = layer_class(precision, in_features, out_features, dtype, device, part, of_experts)
     if not issubclass(layer, GridLinear):
         return partial(layer, *sizes, part=part)
     return partial(layer, *sizes, PRECISIONS[precision].weight_bits, part)
-
-
-def make_linear(
-    precision: str,
-    in_features: int,
-    out_features: int,
-    *,
-    bias: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    part: TensorPart | None = None,
-) -> PlainLinear | QuantizedLinear:
-    """An empty linear layer that will hold its weight at `precision`.
-
-    With `part`, it holds that part of a larger matrix; `in_features` and `out_features` are the
-    part's. Raises `ValueError`, with what would work, where this device cannot serve it.
-    """
-    return linear_factory(
-        precision,
-        in_features,
-        out_features,
-        bias=bias,
-        dtype=dtype,
-        device=device,
-        part=part,
-    )()
 
 
 def layer_class(
@@ -113,11 +92,13 @@ def layer_class(
     dtype: torch.dtype,
     device: torch.device,
     part: TensorPart | None = None,
+    of_experts: bool = False,
 ) -> type[QuantizedLinear]:
     """The class with the layout that the best kernel of this device reads."""
     group = part_group(
         group_size(PRECISIONS[precision].weight_bits, row_length(in_features, part)), part
     )
     machine = machine_here(device, dtype, PRECISIONS[precision].library is not None)
-    layout = choices(machine, precision, out_features, in_features, group)[0].layout
-    return LAYERS[layout]
+    shape = precision, out_features, in_features, group
+    kernels = expert_choices(machine, *shape).single if of_experts else choices(machine, *shape)
+    return LAYERS[kernels[0].layout]

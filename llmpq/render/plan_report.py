@@ -17,7 +17,7 @@ from llmpq.planner.flexgen import OffloadPlan
 from llmpq.planner.what_if import Change, WhatIf
 from llmpq.precision import bits_text
 from llmpq.run_report import SECONDS_PER_HOUR, duration
-from llmpq.serving import needs_library
+from llmpq.serving import in_words, needs_library
 
 BAR_WIDTH = 10
 AS_FAST = "equally fast"
@@ -330,7 +330,7 @@ def kernel_line(plan: Plan) -> str:
     stages = plan.predicted.stages if plan.predicted else []
     for stage, predicted in zip(plan.stages, stages, strict=False):
         for precision, kernels in predicted.kernels.items():
-            types = found.setdefault(precision, {}).setdefault(", then ".join(kernels), [])
+            types = found.setdefault(precision, {}).setdefault(in_words(kernels), [])
             types += [name for name in stage.devices[:1] if name not in types]
     parts = [_kernel_part(precision, found[precision]) for precision in found]
     assumed = [f"assumed installed: {GPU_EXTRA}"] if _is_assumed(plan) else []

@@ -3,11 +3,12 @@
 A decode step is one function of static buffers (`_compute`): it reads a table of numbers and the
 states that came in, and writes the states or tokens that go out. For the families that are tested,
 it never waits for the device, looks at values or has a shape that depends on them, unless layers
-route tokens to experts. On a card it computes all rows of a lane and is captured in a CUDA graph
+run experts one by one. On a card it computes all rows of a lane and is captured in a CUDA graph
 for each (lane, width) that occurs, widths rounded up to a few (`graph_width`); elsewhere, and where
-capturing fails, the same function is called directly. A stage with experts is never captured, as
-their numbers of rows depend on values; it computes the rows of a step alone. A stage with both
-embedding and head keeps the tokens that it has chosen on the device for its next step.
+capturing fails, the same function is called directly. A stage that runs experts one by one is
+never captured, as their numbers of rows depend on values; it computes the rows of a step alone. A
+stage with both embedding and head keeps the tokens that it has chosen on the device for its next
+step.
 
 Shapes: b rows of a step, H hidden size; `width`: columns that attention looks at.
 Not covered: stages that several devices share are not captured, as they talk to each other.
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from llmpq.job import Job, LaneShape, Member
 from llmpq.kernel import graph_lengths
+from llmpq.models.experts import PackedExperts
 from llmpq.models.lanes import LaneCache, on_device
 from llmpq.models.stage_model import StageModel
 from llmpq.runtime.sampler import Draws, Sampling, choose
@@ -75,10 +77,11 @@ class DecodeStepRunner:
         self, stage: StageModel, cache: LaneCache, sampling: Sampling | Draws, graphs: bool = True
     ) -> None:
         self.stage, self.cache, self.sampling = stage, cache, sampling
-        waiting = _what_waits(stage)
+        rows = max(shape.rows for shape in cache.shapes)
+        waiting = _what_waits(stage, rows)
         self.graphs = Graphs(_why_no_graphs(stage, graphs, waiting))
         self._rounds_up = _rounds_up(stage.device) and waiting is None
-        device, rows = stage.device, max(shape.rows for shape in cache.shapes)
+        device = stage.device
         self.is_first, self.is_last = stage.layers.is_first, stage.layers.is_last
         self._numbers = torch.zeros(5, rows, dtype=torch.int64, device=device)
         self._ids = torch.zeros(cache.first_rows[-1], dtype=torch.int64, device=device)
@@ -262,7 +265,13 @@ def _why_no_graphs(stage: StageModel, wanted: bool, waiting: str | None) -> str 
     return f"{waiting} waits for the device" if waiting else None
 
 
-def _what_waits(stage: StageModel) -> str | None:
-    """The class of a module that looks at values, which no graph can hold; None where none does."""
-    waiting = (m for m in stage.model.modules() if getattr(m, "waits_for_device", False))
-    return next((type(module).__name__ for module in waiting), None)
+def _what_waits(stage: StageModel, rows: int) -> str | None:
+    """The class of a module that looks at values, which no graph can hold; None where none does.
+
+    Some modules do so for more than a number of rows.
+    """
+    for module in stage.model.modules():
+        is_experts = isinstance(module, PackedExperts)
+        if module.waits_for(rows) if is_experts else getattr(module, "waits_for_device", False):
+            return type(module).__name__
+    return None

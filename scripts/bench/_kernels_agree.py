@@ -127,16 +127,16 @@ def different_kernels() -> tuple[float, float, int]:
     from llmpq.kernel_table import kernel_for
     from llmpq.machine import host_cpu
     from llmpq.precision import group_size
-    from llmpq.quant import make_linear
+    from llmpq.quant import linear_factory
 
     differing = 0
     for precision, out_features, in_features, rows, dtype in _cases():
         machine = replace(host_cpu(), dtype=str(dtype).removeprefix("torch."))
         group = group_size(int(precision), in_features)
         priced = kernel_for(machine, precision, out_features, in_features, group, rows).name
-        layer = make_linear(
+        layer = linear_factory(
             precision, in_features, out_features, bias=False, dtype=dtype, device=CPU
-        )
+        )()
         differing += layer.kernel(rows) != priced
     return differing, 0, CASES
 

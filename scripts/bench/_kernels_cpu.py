@@ -17,7 +17,7 @@ from _common import Check
 from rich.console import Console
 from rich.table import Table
 
-from llmpq.quant import available_precisions, make_linear
+from llmpq.quant import available_precisions, linear_factory
 from llmpq.quant import kernels as quant_kernels
 from llmpq.quant.base import PlainLinear, QuantizedLinear
 
@@ -54,9 +54,9 @@ def fastest(calls: dict[str, Call], budget_s: float) -> dict[str, tuple[float, i
 def filled(precision: str, weight: torch.Tensor) -> Layer:
     """A layer of this precision that holds `weight [out, in]`."""
     out_features, in_features = weight.shape
-    layer = make_linear(
+    layer = linear_factory(
         precision, in_features, out_features, bias=False, dtype=DTYPE, device=DEVICE
-    )
+    )()
     layer.load_weight("weight", weight)
     return layer
 

@@ -1,6 +1,6 @@
 """Times of linear layers on one device: every precision beside 16 bits, a copy and arithmetic.
 
-The layers are those that `make_linear` gives, with whatever kernel serves them there. Each cell is
+The layers are those that `linear_factory` makes, with whatever kernel serves them. Each cell is
 a shape, a precision and a number of rows: milliseconds, its weight's bytes a second as a share of a
 copy's, its arithmetic as a share of a large product's, its speed against torch's own 16-bit product
 (cuBLAS on a card) of the same run, and how far its answer is from the product in 32 bits with the
@@ -18,7 +18,7 @@ from _kernels_place import Ceilings, Deadline, Place, Timer
 from torch import nn
 
 from llmpq.model_lookup import load_model_spec
-from llmpq.quant import PlainLinear, QuantizedLinear, available_precisions, make_linear
+from llmpq.quant import PlainLinear, QuantizedLinear, available_precisions, linear_factory
 
 LLAMA_70B = str(Path(__file__).resolve().parents[2] / "configs/models/llama-3.3-70b.json")
 TINY_SHAPE = (384, 192)  # where a CPU stands in for a card
@@ -95,9 +95,9 @@ def _plain_ms(timer: Timer, x: torch.Tensor, weight: torch.Tensor) -> float:
 def filled(place: Place, precision: str, weight: torch.Tensor) -> Layer:
     """A layer that has taken in the weight `[out, in]`."""
     out_features, in_features = weight.shape
-    layer = make_linear(
+    layer = linear_factory(
         precision, in_features, out_features, bias=False, dtype=place.dtype, device=place.device
-    )
+    )()
     layer.load_weight("weight", weight)
     return layer
 

@@ -112,7 +112,7 @@ def test_a_stage_with_experts_looks_at_values_and_is_not_captured(family):
     stages = (
         StageModel(config, LayerRange(n, n + 1, 4), ["16"], torch.bfloat16, META) for n in range(4)
     )
-    waits = [steps._what_waits(stage) for stage in stages]
+    waits = [steps._what_waits(stage, 1) for stage in stages]
     assert waits == [
         None if layer in DENSE.get(family, ()) else "PackedExperts" for layer in range(4)
     ]

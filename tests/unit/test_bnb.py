@@ -17,7 +17,7 @@ from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import LinearShape
 from llmpq.precision import NF4_BLOCK, PRECISIONS, STANDARD
 from llmpq.profile_data import ProfileRow
-from llmpq.quant import available_precisions, here, make_linear, why_unavailable
+from llmpq.quant import available_precisions, here, linear_factory, why_unavailable
 from llmpq.runtime.rehearsal import peak_bytes
 
 CPU = torch.device("cpu")
@@ -30,9 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def filled(precision: str, weight: Tensor, dtype=torch.float32, bias: Tensor | None = None):
     out_features, in_features = weight.shape
-    layer = make_linear(
+    layer = linear_factory(
         precision, in_features, out_features, bias=bias is not None, dtype=dtype, device=CPU
-    )
+    )()
     layer.load_weight("weight", weight)
     if bias is not None:
         layer.load_weight("bias", bias)
@@ -199,7 +199,7 @@ def test_without_the_library_it_is_named(precision, monkeypatch):
         )
         message = rf"'{precision}' needs bitsandbytes: pip install 'llmpq\[bnb\]'"
         with pytest.raises(ValueError, match=message):
-            make_linear(precision, 8, 8, bias=False, dtype=torch.float32, device=CPU)
+            linear_factory(precision, 8, 8, bias=False, dtype=torch.float32, device=CPU)()
         result = CliRunner().invoke(profile, ["layers", "--precisions", precision])
         assert result.exit_code == 2 and f"'{precision}' needs bitsandbytes" in result.output
     finally:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmpq.quant import gptq, make_linear
+from llmpq.quant import gptq, linear_factory
 from llmpq.quant.gptq import Gptq
 from llmpq.quant.rounding import quantize, quantize_mse
 
@@ -184,7 +184,7 @@ def test_a_layer_rounds_by_gptq_and_moves_its_output_less(precision, dtype):
     weight, moments = random_weight(128, 256), (inputs.t() @ inputs / 500)[None]
     outputs = []
     for rounding in (quantize, Gptq(moments)):
-        layer = make_linear(precision, 256, 128, bias=False, dtype=dtype, device=CPU)
+        layer = linear_factory(precision, 256, 128, bias=False, dtype=dtype, device=CPU)()
         layer.load_weight("weight", weight, rounding)
         off = layer.dequantized_weight().float() - weight
         outputs.append((inputs @ off.t()).norm())

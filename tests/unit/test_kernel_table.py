@@ -47,13 +47,13 @@ from llmpq.model_spec import LinearShape, ModelSpec
 from llmpq.planner.evaluate import evaluate
 from llmpq.planner.problem import Assignment, Configuration, Problem, StageDevices
 from llmpq.precision import PRECISIONS, STANDARD, group_size
-from llmpq.serving import needs_library, serving, switch_rows
+from llmpq.serving import ServedMatrix, needs_library, serving, switch_rows
 from llmpq.workload import Workload, request_lengths
 from llmpq.workspace import Product
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = load_model_spec(str(ROOT / "configs" / "models" / "llama-3.1-8b.json"))
-MATRICES = [(op.out_features, op.in_features) for op in LLAMA.linears]
+MATRICES = [ServedMatrix(op.out_features, op.in_features) for op in LLAMA.linears]
 LARGE = (4096, 14336)
 TORCH_UNPACKING = "torch unpacking + cuBLAS"
 
@@ -208,7 +208,7 @@ def test_layers_and_plans_name_the_same_kernel(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setattr(module, "machine_here", lambda *_, machine=machine: machine)
         dtype = getattr(torch, machine.dtype)
         place = {"dtype": dtype, "device": torch.device(machine.kind)}
-        layer = make.make_linear(precision, cols, out, bias=False, **place)
+        layer = make.linear_factory(precision, cols, out, bias=False, **place)()
         (kernels,) = layer_kernels.by_kernels(machine, one_matrix(out, cols), precision)
         priced = by_rows(kernels, rows)
         seen.add(priced.name)
@@ -254,7 +254,7 @@ def test_few_row_kernels_are_called_by_the_layers(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(module, "machine_here", lambda *_: card("7.0"))
     place = {"dtype": torch.float16, "device": torch.device("cpu")}
     for precision in ("8", "4", "3"):
-        layer = make.make_linear(precision, 256, 64, bias=True, **place)
+        layer = make.linear_factory(precision, 256, 64, bias=True, **place)()
         layer.load_weight("weight", torch.randn(64, 256), quantize)
         layer.load_weight("bias", torch.ones(64))
         for rows in (1, 16, 17):

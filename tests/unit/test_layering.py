@@ -36,6 +36,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 NOUNS = _names(
+    "expert_kernels "
     "version errors precision artifact config_keys family_sizes families"
     " language_part model_known model_spec model_lookup "
     "workload devices cluster profile_data plan_data plan_diff run_report link_data quantizer job "
@@ -133,6 +134,7 @@ PARTS = {part.name: part for part in CAKE}
 MORE_THIRD_PARTY = {
     # Triton's decorators wrap whole functions: these are imported when a kernel is launched.
     "llmpq.quant.triton_source": _names("triton"),
+    "llmpq.quant.grouped_source": _names("triton"),
     "llmpq.models.attention_source": _names("triton"),
     # A subclass of lm-eval's model: imported when tasks are run.
     "llmpq.evaluation.lm_eval_model": _names("lm_eval"),

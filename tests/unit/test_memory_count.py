@@ -28,7 +28,7 @@ from llmpq.models import count  # noqa: E402
 from llmpq.models.count_families import NAMED, WHOLE, count_family, families_text  # noqa: E402
 from llmpq.models.count_model import count_model  # noqa: E402
 from llmpq.models.stage_model import LayerRange, StageModel, load_config  # noqa: E402
-from llmpq.quant import available_precisions, machine_here, make_linear  # noqa: E402
+from llmpq.quant import available_precisions, linear_factory, machine_here  # noqa: E402
 from llmpq.quant.linear import TiledLinear  # noqa: E402
 from llmpq.runtime.rehearsal import peak_bytes  # noqa: E402
 from llmpq.runtime.transport import HEADER_BYTES  # noqa: E402
@@ -81,7 +81,9 @@ def test_a_linear_takes_what_is_predicted(shape: tuple[int, int]) -> None:
     out, cols = shape
     here = machine_here(CPU, torch.bfloat16)
     for precision, biased in product(available_precisions(CPU, torch.bfloat16), (False, True)):
-        layer = make_linear(precision, cols, out, bias=biased, dtype=torch.bfloat16, device=CPU)
+        layer = linear_factory(
+            precision, cols, out, bias=biased, dtype=torch.bfloat16, device=CPU
+        )()
         fill(layer, out, cols, biased)
         for rows in (1, 17, 65):
             check(layer, precision, rows, biased, here)

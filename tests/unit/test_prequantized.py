@@ -17,7 +17,13 @@ from llmpq.checkpoint.loader import load_stage
 from llmpq.errors import UserError
 from llmpq.evaluation.perplexity import evaluate
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
-from llmpq.quant import AdoptedLinear, QuantizedLinear, available_precisions, kernels, make_linear
+from llmpq.quant import (
+    AdoptedLinear,
+    QuantizedLinear,
+    available_precisions,
+    kernels,
+    linear_factory,
+)
 from llmpq.quant.base import GridLinear
 from llmpq.quant.linear import RowLinear, TiledLinear
 from llmpq.quant.packing import pack_words, unpack_words
@@ -363,9 +369,9 @@ def test_other_precisions_start_from_the_dequantized_weight(tmp_path, precision)
     stage = written.stage(precision)
     for name, codes in written.codes.items():
         inside = stage.model.get_submodule(name)
-        alone = make_linear(
+        alone = linear_factory(
             precision, *codes.codes.shape[::-1], bias=False, dtype=torch.float32, device=CPU
-        )
+        )()
         alone.load_weight("weight", codes.weight)
         assert torch.equal(inside.dequantized_weight(), alone.dequantized_weight())
     note = Checkpoint(tmp_path).note([precision, "4"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmpq import kernel_table, workspace
 from llmpq.precision import PRECISIONS, group_size
-from llmpq.quant import available_precisions, kernels, machine_here, make_linear, quantize
+from llmpq.quant import available_precisions, kernels, linear_factory, machine_here, quantize
 from llmpq.quant.linear import GroupedLinear, RowLinear, TiledLinear
 from llmpq.quant.packing import expand_nibbles, pack, squeeze_nibbles, unpack
 
@@ -32,9 +32,9 @@ def random_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:
 
 def filled(precision: str, weight: Tensor, dtype=torch.float32, bias: Tensor | None = None):
     out_features, in_features = weight.shape
-    layer = make_linear(
+    layer = linear_factory(
         precision, in_features, out_features, bias=bias is not None, dtype=dtype, device=CPU
-    )
+    )()
     layer.load_weight("weight", weight)
     if bias is not None:
         layer.load_weight("bias", bias)
@@ -141,7 +141,9 @@ def test_rounding_takes_no_second_copy_of_the_weight():
             return out
 
     for precision in BELOW_16:
-        layer = make_linear(precision, 1024, 4096, bias=False, dtype=torch.bfloat16, device=CPU)
+        layer = linear_factory(
+            precision, 1024, 4096, bias=False, dtype=torch.bfloat16, device=CPU
+        )()
         largest = 0
         with Watch():
             layer.load_weight("weight", weight)
@@ -165,7 +167,7 @@ def test_layers_hold_the_bytes_that_plans_count(out_features, in_features, dtype
 
 def test_nothing_is_held_before_the_weight_is_loaded():
     for precision in available_precisions(CPU, torch.bfloat16):
-        layer = make_linear(precision, 64, 64, bias=True, dtype=torch.bfloat16, device=CPU)
+        layer = linear_factory(precision, 64, 64, bias=True, dtype=torch.bfloat16, device=CPU)()
         assert layer.weight_bytes == 0
         assert all(p.is_meta for p in itertools.chain(layer.parameters(), layer.buffers()))
 
@@ -239,7 +241,7 @@ def test_many_chunks_match_one(monkeypatch):
 def test_tiles_where_they_fit_and_plain_nibbles_elsewhere(monkeypatch):
     def kind(out_features, in_features, dtype=torch.bfloat16):
         return type(
-            make_linear("4", in_features, out_features, bias=False, dtype=dtype, device=CPU)
+            linear_factory("4", in_features, out_features, bias=False, dtype=dtype, device=CPU)()
         )
 
     assert kind(256, 704) is TiledLinear
@@ -333,16 +335,16 @@ def test_same_input_same_bits(num_rows):
 
 def test_unavailable_precisions_say_what_would_work():
     with pytest.raises(ValueError, match="'5'.*use one of 16, 8"):
-        make_linear("5", 64, 64, bias=False, dtype=torch.bfloat16, device=CPU)
+        linear_factory("5", 64, 64, bias=False, dtype=torch.bfloat16, device=CPU)()
     cuda = torch.device("cuda")
     assert available_precisions(cuda, torch.float16) == ("16", "8", "4", "3")
     with pytest.raises(ValueError, match="use one of 16, 8, 4, 3"):
-        make_linear("8-w8a8", 64, 64, bias=False, dtype=torch.float16, device=cuda)
+        linear_factory("8-w8a8", 64, 64, bias=False, dtype=torch.float16, device=cuda)()
 
 
 @pytest.mark.parametrize("precision", ["16", "4"])
 def test_tensors_without_a_place_are_refused(precision):
-    layer = make_linear(precision, 64, 32, bias=False, dtype=torch.float32, device=CPU)
+    layer = linear_factory(precision, 64, 32, bias=False, dtype=torch.float32, device=CPU)()
     with pytest.raises(ValueError, match=r"\(64, 32\).*\(32, 64\)"):
         layer.load_weight("weight", torch.zeros(64, 32))
     for name in ("bias", "running_mean"):

@@ -1,5 +1,6 @@
 """What layers with routed experts, and layers of several kinds, hold and take by spec sheets."""
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +11,21 @@ import pytest
 
 from llmpq.costs import memory
 from llmpq.costs.latency import device_machine, spec_sheet_times
+from llmpq.costs.layer_kernels import expert_groups
 from llmpq.costs.memory import RunSizes, stage_memory
 from llmpq.costs.recalibrate import stage_calls
 from llmpq.costs.routing import Routing, balanced, fitted
 from llmpq.costs.spec_sheet import rooflines
 from llmpq.devices import device_library
 from llmpq.errors import UserError
+from llmpq.expert_kernels import GROUPED_MULTIPLY, expert_choices, most_tokens
 from llmpq.job import LaneShape
+from llmpq.kernel_table import choices
 from llmpq.machine import card, cpu
 from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import Experts, LayerKind, LinearShape, ModelSpec, experts_in
 from llmpq.precision import PRECISIONS, in_order, layer_precision, with_fewer_for_experts
-from llmpq.serving import matrices_of
+from llmpq.serving import matrices_of, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = load_model_spec(str(ROOT / "configs" / "models" / "llama-3.1-8b.json"))
@@ -135,28 +139,58 @@ def test_activations_are_of_the_kinds_that_a_stage_holds() -> None:
     assert narrow < wide == both == any_kind
 
 
+def test_a_smaller_micro_batch_may_need_more_than_one_that_is_too_large_for_at_once() -> None:
+    where = {"first": False, "last": False, "machine": card("7.5"), "precisions": ["4"]}
+    sizes = [memory.prefill_bytes(SPARSE, 1, tokens, **where) for tokens in (8, 64, 65, 640)]
+    assert sizes == sorted(sizes)
+
+
 def test_a_kept_spec_of_kinds_is_not_that_of_a_changed_model() -> None:
     spec = LLAMA.model_copy()
     assert spec.kind_specs == (spec,)
     assert spec.shard(2).kind_specs[0].ffn_size == spec.ffn_size // 2
 
 
-def test_experts_run_without_graphs() -> None:
-    """What a decode step computes in is then shared with prefills."""
+@pytest.mark.parametrize(
+    ("machine", "has_graphs"),
+    [(card("9.0"), True), (card("7.5"), True), (card("9.0", []), False)],
+)
+def test_graphs_hold_experts_that_are_multiplied_at_once(machine, has_graphs: bool) -> None:
+    """Otherwise what a decode step computes in is shared with prefills."""
     where = {"first": False, "last": False}
     sparse = [
-        memory.activation_bytes(SPARSE, SIZES, machine=machine, **where)
-        for machine in (card("9.0"), replace(card("9.0"), graphs=False))
+        memory.activation_bytes(SPARSE, SIZES, machine=one, **where)
+        for one in (machine, replace(machine, graphs=False))
     ]
-    assert sparse[0] == sparse[1]
-    dense = memory.activation_bytes(mixed(), SIZES, machine=card("9.0"), kinds={0}, **where)
-    assert dense > memory.activation_bytes(mixed(), SIZES, machine=card("9.0"), **where)
+    assert (sparse[0] > sparse[1]) == has_graphs
+    own = {"machine": machine, "precisions": ["16"]}
+    assert memory.stage_machine(SPARSE, None, rows=64, **own).graphs == has_graphs
+    is_new = machine.capability >= (8, 0)
+    assert memory.stage_machine(SPARSE, None, rows=65, **own).graphs == (has_graphs and is_new)
+
+
+def test_experts_at_once_have_a_row_for_each_expert_of_a_token() -> None:
+    where = {"first": False, "last": False, "kinds": {1}}
+    one_by_one, at_once = (
+        memory.prefill_bytes(mixed(), 4, 96, machine=machine, **where)
+        for machine in (card("9.0", []), card("9.0"))
+    )
+    pairs, inner = 4 * 96 * 8, 1024
+    outputs = 2 * pairs * (2 + 8) * inner  # of gate and up, with the activation of biased ones
+    assert outputs < at_once < outputs + one_by_one
 
 
 def test_kernels_of_layers_are_by_the_precisions_of_their_matrices() -> None:
     found = matrices_of(mixed(), ["8+experts@4"])
     assert set(found) == {"8", "4"}
-    assert (14336, 4096) in found["8"] and set(found["4"]) == {(1024, H), (H, 1024)}
+    assert (14336, 4096, False) in found["8"]
+    assert set(found["4"]) == {(1024, H, True), (H, 1024, True)}
+    assert serving(card("9.0"), found)["4"].text == GROUPED_MULTIPLY
+    kernels = serving(card("7.0"), found)["4"].kernels
+    assert kernels[0] == f"{GROUPED_MULTIPLY} up to 64 tokens" and len(kernels) > 1
+    both = matrices_of(mixed(), ["8"])
+    assert serving(card("9.0"), both)["8"].text == f"humming; experts: {GROUPED_MULTIPLY}"
+    assert GROUPED_MULTIPLY not in serving(cpu(()), found)["4"].kernels
 
 
 def test_runs_of_layers_of_several_kinds_correct_no_profile() -> None:
@@ -257,15 +291,56 @@ def test_fewer_bits_for_experts_take_less_where_bytes_are_the_limit() -> None:
     assert taken == sorted(taken, reverse=True) and len(set(taken)) == 3
 
 
-def test_layers_with_experts_are_launched_one_by_one() -> None:
+def test_experts_that_are_launched_one_by_one_are_in_no_graph() -> None:
     device = LIBRARY["h100-80g"]
-    machine = device_machine(device)
-    for spec, is_eager in ((LLAMA, False), (SPARSE, True)):
-        seconds = [
-            float(rooflines(device, spec, ["16"], one)["16", "decode"].seconds(1, 9))
-            for one in (machine, replace(machine, graphs=False))
-        ]
-        assert (seconds[0] == seconds[1]) == is_eager
+    for libraries, is_eager in ((None, False), ((), True)):
+        machine = card("9.0", libraries)
+        for spec in (LLAMA, SPARSE):
+            seconds = [
+                float(rooflines(device, spec, ["16"], one)["16", "decode"].seconds(1, 9))
+                for one in (machine, replace(machine, graphs=False))
+            ]
+            assert (seconds[0] == seconds[1]) == (is_eager and spec is SPARSE)
+
+
+def test_launches_of_experts_at_once_depend_on_no_routing() -> None:
+    device = LIBRARY["h100-80g"]
+    for libraries, grows in ((None, False), ((), True)):
+        line = rooflines(device, SPARSE, ["4"], card("9.0", libraries))["4", "decode"]
+        gaps = [float(line.seconds(q, 9) - line.busy_s(q, 9)) for q in (1, 16)]
+        assert (gaps[1] > 2 * gaps[0]) == grows
+
+
+def test_old_cards_run_experts_at_once_up_to_a_number_of_tokens() -> None:
+    device, machine = LIBRARY["t4-16g"], card("7.5")
+    assert [most_tokens(machine, SPARSE, name) for name in ("16", "4")] == [64, 64]
+    line = rooflines(device, SPARSE, ["4"], machine)["4", "decode"]
+    assert float(line.seconds(65, 9)) > float(line.seconds(64, 9)) + 0.01
+    groups = expert_groups(machine, SPARSE, "4")
+    names = [kernel.name for kernel in groups.kernels]
+    assert names[0] == GROUPED_MULTIPLY and "Triton unpacking + cuBLAS" in names
+
+
+def test_many_tokens_of_large_experts_run_one_after_the_other() -> None:
+    for out, cols, most in ((1536, 4096, math.inf), (14336, 4096, 2048), (2048, 7168, math.inf)):
+        for name in ("16", "8", "4", "3"):
+            assert expert_choices(card("9.0"), name, out, cols).most_tokens == most
+
+
+def test_what_is_not_measured_has_no_error() -> None:
+    device = LIBRARY["h100-80g"]
+    lines = rooflines(device, SPARSE, ["16"], device_machine(device))
+    assert lines["16", "decode"].error is None
+    assert rooflines(device, LLAMA, ["16"], device_machine(device))["16", "decode"].error
+
+
+def test_experts_are_held_as_the_kernel_for_all_of_them_reads_them() -> None:
+    found = expert_choices(card("9.0"), "4", 1024, 4096)
+    assert {kernel.layout for kernel in (found.grouped, *found.single)} == {"grouped"}
+    assert choices(card("9.0"), "4", 1024, 4096, 128)[0].layout == "humming"
+    for machine in (cpu(()), card("9.0", []), replace(card("9.0"), dtype="float32")):
+        assert most_tokens(machine, SPARSE, "4") == 0
+    assert most_tokens(cpu(()), LLAMA, "4") == math.inf
 
 
 def test_latents_are_read_and_multiplied_by_every_head() -> None:

@@ -26,7 +26,7 @@ from llmpq.quant import (
     TensorPart,
     available_precisions,
     keep_codes,
-    make_linear,
+    linear_factory,
 )
 from llmpq.quant.gptq import Gptq
 from llmpq.runtime.shard_group import LocalShardHub
@@ -219,13 +219,13 @@ def test_parts_have_the_codes_of_the_whole_matrix(dim, whole, count, dtype, prec
     round_by = {**BY_METHOD, "gptq": Gptq(moments_of(shape[1]))}
     bias = torch.arange(shape[0]) / 7
     like = {"bias": True, "dtype": dtype, "device": CPU}
-    one = make_linear(precision, shape[1], shape[0], **like)
+    one = linear_factory(precision, shape[1], shape[0], **like)()
     one.load_weight("weight", weight, round_by[rounding])
     for index in range(count):
         step = whole // count
         part = TensorPart(dim, index * step, (index + 1) * step, whole)
         out_features, in_features = part.of_shape(shape)
-        own = make_linear(precision, in_features, out_features, **like, part=part)
+        own = linear_factory(precision, in_features, out_features, **like, part=part)()
         for name, tensor in (("weight", weight), ("bias", bias)):
             wanted = own.part_to_read(name, round_by[rounding])
             own.load_weight(name, wanted.of(tensor) if wanted else tensor, round_by[rounding])
@@ -243,13 +243,13 @@ def test_parts_of_other_precisions_have_the_codes_too(precision, dim):
         pytest.skip(f"{precision} is not available here")
     weight = torch.randn(128, 256).to(torch.bfloat16)
     like = {"bias": False, "dtype": torch.bfloat16, "device": CPU}
-    one = make_linear(precision, 256, 128, **like)
+    one = linear_factory(precision, 256, 128, **like)()
     one.load_weight("weight", weight)
     for index in range(2):
         size = weight.shape[dim] // 2
         part = TensorPart(dim, index * size, (index + 1) * size, 2 * size)
         out_features, in_features = part.of_shape((128, 256))
-        own = make_linear(precision, in_features, out_features, **like, part=part)
+        own = linear_factory(precision, in_features, out_features, **like, part=part)()
         wanted = own.part_to_read("weight")
         own.load_weight("weight", wanted.of(weight) if wanted else weight)
         assert torch.equal(own.dequantized_weight(), part_of_weight(one, part))
@@ -268,7 +268,7 @@ def test_parts_keep_the_codes_of_quantized_checkpoints(dim, bits, groups, group_
         size = codes.shape[dim] // 4
         part = TensorPart(dim, index * size, (index + 1) * size, 4 * size)
         out_features, in_features = part.of_shape((64, 192))
-        layer = make_linear(
+        layer = linear_factory(
             str(bits),
             in_features,
             out_features,
@@ -276,7 +276,7 @@ def test_parts_keep_the_codes_of_quantized_checkpoints(dim, bits, groups, group_
             dtype=torch.half,
             device=CPU,
             part=part,
-        )
+        )()
         held = keep_codes(layer, packed)
         assert torch.equal(held.dequantized_weight(), part.of(packed.dequantized()))
 
