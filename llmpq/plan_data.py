@@ -294,10 +294,15 @@ def reserve_of(plan: Plan) -> Reserve:
     shapes = (
         lanes(lengths, *sizes)
         if plan.lanes is None
-        else lanes_for(lengths, shapes_of(plan.lanes), *sizes)
+        else lanes_for(lengths, shapes_of(plan.lanes), *sizes, set(plan.model.windows))
     )
     chunk = chunk_tokens(lengths) if plan.chunk_tokens is None else plan.chunk_tokens
     return Reserve(shapes, min(chunk, longest), longest)
+
+
+def spec_of_run(plan: Plan) -> ModelSpec:
+    """The plan's model, where kinds of layers that do not differ on its workload are one."""
+    return plan.model.within(max(map(sum, planned_lengths(plan.workload))))
 
 
 def shapes_of(given: Iterable[Lane]) -> tuple[LaneShape, ...]:

@@ -55,8 +55,8 @@ class LayerTimes:
 
     `models` is by (precision, phase); phases that do not depend on the precision have "".
     `machine`: what does the computing, as kernels see it; in a rehearsal this machine's CPU.
-    `kinds`: of a model with several kinds of layers, the times of each of them; the first one's are
-    these times themselves.
+    `kinds`: of a model with several kinds of layers, the times of each of them; what is no layer is
+    of these times themselves. `window`: the most tokens that a decode step attends to.
     """
 
     models: Mapping[tuple[str, str], TimeModel]
@@ -66,6 +66,7 @@ class LayerTimes:
     machine: Machine = TORCH_CARD
     factor: float = 1.0
     kinds: tuple["LayerTimes", ...] = ()
+    window: int | None = None
 
     def of_kind(self, kind: int) -> "LayerTimes":
         """The times of one kind of layer, by its place among `ModelSpec.kind_specs`."""
@@ -116,14 +117,22 @@ class LayerTimes:
     ) -> Accuracy | None:
         """Of one prediction; `precision` is "" for all but layers. None: not priced."""
         model = self.models.get((precision, phase))
-        return None if model is None else model.accuracy(micro_batch, tokens)
+        past = attended(tokens, phase, self.window)
+        return None if model is None else model.accuracy(micro_batch, float(past))
 
     def seconds(self, precision: str, phase: str, micro_batch: int, tokens: Tokens) -> Seconds:
         """Of a phase as profiles name it; `precision` is "" for all but layers."""
         model = self.models.get((precision, phase))
         if model is None:
             return 0.0 * np.asarray(tokens, dtype=float)
-        return self.factor * model.seconds(micro_batch, tokens)
+        return self.factor * model.seconds(micro_batch, attended(tokens, phase, self.window))
+
+
+def attended(tokens: Tokens, phase: str, window: int | None) -> Tokens:
+    """The past tokens that a decode step of a layer with this window attends to, of so many."""
+    if phase != "decode" or window is None:
+        return tokens
+    return np.minimum(tokens, window - 1)
 
 
 def with_calls(times: LayerTimes) -> LayerTimes:
@@ -141,6 +150,14 @@ def device_times(
     rehearsed and nothing was measured to rehearse it with.
     """
     kinds = [_kind_times(cluster, device_type, kind, profiles) for kind in spec.kind_specs]
+    return of_all_kinds(spec, kinds)
+
+
+def of_all_kinds(spec: ModelSpec, kinds: Sequence[LayerTimes]) -> LayerTimes:
+    """The times of a model from those of each kind of its layers.
+
+    A stage's call is as of the kind that attends to most tokens.
+    """
     if len(kinds) == 1:
         return kinds[0]
     offered = {precision for times in kinds for precision in times.precisions}
@@ -149,7 +166,8 @@ def device_times(
         for kind, times in zip(spec.kind_specs, kinds, strict=True)
     ]
     common = offered.intersection(*(times.precisions for times in kinds))
-    return replace(kinds[0], kinds=tuple(kinds), precisions=in_order(common))
+    most = max(kinds, key=lambda times: times.window or np.inf)
+    return replace(most, kinds=tuple(kinds), precisions=in_order(common), window=None)
 
 
 def _without_experts(times: LayerTimes, precisions: Iterable[str]) -> LayerTimes:
@@ -282,7 +300,7 @@ def profiled(
     """The type's own profiles; else, where it is rehearsed, one thread of the CPU or a card."""
     own = [p for p in profiles if p.device.type == device_type]
     if rows := rows_of(own, spec):
-        return _profiled(own, rows, spec, own[0].device.name)
+        return _profiled(own, rows, own[0].device.name)
     role = cluster.rehearse.get(device_type)
     return _rehearsed(profiles, spec, role.slowdown) if role else None
 
@@ -300,13 +318,21 @@ def measured_times(
     """
     if figures is not None:  # what was counted of its memory tells no time, and cannot be hashed
         figures = figures._replace(spec=figures.spec.model_copy(update={"activations": None}))
-    fits = _fits(tuple(rows), tuple(models), figures)
+    window = figures.spec.window if figures is not None else None
+    fits = _fits(tuple(_within(row, window) for row in rows), tuple(models), figures)
     names = {p for p, _ in fits if {(p, phase) for phase in LAYER_PHASES} <= fits.keys()}
     precisions = in_order(filter(is_layer_precision, names))
     ends: dict[tuple[str, str], TimeModel] = {}
     if figures is not None and figures.own:
         ends |= rooflines(figures.device, figures.spec, (), figures.machine)
-    return LayerTimes(ends | fits, precisions, f"{source}; {_quality_of(fits, bool(ends))}")
+    source = f"{source}; {_quality_of(fits, bool(ends))}"
+    return LayerTimes(ends | fits, precisions, source, window=window)
+
+
+def _within(row: ProfileRow, window: int | None) -> ProfileRow:
+    """A row of a layer with this window, with the past that it attends to."""
+    past = int(attended(row.past_tokens, row.phase, window))
+    return row if past == row.past_tokens else row.model_copy(update={"past_tokens": past})
 
 
 def spec_sheet_times(
@@ -319,14 +345,29 @@ def spec_sheet_times(
         precisions = with_fewer_for_experts(precisions)
     source = f"{SPEC_SHEET}; {provenance(device)}"
     models = rooflines(device, spec, precisions, machine)
-    return LayerTimes(models, precisions, source, measured=False, machine=machine)
+    return LayerTimes(
+        models, precisions, source, measured=False, machine=machine, window=spec.window
+    )
 
 
 def rows_of(profiles: Sequence[Profile], spec: ModelSpec) -> list[ProfileRow]:
-    """The rows of this layer shape, if they hold a precision in both phases."""
-    rows = [row for p in profiles for row in p.rows if row.model_key == spec.model_key]
-    phases = [{r.precision for r in rows if r.phase == phase} for phase in ("prefill", "decode")]
-    return rows if phases[0] & phases[1] else []
+    """The rows of this layer shape, if they hold a precision in both phases.
+
+    Where a window has none, those of layers alike that attend to all tokens, as older profiles
+    have them.
+    """
+    for key in keys_of(spec):
+        rows = [row for p in profiles for row in p.rows if row.model_key == key]
+        phases = [{r.precision for r in rows if r.phase == phase} for phase in LAYER_PHASES]
+        if phases[0] & phases[1]:
+            return rows
+    return []
+
+
+def keys_of(spec: ModelSpec) -> list[str]:
+    """The keys of the rows that time the layers of a model with one kind, best first."""
+    wide = spec.model_copy(update={"window": None})
+    return list(dict.fromkeys((spec.model_key, wide.model_key)))
 
 
 @lru_cache(maxsize=16)
@@ -368,11 +409,10 @@ def _slowed(times: LayerTimes, slowdown: float) -> LayerTimes:
     return replace(times.scaled(slowdown), provenance=f"{times.provenance}; x{slowdown:g} slowdown")
 
 
-def _profiled(
-    profiles: Sequence[Profile], rows: list[ProfileRow], spec: ModelSpec, name: str
-) -> Profiled:
-    models = [m for p in profiles for m in p.models if m.model_key == spec.model_key]
-    memory = [row for p in profiles for row in p.memory if row.model_key == spec.model_key]
+def _profiled(profiles: Sequence[Profile], rows: list[ProfileRow], name: str) -> Profiled:
+    key = rows[0].model_key
+    models = [m for p in profiles for m in p.models if m.model_key == key]
+    memory = [row for p in profiles for row in p.memory if row.model_key == key]
     return Profiled(name, profiles[0].device, rows, models, memory)
 
 
@@ -384,6 +424,6 @@ def _rehearsed(profiles: Sequence[Profile], spec: ModelSpec, slowdown: float) ->
         for name in dict.fromkeys(p.device.name for p in group):
             same = [p for p in group if p.device.name == name]
             if rows := rows_of(same, spec):
-                found = _profiled(same, rows, spec, f"{name} ({what})")
+                found = _profiled(same, rows, f"{name} ({what})")
                 return replace(found, slowdown=slowdown)
     return None

@@ -186,18 +186,18 @@ class LaneCache:
         `stored` and `seen` are by layout.
         """
         layers = [
-            _Prefill(self, layer, stored[place], begin, seen and seen[place])
+            _Prefill(self, layer, stored[place], begin, seen[place] if seen else None)
             for layer, place in enumerate(self._layout_of)
         ]
         return StageCache(layers, begin)
 
     def step(
-        self, lane: int, rows: range, width: int, columns: Tensor, tokens: Sequence[Tensor]
+        self, lane: int, rows: range, width: int, columns: Tensor, tokens: Tensor
     ) -> "StageCache":
         """The cache for some rows of a lane that attend to `width` columns, or to their window.
 
-        `columns` `[rows]` holds the place of each row's token in its text, `tokens` `[rows]` of
-        every layout the position in the buffers where its states are stored (`step_tokens`).
+        `columns` `[rows]` holds the place of each row's token in its text, `tokens`
+        `[layouts, rows]` the positions in the buffers where its states are stored (`step_tokens`).
         """
         layers = [
             _Step(self, layer, lane, rows, width, columns, tokens[place])

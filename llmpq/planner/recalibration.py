@@ -21,7 +21,7 @@ from llmpq.costs.latency import LayerTimes, device_times
 from llmpq.costs.quality import QualityModel, measured_quality, prior_of
 from llmpq.costs.recalibrate import Correction, StageCalls, correction, link_s, stage_calls
 from llmpq.errors import InfeasibleError, UserError
-from llmpq.plan_data import Plan
+from llmpq.plan_data import Plan, spec_of_run
 from llmpq.planner.evaluate import evaluate, to_assignment
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Problem
@@ -131,7 +131,7 @@ def check_alike(runs: Sequence[ReportedRun], cluster: Cluster) -> None:
 
 def type_result(asked: Recalibration, name: str) -> TypeResult:
     """All about one device type; without a profile and without calls, the spec sheet stays."""
-    spec, cluster = asked.runs[0].plan.model, asked.cluster
+    spec, cluster = spec_of_run(asked.runs[0].plan), asked.cluster
     every = stage_calls([(run.report, run.plan) for run in asked.runs])
     measured = tuple(calls for calls in every if calls.device_type == name)
     before = device_times(cluster, name, spec, asked.profiles)
@@ -216,7 +216,8 @@ def _mean_steps(run: ReportedRun, times: dict[str, LayerTimes]) -> dict[int, flo
     if not {stage.devices[0] for stage in plan.stages} <= set(times):
         return {}
     problem = Problem(
-        spec=plan.model,
+        spec=spec_of_run(plan),
+        model=plan.model,
         cluster=plan.cluster,
         workload=plan.workload,
         lengths=tuple(planned_lengths(plan.workload)),
@@ -289,7 +290,8 @@ def _problem(
     quality = _quality(asked, plan)
     timed = in_order(p for t in times.values() for p in t.offered)
     return Problem(
-        spec=plan.model,
+        spec=spec_of_run(plan),
+        model=plan.model,
         cluster=cluster,
         workload=plan.workload,
         lengths=tuple(planned_lengths(plan.workload)),

@@ -111,7 +111,8 @@ class StageEngine:
         """
         plan = self.plan
         sizes = plan.batch, plan.decode_micro_batch
-        shapes = lanes_for(list(lengths.values()), self.reserve.lanes, *sizes)
+        windows = set(plan.model.windows)
+        shapes = lanes_for(list(lengths.values()), self.reserve.lanes, *sizes, windows)
         self._agree(shapes, samplings)
         most = min(chunk or self.reserve.chunk_tokens, self.reserve.chunk_tokens)
         items = (Item(number, *both) for number, both in lengths.items())
