@@ -16,7 +16,7 @@ Not covered: encoders, models of text and images, layers that keep other state t
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,7 +136,10 @@ class Activations(Strict):
             kind = None if snapshot.kind is None or not several else places[snapshot.kind]
             return snapshot.model_copy(update={"kind": kind})
 
-        return Activations(**{name: tuple(map(moved, some)) for name, some in self})
+        def different(snapshots: Iterable[AllocationSnapshot]) -> tuple[AllocationSnapshot, ...]:
+            return tuple({one.model_dump_json(): one for one in snapshots}.values())
+
+        return Activations(**{name: different(map(moved, some)) for name, some in self})
 
 
 class ModelSpec(Strict):

@@ -318,19 +318,21 @@ def measured_times(
     """
     if figures is not None:  # what was counted of its memory tells no time, and cannot be hashed
         figures = figures._replace(spec=figures.spec.model_copy(update={"activations": None}))
-    window = figures.spec.window if figures is not None else None
-    fits = _fits(tuple(_within(row, window) for row in rows), tuple(models), figures)
+        rows = [_within(row, figures.spec) for row in rows]
+    fits = _fits(tuple(rows), tuple(models), figures)
     names = {p for p, _ in fits if {(p, phase) for phase in LAYER_PHASES} <= fits.keys()}
     precisions = in_order(filter(is_layer_precision, names))
     ends: dict[tuple[str, str], TimeModel] = {}
     if figures is not None and figures.own:
         ends |= rooflines(figures.device, figures.spec, (), figures.machine)
     source = f"{source}; {_quality_of(fits, bool(ends))}"
+    window = figures.spec.window if figures is not None else None
     return LayerTimes(ends | fits, precisions, source, window=window)
 
 
-def _within(row: ProfileRow, window: int | None) -> ProfileRow:
-    """A row of a layer with this window, with the past that it attends to."""
+def _within(row: ProfileRow, spec: ModelSpec) -> ProfileRow:
+    """The row with the past that was attended to; rows of layers without a window keep theirs."""
+    window = spec.window if row.model_key == spec.model_key else None
     past = int(attended(row.past_tokens, row.phase, window))
     return row if past == row.past_tokens else row.model_copy(update={"past_tokens": past})
 

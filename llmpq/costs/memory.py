@@ -43,6 +43,7 @@ from llmpq.workspace import HALF, SINGLE
 HEADER_BYTES = 16  # of a message
 # For each row of a decode step: where it stands, what it is; and for each layout of slots one more.
 STEP_NUMBERS = 4
+STORE_NUMBERS = 3  # for each token of a prefill that is stored: which one it is, and where it goes
 
 
 @dataclass(frozen=True)
@@ -299,12 +300,21 @@ def prefill_bytes(
     jobs = [MicroBatch(requests, tokens, tokens, machine)]
     if longest is not None and longest > tokens:
         jobs.append(MicroBatch(1, tokens, longest, machine))
+    windows = {spec.kind_specs[kind].window for kind in _kinds(spec, kinds)}
     return max(
-        peak_bytes(one, job, moments_of(met, kind), precisions, first, last) + seen_bytes(one, job)
+        peak_bytes(one, job, moments_of(met, kind), precisions, first, last)
+        + seen_bytes(one, job)
+        + index_bytes(windows, job)
         for job in jobs
         for kind in _kinds(spec, kinds)
         for one in (spec.kind_specs[kind],)
     )
+
+
+def index_bytes(windows: Collection[int | None], job: MicroBatch) -> int:
+    """Where a prefill's states are stored, for all layouts of slots but one, which moments have."""
+    kept = sorted(min(job.tokens, window or job.tokens) for window in windows)
+    return STORE_NUMBERS * TOKEN_BYTES * job.requests * sum(kept[:-1])
 
 
 def seen_bytes(spec: ModelSpec, chunk: MicroBatch) -> int:
