@@ -88,6 +88,12 @@ def experts_in(model_key: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def window_in(model_key: str) -> int | None:
+    """The most tokens that a layer attends to, as `ModelSpec.model_key` names them."""
+    found = re.search(r"-w(\d+)(-e|$)", model_key)
+    return int(found[1]) if found else None
+
+
 class HeldMatrix(NamedTuple):
     """A matrix that a layer holds `number` times at a precision; `op.name` is its own."""
 

@@ -16,8 +16,10 @@ import numpy as np
 
 from llmpq.cluster import Cluster, unknown_type
 from llmpq.costs.anchored import OtherSheet, Sheet
+from llmpq.costs.attended import attended_past
 from llmpq.costs.fits import LAYER_PHASES, Accuracy, Fitted, fit_all
 from llmpq.costs.links import Seconds, Tokens
+from llmpq.costs.profile_rows import Profiled, profiled
 from llmpq.costs.routing import Routing, measured_routing
 from llmpq.costs.spec_sheet import provenance, rooflines
 from llmpq.costs.stage_call import STAGE_PHASES, StageCall, default_calls
@@ -33,7 +35,7 @@ from llmpq.precision import (
     layer_precision,
     with_fewer_for_experts,
 )
-from llmpq.profile_data import ChosenModel, MemoryRow, Profile, ProfiledDevice, ProfileRow
+from llmpq.profile_data import ChosenModel, Profile, ProfiledDevice, ProfileRow
 
 SPEC_SHEET = "spec sheet, not measured"
 LIKE_A_CPU = "xeon-8380-256g"  # its proportions stand for those of a CPU without a sheet
@@ -117,7 +119,7 @@ class LayerTimes:
     ) -> Accuracy | None:
         """Of one prediction; `precision` is "" for all but layers. None: not priced."""
         model = self.models.get((precision, phase))
-        past = attended(tokens, phase, self.window)
+        past = attended_past(phase, tokens, self.window)
         return None if model is None else model.accuracy(micro_batch, float(past))
 
     def seconds(self, precision: str, phase: str, micro_batch: int, tokens: Tokens) -> Seconds:
@@ -125,14 +127,7 @@ class LayerTimes:
         model = self.models.get((precision, phase))
         if model is None:
             return 0.0 * np.asarray(tokens, dtype=float)
-        return self.factor * model.seconds(micro_batch, attended(tokens, phase, self.window))
-
-
-def attended(tokens: Tokens, phase: str, window: int | None) -> Tokens:
-    """The past tokens that a decode step of a layer with this window attends to, of so many."""
-    if phase != "decode" or window is None:
-        return tokens
-    return np.minimum(tokens, window - 1)
+        return self.factor * model.seconds(micro_batch, attended_past(phase, tokens, self.window))
 
 
 def with_calls(times: LayerTimes) -> LayerTimes:
@@ -206,7 +201,7 @@ def _kind_times(
     return times
 
 
-def _times_of(cluster: Cluster, device_type: str, spec: ModelSpec, found: "Profiled") -> LayerTimes:
+def _times_of(cluster: Cluster, device_type: str, spec: ModelSpec, found: Profiled) -> LayerTimes:
     """From a profile, before any slowdown."""
     machine = _profiled_machine(cluster, device_type, found.device)
     rehearsed = found.slowdown is not None or found.device.num_threads is not None
@@ -282,29 +277,6 @@ def _profiled_machine(cluster: Cluster, device_type: str, device: ProfiledDevice
     return machine_of(cluster, device_type)
 
 
-@dataclass(frozen=True)
-class Profiled:
-    """What was measured of a device type. `slowdown`: of its rehearsal; None where it is itself."""
-
-    name: str
-    device: ProfiledDevice
-    rows: list[ProfileRow]
-    models: list[ChosenModel]
-    memory: list[MemoryRow]
-    slowdown: float | None = None
-
-
-def profiled(
-    cluster: Cluster, device_type: str, spec: ModelSpec, profiles: Sequence[Profile]
-) -> Profiled | None:
-    """The type's own profiles; else, where it is rehearsed, one thread of the CPU or a card."""
-    own = [p for p in profiles if p.device.type == device_type]
-    if rows := rows_of(own, spec):
-        return _profiled(own, rows, own[0].device.name)
-    role = cluster.rehearse.get(device_type)
-    return _rehearsed(profiles, spec, role.slowdown) if role else None
-
-
 def measured_times(
     rows: Iterable[ProfileRow],
     source: str,
@@ -318,7 +290,6 @@ def measured_times(
     """
     if figures is not None:  # what was counted of its memory tells no time, and cannot be hashed
         figures = figures._replace(spec=figures.spec.model_copy(update={"activations": None}))
-        rows = [_within(row, figures.spec) for row in rows]
     fits = _fits(tuple(rows), tuple(models), figures)
     names = {p for p, _ in fits if {(p, phase) for phase in LAYER_PHASES} <= fits.keys()}
     precisions = in_order(filter(is_layer_precision, names))
@@ -328,13 +299,6 @@ def measured_times(
     source = f"{source}; {_quality_of(fits, bool(ends))}"
     window = figures.spec.window if figures is not None else None
     return LayerTimes(ends | fits, precisions, source, window=window)
-
-
-def _within(row: ProfileRow, spec: ModelSpec) -> ProfileRow:
-    """The row with the past that was attended to; rows of layers without a window keep theirs."""
-    window = spec.window if row.model_key == spec.model_key else None
-    past = int(attended(row.past_tokens, row.phase, window))
-    return row if past == row.past_tokens else row.model_copy(update={"past_tokens": past})
 
 
 def spec_sheet_times(
@@ -350,26 +314,6 @@ def spec_sheet_times(
     return LayerTimes(
         models, precisions, source, measured=False, machine=machine, window=spec.window
     )
-
-
-def rows_of(profiles: Sequence[Profile], spec: ModelSpec) -> list[ProfileRow]:
-    """The rows of this layer shape, if they hold a precision in both phases.
-
-    Where a window has none, those of layers alike that attend to all tokens, as older profiles
-    have them.
-    """
-    for key in keys_of(spec):
-        rows = [row for p in profiles for row in p.rows if row.model_key == key]
-        phases = [{r.precision for r in rows if r.phase == phase} for phase in LAYER_PHASES]
-        if phases[0] & phases[1]:
-            return rows
-    return []
-
-
-def keys_of(spec: ModelSpec) -> list[str]:
-    """The keys of the rows that time the layers of a model with one kind, best first."""
-    wide = spec.model_copy(update={"window": None})
-    return list(dict.fromkeys((spec.model_key, wide.model_key)))
 
 
 @lru_cache(maxsize=16)
@@ -409,23 +353,3 @@ def _quality_of(fits: Mapping[tuple[str, str], Fitted], has_sheet: bool) -> str:
 
 def _slowed(times: LayerTimes, slowdown: float) -> LayerTimes:
     return replace(times.scaled(slowdown), provenance=f"{times.provenance}; x{slowdown:g} slowdown")
-
-
-def _profiled(profiles: Sequence[Profile], rows: list[ProfileRow], name: str) -> Profiled:
-    key = rows[0].model_key
-    models = [m for p in profiles for m in p.models if m.model_key == key]
-    memory = [row for p in profiles for row in p.memory if row.model_key == key]
-    return Profiled(name, profiles[0].device, rows, models, memory)
-
-
-def _rehearsed(profiles: Sequence[Profile], spec: ModelSpec, slowdown: float) -> Profiled | None:
-    """One device: rehearsals run on one thread of the CPU, else they share a card."""
-    one_thread = [p for p in profiles if (p.device.type, p.device.num_threads) == ("cpu", 1)]
-    cards = [p for p in profiles if p.device.type == "cuda"]
-    for what, group in (("one CPU thread", one_thread), ("CUDA", cards)):
-        for name in dict.fromkeys(p.device.name for p in group):
-            same = [p for p in group if p.device.name == name]
-            if rows := rows_of(same, spec):
-                found = _profiled(same, rows, f"{name} ({what})")
-                return replace(found, slowdown=slowdown)
-    return None

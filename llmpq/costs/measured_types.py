@@ -8,7 +8,7 @@ taken from the profile into the plan's cluster.
 from collections.abc import Sequence
 
 from llmpq.cluster import Cluster, DeviceGroup
-from llmpq.costs.latency import keys_of, rows_of
+from llmpq.costs.profile_rows import keys_of, rows_of
 from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.profile_data import Profile, ProfiledDevice
 

@@ -23,10 +23,10 @@ from llmpq.costs.latency import (
     machine_of,
     measured_times,
     of_all_kinds,
-    rows_of,
     with_calls,
 )
 from llmpq.costs.links import Seconds, Tokens
+from llmpq.costs.profile_rows import rows_of
 from llmpq.costs.recipes import grouped
 from llmpq.costs.spec_sheet import Roofline, rooflines
 from llmpq.devices import DeviceType

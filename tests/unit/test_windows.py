@@ -10,8 +10,9 @@ from test_brute_force import check_search, random_problem
 from test_layer_kinds import kind_of, problem_with, with_kinds
 
 from llmpq.cluster import Cluster
-from llmpq.costs.latency import device_times, keys_of, rows_of
+from llmpq.costs.latency import device_times
 from llmpq.costs.memory import layer_cache_bytes
+from llmpq.costs.profile_rows import keys_of, rows_of
 from llmpq.errors import UserError
 from llmpq.job import LaneShape
 from llmpq.model_lookup import check_model, load_model_spec, spec_from_config
