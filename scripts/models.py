@@ -47,9 +47,6 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "sliding_window": 8,
-    "use_sliding_window": True,
-    "max_window_layers": 2,
 }
 MORE: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
