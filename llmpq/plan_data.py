@@ -328,8 +328,10 @@ def refuse_shared_stages(plan: Plan, path: Path) -> None:
 
 def diff(a: Plan, b: Plan) -> PlanDiff:
     """The changes from `a` to `b`. Raises `ValueError` for plans of different models."""
-    if a.model != b.model:
-        names = [n for n in ModelSpec.model_fields if getattr(a.model, n) != getattr(b.model, n)]
+    # Plans of older versions know of no windows.
+    one, other = a.model.without_windows(), b.model.without_windows()
+    if one != other:
+        names = [n for n in ModelSpec.model_fields if getattr(one, n) != getattr(other, n)]
         raise ValueError(
             f"plans of different models cannot be compared: {a.model.name} and {b.model.name} "
             f"differ in {', '.join(names)}"

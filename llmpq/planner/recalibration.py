@@ -112,8 +112,9 @@ def tokens_per_s(plan: Plan | None) -> float | None:
 def check_alike(runs: Sequence[ReportedRun], cluster: Cluster) -> None:
     """One model, and device types that mean the same everywhere."""
     faults = []
-    for run in runs:
-        if run.plan.model.model_key != runs[0].plan.model.model_key:
+    keys = [run.plan.model.without_windows().model_key for run in runs]  # older plans know of none
+    for run, key in zip(runs, keys, strict=True):
+        if key != keys[0]:
             faults.append(f"{run.path}: is of another model than {runs[0].path}")
         for name, role in run.plan.cluster.rehearse.items():
             here = cluster.rehearse.get(name)
