@@ -73,7 +73,7 @@ def check(cache: LaneCache, job: Job, function) -> None:
         assert torch.allclose(ring[row, :count], full[row, :count], atol=1e-5)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=12),
     window=st.integers(1, 24),
