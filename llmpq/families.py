@@ -21,13 +21,18 @@ from typing import Any, Literal
 from llmpq.config_keys import ConfigKeys
 from llmpq.family_sizes import (
     ModelSizes,
+    alternating_windows,
     bloom_sizes,
     fused_qkv_sizes,
     gpt2_sizes,
+    late_windows,
     llama_sizes,
     mpt_sizes,
     opt_sizes,
     phi_sizes,
+    sixth_full_windows,
+    sliding_windows,
+    windows_without_rope,
 )
 
 # How devices that share a layer cut its matrices: by output features, by input features (their
@@ -109,28 +114,30 @@ _SOME_WINDOWS: Mapping[str, Any] = {"use_sliding_window": True, "max_window_laye
 FAMILIES: dict[str, Family] = {
     "llama": Family(sizes=llama_sizes, is_tested=True),
     "mistral": Family(
-        sizes=llama_sizes,
+        sizes=partial(llama_sizes, windows=sliding_windows),
         is_tested=True,
         variants=({"sliding_window": None}, {"sliding_window": 4096}),
     ),
     "qwen2": Family(
-        sizes=partial(llama_sizes, qkv_bias=True),
+        sizes=partial(llama_sizes, qkv_bias=True, windows=late_windows),
         is_tested=True,
         variants=({}, _SOME_WINDOWS),
     ),
     "qwen3": Family(
-        sizes=partial(llama_sizes, qk_norm=True),
+        sizes=partial(llama_sizes, qk_norm=True, windows=late_windows),
         is_tested=True,
         variants=({}, _SOME_WINDOWS),
     ),
     "gemma2": Family(
-        sizes=partial(llama_sizes, norms=4, tied=True, eager_attention=True),
+        sizes=partial(
+            llama_sizes, norms=4, tied=True, eager_attention=True, windows=alternating_windows
+        ),
         is_tested=True,
         overflows_float16=True,
     ),
     "gemma3": Family(overflows_float16=True),  # the nested configuration of text and images
     "gemma3_text": Family(
-        sizes=partial(llama_sizes, norms=4, qk_norm=True, tied=True),
+        sizes=partial(llama_sizes, norms=4, qk_norm=True, tied=True, windows=sixth_full_windows),
         is_tested=True,
         overflows_float16=True,
     ),
@@ -224,7 +231,7 @@ FAMILIES: dict[str, Family] = {
         heads_fill_hidden=True,
     ),
     "smollm3": Family(
-        sizes=partial(llama_sizes, tied=True),
+        sizes=partial(llama_sizes, tied=True, windows=windows_without_rope),
         is_tested=True,
         variants=({}, {"use_sliding_window": True, "sliding_window": 4096}),
     ),

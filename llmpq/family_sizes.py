@@ -5,10 +5,12 @@ faults, and returns `ModelSizes`. They are read from the classes of transformers
 them with transformers' own modules.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from llmpq.config_keys import ConfigKeys
+from llmpq.windows import FULL, SLIDING, windows_of
 
 # Under which names configurations hold the same size.
 FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
@@ -42,6 +44,7 @@ class ModelSizes:
     final_params: int = 0
     tied: bool = False
     eager_attention: bool = False
+    windows: tuple[int | None, ...] = ()  # of every layer; none: all attend to all tokens
 
 
 def _common(keys: ConfigKeys, ffn_factor: int | None = None) -> ModelSizes:
@@ -69,8 +72,12 @@ def llama_sizes(
     qk_norm: bool = False,
     tied: bool = False,
     eager_attention: bool = False,
+    windows: Callable[[ConfigKeys, int], tuple[int | None, ...]] | None = None,
 ) -> ModelSizes:
-    """Sizes of models with gated feed-forward, rotary positions, RMS norms, grouped queries."""
+    """Sizes of models with gated feed-forward, rotary positions, RMS norms, grouped queries.
+
+    `windows`: of so many layers, where some have any.
+    """
     spec = _common(keys)
     hidden, ffn, dim = spec.hidden_size, spec.ffn_size, spec.head_dim
     query, key_value = spec.num_heads * dim, spec.num_kv_heads * dim
@@ -98,7 +105,72 @@ def llama_sizes(
         final_params=hidden,
         tied=keys.flag("tie_word_embeddings", tied),
         eager_attention=eager_attention,
+        windows=windows(keys, spec.num_layers) if windows else (),
     )
+
+
+# ---- windows of attention, with what transformers' configurations take where a key is missing
+
+
+def sliding_windows(keys: ConfigKeys, num_layers: int) -> tuple[int | None, ...]:
+    """Of Mistral, whose layers all have the window, if there is one."""
+    return windows_of([SLIDING] * num_layers, _window(keys))
+
+
+def alternating_windows(keys: ConfigKeys, num_layers: int) -> tuple[int | None, ...]:
+    """Of Gemma 2: each second layer attends to all tokens."""
+    return _every_nth_full(keys, num_layers, 2)
+
+
+def sixth_full_windows(keys: ConfigKeys, num_layers: int) -> tuple[int | None, ...]:
+    """Of Gemma 3: each sixth layer attends to all tokens, unless the settings have a pattern."""
+    return _every_nth_full(keys, num_layers, _size(keys, "sliding_window_pattern", 6) or 1)
+
+
+def late_windows(keys: ConfigKeys, num_layers: int) -> tuple[int | None, ...]:
+    """Of Qwen: the layers from "max_window_layers" on, if windows are switched on."""
+    window = _window(keys) if keys.data.get("use_sliding_window") else None
+    first = keys.data.get("max_window_layers", 28)
+    from_here = first if isinstance(first, int) else num_layers
+    kinds = [SLIDING if i >= from_here else FULL for i in range(num_layers)]
+    return windows_of(_layer_types(keys, kinds), window)
+
+
+def windows_without_rope(keys: ConfigKeys, num_layers: int) -> tuple[int | None, ...]:
+    """Of SmolLM3: the layers without rotary positions, if windows are switched on."""
+    interval = _size(keys, "no_rope_layer_interval", 4) or 1
+    listed = keys.data.get("no_rope_layers")
+    has_rope = [(i + 1) % interval for i in range(num_layers)]
+    if isinstance(listed, list) and len(listed) == num_layers:
+        has_rope = listed
+    switched_on = bool(keys.data.get("use_sliding_window"))
+    kinds = [FULL if rope or not switched_on else SLIDING for rope in has_rope]
+    return windows_of(_layer_types(keys, kinds), _window(keys, None))
+
+
+def _every_nth_full(keys: ConfigKeys, num_layers: int, n: int) -> tuple[int | None, ...]:
+    kinds = [SLIDING if (i + 1) % n else FULL for i in range(num_layers)]
+    return windows_of(_layer_types(keys, kinds), _window(keys))
+
+
+def _window(keys: ConfigKeys, default: int | None = 4096) -> int | None:
+    """The tokens of a sliding window; null is none, a missing key the default."""
+    return _size(keys, "sliding_window", default)
+
+
+def _size(keys: ConfigKeys, name: str, default: int | None) -> int | None:
+    """A size, or None where the value is none: such a model is judged on its modules."""
+    value = keys.data.get(name, default)
+    is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return value if is_size else None
+
+
+def _layer_types(keys: ConfigKeys, default: Sequence[str]) -> Sequence[str]:
+    """The kinds of layers, as listed for so many layers, or else these."""
+    listed = keys.data.get("layer_types")
+    if isinstance(listed, list) and len(listed) == len(default):
+        return [str(kind) for kind in listed]
+    return default
 
 
 def opt_sizes(keys: ConfigKeys) -> ModelSizes:

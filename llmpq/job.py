@@ -44,9 +44,24 @@ class LaneShape(NamedTuple):
     tokens: int
 
 
-def cache_tokens(lanes: Iterable[LaneShape]) -> int:
-    """Tokens that the slots of all lanes have room for."""
-    return sum(lane.rows * lane.tokens for lane in lanes)
+def slot_columns(tokens: int, window: int | None) -> int:
+    """Columns that a slot for so many tokens has in a layer that attends to `window` tokens.
+
+    A layer with a window keeps that many tokens, and one column more, where rows that take no part
+    in a step write; without a window the column of a request's last new token serves for that.
+    """
+    return tokens if window is None else min(tokens, window + 1)
+
+
+def bounding_window(lanes: Iterable[LaneShape], window: int | None) -> int | None:
+    """The window of a layer where it shortens some slot; None where all tokens are kept anyway."""
+    is_bound = any(slot_columns(lane.tokens, window) < lane.tokens for lane in lanes)
+    return window if is_bound else None
+
+
+def cache_tokens(lanes: Iterable[LaneShape], window: int | None = None) -> int:
+    """Tokens that the slots of all lanes have room for, in a layer with such a window."""
+    return sum(lane.rows * slot_columns(lane.tokens, window) for lane in lanes)
 
 
 class Item(NamedTuple):

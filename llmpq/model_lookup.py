@@ -33,7 +33,7 @@ from llmpq.model_known import (
     state_beside_keys,
     with_floats,
 )
-from llmpq.model_spec import ASSETS, LinearShape, ModelSpec
+from llmpq.model_spec import ASSETS, LayerKind, LinearShape, ModelSpec
 from llmpq.version import __version__
 
 DEFAULT_MODEL = "tiny-tales"  # ships inside the package
@@ -65,8 +65,16 @@ def _spec(config: dict[str, Any], model: str, path: Path) -> ModelSpec:
 
 
 def check_model(folder: Path, planned: ModelSpec, whose: str) -> None:
-    """Raises `UserError` where the model in a folder is not the one of `whose` plan."""
+    """Raises `UserError` where the model in a folder is not the one of `whose` plan.
+
+    Plans that know of no windows of attention have reserved more than their models need.
+    """
     spec = load_model_spec(str(folder))
+    if any(planned.windows) and spec.windows != planned.windows:
+        raise UserError(
+            f"{folder}: its layers attend to other windows of tokens than those of {whose}"
+        )
+    spec, planned = spec.without_windows(), planned.without_windows()
     if (spec.num_layers, spec.model_key) != (planned.num_layers, planned.model_key):
         raise UserError(
             f"{folder}: is another model than that of {whose}: {spec.num_layers} layers of "
@@ -203,10 +211,23 @@ def spec_from_config(config: dict[str, Any], name: str, source: str = "config.js
     sizes = (family_for(model_type).sizes or llama_sizes)(keys)
     keys.raise_faults()
     counts = asdict(sizes)
-    linears = tuple(LinearShape(**matrix._asdict()) for matrix in sizes.linears)
+    windows = counts.pop("windows") or (None,) * sizes.num_layers
+    counts["linears"] = tuple(LinearShape(**matrix._asdict()) for matrix in sizes.linears)
+    known = list(dict.fromkeys(windows))
+    layer = {name: counts[name] for name in LayerKind.model_fields if name in counts}
+    kinds = [LayerKind(name=kind_name(w), window=w, **layer) for w in known]
+    several = len(known) > 1
     return ModelSpec(
         name=name,
         model_type=model_type,
         guessed=not has_sizes(model_type),
-        **counts | {"linears": linears},
+        window=known[0],
+        kinds=tuple(kinds) if several else (),
+        layer_kinds=tuple(map(known.index, windows)) if several else (),
+        **counts,
     )
+
+
+def kind_name(window: int | None, matrices: str = "dense") -> str:
+    """What readers call a kind of layers with such matrices and window."""
+    return matrices if window is None else f"{matrices}, window of {window}"

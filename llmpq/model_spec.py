@@ -7,13 +7,16 @@ devices that share every layer (tensor parallelism, cut as in Megatron-LM, arXiv
 
 A layer may hold routed experts beside its other matrices (`Experts`). A model may have layers of
 several kinds (`LayerKind`): `kind_specs` holds a spec for each of them, of a model that has layers
-of this kind alone, so that whatever prices one layer needs not know of others.
+of this kind alone, so that whatever prices one layer needs not know of others. Layers that differ
+in their window of attention are of several kinds; `ModelSpec.within` joins those that do not differ
+on texts that are no longer than that.
 
 Not covered: encoders, models of text and images, layers that keep other state than keys and values.
 """
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,13 +71,27 @@ class LayerKind(Strict):
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
     kv_values: int | None = None
+    window: int | None = Field(default=None, gt=0)
     experts: Experts | None = None
+
+    def is_bound(self, tokens: int) -> bool:
+        """Whether the window hides something of a text of so many tokens.
+
+        The last one is chosen, but never computed with.
+        """
+        return self.window is not None and tokens > self.window + 1
 
 
 def experts_in(model_key: str) -> tuple[int, int] | None:
     """The experts of a layer, and those of a token, as `ModelSpec.model_key` names them."""
     found = re.search(r"-e(\d+)x\d+k(\d+)$", model_key)
     return (int(found[1]), int(found[2])) if found else None
+
+
+def window_in(model_key: str) -> int | None:
+    """The most tokens that a layer attends to, as `ModelSpec.model_key` names them."""
+    found = re.search(r"-w(\d+)(-e|$)", model_key)
+    return int(found[1]) if found else None
 
 
 class HeldMatrix(NamedTuple):
@@ -115,6 +132,21 @@ class Activations(Strict):
     prefill_last: tuple[AllocationSnapshot, ...]
     decode_last: tuple[AllocationSnapshot, ...]
 
+    def of_kinds(self, places: Sequence[int], several: bool) -> "Activations":
+        """The same where each kind of layers has another place; of one kind, where not `several`.
+
+        `places` is by the place that a kind has now.
+        """
+
+        def moved(snapshot: AllocationSnapshot) -> AllocationSnapshot:
+            kind = None if snapshot.kind is None or not several else places[snapshot.kind]
+            return snapshot.model_copy(update={"kind": kind})
+
+        def different(snapshots: Iterable[AllocationSnapshot]) -> tuple[AllocationSnapshot, ...]:
+            return tuple({one.model_dump_json(): one for one in snapshots}.values())
+
+        return Activations(**{name: different(map(moved, some)) for name, some in self})
+
 
 class ModelSpec(Strict):
     """Sizes of one decoder-only model. Counts are numbers of parameters, not bytes."""
@@ -139,6 +171,7 @@ class ModelSpec(Strict):
     kv_values: int | None = Field(
         default=None, gt=0
     )  # of a token in a layer's cache, where not all heads
+    window: int | None = Field(default=None, gt=0)  # the most tokens that a layer attends to
     experts: Experts | None = None
     kinds: tuple[LayerKind, ...] = ()  # where layers differ; the sizes above are of the first
     layer_kinds: tuple[int, ...] = ()  # of every layer, its place among `kinds`
@@ -150,6 +183,7 @@ class ModelSpec(Strict):
     def model_key(self) -> str:
         """The name of the layer shape; profiles of equal keys are interchangeable."""
         extras = f"-c{self.kv_values}" if self.kv_values else ""
+        extras += f"-w{self.window}" if self.window else ""
         if self.experts is not None:
             width = self.experts.linears[0].out_features
             extras += f"-e{self.experts.count}x{width}k{self.experts.per_token}"
@@ -195,6 +229,46 @@ class ModelSpec(Strict):
         """The place of every layer's spec among `kind_specs`."""
         return self.layer_kinds or (0,) * self.num_layers
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of every layer the most tokens that it attends to; None where there is no limit."""
+        return tuple(self.kind_specs[kind].window for kind in self.kind_of_layers)
+
+    def within(self, tokens: int) -> "ModelSpec":
+        """The model for texts of up to so many tokens: kinds that do not differ on them are one.
+
+        Of several windows that hide nothing the widest stays, so that its profile is found.
+        """
+        wide = {"name": "", "window": None}
+        alike = [k if k.is_bound(tokens) else k.model_copy(update=wide) for k in self.kinds]
+        known = list(dict.fromkeys(alike))
+        if len(known) == len(self.kinds):
+            return self
+        places = [known.index(kind) for kind in alike]
+        kinds = tuple(
+            max(
+                (kind for kind, own in zip(self.kinds, places, strict=True) if own == place),
+                key=lambda kind: kind.window or math.inf,
+            )
+            for place in range(len(known))
+        )
+        first = {name: value for name, value in kinds[0] if name != "name"}
+        several = len(kinds) > 1
+        return self.model_copy(
+            update={
+                **first,
+                "kinds": kinds if several else (),
+                "layer_kinds": tuple(places[k] for k in self.layer_kinds) if several else (),
+                "activations": self.activations and self.activations.of_kinds(places, several),
+            }
+        )
+
+    def without_windows(self) -> "ModelSpec":
+        """The model as if all layers attended to all tokens."""
+        wide = {"window": None}
+        kinds = tuple(kind.model_copy(update=wide) for kind in self.kinds)
+        return self.model_copy(update=wide | {"kinds": kinds}).within(0)
+
     def held(self, precision: str) -> Iterator[HeldMatrix]:
         """The matrices of a layer at a precision of plans; of a model with one kind of layer."""
         rest, experts = layer_precision(precision)
@@ -227,13 +301,17 @@ class ModelSpec(Strict):
         # Every family's token embedding has as many parameters as its head.
         token_params = min(self.head_params, self.embedding_params)
         other_params = self.embedding_params - token_params
+        layer = {
+            "ffn_size": self.ffn_size // degree,
+            "num_heads": self.num_heads // degree,
+            "num_kv_heads": max(1, self.num_kv_heads // degree),
+            "linears": tuple(_cut(self, op, degree) for op in self.linears),
+        }
         return self.model_copy(
             update={
-                "ffn_size": self.ffn_size // degree,
-                "num_heads": self.num_heads // degree,
-                "num_kv_heads": max(1, self.num_kv_heads // degree),
+                **layer,
+                "kinds": tuple(kind.model_copy(update=layer) for kind in self.kinds),
                 "vocab_size": _part(self.vocab_size, degree),
-                "linears": tuple(_cut(self, op, degree) for op in self.linears),
                 "embedding_params": other_params + _part(token_params, degree),
                 "head_params": _part(self.head_params, degree),
             }
@@ -244,7 +322,7 @@ def shard_faults(spec: ModelSpec, degree: int) -> list[str]:
     """The reasons why `degree` devices cannot share a layer of this model, if any."""
     if spec.model_type not in SHARED:
         return [f"how devices share the layers of '{spec.model_type}' models is not known"]
-    if spec.experts is not None or spec.kinds:
+    if spec.experts is not None or spec.without_windows().kinds:
         return ["devices cannot share layers with experts, or layers of several kinds, yet"]
     faults = []
     for what, size in (("attention heads", spec.num_heads), ("feed-forward width", spec.ffn_size)):

@@ -294,10 +294,15 @@ def reserve_of(plan: Plan) -> Reserve:
     shapes = (
         lanes(lengths, *sizes)
         if plan.lanes is None
-        else lanes_for(lengths, shapes_of(plan.lanes), *sizes)
+        else lanes_for(lengths, shapes_of(plan.lanes), *sizes, set(plan.model.windows))
     )
     chunk = chunk_tokens(lengths) if plan.chunk_tokens is None else plan.chunk_tokens
     return Reserve(shapes, min(chunk, longest), longest)
+
+
+def spec_of_run(plan: Plan) -> ModelSpec:
+    """The plan's model, where kinds of layers that do not differ on its workload are one."""
+    return plan.model.within(max(map(sum, planned_lengths(plan.workload))))
 
 
 def shapes_of(given: Iterable[Lane]) -> tuple[LaneShape, ...]:
@@ -323,8 +328,10 @@ def refuse_shared_stages(plan: Plan, path: Path) -> None:
 
 def diff(a: Plan, b: Plan) -> PlanDiff:
     """The changes from `a` to `b`. Raises `ValueError` for plans of different models."""
-    if a.model != b.model:
-        names = [n for n in ModelSpec.model_fields if getattr(a.model, n) != getattr(b.model, n)]
+    # Plans of older versions know of no windows.
+    one, other = a.model.without_windows(), b.model.without_windows()
+    if one != other:
+        names = [n for n in ModelSpec.model_fields if getattr(one, n) != getattr(other, n)]
         raise ValueError(
             f"plans of different models cannot be compared: {a.model.name} and {b.model.name} "
             f"differ in {', '.join(names)}"

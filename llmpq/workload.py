@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -218,30 +218,42 @@ def lanes(lengths: Sequence[tuple[int, int]], batch: int, rows: int) -> tuple[La
 
 
 def lanes_for(
-    lengths: Sequence[tuple[int, int]], planned: Sequence[LaneShape], batch: int, rows: int
+    lengths: Sequence[tuple[int, int]],
+    planned: Sequence[LaneShape],
+    batch: int,
+    rows: int,
+    windows: Collection[int | None] = (),
 ) -> tuple[LaneShape, ...]:
     """The planned lanes, or others of no more tokens where requests are longer than foreseen.
 
-    Raises `UserError` where one request alone needs more.
+    Nor have layers with one of these `windows` more to keep. Raises `UserError` where one request
+    alone needs more.
     """
     longest = max((prompt + new for prompt, new in lengths), default=0)
-    reserved = cache_tokens(planned)
     if longest <= max(lane.tokens for lane in planned):
         return tuple(planned)
-    if longest > reserved:
+    reserved = {window: cache_tokens(planned, window) for window in (None, *windows)}
+    if longest > reserved[None]:
         raise UserError(
-            f"a request needs {longest} tokens of KV cache, but the plan reserves {reserved} in all"
+            f"a request needs {longest} tokens of KV cache, but the plan reserves {reserved[None]} "
+            "in all"
         )
     return lanes_within(reserved, lengths, batch, rows)
 
 
 def lanes_within(
-    tokens: int, lengths: Sequence[tuple[int, int]], batch: int, rows: int
+    reserved: Mapping[int | None, int],
+    lengths: Sequence[tuple[int, int]],
+    batch: int,
+    rows: int,
 ) -> tuple[LaneShape, ...]:
-    """Lanes of as many requests, up to `batch`, as fit into so many tokens; of one at least."""
+    """Lanes of as many requests, up to `batch`, as fit into so many tokens; of one at least.
+
+    `reserved` holds the tokens of layers with each window, None for those that keep all.
+    """
     for count in range(batch, 1, -1):
         shapes = lanes(lengths, count, min(rows, count))
-        if cache_tokens(shapes) <= tokens:
+        if all(cache_tokens(shapes, window) <= tokens for window, tokens in reserved.items()):
             return shapes
     return lanes(lengths, 1, 1)
 

@@ -129,8 +129,10 @@ def table(results: Sequence[Result]) -> str:
         "and random weights, in fp32: its pipelines of one stage, two stages and stages of one "
         "layer give transformers' own logits,",
         "prompts batched and single (*exact*), or `llmpq-plan` and `llmpq-run` refuse it with the "
-        "reason and exit code 2. Other settings of a class that is exact",
-        "may still be refused: each model's own are tried before it is planned or served.",
+        "reason and exit code 2. Where a class has windows of attention,",
+        "they are shorter than most prompts, and layers keep no more. Other settings of a class "
+        "that is exact may still be refused: each model's own are",
+        "tried before it is planned or served.",
         "",
         f"{len(exact)} of {len(results)} are exact.",
         "",

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llmpq.cluster import MIB, Cluster
-from llmpq.costs.latency import LayerTimes, profiled
+from llmpq.costs.latency import LayerTimes
+from llmpq.costs.profile_rows import profiled
 from llmpq.costs.recalibrate import (
     CALL,
     EMBEDDING,

@@ -16,8 +16,10 @@ import numpy as np
 
 from llmpq.cluster import Cluster, unknown_type
 from llmpq.costs.anchored import OtherSheet, Sheet
+from llmpq.costs.attended import attended_past
 from llmpq.costs.fits import LAYER_PHASES, Accuracy, Fitted, fit_all
 from llmpq.costs.links import Seconds, Tokens
+from llmpq.costs.profile_rows import Profiled, profiled
 from llmpq.costs.routing import Routing, measured_routing
 from llmpq.costs.spec_sheet import provenance, rooflines
 from llmpq.costs.stage_call import STAGE_PHASES, StageCall, default_calls
@@ -33,7 +35,7 @@ from llmpq.precision import (
     layer_precision,
     with_fewer_for_experts,
 )
-from llmpq.profile_data import ChosenModel, MemoryRow, Profile, ProfiledDevice, ProfileRow
+from llmpq.profile_data import ChosenModel, Profile, ProfiledDevice, ProfileRow
 
 SPEC_SHEET = "spec sheet, not measured"
 LIKE_A_CPU = "xeon-8380-256g"  # its proportions stand for those of a CPU without a sheet
@@ -55,8 +57,8 @@ class LayerTimes:
 
     `models` is by (precision, phase); phases that do not depend on the precision have "".
     `machine`: what does the computing, as kernels see it; in a rehearsal this machine's CPU.
-    `kinds`: of a model with several kinds of layers, the times of each of them; the first one's are
-    these times themselves.
+    `kinds`: of a model with several kinds of layers, the times of each of them; what is no layer is
+    of these times themselves. `window`: the most tokens that a decode step attends to.
     """
 
     models: Mapping[tuple[str, str], TimeModel]
@@ -66,6 +68,7 @@ class LayerTimes:
     machine: Machine = TORCH_CARD
     factor: float = 1.0
     kinds: tuple["LayerTimes", ...] = ()
+    window: int | None = None
 
     def of_kind(self, kind: int) -> "LayerTimes":
         """The times of one kind of layer, by its place among `ModelSpec.kind_specs`."""
@@ -116,14 +119,15 @@ class LayerTimes:
     ) -> Accuracy | None:
         """Of one prediction; `precision` is "" for all but layers. None: not priced."""
         model = self.models.get((precision, phase))
-        return None if model is None else model.accuracy(micro_batch, tokens)
+        past = attended_past(phase, tokens, self.window)
+        return None if model is None else model.accuracy(micro_batch, float(past))
 
     def seconds(self, precision: str, phase: str, micro_batch: int, tokens: Tokens) -> Seconds:
         """Of a phase as profiles name it; `precision` is "" for all but layers."""
         model = self.models.get((precision, phase))
         if model is None:
             return 0.0 * np.asarray(tokens, dtype=float)
-        return self.factor * model.seconds(micro_batch, tokens)
+        return self.factor * model.seconds(micro_batch, attended_past(phase, tokens, self.window))
 
 
 def with_calls(times: LayerTimes) -> LayerTimes:
@@ -141,6 +145,14 @@ def device_times(
     rehearsed and nothing was measured to rehearse it with.
     """
     kinds = [_kind_times(cluster, device_type, kind, profiles) for kind in spec.kind_specs]
+    return of_all_kinds(spec, kinds)
+
+
+def of_all_kinds(spec: ModelSpec, kinds: Sequence[LayerTimes]) -> LayerTimes:
+    """The times of a model from those of each kind of its layers.
+
+    A stage's call is as of the kind that attends to most tokens.
+    """
     if len(kinds) == 1:
         return kinds[0]
     offered = {precision for times in kinds for precision in times.precisions}
@@ -149,7 +161,8 @@ def device_times(
         for kind, times in zip(spec.kind_specs, kinds, strict=True)
     ]
     common = offered.intersection(*(times.precisions for times in kinds))
-    return replace(kinds[0], kinds=tuple(kinds), precisions=in_order(common))
+    most = max(kinds, key=lambda times: times.window or np.inf)
+    return replace(most, kinds=tuple(kinds), precisions=in_order(common), window=None)
 
 
 def _without_experts(times: LayerTimes, precisions: Iterable[str]) -> LayerTimes:
@@ -188,7 +201,7 @@ def _kind_times(
     return times
 
 
-def _times_of(cluster: Cluster, device_type: str, spec: ModelSpec, found: "Profiled") -> LayerTimes:
+def _times_of(cluster: Cluster, device_type: str, spec: ModelSpec, found: Profiled) -> LayerTimes:
     """From a profile, before any slowdown."""
     machine = _profiled_machine(cluster, device_type, found.device)
     rehearsed = found.slowdown is not None or found.device.num_threads is not None
@@ -264,29 +277,6 @@ def _profiled_machine(cluster: Cluster, device_type: str, device: ProfiledDevice
     return machine_of(cluster, device_type)
 
 
-@dataclass(frozen=True)
-class Profiled:
-    """What was measured of a device type. `slowdown`: of its rehearsal; None where it is itself."""
-
-    name: str
-    device: ProfiledDevice
-    rows: list[ProfileRow]
-    models: list[ChosenModel]
-    memory: list[MemoryRow]
-    slowdown: float | None = None
-
-
-def profiled(
-    cluster: Cluster, device_type: str, spec: ModelSpec, profiles: Sequence[Profile]
-) -> Profiled | None:
-    """The type's own profiles; else, where it is rehearsed, one thread of the CPU or a card."""
-    own = [p for p in profiles if p.device.type == device_type]
-    if rows := rows_of(own, spec):
-        return _profiled(own, rows, spec, own[0].device.name)
-    role = cluster.rehearse.get(device_type)
-    return _rehearsed(profiles, spec, role.slowdown) if role else None
-
-
 def measured_times(
     rows: Iterable[ProfileRow],
     source: str,
@@ -306,7 +296,9 @@ def measured_times(
     ends: dict[tuple[str, str], TimeModel] = {}
     if figures is not None and figures.own:
         ends |= rooflines(figures.device, figures.spec, (), figures.machine)
-    return LayerTimes(ends | fits, precisions, f"{source}; {_quality_of(fits, bool(ends))}")
+    source = f"{source}; {_quality_of(fits, bool(ends))}"
+    window = figures.spec.window if figures is not None else None
+    return LayerTimes(ends | fits, precisions, source, window=window)
 
 
 def spec_sheet_times(
@@ -319,14 +311,9 @@ def spec_sheet_times(
         precisions = with_fewer_for_experts(precisions)
     source = f"{SPEC_SHEET}; {provenance(device)}"
     models = rooflines(device, spec, precisions, machine)
-    return LayerTimes(models, precisions, source, measured=False, machine=machine)
-
-
-def rows_of(profiles: Sequence[Profile], spec: ModelSpec) -> list[ProfileRow]:
-    """The rows of this layer shape, if they hold a precision in both phases."""
-    rows = [row for p in profiles for row in p.rows if row.model_key == spec.model_key]
-    phases = [{r.precision for r in rows if r.phase == phase} for phase in ("prefill", "decode")]
-    return rows if phases[0] & phases[1] else []
+    return LayerTimes(
+        models, precisions, source, measured=False, machine=machine, window=spec.window
+    )
 
 
 @lru_cache(maxsize=16)
@@ -366,24 +353,3 @@ def _quality_of(fits: Mapping[tuple[str, str], Fitted], has_sheet: bool) -> str:
 
 def _slowed(times: LayerTimes, slowdown: float) -> LayerTimes:
     return replace(times.scaled(slowdown), provenance=f"{times.provenance}; x{slowdown:g} slowdown")
-
-
-def _profiled(
-    profiles: Sequence[Profile], rows: list[ProfileRow], spec: ModelSpec, name: str
-) -> Profiled:
-    models = [m for p in profiles for m in p.models if m.model_key == spec.model_key]
-    memory = [row for p in profiles for row in p.memory if row.model_key == spec.model_key]
-    return Profiled(name, profiles[0].device, rows, models, memory)
-
-
-def _rehearsed(profiles: Sequence[Profile], spec: ModelSpec, slowdown: float) -> Profiled | None:
-    """One device: rehearsals run on one thread of the CPU, else they share a card."""
-    one_thread = [p for p in profiles if (p.device.type, p.device.num_threads) == ("cpu", 1)]
-    cards = [p for p in profiles if p.device.type == "cuda"]
-    for what, group in (("one CPU thread", one_thread), ("CUDA", cards)):
-        for name in dict.fromkeys(p.device.name for p in group):
-            same = [p for p in group if p.device.name == name]
-            if rows := rows_of(same, spec):
-                found = _profiled(same, rows, spec, f"{name} ({what})")
-                return replace(found, slowdown=slowdown)
-    return None

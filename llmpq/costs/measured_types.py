@@ -8,7 +8,7 @@ taken from the profile into the plan's cluster.
 from collections.abc import Sequence
 
 from llmpq.cluster import Cluster, DeviceGroup
-from llmpq.costs.latency import rows_of
+from llmpq.costs.profile_rows import keys_of, rows_of
 from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.profile_data import Profile, ProfiledDevice
 
@@ -41,9 +41,8 @@ def _description(group: DeviceGroup, device: ProfiledDevice) -> dict[str, object
 
 def unused_profiles(cluster: Cluster, spec: ModelSpec, profiles: Sequence[Profile]) -> list[str]:
     """A note for each profile that no time of this cluster comes from, with the reason."""
-    keys = {spec.model_key} | {
-        spec.shard(degree).model_key for degree in DEGREES if not shard_faults(spec, degree)
-    }
+    degrees = [1, *(degree for degree in DEGREES if not shard_faults(spec, degree))]
+    keys = {key for n in degrees for kind in spec.shard(n).kind_specs for key in keys_of(kind)}
     notes = []
     for profile in profiles:
         alike = [p for p in profiles if _kind(p) == _kind(profile)]
@@ -79,7 +78,9 @@ def _why_no_rows(keys: set[str], spec: ModelSpec, profile: Profile, alike: list[
     if not rows:
         others = ", ".join(dict.fromkeys(row.model_key for row in profile.rows))
         return f"it is for another model ({others}; this one is {spec.model_key})"
-    if rows_of(alike, spec) or any(r.model_key != spec.model_key for r in rows):
+    whole = {key for kind in spec.kind_specs for key in keys_of(kind)}
+    is_used = any(rows_of(alike, kind) for kind in spec.kind_specs)
+    if is_used or any(row.model_key not in whole for row in rows):
         return ""
     phases = {row.phase for row in rows} & {"prefill", "decode"}
     if len(phases) < 2:

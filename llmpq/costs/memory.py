@@ -1,11 +1,12 @@
 """Memory of a stage in bytes: weights, cache, activations, message buffers.
 
 Weights and cache add up layer by layer, each a product of named factors; the cache has all lanes'
-tokens. Activations are those of the largest micro-batch of either phase, a chunk that ends the
-longest prompt included. Their peak is the greatest of a family's moments: what was alive at once
-when `llmpq.models.count` ran the family's own modules without weights (assets/activations.json), as
-products of sizes. To a moment at which a linear computes comes what that takes for itself, by its
-kernel and number of rows (`llmpq.kernel_table`): some unpack a matrix in parts.
+tokens, or of each slot those of a layer's window. Activations are those of the largest micro-batch
+of either phase, a chunk that ends the longest prompt included. Their peak is the greatest of a
+family's moments: what was alive at once when `llmpq.models.count` ran the family's own modules
+without weights (assets/activations.json), as products of sizes. To a moment at which a linear
+computes comes what that takes for itself, by its kernel and number of rows (`llmpq.kernel_table`):
+some unpack a matrix in parts.
 A card's decode steps are CUDA graphs: what they compute in is theirs for the whole run, and lies
 beside what a prefill takes, with what the graphs hold themselves. Elsewhere the larger phase
 counts.
@@ -31,7 +32,7 @@ from llmpq.costs.peak import (
     peak_bytes,
 )
 from llmpq.expert_kernels import expert_bytes, most_tokens
-from llmpq.job import LaneShape, cache_tokens
+from llmpq.job import LaneShape, bounding_window, cache_tokens
 from llmpq.kernel import GRAPH_BYTES, graph_lengths
 from llmpq.kernel_table import held_bytes
 from llmpq.machine import TORCH_CARD, Machine
@@ -41,7 +42,9 @@ from llmpq.precision import PRECISIONS, layer_precision
 from llmpq.workspace import HALF, SINGLE
 
 HEADER_BYTES = 16  # of a message
-STEP_NUMBERS = 5  # for each row of a decode step: where it stands, what it is
+# For each row of a decode step: where it stands, what it is; and for each layout of slots one more.
+STEP_NUMBERS = 4
+STORE_NUMBERS = 3  # for each token of a prefill that is stored: which one it is, and where it goes
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,12 @@ def stage_memory(
     assert kinds is not None or not spec.kinds, "layers of several kinds need their places"
     of_layers = kinds or (0,) * len(precisions)
     alike = Counter(zip(of_layers, precisions, strict=True))
-    tokens = cache_tokens(sizes.lanes)
     layers = sum(
         count * layer_weight_bytes(spec.kind_specs[kind], precision, machine)
         for (kind, precision), count in alike.items()
     )
     cache = sum(
-        count * layer_cache_bytes(spec.kind_specs[kind], tokens)
+        count * layer_cache_bytes(spec.kind_specs[kind], sizes.lanes)
         for kind, count in Counter(of_layers).items()
     )
     return StageMemory(
@@ -156,12 +158,12 @@ def _matrices_bytes(machine: Machine, precision: str, linears: Iterable[LinearSh
     return sum(held_bytes(machine, precision, op.out_features, op.in_features) for op in linears)
 
 
-def layer_cache_bytes(spec: ModelSpec, cache_tokens: int) -> int:
-    """Keys and values of so many tokens, for one layer.
+def layer_cache_bytes(spec: ModelSpec, lanes: Iterable[LaneShape]) -> int:
+    """Keys and values of one layer, of a model with one kind: a slot keeps no more than a window.
 
-    A sliding window cuts nothing off: the runtime keeps every token and hides it by the mask.
+    `cache_tokens` is what the runtime allocates by, too.
     """
-    return cache_tokens * spec.kv_values_per_token * HALF
+    return cache_tokens(lanes, spec.window) * spec.kv_values_per_token * HALF
 
 
 def end_weight_bytes(spec: ModelSpec, *, first: bool, last: bool) -> int:
@@ -229,7 +231,7 @@ def activation_bytes(
     chunk, prompt = sizes.chunk_tokens, sizes.prompt_tokens
     prefill = prefill_bytes(spec, sizes.prefill_micro_batch, chunk, prompt, **stage)
     decode = decode_bytes(spec, *sizes.largest, **stage) + graph_bytes(sizes.lanes, machine)
-    kept = step_bytes(spec, sizes.lanes, first=first, last=last)
+    kept = step_bytes(spec, sizes.lanes, first=first, last=last, kinds=kinds)
     return kept + int(of_both_phases(prefill, decode, machine))
 
 
@@ -272,7 +274,14 @@ def graph_bytes(lanes: Iterable[LaneShape], machine: Machine) -> int:
     return GRAPH_BYTES * sum(len(graph_lengths(lane.tokens)) for lane in lanes)
 
 
-def step_bytes(spec: ModelSpec, lanes: Iterable[LaneShape], *, first: bool, last: bool) -> int:
+def step_bytes(
+    spec: ModelSpec,
+    lanes: Sequence[LaneShape],
+    *,
+    first: bool,
+    last: bool,
+    kinds: Collection[int] | None = None,
+) -> int:
     """Buffers of decode steps that stay: numbers, the last tokens, states that come in and go out.
 
     As `llmpq.runtime.steps` makes them; those that a stage does not need have one value.
@@ -280,7 +289,9 @@ def step_bytes(spec: ModelSpec, lanes: Iterable[LaneShape], *, first: bool, last
     counts = [lane.rows for lane in lanes]
     rows, in_flight = max(counts), sum(counts)
     states = HALF * rows * spec.hidden_size
-    numbers = TOKEN_BYTES * (STEP_NUMBERS * rows + in_flight) + SINGLE * rows
+    windows = (spec.kind_specs[kind].window for kind in _kinds(spec, kinds))
+    layouts = len({bounding_window(lanes, window) for window in windows})
+    numbers = TOKEN_BYTES * ((STEP_NUMBERS + layouts) * rows + in_flight) + SINGLE * rows
     return numbers + (HALF if first else states) + (HALF if last else states)
 
 
@@ -303,11 +314,32 @@ def prefill_bytes(
     jobs = [MicroBatch(requests, tokens, tokens, machine)]
     if longest is not None and longest > tokens:
         jobs.append(MicroBatch(1, tokens, longest, machine))
+    windows = {spec.kind_specs[kind].window for kind in _kinds(spec, kinds)}
     return max(
-        peak_bytes(spec.kind_specs[kind], job, moments_of(met, kind), precisions, first, last)
+        peak_bytes(one, job, moments_of(met, kind), precisions, first, last)
+        + seen_bytes(one, job)
+        + index_bytes(windows, job)
         for job in jobs
         for kind in _kinds(spec, kinds)
+        for one in (spec.kind_specs[kind],)
     )
+
+
+def index_bytes(windows: Collection[int | None], job: MicroBatch) -> int:
+    """Where a prefill's states are stored, for all layouts of slots but one, which moments have."""
+    kept = sorted(min(job.tokens, window or job.tokens) for window in windows)
+    return STORE_NUMBERS * TOKEN_BYTES * job.requests * sum(kept[:-1])
+
+
+def seen_bytes(spec: ModelSpec, chunk: MicroBatch) -> int:
+    """The keys and values that a chunk sees, which a layer with a window puts together.
+
+    They are its own and those of the window before it, where that does not hold all earlier ones.
+    """
+    before = chunk.seen - chunk.tokens
+    if spec.window is None or before == 0:
+        return 0
+    return (min(before, spec.window) + chunk.tokens) * spec.kv_values_per_token * HALF
 
 
 def decode_bytes(
@@ -322,14 +354,20 @@ def decode_bytes(
     single: bool = False,
     machine: Machine = TORCH_CARD,
 ) -> int:
-    """The peak of `requests` with one new token each, which attends to `seen` tokens."""
+    """The peak of `requests` with one new token each, which attends to `seen` tokens or a window.
+
+    With a window, the mask is made of the positions that its columns hold.
+    """
     known = activations_of(spec)
     met = moments_met(known.decode, known.decode_first, known.decode_last, first, last, single)
-    batch = MicroBatch(requests, 1, seen, machine)
-    return max(
-        peak_bytes(spec.kind_specs[kind], batch, moments_of(met, kind), precisions, first, last)
-        for kind in _kinds(spec, kinds)
-    )
+    most = 0
+    for kind in _kinds(spec, kinds):
+        one, moments = spec.kind_specs[kind], moments_of(met, kind)
+        columns = seen if one.window is None else min(seen, one.window)
+        batch = MicroBatch(requests, 1, columns, machine)
+        positions = 0 if one.window is None else TOKEN_BYTES * requests * columns
+        most = max(most, positions + peak_bytes(one, batch, moments, precisions, first, last))
+    return most
 
 
 def _kinds(spec: ModelSpec, kinds: Collection[int] | None) -> Collection[int]:

@@ -67,7 +67,8 @@ def offload_memory(
     """Memory of a block of `batch` requests; prompts padded to the longest."""
     number = Counter(spec.kind_of_layers)
     weights = [memory.layer_weight_bytes(kind, precision, machine) for kind in spec.kind_specs]
-    cache = [memory.layer_cache_bytes(kind, cache_tokens) for kind in spec.kind_specs]
+    one = [LaneShape(1, cache_tokens)]
+    cache = [memory.layer_cache_bytes(kind, one) for kind in spec.kind_specs]
     lanes = (LaneShape(micro_batch, cache_tokens),) * -(-batch // micro_batch)
     sizes = memory.RunSizes(lanes, micro_batch, prompt_tokens, prompt_tokens, num_stages=1)
     machine = replace(machine, graphs=False)  # weights come and go between the layers of a step

@@ -23,7 +23,7 @@ import numpy as np
 from llmpq.costs import links
 from llmpq.costs.latency import LayerTimes
 from llmpq.errors import UserError
-from llmpq.plan_data import Plan
+from llmpq.plan_data import Plan, spec_of_run
 from llmpq.run_report import Report
 
 PULL = 2e-3  # squared: 1 % of relative error weighs as much as a factor 0.2 off its common one
@@ -95,7 +95,7 @@ def stage_calls(reports: Sequence[tuple[Report, Plan]]) -> list[StageCalls]:
 
     Raises `UserError` where layers differ, as runs time whole stages.
     """
-    if several := next((plan.model.name for _, plan in reports if plan.model.kinds), None):
+    if several := next((plan.model.name for _, plan in reports if spec_of_run(plan).kinds), None):
         raise UserError(
             f"{several}: has layers of several kinds, which runs do not time apart; profile them "
             "with 'llmpq-profile layers' instead"

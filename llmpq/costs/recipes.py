@@ -18,9 +18,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llmpq.costs.attended import attended_past
 from llmpq.costs.links import Seconds, Tokens
 from llmpq.costs.routing import TOKENS, Routing, measured_routing
 from llmpq.kernel_table import MAX_ROWS
+from llmpq.model_spec import window_in
 from llmpq.profile_data import ModelPart, ProfileRow
 
 LEAST_A_SIDE = 4  # of a switch
@@ -75,8 +77,11 @@ Recipe = Callable[[Points], Model]
 
 
 def points_of(rows: Sequence[ProfileRow]) -> Points:
-    """Rows of one phase as arrays; several rows of one point are averaged."""
-    keys = np.array([(row.micro_batch, row.tokens) for row in rows], dtype=float)
+    """Rows of one phase as arrays; several rows of one point are averaged.
+
+    Past tokens that a window hides are no part of a point.
+    """
+    keys = np.array([(row.micro_batch, _length(row)) for row in rows], dtype=float)
     unique, where = np.unique(keys, axis=0, return_inverse=True)
     count = np.bincount(where.ravel())
 
@@ -92,6 +97,10 @@ def points_of(rows: Sequence[ProfileRow]) -> Points:
         mean_s(max(row.time_ms_p90, row.time_ms) for row in rows),
         routing=measured_routing(rows) if rows[0].phase in TOKENS else None,
     )
+
+
+def _length(row: ProfileRow) -> Tokens:
+    return attended_past(row.phase, row.tokens, window_in(row.model_key))
 
 
 def grouped(rows: Iterable[ProfileRow]) -> dict[tuple[str, str], list[ProfileRow]]:

@@ -22,10 +22,11 @@ from llmpq.costs.latency import (
     device_times,
     machine_of,
     measured_times,
-    rows_of,
+    of_all_kinds,
     with_calls,
 )
 from llmpq.costs.links import Seconds, Tokens
+from llmpq.costs.profile_rows import rows_of
 from llmpq.costs.recipes import grouped
 from llmpq.costs.spec_sheet import Roofline, rooflines
 from llmpq.devices import DeviceType
@@ -34,6 +35,8 @@ from llmpq.kernel import LAYER_LAUNCHES, START_S
 from llmpq.machine import Machine
 from llmpq.model_spec import ModelSpec
 from llmpq.profile_data import Profile, ProfileRow
+
+Exchange = Callable[[int, Tokens], Seconds]
 
 
 def tensor_parallel_times(
@@ -55,13 +58,22 @@ def tensor_parallel_times(
             f"device type '{device_type}' is rehearsed: a stage of {degree} such devices cannot be "
             "priced, as CPU processes do not share layers; plan with --tensor-parallel off"
         )
-    times = _shard_times(cluster, device_type, spec, degree, profiles)
-    exchange = _exchanges(cluster.link_between(node_name, node_name), degree, spec)
+    link = cluster.link_between(node_name, node_name)
+    exchange = _exchanges(link, degree, spec)
+    note = f"; {degree} devices per stage, all-reduce over the link of {node_name}"
+    kinds = [
+        _with_exchanges(_shard_times(cluster, device_type, kind, degree, profiles), exchange, note)
+        for kind in spec.kind_specs
+    ]
+    return of_all_kinds(spec, kinds)
+
+
+def _with_exchanges(times: LayerTimes, exchange: Mapping[str, Exchange], note: str) -> LayerTimes:
+    """Times of what a device computes, with the exchanges of each phase on top."""
     models = {
         key: WithExchange(model, exchange[key[1]]) if key[1] in exchange else model
         for key, model in times.models.items()
     }
-    note = f"; {degree} devices per stage, all-reduce over the link of {node_name}"
     return replace(times, models=models, provenance=times.provenance + note)
 
 
@@ -70,7 +82,7 @@ class WithExchange:
     """What a device computes, then what the devices of its stage tell each other."""
 
     compute: TimeModel
-    exchange: Callable[[int, Tokens], Seconds]
+    exchange: Exchange
 
     def seconds(self, micro_batch: int, tokens: Tokens) -> Seconds:
         """One after the other."""
@@ -81,9 +93,7 @@ class WithExchange:
         return self.compute.accuracy(micro_batch, tokens)
 
 
-def _exchanges(
-    link: Link, degree: int, spec: ModelSpec
-) -> dict[str, Callable[[int, Tokens], Seconds]]:
+def _exchanges(link: Link, degree: int, spec: ModelSpec) -> dict[str, Exchange]:
     """By phase. A layer sums what attention and feed-forward network give: two all-reduces."""
 
     def all_reduce(num_tokens: Tokens) -> Seconds:

@@ -114,7 +114,7 @@ class Scorer:
         """The new tokens of each request of one batch."""
         new_tokens = requests[0].new_tokens
         lane = LaneShape(len(requests), max(len(r.prompt) for r in requests) + new_tokens)
-        caches = [LaneCache(s.layers.count, [lane]) for s in self.stages]
+        caches = [LaneCache(s.layers.count, [lane], s.windows) for s in self.stages]
         steps = [
             DecodeStepRunner(*pair, sampling) for pair in zip(self.stages, caches, strict=True)
         ]

@@ -5,6 +5,7 @@ transformers looks both up by a name in the configuration. A stage's layers find
 The mask of each row depends on the columns of its query tokens, which the cache gives
 (`Cache.get_query_offset`): one number in a prefill, a tensor with a column for each row in a decode
 step. transformers composes the rest (sliding windows, chunks of attention) from its own functions.
+Of layers with a window the cache also gives the positions of keys, which lie in a ring.
 
 An attention sink (gpt-oss, arXiv 2508.10925) is a learned score of each head that takes part in
 the softmax and has no value. Modules of latent attention pass latents (`llmpq.models.latent`).
@@ -213,7 +214,7 @@ def make_mask(
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor,
-    kv_offset: int = 0,
+    kv_offset: int | Tensor = 0,
     mask_function: MaskFunction = lambda *_: True,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
@@ -223,9 +224,10 @@ def make_mask(
 ) -> Tensor | None:
     """The mask `[R or 1, 1, S, T]`, True where a query sees a key; None for causal attention.
 
-    `q_offset` is the column of the first query token, or `[R]` of each row's. `local_size` is the
-    most columns that a query sees. Padding is on the right, where no query sees it, and needs no
-    mask.
+    `q_offset` is the place in the text of the first query token, or `[R]` of each row's;
+    `kv_offset` that of the first key, or `[R, T]` of all keys, below 0 where there is none.
+    `local_size` is the most keys that a query sees. Padding is on the right, where no query sees
+    it, and needs no mask.
     """
     assert attention_mask is None, "stages pad on the right and pass no padding masks"
     within = local_size is None or kv_length <= local_size
@@ -235,6 +237,10 @@ def make_mask(
     rows = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
     heads = torch.zeros((), dtype=torch.int64, device=device)
     queries = torch.arange(q_length, device=device).view(1, 1, -1, 1) + first
+    if isinstance(kv_offset, Tensor):
+        keys = kv_offset[:, None, None]
+        ring: Tensor = mask_function(rows, heads, queries, keys) & (keys >= 0)
+        return ring
     keys = torch.arange(kv_length, device=device).view(1, 1, 1, -1) + kv_offset
     mask: Tensor = mask_function(rows, heads, queries, keys)
     return mask

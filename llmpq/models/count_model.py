@@ -1,6 +1,7 @@
 """Makes the spec of a model by counting on transformers' own modules, on the meta device.
 
-Layers are of one kind if their parameters have the same names and shapes. One layer of each kind is
+Layers are of one kind if their parameters have the same names and shapes, and if they attend to
+windows of as many tokens. One layer of each kind is
 cut out as a stage, as it would run, and counted: its linears, its routed experts, other parameters,
 and what a token leaves in its cache. Snapshots of activations are those of all kinds together.
 
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from llmpq.errors import UserError
 from llmpq.job import LaneShape
 from llmpq.model_known import num_experts
-from llmpq.model_lookup import refuse_plainly
+from llmpq.model_lookup import kind_name, refuse_plainly
 from llmpq.model_spec import Activations, Experts, LayerKind, LinearShape, ModelSpec
 from llmpq.models.buffers import stored_buffers
 from llmpq.models.count import NUM_LAYERS, OTHER_PRIMES, count_activations, with_layers
@@ -31,6 +32,7 @@ from llmpq.models.live_tensors import LiveTensors
 from llmpq.models.stage_memory import META, MicroBatchShape, run_on_meta
 from llmpq.models.stage_model import LayerRange, StageModel, load_config
 from llmpq.quant import PlainLinear
+from llmpq.windows import configured_windows
 
 FLOAT32_BYTES = 4
 SEEN = 2  # tokens of the step that fills a cache
@@ -76,7 +78,7 @@ def layer_kinds(config: Any) -> tuple[list[int], tuple[int, ...]]:
 
 
 def _shapes(config: Any) -> list[Hashable]:
-    """Of every layer, the names and shapes of its parameters."""
+    """Of every layer, its window, and the names and shapes of its parameters."""
     with torch.device(META):
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=False, dtype=torch.bfloat16
@@ -84,7 +86,8 @@ def _shapes(config: Any) -> list[Hashable]:
     family = family_of(model, config.model_type)
     layers = find(model, f"{family.decoder}.{family.layers}")
     assert isinstance(layers, nn.ModuleList)
-    return [tuple((n, tuple(t.shape)) for n, t in _held(layer)) for layer in layers]
+    shapes = [tuple((n, tuple(t.shape)) for n, t in _held(layer)) for layer in layers]
+    return list(zip(configured_windows(config), shapes, strict=True))
 
 
 def _activations(config: Any, spec: ModelSpec, path: Path) -> Activations:
@@ -130,8 +133,10 @@ def _count_layer(config: Any, place: int, path: Path) -> LayerKind:
     experts = _experts(layer, ran, path)
     params = sum(op.out_features * op.in_features for op in linears)
     params += experts.params if experts else 0
+    (window,) = stage.windows
     return LayerKind(
-        name="dense" if experts is None else "experts",
+        name=kind_name(window, "dense" if experts is None else "experts"),
+        window=window,
         linears=linears,
         layer_other_params=_num_params(layer) + _widened(stage) - params,
         ffn_size=_ffn_size(config, layer, experts),

@@ -69,9 +69,9 @@ def run_on_meta(stage: StageModel, cache: LaneCache, shape: MicroBatchShape) -> 
     columns, positions = _integers(requests), _integers(requests, tokens)
     if tokens == shape.seen:
         every = _integers(requests * tokens)  # as if one prompt were a little shorter
-        view = cache.prompts(StoreIndex(every, every.clone(), every.clone()), 0)
+        view = cache.prompts([StoreIndex(every, every.clone(), every.clone())])
     else:
-        view = cache.step(0, range(requests), shape.seen, columns, columns)
+        view = cache.step(0, range(requests), shape.seen, columns, columns[None])
     hidden = stage.run(given, positions, view)
     if stage.layers.is_last:
         logits = stage.head(hidden[:, -1])

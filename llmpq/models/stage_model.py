@@ -51,6 +51,7 @@ from llmpq.models.sharding import (
     sum_outputs,
 )
 from llmpq.quant import INPUTS, PlainLinear, QuantizedLinear
+from llmpq.windows import configured_windows
 
 # One precision for a layer, or one for each linear by its name inside ("self_attn.q_proj").
 LayerPrecision = str | Callable[[str], str]
@@ -168,6 +169,11 @@ class StageModel(nn.Module):
     def own_layers(self) -> list[nn.Module]:
         """The layers of this stage."""
         return list(self.all_layers)[self.layers.first : self.layers.end]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer of this stage the most tokens that it attends to; None: all of them."""
+        return configured_windows(self.config)[self.layers.first : self.layers.end]
 
     @property
     def looks_at_lengths(self) -> bool:

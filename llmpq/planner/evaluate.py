@@ -119,7 +119,7 @@ def to_plan(problem: Problem, assignment: Assignment, method: str, predicted: Pr
     configuration = assignment.configuration
     shapes = problem.lanes(configuration.sizes, configuration.decode_micro_batch)
     return Plan(
-        model=problem.spec,
+        model=problem.model or problem.spec,
         workload=problem.workload,
         cluster=problem.cluster,
         method=method,

@@ -20,7 +20,9 @@ import numpy as np
 
 from llmpq.cluster import DEFAULT_LINK_GBS, MIB, Device
 from llmpq.costs import memory
+from llmpq.costs.links import Tokens
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
+from llmpq.job import LaneShape
 from llmpq.planner.layer_options import LayerOption, lacking, option_of
 from llmpq.planner.problem import OVER, Problem
 from llmpq.planner.sizes import batch_options, micro_batch_options
@@ -189,7 +191,7 @@ def _prefill_s(
     for option, number in _layers(problem, block).items():
         compute = seconds_of_all(layer_work(times, option).prefill, group, size, tokens)
         streamed = missing[0] * _weight_bytes(problem, block, option)
-        stored = missing[1] * _cache_bytes(problem, group, option) * tokens
+        stored = missing[1] * _cache_bytes(problem, group, option, tokens)
         each = layer_s(compute, streamed, stored, host_link_bytes_per_s(problem, block.device))
         total = total + number * each
     return np.asarray(total)
@@ -202,9 +204,11 @@ def _step_s(problem: Problem, block: _Block, group: BatchGroup, missing: np.ndar
     total = seconds_of_all(fixed_work(times, True, True).decode, group, size, past)
     for option, number in _layers(problem, block).items():
         compute = seconds_of_all(layer_work(times, option).decode, group, size, past)
-        cache = missing[1] * _cache_bytes(problem, group, option)
-        loaded = missing[0] * _weight_bytes(problem, block, option) + cache * past
-        each = layer_s(compute, loaded, cache, host_link_bytes_per_s(problem, block.device))
+        cache, new = (_cache_bytes(problem, group, option, n) for n in (past, 1))
+        loaded = missing[0] * _weight_bytes(problem, block, option) + missing[1] * cache
+        each = layer_s(
+            compute, loaded, missing[1] * new, host_link_bytes_per_s(problem, block.device)
+        )
         total = total + number * each
     return np.asarray(total)
 
@@ -226,9 +230,13 @@ def _weight_bytes(problem: Problem, block: _Block, option: LayerOption) -> int:
     return memory.layer_weight_bytes(kind, option.precision, machine)
 
 
-def _cache_bytes(problem: Problem, group: BatchGroup, option: LayerOption) -> int:
-    """One layer's cache of one token of every request."""
-    return memory.layer_cache_bytes(problem.spec.kind_specs[option.kind], group.num_requests)
+def _cache_bytes(
+    problem: Problem, group: BatchGroup, option: LayerOption, tokens: Tokens
+) -> Tokens:
+    """One layer's cache of so many tokens of every request, of which it keeps a window."""
+    kind = problem.spec.kind_specs[option.kind]
+    kept = tokens if kind.window is None else np.minimum(tokens, kind.window)
+    return memory.layer_cache_bytes(kind, [LaneShape(group.num_requests, 1)]) * kept
 
 
 # ---- what came of it

@@ -36,8 +36,13 @@ MAX_DEVICES_A_STAGE = 64
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the files hold."""
+    """What the files hold.
 
+    `model`: as its configuration says; `spec`: where kinds of layers that do not differ on texts of
+    these lengths are one.
+    """
+
+    model: ModelSpec
     spec: ModelSpec
     cluster: Cluster
     workload: Workload
@@ -62,20 +67,22 @@ class Wishes:
 
 
 def inputs_of(
-    spec: ModelSpec,
+    model: ModelSpec,
     cluster: Cluster,
     workload: Workload,
     profiles: Sequence[Profile] = (),
     quality: QualityModel | None = None,
 ) -> Inputs:
     """Inputs as they belong together; without `quality` a generic estimate."""
+    lengths = tuple(planned_lengths(workload))
     return Inputs(
-        spec,
+        model,
+        model.within(max(map(sum, lengths))),
         with_measured_types(cluster, profiles),
         workload,
-        tuple(planned_lengths(workload)),
+        lengths,
         profiles,
-        quality or prior_of(spec),
+        quality or prior_of(model),
     )
 
 
@@ -96,6 +103,7 @@ def make_problem(
     budget = inf if wishes.theta is not None else inputs.quality.budget(wishes.max_quality_loss)
     problem = Problem(
         spec=inputs.spec,
+        model=inputs.model,
         cluster=inputs.cluster,
         workload=inputs.workload,
         lengths=inputs.lengths,

@@ -22,7 +22,6 @@ import numpy as np
 
 from llmpq.costs import memory
 from llmpq.costs.timeline import Costs, combined
-from llmpq.job import cache_tokens
 from llmpq.machine import Machine
 from llmpq.planner.job_table import table_of
 from llmpq.planner.layer_options import (
@@ -234,7 +233,7 @@ def _activations_of(problem: Problem, sizes: Sizes, stage: _StageKind) -> np.nda
         problem.chunk_tokens(sizes),
         stage.machine,
     )
-    ends = {"first": stage.first, "last": stage.last}
+    ends: dict[str, Any] = {"first": stage.first, "last": stage.last}
     run: dict[str, Any] = {**ends, "precisions": stage.precisions, "machine": machine}
 
     def prefill(requests: int) -> int:
@@ -267,11 +266,11 @@ def layer_bytes(problem: Problem, sizes: Sizes, devices: StageDevices) -> np.nda
 
     def compute() -> np.ndarray:
         spec = problem.shard(devices)
-        tokens = min(cache_tokens(problem.lanes(sizes, q)) for q in sizes.decode)
+        lanes = [problem.lanes(sizes, q) for q in sizes.decode]
         kinds = spec.kind_specs
+        cache = [min(memory.layer_cache_bytes(kind, some) for some in lanes) for kind in kinds]
         held = [
-            memory.layer_weight_bytes(kinds[kind], precision, machine)
-            + memory.layer_cache_bytes(kinds[kind], tokens)
+            memory.layer_weight_bytes(kinds[kind], precision, machine) + cache[kind]
             for kind, precision in options_of(problem)
         ]
         return np.array(held, dtype=float)

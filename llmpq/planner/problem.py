@@ -139,7 +139,8 @@ class Problem:
 
     `max_tensor_parallel`: the most devices of a stage; 1 leaves tensor parallelism out.
     `scales`: simulated seconds over those of the closed form, where that is known; the closed form
-    is multiplied by it.
+    is multiplied by it. `model`: the one that a plan names, where `spec` has fewer kinds of layers,
+    as some do not differ on texts of these lengths.
     """
 
     spec: ModelSpec
@@ -154,6 +155,7 @@ class Problem:
     max_tensor_parallel: int = 1
     profiles: Sequence[Profile] = ()  # where times of several devices a stage are looked up
     num_requests: int | None = None  # that the lengths stand for; None: for themselves
+    model: ModelSpec | None = None
     scales: Scales = field(default_factory=dict)
     _known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     _of_run: ValuesByObjects = field(default_factory=ValuesByObjects, repr=False)
@@ -339,7 +341,7 @@ class Problem:
         def compute() -> tuple[LaneShape, ...]:
             if given is None:
                 return lanes(self.lengths, *pair)
-            return lanes_for(self.lengths, given, *pair)
+            return lanes_for(self.lengths, given, *pair, set(self.spec.windows))
 
         return self.cached(LANES, (*pair, given), compute)
 

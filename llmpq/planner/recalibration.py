@@ -21,7 +21,7 @@ from llmpq.costs.latency import LayerTimes, device_times
 from llmpq.costs.quality import QualityModel, measured_quality, prior_of
 from llmpq.costs.recalibrate import Correction, StageCalls, correction, link_s, stage_calls
 from llmpq.errors import InfeasibleError, UserError
-from llmpq.plan_data import Plan
+from llmpq.plan_data import Plan, spec_of_run
 from llmpq.planner.evaluate import evaluate, to_assignment
 from llmpq.planner.planning import Options, replan
 from llmpq.planner.problem import Problem
@@ -112,8 +112,9 @@ def tokens_per_s(plan: Plan | None) -> float | None:
 def check_alike(runs: Sequence[ReportedRun], cluster: Cluster) -> None:
     """One model, and device types that mean the same everywhere."""
     faults = []
-    for run in runs:
-        if run.plan.model.model_key != runs[0].plan.model.model_key:
+    keys = [run.plan.model.without_windows().model_key for run in runs]  # older plans know of none
+    for run, key in zip(runs, keys, strict=True):
+        if key != keys[0]:
             faults.append(f"{run.path}: is of another model than {runs[0].path}")
         for name, role in run.plan.cluster.rehearse.items():
             here = cluster.rehearse.get(name)
@@ -131,7 +132,7 @@ def check_alike(runs: Sequence[ReportedRun], cluster: Cluster) -> None:
 
 def type_result(asked: Recalibration, name: str) -> TypeResult:
     """All about one device type; without a profile and without calls, the spec sheet stays."""
-    spec, cluster = asked.runs[0].plan.model, asked.cluster
+    spec, cluster = spec_of_run(asked.runs[0].plan), asked.cluster
     every = stage_calls([(run.report, run.plan) for run in asked.runs])
     measured = tuple(calls for calls in every if calls.device_type == name)
     before = device_times(cluster, name, spec, asked.profiles)
@@ -216,7 +217,8 @@ def _mean_steps(run: ReportedRun, times: dict[str, LayerTimes]) -> dict[int, flo
     if not {stage.devices[0] for stage in plan.stages} <= set(times):
         return {}
     problem = Problem(
-        spec=plan.model,
+        spec=spec_of_run(plan),
+        model=plan.model,
         cluster=plan.cluster,
         workload=plan.workload,
         lengths=tuple(planned_lengths(plan.workload)),
@@ -289,7 +291,8 @@ def _problem(
     quality = _quality(asked, plan)
     timed = in_order(p for t in times.values() for p in t.offered)
     return Problem(
-        spec=plan.model,
+        spec=spec_of_run(plan),
+        model=plan.model,
         cluster=cluster,
         workload=plan.workload,
         lengths=tuple(planned_lengths(plan.workload)),

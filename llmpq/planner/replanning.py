@@ -18,6 +18,7 @@ from llmpq.costs.latency import LayerTimes, device_times, machine_of
 from llmpq.costs.quality import QualityModel
 from llmpq.devices import device_library
 from llmpq.errors import InfeasibleError, UserError
+from llmpq.model_spec import ModelSpec
 from llmpq.plan_data import Plan
 from llmpq.planner.explain import why
 from llmpq.planner.input_files import InputFiles, read_inputs
@@ -39,6 +40,7 @@ class ReplanInputs:
     """What new plans are made from. `plan` is the first one, on the cluster as it was then."""
 
     plan: Plan
+    spec: ModelSpec  # the plan's model, for texts as long as those of the workload
     quality: QualityModel
     times: Mapping[str, LayerTimes]
     precisions: tuple[str, ...]
@@ -48,7 +50,8 @@ class ReplanInputs:
     def problem(self, cluster: Cluster, budget: float, theta: float = 0.0) -> Problem:
         """The problem of planning on `cluster`, what is left."""
         return Problem(
-            spec=self.plan.model,
+            spec=self.spec,
+            model=self.plan.model,
             cluster=cluster,
             workload=self.workload,
             lengths=tuple(planned_lengths(self.workload)),
@@ -82,10 +85,14 @@ def load_replan_inputs(
     quality = inputs.quality
     if files.sensitivity is None:
         quality = replace(quality, quantizer=quantizer)
-    times = {device.type: _times(inputs, device.type) for device in inputs.cluster.devices()}
+    workload = with_longest(plan.workload, longest)
+    spec = plan.model.within(max(map(sum, planned_lengths(workload))))
+    types = dict.fromkeys(device.type for device in inputs.cluster.devices())
+    times = {name: _times(inputs, spec, name) for name in types}
     timed = in_order(name for one in times.values() for name in one.offered)
     return ReplanInputs(
         plan=plan.model_copy(update={"cluster": inputs.cluster}),
+        spec=spec,
         quality=quality,
         times=times,
         precisions=tuple(
@@ -93,7 +100,7 @@ def load_replan_inputs(
             for name in timed
             if name in quality.omega and (not is_optional(name) or name in plan.precisions)
         ),
-        workload=with_longest(plan.workload, longest),
+        workload=workload,
         max_loss_percent=max_loss_percent,
     )
 
@@ -110,19 +117,19 @@ def absolute_quantizer(plan: Plan, plan_path: Path, moments: Path | None) -> Qua
     return plan.quantizer.model_copy(update={"moments": str(found.resolve())})
 
 
-def _times(inputs: Inputs, name: str) -> LayerTimes:
+def _times(inputs: Inputs, spec: ModelSpec, name: str) -> LayerTimes:
     """The best times that are there; of a rehearsed device without a profile, the spec sheet's.
 
     A CPU takes memory for it all the same.
     """
     cluster = inputs.cluster
     try:
-        return device_times(cluster, name, inputs.spec, inputs.profiles)
+        return device_times(cluster, name, spec, inputs.profiles)
     except UserError:
         if name not in device_library():
             raise
         real = cluster.model_copy(update={"rehearse": {}})
-        times = device_times(real, name, inputs.spec, inputs.profiles)
+        times = device_times(real, name, spec, inputs.profiles)
         return replace(times, machine=machine_of(cluster, name))
 
 

@@ -113,6 +113,8 @@ def profile_device(
     if target.card is not None:  # events and streams without a name are those of the current card
         torch.cuda.set_device(target.card.index)
     before = card_state(target.device)
+    longest = longest_text(request, target.device)
+    request = replace(request, spec=request.spec.within(longest))
     described = _describe(target)
     old = _old_profile(target.output, described) if request.extend else None
     kinds = tuple(
@@ -130,6 +132,15 @@ def profile_device(
         provenance=Provenance.here(described.name),
     )
     return LayerProfile(extended(profile, old) if old else profile, kinds)
+
+
+def longest_text(request: LayerRequest, device: torch.device) -> int:
+    """The most tokens of a text that is measured; windows that are wider make no kinds of layers.
+
+    Two tokens come after the past ones of a step: the one that it computes and the one it chooses.
+    """
+    usual = (LONGEST[device.type],)
+    return 2 + max(max(request.lists.get(name, usual)) for name in TOKENS)
 
 
 def _measure_kind(

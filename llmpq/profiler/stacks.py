@@ -228,7 +228,7 @@ class _Stack:
         self.experts = [m for m in stage.modules() if isinstance(m, PackedExperts)]
         self._path = f"{stage.family.decoder}.{stage.family.layers}"
         self._layers, self.own_layers = list(stage.all_layers), stage.own_layers
-        self._depth = stage.layers.count
+        self._depth, self._windows = stage.layers.count, stage.windows
 
     def computation(
         self, hidden: torch.Tensor, past: int, graphs: bool = True
@@ -240,7 +240,8 @@ class _Stack:
         """
         rows, tokens = hidden.shape[:2]
         lengths = [max(1, (past or tokens) - (row == 0)) for row in range(rows)]
-        cache = LaneCache(self._depth, [LaneShape(rows, past + tokens + 1)])
+        shapes = [LaneShape(rows, past + tokens + 1)]
+        cache = LaneCache(self._depth, shapes, self._windows)
         if not past:
             members = tuple(Member(0, row, n, row, 0) for row, n in enumerate(lengths))
             job = Job(True, members, 0, tokens, rows)

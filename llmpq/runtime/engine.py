@@ -82,7 +82,7 @@ class StageEngine:
             stage=stage,
             transport=transport,
             meter=MessageMeter(self.account),
-            cache=LaneCache(stage.layers.count, self.reserve.lanes),
+            cache=LaneCache(stage.layers.count, self.reserve.lanes, stage.windows),
             throttle=Throttle(factor, device),
             sampling=sampling,
             headers=headers_for(*micro_batches, len(plan.stages)),
@@ -111,7 +111,8 @@ class StageEngine:
         """
         plan = self.plan
         sizes = plan.batch, plan.decode_micro_batch
-        shapes = lanes_for(list(lengths.values()), self.reserve.lanes, *sizes)
+        windows = set(plan.model.windows)
+        shapes = lanes_for(list(lengths.values()), self.reserve.lanes, *sizes, windows)
         self._agree(shapes, samplings)
         most = min(chunk or self.reserve.chunk_tokens, self.reserve.chunk_tokens)
         items = (Item(number, *both) for number, both in lengths.items())
@@ -137,8 +138,8 @@ class StageEngine:
         self.transport.broadcast(table)
         agreed = tuple(LaneShape(*row) for row in table.tolist())
         if agreed != self.worker.cache.shapes:
-            num_layers = self.worker.stage.layers.count
-            self.worker.use_cache(LaneCache(num_layers, agreed))
+            stage = self.worker.stage
+            self.worker.use_cache(LaneCache(stage.layers.count, agreed, stage.windows))
 
     def graphs_note(self) -> str | None:
         """Says whether a card runs decode steps as CUDA graphs, and why not; None on a CPU."""

@@ -30,7 +30,8 @@ from llmpq.models.stage_model import StageModel
 from llmpq.runtime.sampler import Draws, Sampling, choose
 
 BROKEN = -1  # the token of logits that are not finite
-COLUMNS, TOKENS, REQUESTS, POSITIONS, IDS = range(5)  # rows of the table of numbers
+# Rows of the table of numbers; from TOKENS on there is one for each layout of the cache.
+COLUMNS, REQUESTS, POSITIONS, IDS, TOKENS = range(5)
 
 Key = tuple[int, int]  # lane, width
 
@@ -83,7 +84,8 @@ class DecodeStepRunner:
         self._rounds_up = _rounds_up(stage.device) and waiting is None
         device = stage.device
         self.is_first, self.is_last = stage.layers.is_first, stage.layers.is_last
-        self._numbers = torch.zeros(5, rows, dtype=torch.int64, device=device)
+        table = TOKENS + len(cache.layouts), rows
+        self._numbers = torch.zeros(table, dtype=torch.int64, device=device)
         self._ids = torch.zeros(cache.first_rows[-1], dtype=torch.int64, device=device)
         size = (rows, 1, stage.config.hidden_size)
         self._states, self._output = (
@@ -135,13 +137,13 @@ class DecodeStepRunner:
 
     def _fill(self, job: Job, rows: int, given: Tensor | None) -> None:
         """Copies a step's inputs into the static buffers, without waiting."""
-        numbers = torch.zeros(4, rows, dtype=torch.int64)
+        numbers = torch.zeros(len(self._numbers), rows, dtype=torch.int64)
         for member in job.members:
             numbers[COLUMNS, member.row] = member.column
             numbers[REQUESTS, member.row] = member.number
             numbers[POSITIONS, member.row] = member.position
-        numbers[TOKENS] = torch.tensor(self.cache.step_tokens(job, rows))
-        self._numbers[:4, :rows] = on_device(numbers, self.stage.device)
+        numbers[TOKENS:] = torch.tensor(self.cache.step_tokens(job, rows))
+        self._numbers[:, :rows] = on_device(numbers, self.stage.device)
         if not self.is_first:
             assert given is not None
             self._states[: job.rows].copy_(given, non_blocking=True)
@@ -159,7 +161,7 @@ class DecodeStepRunner:
             hidden = self.stage.embed((own_ids if self.keeps_ids else numbers[IDS])[:, None])
         else:
             hidden = self._states[span]
-        view = self.cache.step(lane, rows, width, numbers[COLUMNS], numbers[TOKENS])
+        view = self.cache.step(lane, rows, width, numbers[COLUMNS], numbers[TOKENS:])
         hidden = self.stage.run(hidden, numbers[COLUMNS][:, None], view)
         if not self.is_last:
             self._output[span].copy_(hidden)

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import CPU, hand_made_plan
-from test_memory import accounts
+from test_memory import accounts, predictions
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpq.models.count_model import count_model
+from llmpq.plan_data import Plan
 from llmpq.precision import with_fewer_for_experts
 from llmpq.quant import available_precisions
 
@@ -33,12 +34,15 @@ LATENT = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
 }
+SLIDING, FULL = "sliding_attention", "full_attention"
 MODELS = {
     "mixtral": {"num_local_experts": 4, "sliding_window": 8},
     "qwen3_moe": {"num_experts": 8, "mlp_only_layers": [1], "head_dim": 16},
     "glm4_moe": {"n_routed_experts": 8, "first_k_dense_replace": 2, "head_dim": 16},
     "deepseek_v3": LATENT
     | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 2},
+    "gemma3_text": {"sliding_window": 16, "layer_types": [SLIDING, SLIDING, FULL, SLIDING]},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 16, "sliding_window": 16},
 }
 NUM_PLANS = 10
 WEIGHTS_AND_CACHE, TOTAL = 0.01, 0.05
@@ -57,7 +61,8 @@ def model(request, tmp_path_factory):
 def random_plans(spec, seed):
     draw = random.Random(seed)
     offered = [p for p in ("16", "8", "4", "3") if p in available_precisions(CPU, torch.bfloat16)]
-    names = with_fewer_for_experts(offered)
+    has_experts = any(kind.experts for kind in spec.kind_specs)
+    names = with_fewer_for_experts(offered) if has_experts else offered
     for _ in range(NUM_PLANS):
         inner = sorted(draw.sample(range(1, spec.num_layers), draw.randint(0, 3)))
         precisions = [draw.choice(names) for _ in range(spec.num_layers)]
@@ -67,11 +72,40 @@ def random_plans(spec, seed):
         yield hand_made_plan(spec, [*inner, spec.num_layers], precisions, **sizes, **lengths)
 
 
+def check(model, plan):
+    """Never more than predicted, and hardly less."""
+    for held, predicted in accounts(model, plan):
+        assert abs(held.weights / predicted.weights - 1) <= WEIGHTS_AND_CACHE
+        assert 1 - WEIGHTS_AND_CACHE <= held.cache / predicted.cache <= 1
+        total = held.weights + held.cache + held.activations
+        expected = predicted.total - predicted.buffers  # messages are tested in a run
+        assert 1 - TOTAL <= total / expected <= 1, (plan.stages, held, predicted)
+
+
 def test_memory_of_random_plans(model):
     for plan in random_plans(model.spec, seed=1):
-        for held, predicted in accounts(model, plan):
-            assert abs(held.weights / predicted.weights - 1) <= WEIGHTS_AND_CACHE
-            assert abs(held.cache / predicted.cache - 1) <= WEIGHTS_AND_CACHE
-            total = held.weights + held.cache + held.activations
-            expected = predicted.total - predicted.buffers  # messages are tested in a run
-            assert 1 - TOTAL <= total / expected <= 1, (plan.stages, held, predicted)
+        check(model, plan)
+
+
+def test_memory_of_chunks_and_lanes_of_unequal_lengths(model):
+    if not any(model.spec.windows):
+        pytest.skip("no layer of this model has a window")
+    lanes = [{"rows": 4, "tokens": 40}, {"rows": 2, "tokens": 120}, {"rows": 2, "tokens": 12}]
+    for ends in ([4], [1, 3, 4]):
+        plan = hand_made_plan(model.spec, ends, "16", batch=8, p=2, q=4, prompt=100, new=20)
+        check(model, Plan.model_validate(plan.model_dump() | {"chunk_tokens": 24, "lanes": lanes}))
+
+
+def test_windows_bound_what_a_stage_keeps(model):
+    """Of texts of 250 tokens: a window of 16 keeps 17."""
+    if not any(model.spec.windows):
+        pytest.skip("no layer of this model has a window")
+    plan = hand_made_plan(model.spec, [4], "16", batch=4, p=1, q=2, prompt=240, new=10)
+    (predicted,) = predictions(plan)
+    spec, whole = model.spec, model.spec.without_windows()
+    token = [spec.kind_specs[kind].kv_values_per_token for kind in spec.kind_of_layers]
+    kept = [250 if window is None else window + 1 for window in spec.windows]
+    assert predicted.cache == 2 * 4 * sum(v * n for v, n in zip(token, kept, strict=True))
+    (full,) = predictions(plan.model_copy(update={"model": whole}))
+    assert full.cache == 2 * 4 * 250 * sum(token)
+    check(model, plan)

@@ -391,7 +391,7 @@ SIZES = RunSizes(
 @pytest.mark.parametrize("family", HAND_COUNTS)
 def test_weights_and_cache_of_every_family_by_hand(family: str) -> None:
     linears, other, embedding, final = HAND_COUNTS[family]
-    spec = make_spec(family)
+    spec = make_spec(family).within(SIZES.largest.tokens)
     middle = stage_memory(spec, ["16"] * 2, first=False, last=False, sizes=SIZES)
     assert middle.weights == 2 * 2 * (linears + other)
     first = stage_memory(spec, ["16"], first=True, last=False, sizes=SIZES)

@@ -19,8 +19,7 @@ def states(rows: int, tokens: int, first: int = 1) -> torch.Tensor:
 def held(cache: LaneCache, lane: int) -> list[list[float]]:
     """The keys of a lane, row by row."""
     buffer = cache.pair(0, states(1, 1), states(1, 1))[0]
-    shape = cache.shapes[lane]
-    return cache.view(buffer, lane, range(shape.rows), shape.tokens)[:, 0, :, 0].tolist()
+    return cache.layout(0).slots(buffer, lane)[:, :, 0, 0].tolist()
 
 
 def prompts(*members: Member, width: int) -> Job:
@@ -55,8 +54,8 @@ def test_rows_that_take_no_part_in_a_step_write_where_no_request_stores():
     first = prompts(Member(0, 0, 2, 0, 0), Member(0, 1, 3, 1, 0), width=3)
     cache.prefill(first, 0, 2, CPU).update(states(2, 3), states(2, 3), 0)
     job = Job(False, (Member(0, 1, 3, 1, 1),), 0, 4, 2)
-    tokens = cache.step_tokens(job, 2)
-    view = cache.step(0, range(2), 4, torch.tensor([0, 3]), torch.tensor(tokens))
+    tokens = torch.tensor(cache.step_tokens(job, 2))
+    view = cache.step(0, range(2), 4, torch.tensor([0, 3]), tokens)
     keys, _ = view.update(states(2, 1, 8), states(2, 1, 8), 0)
     assert keys.shape == (2, 1, 4, 2) and keys[1, 0, :, 0].tolist() == [4, 5, 6, 9]
     assert held(cache, 0) == [[1, 2, 0, 0, 0, 8], [4, 5, 6, 9, 0, 0]]

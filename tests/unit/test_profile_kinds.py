@@ -1,6 +1,7 @@
 """A profile of a model with layers of two kinds, one of them with experts."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig  # noqa: E402
 from llmpq.cluster import Cluster  # noqa: E402
 from llmpq.costs.latency import device_times  # noqa: E402
 from llmpq.costs.memory import layer_weight_bytes  # noqa: E402
+from llmpq.model_lookup import spec_from_config  # noqa: E402
 from llmpq.models.count_model import count_params  # noqa: E402
 from llmpq.profile_data import Candidate  # noqa: E402
 from llmpq.profiler.grid import farthest  # noqa: E402
@@ -130,3 +132,19 @@ def test_a_head_that_reads_projected_states_is_measured() -> None:
             probe = bench.open(cell)
             probe.warm_up(0)
             assert probe.experts_used() is None
+
+
+@pytest.mark.parametrize(("past", "keys"), [(8, ["v97"]), (40, ["v97-w16", "v97"])])
+def test_layers_with_windows_have_rows_of_their_own_where_texts_are_longer(
+    past: int, keys: list[str], tmp_path: Path
+) -> None:
+    sizes = {name: size for name, size in SIZES.items() if "expert" not in name}
+    settings = sizes | {"model_type": "gemma2", "sliding_window": 16}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    spec = spec_from_config(settings, "tiny")
+    lists = LISTS | {"past_tokens": (past,)}
+    request = LayerRequest(str(tmp_path), spec, lists, False, ("16",), budget_s=1.0)
+    target = Target(CPU, torch.bfloat16, "cpu", tmp_path / "profile.json")
+    found = profile_device(target, request, farthest, lambda _: None, lambda _: None)
+    measured = dict.fromkeys(row.model_key.split("-d16-")[1] for row in found.profile.rows)
+    assert list(measured) == keys

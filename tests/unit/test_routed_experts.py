@@ -13,7 +13,7 @@ from llmpq.costs import memory
 from llmpq.costs.latency import device_machine, spec_sheet_times
 from llmpq.costs.layer_kernels import expert_groups
 from llmpq.costs.memory import RunSizes, stage_memory
-from llmpq.costs.recalibrate import stage_calls
+from llmpq.costs.recalibrate import StageCalls, stage_calls
 from llmpq.costs.routing import Routing, balanced, fitted
 from llmpq.costs.spec_sheet import rooflines
 from llmpq.devices import device_library
@@ -26,6 +26,7 @@ from llmpq.model_lookup import load_model_spec
 from llmpq.model_spec import Experts, LayerKind, LinearShape, ModelSpec, experts_in
 from llmpq.precision import PRECISIONS, in_order, layer_precision, with_fewer_for_experts
 from llmpq.serving import matrices_of, serving
+from llmpq.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = load_model_spec(str(ROOT / "configs" / "models" / "llama-3.1-8b.json"))
@@ -194,9 +195,22 @@ def test_kernels_of_layers_are_by_the_precisions_of_their_matrices() -> None:
 
 
 def test_runs_of_layers_of_several_kinds_correct_no_profile() -> None:
-    with pytest.raises(UserError, match="layers of several kinds, which runs do not time apart"):
-        stage_calls([(SimpleNamespace(stages=[]), SimpleNamespace(model=mixed()))])
-    assert stage_calls([(SimpleNamespace(stages=[]), SimpleNamespace(model=SPARSE))]) == []
+    """Windows make kinds of layers only on texts that are longer."""
+    workload = Workload(prompt_tokens=90, new_tokens=10, num_requests=1)
+
+    def calls(model: ModelSpec) -> list[StageCalls]:
+        plan = SimpleNamespace(model=model, workload=workload)
+        return stage_calls([(SimpleNamespace(stages=[]), plan)])
+
+    def with_windows(window: int) -> ModelSpec:
+        dense, _ = mixed().kinds
+        kinds = dense.model_copy(update={"window": window}), dense
+        return mixed().model_copy(update={"kinds": kinds})
+
+    for several in (mixed(), with_windows(50)):
+        with pytest.raises(UserError, match="several kinds, which runs do not time apart"):
+            calls(several)
+    assert calls(SPARSE) == calls(with_windows(99)) == []
 
 
 def test_the_key_of_a_layer_names_its_experts_and_an_odd_cache() -> None:

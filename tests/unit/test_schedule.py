@@ -187,7 +187,7 @@ def test_lanes_hold_the_batch_and_the_longest_request(lengths, batch, rows):
     assert all(1 <= shape.rows <= rows for shape in shapes)
     assert max(shape.tokens for shape in shapes) == longest
     tokens = sum(shape.rows * shape.tokens for shape in shapes)
-    smaller = lanes_within(max(longest, tokens // 2), lengths, batch, rows)
+    smaller = lanes_within({None: max(longest, tokens // 2)}, lengths, batch, rows)
     assert sum(s.rows * s.tokens for s in smaller) <= max(longest, tokens // 2)
     assert max(shape.tokens for shape in smaller) == longest
 

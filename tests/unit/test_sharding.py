@@ -102,7 +102,7 @@ def together(stages, work):
 
 def forward(stage, cached=True):
     """States and logits of unequal prompts and of two tokens more for each, `[2, 7, ...]`."""
-    cache = LaneCache(stage.layers.end - stage.layers.first, [LaneShape(2, 9)])
+    cache = LaneCache(stage.layers.count, [LaneShape(2, 9)], stage.windows)
     columns = torch.tensor(LENGTHS)
     members = tuple(Member(0, row, length, row, 0) for row, length in enumerate(LENGTHS))
     view = cache.prefill(Job(True, members, 0, 5, 2), 0, 2, CPU) if cached else None
@@ -110,7 +110,8 @@ def forward(stage, cached=True):
     if cached:
         for step in range(2):
             at = columns + step
-            view = cache.step(0, range(2), 8, at, torch.tensor([0, 9]) + at)
+            job = Job(False, tuple(m._replace(position=step + 1) for m in members), 0, 8, 2)
+            view = cache.step(0, range(2), 8, at, torch.tensor(cache.step_tokens(job, 2)))
             calls.append((NEXT + step, at[:, None], view))
     states, logits = [], []
     for tokens, positions, view in calls:
