@@ -332,14 +332,30 @@ def index_bytes(windows: Collection[int | None], job: MicroBatch) -> int:
 
 
 def seen_bytes(spec: ModelSpec, chunk: MicroBatch) -> int:
-    """The keys and values that a chunk sees, which a layer with a window puts together.
+    """What a chunk makes of the keys and values that it sees, beside what moments count.
 
-    They are its own and those of the window before it, where that does not hold all earlier ones.
+    A layer with a window puts them together: its own and those of the window before it, where that
+    does not hold all earlier ones. Latents of earlier tokens are expanded.
     """
     before = chunk.seen - chunk.tokens
-    if spec.window is None or before == 0:
+    if before == 0:
+        return 0
+    if spec.kv_values is not None:
+        return before * _expanded_values(spec) * HALF
+    if spec.window is None:
         return 0
     return (min(before, spec.window) + chunk.tokens) * spec.kv_values_per_token * HALF
+
+
+def _expanded_values(spec: ModelSpec) -> int:
+    """Of a token's latent, at most: its keys twice, and what both keys and values are cut from.
+
+    Keys of all heads are as many values as queries, values as many as the attention's outputs.
+    """
+    sizes = {op.name: op for op in spec.linears}
+    makers = [sizes[name].out_features for name in ("q_b_proj", "q_proj") if name in sizes]
+    queries = max(makers, default=spec.num_heads * spec.head_dim)
+    return 3 * queries + (sizes["o_proj"].in_features if "o_proj" in sizes else queries)
 
 
 def decode_bytes(

@@ -96,6 +96,18 @@ def test_memory_of_chunks_and_lanes_of_unequal_lengths(model):
         check(model, Plan.model_validate(plan.model_dump() | {"chunk_tokens": 24, "lanes": lanes}))
 
 
+def test_memory_of_chunks_that_expand_latents(model):
+    """Chunks of a prompt that is much longer: they expand the latents of all tokens before them."""
+    if model.spec.kv_values is None:
+        pytest.skip("this model keeps keys and values")
+    for chunk, prompt in ((24, 60), (24, 200), (60, 200)):
+        plan = hand_made_plan(model.spec, [1, 4], "16", batch=4, p=1, q=2, prompt=prompt, new=20)
+        cut = Plan.model_validate(plan.model_dump() | {"chunk_tokens": chunk})
+        check(model, cut)
+        for held, predicted in accounts(model, cut):
+            assert 0.85 <= held.activations / predicted.activations <= 1
+
+
 def test_windows_bound_what_a_stage_keeps(model):
     """Of texts of 250 tokens: a window of 16 keeps 17."""
     if not any(model.spec.windows):
