@@ -24,6 +24,7 @@ from llmpq.config_keys import ConfigKeys
 from llmpq.errors import UserError
 from llmpq.families import family_for, has_sizes
 from llmpq.family_sizes import llama_sizes
+from llmpq.judged_models import shipped_spec
 from llmpq.language_part import LANGUAGE_PARTS, has_other_parts, language_part
 from llmpq.model_known import (
     is_known,
@@ -54,14 +55,26 @@ def load_model_spec(model: str) -> ModelSpec:
 
 
 def _spec(config: dict[str, Any], model: str, path: Path) -> ModelSpec:
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or has_sizes(model_type):
-        spec = spec_from_config(config, name=model, source=str(path))
-        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        if is_known(config, spec.num_layers, heads):
-            return spec
+    spec = _known_spec(config, model, path)
+    if spec is not None:
+        return spec
     refuse_plainly(config, str(path))
-    return _judged(config, path).model_copy(update={"name": model})
+    return (shipped_spec(config) or _judged(config, path)).model_copy(update={"name": model})
+
+
+def _known_spec(config: dict[str, Any], model: str, path: Path) -> ModelSpec | None:
+    """The spec of a model of a family with sizes, and settings that work; None for others."""
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and not has_sizes(model_type):
+        return None
+    spec = spec_from_config(config, name=model, source=str(path))
+    heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    return spec if is_known(config, spec.num_layers, heads) else None
+
+
+def needs_judging(config: dict[str, Any], path: Path) -> bool:
+    """Whether only transformers' modules tell what a model consists of."""
+    return _known_spec(config, str(path), path) is None
 
 
 def check_model(folder: Path, planned: ModelSpec, whose: str) -> None:

@@ -1,6 +1,6 @@
 """One planning run as values: our own search, then what other methods would do.
 
-The time limit covers all: a moment for a first plan by moves, the searches (a tenth, but 6.5
+The time limit covers all: a moment for a first plan by moves, the searches (a tenth, but 5.5
 seconds at least: the first one, and those with a closed form that simulated runs have corrected),
 and what is left for the other methods. They get the same space as our own search. The best plans
 of the search and those of the other methods within the budget are candidates alike: their simulated
@@ -35,7 +35,7 @@ from llmpq.planner.value import to_assignment
 PREDICTED: Table[tuple[Hashable, ...], Predicted] = Table()
 METHODS = ("auto", "ilp", "heuristic", *BASELINES)
 SEARCH_SHARE = 4 / 5
-SEARCH_S = 6.5  # that searches have, however short a tenth of the time limit is
+SEARCH_S = 5.5  # that searches have, however short a tenth of the time limit is
 FIRST_SHARE = 2 / 3  # of that, for the first one; the rest is for those with a corrected price
 CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
 CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before

@@ -38,7 +38,7 @@ def _names(text: str) -> frozenset[str]:
 NOUNS = _names(
     "expert_kernels "
     "version errors precision artifact config_keys windows family_sizes families"
-    " language_part model_known model_spec model_lookup "
+    " language_part model_known model_spec judged_models model_lookup "
     "workload devices cluster profile_data plan_data plan_diff run_report link_data quantizer job "
     "schedule schedule_state machine workspace kernel kernel_table serving device_names placement "
     "seats launch "
