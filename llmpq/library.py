@@ -7,10 +7,11 @@
     texts = llmpq.Engine(plan).generate(["Once upon a time"])
 
 All values are frozen, and a plan is what `llmpq-plan` writes and `llmpq-run` reads. Only `Engine`
-imports torch. Faults of files and values are `llmpq.errors.UserError`; where nothing fits,
+and `export_vllm` import torch. Faults of files and values are `llmpq.errors.UserError`; where nothing fits,
 `InfeasibleError` says what is short.
 
-Not covered: cards and several processes, which `llmpq-run` drives, profiling, and writing files.
+Not covered: cards and several processes, which `llmpq-run` drives, profiling, and writing files
+other than an export.
 """
 
 import json
@@ -24,6 +25,7 @@ from llmpq import cluster as clusters
 from llmpq import workload as workloads
 from llmpq.cluster import Cluster
 from llmpq.errors import FailedRequests, UserError
+from llmpq.exported import Exported
 from llmpq.model_lookup import DEFAULT_MODEL, check_model, load_model_spec
 from llmpq.model_spec import ModelSpec
 from llmpq.plan_data import Plan, Predicted
@@ -115,6 +117,24 @@ def simulate(
     predicted = price(problem, plan).predicted
     assert predicted is not None
     return predicted
+
+
+def export_vllm(
+    plan: Plan,
+    model_dir: str | Path | None,
+    output: str | Path,
+    *,
+    moments: str | Path | None = None,
+) -> Exported:
+    """Writes a mixed-precision checkpoint and launch files for stock vLLM, as `llmpq-export` does.
+
+    `model_dir`: the weights; None: those of the model that the plan names. `output`: a folder that
+    is new or empty. `moments`: the file of calibration statistics, where it is not at the plan's
+    path. Raises `UserError` for what vLLM cannot run, `InfeasibleError` where memory is short.
+    """
+    from llmpq.export.vllm import export_vllm as export
+
+    return export(plan, str(model_dir or plan.model.name), output, moments=moments)
 
 
 class Engine:

@@ -41,7 +41,7 @@ NOUNS = _names(
     "workload devices cluster profile_data plan_data plan_diff run_report link_data quantizer job "
     "schedule machine workspace kernel kernel_table serving device_names placement seats launch "
     "plain whole_file others_files planning_methods planned_kernels "
-    "cluster_draft"
+    "cluster_draft vllm_support vllm_settings exported"
 )
 PLAIN = "pydantic yaml "
 TORCH = "torch transformers safetensors tokenizers numpy "
@@ -95,9 +95,16 @@ CAKE = [
         _names(KERNELS),
     ),
     Part(
+        "6",
+        "export",
+        _names("nouns costs models quant checkpoint"),
+        _names(TORCH),
+        _names("compressed_tensors vllm ray"),
+    ),
+    Part(
         "7",
         "library",
-        _names("nouns costs planner models checkpoint prompts runtime"),
+        _names("nouns costs planner models checkpoint prompts runtime export"),
         lazy=_names("torch"),
     ),
     Part(
@@ -119,7 +126,7 @@ CAKE = [
         "cli",
         _names(
             "nouns costs planner models quant checkpoint prompts reliability runtime evaluation "
-            "profiler dry_run render"
+            "profiler export dry_run render"
         ),
         _names(PLAIN + "click rich numpy"),
         _names(TORCH + KERNELS + "pandas compressed_tensors vllm"),
