@@ -7,8 +7,8 @@
     texts = llmpq.Engine(plan).generate(["Once upon a time"])
 
 All values are frozen, and a plan is what `llmpq-plan` writes and `llmpq-run` reads. Only `Engine`
-and `export_vllm` import torch. Faults of files and values are `llmpq.errors.UserError`; where nothing fits,
-`InfeasibleError` says what is short.
+and `export_vllm` import torch. Faults of files and values are `llmpq.errors.UserError`; where
+nothing fits, `InfeasibleError` says what is short.
 
 Not covered: cards and several processes, which `llmpq-run` drives, profiling, and writing files
 other than an export.

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 DEFAULT_NEW_TOKENS = 64
 FAILED = 5  # the exit code where some requests failed
-Request = dict[str, Any]
+Request = dict[str, object]
 
 
 def read_requests(path: Path) -> list[Request]:
@@ -44,7 +44,7 @@ def read_requests(path: Path) -> list[Request]:
     return requests
 
 
-def key(one: str | int) -> str:
+def key(one: object) -> str:
     """A text that differs for ids that differ, as 1 and "1" do."""
     return json.dumps(one)
 
@@ -59,7 +59,7 @@ def finished(file: BinaryIO) -> set[str]:
     return {key(json.loads(line)["id"]) for line in data[:end].splitlines() if line.strip()}
 
 
-def result_line(request: Request, output: Any) -> dict[str, Any]:
+def result_line(request: Request, output: Any) -> dict[str, object]:
     """A finished request as llmpq-run writes it."""
     answer = output.outputs[0]
     return {
@@ -72,7 +72,7 @@ def result_line(request: Request, output: Any) -> dict[str, Any]:
     }
 
 
-def error_line(request: Request, reason: str) -> dict[str, Any]:
+def error_line(request: Request, reason: str) -> dict[str, object]:
     """A request that vLLM refused."""
     counts = {"num_prompt_tokens": 0, "num_new_tokens": 0}
     failed = {"text": "", "token_ids": [], **counts, "finish_reason": "error", "error": reason}
@@ -81,7 +81,7 @@ def error_line(request: Request, reason: str) -> dict[str, Any]:
 
 def results(
     engine: Any, requests: list[Request], new_tokens: int, ignore_eos: bool
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, object]]:
     """The line of every request, as soon as it has ended; `engine` is vLLM's `LLMEngine`."""
     from vllm import SamplingParams
 

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -180,7 +179,7 @@ def _write_settings(
     has_head: bool,
 ) -> None:
     """Writes config.json with the quantization, and copies what else engines read."""
-    config: dict[str, Any] = parse_json(model / "config.json")
+    config = parse_json(model / "config.json")
     for name in ("quantization_config", "transformers_weights", "auto_map"):
         config.pop(name, None)
     if any(linear.storage is not None for linear in linears.values()):

@@ -76,16 +76,16 @@ def engine_json(plan: Plan, settings: VllmSettings) -> str:
 
 def ray_bundles(plan: Plan) -> list[dict[str, float]]:
     """The bundles of a Ray placement group: each worker's GPU, on the node of its stage."""
+    markers = _markers(plan)
     return [
-        {"GPU": 1, resource_of(stage.node): NODE_SHARE}
-        for stage in plan.stages
-        for _ in stage.devices
+        {"GPU": 1, markers[stage.node]: NODE_SHARE} for stage in plan.stages for _ in stage.devices
     ]
 
 
-def resource_of(node: str) -> str:
-    """Ray's marker resource for a node of the plan."""
-    return "node_" + "".join(c if c.isascii() and c.isalnum() else "_" for c in node)
+def _markers(plan: Plan) -> dict[str, str]:
+    """Ray's marker resource for each node, in the order of the stages."""
+    nodes = dict.fromkeys(stage.node for stage in plan.stages)
+    return {node: f"llmpq_node_{number}" for number, node in enumerate(nodes)}
 
 
 def run_script(plan: Plan, settings: VllmSettings) -> str:
@@ -104,8 +104,9 @@ def ray_script(plan: Plan, settings: VllmSettings) -> str:
     """ray.sh: starts Ray on each node, and a batch from the first stage's node."""
     counts = Counter(stage.node for stage in plan.stages for _ in stage.devices)
     head, *others = counts
+    resources = {n: shlex.quote(json.dumps({name: 1})) for n, name in _markers(plan).items()}
     nodes = "".join(
-        f"        {shlex.quote(node)}) gpus={count} resources={_resources(node)} ;;\n"
+        f"        {shlex.quote(node)}) gpus={count} resources={resources[node]} ;;\n"
         for node, count in counts.items()
     )
     script = RAY.format(
@@ -117,10 +118,6 @@ def ray_script(plan: Plan, settings: VllmSettings) -> str:
     )
     what = "Runs this model with vLLM on several machines that Ray connects."
     return HEADER.format(what=what) + _exports(settings) + script
-
-
-def _resources(node: str) -> str:
-    return shlex.quote(json.dumps({resource_of(node): 1}))
 
 
 def serve_command(settings: VllmSettings) -> str:

@@ -8,7 +8,6 @@ beside its parts, so that all parts match one group whatever vLLM looks up (vLLM
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from llmpq.precision import PRECISIONS, group_size
 from llmpq.vllm_support import FUSED
@@ -38,7 +37,7 @@ class StoredLinear:
     storage: Storage | None
 
 
-def quantization_config(layers_path: str, linears: Iterable[StoredLinear]) -> dict[str, Any]:
+def quantization_config(layers_path: str, linears: Iterable[StoredLinear]) -> dict[str, object]:
     """The `quantization_config` of a model whose layers lie at `layers_path` ("model.layers")."""
     from compressed_tensors import __version__
     from compressed_tensors.quantization import QuantizationConfig
@@ -62,9 +61,9 @@ def quantization_config(layers_path: str, linears: Iterable[StoredLinear]) -> di
     return QuantizationConfig.model_validate(settings).to_dict() | {"version": __version__}
 
 
-def _group(storage: Storage, targets: list[str]) -> dict[str, Any]:
+def _group(storage: Storage, targets: list[str]) -> dict[str, object]:
     held = PRECISIONS[storage.precision]
-    weights: dict[str, Any] = {"num_bits": held.weight_bits, "type": "int", "dynamic": False}
+    weights: dict[str, object] = {"num_bits": held.weight_bits, "type": "int", "dynamic": False}
     weights["symmetric"] = not held.weight_only
     weights["strategy"] = "group" if storage.group else "channel"
     if storage.group:
