@@ -29,6 +29,9 @@ from llmpq.prompts.tokenizer import load_tokenizer
 MODELS = ("tale-llama-11m", "stories-260k", "tiny-tales", "qwen2", "qwen3", "opt")
 WINDOW, NUM_PROMPTS = 48, 50
 LIMIT_S = 500
+# Of stories-260k, trained at fp32, bf16 changes 2.9 % of the most probable tokens in our runtime
+# alone, and float16 1.5 %.
+IN_FLOAT16 = ("stories-260k",)
 CYCLE = ("16", "4", "8-w8a8", "4", "8-w8a8", "3")  # a CPU has no kernel for the last
 
 
@@ -58,8 +61,10 @@ def run(command: Sequence[str]) -> None:
     assert done.returncode == 0, done.stderr[-5000:]
 
 
-def our_logits(model: Path, exported: Exported, windows: Sequence[list[int]]) -> torch.Tensor:
-    """The logits of our runtime at bf16, with the precision of each matrix in the export."""
+def our_logits(
+    model: Path, exported: Exported, windows: Sequence[list[int]], dtype: str
+) -> torch.Tensor:
+    """The logits of our runtime, with the precision of each matrix in the export."""
 
     def of_layer(own: dict[str, str]):
         return lambda path: own.get(path.rpartition(".")[2], "16")
@@ -68,12 +73,12 @@ def our_logits(model: Path, exported: Exported, windows: Sequence[list[int]]) ->
     layers = LayerRange(0, len(precisions), len(precisions))
     config, weights = load_config(model), Checkpoint(model)
     cpu = torch.device("cpu")
-    stage = load_stage(config, weights, layers, precisions, torch.bfloat16, cpu)
+    stage = load_stage(config, weights, layers, precisions, getattr(torch, dtype), cpu)
     with torch.inference_mode():
         return stage.head(stage.run(stage.embed(torch.tensor(windows)))).float()
 
 
-def evaluated(model: Path, out: Path, text: Path) -> float:
+def evaluated(model: Path, out: Path, text: Path, dtype: str) -> float:
     """The perplexity that llmpq-eval finds for the plan of an export."""
     found = out.parent / "eval.json"
     words = [
@@ -81,7 +86,7 @@ def evaluated(model: Path, out: Path, text: Path) -> float:
         "--model",
         str(model),
         "--dtype",
-        "bfloat16",
+        dtype,
         "--device",
         "cpu",
     ]
@@ -99,14 +104,15 @@ def test_vllm_expects_the_tokens_that_we_expect(vllm_python, model_of, name, tmp
     assert {"16", "4", "8-w8a8"} <= held
     ids = load_tokenizer(model).encode(text.read_text())
     windows = [ids[n * WINDOW : (n + 1) * WINDOW] for n in range(NUM_PROMPTS)]
-    scored = score(vllm_python, out, windows, "enforce_eager=true")
-    logits = our_logits(model, exported, windows)
+    dtype = "float16" if name in IN_FLOAT16 else "bfloat16"
+    scored = score(vllm_python, out, windows, "enforce_eager=true", f'dtype="{dtype}"')
+    logits = our_logits(model, exported, windows, dtype)
     best = torch.tensor([one["best"] for one in scored])
     agreement = float((logits[:, :-1].argmax(-1) == best).float().mean())
     ours = logits[:, :-1].log_softmax(-1).gather(-1, torch.tensor(windows)[:, 1:, None])
     perplexity = float((-ours.mean()).exp())
     theirs = float((-torch.tensor([one["logprobs"] for one in scored]).mean()).exp())
-    by_eval = evaluated(model, out, text)
+    by_eval = evaluated(model, out, text, dtype)
     print(
         f"\n{name}: {', '.join(sorted(held))}; agreement {agreement:.2%} of {best.numel()} tokens; "
         f"perplexity {theirs:.3f} on vLLM, {perplexity:.3f} ours, {by_eval:.3f} by llmpq-eval"
