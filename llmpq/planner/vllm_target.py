@@ -3,8 +3,8 @@
 Devices offer the precisions at which vLLM runs every matrix of a layer; stages have one device
 each, as vLLM has one tensor-parallel size for all. vLLM's rule for the cache, that all stages have
 as many blocks as the one with the least room, is met by any plan: each stage has room for all
-slots. Times are those of llmpq's kernels on the same devices, of which vLLM uses humming, Marlin and
-oneDNN's too; nothing here was measured on vLLM. `for_vllm` compares the finished plan with an
+slots. Times are those of llmpq's kernels on the same devices, of which vLLM uses humming, Marlin
+and oneDNN's too; nothing here was measured on vLLM. `for_vllm` compares the finished plan with an
 account of vLLM's memory.
 
 Not covered: times of vLLM itself.
