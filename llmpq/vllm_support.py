@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llmpq.cluster import Cluster
-from llmpq.machine import Capability, Kind, parse_capability
+from llmpq.machine import HUMMING, Capability, Kind, parse_capability
 from llmpq.precision import group_size
 
 VLLM = "0.32"
@@ -54,14 +54,15 @@ class VllmKernel:
     capability: Capability = LEAST_CAPABILITY
     below: Capability | None = None
     packed: bool = True  # whether sizes must be multiples of STEP
+    library: str | None = None  # that must be installed beside vLLM
 
 
 KERNELS = (
     VllmKernel("4", "cpu", "mixed_precision/cpu.py: uint4 with zero points"),
     VllmKernel("8-w8a8", "cpu", "scaled_mm/cpu.py: int8 by token and channel", packed=False),
     VllmKernel("4", "cuda", "mixed_precision/marlin.py: uint4 with zero points"),
-    VllmKernel("8", "cuda", "mixed_precision/humming.py: any number of bits (needs humming)"),
-    VllmKernel("3", "cuda", "mixed_precision/humming.py: any number of bits (needs humming)"),
+    VllmKernel("8", "cuda", "mixed_precision/humming.py: any number of bits", library=HUMMING),
+    VllmKernel("3", "cuda", "mixed_precision/humming.py: any number of bits", library=HUMMING),
     VllmKernel("8-w8a8", "cuda", "scaled_mm/cutlass.py: int8", below=INT8_BELOW, packed=False),
 )
 
@@ -87,6 +88,10 @@ class VllmDevice:
             kernel.precision == precision and (fits or not kernel.packed)
             for kernel in self._kernels()
         )
+
+    def library_for(self, precision: str) -> str | None:
+        """The library that must be installed beside vLLM for a precision, if any."""
+        return next((k.library for k in self._kernels() if k.precision == precision), None)
 
     def _kernels(self) -> Iterator[VllmKernel]:
         for kernel in KERNELS:

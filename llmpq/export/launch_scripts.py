@@ -9,8 +9,10 @@ from collections import Counter
 
 from llmpq.plan_data import Plan
 from llmpq.vllm_settings import VllmSettings
+from llmpq.vllm_support import VLLM
 
 RAY_PORT = 6379  # Ray's own default
+WHERE = f"in an environment with vLLM (checked with {VLLM})"
 NODE_SHARE = 0.001  # of a node's marker resource, which each worker on it takes
 
 HEADER = """\
@@ -149,10 +151,10 @@ def next_steps(plan: Plan, folder: str) -> list[str]:
     batch = shlex.join(["python", f"{folder}/batch.py", "prompts.jsonl", "out.jsonl"])
     if len(nodes) == 1:
         serve = shlex.join(["bash", f"{folder}/run.sh"])
-        return [f"a batch: {batch}", f"a server: {serve}"]
+        return [f"{WHERE}:", f"a batch: {batch}", f"a server: {serve}"]
     ray = shlex.join(["bash", f"{folder}/ray.sh"])
     workers = [f"on {node}: {ray} worker {shlex.quote(node)} ADDRESS" for node in nodes[1:]]
-    copy = f"copy {folder} to the same path on {', '.join(nodes)}"
+    copy = f"copy {folder} to the same path on {', '.join(nodes)}, and {WHERE} run"
     batch = f"{ray} batch prompts.jsonl out.jsonl"
     return [copy, f"on {nodes[0]}: {ray} head", *workers, f"then on {nodes[0]}: {batch}"]
 

@@ -5,7 +5,7 @@ All functions are pure.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmpq.errors import UserError
@@ -69,7 +69,7 @@ def served_precisions(plan: Plan) -> Served:
             for reason in _reasons(stage, planned, found, spec, device):
                 raises.setdefault(reason, []).append(number)
     notes = [_note(reason, numbers) for reason, numbers in raises.items()]
-    return Served(tuple(layers), tuple(notes))
+    return Served(tuple(layers), (*notes, *_library_notes(plan, layers)))
 
 
 def _refuse_unservable(plan: Plan) -> None:
@@ -90,6 +90,20 @@ def _refuse_unservable(plan: Plan) -> None:
             raise UserError(
                 f"stage {stage.rank}: {stage.devices[0]} {why}; llmpq-run serves the plan"
             )
+
+
+def _library_notes(plan: Plan, layers: Sequence[LayerPrecisions]) -> Iterator[str]:
+    """Says which libraries must be beside vLLM, for which precisions."""
+    needed: dict[str, set[str]] = {}
+    for stage in plan.stages:
+        device = vllm_device(plan.cluster, stage.devices[0])
+        for own in layers[stage.first_layer : stage.end_layer]:
+            for name in own.values():
+                if library := device.library_for(name):
+                    needed.setdefault(library, set()).add(name)
+    for library, names in needed.items():
+        bits = " and ".join(map(bits_text, sorted(names)))
+        yield f"{bits} layers need the {library} kernels in vLLM's environment"
 
 
 def _layer(spec: ModelSpec, planned: str, device: VllmDevice, degree: int) -> LayerPrecisions:

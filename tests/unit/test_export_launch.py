@@ -162,7 +162,7 @@ def test_nodes_with_similar_names_are_told_apart():
 def test_the_next_steps_name_every_node():
     one, two = plan_of(["16"] * 8), plan_of(["16"] * 4, ["4"] * 4, nodes=["a", "b c"])
     assert (
-        next_steps(one, "my out")[0] == "a batch: python 'my out/batch.py' prompts.jsonl out.jsonl"
+        next_steps(one, "my out")[1] == "a batch: python 'my out/batch.py' prompts.jsonl out.jsonl"
     )
     steps = next_steps(two, "out")
     assert steps[1:] == [
