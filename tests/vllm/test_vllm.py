@@ -29,6 +29,7 @@ from llmpq.prompts.tokenizer import load_tokenizer
 MODELS = ("tale-llama-11m", "stories-260k", "tiny-tales", "qwen2", "qwen3", "opt")
 WINDOW, NUM_PROMPTS = 48, 50
 LIMIT_S = 500
+BF16_STEP = 0.0625  # between two bf16 numbers from 8 to 16, where the largest logits lie
 # Of stories-260k, trained at fp32, bf16 changes 2.9 % of the most probable tokens in our runtime
 # alone, and float16 1.5 %.
 IN_FLOAT16 = ("stories-260k",)
@@ -146,7 +147,10 @@ def results(path: Path) -> dict[int, list[int]]:
 
 
 def test_two_uneven_stages_give_the_tokens_of_one(vllm_python, tmp_path):
-    """One request at a time: which of them vLLM computes together changes bf16's last digits."""
+    """Where answers differ, the first two tokens that do have equal logits at bf16, or nearly.
+
+    One request at a time: which of them vLLM computes together changes bf16's last digits.
+    """
     write_prompts(tmp_path / "prompts.jsonl", 16, 24)
     found = []
     for cuts in ((), (3,)):
@@ -158,9 +162,21 @@ def test_two_uneven_stages_give_the_tokens_of_one(vllm_python, tmp_path):
     assert json.loads((out / "engine.json").read_text())["environment"] == {
         "VLLM_PP_LAYER_PARTITION": "3,5"
     }
-    same = sum(one == found[1][number] for number, one in found[0].items())
-    print(f"\ntwo stages of 3 and 5 layers: {same} of {len(found[0])} answers are those of one")
-    assert len(found[0]) == 16 and same == 16
+    exported = Exported.model_validate_json((out / "export.json").read_text())
+    prompts = [json.loads(x)["prompt"] for x in (tmp_path / "prompts.jsonl").open()]
+    encode, gaps = load_tokenizer(ASSETS / "tiny-tales").encode, []
+    for number, one in found[0].items():
+        other = found[1][number]
+        place = next(
+            (n for n, pair in enumerate(zip(one, other, strict=True)) if len({*pair}) > 1), None
+        )
+        if place is not None:
+            window = encode(prompts[number]) + one[:place]
+            logits = our_logits(ASSETS / "tiny-tales", exported, [window], "bfloat16")[0, -1]
+            gaps.append(abs(float(logits[one[place]] - logits[other[place]])))
+    same = f"{len(found[0]) - len(gaps)} of {len(found[0])} answers are those of one stage"
+    print(f"\nstages of 3 and 5 layers: {same}; elsewhere the two tokens' logits differ by {gaps}")
+    assert len(found[0]) == 16 and len(gaps) <= 4 and max(gaps, default=0.0) <= BF16_STEP
 
 
 def test_a_killed_batch_is_resumed_with_each_id_once(vllm_python, tmp_path):
