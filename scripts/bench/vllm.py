@@ -48,7 +48,7 @@ def compare(python: str, folder: Path, rounds: int, benchmark: Benchmark) -> Non
     plan = plan_of(model)
     write_json(folder / "plan.json", plan)
     export_vllm(plan, model, folder / "out")
-    write_prompts(folder / "prompts.jsonl", 48 if rounds == 1 else 96)
+    write_prompts(folder / "prompts.jsonl", 32 if rounds == 1 else 96)
     own = []
     times = folder / "times.json"
     command = [python, str(Path(__file__).with_name("_vllm_times.py")), str(folder / "out")]
