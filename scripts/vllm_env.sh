@@ -26,7 +26,7 @@ say() { echo "vllm env: $*" >&2; }
 
 fingerprint() {
     echo "$torch" "${pins[@]}" "${extras[@]}"
-    "$python" -c 'import sys; print(sys.version_info[:2], sys.prefix)'
+    "$python" -c 'import sys; print(sys.version_info[:2], sys.base_prefix)'
 }
 
 stamp="$venv/.llmpq-stamp"
