@@ -9,13 +9,15 @@ TEST_PROCESSES ?= 2
 SPREAD := $(if $(filter-out 0,$(TEST_PROCESSES)),\
     -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help quickstart test newest optional check bench env clean
+.PHONY: help quickstart test newest optional vllm-env vllm-test check bench env clean
 
 help:
 	@echo "make quickstart  profile, plan and run the shipped model on a rehearsed cluster"
 	@echo "make test        all tests, two files at a time (PYTEST_ARGS='-k name' for some)"
 	@echo "make newest      tests of planning with the newest versions that are allowed, without torch"
 	@echo "make optional    tests of optional libraries, in an environment that has them all"
+	@echo "make vllm-env    the environment of vLLM for CPUs in .venv-vllm (about 4 GB)"
+	@echo "make vllm-test   tests of exported plans on a real vLLM, in that environment"
 	@echo "make check       lint, formatting and types"
 	@echo "make bench       every benchmark, quickly, into bench-out/"
 	@echo "make env         the environment in .venv"
@@ -37,6 +39,14 @@ optional: export LLMPQ_ALL_LIBRARIES := 1
 optional:
 	@$(RUN) python -m pytest -q -m library $(PYTEST_ARGS)
 
+vllm-env:
+	@scripts/vllm_env.sh
+
+# pytest runs in the usual environment; its tests start the Python of vLLM's.
+vllm-test:
+	@LLMPQ_VLLM_PYTHON="$$(scripts/vllm_env.sh)" && export LLMPQ_VLLM_PYTHON && \
+	    $(RUN) python -m pytest -q -s tests/vllm $(PYTEST_ARGS)
+
 check:
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
@@ -56,6 +66,6 @@ env:
 	@$(RUN)
 
 clean:
-	rm -rf .venv .venv-newest .venv-optional build dist *.egg-info quickstart-out bench-out gpu-out
+	rm -rf .venv .venv-newest .venv-optional .venv-vllm build dist *.egg-info quickstart-out bench-out gpu-out
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find llmpq tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Any
 from llmpq.version import __version__
 
 if TYPE_CHECKING:
-    from llmpq.library import Engine, load_cluster, load_model, load_workload, plan, simulate
+    from llmpq.library import (
+        Engine,
+        export_vllm,
+        load_cluster,
+        load_model,
+        load_workload,
+        plan,
+        simulate,
+    )
 
 __all__ = [
     "Engine",
     "__version__",
+    "export_vllm",
     "load_cluster",
     "load_model",
     "load_workload",

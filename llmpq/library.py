@@ -7,10 +7,11 @@
     texts = llmpq.Engine(plan).generate(["Once upon a time"])
 
 All values are frozen, and a plan is what `llmpq-plan` writes and `llmpq-run` reads. Only `Engine`
-imports torch. Faults of files and values are `llmpq.errors.UserError`; where nothing fits,
-`InfeasibleError` says what is short.
+and `export_vllm` import torch. Faults of files and values are `llmpq.errors.UserError`; where
+nothing fits, `InfeasibleError` says what is short.
 
-Not covered: cards and several processes, which `llmpq-run` drives, profiling, and writing files.
+Not covered: cards and several processes, which `llmpq-run` drives, profiling, and writing files
+other than an export.
 """
 
 import json
@@ -24,6 +25,7 @@ from llmpq import cluster as clusters
 from llmpq import workload as workloads
 from llmpq.cluster import Cluster
 from llmpq.errors import FailedRequests, UserError
+from llmpq.exported import Exported
 from llmpq.model_lookup import DEFAULT_MODEL, check_model, load_model_spec
 from llmpq.model_spec import ModelSpec
 from llmpq.plan_data import Plan, Predicted
@@ -32,6 +34,7 @@ from llmpq.workload import Workload
 
 if TYPE_CHECKING:
     from llmpq.planner.inputs import Inputs
+    from llmpq.planner.vllm_target import Target
     from llmpq.prompts.request import Request
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -65,6 +68,7 @@ def plan(
     max_quality_loss: float | None = None,
     precisions: Sequence[str] | None = None,
     method: PlanningMethod = "auto",
+    target: "Target" = "llmpq",
     gap: float = 0.005,
     time_limit_s: float = 60.0,
 ) -> Plan:
@@ -73,13 +77,14 @@ def plan(
     `profiles`: a folder of measured times; None: spec sheets. `sensitivity`: a file of measured
     losses of quality; None: a generic estimate, not measured for this model. `max_quality_loss`:
     percent that perplexity may rise; None: 1. `precisions`: those allowed; None: all that have
-    times. `gap`: the search ends when no plan can be better by more than this share, or when its
-    part of `time_limit_s` seconds is over.
+    times. `target`: what runs the plan, "vllm" after `export_vllm`. `gap`: the search ends when no
+    plan can be better by more than this share, or when its part of `time_limit_s` seconds is over.
     Raises `InfeasibleError` where nothing fits, and `UserError` for values that are wrong.
     """
     from llmpq.costs.quality import DEFAULT_MAX_LOSS_PERCENT
     from llmpq.planner.inputs import Wishes, make_problem
     from llmpq.planner.planning import Options, make_plan
+    from llmpq.planner.vllm_target import for_vllm
 
     percent = DEFAULT_MAX_LOSS_PERCENT if max_quality_loss is None else max_quality_loss
     _require(percent >= 0, "max_quality_loss", "a percentage of 0 or more", percent)
@@ -87,9 +92,10 @@ def plan(
     _require(time_limit_s > 0, "time_limit_s", "a number of seconds above 0", time_limit_s)
     _refuse_one_text(precisions, "precisions")
     inputs = _inputs(model, cluster, workload, profiles, sensitivity)
-    problem, offered, _ = make_problem(inputs, Wishes(precisions, percent))
+    problem, offered, _ = make_problem(inputs, Wishes(precisions, percent, target=target))
     options = Options(method=method, gap=gap, time_limit_s=time_limit_s, compare=False)
-    return make_plan(problem, options, offered).plan
+    found = make_plan(problem, options, offered).plan
+    return for_vllm(found)[0] if target == "vllm" else found
 
 
 def simulate(
@@ -115,6 +121,24 @@ def simulate(
     predicted = price(problem, plan).predicted
     assert predicted is not None
     return predicted
+
+
+def export_vllm(
+    plan: Plan,
+    model_dir: str | Path | None,
+    output: str | Path,
+    *,
+    moments: str | Path | None = None,
+) -> Exported:
+    """Writes a mixed-precision checkpoint and launch files for stock vLLM, as `llmpq-export` does.
+
+    `model_dir`: the weights; None: those of the model that the plan names. `output`: a folder that
+    is new or empty. `moments`: the file of calibration statistics, where it is not at the plan's
+    path. Raises `UserError` for what vLLM cannot run, `InfeasibleError` where memory is short.
+    """
+    from llmpq.export.vllm import export_vllm as export
+
+    return export(plan, str(model_dir or plan.model.name), output, moments=moments)
 
 
 class Engine:

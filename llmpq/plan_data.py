@@ -188,6 +188,7 @@ class Plan(Strict):
     chunk_tokens: PositiveInt | None = Field(default=None, le=MAX_LENGTH)
     lanes: list[Lane] | None = Field(default=None, min_length=1)
     kv_precision: Literal["16"] = "16"
+    target: Literal["llmpq", "vllm"] = "llmpq"  # what it was planned for; llmpq-run runs both
     quantizer: Quantizer = Quantizer()
     stages: list[Stage] = Field(min_length=1)
     predicted: Predicted | None = None

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmpq.cli.common import console
@@ -49,6 +50,7 @@ def main(options: PlanOptions) -> None:
 
 def _plan(options: PlanOptions) -> None:
     from llmpq.planner.planning import Options, make_plan
+    from llmpq.planner.vllm_target import for_vllm
     from llmpq.render.progress import progress
 
     problem, offered, notes = pose(options)
@@ -62,6 +64,9 @@ def _plan(options: PlanOptions) -> None:
             progress=_shown(bar),
         )
         planned = make_plan(problem, search, offered)
+    if options.target == "vllm":
+        plan, more = for_vllm(planned.plan)
+        planned = replace(planned, plan=plan, notes=(*planned.notes, *more))
     if options.trace is None:
         write_plan(options, planned.plan)
     write_baselines(options, problem, planned)

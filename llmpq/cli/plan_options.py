@@ -41,6 +41,9 @@ class PlanOptions(CostOptions):
         default="off",
         metavar="[off|auto|N]",
     )
+    target: Literal["llmpq", "vllm"] = option(
+        "What runs the plan: llmpq-run, or stock vLLM after llmpq-export.", default="llmpq"
+    )
     frontier: bool = option("Throughput against quality loss, as a table and a PNG.", default=False)
     compare_clusters: bool = option(
         "Plan for each of the cluster files that follow: which one to buy.", default=False
@@ -80,6 +83,8 @@ def check_options(options: PlanOptions) -> None:
     faults += _mode_faults(options)
     degree = options.tensor_parallel
     is_number = degree.isascii() and degree.isdecimal() and int(degree) > 0
+    if options.target == "vllm" and degree != "off":
+        faults.append("--target vllm: stages of several devices are not planned for vLLM yet")
     if degree not in ("off", "auto") and not is_number:
         faults.append(f"--tensor-parallel {degree}: expected off, auto or a number such as 4")
     if options.evaluate is None:
@@ -172,7 +177,8 @@ def pose(
         sensitivity=options.sensitivity,
         plan_folder=options.plan_folder,
     )
-    wishes = Wishes(options.precisions, max_loss(options), options.theta, options.tensor_parallel)
+    parallel, target = options.tensor_parallel, options.target
+    wishes = Wishes(options.precisions, max_loss(options), options.theta, parallel, target)
     return make_problem(read_inputs(files, plan), wishes, plan, str(options.workload or ""))
 
 

@@ -20,6 +20,8 @@ from llmpq.errors import UserError
 from llmpq.model_spec import ModelSpec, shard_faults
 from llmpq.plan_data import Plan
 from llmpq.planner.problem import Problem
+from llmpq.planner.vllm_target import NOTE as VLLM_NOTE
+from llmpq.planner.vllm_target import Target, vllm_times
 from llmpq.precision import (
     EXPERTS_AT,
     KNOWN_NAMES,
@@ -57,13 +59,15 @@ class Wishes:
 
     `precisions`: None allows all that have times. `max_quality_loss`: percent that perplexity may
     rise. `theta`: instead of that, seconds that one unit of summed sensitivity is worth.
-    `tensor_parallel`: "off", "auto", or the most devices of a stage, as a number.
+    `tensor_parallel`: "off", "auto", or the most devices of a stage, as a number. `target`: what
+    runs the plan.
     """
 
     precisions: Sequence[str] | None = None
     max_quality_loss: float = DEFAULT_MAX_LOSS_PERCENT
     theta: float | None = None
     tensor_parallel: str = "off"
+    target: Target = "llmpq"
 
 
 def inputs_of(
@@ -96,9 +100,11 @@ def make_problem(
     """
     _check_lengths(inputs, source)
     times = layer_times(inputs)
+    if wishes.target == "vllm":
+        times = vllm_times(inputs.spec, inputs.cluster, times)
     asked = _asked(inputs, wishes, plan)
     offered = [p for p in offered_precisions(times, asked or ()) if p in inputs.quality.omega]
-    notes = _notes(inputs, times)
+    notes = _notes(inputs, times) + ([VLLM_NOTE] if wishes.target == "vllm" else [])
     precisions = _precisions(inputs, times, offered, asked)
     budget = inf if wishes.theta is not None else inputs.quality.budget(wishes.max_quality_loss)
     problem = Problem(

@@ -12,9 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# transformers looks for a package of this name, and the benchmark of this name lies beside this
-# file: where this folder is on the path, it would be imported in the package's place.
+# Libraries look for packages of these names, and benchmarks of these names lie beside this file:
+# where this folder is on the path, they would be imported in the packages' place.
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+sys.modules.setdefault("vllm", None)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ COMMANDS = ("plan", "run", "profile", "eval", "export")
 OTHERS = {"help", "nproc-per-node", "max-restarts", "master-addr", "node-rank", "standalone"}
 OTHERS |= {"local-addr", "rdzv-endpoint"}  # of torchrun
 OTHERS |= {"part", "rigs", "only", "write"}  # of scripts
+# Of vLLM, in what an export writes.
+OTHERS |= {"max-model-len", "pipeline-parallel-size", "tensor-parallel-size", "max-num-seqs"}
+OTHERS |= {"max-num-batched-tokens", "block-size", "kv-cache-memory-bytes"}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FILE = re.compile(
     r"`([A-Za-z_0-9.-]+(?:/[A-Za-z_0-9.*-]+)*(?:\.(?:py|md|yaml|json|jsonl|sh|txt)|/))`"
@@ -34,7 +37,7 @@ OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]+)")
 HOMES = ("", "llmpq", "llmpq/assets", "docs", "tests/unit", "notebooks", "scripts/bench")
 WRITTEN = re.compile(
     r"(plan|report|profile|trace|workload|cluster|config|prompts|links)\.(json|jsonl|yaml)"
-    r"|(profiles|bench-out)/"
+    r"|(profiles|bench-out)/|(run|ray)\.sh|batch\.py|(export|engine)\.json"
 )
 
 

@@ -43,7 +43,7 @@ NOUNS = _names(
     "schedule schedule_state machine workspace kernel kernel_table serving device_names placement "
     "seats launch "
     "plain whole_file others_files planning_methods planned_kernels "
-    "cluster_draft"
+    "cluster_draft vllm_support vllm_settings exported"
 )
 PLAIN = "pydantic yaml "
 TORCH = "torch transformers safetensors tokenizers numpy "
@@ -97,9 +97,16 @@ CAKE = [
         _names(KERNELS),
     ),
     Part(
+        "6",
+        "export",
+        _names("nouns costs models quant checkpoint"),
+        _names(TORCH),
+        _names("compressed_tensors vllm ray"),
+    ),
+    Part(
         "7",
         "library",
-        _names("nouns costs planner models checkpoint prompts runtime"),
+        _names("nouns costs planner models checkpoint prompts runtime export"),
         lazy=_names("torch"),
     ),
     Part(
@@ -121,7 +128,7 @@ CAKE = [
         "cli",
         _names(
             "nouns costs planner models quant checkpoint prompts reliability runtime evaluation "
-            "profiler dry_run render"
+            "profiler export dry_run render"
         ),
         _names(PLAIN + "click rich numpy"),
         _names(TORCH + KERNELS + "pandas compressed_tensors vllm"),
