@@ -1,5 +1,6 @@
 """Reads sizes from a model's `config.json` and collects what is wrong with them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from llmpq.artifact import show_value
@@ -12,7 +13,7 @@ MOST_LAYERS, LAYER_KEYS = 10_000, ("num_hidden_layers", "n_layer", "n_layers")
 class ConfigKeys:
     """The settings of one configuration; `source` names it in messages."""
 
-    def __init__(self, data: dict[str, Any], source: str) -> None:
+    def __init__(self, data: Mapping[str, Any], source: str) -> None:
         self.data = data
         self.source = source
         self.faults: list[str] = []

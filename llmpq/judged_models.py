@@ -35,6 +35,6 @@ def shipped_spec(config: Mapping[str, Any]) -> ModelSpec | None:
 
 
 @lru_cache(maxsize=1)
-def _shipped() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+def _shipped() -> Mapping[str, Any]:
+    data: Mapping[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
     return data

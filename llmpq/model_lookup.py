@@ -13,6 +13,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -54,7 +55,7 @@ def load_model_spec(model: str) -> ModelSpec:
     return spec.model_copy(update={"has_other_parts": has_other_parts(whole)})
 
 
-def _spec(config: dict[str, Any], model: str, path: Path) -> ModelSpec:
+def _spec(config: Mapping[str, Any], model: str, path: Path) -> ModelSpec:
     spec = _known_spec(config, model, path)
     if spec is not None:
         return spec
@@ -62,7 +63,7 @@ def _spec(config: dict[str, Any], model: str, path: Path) -> ModelSpec:
     return (shipped_spec(config) or _judged(config, path)).model_copy(update={"name": model})
 
 
-def _known_spec(config: dict[str, Any], model: str, path: Path) -> ModelSpec | None:
+def _known_spec(config: Mapping[str, Any], model: str, path: Path) -> ModelSpec | None:
     """The spec of a model of a family with sizes, and settings that work; None for others."""
     model_type = config.get("model_type")
     if isinstance(model_type, str) and not has_sizes(model_type):
@@ -72,7 +73,7 @@ def _known_spec(config: dict[str, Any], model: str, path: Path) -> ModelSpec | N
     return spec if is_known(config, spec.num_layers, heads) else None
 
 
-def needs_judging(config: dict[str, Any], path: Path) -> bool:
+def needs_judging(config: Mapping[str, Any], path: Path) -> bool:
     """Whether only transformers' modules tell what a model consists of."""
     return _known_spec(config, str(path), path) is None
 
@@ -113,7 +114,7 @@ def _read_whole(path: Path) -> dict[str, Any]:
     return config
 
 
-def refuse_plainly(config: dict[str, Any], source: str) -> None:
+def refuse_plainly(config: Mapping[str, Any], source: str) -> None:
     """Refuses by the settings alone what needs no more to be refused."""
     model_type = config["model_type"]
     if odd := odd_number(config):
@@ -136,7 +137,7 @@ def refuse_plainly(config: dict[str, Any], source: str) -> None:
         )
 
 
-def _judged(config: dict[str, Any], path: Path) -> ModelSpec:
+def _judged(config: Mapping[str, Any], path: Path) -> ModelSpec:
     """The spec as `llmpq.evaluation.judge` finds it; raises `UserError` with what it says."""
     if not all(find_spec(name) for name in JUDGED_WITH):
         raise _refusal(
@@ -167,7 +168,7 @@ def _refusal(path: Path, reason: str) -> UserError:
     return UserError(f"{path}: {reason if len(reason) <= room else reason[: room - 3] + '...'}")
 
 
-def _fingerprint(config: dict[str, Any]) -> str:
+def _fingerprint(config: Mapping[str, Any]) -> str:
     """Of the configuration and of all that judges it."""
     versions = [version(name) for name in JUDGED_WITH]
     package = Path(__file__).parent
@@ -211,7 +212,9 @@ def _hub_config(model: str) -> Path:
         raise UserError(f"{model}: its config.json could not be fetched ({error})") from None
 
 
-def spec_from_config(config: dict[str, Any], name: str, source: str = "config.json") -> ModelSpec:
+def spec_from_config(
+    config: Mapping[str, Any], name: str, source: str = "config.json"
+) -> ModelSpec:
     """The spec that a configuration describes; all missing or wrong keys in one `UserError`."""
     keys = ConfigKeys(config, source)
     model_type = keys.text("model_type")
