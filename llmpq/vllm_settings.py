@@ -78,7 +78,10 @@ def vllm_settings(plan: Plan) -> VllmSettings:
         max_num_batched_tokens=max(plan.prefill_micro_batch * reserve.chunk_tokens, plan.batch),
         block_size=tokens,
         kv_cache_bytes=max(
-            stage_cache_bytes(spec, reserve.lanes, layers, tokens) for layers in partition
+            stage_cache_bytes(
+                spec, reserve.lanes, plan.model.windows[stage.first_layer : stage.end_layer], tokens
+            )
+            for stage in plan.stages
         ),
         on_cpu=on_cpu,
     )
@@ -90,11 +93,28 @@ def stage_devices(plan: Plan) -> list[VllmDevice]:
 
 
 def stage_cache_bytes(
-    spec: ModelSpec, lanes: Sequence[LaneShape], layers: int, block_tokens: int
+    spec: ModelSpec,
+    lanes: Sequence[LaneShape],
+    windows: Sequence[int | None],
+    block_tokens: int,
 ) -> int:
-    """Bytes of the cache of `layers` layers: whole blocks for each slot, and vLLM's empty block."""
-    blocks = 1 + sum(lane.rows * -(-lane.tokens // block_tokens) for lane in lanes)
-    return blocks * block_tokens * layers * spec.kv_values_per_token * HALF
+    """Bytes of the cache of a stage: whole blocks for each slot, and vLLM's empty block.
+
+    `windows`: of each of its layers. Where some layers have a window and some have none, vLLM puts
+    layers of a kind into groups of one size, each with blocks of its own, and one block more for
+    each (`_get_kv_cache_groups_uniform_page_size`). Counted here as if windows bound nothing: read
+    from its source, not run.
+    """
+    layers, with_window = len(windows), sum(window is not None for window in windows)
+    blocks = sum(lane.rows * -(-lane.tokens // block_tokens) for lane in lanes)
+    block_bytes = block_tokens * spec.kv_values_per_token * HALF
+    less, more = sorted((with_window, layers - with_window))
+    if not less:
+        return (1 + blocks) * layers * block_bytes
+    size = more if 2 * more < 3 * less else less
+    groups = -(-less // size) + -(-more // size)
+    rows = sum(lane.rows for lane in lanes)
+    return (1 + groups * (blocks + rows)) * size * block_bytes
 
 
 def graph_bytes(max_num_seqs: int, layers: int, device: VllmDevice) -> int:

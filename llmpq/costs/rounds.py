@@ -68,7 +68,11 @@ class Rounds:
         ]
 
     def _seen(self, at: float) -> Seen:
+        """Where nothing runs, as all slots change hands, of the last round before with steps."""
         runs = (self.begin <= at) & (self.end > at)
+        if not runs.any() and (before := (self.begin <= at) & (self.end > self.begin)).any():
+            at = float(self.begin[before].max())
+            runs = (self.begin <= at) & (self.end > at)
         return Seen(self.slot[runs], (self.prompt - self.begin)[runs] + at + 1)
 
 

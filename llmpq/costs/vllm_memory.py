@@ -52,7 +52,12 @@ def vllm_memory(plan: Plan, precisions: Sequence[Mapping[str, str]]) -> list[Vll
             VllmStageMemory(
                 layers=sum(layer_bytes(kind, own) for kind, own in layers),
                 ends=end_weight_bytes(spec, first=rank == 0, last=rank == last),
-                cache=stage_cache_bytes(spec, reserve.lanes, stage.num_layers, settings.block_size),
+                cache=stage_cache_bytes(
+                    spec,
+                    reserve.lanes,
+                    plan.model.windows[stage.first_layer : stage.end_layer],
+                    settings.block_size,
+                ),
                 activations=activation_bytes(
                     spec, settings.max_num_batched_tokens, plan.batch if rank == last else 0
                 ),
@@ -80,8 +85,6 @@ def activation_bytes(spec: ModelSpec, tokens: int, sampled: int) -> int:
 
 def _capacity(plan: Plan, rank: int) -> int:
     """What weights, cache and activations may take on a device of a stage."""
-    if plan.predicted is not None:
-        return plan.predicted.stages[rank].memory_capacity_bytes
     stage = plan.stages[rank]
     return min(
         device.memory_bytes

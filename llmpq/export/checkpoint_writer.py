@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -63,7 +64,11 @@ class _Shards:
 
     def flush(self) -> None:
         """Writes the tensors that are held."""
-        save_file(self.held, self._temporary(len(self.written)), metadata={"format": "pt"})
+        path = self._temporary(len(self.written))
+        try:
+            save_file(self.held, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(0, str(error), str(path)) from None
         self.written.append(list(self.held))
         self.held, self.held_bytes = {}, 0
 

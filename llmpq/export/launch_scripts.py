@@ -10,6 +10,7 @@ from collections import Counter
 from llmpq.plan_data import Plan
 from llmpq.vllm_settings import VllmSettings
 from llmpq.vllm_support import VLLM
+from llmpq.workload import planned_lengths
 
 RAY_PORT = 6379  # Ray's own default
 WHERE = f"in an environment with vLLM (checked with {VLLM})"
@@ -20,7 +21,7 @@ HEADER = """\
 # {what}
 # Written by llmpq-export for the plan in plan.json.
 set -euo pipefail
-cd "$(dirname "${{BASH_SOURCE[0]}}")"
+here="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
 """
 CARDS = """\
 # Cards in the order of the stages, numbered by PCI bus as cluster.yaml lists those of the node.
@@ -29,9 +30,9 @@ export CUDA_DEVICE_ORDER=PCI_BUS_ID
 export CUDA_VISIBLE_DEVICES="${{CUDA_VISIBLE_DEVICES:-{cards}}}"
 """
 CORES = """\
-# This machine's cores, in equal parts for the stages.
-export VLLM_CPU_OMP_THREADS_BIND="${{VLLM_CPU_OMP_THREADS_BIND:-$(python3 -c \\
-    'import batch; print(batch.cores_of_stages({stages}))')}}"
+# This machine's cores, in equal parts for the workers.
+export VLLM_CPU_OMP_THREADS_BIND="${{VLLM_CPU_OMP_THREADS_BIND:-$(PYTHONPATH="$here" python3 -c \\
+    'import batch; print(batch.cores_of_workers({workers}))')}}"
 """
 RAY = """\
 usage() {{
@@ -40,7 +41,8 @@ usage() {{
     echo "then on {head}: $0 batch PROMPTS.jsonl OUT.jsonl" >&2
     exit 2
 }}
-# The number of the plan's GPUs on a node, and the name by which Ray knows the node.
+# The plan's GPUs on a node, their number, and the name by which Ray knows the node.
+export CUDA_DEVICE_ORDER=PCI_BUS_ID
 describe() {{
     case "$1" in
 {nodes}        *) usage ;;
@@ -49,16 +51,18 @@ describe() {{
 case "${{1:-}}" in
     head)
         describe {head_word}
+        export CUDA_VISIBLE_DEVICES="${{CUDA_VISIBLE_DEVICES:-$cards}}"
         exec ray start --head --port {port} --num-gpus "$gpus" --resources "$resources"
         ;;
     worker)
         [[ $# -eq 3 ]] || usage
         describe "$2"
+        export CUDA_VISIBLE_DEVICES="${{CUDA_VISIBLE_DEVICES:-$cards}}"
         exec ray start --address "$3:{port}" --num-gpus "$gpus" --resources "$resources"
         ;;
     batch)
         shift
-        exec python batch.py --ray "$@"
+        exec python "$here/batch.py" --ray "$@"
         ;;
     *) usage ;;
 esac
@@ -71,6 +75,7 @@ def engine_json(plan: Plan, settings: VllmSettings) -> str:
         "environment": settings.environment(),
         "engine": settings.engine(),
         "on_cpu": settings.on_cpu,
+        "new_tokens": max(new for _, new in planned_lengths(plan.workload)),
         "ray_bundles": ray_bundles(plan),
     }
     return json.dumps(data, indent=1) + "\n"
@@ -95,7 +100,7 @@ def run_script(plan: Plan, settings: VllmSettings) -> str:
     parts = [HEADER.format(what="Serves this model with vLLM on one machine: run.sh [OPTIONS]")]
     parts.append(_exports(settings))
     if settings.on_cpu:
-        parts.append(CORES.format(stages=len(settings.partition)))
+        parts.append(CORES.format(workers=len(settings.partition) * settings.tensor_parallel))
     else:
         parts.append(CARDS.format(cards=",".join(map(str, card_numbers(plan)))))
     parts.append(f'exec {serve_command(settings)} "$@"\n')
@@ -107,8 +112,15 @@ def ray_script(plan: Plan, settings: VllmSettings) -> str:
     counts = Counter(stage.node for stage in plan.stages for _ in stage.devices)
     head, *others = counts
     resources = {n: shlex.quote(json.dumps({name: 1})) for n, name in _markers(plan).items()}
+    workers = [stage.node for stage in plan.stages for _ in stage.devices]
+    cards = {
+        node: ",".join(str(n) for n, own in zip(numbers, workers, strict=True) if own == node)
+        for numbers in (card_numbers(plan),)
+        for node in counts
+    }
     nodes = "".join(
-        f"        {shlex.quote(node)}) gpus={count} resources={resources[node]} ;;\n"
+        f"        {shlex.quote(node)}) cards={cards[node]} gpus={count} "
+        f"resources={resources[node]} ;;\n"
         for node, count in counts.items()
     )
     script = RAY.format(
@@ -124,16 +136,21 @@ def ray_script(plan: Plan, settings: VllmSettings) -> str:
 
 def serve_command(settings: VllmSettings) -> str:
     """`vllm serve` with the options of the plan, for the folder that the script lies in."""
-    words = ["vllm", "serve", "."]
+    words = []
     for name, value in settings.engine().items():
         words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
+    return f'vllm serve "$here" {shlex.join(words)}'
 
 
 def card_numbers(plan: Plan) -> list[int]:
     """For each worker, the number of its card on its node: by the order in the cluster file."""
     free = {
-        node.name: [group.type for group in node.devices for _ in range(group.count)]
+        node.name: [
+            group.type
+            for group in node.devices
+            for _ in range(group.count)
+            if plan.cluster.kind_of(group.type) == "gpu"
+        ]
         for node in plan.cluster.nodes
     }
     numbers: list[int] = []

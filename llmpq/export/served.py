@@ -84,6 +84,13 @@ def _refuse_unservable(plan: Plan) -> None:
             f"the stages have different numbers of devices ({', '.join(map(str, degrees))}); vLLM "
             "has one tensor-parallel size for all: plan with --tensor-parallel off"
         )
+    kinds = {
+        vllm_device(plan.cluster, name).kind for stage in plan.stages for name in stage.devices
+    }
+    if len(kinds) > 1:
+        raise UserError("some stages are on CPUs and some on GPUs, which vLLM cannot run together")
+    if kinds == {"cpu"} and len({stage.node for stage in plan.stages}) > 1:
+        raise UserError(f"vLLM {VLLM} runs CPUs of one machine alone; the plan has several nodes")
     for stage in plan.stages:
         device = vllm_device(plan.cluster, stage.devices[0])
         if why := why_no_vllm(device, plan.model.head_dim):

@@ -9,6 +9,7 @@ machine or `ray.sh` for several.
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -70,13 +71,22 @@ def export_vllm(
             provenance=Provenance.here(),
         )
         write_json(written / "export.json", exported)
-        _write_launch_files(_as_served(plan, served), settings, written)
+        own = _as_served(plan, served, Path(moments) if moments else None, plan_path)
+        _write_launch_files(own, settings, written)
     return exported
 
 
 def _refuse_filled(target: Path) -> None:
-    """Raises `UserError` where something is there that would be lost or mixed with the export."""
-    if target.is_dir() and not any(target.iterdir()):
+    """Raises `UserError` where something is there that would be lost or mixed with the export.
+
+    An empty folder is removed, as the new one takes its place.
+    """
+    if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
+        try:
+            target.resolve().rmdir()
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{target}: cannot be replaced ({reason}); name a new folder") from None
         return
     if os.path.lexists(target):
         raise UserError(f"{target}: is there already; name a new folder, or remove it")
@@ -104,29 +114,35 @@ def _new_folder(target: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        if target.is_dir():
-            target.rmdir()  # an empty one
         temporary.rename(target)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from None
+        about = error.filename
+        is_read = about is not None and str(temporary) not in str(about)
+        what = f"{about}: cannot be read" if is_read else f"{target}: cannot be written"
+        raise UserError(f"{what} ({error.strerror or error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _as_served(plan: Plan, served: Served) -> Plan:
-    """The plan with the precision of each layer that all of its matrices have in vLLM.
+def _as_served(plan: Plan, served: Served, moments: Path | None, plan_path: Path | None) -> Plan:
+    """The plan with the precision of each layer that most of its matrices have in vLLM.
 
-    A layer whose matrices differ keeps its name; export.json says what each of them has.
+    export.json says what each matrix has. Calibration statistics are named by their whole path.
+    Where a precision was raised, predictions are left out: they were of another one.
     """
     stages = []
     for stage in plan.stages:
         own = served.layers[stage.first_layer : stage.end_layer]
-        names = [
-            next(iter(found)) if len(found) == 1 else planned
-            for planned, found in zip(stage.precisions, (set(o.values()) for o in own), strict=True)
-        ]
+        names = [Counter(found.values()).most_common(1)[0][0] for found in own]
         stages.append(stage.model_copy(update={"precisions": names}))
-    return plan.model_copy(update={"stages": stages})
+    changed: dict[str, object] = {"stages": stages}
+    if stages != list(plan.stages):
+        changed["predicted"] = None
+    if plan.quantizer.moments is not None:
+        beside = plan_path.parent if plan_path else Path()
+        found = moments or beside / plan.quantizer.moments
+        changed["quantizer"] = plan.quantizer.model_copy(update={"moments": str(found.resolve())})
+    return plan.model_copy(update=changed)
 
 
 def _write_launch_files(plan: Plan, settings: VllmSettings, folder: Path) -> None:

@@ -67,7 +67,7 @@ def heuristic(
             break
         instance = make_instance(problem, configuration)
         choice = find(instance, deadline)
-        if choice is None and not instance.has_kinds:
+        if choice is None and best is None and not instance.has_kinds:
             return None  # not even the smallest options fit
         if choice is None:
             continue

@@ -7,6 +7,7 @@ of the search and those of the other methods within the budget are candidates al
 runs decide.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,8 @@ MOST_CORRECTIONS = 10  # of the closed form
 ANY_GAP = 0.5  # where the time is over and there is no plan yet
 RIVALS_S = 1.5  # at least, for the search that another method's better plan makes necessary
 FINALISTS = 4  # plans of the search whose runs are simulated
-LEAST_S = 0.5  # for the space, and for a first plan, however short the time limit is
+LEAST_S = 0.5  # for a search, however short the time limit is
+OPEN_S = 2.5  # or a quarter of the time limit: at most, to open parts of the space for that plan
 MOVES_S, HEURISTIC_S = 0.25, 0.5  # for a first plan by moves, and where it is the whole method
 OTHERS_S = 5.0  # or three times our own search: at most, for the other methods
 
@@ -171,6 +173,7 @@ def _searched(run: _Run, space: Space, first: Assignment | None = None) -> tuple
     found = _search_of(run, space, [first] if first else [], gap, until)
     if found.assignment is None and found.timed_out:
         found = _search_of(run, space, [], ANY_GAP, _limit(run))
+        found.timed_out = True
     if found.assignment is not None or found.timed_out:
         return found, space
     from llmpq.planner.explain import lacks_memory  # start-up time where there is a plan
@@ -214,7 +217,9 @@ def _corrected(
             gap = run.options.gap
         else:
             break
+        late = found.timed_out
         found = _search_of(run, space, seeds, gap, until)
+        found.timed_out |= late and found.lower_bound < found.best * (1 - gap)
     return run, space, found
 
 
@@ -226,6 +231,7 @@ def _search_of(
     if not seeds:
         first = _moves(run, space, MOVES_S)
         seeds = [first] if first else []
+        deadline = max(deadline, time.monotonic() + LEAST_S)
     return search(
         run.unit,
         space,
@@ -255,8 +261,11 @@ def _limit(run: _Run) -> float:
 
 def _moves(run: _Run, space: Space, seconds: float) -> Assignment | None:
     """The best plan by moves over the configurations of least bound."""
-    configurations = space.best_first(run.unit, run.solver)
-    found = heuristic(run.unit, configurations, time.monotonic() + seconds, first_choice)
+    until = time.monotonic() + min(OPEN_S, run.options.time_limit_s / 4)
+    configurations = space.best_first(run.unit, run.solver, until)
+    first = next(configurations, None)  # which makes tables: no part of the time of moves
+    rest = itertools.chain([first] if first else [], configurations)
+    found = heuristic(run.unit, rest, time.monotonic() + seconds, first_choice)
     return to_assignment(run.unit, *found) if found else None
 
 
@@ -336,10 +345,10 @@ def _outcomes(
     def told(done: int) -> None:
         run.options.progress(Progress(done, total, 0.0, "configurations by other methods"))
 
-    configurations = space.configurations(run.unit, run.solver)
-    smallest = space.smallest(run.unit)
     now = time.monotonic()
     until = min(run.by(1.0, LEAST_S), now + max(OTHERS_S, 3 * run.seconds))
+    configurations = space.configurations(run.unit, run.solver, now + (until - now) / 2)
+    smallest = space.smallest(run.unit)
     found = run_baselines(run.unit, configurations, until, methods, smallest, told)
     return [*(_simulated(run, outcome, ours) for outcome in found), offloaded(flexgen(run.problem))]
 

@@ -180,7 +180,8 @@ def search(
             break
         entry = heapq.heappop(state.queue)
         entry.node.work(state, entry.bound)
-        progress(Progress(max(0, total - len(state.queue)), total, _speed(state)))
+        left = sum(part.num_left for part in space.parts) + len(state.queue)
+        progress(Progress(max(0, total - left), total, _speed(state)))
     if state.assignment is not None and not problem.theta:
         _lose_less(state, state.assignment)
     return state

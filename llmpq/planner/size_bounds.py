@@ -8,8 +8,9 @@ tokens for a slot, times what all layers take at least for a job of one row. Sma
 above the best plan by it, and need not be looked at.
 
 What layers take at least: each at its fastest option, on the fastest devices that have room for it.
-Times of jobs of more rows are taken to be at least `LEAST_SHARE` of those of one row, as times that
-were measured need not rise with every row.
+Times of jobs are looked at for the rows of all micro-batches, and taken to be at least
+`LEAST_SHARE` of the least of these for what lies between, as times that were measured need not rise
+with every row.
 
 Not covered: how devices share the work, which limits large batches.
 """
@@ -17,10 +18,13 @@ Not covered: how devices share the work, which limits large batches.
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from llmpq.costs import memory
 from llmpq.planner.layer_options import LayerOption, offers, options_of
 from llmpq.planner.layouts import DeviceSubset
 from llmpq.planner.problem import OVER, Problem, StageDevices
+from llmpq.planner.sizes import batch_options, micro_batch_options
 from llmpq.planner.works import layer_work
 
 LEAST_SHARE = 0.9
@@ -40,7 +44,8 @@ def least_round_s(problem: Problem, subsets: Sequence[DeviceSubset]) -> float:
 
 def least_run_s(problem: Problem, batch: int, round_s: float) -> float:
     """Seconds that no run with so many requests in flight is below, to no scale."""
-    return problem.num_decoded_tokens / batch * round_s
+    rounds = problem.num_decoded_tokens / batch
+    return rounds * round_s if rounds else 0.0
 
 
 def _least_of_kind(problem: Problem, kind: int, count: int, most: dict[StageDevices, int]) -> float:
@@ -60,11 +65,13 @@ def _least_of_kind(problem: Problem, kind: int, count: int, most: dict[StageDevi
 
 
 def _layer_s(problem: Problem, devices: StageDevices, options: Sequence[LayerOption]) -> float:
-    """Seconds of a job of one row at the fastest option."""
+    """Seconds of the quickest job at the fastest option."""
     times = problem.times_at(devices)
-    past = min(prompt for prompt, _ in problem.lengths)
+    past = np.array([min(prompt for prompt, _ in problem.lengths), problem.max_tokens], dtype=float)
+    rows = micro_batch_options(max(batch_options(problem)))
     works = [layer_work(times, option) for option in options if offers(times, option)]
-    jobs = [float(some) for work in works for some in (work.decode(1, past), work.prefill(1, 1))]
+    jobs = [float(work.prefill(1, 1.0)) for work in works]
+    jobs += [float(np.min(work.decode(number, past))) for work in works for number in rows]
     return min(jobs, default=math.inf)
 
 

@@ -60,6 +60,11 @@ class SpacePart:
     num_opened: int = 0
 
     @property
+    def num_left(self) -> int:
+        """Pairs of micro-batches of the subsets that have no table yet."""
+        return (len(self.subsets) - self.num_opened) * math.prod(self.sizes.shape)
+
+    @property
     def is_open(self) -> bool:
         """There is a table of every subset where something fits."""
         return self.num_opened == len(self.subsets)
@@ -93,26 +98,32 @@ class Space:
         closed = [part.bound for part in self.parts if not part.is_open]
         return min([*closed, *(float(table.bounds.min()) for table in self.tables)], default=0.0)
 
-    def best_first(self, problem: Problem, solver: Solver) -> Iterator[tuple[float, Configuration]]:
-        """Configurations with the bound of their own LP, made as they come."""
+    def best_first(
+        self, problem: Problem, solver: Solver, until: float = math.inf
+    ) -> Iterator[tuple[float, Configuration]]:
+        """Configurations with the bound of their own LP, made as they come.
+
+        No part is opened after `until` (monotonic), but for a first table.
+        """
 
         def tight(table: Tables, pair: tuple[int, int]) -> None:
             if pair not in table.tight:
                 tighten(table, pair, solver)
 
-        return self._ordered(problem, solver, tight)
+        return self._ordered(problem, solver, tight, until)
 
     def configurations(
-        self, problem: Problem, solver: Solver
+        self, problem: Problem, solver: Solver, until: float = math.inf
     ) -> Iterator[tuple[float, Configuration]]:
         """One order for each pair, first and last stage, with its bound; the least first."""
-        return self._ordered(problem, solver, lambda table, pair: None)
+        return self._ordered(problem, solver, lambda table, pair: None, until)
 
     def _ordered(
         self,
         problem: Problem,
         solver: Solver,
         look: Callable[[Tables, tuple[int, int]], None],
+        until: float,
     ) -> Iterator[tuple[float, Configuration]]:
         """By rising bounds; `look` may raise that of a pair that would be the next."""
         serial = itertools.count()
@@ -129,7 +140,10 @@ class Space:
         while queue:
             bound, number, part, table, pair = heapq.heappop(queue)
             if part is not None:
-                push(opened(part, problem, solver), part.bound)
+                if time.monotonic() < until or not (queue or part.tables):
+                    push(opened(part, problem, solver, until), part.bound)
+                    if not part.is_open and time.monotonic() < until:
+                        heapq.heappush(queue, (part.bound, next(serial), part, None, (0, 0)))
                 continue
             assert table is not None
             if table.bounds[pair] <= bound:
@@ -144,12 +158,9 @@ class Space:
     def smallest(self, problem: Problem) -> list[Configuration]:
         """With the least batch, micro-batches and chunk, which take least memory; one a subset."""
         least = min((part.sizes.batch for part in self.parts), default=0)
-        last = {  # of each subset, its sizes with the shortest chunk
-            subset: part.sizes
-            for part in self.parts
-            if part.sizes.batch == least
-            for subset in part.subsets
-        }
+        parts = [part for part in self.parts if part.sizes.batch == least]
+        parts.sort(key=lambda part: problem.chunk_tokens(part.sizes), reverse=True)
+        last = {subset: part.sizes for part in parts for subset in part.subsets}
         some = itertools.islice(last.items(), MOST_SMALLEST)
         return [configurations_at(problem, subset, sizes, (0, 0))[0] for subset, sizes in some]
 
@@ -224,12 +235,12 @@ def opened(
 ) -> list[Tables]:
     """Makes the tables of a part, until `deadline` (monotonic); those that were not there before.
 
-    It may have to be called again, where the time was not enough.
+    It may have to be called again, where the time was not enough; one subset is always looked at.
     """
-    before = len(part.tables)
+    before, first = len(part.tables), part.num_opened
     priced: list[tuple[pool.Pool, pool_bounds.Prices]] = []
     near = (0, 0)
-    while not part.is_open and (time.monotonic() < deadline or len(part.tables) == before):
+    while not part.is_open and (time.monotonic() < deadline or part.num_opened == first):
         subset = part.subsets[part.num_opened]
         part.num_opened += 1
         table = make_tables(problem, subset, part.sizes, near, solver, priced)

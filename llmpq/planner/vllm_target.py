@@ -44,6 +44,8 @@ def vllm_times(
     ]
     if any(kind.experts is not None for kind in spec.kind_specs):
         faults.append(f"{spec.name}: layers with routed experts cannot be exported to vLLM yet")
+    if len({device.kind for device in devices.values()}) > 1:
+        faults.append("vLLM cannot run stages on CPUs and stages on GPUs together")
     if faults:
         raise UserError("\n".join(faults))
     return {name: _restricted(own, spec, devices[name]) for name, own in times.items()}

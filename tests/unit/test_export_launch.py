@@ -112,7 +112,7 @@ def test_one_machine_serves_with_these_options(tmp_path):
     result = script(tmp_path, run_script(plan, vllm_settings(plan)), "vllm", "--port", "8001")
     words = result.stdout.splitlines()
     assert result.returncode == 0, result.stderr
-    assert words[:2] == ["serve", "."] and words[-3:-1] == ["--port", "8001"]
+    assert words[:2] == ["serve", str(tmp_path)] and words[-3:-1] == ["--port", "8001"]
     assert words[words.index("--pipeline-parallel-size") + 1] == "2"
     assert words[-1] == "PARTITION=3,5 CARDS=0,1 CORES="
 
@@ -121,11 +121,11 @@ def test_stages_on_a_cpu_have_cores_of_their_own(tmp_path):
     plan = plan_of(["16"] * 3, ["4"] * 5, device=EPYC)
     result = script(tmp_path, run_script(plan, vllm_settings(plan)), "vllm")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].endswith(f"CORES={batch.cores_of_stages(2)}")
+    assert result.stdout.splitlines()[-1].endswith(f"CORES={batch.cores_of_workers(2)}")
 
 
 def test_cores_are_dealt_out_once_each():
-    parts = batch.cores_of_stages(2).split("|")
+    parts = batch.cores_of_workers(2).split("|")
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) > 1:
         dealt = [int(core) for part in parts for core in part.split(",")]
@@ -175,6 +175,9 @@ def test_the_next_steps_name_every_node():
 # The batch script, against an engine that counts
 
 
+MOST_TOKENS = 20
+
+
 class Engine:
     """Answers a request after as many steps as it asks for tokens, with the ids 1, 2, 3..."""
 
@@ -194,6 +197,7 @@ class Engine:
             raise KeyboardInterrupt
         request_id, prompt, count = self.left.pop()
         ids = prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt.split()
+        count = min(count, MOST_TOKENS)  # as vLLM cuts what is longer than it was started for
         answer = SimpleNamespace(text="é", token_ids=[*range(count)], finish_reason="length")
         return [
             SimpleNamespace(
@@ -275,9 +279,58 @@ def test_refused_requests_have_a_line_and_an_exit_code(folder):
     assert json.loads(line)["error"] == "longer than 64 tokens"
 
 
+def test_what_failed_is_tried_again_and_ids_stay_unique(folder):
+    with (folder / "prompts.jsonl").open("a") as file:
+        file.write('{"id": "long", "prompt": "too long"}\n')
+        file.write('{"id": "cut", "prompt": "a", "max_tokens": 50, "stop": null}\n')
+    for asked in (8, 1):  # of those whose requests the engine takes
+        code, engine = run(folder)
+        assert code == batch.FAILED and len(engine.asked) == asked
+    assert len(ids(folder)) == 9 == len(set(map(json.dumps, ids(folder))))
+    lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    [cut] = [line for line in lines if line["id"] == "cut"]
+    assert cut["finish_reason"] == "error" and "longer than the requests" in cut["error"]
+
+
+def test_settings_of_a_request_reach_the_engine(folder, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        sys.modules["vllm"],
+        "SamplingParams",
+        lambda **own: given.append(own) or SimpleNamespace(**own),
+    )
+    line = {"id": 1, "prompt": "a\u2028b", "max_tokens": 2, "seed": 3, "stop": ["x"], "top_p": None}
+    (folder / "prompts.jsonl").write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
+    assert run(folder)[0] == 0
+    settings = {"temperature": 0.0, "seed": 3, "stop": ["x"], "max_tokens": 2}
+    assert given == [settings | {"ignore_eos": False}]
+
+
+@pytest.mark.parametrize("text", ["notes without an end", "[]\n", '{"id": 1}\n'])
+def test_files_that_hold_other_things_are_left_alone(folder, text):
+    (folder / "out.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="name a new file"):
+        run(folder)
+    assert (folder / "out.jsonl").read_text() == text
+
+
+def test_prompts_are_not_overwritten(folder):
+    (folder / "out.jsonl").hardlink_to(folder / "prompts.jsonl")
+    before = (folder / "prompts.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="holds the prompts"):
+        run(folder)
+    assert (folder / "prompts.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("{", "Expecting property name"),
+        ('{"id": 9, "prompt": ["a"]}', "must be a text"),
+        ('{"id": 9, "prompt": null}', "either 'prompt' or"),
+        ('{"id": 9, "prompt_token_ids": ["a"]}', "a list of token ids"),
+        ('{"id": 9, "prompt": "x", "max_new_tokens": 0}', "1 or more"),
+        ('{"id": 9, "prompt": "x", "n": 2}', "'n' is not known"),
         ('{"id": 1, "prompt": "again"}', "occurs twice"),
         ('{"prompt": "no id"}', "an 'id'"),
         ('{"id": true, "prompt": "x"}', "an 'id'"),

@@ -291,3 +291,10 @@ def test_equal_requests_come_and_go_as_others_do() -> None:
         followed = run_in_rounds(equal_ones, [(15, 4), (16, 0)], rows)
         for name in ("slot", "begin", "end", "prompt"):
             assert getattr(quick, name).tolist() == getattr(followed, name).tolist()
+
+
+def test_steps_are_counted_where_all_slots_change_hands_at_once() -> None:
+    """13 waves of one step each: every round that is looked at lies between two of them."""
+    lanes = (LaneShape(8, 20),) * 4
+    counts = count_jobs([(10, 2)] * 13 * 32, lanes, 8, 10)
+    assert counts.num_rounds == pytest.approx(13) and counts.num_steps == pytest.approx(4 * 13)
