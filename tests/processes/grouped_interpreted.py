@@ -42,12 +42,12 @@ WEIGHTS = [
 def routings() -> dict[str, Tensor]:
     """Experts `[T, k]` of each token."""
     torch.manual_seed(3)
-    draw = [torch.randperm(EXPERTS)[:2] for _ in range(23)]
+    draw = [torch.randperm(EXPERTS)[:2] for _ in range(11)]
     return {
         "random": torch.stack(draw),
         "one token": torch.tensor([[3, 0]]),
-        "all to one": torch.full((21, 1), 2),
-        "each to all": torch.stack([torch.randperm(EXPERTS) for _ in range(7)]),
+        "all to one": torch.full((18, 1), 2),
+        "each to all": torch.stack([torch.randperm(EXPERTS) for _ in range(4)]),
         "empty ones at the ends": torch.tensor([[1], [3], [1]]),
         "more pairs than are sorted at once": torch.randint(0, EXPERTS, (1100, 1)),
     }
@@ -141,7 +141,7 @@ def test_a_row_is_the_same_in_any_company(card: tuple[int, int]) -> None:
     config = config_for_experts(card, own.bits, own.in_features, own.groups, 16)
     x = torch.randn(len(chosen), own.in_features).half()
     together = by_pair(x, chosen, own, config)
-    for token in (0, 20):
+    for token in (0, 10):
         alone = by_pair(x[token : token + 1], chosen[token : token + 1], own, config)
         assert torch.equal(alone, together[2 * token : 2 * token + 2])
 
@@ -180,10 +180,10 @@ def test_a_layer_of_experts(precision: str, card: tuple[int, int], monkeypatch) 
         for one in expert.children():
             one.load_weight("weight", torch.randn(one.out_features, one.in_features) / 8)
             one.load_weight("bias", torch.randn(one.out_features))
-    assert not experts.waits_for(23)
+    assert not experts.waits_for(11)
     assert experts.waits_for(65) == (card < (8, 0))
-    for experts.scales_inputs in (False, True):
-        for name in ("random", "one token", "each to all"):
+    for experts.scales_inputs in (False, True) if precision == "4" else (False,):
+        for name in ("random", "one token"):
             chosen = routings()[name]
             x = torch.randn(len(chosen), hidden).half()
             scores = torch.rand(chosen.shape).half()

@@ -627,7 +627,7 @@ def test_there_is_one_way_to_print():
         "Text": set(),
         "echo": {"cli/common.py"},
         # of counts; for a parent that reads it
-        "print": {"models/count_families.py", "evaluation/judge.py"},
+        "print": {"models/count_families.py", "evaluation/judge.py", "export/batch.py"},
     }
     marked = [c for _, c in calls("print", "TextColumn") for k in c.keywords if k.arg == "markup"]
     assert all(ast.unparse(call).endswith("markup=False)") for call in marked)

@@ -58,7 +58,7 @@ def random_problem(seed: int) -> Problem:
     job = {"prompt_tokens": 96, "new_tokens": 8, "num_requests": 20}
     return replace(
         problem,
-        workload=Workload.model_validate(job | {"batch": int(rng.integers(4, 9))}),
+        workload=Workload.model_validate(job | {"batch": int(rng.integers(3, 6))}),
         lengths=tuple(lengths),
         quality=QualityModel(omega, 1.0, "test"),
         budget=float(rng.choice([0.04, 0.15, math.inf])),

@@ -148,7 +148,8 @@ def test_ten_million_requests_get_the_plan_of_twenty_thousand(
     A run looks 100,000 requests ahead: of more than that, prompts of like length are found less
     often where lengths differ, so that a request takes longer; never less than in proportion.
     """
-    monkeypatch.setattr(planning, "CONFIRM_S", math.inf)
+    for limit in ("CONFIRM_S", "MOVES_S"):
+        monkeypatch.setattr(planning, limit, math.inf)
     options, plans = Options(compare=False, time_limit_s=600), []
     for count in (20_000, 10_000_000):
         job = workload(count, 24 if new == 9 else {"min": 5, "max": 50}, new)
