@@ -1,10 +1,9 @@
 """One planning run as values: our own search, then what other methods would do.
 
-The time limit covers all: a moment for a first plan by moves, the searches (a tenth, but 5.5
+The time limit covers all: a moment for a first plan by moves, the searches (a tenth, but 6
 seconds at least: the first one, and those with a closed form that simulated runs have corrected),
-and what is left for the other methods. They get the same space as our own search. The best plans
-of the search and those of the other methods within the budget are candidates alike: their simulated
-runs decide.
+and what is left for the other methods, in the same space. The best plans of the search and those
+of the other methods within the budget are candidates alike: their simulated runs decide.
 """
 
 import itertools
@@ -36,7 +35,7 @@ from llmpq.planner.value import to_assignment
 PREDICTED: Table[tuple[Hashable, ...], Predicted] = Table()
 METHODS = ("auto", "ilp", "heuristic", *BASELINES)
 SEARCH_SHARE = 4 / 5
-SEARCH_S = 5.5  # that searches have, however short a tenth of the time limit is
+SEARCH_S = 6.0  # that searches have, however short a tenth of the time limit is
 FIRST_SHARE = 2 / 3  # of that, for the first one; the rest is for those with a corrected price
 CONFIRM_SHARE = 9 / 10  # when plans are no longer compared by their runs
 CONFIRM_S = 10.0  # at most, for that; on an idle machine it is done before
@@ -97,10 +96,11 @@ def make_plan(problem: Problem, options: Options, offered: Sequence[str]) -> Pla
     if found is not None and found.assignment is None:
         raise _no_plan(run, found, offered)
     ours = found.assignment if found is not None else None
+    known = [_best_run(run, found.finalists[:FINALISTS])] if found and options.simulate else []
     outcomes = _outcomes(run, space, BASELINES, ours) if options.compare else []
     if found is not None and (rivals := _rivals(outcomes)):
         run, space, found = _corrected(run, space, found, rivals)
-    plan = moved or _plan_of(run, found, outcomes)
+    plan = moved or _plan_of(run, found, [*_rivals(outcomes), *known])
     return _planned(run, space, with_baselines(plan, outcomes), outcomes, found)
 
 
@@ -118,7 +118,7 @@ def replan(problem: Problem, options: Options, like: Plan | None = None) -> Plan
     run, _, found = _corrected(run, space, found)
     if found.assignment is None:
         raise InfeasibleError("no plan fits")
-    return _plan_of(run, found, [])
+    return _plan_of(run, found)
 
 
 @dataclass(frozen=True)
@@ -287,13 +287,16 @@ def _made(
 
     Or one of the `others`, should that be shorter after all.
     """
-    best = candidates[0]
-    if run.options.simulate:
-        runs = run.compared(run.by(CONFIRM_SHARE, LEAST_S), CONFIRM_S)
-        best = runs.improved(runs.best_of([*candidates, *others]))
+    best = _best_run(run, [*candidates, *others]) if run.options.simulate else candidates[0]
     best = min([best, *others], key=lambda one: _predicted(run, one).objective)
     predicted = bounded(_predicted(run, best), bound * run.times, run.seconds)
     return to_plan(run.problem, best, method, predicted)
+
+
+def _best_run(run: _Run, candidates: Sequence[Assignment]) -> Assignment:
+    """The candidate with the shortest run, with other sizes where they make it shorter."""
+    runs = run.compared(run.by(CONFIRM_SHARE, LEAST_S), CONFIRM_S)
+    return runs.improved(runs.best_of(candidates))
 
 
 def _predicted(run: _Run, assignment: Assignment) -> Predicted:
@@ -307,10 +310,9 @@ def _predicted(run: _Run, assignment: Assignment) -> Predicted:
     return run.problem.cached(PREDICTED, key, compute)
 
 
-def _plan_of(run: _Run, found: Search | None, outcomes: Sequence[Outcome]) -> Plan:
-    """Ours, or another method's where that one is faster and within the budget."""
+def _plan_of(run: _Run, found: Search | None, others: Sequence[Assignment] = ()) -> Plan:
+    """Ours, or one of the `others` where that one is faster: they are within the budget."""
     assert found is not None
-    others = _rivals(outcomes)
     finalists = found.finalists[:FINALISTS]
     return _made(run, finalists, found.lower_bound, run.options.method, others)
 
