@@ -261,6 +261,8 @@ def main() -> None:
     parser.add_argument("--ignore-eos", action="store_true")
     parser.add_argument("--ray", action="store_true", help="Run on the nodes of a Ray cluster.")
     arguments = parser.parse_args()
+    if arguments.new_tokens is not None and arguments.new_tokens < 1:
+        parser.error("--new-tokens: must be 1 or more")
     arguments.prompts, arguments.output = arguments.prompts.resolve(), arguments.output.resolve()
     folder = Path(__file__).resolve().parent
     try:

@@ -12,7 +12,6 @@ leaves out. The runtime cannot run such a plan, so there is no plan file.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -23,14 +22,11 @@ from llmpq.costs import memory
 from llmpq.costs.links import Tokens
 from llmpq.costs.offload import OffloadMemory, layer_s, offload_memory, shares
 from llmpq.job import LaneShape
-from llmpq.planner.layer_options import LayerOption, lacking, option_of
+from llmpq.planner.layer_options import LayerOption, lacking, options_from
 from llmpq.planner.problem import OVER, Problem
 from llmpq.planner.sizes import batch_options, micro_batch_options
-from llmpq.planner.tables import Scope, Table
 from llmpq.planner.waves import BatchGroup, groups, seconds_of_all
 from llmpq.planner.works import fixed_work, layer_work
-
-LAYERS_AT: Table[str, dict[LayerOption, int]] = Table(Scope.REQUESTS)
 
 
 @dataclass(frozen=True)
@@ -215,12 +211,7 @@ def _step_s(problem: Problem, block: _Block, group: BatchGroup, missing: np.ndar
 
 def _layers(problem: Problem, block: _Block) -> dict[LayerOption, int]:
     """How many layers have each option."""
-    spec, precision = problem.spec, block.precision
-
-    def compute() -> dict[LayerOption, int]:
-        return Counter(option_of(spec, i, precision) for i in range(spec.num_layers))
-
-    return problem.cached(LAYERS_AT, precision, compute)
+    return options_from(problem, 0, (block.precision,) * problem.spec.num_layers)
 
 
 def _weight_bytes(problem: Problem, block: _Block, option: LayerOption) -> int:

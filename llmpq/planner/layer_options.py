@@ -84,7 +84,11 @@ def places_at(problem: Problem, precision: str) -> list[int]:
 def options_held(problem: Problem, assignment: Assignment, rank: int) -> dict[LayerOption, int]:
     """How many layers of a stage have each option."""
     first = sum(map(len, assignment.stages[:rank]))
-    own = assignment.stages[rank]
+    return options_from(problem, first, assignment.stages[rank])
+
+
+def options_from(problem: Problem, first: int, own: tuple[str, ...]) -> dict[LayerOption, int]:
+    """How many layers have each option, of those from `first` on with these precisions."""
 
     def compute() -> dict[LayerOption, int]:
         return dict(Counter(option_of(problem.spec, first + i, name) for i, name in enumerate(own)))

@@ -36,7 +36,6 @@ from llmpq.planner.solver import LinearProgram, Solver
 from llmpq.planner.space import Space, SpacePart, Tables, configurations_of, opened, pairs, tighten
 from llmpq.planner.value import to_assignment
 
-MOST_SMALLEST = 16
 POLISH_S = 0.1  # at most, to make a plan of counts better by moves
 
 

@@ -14,7 +14,7 @@ the weight has 16 bits, and rows of `in_features`.
 import triton
 import triton.language as tl
 
-from llmpq.quant.triton_source import _minus_zeros, _tile
+from llmpq.quant.triton_source import _packed_sums, _tile
 
 NO_EXPERT = tl.constexpr(2**30)
 
@@ -77,46 +77,6 @@ def _plain_sums(
     return sums
 
 
-@triton.jit
-def _packed_sums(
-    inputs_at, has_row, packed, scales, zeros, matrix_rows, in_matrix,
-    in_features, stream_bytes, row_bytes, groups, group,
-    FIELDS: tl.constexpr, PLANES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The same with packed weights, as `triton_source.multiply_by_dots` computes them."""
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    starts = matrix_rows * row_bytes
-    for step in range(0, tl.cdiv(stream_bytes, BLOCK_K) * PLANES):
-        block, plane = step // PLANES, step % PLANES
-        at = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        in_stream = at < stream_bytes
-        in_row = in_stream[:, None] & in_matrix[None, :]
-        places = packed + starts[None, :] + at[:, None]
-        low = tl.load(places + plane * stream_bytes, mask=in_row, other=0).to(tl.int32)
-        if PLANES == 2:
-            third = tl.load(places + 2 * stream_bytes, mask=in_row, other=0).to(tl.int32)
-        for field in tl.static_range(FIELDS):
-            number = field * PLANES + plane
-            if PLANES == 2:
-                codes = ((low >> (2 * field)) & 3) | (((third >> number) & 1) << 2)
-            elif FIELDS == 2:
-                codes = (low >> (4 * field)) & 15
-            else:
-                codes = low ^ 128
-            grid = matrix_rows * groups + (number * stream_bytes + block * BLOCK_K) // group
-            zero = tl.load(zeros + grid, mask=in_matrix, other=0.0).to(tl.float32)
-            scale = tl.load(scales + grid, mask=in_matrix, other=0.0).to(tl.float32)
-            if FIELDS == 1:
-                zero += 128
-            column = number * stream_bytes + at
-            wanted = has_row[:, None] & (in_stream & (column < in_features))[None, :]
-            inputs = tl.load(inputs_at + column[None, :], mask=wanted, other=0.0)
-            steps = _minus_zeros(codes, zero[None, :]).to(inputs.dtype)
-            sums += tl.dot(inputs, steps) * scale[None, :]
-    return sums
-
-
 @triton.jit(do_not_specialize=["num_slots"])
 def multiply_experts_by_dots(
     x, packed, scales, zeros, bias, factors, order, slots, out,
@@ -155,6 +115,7 @@ def multiply_experts_by_dots(
     else:
         sums = _packed_sums(
             inputs_at, has_row, packed, scales, zeros, matrix_rows, in_matrix,
+            0, tl.cdiv(stream_bytes, BLOCK_K),
             in_features, stream_bytes, row_bytes, groups, group,
             FIELDS, PLANES, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip

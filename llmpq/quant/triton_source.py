@@ -131,25 +131,21 @@ def multiply_by_sums(
         out += out_features
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def multiply_by_dots(
-    x, packed, scales, zeros, partial,
-    num_rows, out_features, in_features, stream_bytes, row_bytes, groups, group, blocks,
+@triton.jit
+def _packed_sums(
+    inputs_at, has_row, packed, scales, zeros, outs, in_matrix, first, last,
+    in_features, stream_bytes, row_bytes, groups, group,
     FIELDS: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Computes some outputs of BLOCK_M rows over one chunk of the inputs, on tensor cores.
+    """fp32 products `[BLOCK_M, BLOCK_N]` of rows at `inputs_at` `[M, 1]` with rows `outs` `[N]`.
 
-    Within a block of BLOCK_K bytes a stream has one scale an output, so that the product is one of
-    exact integers, and the scale is applied to its fp32 sum.
+    Over the blocks from `first` to `last` of BLOCK_K bytes of each stream. Within one a stream has
+    one scale an output, so that the product is one of exact integers, and the scale is applied to
+    its fp32 sum.
     """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    outs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    has_row, in_matrix = rows < num_rows, outs < out_features
     starts = outs.to(tl.int64) * row_bytes
-    first = tl.program_id(2) * blocks
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    last = tl.minimum(first + blocks, tl.cdiv(stream_bytes, BLOCK_K))
     for step in range(first * PLANES, last * PLANES):
         block, plane = step // PLANES, step % PLANES
         at = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -167,19 +163,37 @@ def multiply_by_dots(
                 codes = (low >> (4 * field)) & 15
             else:
                 codes = low ^ 128
-            index = (number * stream_bytes + block * BLOCK_K) // group
-            grid = outs * groups + index
+            grid = outs * groups + (number * stream_bytes + block * BLOCK_K) // group
             zero = tl.load(zeros + grid, mask=in_matrix, other=0.0).to(tl.float32)
             scale = tl.load(scales + grid, mask=in_matrix, other=0.0).to(tl.float32)
             if FIELDS == 1:
                 zero += 128
             column = number * stream_bytes + at
             wanted = has_row[:, None] & (in_stream & (column < in_features))[None, :]
-            inputs = tl.load(
-                x + rows[:, None] * in_features + column[None, :], mask=wanted, other=0.0
-            )
+            inputs = tl.load(inputs_at + column[None, :], mask=wanted, other=0.0)
             steps = _minus_zeros(codes, zero[None, :]).to(inputs.dtype)
             sums += tl.dot(inputs, steps) * scale[None, :]
+    return sums
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def multiply_by_dots(
+    x, packed, scales, zeros, partial,
+    num_rows, out_features, in_features, stream_bytes, row_bytes, groups, group, blocks,
+    FIELDS: tl.constexpr, PLANES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Computes some outputs of BLOCK_M rows over one chunk of the inputs, on tensor cores."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    outs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    has_row, in_matrix = rows < num_rows, outs < out_features
+    first = tl.program_id(2) * blocks
+    last = tl.minimum(first + blocks, tl.cdiv(stream_bytes, BLOCK_K))
+    sums = _packed_sums(
+        x + rows[:, None] * in_features, has_row, packed, scales, zeros, outs, in_matrix,
+        first, last, in_features, stream_bytes, row_bytes, groups, group,
+        FIELDS, PLANES, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     out = partial + (tl.program_id(2).to(tl.int64) * num_rows + rows[:, None]) * out_features
     tl.store(out + outs[None, :], sums, mask=has_row[:, None] & in_matrix[None, :])
 
